@@ -1,0 +1,101 @@
+// Python sees raw addresses, sizes and dtype codes: no link to torch, so one build serves every torch.
+#include <pybind11/pybind11.h>
+
+#include "epilogues.h"
+#include "residual.h"
+#include "scan.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  using ift::Chunk;
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.doc() = "Epilogues over chunks of products; see csrc/cpu/epilogues.h. Addresses are integers.";
+  m.def("isa", [] { return ift::isa_name(); });
+
+  py::class_<Chunk>(m, "Chunk")
+      .def(py::init([](uintptr_t x, int dtype, int64_t rows, int64_t cols, int64_t ld,
+                       uintptr_t bias, float scale, float softcap, float temperature,
+                       int64_t offset, int threads) {
+        return Chunk{at<void>(x), dtype,   rows,        cols,   ld,     at<const float>(bias),
+                     scale,       softcap, temperature, offset, threads};
+      }));
+  m.def(
+      "stats",
+      [](const Chunk& c, uintptr_t target, uintptr_t state, int64_t state_ld, uintptr_t argmax,
+         int track) {
+        ift::epilogues().stats(c, at<int64_t>(target), at<double>(state), state_ld,
+                               at<int64_t>(argmax), track);
+      },
+      Release());
+  m.def(
+      "dlogits",
+      [](const Chunk& c, uintptr_t target, uintptr_t norm, int64_t norm_ld, uintptr_t coef,
+         int64_t coef_ld, uintptr_t transposed, int64_t transposed_ld) {
+        ift::epilogues().dlogits(c, {at<int64_t>(target), at<float>(norm), norm_ld, at<float>(coef),
+                                     coef_ld, at<void>(transposed), transposed_ld});
+      },
+      Release());
+  m.def(
+      "probabilities",
+      [](const Chunk& c, uintptr_t norm, int64_t norm_ld) {
+        ift::epilogues().probabilities(c, at<float>(norm), norm_ld);
+      },
+      Release());
+  m.def(
+      "top_k",
+      [](const Chunk& c, uintptr_t values, uintptr_t ids, int64_t k) {
+        ift::epilogues().top_k(c, at<float>(values), at<int64_t>(ids), k);
+      },
+      Release());
+  m.def(
+      "gumbel",
+      [](const Chunk& c, uint64_t seed, uintptr_t rows, uintptr_t best, uintptr_t logit,
+         uintptr_t ids) {
+        ift::epilogues().gumbel(c, seed, at<int64_t>(rows), at<float>(best), at<float>(logit),
+                                at<int64_t>(ids));
+      },
+      Release());
+
+  // Scans and the temporal residual: whole operations rather than epilogues.
+  m.def(
+      "scan",
+      [](uintptr_t x, uintptr_t mask, uintptr_t offsets, uintptr_t out, int64_t rows,
+         int64_t length, double gamma, bool left, int dtype, int threads) {
+        ift::scan(at<void>(x), at<uint8_t>(mask), at<int64_t>(offsets), at<void>(out), rows, length,
+                  gamma, left, dtype, threads);
+      },
+      Release());
+  py::class_<ift::ResidualTokens>(m, "ResidualTokens")
+      .def(py::init([](uintptr_t ids, uintptr_t predicted, uintptr_t labels, uintptr_t offsets,
+                       int64_t documents, int64_t tokens, int64_t row_length,
+                       int64_t ignore_index) {
+        return ift::ResidualTokens{at<int64_t>(ids),     at<int64_t>(predicted), at<int64_t>(labels),
+                                   at<int64_t>(offsets), documents,              tokens,
+                                   row_length,           ignore_index};
+      }));
+  m.def(
+      "residual",
+      [](uintptr_t table, const ift::ResidualTokens& tokens, uintptr_t out, int64_t width,
+         double lam, int dtype, int threads) {
+        ift::residual(at<void>(table), tokens, at<void>(out), width, lam, dtype, threads);
+      },
+      Release());
+  m.def(
+      "residual_grad",
+      [](uintptr_t grad, const ift::ResidualTokens& tokens, uintptr_t table_grad,
+         int64_t vocabulary, int64_t width, double lam, int dtype, int threads) {
+        ift::residual_grad(at<void>(grad), tokens, at<void>(table_grad), vocabulary, width, lam,
+                           dtype, threads);
+      },
+      Release());
+}

@@ -1,0 +1,61 @@
+// Which instruction set to use, decided once per process.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "epilogues.h"
+
+namespace ift {
+
+namespace base {
+const Epilogues& table();
+}
+#ifdef IFT_ISA_AVX2
+namespace avx2 {
+const Epilogues& table();
+}
+#endif
+#ifdef IFT_ISA_AVX512
+namespace avx512 {
+const Epilogues& table();
+}
+#endif
+
+namespace {
+
+struct Choice {
+  const char* name;
+  const Epilogues* table;
+};
+
+Choice choose() {
+  const char* forced = std::getenv("IFT_CPU_ISA");
+  auto wanted = [&](const char* name) { return !forced || std::strcmp(forced, name) == 0; };
+#ifdef IFT_ISA_AVX512
+  if (wanted("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return {"avx512", &avx512::table()};
+#endif
+#ifdef IFT_ISA_AVX2
+  if (wanted("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    return {"avx2", &avx2::table()};
+#endif
+  if (wanted("base")) return {"base", &base::table()};
+  throw std::runtime_error(std::string("IFT_CPU_ISA: expected an instruction set that was built and "
+                                       "that this machine has (avx512, avx2, base), got '") +
+                           forced + "'");
+}
+
+const Choice& choice() {
+  static const Choice chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+const Epilogues& epilogues() { return *choice().table; }
+const char* isa_name() { return choice().name; }
+
+}  // namespace ift

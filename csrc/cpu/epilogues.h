@@ -1,0 +1,59 @@
+// The epilogues over one chunk of raw products, as every instruction set offers them.
+//
+// A product is x = h @ W[chunk].T, row-major (rows, cols) with row stride `ld`, in dtype T. Logits are
+//   z = mul * (x + bias)                          without softcap, mul = scale / temperature
+//   z = post * tanh(pre * (x + bias))             with softcap, pre = scale / cap, post = cap / temperature
+// All pointers are caller-owned; nothing is allocated that outlives a call.
+#pragma once
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace ift {
+
+// Rows of the running state, float64 (kStateRows, N) with row stride `state_ld`.
+// The same order as ift_kernels/backends/reference.py.
+enum State : int { kMax, kSum, kTarget, kEZ, kESq, kZSum, kSecond, kStateRows };
+
+enum Track : int { kArgmax = 1, kEntropy = 2, kSq = 4, kMean = 8, kTop2 = 16 };
+
+struct Chunk {
+  void* x;
+  int dtype;
+  int64_t rows, cols, ld;
+  const float* bias;  // (cols) or null
+  float scale, softcap, temperature;
+  int64_t offset;  // vocabulary id of the first column
+  int threads;
+};
+
+// What the gradient needs to know of each row: norm (2, N) and coef (4, N) as in
+// ift_kernels/backends/reference.py, and where to write the gradient a second time, transposed
+// (cols, transposed_ld >= rows); null for nowhere. Only 16-bit types are written transposed.
+struct DlogitsRows {
+  const int64_t* target;
+  const float* norm;
+  int64_t norm_ld;
+  const float* coef;
+  int64_t coef_ld;
+  void* transposed;
+  int64_t transposed_ld;
+};
+
+struct Epilogues {
+  void (*stats)(const Chunk&, const int64_t* target, double* state, int64_t state_ld,
+                int64_t* argmax, int track);
+  void (*dlogits)(const Chunk&, const DlogitsRows&);
+  void (*probabilities)(const Chunk&, const float* norm, int64_t norm_ld);
+  // values float32 and ids int64, (N, k) with row stride k, descending.
+  void (*top_k)(const Chunk&, float* values, int64_t* ids, int64_t k);
+  // best and logit float32 (N), ids int64 (N); `row_numbers` key the generator.
+  void (*gumbel)(const Chunk&, uint64_t seed, const int64_t* row_numbers, float* best, float* logit,
+                 int64_t* ids);
+};
+
+// The table for the best instruction set of this machine, or the one named by IFT_CPU_ISA.
+const Epilogues& epilogues();
+const char* isa_name();
+
+}  // namespace ift

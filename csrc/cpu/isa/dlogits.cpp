@@ -1,0 +1,106 @@
+// Products overwritten by their gradient, or by probabilities: one read and one write of the chunk.
+//
+//   log p = z - norm[0] - norm[1],  p = exp(log p)
+//   dx = dz/dx * (hit * 1[j = target] + p * (one + per_log_p * log p) + flat)
+// (ift_kernels/backends/reference.py: dlogits_). Floor as for the statistics, plus the write.
+//
+// On request the gradient is also written transposed, because the head gradient is dx^T @ h and vendor
+// GEMMs on 16-bit matrices are two to three times slower when their first operand is transposed.
+#include <type_traits>
+
+#include "logits.h"
+#include "transpose.h"
+
+namespace ift {
+namespace IFT_ISA {
+
+constexpr int kRowGroup = 32;     // rows that share a cache line of the transposed chunk
+constexpr int kColumnBlock = 256; // columns of a row group that stay in the first-level cache
+
+// Applies g(logit) to columns [begin, end) of a row, in place.
+template <class T, bool kCapped, bool kBiased, class G>
+inline void rewrite(T* x, const Chunk& c, const Transform<kCapped, kBiased>& f, int64_t begin,
+                    int64_t end, const G& g) {
+  int64_t j = begin;
+  for (; j + W <= end; j += W) {
+    vf z = f.logit(load(x + j), kBiased ? load(c.bias + j) : (vf){});
+    store(x + j, g(z));
+  }
+  if (j < end) {
+    int left = static_cast<int>(end - j);
+    vf b = kBiased ? load_part(c.bias + j, left, 0.0f) : (vf){};
+    vf z = f.logit(load_part(x + j, left, 0.0f), b);
+    store_part(x + j, g(z), left);
+  }
+}
+
+template <class T, bool kCapped, bool kBiased>
+void gradient_block(T* x, const Chunk& c, const Transform<kCapped, kBiased>& f, int64_t r,
+                    const DlogitsRows& rows, int64_t begin, int64_t end) {
+  const vf top = splat(rows.norm[r]), log_sum = splat(rows.norm[rows.norm_ld + r]);
+  const float hit = rows.coef[r], per_log_p = rows.coef[2 * rows.coef_ld + r];
+  const vf one = splat(rows.coef[rows.coef_ld + r]), flat = splat(rows.coef[3 * rows.coef_ld + r]);
+  auto plain = [&](vf z) { return (vexp((z - top) - log_sum) * one + flat) * f.slope(z); };
+  auto with_entropy = [&](vf z) {
+    vf log_p = (z - top) - log_sum;
+    vf p = vexp(log_p);
+    // 0 * (-inf) of a masked-out token must stay 0.
+    vf tail = p == (vf){} ? (vf){} : per_log_p * log_p;
+    return (p * (one + tail) + flat) * f.slope(z);
+  };
+  const int64_t at = rows.target[r] - c.offset;
+  const bool inside = at >= begin && at < end;
+  float hit_gradient = 0.0f;
+  if (inside) {  // in float32, before the row is rounded to T
+    vf z = f.logit(load_part(x + at, 1, 0.0f), kBiased ? splat(c.bias[at]) : (vf){});
+    vf rest = per_log_p == 0.0f ? plain(z) : with_entropy(z);
+    hit_gradient = (rest + hit * f.slope(z))[0];
+  }
+  if (per_log_p == 0.0f)
+    rewrite(x, c, f, begin, end, plain);
+  else
+    rewrite(x, c, f, begin, end, with_entropy);
+  if (inside) store_part(x + at, splat(hit_gradient), 1);
+}
+
+void dlogits(const Chunk& c, const DlogitsRows& rows) {
+  dispatch(c, [&](auto t, auto capped, auto biased) {
+    using T = decltype(t);
+    const Transform<decltype(capped)::value, decltype(biased)::value> f(c);
+    if constexpr (sizeof(T) == 2) {
+      if (rows.transposed) {
+        auto* out = static_cast<uint16_t*>(rows.transposed);
+        const int64_t groups = (c.rows + kRowGroup - 1) / kRowGroup;
+#pragma omp parallel for schedule(static) num_threads(c.threads) if (groups > 1 && c.threads > 1)
+        for (int64_t group = 0; group < groups; ++group) {
+          const int64_t first = group * kRowGroup;
+          const int count = static_cast<int>(std::min<int64_t>(kRowGroup, c.rows - first));
+          T* x = static_cast<T*>(c.x) + first * c.ld;
+          for (int64_t begin = 0; begin < c.cols; begin += kColumnBlock) {
+            const int64_t end = std::min<int64_t>(begin + kColumnBlock, c.cols);
+            for (int i = 0; i < count; ++i)
+              gradient_block(x + i * c.ld, c, f, first + i, rows, begin, end);
+            transpose(reinterpret_cast<const uint16_t*>(x) + begin, c.ld, count, end - begin,
+                      out + begin * rows.transposed_ld + first, rows.transposed_ld);
+          }
+        }
+        return;
+      }
+    }
+    each_row<T>(c, [&](int64_t r, T* x) { gradient_block(x, c, f, r, rows, 0, c.cols); });
+  });
+}
+
+void probabilities(const Chunk& c, const float* norm, int64_t norm_ld) {
+  dispatch(c, [&](auto t, auto capped, auto biased) {
+    using T = decltype(t);
+    const Transform<decltype(capped)::value, decltype(biased)::value> f(c);
+    each_row<T>(c, [&](int64_t r, T* x) {
+      const vf top = splat(norm[r]), log_sum = splat(norm[norm_ld + r]);
+      rewrite(x, c, f, 0, c.cols, [&](vf z) { return vexp((z - top) - log_sum); });
+    });
+  });
+}
+
+}  // namespace IFT_ISA
+}  // namespace ift

@@ -1,0 +1,128 @@
+// Running row statistics of a chunk of products: one read of the chunk, nothing written to it.
+//
+// Per block of 512 columns: logits into the first-level cache with their maximum, then the sums
+// relative to the running maximum. Floor: bytes of the chunk over memory bandwidth where it comes from
+// memory, about 20 vector instructions per vector of logits (most of them exp) where it is in cache.
+#include <type_traits>
+
+#include "logits.h"
+
+namespace ift {
+namespace IFT_ISA {
+
+// Running statistics of one row; names as in enum State.
+struct RowState {
+  double max, sum, e_z, e_sq, z_sum, second;
+  int64_t argmax;
+};
+
+template <int kTrack>
+inline void fold_block(RowState& s, const float* z, int n, float top, int64_t first_id, int track) {
+  // A NaN is the maximum, as in torch.argmax, and stays it: it makes every sum NaN from here on.
+  if (top > s.max || (s.max == -kInf && top == -kInf)) {
+    double old = s.max;
+    if (track & kTop2) s.second = old;
+    s.max = top;
+    if (top != -kInf) {
+      if (old != -kInf) {
+        double moved = old - s.max, shrink = std::exp(moved);
+        s.e_z = shrink * (s.e_z + moved * s.sum);
+        s.sum *= shrink;
+        s.e_sq *= shrink * shrink;
+      }
+      if (track & kArgmax) {
+        int at = 0;
+        while (z[at] != top) ++at;
+        s.argmax = first_id + at;
+      }
+    }
+  }
+  vf m = splat(s.max == -kInf ? 0.0f : static_cast<float>(s.max));
+  vf sum0{}, sum1{}, e_z{}, e_sq{}, z_sum{};
+  int i = 0;
+  auto one = [&](vf zi, vf& total) {
+    vf centred = zi - m;
+    vf e = vexp(centred);
+    total += e;
+    if (kTrack & kEntropy) e_z += pick(e == (vf){}, (vf){}, e * centred);
+    if (kTrack & kSq) e_sq += e * e;
+  };
+  for (; i + 2 * W <= n; i += 2 * W) {
+    one(load(z + i), sum0);
+    one(load(z + i + W), sum1);
+  }
+  for (; i < n; i += W) one(load(z + i), sum0);  // the padding is -inf
+  float total = sum(sum0 + sum1);
+  s.sum += total;
+  if (kTrack & kEntropy) s.e_z += sum(e_z);
+  if (kTrack & kSq) s.e_sq += sum(e_sq);
+  if (kTrack & kMean) {
+    for (i = 0; i + W <= n; i += W) z_sum += load(z + i);
+    if (i < n) z_sum += load_part(z + i, n - i, 0.0f);
+    s.z_sum += sum(z_sum);
+  }
+  if ((track & kTop2) && top > s.second) {
+    // The maximum itself counts once: its first occurrence is skipped if it became the argmax here.
+    bool skip = top == s.max && s.argmax >= first_id && s.argmax < first_id + n;
+    int64_t skipped = skip ? s.argmax - first_id : -1;
+    for (int j = 0; j < n; ++j)
+      if (j != skipped && z[j] > s.second) s.second = z[j];
+  }
+  if (total != total && s.max == s.max) {
+    for (int j = 0; j < n; ++j)
+      if (z[j] != z[j]) {
+        s.argmax = first_id + j;
+        s.max = s.sum = std::numeric_limits<double>::quiet_NaN();
+        break;
+      }
+  }
+}
+
+template <int kTrack, class T, bool kCapped, bool kBiased>
+void stats_rows(const Chunk& c, const int64_t* target, double* state, int64_t ld, int64_t* argmax,
+                int track) {
+  const Transform<kCapped, kBiased> f(c);
+  each_row<T>(c, [&](int64_t r, const T* row) {
+    alignas(64) float z[kBlock + W];
+    double* at = state + r;
+    RowState s{at[kMax * ld],  at[kSum * ld],    at[kEZ * ld], at[kESq * ld],
+               at[kZSum * ld], at[kSecond * ld], argmax[r]};
+    for (int64_t begin = 0; begin < c.cols; begin += kBlock) {
+      int n = static_cast<int>(std::min<int64_t>(kBlock, c.cols - begin));
+      float top = read_block(row, c.bias, f, begin, n, z);
+      fold_block<kTrack>(s, z, n, top, c.offset + begin, track);
+    }
+    at[kMax * ld] = s.max;
+    at[kSum * ld] = s.sum;
+    at[kEZ * ld] = s.e_z;
+    at[kESq * ld] = s.e_sq;
+    at[kZSum * ld] = s.z_sum;
+    at[kSecond * ld] = s.second;
+    argmax[r] = s.argmax;
+    int64_t hit = target[r] - c.offset;
+    if (hit >= 0 && hit < c.cols) {
+      vf x = load_part(row + hit, 1, 0.0f);
+      at[kTarget * ld] = f.logit(x, kBiased ? splat(c.bias[hit]) : (vf){})[0];
+    }
+  });
+}
+
+void stats(const Chunk& c, const int64_t* target, double* state, int64_t ld, int64_t* argmax,
+           int track) {
+  dispatch(c, [&](auto t, auto capped, auto biased) {
+    using T = decltype(t);
+    constexpr bool kC = decltype(capped)::value, kB = decltype(biased)::value;
+    // The second largest needs to know where the largest is.
+    if (track & kTop2) track |= kArgmax;
+    constexpr int kAll = kEntropy | kSq | kMean;
+    if (!(track & kAll))
+      stats_rows<0, T, kC, kB>(c, target, state, ld, argmax, track);
+    else if (!(track & (kSq | kMean)))
+      stats_rows<kEntropy, T, kC, kB>(c, target, state, ld, argmax, track);
+    else
+      stats_rows<kAll, T, kC, kB>(c, target, state, ld, argmax, track);
+  });
+}
+
+}  // namespace IFT_ISA
+}  // namespace ift

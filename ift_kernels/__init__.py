@@ -1,0 +1,34 @@
+"""Token log-probabilities, cross-entropy and IFT without a (tokens, vocabulary) matrix.
+
+Every alignment loss is a small function of per-token log-probabilities. This package computes those
+from hidden states and the head weight, with gradients, inside a fixed amount of work memory.
+"""
+
+import torch  # noqa: F401  first: the extensions share torch's OpenMP runtime
+
+from ift_kernels.backends import use_backend
+from ift_kernels.expected_embedding import linear_expected_embedding
+from ift_kernels.linear import TokenStats, linear_cross_entropy, linear_logprobs
+from ift_kernels.plan import Plan, explain, use_schedule
+from ift_kernels.propagation import discounted_cumsum, propagation_weights
+from ift_kernels.residual import further_tokens, temporal_residual
+from ift_kernels.token_choice import TokenChoice, linear_token
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Plan",
+    "TokenChoice",
+    "TokenStats",
+    "discounted_cumsum",
+    "explain",
+    "further_tokens",
+    "linear_cross_entropy",
+    "linear_expected_embedding",
+    "linear_logprobs",
+    "linear_token",
+    "propagation_weights",
+    "temporal_residual",
+    "use_backend",
+    "use_schedule",
+]

@@ -1,0 +1,79 @@
+"""Which backend serves which tensor.
+
+A backend is a module that implements the same small set of epilogues and scans; the schedules that
+drive them (`ift_kernels.engine`) do not know which one they are talking to. The choice is by device
+first, then by what is available, and can be overridden with the environment variable
+``IFT_BACKEND`` or the context manager `use_backend`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ift_kernels.backends import cpu, reference
+
+# In order of preference; `reference` serves whatever nothing else does.
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("ift_backend", default=None)
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {sorted(BACKENDS)}, got {name!r}")
+    return name
+
+
+def requested() -> str | None:
+    """The backend asked for by `use_backend` or ``IFT_BACKEND``, or None."""
+    name = _forced.get()
+    if name is not None:
+        return name
+    env = os.environ.get("IFT_BACKEND", "")
+    return _check_name(env, "IFT_BACKEND") if env else None
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use the named backend inside the ``with`` block.
+
+    Raises:
+        ValueError: `name` is not a backend.
+    """
+    token = _forced.set(_check_name(name, "name"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def get(tensor: Tensor, dtype: torch.dtype | None = None) -> Any:
+    """The backend for this tensor's device and `dtype` (default: the tensor's own).
+
+    Raises:
+        RuntimeError: a backend was asked for by name and cannot serve the tensor.
+    """
+    dtype = tensor.dtype if dtype is None else dtype
+    name = requested()
+    if name is not None:
+        why_not = BACKENDS[name].why_not(tensor.device, dtype)
+        if why_not and dtype != torch.float64:  # fp64 always goes through the reference
+            raise RuntimeError(f"backend {name!r} was asked for but cannot serve: {why_not}")
+        return reference if why_not else BACKENDS[name]
+    for backend in BACKENDS.values():
+        if not backend.why_not(tensor.device, dtype):
+            return backend
+    return reference
+
+
+def describe() -> list[dict[str, Any]]:
+    """One row per backend: name, available, reason (why not), detail. For ``ift doctor``."""
+    return [{"name": name, **backend.describe()} for name, backend in BACKENDS.items()]

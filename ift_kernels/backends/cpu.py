@@ -1,0 +1,234 @@
+"""The epilogues in C++ for CPU tensors: float32, bfloat16 and float16.
+
+Same functions as `reference`; the extension takes raw addresses, so every tensor passed on is
+checked here for the layout that the C++ code assumes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ift_kernels.backends import reference
+from ift_kernels.transform import LogitTransform
+
+try:
+    from ift_kernels import _cpu  # type: ignore[attr-defined]  # compiled, may be absent
+
+    _import_error = ""
+except ImportError as error:
+    _cpu = None
+    _import_error = f"the C++ extension was not built or does not load ({error})"
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+new_state = reference.new_state
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cpu":
+        return f"device {device.type} is not cpu"
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is served by the reference backend"
+    return _import_error
+
+
+def describe() -> dict[str, Any]:
+    detail = "" if _cpu is None else f"{_cpu.isa()}, {torch.get_num_threads()} threads"
+    return {"available": _cpu is not None, "reason": _import_error, "detail": detail}
+
+
+def wants_transpose(dtype: torch.dtype) -> bool:
+    """dx^T @ h is two to three times slower on 16-bit matrices than a product of plain ones."""
+    return dtype.itemsize == 2
+
+
+def _chunk(x: Tensor, bias: Tensor | None, transform: LogitTransform, offset: int) -> Any:
+    assert x.stride(1) == 1 and (bias is None or bias.is_contiguous())
+    return _cpu.Chunk(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        x.shape[0],
+        x.shape[1],
+        x.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        transform.scale,
+        transform.softcap,
+        transform.temperature,
+        offset,
+        torch.get_num_threads(),
+    )
+
+
+def stats_update(
+    x: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    target: Tensor,
+    offset: int,
+    state: Tensor,
+    argmax: Tensor,
+    track: int,
+) -> None:
+    assert state.stride(1) == 1 and target.stride(0) == 1 and argmax.stride(0) == 1
+    chunk = _chunk(x, bias, transform, offset)
+    _cpu.stats(
+        chunk, target.data_ptr(), state.data_ptr(), state.stride(0), argmax.data_ptr(), track
+    )
+
+
+def dlogits_(
+    x: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    target: Tensor,
+    offset: int,
+    norm: Tensor,
+    coef: Tensor,
+    transposed: Tensor | None = None,
+) -> None:
+    assert norm.stride(1) == 1 and coef.stride(1) == 1 and target.stride(0) == 1
+    chunk = _chunk(x, bias, transform, offset)
+    _cpu.dlogits(
+        chunk,
+        target.data_ptr(),
+        norm.data_ptr(),
+        norm.stride(0),
+        coef.data_ptr(),
+        coef.stride(0),
+        0 if transposed is None else transposed.data_ptr(),
+        0 if transposed is None else transposed.stride(0),
+    )
+
+
+def probabilities_(x: Tensor, bias: Tensor | None, transform: LogitTransform, norm: Tensor) -> None:
+    assert norm.stride(1) == 1
+    _cpu.probabilities(_chunk(x, bias, transform, 0), norm.data_ptr(), norm.stride(0))
+
+
+def top_k_update(
+    x: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    offset: int,
+    values: Tensor,
+    ids: Tensor,
+) -> None:
+    assert values.is_contiguous() and ids.is_contiguous()
+    chunk = _chunk(x, bias, transform, offset)
+    _cpu.top_k(chunk, values.data_ptr(), ids.data_ptr(), values.shape[1])
+
+
+def gumbel_update(
+    x: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    offset: int,
+    seed: int,
+    rows: Tensor,
+    best: Tensor,
+    logit: Tensor,
+    ids: Tensor,
+) -> None:
+    assert all(t.is_contiguous() for t in (rows, best, logit, ids))
+    _cpu.gumbel(
+        _chunk(x, bias, transform, offset),
+        seed % 2**64,
+        rows.data_ptr(),
+        best.data_ptr(),
+        logit.data_ptr(),
+        ids.data_ptr(),
+    )
+
+
+# Scans and the temporal residual: whole operations, see csrc/cpu/scan.cpp and residual.cpp.
+
+
+def scan(
+    x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, gamma: float, left: bool
+) -> Tensor:
+    x, (mask, cu_seqlens) = x.contiguous(), _contiguous(mask, cu_seqlens)
+    out = torch.empty_like(x)
+    rows, length = x.shape
+    _cpu.scan(
+        x.data_ptr(),
+        _address(mask),
+        _address(cu_seqlens),
+        out.data_ptr(),
+        rows if cu_seqlens is None else cu_seqlens.numel() - 1,
+        length,
+        gamma,
+        left,
+        DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def residual(
+    embedding: Tensor,
+    ids: Tensor,
+    predicted: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    lam: float,
+    ignore_index: int,
+) -> Tensor:
+    embedding, width = embedding.contiguous(), embedding.shape[1]
+    out = embedding.new_empty(*ids.shape, width)
+    tokens = _contiguous(ids, predicted, labels, cu_seqlens)  # alive until the call returns
+    _cpu.residual(
+        embedding.data_ptr(),
+        _residual_tokens(tokens, ids.shape, ignore_index),
+        out.data_ptr(),
+        width,
+        lam,
+        DTYPES[out.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def residual_grad(
+    grad: Tensor,
+    ids: Tensor,
+    predicted: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    lam: float,
+    ignore_index: int,
+    vocabulary: int,
+) -> Tensor:
+    grad, width = grad.contiguous(), grad.shape[2]
+    out = grad.new_empty(vocabulary, width)
+    tokens = _contiguous(ids, predicted, labels, cu_seqlens)  # alive until the call returns
+    _cpu.residual_grad(
+        grad.data_ptr(),
+        _residual_tokens(tokens, ids.shape, ignore_index),
+        out.data_ptr(),
+        vocabulary,
+        width,
+        lam,
+        DTYPES[out.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _residual_tokens(
+    tokens: tuple[Tensor | None, ...], shape: torch.Size, ignore_index: int
+) -> Any:
+    """The C++ record of ids, predicted, labels, all of `shape` (R, T), and cu_seqlens."""
+    documents = 0 if tokens[3] is None else tokens[3].numel() - 1
+    addresses = (_address(tensor) for tensor in tokens)
+    return _cpu.ResidualTokens(*addresses, documents, shape.numel(), shape[1], ignore_index)

@@ -1,0 +1,159 @@
+"""Argument checks shared by the public functions: one clear line, naming the argument."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+
+def one_of(name: str, value: object, allowed: Collection[str]) -> None:
+    """Raise a ValueError unless `value` is one of the option names in `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {sorted(allowed)}, got {value!r}")
+
+
+def unit_interval(name: str, value: float) -> float:
+    """`value` as a float in [0, 1].
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: outside [0, 1], or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float in [0, 1], got {type(value).__name__}")
+    if math.isnan(value) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: expected a float in [0, 1], got {value}")
+    return float(value)
+
+
+def same_shape(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    """Raise a ValueError unless both tensors have the same shape and device."""
+    if tensor.shape != like.shape:
+        raise ValueError(
+            f"{name}: expected the shape of {like_name}, {tuple(like.shape)}, "
+            f"got {tuple(tensor.shape)}"
+        )
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name}: expected the device of {like_name}, {like.device}, got {tensor.device}"
+        )
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    """Raise a TypeError unless `tensor` is a floating point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a floating point tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating point tensor, got {tensor.dtype}")
+
+
+def per_token(name: str, tensor: Tensor) -> None:
+    """Raise unless `tensor` is floating point (TypeError) and (B, T) or (T,) (ValueError)."""
+    floating(name, tensor)
+    if tensor.dim() not in (1, 2):
+        raise ValueError(f"{name}: expected shape (B, T) or (T,), got {tuple(tensor.shape)}")
+
+
+def as_bool_mask(mask: Tensor, like: Tensor, like_name: str) -> Tensor:
+    """`mask` (bool, or 0/1 of any dtype) as bool, checked against the shape of `like`."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a bool or 0/1 tensor, got {type(mask).__name__}")
+    same_shape("mask", mask, like, like_name)
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def seqlens(cu_seqlens: Tensor, like: Tensor) -> Tensor:
+    """`cu_seqlens` as int64, checked: documents [cu[i], cu[i+1]) cover the positions of `like`.
+
+    Its values are read only outside `torch.compile`, whose traces cannot branch on data; the
+    operations themselves check again when they run.
+    """
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        came = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor, got {came}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            f"cu_seqlens: expected shape (documents + 1,), got {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != like.device:
+        raise ValueError(
+            f"cu_seqlens: expected on {like.device} like the tokens, got {cu_seqlens.device}"
+        )
+    cu, total = cu_seqlens.long().contiguous(), like.numel()
+    if torch.compiler.is_compiling():
+        return cu
+    ends = torch.stack([cu[0], cu[-1], cu.diff().amin()]).tolist()  # one synchronisation, not three
+    if ends[:2] != [0, total]:
+        raise ValueError(
+            f"cu_seqlens: expected to run from 0 to {total}, the number of positions, "
+            f"got {ends[0]} to {ends[1]}"
+        )
+    if ends[2] < 0:
+        raise ValueError("cu_seqlens: expected non-decreasing values, got a decreasing pair")
+    return cu
+
+
+MIN_WORKSPACE = 1 << 20
+DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 512 << 20}
+
+
+def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check that hidden (…, D), weight (V, D) and bias (V,) fit together."""
+    named = [("hidden", hidden), ("weight", weight), *([] if bias is None else [("bias", bias)])]
+    for name, value in named:
+        floating(name, value)
+        if value.dtype.itemsize < 2:
+            raise TypeError(f"{name}: expected 16-bit floats or wider, got {value.dtype}")
+        if value.device != hidden.device:
+            raise ValueError(f"{name}: expected on {hidden.device} like hidden, got {value.device}")
+    if hidden.dim() < 1:
+        raise ValueError("hidden: expected shape (..., D), got a scalar")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight: expected shape (V, D) with D={hidden.shape[-1]} and V > 0, "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(
+            f"bias: expected shape (V,) with V={weight.shape[0]}, got {tuple(bias.shape)}"
+        )
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the products: autocast's where it is on, else the common dtype of the inputs."""
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    if weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"weight: expected {hidden.dtype} like hidden (or an autocast region), "
+            f"got {weight.dtype}"
+        )
+    return hidden.dtype
+
+
+def token_ids(name: str, value: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+    """`value` as int64 ids of the given shape."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected int64 or int32 token ids, got {value.dtype}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected on {device} like hidden, got {value.device}")
+    return value.long()
+
+
+def workspace_bytes(workspace: int | None, device: torch.device) -> int:
+    """The budget of work memory in bytes."""
+    if workspace is None:
+        return DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cuda"])
+    if isinstance(workspace, bool) or not isinstance(workspace, int):
+        raise TypeError(f"workspace: expected an int (bytes), got {type(workspace).__name__}")
+    if workspace < MIN_WORKSPACE:
+        raise ValueError(f"workspace: expected at least {MIN_WORKSPACE} bytes, got {workspace}")
+    return workspace

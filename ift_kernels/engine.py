@@ -1,0 +1,329 @@
+"""The shared schedules: vendor GEMMs over tiles of (tokens, vocabulary), an epilogue on each.
+
+Nothing here knows which backend it drives. A *product* is a raw ``h @ W[chunk].T``; a backend turns
+it into statistics (one read) or into its own gradient (one read and one write, in place). What is
+chosen when, and how much memory it takes, is in `plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ift_kernels.plan import Plan
+from ift_kernels.transform import LogitTransform
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of results, of sums over chunks and of a bias, for products in `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_double_backward(operation: str) -> Callable[..., None]:
+    """The derivative of a backward operator: a refusal, where silence would be a wrong gradient."""
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(
+            f"{operation}: second derivatives are not supported, expected a single backward "
+            "(was create_graph=True meant?)"
+        )
+
+    return refuse
+
+
+@dataclass(frozen=True)
+class Head:
+    """What every schedule needs to form products: rows `hidden` (N, D) against `weight` (V, D)."""
+
+    backend: Any
+    hidden: Tensor  # (N, D), compute dtype
+    weight: Tensor  # (V, D), any float dtype, cast chunk by chunk
+    bias: Tensor | None  # (V,), float32 (float64 when computing in float64)
+    transform: LogitTransform
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
+
+    def weight_chunk(self, columns: slice) -> Tensor:
+        return self.weight[columns].to(self.hidden.dtype)
+
+    def bias_chunk(self, columns: slice) -> Tensor | None:
+        return None if self.bias is None else self.bias[columns]
+
+    def rows(self, rows: slice) -> Head:
+        return replace(self, hidden=self.hidden[rows])
+
+
+class Tile(NamedTuple):
+    """A product and where it stands. It dies with the next one, unless it is kept."""
+
+    rows: slice
+    columns: slice
+    product: Tensor
+
+
+def new_rows(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Uninitialised (rows, columns) for products, each row on a cache line, zeros between the rows.
+
+    The zeros matter: oneDNN's 16-bit products with an odd inner size read one element past each row
+    of their first operand and multiply it by 0, so that a NaN there would reach the wrong row.
+    """
+    line = 64 // like.element_size()
+    buffer = like.new_empty((rows, -(-columns // line) * line))
+    buffer[:, columns:] = 0
+    return buffer[:, :columns]
+
+
+def even_rows(hidden: Tensor) -> Tensor:
+    """`hidden`, copied if its inner size is odd and a NaN could leak between rows: see new_rows."""
+    if hidden.shape[1] % 2 == 0 or hidden.element_size() != 2 or hidden.device.type != "cpu":
+        return hidden
+    return new_rows(hidden, *hidden.shape).copy_(hidden)
+
+
+def slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most `step` that cover [start, stop)."""
+    return (slice(at, min(at + step, stop)) for at in range(start, stop, step))
+
+
+def products(head: Head, plan: Plan, kept: Tensor | None = None) -> Iterator[Tile]:
+    """All tiles, the vocabulary outermost; the first columns go into `kept` (N, K), to stay."""
+    n = head.hidden.shape[0]
+    first = 0 if kept is None else kept.shape[1]
+    if kept is not None:
+        for columns in slices(0, first, plan.tile_columns):
+            product = kept[:, columns]
+            torch.mm(head.hidden, head.weight_chunk(columns).T, out=product)
+            yield Tile(slice(0, n), columns, product)
+    yield from recomputed(head, plan, first)
+
+
+def recomputed(head: Head, plan: Plan, first: int) -> Iterator[Tile]:
+    """Tiles from column `first` on, in one scratch buffer."""
+    if first == head.vocabulary:
+        return
+    n = head.hidden.shape[0]
+    scratch = new_rows(head.hidden, min(plan.tile_rows, n), plan.tile_columns)
+    for columns in slices(first, head.vocabulary, plan.tile_columns):
+        weight = head.weight_chunk(columns)
+        scratch[:, weight.shape[0] :] = 0  # as in new_rows, for a narrower last tile
+        for rows in slices(0, n, plan.tile_rows):
+            hidden = head.hidden[rows]
+            product = scratch[: hidden.shape[0], : weight.shape[0]]
+            yield Tile(rows, columns, torch.mm(hidden, weight.T, out=product))
+
+
+def fold(head: Head, tile: Tile, target: Tensor, state: Tensor, argmax: Tensor, track: int) -> None:
+    """Fold a tile into the running statistics."""
+    head.backend.stats_update(
+        tile.product,
+        head.bias_chunk(tile.columns),
+        head.transform,
+        target[tile.rows],
+        tile.columns.start,
+        state[:, tile.rows],
+        argmax[tile.rows],
+        track,
+    )
+
+
+def statistics(
+    head: Head, target: Tensor, track: int, plan: Plan, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Running state (STATE_ROWS, N) and argmax (N,) after the whole vocabulary."""
+    state, argmax = head.backend.new_state(head.hidden.shape[0], head.hidden.device)
+    for tile in products(head, plan, kept):
+        fold(head, tile, target, state, argmax, track)
+    return state, argmax
+
+
+class RowGradient(NamedTuple):
+    """What turns a product into its gradient, per row: see `dlogits_` of a backend."""
+
+    target: Tensor  # (N,)
+    norm: Tensor  # (2, N)
+    coef: Tensor  # (4, N)
+
+
+class Sum:
+    """``total[rows] += a @ b`` over tiles, in float32 whatever the dtype of the products.
+
+    torch's CPU product of two bfloat16 matrices is rounded to bfloat16, so every partial product is
+    rounded once; their sum is not.
+    """
+
+    def __init__(self, shape: tuple[int, int], like: Tensor) -> None:
+        self.total = torch.zeros(shape, dtype=wide(like.dtype), device=like.device)
+        self.part = None if like.dtype == self.total.dtype else like.new_empty(shape)
+
+    def add(self, rows: slice, a: Tensor, b: Tensor) -> None:
+        if self.part is None:
+            self.total[rows].addmm_(a, b)
+        else:
+            self.total[rows].add_(torch.mm(a, b, out=self.part[rows]))
+
+
+class Gradients:
+    """Accumulates the gradients of hidden, weight and bias, tile by tile."""
+
+    def __init__(
+        self,
+        head: Head,
+        needs: tuple[bool, bool, bool],
+        hidden_dtype: torch.dtype,
+        plan: Plan,
+    ) -> None:
+        self.head, self.hidden_dtype = head, hidden_dtype
+        n, width = head.hidden.shape
+        like = head.hidden
+        self.hidden = Sum((n, width), like) if needs[0] else None
+        self.weight = head.weight.new_empty((head.vocabulary, width)) if needs[1] else None
+        self.bias = None
+        if needs[2]:
+            self.bias = torch.zeros(head.vocabulary, dtype=wide(like.dtype), device=like.device)
+        self.chunk_sum: Sum | None = None
+        self.transposed: Tensor | None = None
+        if needs[1] and head.backend.wants_transpose(like.dtype):
+            rows = min(plan.tile_rows, n)
+            # 32 more than needed keeps the row length off powers of two, whose rows would all fall
+            # into the same cache sets. Zeros: see new_rows.
+            self.transposed = like.new_zeros((plan.tile_columns, rows + 32))
+
+    def add(self, tile: Tile, row_gradient: RowGradient) -> None:
+        """Turn the tile into its gradient, in place, and add its share of every sum."""
+        head, (rows, columns, product) = self.head, tile
+        target, norm, coef = row_gradient
+        flipped = None
+        if self.transposed is not None:
+            flipped = self.transposed[: product.shape[1], : product.shape[0]]
+        head.backend.dlogits_(
+            product,
+            head.bias_chunk(columns),
+            head.transform,
+            target[rows],
+            columns.start,
+            norm[:, rows],
+            coef[:, rows],
+            flipped,
+        )
+        if self.hidden is not None:
+            self.hidden.add(rows, product, head.weight_chunk(columns))
+        if self.weight is not None:
+            self._add_weight(rows, columns, product.T if flipped is None else flipped)
+        if self.bias is not None:
+            self.bias[columns] += product.sum(0, dtype=self.bias.dtype)
+
+    def _add_weight(self, rows: slice, columns: slice, flipped: Tensor) -> None:
+        """DW of these columns: written once if the tile holds all rows, else summed over tiles."""
+        assert self.weight is not None
+        n, out = self.head.hidden.shape[0], self.weight[columns]
+        hidden = self.head.hidden[rows]
+        if rows == slice(0, n) and out.dtype == flipped.dtype:
+            torch.mm(flipped, hidden, out=out)
+            return
+        if rows.start == 0:
+            self.chunk_sum = Sum((out.shape[0], out.shape[1]), self.head.hidden)
+        assert self.chunk_sum is not None
+        self.chunk_sum.add(slice(None), flipped, hidden)
+        if rows.stop == n:
+            out.copy_(self.chunk_sum.total)
+            self.chunk_sum = None
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        hidden = None if self.hidden is None else self.hidden.total.to(self.hidden_dtype)
+        return hidden, self.weight, self.bias
+
+
+def gradients(
+    head: Head,
+    row_gradient: RowGradient,
+    needs: tuple[bool, bool, bool],
+    hidden_dtype: torch.dtype,
+    plan: Plan,
+    kept: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden (in `hidden_dtype`), weight and bias; `kept` products are consumed."""
+    n, width = head.hidden.shape
+    if n == 0:  # every row was dropped
+        zeros = head.hidden.new_zeros
+        return (
+            zeros((0, width), dtype=hidden_dtype) if needs[0] else None,
+            head.weight.new_zeros((head.vocabulary, width)) if needs[1] else None,
+            zeros(head.vocabulary, dtype=wide(head.hidden.dtype)) if needs[2] else None,
+        )
+    if plan.two_passes:
+        hidden = _hidden_by_blocks(head, row_gradient, hidden_dtype, plan)
+        return hidden, *gradients(
+            head, row_gradient, (False, *needs[1:]), hidden_dtype, replace(plan, two_passes=False)
+        )[1:]
+    if needs == (True, False, False) and plan.tile_rows < n:
+        return _hidden_by_blocks(head, row_gradient, hidden_dtype, plan), None, None
+    total = Gradients(head, needs, hidden_dtype, plan)
+    first = 0
+    if kept is not None:
+        first = kept.shape[1]
+        for columns in slices(0, first, plan.tile_columns):
+            total.add(Tile(slice(0, n), columns, kept[:, columns]), row_gradient)
+    for tile in recomputed(head, plan, first):
+        total.add(tile, row_gradient)
+    return total.results()
+
+
+def _hidden_by_blocks(
+    head: Head, row_gradient: RowGradient, hidden_dtype: torch.dtype, plan: Plan
+) -> Tensor:
+    """The gradient of hidden alone, tokens outermost: its running sum is one block of rows."""
+    n, width = head.hidden.shape
+    out = torch.empty((n, width), dtype=hidden_dtype, device=head.hidden.device)
+    for rows in slices(0, n, plan.tile_rows):
+        total = Gradients(head.rows(rows), (True, False, False), hidden_dtype, plan)
+        part = RowGradient(*(value[..., rows] for value in row_gradient))
+        for tile in recomputed(total.head, plan, 0):
+            total.add(tile, part)
+        out[rows] = total.results()[0]  # type: ignore[assignment]  # asked for above
+    return out
+
+
+def forward_gradients(
+    head: Head,
+    target: Tensor,
+    coefficients: Callable[[Tensor], RowGradient],
+    needs: tuple[bool, bool, bool],
+    hidden_dtype: torch.dtype,
+    plan: Plan,
+    track: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of a loss whose upstream gradient is known, without recomputing any product.
+
+    One block of tokens at a time against the whole vocabulary: products, statistics, and through
+    `coefficients` (the block's running state → its row gradient) the gradients. dW is summed in
+    place.
+    """
+    (n, width), vocabulary = head.hidden.shape, head.vocabulary
+    d_hidden = head.hidden.new_empty((n, width), dtype=hidden_dtype) if needs[0] else None
+    d_weight = head.weight.new_zeros((vocabulary, width)) if needs[1] else None
+    d_bias: Tensor | None = None
+    buffer = new_rows(head.hidden, min(plan.tile_rows, n), vocabulary)
+    for rows in slices(0, n, plan.tile_rows):
+        part = head.rows(rows)
+        size = part.hidden.shape[0]
+        kept = buffer[:size]
+        state, _ = statistics(part, target[rows], track, plan, kept)
+        row_gradient = coefficients(state)._replace(target=target[rows])
+        total = Gradients(part, (needs[0], False, needs[2]), hidden_dtype, plan)
+        for columns in slices(0, vocabulary, plan.tile_columns):
+            product = kept[:, columns]
+            total.add(Tile(slice(0, size), columns, product), row_gradient)
+            if d_weight is not None:
+                d_weight[columns].addmm_(product.T, part.hidden)
+        block_hidden, _, block_bias = total.results()
+        if d_hidden is not None and block_hidden is not None:
+            d_hidden[rows] = block_hidden
+        if block_bias is not None:
+            d_bias = block_bias if d_bias is None else d_bias.add_(block_bias)
+    return d_hidden, d_weight, d_bias

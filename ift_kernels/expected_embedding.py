@@ -1,0 +1,228 @@
+"""The mean embedding under a linear head's prediction, without its logits."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ift_kernels import backends, checks, engine, plan
+from ift_kernels.backends import reference as ref
+from ift_kernels.transform import LogitTransform
+
+
+def linear_expected_embedding(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    embedding: Tensor,  # (V, E)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    workspace: int | None = None,
+) -> Tensor:
+    """Expected embedding of the next token, differentiable in every tensor.
+
+    With ``z`` the logits as in `linear_logprobs`, equals::
+
+        softmax(z / temperature, -1) @ embedding        # (..., E)
+
+    The vocabulary is read once in forward, with a running maximum, and once in backward.
+
+    Args:
+        embedding: (V, E), any float dtype; cast to the dtype of the products chunk by chunk.
+        The rest: as `linear_logprobs`.
+
+    Returns:
+        (..., E) in the dtype of `embedding`.
+
+    Raises:
+        TypeError, ValueError: as `linear_logprobs`; `embedding` that does not fit `weight`.
+
+    >>> hidden, weight = torch.randn(3, 16), torch.randn(100, 16)
+    >>> soft = linear_expected_embedding(hidden, weight, weight)
+    >>> torch.allclose(soft, (hidden @ weight.T).softmax(-1) @ weight, atol=1e-5)
+    True
+    """
+    checks.head_arguments(hidden, weight, bias)
+    if not isinstance(embedding, Tensor) or not embedding.dtype.is_floating_point:
+        raise TypeError(f"embedding: expected a floating point Tensor, got {type(embedding)}")
+    if embedding.dim() != 2 or embedding.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"embedding: expected shape (V, E) with V={weight.shape[0]}, "
+            f"got {tuple(embedding.shape)}"
+        )
+    if embedding.device != hidden.device:
+        raise ValueError(
+            f"embedding: expected on {hidden.device} like hidden, got {embedding.device}"
+        )
+    transform = LogitTransform.checked(logit_scale, softcap, temperature)
+    soft, _ = torch.ops.ift_kernels.linear_expected_embedding(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        embedding,
+        transform.scale,
+        transform.softcap,
+        transform.temperature,
+        checks.workspace_bytes(workspace, hidden.device),
+        checks.compute_dtype(hidden, weight),
+    )
+    return cast(Tensor, soft.view(*hidden.shape[:-1], embedding.shape[1]))
+
+
+_lib = torch.library.Library("ift_kernels", "FRAGMENT")
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor embedding"
+_OPTIONS = "float scale, float softcap, float temperature, int workspace, ScalarType dtype"
+_lib.define(f"linear_expected_embedding({_HEAD}, {_OPTIONS}) -> (Tensor soft, Tensor norm)")
+_lib.define(
+    f"linear_expected_embedding_backward({_HEAD}, Tensor soft, Tensor norm, Tensor d_soft,"
+    f" {_OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: tuple[float, float, float, int, torch.dtype],
+) -> engine.Head:
+    scale, softcap, temperature, _, dtype = options
+    bias = None if bias is None else bias.to(engine.wide(dtype)).contiguous()
+    backend = backends.get(hidden, dtype)
+    transform = LogitTransform(scale, softcap, temperature)
+    return engine.Head(backend, engine.even_rows(hidden.to(dtype)), weight, bias, transform)
+
+
+def _plan(head: engine.Head, workspace: int) -> plan.Plan:
+    """Tiles for half of the workspace: the other half is for sums and second products."""
+    (n, width), dtype = head.hidden.shape, head.hidden.dtype
+    return plan.make(plan.Problem(n, head.vocabulary, width, dtype, workspace // 2))
+
+
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    head = _head(hidden, weight, bias, options)
+    n, dtype = hidden.shape[0], head.hidden.dtype
+    state, argmax = head.backend.new_state(n, hidden.device)
+    target = torch.full((n,), -1, dtype=torch.int64, device=hidden.device)
+    total = torch.zeros((n, embedding.shape[1]), dtype=engine.wide(dtype), device=hidden.device)
+    reference_point = torch.zeros((2, n), dtype=total.dtype, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for tile in engine.products(head, _plan(head, options[3])):
+            rows, columns, product = tile
+            here = (product, head.bias_chunk(columns), head.transform)
+            before = state[ref.MAX, rows].clone()
+            engine.fold(head, tile, target, state, argmax, 0)
+            after = state[ref.MAX, rows]
+            reference_point[0, rows] = torch.where(after == -torch.inf, 0.0, after).to(total.dtype)
+            head.backend.probabilities_(*here, reference_point[:, rows])
+            shrink = torch.where(before == -torch.inf, 0.0, (before - after).exp())
+            total[rows] *= shrink.to(total.dtype)[:, None]
+            total[rows] += torch.mm(product, embedding[columns].to(dtype))
+    soft = total / state[ref.SUM].to(total.dtype)[:, None]
+    norm = torch.stack([state[ref.MAX], state[ref.SUM].log()]).to(total.dtype)
+    return soft.to(embedding.dtype), norm
+
+
+def _forward_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    n = hidden.shape[0]
+    soft = embedding.new_empty((n, embedding.shape[1]))
+    return soft, hidden.new_empty((2, n), dtype=engine.wide(options[-1]))
+
+
+def _backward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    embedding: Tensor,
+    soft: Tensor,
+    norm: Tensor,
+    d_soft: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *options, needs = rest
+    head = _head(hidden, weight, bias, tuple(options))
+    dtype = head.hidden.dtype
+    sums = engine.wide(dtype)
+
+    def blank(like: Tensor | None, need: bool) -> Tensor:
+        if like is None or not need:
+            return hidden.new_empty(0)
+        return torch.zeros(like.shape, dtype=sums, device=like.device)
+
+    out = [blank(t, need) for t, need in zip((hidden, weight, bias, embedding), needs, strict=True)]
+    d_hidden, d_weight, d_bias, d_embedding = out
+    upstream = d_soft.to(dtype)
+    # dz_v = p_v·(E_v·g − Σ_u p_u E_u·g), and the sum is the result's own product with g.
+    mean = (soft.to(sums) * d_soft.to(sums)).sum(1, keepdim=True)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows, columns, product in engine.products(head, _plan(head, options[3] // 2)):
+            z = head.transform.apply(product.to(sums), head.bias_chunk(columns))
+            p = (z - norm[0, rows, None] - norm[1, rows, None]).exp()
+            if needs[3]:
+                d_embedding[columns] += torch.mm(p.to(dtype).T, upstream[rows])
+            if not any(needs[:3]):
+                continue
+            along = torch.mm(upstream[rows], embedding[columns].to(dtype).T).to(sums)
+            dx = p * (along - mean[rows]) * head.transform.derivative(z)
+            if needs[0]:
+                d_hidden[rows] += torch.mm(dx.to(dtype), head.weight_chunk(columns))
+            if needs[1]:
+                d_weight[columns] += torch.mm(dx.to(dtype).T, head.hidden[rows])
+            if needs[2] and bias is not None:
+                d_bias[columns] += dx.sum(0)
+    likes = (hidden, weight, bias, embedding)
+    a, b, c, d = (g if t is None else g.to(t.dtype) for g, t in zip(out, likes, strict=True))
+    return a, b, c, d
+
+
+def _backward_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    likes = (hidden, weight, bias, embedding)
+    return tuple(
+        hidden.new_empty(0, dtype=hidden.dtype if t is None else t.dtype)
+        if t is None or not need
+        else t.new_empty(t.shape)
+        for t, need in zip(likes, rest[-1], strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.options = inputs[4:]
+
+
+def _backward(ctx: Any, d_soft: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    nothing: tuple[None, ...] = (None,) * len(ctx.options)
+    if d_soft is None:
+        return (None, None, None, None, *nothing)
+    needs = list(ctx.needs_input_grad[:4])
+    grads = torch.ops.ift_kernels.linear_expected_embedding_backward(
+        *ctx.saved_tensors, d_soft, *ctx.options, needs
+    )
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing)
+
+
+_lib.impl("linear_expected_embedding", _forward, "CompositeExplicitAutograd")
+_lib.impl("linear_expected_embedding_backward", _backward_op, "CompositeExplicitAutograd")
+torch.library.register_fake("ift_kernels::linear_expected_embedding", _forward_fake, lib=_lib)
+torch.library.register_fake(
+    "ift_kernels::linear_expected_embedding_backward", _backward_fake, lib=_lib
+)
+torch.library.register_autograd(
+    "ift_kernels::linear_expected_embedding", _backward, setup_context=_setup_context, lib=_lib
+)
+torch.library.register_autograd(
+    "ift_kernels::linear_expected_embedding_backward",
+    engine.no_double_backward("linear_expected_embedding"),
+    lib=_lib,
+)

@@ -1,0 +1,246 @@
+"""Per-token log-probabilities and statistics of a linear head, without its logits.
+
+The one differentiable primitive of the package; its operators are in `linear_ops`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ift_kernels import backends, checks, loss_op, plan  # noqa: F401  loss_op registers operators
+from ift_kernels.backends import reference as ref
+from ift_kernels.transform import LogitTransform
+
+
+class TokenStats(NamedTuple):
+    """Per-token statistics, shaped like `target`; what was not asked for is None.
+
+    float32 (float64 for float64 inputs), argmax int64. 0 at ignored positions.
+    """
+
+    logprob: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    argmax: Tensor | None = None
+    argmax_logprob: Tensor | None = None
+    second_logprob: Tensor | None = None
+    sum_sq: Tensor | None = None
+    mean_logit: Tensor | None = None
+
+
+# Names of `outputs` and what the epilogue must track for each.
+OUTPUTS = {
+    "logprob": 0,
+    "lse": 0,
+    "entropy": ref.TRACK_ENTROPY,
+    "argmax": ref.TRACK_ARGMAX,
+    "second_logprob": ref.TRACK_SECOND,
+    "sum_sq": ref.TRACK_SQ,
+    "mean_logit": ref.TRACK_MEAN,
+}
+
+
+def linear_logprobs(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    outputs: tuple[str, ...] = ("logprob",),
+    gradient: str = "exact",
+    workspace: int | None = None,
+) -> TokenStats:
+    """Log-probability of each target token, and on request more, differentiable.
+
+    Equals, without ever holding the (tokens, V) logits::
+
+        z = logit_scale * (hidden @ weight.T + bias)
+        z = softcap * tanh(z / softcap)          # if softcap is given
+        logp = log_softmax(z / temperature, dim=-1)
+        logprob = logp.gather(-1, target[..., None])[..., 0]
+        lse = logsumexp(z / temperature, -1);  entropy = -(logp.exp() * logp).sum(-1)
+        argmax = z.argmax(-1)                    # ties go to the lowest id
+        argmax_logprob = logp.amax(-1);  second_logprob = logp.topk(2).values[..., 1]
+        sum_sq = logp.exp().square().sum(-1);  mean_logit = (z / temperature).mean(-1)
+
+    Args:
+        hidden: (..., D), float32, bfloat16, float16 or float64.
+        weight: (V, D), the dtype of `hidden`; under autocast any dtype, the products in autocast's.
+        target: (...) int64 or int32 token ids, already shifted.
+        bias: (V,) or None.
+        ignore_index: positions with this target get 0 in every output and send no gradient.
+        logit_scale, softcap, temperature: the transform above; by default logits stay as they are.
+        outputs: any of "logprob", "lse", "entropy", "argmax" (with its log-probability),
+            "second_logprob", "sum_sq", "mean_logit". Beyond the first two each costs a little.
+        gradient: "exact". Gradients flow from logprob, lse, entropy and mean_logit to hidden,
+            weight and bias, for any upstream gradient; rows where it is all 0 may be skipped.
+        workspace: bytes of work memory, default 256 MiB on CPU and 512 MiB on GPU.
+
+    Returns:
+        TokenStats of float32 tensors shaped like `target`.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or options that do not fit; a target outside
+            [0, V) that is not `ignore_index`.
+        RuntimeError: differentiated twice.
+
+    >>> hidden, weight = torch.randn(2, 5, 16), torch.randn(100, 16)
+    >>> target = torch.randint(100, (2, 5))
+    >>> stats = linear_logprobs(hidden, weight, target, outputs=("logprob", "entropy"))
+    >>> logp = (hidden @ weight.T).log_softmax(-1)
+    >>> torch.allclose(stats.logprob, logp.gather(-1, target[..., None])[..., 0], atol=1e-5)
+    True
+    """
+    checks.one_of("gradient", gradient, ("exact",))
+    track = 0
+    for name in outputs:
+        checks.one_of("outputs", name, OUTPUTS)
+        track |= OUTPUTS[name]
+    transform = LogitTransform.checked(logit_scale, softcap, temperature)
+    stats = _stats(hidden, weight, target, bias, ignore_index, transform, track, workspace)
+    kept = {"argmax_logprob" if name == "argmax" else name for name in outputs} | set(outputs)
+    return TokenStats(*(v if k in kept else None for k, v in stats._asdict().items()))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    gradient: str = "exact",
+    workspace: int | None = None,
+) -> Tensor:
+    """Cross-entropy of a linear head, without its logits.
+
+    With ``z`` the logits as in `linear_logprobs`, equals::
+
+        loss = cross_entropy(z, target, label_smoothing=label_smoothing, reduction="none")
+        loss = loss + z_loss * logsumexp(z, -1).square()
+        loss.sum() / num_items        # reduction "mean"; by default over the targets not ignored
+
+    Args:
+        label_smoothing: weight in [0, 1) of the uniform distribution. Default 0.
+        z_loss: coefficient ≥ 0 of the squared log-sum-exp. Default 0.
+        reduction: "mean", "sum" or "none" (shaped like `target`, 0 at ignored positions).
+        num_items: divisor of "mean", for losses whose mean runs over several calls (gradient
+            accumulation). Default: the number of targets not ignored in this call.
+        The rest: as `linear_logprobs`.
+
+    Returns:
+        float32 scalar, or per-token losses. With every target ignored the mean is 0, not NaN as in
+        ``torch.nn.functional.cross_entropy``: such a batch has nothing to teach.
+
+    Raises:
+        As `linear_logprobs`; ValueError for options outside the ranges above.
+
+    >>> hidden, weight = torch.randn(6, 16), torch.randn(100, 16)
+    >>> target = torch.randint(100, (6,))
+    >>> loss = linear_cross_entropy(hidden, weight, target)
+    >>> torch.allclose(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, target))
+    True
+    """
+    checks.one_of("gradient", gradient, ("exact",))
+    checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing: expected in [0, 1), got {label_smoothing}")
+    if not 0.0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss: expected a finite number ≥ 0, got {z_loss}")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"num_items: only divides reduction 'mean', got reduction {reduction!r}")
+    transform = LogitTransform.checked(logit_scale, softcap, temperature)
+    if reduction == "sum":
+        factor = torch.ones((), device=target.device)
+    else:
+        items = (target != ignore_index).sum().clamp(min=1) if num_items is None else num_items
+        factor = torch.as_tensor(1.0 / items, device=target.device).detach()
+    if reduction != "none" and not torch.compiler.is_compiling():
+        call = _Call(hidden, weight, target, bias, ignore_index, transform, workspace)
+        if call.plan(scalar=True).schedule == "forward":
+            results = torch.ops.ift_kernels.linear_loss(
+                *call.tensors, factor, *call.options, label_smoothing, z_loss, call.needs
+            )
+            return cast(Tensor, results[0])
+    track = ref.TRACK_MEAN if label_smoothing else 0
+    stats = _stats(hidden, weight, target, bias, ignore_index, transform, track, workspace)
+    loss = -stats.logprob
+    if label_smoothing:
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * (stats.lse - stats.mean_logit)
+    if z_loss:
+        loss = loss + z_loss * stats.lse.square()
+    return cast(Tensor, loss if reduction == "none" else loss.sum() * factor.to(loss.dtype))
+
+
+class _Call:
+    """The checked arguments that both operators share."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        ignore_index: int,
+        transform: LogitTransform,
+        workspace: int | None,
+    ) -> None:
+        checks.head_arguments(hidden, weight, bias)
+        dtype = checks.compute_dtype(hidden, weight)
+        self.shape = hidden.shape[:-1]
+        target = checks.token_ids("target", target, self.shape, hidden.device)
+        budget = checks.workspace_bytes(workspace, hidden.device)
+        self.tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.reshape(-1))
+        self.options = (
+            ignore_index, transform.scale, transform.softcap, transform.temperature, budget, dtype,
+        )  # fmt: skip
+        self.needs: list[bool] = [
+            torch.is_grad_enabled() and t is not None and t.requires_grad
+            for t in (hidden, weight, bias)
+        ]
+        # What is kept for backward is consumed in place, which a compiled graph would have to copy.
+        self.schedule = "recompute" if torch.compiler.is_compiling() else plan.forced() or ""
+
+    def plan(self, scalar: bool) -> plan.Plan:
+        """The plan for this call if no target is ignored."""
+        hidden, weight, *_ = self.tensors
+        *_, budget, dtype = self.options
+        problem = plan.Problem(
+            hidden.shape[0], weight.shape[0], weight.shape[1], dtype, budget,
+            need_hidden=self.needs[0], need_weight=self.needs[1], need_bias=self.needs[2],
+            scalar=scalar, same_dtype=weight.dtype == dtype,
+            transpose=backends.get(hidden, dtype).wants_transpose(dtype),
+        )  # fmt: skip
+        return plan.make(problem, plan.ledger.held, self.schedule or None)
+
+
+def _stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    transform: LogitTransform,
+    track: int,
+    workspace: int | None,
+) -> Any:
+    """All of TokenStats that `track` asks for; fields that it does not are empty tensors."""
+    call = _Call(hidden, weight, target, bias, ignore_index, transform, workspace)
+    values = torch.ops.ift_kernels.linear_stats(
+        *call.tensors, *call.options, track, call.needs, call.schedule
+    )
+    return TokenStats(*(v.view(call.shape) if v.shape[0] else v for v in values[:8]))

@@ -1,0 +1,316 @@
+"""The operators behind `linear`: what torch's dispatcher, autograd and compiler see.
+
+Read downward: schemas, what a call needs to know, then `linear_stats` forward and backward over
+`engine`, and its autograd formula.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ift_kernels import backends, engine, plan
+from ift_kernels.backends import reference as ref
+from ift_kernels.transform import LogitTransform
+
+LIB: torch.library.Library = torch.library.Library("ift_kernels", "FRAGMENT")
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
+OPTIONS = (
+    "int ignore_index, float scale, float softcap, float temperature, int workspace,"
+    " ScalarType dtype"
+)
+_UPSTREAM = "Tensor? d_logprob, Tensor? d_lse, Tensor? d_entropy, Tensor? d_mean"
+_STATS = (
+    "Tensor logprob, Tensor lse, Tensor entropy, Tensor argmax, Tensor argmax_logprob,"
+    " Tensor second_logprob, Tensor sum_sq, Tensor mean_logit"
+)
+GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
+LIB.define(
+    f"linear_stats({HEAD}, {OPTIONS}, int track, bool[] needs, str schedule)"
+    f" -> ({_STATS}, Tensor norm, Tensor kept)"
+)
+LIB.define(
+    f"linear_stats_backward({HEAD}, Tensor norm, Tensor entropy, {_UPSTREAM}, {OPTIONS},"
+    f" bool[] needs) -> ({GRADIENTS})"
+)
+# The same with products kept since forward, which it consumes.
+LIB.define(
+    f"linear_stats_backward_kept({HEAD}, Tensor norm, Tensor entropy, {_UPSTREAM}, {OPTIONS},"
+    f" bool[] needs, Tensor(a!) kept) -> ({GRADIENTS})"
+)
+Options = tuple[int, float, float, float, int, torch.dtype]
+Needs = tuple[bool, bool, bool]
+
+
+class Held:
+    """Tensors kept from forward to the first backward, counted against later calls' workspace."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors = tensors
+        self._leave = [plan.ledger.enter(tensor) for tensor in tensors]
+
+    def release(self) -> None:
+        for leave in self._leave:
+            leave()
+
+
+class Call:
+    """One call's rows that count, its head and its problem, whichever operator it came through."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        keep: Tensor,  # (N,) bool
+        options: Options,
+        needs: Needs,
+        scalar: bool = False,
+    ) -> None:
+        _, scale, softcap, temperature, workspace, dtype = options
+        self.dtype = dtype
+        self.all_rows = hidden.shape[0]
+        self.rows = None if bool(keep.all()) else keep.nonzero()[:, 0]
+        if self.rows is not None:
+            hidden = hidden.index_select(0, self.rows)
+            workspace -= hidden.numel() * hidden.element_size()
+        if hidden.dtype != dtype:
+            workspace -= hidden.numel() * dtype.itemsize
+        backend = backends.get(hidden, dtype)
+        self.head = engine.Head(
+            backend,
+            engine.even_rows(hidden.to(dtype)),
+            weight,
+            None if bias is None else bias.to(engine.wide(dtype)).contiguous(),
+            LogitTransform(scale, softcap, temperature),
+        )
+        self.problem = plan.Problem(
+            hidden.shape[0], weight.shape[0], weight.shape[1], dtype, max(workspace, 1), *needs,
+            scalar, weight.dtype == dtype, backend.wants_transpose(dtype),
+        )  # fmt: skip
+
+    def select(self, value: Tensor) -> Tensor:
+        """The rows that count of (..., N)."""
+        return value if self.rows is None else value.index_select(-1, self.rows)
+
+    def scatter(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """(..., n) back to all rows, 0 elsewhere."""
+        if self.rows is None:
+            return value.to(dtype)
+        out = torch.zeros((*value.shape[:-1], self.all_rows), dtype=dtype, device=value.device)
+        return out.index_copy_(-1, self.rows, value.to(dtype))
+
+    def scatter_hidden(self, d_hidden: Tensor) -> Tensor:
+        if self.rows is None:
+            return d_hidden
+        out = d_hidden.new_zeros((self.all_rows, d_hidden.shape[1]))
+        return out.index_copy_(0, self.rows, d_hidden)
+
+
+def check_targets(target: Tensor, valid: Tensor, vocabulary: int) -> None:
+    """Raise a ValueError for a target outside the vocabulary, where looking costs no stall."""
+    if target.device.type != "cpu" or not target.numel():
+        return  # elsewhere a check would stall the device's queue
+    bad = valid & ((target < 0) | (target >= vocabulary))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"target: expected ids in [0, {vocabulary}) or ignore_index, got {int(target[at])} "
+            f"at flat position {at}"
+        )
+
+
+def row_values(state: Tensor, argmax: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
+    """The outputs of `linear_stats` up to `norm`, from the final running state; float64."""
+    top, total = state[ref.MAX], state[ref.SUM]
+    log_sum = total.log()
+    return (
+        (state[ref.TARGET] - top) - log_sum,
+        top + log_sum,
+        log_sum - state[ref.E_Z] / total,
+        argmax,
+        -log_sum,
+        (state[ref.SECOND] - top) - log_sum,
+        state[ref.E_SQ] / total.square(),
+        state[ref.Z_SUM] / vocabulary,
+        torch.stack([top, log_sum]),
+    )
+
+
+def row_coefficients(
+    norm: Tensor,
+    entropy: Tensor,
+    vocabulary: int,
+    d_logprob: Tensor | None,
+    d_lse: Tensor | None,
+    d_entropy: Tensor | None,
+    d_mean: Tensor | None,
+) -> Tensor:
+    """`coef` (4, N) of `dlogits_` from upstream gradients.
+
+    With a, b, c, d those of logprob, entropy, lse and mean logit (docs/mathematics.md),
+    dz_j = a·1[j = target] + p_j·(c − a − b·(log p_j + H)) + d/V.
+    """
+    zero = torch.zeros_like(norm[0])
+    a, b, c, d = (zero if g is None else g for g in (d_logprob, d_entropy, d_lse, d_mean))
+    one = c - a if d_entropy is None else c - a - b * entropy
+    return torch.stack([a, one, -b, d / vocabulary]).to(norm.dtype)
+
+
+# --- linear_stats --------------------------------------------------------------------------------
+
+
+def _tracked(track: int) -> tuple[int, ...]:
+    """Which outputs of `linear_stats` are asked for."""
+    return (
+        1, 1, track & ref.TRACK_ENTROPY, track & ref.TRACK_ARGMAX, track & ref.TRACK_ARGMAX,
+        track & ref.TRACK_SECOND, track & ref.TRACK_SQ, track & ref.TRACK_MEAN, 1,
+    )  # fmt: skip
+
+
+def _stats(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, track, needs, schedule = rest
+    valid = target != options[0]
+    check_targets(target, valid, weight.shape[0])
+    call = Call(hidden, weight, bias, valid, tuple(options), tuple(needs))
+    chosen = plan.make(call.problem, plan.ledger.held, schedule or None)
+    kept = engine.new_rows(call.head.hidden, call.problem.rows, chosen.keep_columns)
+    with torch.autocast(hidden.device.type, enabled=False):
+        state, argmax = engine.statistics(
+            call.head, call.select(target), track, chosen, kept if chosen.keep_columns else None
+        )
+    values = row_values(state, argmax, weight.shape[0])
+    dtype = engine.wide(call.dtype)
+    out = (
+        call.scatter(v, v.dtype if v.dtype == torch.int64 else dtype)
+        if asked
+        else hidden.new_empty(0, dtype=dtype)
+        for v, asked in zip(values, _tracked(track), strict=True)
+    )
+    return (*out, kept)
+
+
+def _stats_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, track, _, _ = rest
+    n, dtype = hidden.shape[0], engine.wide(options[-1])
+    out = [
+        hidden.new_empty(n if asked else 0, dtype=torch.int64 if i == 3 and asked else dtype)
+        for i, asked in enumerate(_tracked(track))
+    ]
+    out[8] = hidden.new_empty((2, n), dtype=dtype)
+    return (*out, hidden.new_empty((n, 0), dtype=options[-1]))
+
+
+def _stats_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    norm: Tensor,
+    entropy: Tensor,
+    d_logprob: Tensor | None,
+    d_lse: Tensor | None,
+    d_entropy: Tensor | None,
+    d_mean: Tensor | None,
+    *rest: Any,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *options, needs = rest
+    coef = row_coefficients(norm, entropy, weight.shape[0], d_logprob, d_lse, d_entropy, d_mean)
+    valid = target != options[0]
+    # Rows without upstream gradient teach nothing. A NaN upstream is not 0 and so stays in.
+    count = valid & (coef != 0).any(0)
+    if kept is not None and 3 * int(count.sum()) < 2 * kept.shape[0]:
+        kept = None  # three products on these rows alone cost less than two on all
+    if kept is not None:
+        count = valid
+    call = Call(hidden, weight, bias, count, tuple(options), tuple(needs))
+    held = 0 if kept is None else kept.numel() * kept.element_size()
+    problem = call.problem.with_less_workspace(held)
+    chosen = plan.make(problem, 0, "recompute")
+    with torch.autocast(hidden.device.type, enabled=False):
+        d_hidden, d_weight, d_bias = engine.gradients(
+            call.head,
+            engine.RowGradient(call.select(target), call.select(norm), call.select(coef)),
+            tuple(needs),
+            hidden.dtype,
+            chosen,
+            kept,
+        )
+    return (
+        hidden.new_empty(0) if d_hidden is None else call.scatter_hidden(d_hidden),
+        hidden.new_empty(0) if d_weight is None else d_weight,
+        hidden.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
+    )
+
+
+def _stats_backward_kept(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _stats_backward(*args[:-1], kept=args[-1])
+
+
+def gradients_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of the gradients; the last non-tensor argument says which are asked for."""
+    needs = next(value for value in reversed(rest) if not isinstance(value, Tensor))
+    return (
+        torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
+        weight.new_empty(weight.shape) if needs[1] else hidden.new_empty(0),
+        bias.new_empty(bias.shape) if needs[2] and bias is not None else hidden.new_empty(0),
+    )
+
+
+def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, target, *options = inputs
+    ctx.mark_non_differentiable(*(output[i] for i in (3, 4, 5, 6, 8, 9)))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, target, output[8], output[2])
+    ctx.options = options[:6]
+    # Not saved: consumed by the first backward, in place; a second one recomputes.
+    ctx.kept = Held(output[9:]) if output[9].shape[1] else None
+
+
+def _stats_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing: tuple[None, ...] = (None,) * 10
+    d_logprob, d_lse, d_entropy, d_mean = grads[0], grads[1], grads[2], grads[7]
+    if d_logprob is None and d_lse is None and d_entropy is None and d_mean is None:
+        return (None, None, None, *nothing)
+    needs = list(ctx.needs_input_grad[:3])
+    args = (*ctx.saved_tensors, d_logprob, d_lse, d_entropy, d_mean, *ctx.options, needs)
+    if (
+        ctx.kept is None or torch.is_grad_enabled()
+    ):  # create_graph: the plain operator refuses clearly
+        results = torch.ops.ift_kernels.linear_stats_backward(*args)
+    else:
+        held, ctx.kept = ctx.kept, None
+        results = torch.ops.ift_kernels.linear_stats_backward_kept(*args, held.tensors[0])
+        held.release()
+    return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
+
+
+def register(
+    name: str, implementation: Any, fake: Any, autograd: Any = None, setup: Any = None
+) -> None:
+    """Give a defined operator its implementation (any device), fake and derivative."""
+    LIB.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ift_kernels::{name}", fake, lib=LIB)
+    if autograd is not None:
+        torch.library.register_autograd(
+            f"ift_kernels::{name}", autograd, setup_context=setup, lib=LIB
+        )
+
+
+register("linear_stats", _stats, _stats_fake, _stats_autograd, _stats_setup)
+register(
+    "linear_stats_backward",
+    _stats_backward,
+    gradients_fake,
+    engine.no_double_backward("linear_logprobs"),
+)
+register("linear_stats_backward_kept", _stats_backward_kept, gradients_fake)

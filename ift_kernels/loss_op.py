@@ -1,0 +1,115 @@
+"""The operator behind a scalar `linear_cross_entropy`: its gradients are formed in forward.
+
+The loss is `factor` times the sum of
+``(smoothing − 1)·logp + smoothing·(lse − mean z) + z_loss·lse²`` over the rows that count, so its
+upstream gradients are known as soon as a row's statistics are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ift_kernels import engine, linear_ops, plan
+from ift_kernels.backends import reference as ref
+
+linear_ops.LIB.define(
+    f"linear_loss({linear_ops.HEAD}, Tensor factor, {linear_ops.OPTIONS}, float smoothing,"
+    " float z_loss, bool[] needs)"
+    f" -> (Tensor loss, Tensor norm, {linear_ops.GRADIENTS})"
+)
+
+
+def _loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, factor: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, smoothing, z_loss, needs = rest
+    valid = target != options[0]
+    linear_ops.check_targets(target, valid, weight.shape[0])
+    call = linear_ops.Call(hidden, weight, bias, valid, tuple(options), tuple(needs), scalar=True)
+    chosen = plan.make(call.problem, plan.ledger.held, "forward")
+    vocabulary, dtype = weight.shape[0], engine.wide(call.dtype)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    norms = []
+
+    def coefficients(state: Tensor) -> engine.RowGradient:
+        logprob, lse, *_, mean, norm = linear_ops.row_values(state, state, vocabulary)
+        loss = z_loss * lse.square() - (1 - smoothing) * logprob
+        if smoothing:
+            loss = loss + smoothing * (lse - mean)
+        total.add_(loss.sum())
+        norms.append(norm.to(dtype))
+        upstream = loss_upstream(norm, factor, smoothing, z_loss)
+        coef = linear_ops.row_coefficients(norms[-1], norm[0], vocabulary, *upstream)
+        return engine.RowGradient(target, norms[-1], coef)
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        d_hidden, d_weight, d_bias = engine.forward_gradients(
+            call.head,
+            call.select(target),
+            coefficients,
+            tuple(needs),
+            hidden.dtype,
+            chosen,
+            ref.TRACK_MEAN if smoothing else 0,
+        )
+    norm = torch.cat(norms, 1) if norms else hidden.new_empty((2, 0), dtype=dtype)
+    return (
+        (total * factor).to(dtype),
+        call.scatter(norm, dtype),
+        hidden.new_empty(0) if d_hidden is None else call.scatter_hidden(d_hidden),
+        hidden.new_empty(0) if d_weight is None else d_weight,
+        hidden.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
+    )
+
+
+def loss_upstream(
+    norm: Tensor, factor: Tensor, smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, None, Tensor]:
+    """Upstream gradients of logprob, lse, entropy and mean logit of the loss."""
+    lse = norm.sum(0)
+    each = factor.to(lse.dtype).expand_as(lse)
+    return (smoothing - 1) * each, (smoothing + 2 * z_loss * lse) * each, None, -smoothing * each
+
+
+def _loss_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, factor: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, _, _, needs = rest
+    dtype = engine.wide(options[-1])
+    gradients = linear_ops.gradients_fake(hidden, weight, bias, needs)
+    norm = hidden.new_empty((2, hidden.shape[0]), dtype=dtype)
+    return hidden.new_empty((), dtype=dtype), norm, *gradients
+
+
+def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, target, factor, *options = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(hidden, weight, bias, target, factor, output[1])
+    ctx.options = options
+    ctx.gradients = linear_ops.Held(output[2:])
+
+
+def _loss_autograd(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    nothing: tuple[None, ...] = (None,) * 11
+    hidden, weight, bias, target, factor, norm = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    if ctx.gradients is None or torch.is_grad_enabled():
+        *options, smoothing, z_loss, _ = ctx.options
+        rows = loss_upstream(norm, factor * upstream, smoothing, z_loss)
+        results = torch.ops.ift_kernels.linear_stats_backward(
+            hidden, weight, bias, target, norm, norm[0], *rows, *options, needs
+        )
+    else:
+        held, ctx.gradients = ctx.gradients, None
+        results = held.tensors
+        held.release()
+        if not (upstream.device.type == "cpu" and float(upstream) == 1.0):
+            for gradient in results:
+                gradient.mul_(upstream)
+    return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
+
+
+linear_ops.register("linear_loss", _loss, _loss_fake, _loss_autograd, _loss_setup)

@@ -1,0 +1,222 @@
+"""Which schedule a call takes, with which tiles, inside how much memory: the cost model.
+
+All products of the head cost the same N·V·D multiply-adds, so the model counts them; epilogues cost
+a few percent of one and memory traffic less, so neither changes the choice. The schedules, cheapest
+first wherever they fit:
+
+* ``statistics``: no gradient asked for. 1 product.
+* ``keep``: products stay in the workspace until backward as far as they fit, a share s of the
+  vocabulary; the rest is recomputed. 1 + (1 − s) products, +1 for each of dh and dW.
+* ``forward``: scalar losses whose upstream gradient is known: gradients are formed in forward, one
+  block of tokens at a time, so nothing is recomputed. 1 product, +1 for each of dh and dW. Sums
+  over blocks go straight into dW, so it needs dW in the dtype of the products and that to be at
+  least float32, or no dW.
+* ``recompute``: ``keep`` with s = 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ift_kernels import checks
+
+SCHEDULES = ("recompute", "keep", "forward")
+
+# A tile of products should still be in cache when the epilogue reads it.
+TILE_BYTES = 16 << 20
+MAX_COLUMNS = 8192
+ALIGN = 64  # columns: every row of a tile starts on a cache line
+MIN_KEEP = 1024  # columns: less is not worth a second code path
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("ift_schedule", default=None)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: `rows` tokens that count, and what is asked."""
+
+    rows: int
+    vocabulary: int
+    width: int
+    dtype: torch.dtype  # of the products
+    workspace: int
+    need_hidden: bool = False
+    need_weight: bool = False
+    need_bias: bool = False
+    scalar: bool = False
+    same_dtype: bool = True  # head weight (and its gradient) in the dtype of the products
+    transpose: bool = False  # the backend wants the gradient of a tile transposed as well
+
+    @property
+    def any_gradient(self) -> bool:
+        return self.need_hidden or self.need_weight or self.need_bias
+
+    def with_less_workspace(self, taken: int) -> Problem:
+        return replace(self, workspace=max(self.workspace - taken, 1))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is carried out. `explain` shows one."""
+
+    schedule: str
+    tile_rows: int
+    tile_columns: int
+    keep_columns: int  # columns whose products are kept until backward
+    products: float  # in units of N·V·D multiply-adds, forward and backward together
+    two_passes: (
+        bool  # dh and dW from separate recomputations, because dh's running sum does not fit
+    )
+    held_bytes: int  # kept from forward to backward
+    peak_bytes: int  # of work memory, at most
+
+    def __str__(self) -> str:
+        return (
+            f"{self.schedule}: {self.products:.2f} products of N*V*D, tiles of {self.tile_rows} x "
+            f"{self.tile_columns}, {self.keep_columns} columns kept ({self.held_bytes / 2**20:.0f} "
+            f"MiB), work memory {self.peak_bytes / 2**20:.0f} MiB"
+            + (", dh and dW in two passes" if self.two_passes else "")
+        )
+
+
+def tile(rows: int, columns: int, itemsize: int, budget: int) -> tuple[int, int]:
+    """Rows and columns of a tile: all rows if that leaves 256 columns, which vendor GEMMs want."""
+    elements = max(min(budget, TILE_BYTES) // itemsize, ALIGN)
+    tile_rows = max(1, min(rows, elements // min(columns, 256)))
+    tile_columns = min(elements // tile_rows, MAX_COLUMNS)
+    if tile_columns < columns:
+        tile_columns = max(ALIGN, tile_columns // ALIGN * ALIGN)
+    return tile_rows, min(tile_columns, columns)
+
+
+def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None) -> Plan:
+    """The cheapest plan that fits; `schedule` forces one (as far as it can serve the call)."""
+    p = problem
+    n, itemsize = max(p.rows, 1), p.dtype.itemsize
+    budget = p.workspace
+    if not p.any_gradient:
+        rows, columns = tile(n, p.vocabulary, itemsize, budget)
+        return Plan("statistics", rows, columns, 0, 1.0, False, 0, rows * columns * itemsize)
+    per_gradient = p.need_hidden + (p.need_weight or p.need_bias)
+    # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it.
+    sums = n * p.width * (4 + itemsize) if p.need_hidden and itemsize < 4 else 0
+    too_big = sums > budget - budget // 8
+    two_passes = too_big and per_gradient == 2
+    if too_big:
+        sums = 0
+    # A tile, its transpose, and a chunk of the weight if that must be cast.
+    copies = 2 if p.transpose and p.need_weight else 1
+    rows, columns = tile(n, p.vocabulary, itemsize * copies, (budget - sums) // 2)
+    tile_bytes = rows * columns * itemsize * copies
+    cast = 0 if p.same_dtype else columns * p.width * (itemsize + 4)
+    work = sums + tile_bytes + cast
+    keep = 0
+    if schedule != "recompute" and not two_passes and rows == n:
+        keep = max(0, budget - held_elsewhere - work) // (n * itemsize)
+        keep = p.vocabulary if keep >= p.vocabulary else keep // columns * columns
+        keep = 0 if keep < min(MIN_KEEP, p.vocabulary) else keep
+    if (
+        p.scalar
+        and keep < p.vocabulary
+        and schedule in (None, "forward")
+        and (schedule == "forward" or held_elsewhere == 0)
+        and (not p.need_weight or (itemsize >= 4 and p.same_dtype))
+    ):
+        per_row = p.vocabulary * itemsize + p.width * (4 + itemsize)
+        block = max(1, min(n, budget // per_row))
+        if block >= min(n, 128):
+            peak = block * per_row
+            return Plan("forward", block, columns, p.vocabulary, 1.0 + per_gradient, False, 0, peak)
+    held = keep * n * itemsize
+    share = keep / p.vocabulary
+    return Plan(
+        "keep" if keep else "recompute",
+        rows,
+        columns,
+        keep,
+        1.0 + (1.0 - share) * (2 if two_passes else 1) + per_gradient,
+        two_passes,
+        held,
+        held + work,
+    )
+
+
+@contextlib.contextmanager
+def use_schedule(name: str) -> Iterator[None]:
+    """Force a schedule ("recompute", "keep" or "forward") inside the ``with`` block.
+
+    One that cannot serve a call (``forward`` without a scalar loss, say) gives way to ``keep``.
+
+    Raises:
+        ValueError: `name` is none of the three.
+    """
+    checks.one_of("name", name, SCHEDULES)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced() -> str | None:
+    """The schedule asked for by `use_schedule`, or None."""
+    return _forced.get()
+
+
+def explain(
+    rows: int,
+    vocabulary: int,
+    width: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    need_hidden: bool = True,
+    need_weight: bool = True,
+    scalar: bool = False,
+    workspace: int | None = None,
+    device: str | torch.device = "cpu",
+) -> Plan:
+    """The plan that a call of this size would follow: schedule, tiles, products, bytes.
+
+    Args:
+        rows, vocabulary, width: N (targets that are not ignored), V, D.
+        dtype: of hidden and weight.
+        need_hidden, need_weight: which inputs require gradients.
+        scalar: the loss is `linear_cross_entropy` with reduction "mean" or "sum".
+        workspace, device: as the operations.
+
+    >>> print(explain(2048, 32000, 1024, torch.bfloat16).schedule)
+    keep
+    """
+    device = torch.device(device)
+    budget = checks.workspace_bytes(workspace, device)
+    problem = Problem(
+        rows, vocabulary, width, dtype, budget, need_hidden, need_weight, False, scalar,
+        transpose=device.type == "cpu" and dtype.itemsize == 2,
+    )  # fmt: skip
+    return make(problem, ledger.held, forced())
+
+
+class Ledger:
+    """Bytes that forward calls keep for a backward that has not come yet, over all calls."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    def enter(self, tensor: Tensor) -> Callable[[], object]:
+        """Count `tensor` for as long as it lives, or until the returned function is called."""
+        size = tensor.numel() * tensor.element_size()
+        self.held += size
+        return weakref.finalize(tensor, self._leave, size)
+
+    def _leave(self, size: int) -> None:
+        self.held -= size
+
+
+ledger = Ledger()
