@@ -1,0 +1,1 @@
+"""Measurements, and the baselines that they and the tests compare with."""

@@ -1,0 +1,35 @@
+"""The last step of a loss: the divisor, which may belong to a larger batch than this call's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def divide(total: Tensor, name: str, count: float | Tensor) -> Tensor:
+    """``total / count``, with a `count` of 0 (nothing to average) giving `total`, which is then 0.
+
+    Args:
+        total: scalar.
+        name: the argument that `count` came from, for the errors.
+        count: at least 0; a number, or a tensor that holds one.
+    """
+    if isinstance(count, Tensor):
+        if count.numel() != 1:
+            raise ValueError(f"{name}: expected one number, got shape {tuple(count.shape)}")
+        count = count.to(total).reshape(())  # its value is not read: that would synchronise
+        return total / torch.where(count == 0, 1, count)
+    if isinstance(count, bool) or not isinstance(count, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(count).__name__}")
+    if not count >= 0:
+        raise ValueError(f"{name}: expected at least 0, got {count}")
+    return total / (count or 1)
+
+
+def mean_over_rows(
+    per_row: Tensor,  # (rows,), 0 where the row has no tokens
+    tokens: Tensor,  # (rows,)
+    num_rows: float | Tensor | None,
+) -> Tensor:
+    """Mean over `num_rows` rows; by default over those of `per_row` that have tokens."""
+    return divide(per_row.sum(), "num_rows", (tokens > 0).sum() if num_rows is None else num_rows)
