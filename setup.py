@@ -36,11 +36,12 @@ FLAGS = shlex.split(
     "-O3 -std=c++17 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -fno-math-errno "
     "-DNDEBUG -Wall -Wextra"
 )
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 X86_ISAS = {
-    "avx2": shlex.split("-mavx2 -mfma -mf16c"),
-    "avx512": shlex.split(
-        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
-    ),
+    "avx2": AVX2.split(),
+    "avx512": AVX512.split(),
+    "avx512bf16": [*AVX512.split(), "-mavx512bf16"],
 }
 PROBE = """
 #include <Python.h>
@@ -67,7 +68,8 @@ class Compiler:
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if is_macos() else ["-shared"]
         self.link = [*shared, *openmp, *env_flags("ARCHFLAGS"), *env_flags("LDFLAGS")]
         if not openmp:
-            self.compile.append("-Wno-unknown-pragmas")
+            # Without the pragmas nothing reads the thread counts.
+            self.compile += ["-Wno-unknown-pragmas", "-Wno-unused", "-Wno-unused-parameter"]
 
     def why_not(self) -> str:
         """Empty if a small Python extension compiles and links, else the compiler's first error."""
@@ -192,8 +194,11 @@ def write_ninja(path: Path, library: Path, pybind11_include: str) -> None:
     built = [f"-DIFT_ISA_{isa.upper()}=1" for isa in isas if isa != "base"]
     flags = [*cxx.compile, f"-isystem{pybind11_include}", *built]
 
+    def literal(text: str) -> str:
+        return text.replace("$", "$$")
+
     def shell(words: list[str]) -> str:
-        return shlex.join(words).replace("$", "$$")
+        return literal(shlex.join(words))
 
     with path.open("w") as file:
         graph = ninja_syntax.Writer(file)
@@ -203,12 +208,12 @@ def write_ninja(path: Path, library: Path, pybind11_include: str) -> None:
         graph.rule("link", f"{command} $in -o $out {shell(cxx.link)}", "linking $out")
         objects = []
         for source in COMMON:
-            objects += graph.build(f"{source.stem}.o", "compile", str(source))
+            objects += graph.build(f"{source.stem}.o", "compile", literal(str(source)))
         for source in PER_ISA:
             for isa, wider in isas.items():
                 variables = {"isa": shell([f"-DIFT_ISA={isa}", *wider])}
                 name = f"{source.stem}.{isa}.o"
-                objects += graph.build(name, "compile", str(source), variables=variables)
+                objects += graph.build(name, "compile", literal(str(source)), variables=variables)
         graph.build(library.name, "link", objects)
 
 

@@ -29,6 +29,34 @@ def unit_interval(name: str, value: float) -> float:
     return float(value)
 
 
+def number(name: str, value: object) -> float:
+    """`value` as a float, or a TypeError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def integer(name: str, value: object) -> int:
+    """`value` as an int, or a TypeError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    return value
+
+
+def item_count(name: str, value: object, device: torch.device) -> Tensor:
+    """A positive number, or a tensor of one element, as a float64 scalar tensor without gradient.
+
+    A tensor's value is not looked at: on a GPU that would stall the queue.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}")
+        return value.detach().reshape(()).to(device, torch.float64)
+    if not number(name, value) > 0:
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+    return torch.tensor(value, dtype=torch.float64, device=device)
+
+
 def same_shape(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
     """Raise a ValueError unless both tensors have the same shape and device."""
     if tensor.shape != like.shape:
@@ -105,12 +133,14 @@ def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     named = [("hidden", hidden), ("weight", weight), *([] if bias is None else [("bias", bias)])]
     for name, value in named:
         floating(name, value)
+        if value.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
         if value.dtype.itemsize < 2:
             raise TypeError(f"{name}: expected 16-bit floats or wider, got {value.dtype}")
         if value.device != hidden.device:
             raise ValueError(f"{name}: expected on {hidden.device} like hidden, got {value.device}")
-    if hidden.dim() < 1:
-        raise ValueError("hidden: expected shape (..., D), got a scalar")
+    if hidden.dim() < 1 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden: expected shape (..., D) with D > 0, got {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
             f"weight: expected shape (V, D) with D={hidden.shape[-1]} and V > 0, "
@@ -152,8 +182,6 @@ def workspace_bytes(workspace: int | None, device: torch.device) -> int:
     """The budget of work memory in bytes."""
     if workspace is None:
         return DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cuda"])
-    if isinstance(workspace, bool) or not isinstance(workspace, int):
-        raise TypeError(f"workspace: expected an int (bytes), got {type(workspace).__name__}")
-    if workspace < MIN_WORKSPACE:
+    if not MIN_WORKSPACE <= integer("workspace", workspace) < 2**60:
         raise ValueError(f"workspace: expected at least {MIN_WORKSPACE} bytes, got {workspace}")
     return workspace

@@ -5,12 +5,14 @@ The one differentiable primitive of the package; its operators are in `linear_op
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ift_kernels import backends, checks, loss_op, plan  # noqa: F401  loss_op registers operators
+from ift_kernels import backends, checks, linear_ops, plan
+from ift_kernels import loss_op as _loss_op  # noqa: F401  registers an operator
 from ift_kernels.backends import reference as ref
 from ift_kernels.transform import LogitTransform
 
@@ -99,6 +101,9 @@ def linear_logprobs(
     True
     """
     checks.one_of("gradient", gradient, ("exact",))
+    checks.integer("ignore_index", ignore_index)
+    if isinstance(outputs, str) or not isinstance(outputs, Collection):
+        raise TypeError(f"outputs: expected a tuple of names, got {outputs!r}")
     track = 0
     for name in outputs:
         checks.one_of("outputs", name, OUTPUTS)
@@ -157,18 +162,20 @@ def linear_cross_entropy(
     """
     checks.one_of("gradient", gradient, ("exact",))
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
-    if not 0.0 <= label_smoothing < 1.0:
+    checks.integer("ignore_index", ignore_index)
+    if not 0.0 <= checks.number("label_smoothing", label_smoothing) < 1.0:
         raise ValueError(f"label_smoothing: expected in [0, 1), got {label_smoothing}")
-    if not 0.0 <= z_loss < float("inf"):
+    if not 0.0 <= checks.number("z_loss", z_loss) < float("inf"):
         raise ValueError(f"z_loss: expected a finite number ≥ 0, got {z_loss}")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: only divides reduction 'mean', got reduction {reduction!r}")
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
     if reduction == "sum":
-        factor = torch.ones((), device=target.device)
+        factor = torch.ones((), dtype=torch.float64, device=hidden.device)
+    elif num_items is None:
+        factor = (target != ignore_index).sum().clamp(min=1).double().reciprocal()
     else:
-        items = (target != ignore_index).sum().clamp(min=1) if num_items is None else num_items
-        factor = torch.as_tensor(1.0 / items, device=target.device).detach()
+        factor = checks.item_count("num_items", num_items, hidden.device).reciprocal()
     if reduction != "none" and not torch.compiler.is_compiling():
         call = _Call(hidden, weight, target, bias, ignore_index, transform, workspace)
         if call.plan(scalar=True).schedule == "forward":
@@ -204,7 +211,12 @@ class _Call:
         self.shape = hidden.shape[:-1]
         target = checks.token_ids("target", target, self.shape, hidden.device)
         budget = checks.workspace_bytes(workspace, hidden.device)
-        self.tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.reshape(-1))
+        self.tensors = (
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            bias,
+            target.reshape(-1).contiguous(),
+        )
         self.options = (
             ignore_index, transform.scale, transform.softcap, transform.temperature, budget, dtype,
         )  # fmt: skip
@@ -243,4 +255,7 @@ def _stats(
     values = torch.ops.ift_kernels.linear_stats(
         *call.tensors, *call.options, track, call.needs, call.schedule
     )
-    return TokenStats(*(v.view(call.shape) if v.shape[0] else v for v in values[:8]))
+    asked = linear_ops.tracked(track)[:8]
+    return TokenStats(
+        *(v.view(call.shape) if a else v for v, a in zip(values[:8], asked, strict=True))
+    )

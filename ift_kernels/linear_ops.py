@@ -131,7 +131,7 @@ def row_values(state: Tensor, argmax: Tensor, vocabulary: int) -> tuple[Tensor, 
         top + log_sum,
         log_sum - state[ref.E_Z] / total,
         argmax,
-        -log_sum,
+        (top - top) - log_sum,  # NaN, not +inf, where every token is masked out
         (state[ref.SECOND] - top) - log_sum,
         state[ref.E_SQ] / total.square(),
         state[ref.Z_SUM] / vocabulary,
@@ -162,7 +162,7 @@ def row_coefficients(
 # --- linear_stats --------------------------------------------------------------------------------
 
 
-def _tracked(track: int) -> tuple[int, ...]:
+def tracked(track: int) -> tuple[int, ...]:
     """Which outputs of `linear_stats` are asked for."""
     return (
         1, 1, track & ref.TRACK_ENTROPY, track & ref.TRACK_ARGMAX, track & ref.TRACK_ARGMAX,
@@ -189,7 +189,7 @@ def _stats(
         call.scatter(v, v.dtype if v.dtype == torch.int64 else dtype)
         if asked
         else hidden.new_empty(0, dtype=dtype)
-        for v, asked in zip(values, _tracked(track), strict=True)
+        for v, asked in zip(values, tracked(track), strict=True)
     )
     return (*out, kept)
 
@@ -201,7 +201,7 @@ def _stats_fake(
     n, dtype = hidden.shape[0], engine.wide(options[-1])
     out = [
         hidden.new_empty(n if asked else 0, dtype=torch.int64 if i == 3 and asked else dtype)
-        for i, asked in enumerate(_tracked(track))
+        for i, asked in enumerate(tracked(track))
     ]
     out[8] = hidden.new_empty((2, n), dtype=dtype)
     return (*out, hidden.new_empty((n, 0), dtype=options[-1]))

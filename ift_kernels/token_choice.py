@@ -64,11 +64,11 @@ def linear_token(
     checks.head_arguments(hidden, weight, bias)
     checks.one_of("rule", rule, RULES)
     limit = min(MAX_K, weight.shape[0])
-    if rule == "topk" and not 1 <= k <= limit:
+    if rule == "topk" and not 1 <= checks.integer("k", k) <= limit:
         raise ValueError(f"k: expected in [1, {limit}], got {k}")
-    if not -(2**63) <= seed < 2**64:
+    if not -(2**63) <= checks.integer("seed", seed) < 2**64:
         raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
-    if not 0 <= row_offset < 2**62:
+    if not 0 <= checks.integer("row_offset", row_offset) < 2**62:
         raise ValueError(f"row_offset: expected in [0, 2**62), got {row_offset}")
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
     ids, logprob = torch.ops.ift_kernels.linear_token(
@@ -148,7 +148,7 @@ def _linear_token(
     track = 0 if sample or k > 1 else ref.TRACK_ARGMAX
     best = torch.full((n, 1 if sample else k), -torch.inf, dtype=wide, device=device)
     ids = torch.full(best.shape, 0 if sample else -1, dtype=torch.int64, device=device)
-    logit = torch.zeros(n, dtype=wide, device=device)
+    logit = torch.full((n,), -torch.inf, dtype=wide, device=device)
     numbers = torch.arange(row_offset, row_offset + n, device=device)
     with torch.autocast(device.type, enabled=False):
         for tile in engine.products(head, plan.make(problem)):
@@ -167,7 +167,7 @@ def _linear_token(
         return ids[:, 0].contiguous(), ((logit - top) - log_sum).to(wide)
     if k > 1:
         return ids[:, -1].contiguous(), ((best[:, -1] - top) - log_sum).to(wide)
-    return argmax, (-log_sum).to(wide)
+    return argmax, ((top - top) - log_sum).to(wide)
 
 
 _lib.impl("linear_token", _linear_token, "CompositeExplicitAutograd")

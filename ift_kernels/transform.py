@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ift_kernels import checks
+
+_LEAST = 1e-18  # kernels divide by, and multiply with, temperature and softcap in float32
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -22,13 +26,21 @@ class LogitTransform:
         cls, logit_scale: float, softcap: float | None, temperature: float
     ) -> LogitTransform:
         """The transform of the public arguments, or a ValueError that names the bad one."""
-        if not math.isfinite(logit_scale):
-            raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
-        if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-            raise ValueError(f"softcap: expected None or a positive finite number, got {softcap}")
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
-        return cls(float(logit_scale), float(softcap or 0.0), float(temperature))
+        scale = checks.number("logit_scale", logit_scale)
+        cap = 0.0 if softcap is None else checks.number("softcap", softcap)
+        temperature = checks.number("temperature", temperature)
+        if not math.isfinite(scale):
+            raise ValueError(f"logit_scale: expected a finite number, got {scale}")
+        if softcap is not None and not _LEAST <= cap <= 1 / _LEAST:
+            raise ValueError(
+                f"softcap: expected None or a positive number that float32 can divide by, got {cap}"
+            )
+        if not _LEAST <= temperature <= 1 / _LEAST:
+            raise ValueError(
+                f"temperature: expected a positive number that float32 can divide by, "
+                f"got {temperature}"
+            )
+        return cls(scale, cap, temperature)
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Logits of raw products `x` (…, V), in the dtype of `x`."""

@@ -40,10 +40,14 @@ void gradient_block(T* x, const Chunk& c, const Transform<kCapped, kBiased>& f, 
   const vf top = splat(rows.norm[r]), log_sum = splat(rows.norm[rows.norm_ld + r]);
   const float hit = rows.coef[r], per_log_p = rows.coef[2 * rows.coef_ld + r];
   const vf one = splat(rows.coef[rows.coef_ld + r]), flat = splat(rows.coef[3 * rows.coef_ld + r]);
-  auto plain = [&](vf z) { return (vexp((z - top) - log_sum) * one + flat) * f.slope(z); };
+  const vf slope = f.slope((vf){}), sloped_one = one * slope, sloped_flat = flat * slope;
+  auto plain = [&](vf z) {
+    vf p = vexp_small((z - top) - log_sum);
+    return kCapped ? (p * one + flat) * f.slope(z) : p * sloped_one + sloped_flat;
+  };
   auto with_entropy = [&](vf z) {
     vf log_p = (z - top) - log_sum;
-    vf p = vexp(log_p);
+    vf p = vexp_small(log_p);
     // 0 * (-inf) of a masked-out token must stay 0.
     vf tail = p == (vf){} ? (vf){} : per_log_p * log_p;
     return (p * (one + tail) + flat) * f.slope(z);
@@ -97,7 +101,7 @@ void probabilities(const Chunk& c, const float* norm, int64_t norm_ld) {
     const Transform<decltype(capped)::value, decltype(biased)::value> f(c);
     each_row<T>(c, [&](int64_t r, T* x) {
       const vf top = splat(norm[r]), log_sum = splat(norm[norm_ld + r]);
-      rewrite(x, c, f, 0, c.cols, [&](vf z) { return vexp((z - top) - log_sum); });
+      rewrite(x, c, f, 0, c.cols, [&](vf z) { return vexp_small((z - top) - log_sum); });
     });
   });
 }

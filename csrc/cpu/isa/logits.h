@@ -23,7 +23,7 @@ struct Transform {
   vf logit(vf x, vf b) const {
     if (kBiased) x = x + b;
     x = x * pre;
-    return kCapped ? post * vtanh(x) : x;
+    return rounded(kCapped ? post * vtanh(x) : x);
   }
   // dz/dx, from the logit.
   vf slope(vf z) const {
@@ -34,7 +34,7 @@ struct Transform {
 };
 
 // Block of columns whose logits are kept in the first-level cache between two passes.
-constexpr int kBlock = 512;
+constexpr int kBlock = 1024;
 
 // The logits of columns [begin, begin + n) of a row into `z`, padded with -inf to whole vectors;
 // returns their maximum (NaNs are passed over).
@@ -61,6 +61,51 @@ inline float read_block(const T* row, const float* bias, const Transform<kCapped
     m0 = vmax(z0, m0);
   }
   return maximum(vmax(m0, m1));
+}
+
+// The largest of x[0, n), whole vectors; NaNs may be passed over.
+inline float raw_maximum(const float* x, int n) {
+  vf m0 = splat(-kInf), m1 = m0, m2 = m0, m3 = m0;
+  int i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    m0 = vmax(load(x + i), m0);
+    m1 = vmax(load(x + i + W), m1);
+    m2 = vmax(load(x + i + 2 * W), m2);
+    m3 = vmax(load(x + i + 3 * W), m3);
+  }
+  for (; i < n; i += W) m0 = vmax(load(x + i), m0);
+  return maximum(vmax(vmax(m0, m1), vmax(m2, m3)));
+}
+
+// 16-bit floats order like their bits once those of negative numbers are flipped.
+template <class T>
+inline float raw_maximum(const T* x, int n) {
+  static_assert(sizeof(T) == 2, "16-bit floats");
+  typedef int16_t vs __attribute__((vector_size(W * 4)));
+  vs m0, m1;
+  auto ordered = [](const T* p) {
+    vs v;
+    std::memcpy(&v, p, sizeof v);
+    return v ^ ((v >> 15) & 0x7FFF);
+  };
+  m0 = m1 = ordered(x);
+  int i = 2 * W;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    vs a = ordered(x + i), b = ordered(x + i + 2 * W);
+    m0 = a > m0 ? a : m0;
+    m1 = b > m1 ? b : m1;
+  }
+  for (; i < n; i += 2 * W) {
+    vs a = ordered(x + i);
+    m0 = a > m0 ? a : m0;
+  }
+  m0 = m0 > m1 ? m0 : m1;
+  int16_t lanes[2 * W], top;
+  std::memcpy(lanes, &m0, sizeof m0);
+  top = lanes[0];
+  for (int j = 1; j < 2 * W; ++j) top = std::max(top, lanes[j]);
+  T raw{static_cast<uint16_t>(top ^ ((top >> 15) & 0x7FFF))};
+  return to_float(raw);
 }
 
 // Calls body(row, T*) for every row of the chunk, rows split among the threads.

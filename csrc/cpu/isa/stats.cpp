@@ -1,6 +1,6 @@
 // Running row statistics of a chunk of products: one read of the chunk, nothing written to it.
 //
-// Per block of 512 columns: logits into the first-level cache with their maximum, then the sums
+// Per block of columns: logits into the first-level cache with their maximum, then the sums
 // relative to the running maximum. Floor: bytes of the chunk over memory bandwidth where it comes from
 // memory, about 20 vector instructions per vector of logits (most of them exp) where it is in cache.
 #include <type_traits>
@@ -16,20 +16,24 @@ struct RowState {
   int64_t argmax;
 };
 
+// A new maximum: what was summed so far is expressed relative to it.
+inline void raise(RowState& s, double top) {
+  if (s.max != -kInf) {
+    double moved = s.max - top, shrink = std::exp(moved);
+    s.e_z = shrink * (s.e_z + moved * s.sum);
+    s.sum *= shrink;
+    s.e_sq *= shrink * shrink;
+  }
+  s.max = top;
+}
+
 template <int kTrack>
 inline void fold_block(RowState& s, const float* z, int n, float top, int64_t first_id, int track) {
   // A NaN is the maximum, as in torch.argmax, and stays it: it makes every sum NaN from here on.
   if (top > s.max || (s.max == -kInf && top == -kInf)) {
-    double old = s.max;
-    if (track & kTop2) s.second = old;
-    s.max = top;
+    if (track & kTop2) s.second = s.max;
     if (top != -kInf) {
-      if (old != -kInf) {
-        double moved = old - s.max, shrink = std::exp(moved);
-        s.e_z = shrink * (s.e_z + moved * s.sum);
-        s.sum *= shrink;
-        s.e_sq *= shrink * shrink;
-      }
+      raise(s, top);
       if (track & kArgmax) {
         int at = 0;
         while (z[at] != top) ++at;
@@ -42,7 +46,7 @@ inline void fold_block(RowState& s, const float* z, int n, float top, int64_t fi
   int i = 0;
   auto one = [&](vf zi, vf& total) {
     vf centred = zi - m;
-    vf e = vexp(centred);
+    vf e = vexp_small(centred);
     total += e;
     if (kTrack & kEntropy) e_z += pick(e == (vf){}, (vf){}, e * centred);
     if (kTrack & kSq) e_sq += e * e;
@@ -78,10 +82,46 @@ inline void fold_block(RowState& s, const float* z, int n, float top, int64_t fi
   }
 }
 
+// Whole blocks of plain logits z = mul * x, mul > 0, for the sums that most calls want: the maximum
+// comes from the raw bits, the logits are read twice from the first-level cache and stored nowhere.
+// Returns false, with nothing changed, where a NaN or an infinity needs the careful way.
+template <bool kWithEntropy, class T>
+inline bool fold_plain(RowState& s, const T* x, int n, vf mul, int64_t first_id, int track) {
+  const float raw = raw_maximum(x, n), top = raw * mul[0];
+  if (!(std::fabs(top) < kInf) || s.max != s.max) return false;
+  const double base = std::max<double>(s.max, top);
+  const vf m = splat(static_cast<float>(base));
+  vf sum0{}, sum1{}, e_z0{}, e_z1{};
+  for (int i = 0; i < n; i += 2 * W) {
+    vf c0 = rounded(load(x + i) * mul) - m, c1 = rounded(load(x + i + W) * mul) - m;
+    vf e0 = vexp_small(c0), e1 = vexp_small(c1);
+    sum0 += e0;
+    sum1 += e1;
+    if (kWithEntropy) {  // exp is 0 from -87.33 down, and so must be its product with -inf
+      e_z0 += e0 * vmax(c0, splat(-100.0f));
+      e_z1 += e1 * vmax(c1, splat(-100.0f));
+    }
+  }
+  const float total = sum(sum0 + sum1);
+  if (!(total < kInf)) return false;  // a NaN that the maximum passed over
+  if (top > s.max) {
+    raise(s, top);
+    if (track & kArgmax) {
+      int at = 0;
+      while (to_float(x[at]) != raw) ++at;
+      s.argmax = first_id + at;
+    }
+  }
+  s.sum += total;
+  if (kWithEntropy) s.e_z += sum(e_z0 + e_z1);
+  return true;
+}
+
 template <int kTrack, class T, bool kCapped, bool kBiased>
 void stats_rows(const Chunk& c, const int64_t* target, double* state, int64_t ld, int64_t* argmax,
                 int track) {
   const Transform<kCapped, kBiased> f(c);
+  const bool fast = !kCapped && !kBiased && !(kTrack & ~kEntropy) && !(track & kTop2) && f.pre[0] > 0;
   each_row<T>(c, [&](int64_t r, const T* row) {
     alignas(64) float z[kBlock + W];
     double* at = state + r;
@@ -89,6 +129,9 @@ void stats_rows(const Chunk& c, const int64_t* target, double* state, int64_t ld
                at[kZSum * ld], at[kSecond * ld], argmax[r]};
     for (int64_t begin = 0; begin < c.cols; begin += kBlock) {
       int n = static_cast<int>(std::min<int64_t>(kBlock, c.cols - begin));
+      if (fast && n == kBlock &&
+          fold_plain<(kTrack & kEntropy) != 0>(s, row + begin, n, f.pre, c.offset + begin, track))
+        continue;
       float top = read_block(row, c.bias, f, begin, n, z);
       fold_block<kTrack>(s, z, n, top, c.offset + begin, track);
     }

@@ -42,6 +42,20 @@ inline vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 #else
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
 #endif
+// Keeps the compiler from fusing the rounding of v into what follows. Logits must be the same rounded
+// number wherever they are formed: statistics relative to one and gradients relative to another would
+// leave probabilities that do not sum to 1 by |z| times the rounding unit.
+inline vf rounded(vf v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 template <class To, class From>
 inline To bits(From a) {
   To b;
@@ -68,7 +82,10 @@ inline vf load(const bf16* p) {
 #endif
 }
 inline void store(bf16* p, vf v) {
-#ifdef __AVX512F__
+#if defined(__AVX512BF16__)
+  __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &h, sizeof h);
+#elif defined(__AVX512F__)
   __m512i w = _mm512_castps_si512((__m512)v);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(w, 16), _mm512_set1_epi32(1));
   __m512i r = _mm512_add_epi32(_mm512_add_epi32(w, _mm512_set1_epi32(0x7FFF)), odd);
@@ -151,44 +168,42 @@ inline float maximum(vf v) {
   return m;
 }
 
-// exp to about 1 ulp; 0 below -87.3 (no subnormal results), +inf above 88.7, NaN stays NaN.
-inline vf vexp(vf x) {
-#ifdef __AVX512F__
-  // vscalefps multiplies by a power of two in one instruction and handles overflow by itself.
-  vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | 8);
-  vf r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-#else
-  vf c = x > 88.8f ? splat(88.8f) : x;
-  c = c < -87.4f ? splat(-87.4f) : c;
-  // Adding 1.5·2^23 rounds to an integer in the low bits.
-  vf shifted = c * 1.44269504f + 12582912.0f;
-  vf n = shifted - 12582912.0f;
-  vf r = c - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-#endif
+// 2^n * exp(r) for |r| <= ln(2) / 2, where n is an integer and r = x - n * ln(2).
+inline vf exp_reduced(vf r) {
   vf p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  return p * (r * r) + r + 1.0f;
+}
+
+// exp to about 1 ulp; 0 below -87.3 (no subnormal results), NaN stays NaN. For x <= 88 only.
+inline vf vexp_small(vf x) {
 #ifdef __AVX512F__
+  // vscalefps multiplies by a power of two in one instruction.
+  vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | 8);
+  vf r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
   // Not below -87.33 (a NaN is not below): there the result is 0, without subnormals on the way.
   __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-87.33f), _CMP_NLT_UQ);
-  // exp(inf) = inf: n is infinite and r is NaN there.
-  __mmask16 huge = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(88.8f), _CMP_GT_OQ);
-  __m512 y = _mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
-  return (vf)_mm512_mask_mov_ps(y, huge, (__m512)splat(kInf));
+  return (vf)_mm512_maskz_scalef_ps(normal, (__m512)exp_reduced(r), (__m512)n);
 #else
-  // Two factors, because 2^128 alone is not a float.
+  vf c = x < -87.4f ? splat(-87.4f) : x;
+  // Adding 1.5 * 2^23 rounds to an integer in the low bits.
+  vf shifted = c * 1.44269504f + 12582912.0f;
+  vf n = shifted - 12582912.0f;
+  vf r = c - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
   vi k = bits<vi>(shifted) - bits<int32_t>(12582912.0f);
-  vi half = k >> 1;
-  vf y = p * bits<vf>((half + 127) << 23) * bits<vf>((k - half + 127) << 23);
+  vf y = exp_reduced(r) * bits<vf>((k + 127) << 23);
   return x < -87.33f ? splat(0.0f) : y;
 #endif
 }
+
+// The same for any x: +inf above 88.
+inline vf vexp(vf x) { return x > 88.0f ? splat(kInf) : vexp_small(x); }
 
 // Natural logarithm of a positive normal number, to about 1 ulp.
 inline vf vlog(vf x) {
