@@ -70,8 +70,9 @@ class Tile(NamedTuple):
 def new_rows(like: Tensor, rows: int, columns: int) -> Tensor:
     """Uninitialised (rows, columns) for products, each row on a cache line, zeros between the rows.
 
-    The zeros matter: oneDNN's 16-bit products with an odd inner size read one element past each row
-    of their first operand and multiply it by 0, so that a NaN there would reach the wrong row.
+    The zeros matter: oneDNN's 16-bit products read the rows of their first operand up to the next
+    multiple of 64 bytes and multiply what is beyond by 0, so that a NaN there would reach the wrong
+    row.
     """
     line = 64 // like.element_size()
     buffer = like.new_empty((rows, -(-columns // line) * line))
@@ -79,11 +80,12 @@ def new_rows(like: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[:, :columns]
 
 
-def even_rows(hidden: Tensor) -> Tensor:
-    """`hidden`, copied if its inner size is odd and a NaN could leak between rows: see new_rows."""
-    if hidden.shape[1] % 2 == 0 or hidden.element_size() != 2 or hidden.device.type != "cpu":
-        return hidden
-    return new_rows(hidden, *hidden.shape).copy_(hidden)
+def padded_rows(matrix: Tensor) -> Tensor:
+    """`matrix` as the first operand of a product: copied where a NaN could leak, see new_rows."""
+    whole_lines = matrix.shape[1] * matrix.element_size() % 64 == 0
+    if whole_lines or matrix.element_size() != 2 or matrix.device.type != "cpu":
+        return matrix
+    return new_rows(matrix, *matrix.shape).copy_(matrix)
 
 
 def slices(start: int, stop: int, step: int) -> Iterator[slice]:
@@ -177,6 +179,7 @@ class Gradients:
         needs: tuple[bool, bool, bool],
         hidden_dtype: torch.dtype,
         plan: Plan,
+        tile_rows: int,
     ) -> None:
         self.head, self.hidden_dtype = head, hidden_dtype
         n, width = head.hidden.shape
@@ -189,10 +192,9 @@ class Gradients:
         self.chunk_sum: Sum | None = None
         self.transposed: Tensor | None = None
         if needs[1] and head.backend.wants_transpose(like.dtype):
-            rows = min(plan.tile_rows, n)
             # 32 more than needed keeps the row length off powers of two, whose rows would all fall
             # into the same cache sets. Zeros: see new_rows.
-            self.transposed = like.new_zeros((plan.tile_columns, rows + 32))
+            self.transposed = like.new_zeros((plan.tile_columns, tile_rows + 32))
 
     def add(self, tile: Tile, row_gradient: RowGradient) -> None:
         """Turn the tile into its gradient, in place, and add its share of every sum."""
@@ -201,6 +203,7 @@ class Gradients:
         flipped = None
         if self.transposed is not None:
             flipped = self.transposed[: product.shape[1], : product.shape[0]]
+            self.transposed[:, product.shape[0] :][:, :32] = 0  # see new_rows
         head.backend.dlogits_(
             product,
             head.bias_chunk(columns),
@@ -256,14 +259,15 @@ def gradients(
             head.weight.new_zeros((head.vocabulary, width)) if needs[1] else None,
             zeros(head.vocabulary, dtype=wide(head.hidden.dtype)) if needs[2] else None,
         )
-    if plan.two_passes:
+    if needs[0] and plan.hidden_rows < n:
         hidden = _hidden_by_blocks(head, row_gradient, hidden_dtype, plan)
-        return hidden, *gradients(
-            head, row_gradient, (False, *needs[1:]), hidden_dtype, replace(plan, two_passes=False)
-        )[1:]
-    if needs == (True, False, False) and plan.tile_rows < n:
-        return _hidden_by_blocks(head, row_gradient, hidden_dtype, plan), None, None
-    total = Gradients(head, needs, hidden_dtype, plan)
+        if not any(needs[1:]):
+            return hidden, None, None
+        needs = (False, needs[1], needs[2])
+        return hidden, *gradients(head, row_gradient, needs, hidden_dtype, plan)[1:]
+    total = Gradients(
+        head, needs, hidden_dtype, plan, n if kept is not None else min(plan.tile_rows, n)
+    )
     first = 0
     if kept is not None:
         first = kept.shape[1]
@@ -280,8 +284,8 @@ def _hidden_by_blocks(
     """The gradient of hidden alone, tokens outermost: its running sum is one block of rows."""
     n, width = head.hidden.shape
     out = torch.empty((n, width), dtype=hidden_dtype, device=head.hidden.device)
-    for rows in slices(0, n, plan.tile_rows):
-        total = Gradients(head.rows(rows), (True, False, False), hidden_dtype, plan)
+    for rows in slices(0, n, plan.hidden_rows):
+        total = Gradients(head.rows(rows), (True, False, False), hidden_dtype, plan, 0)
         part = RowGradient(*(value[..., rows] for value in row_gradient))
         for tile in recomputed(total.head, plan, 0):
             total.add(tile, part)
@@ -307,7 +311,9 @@ def forward_gradients(
     (n, width), vocabulary = head.hidden.shape, head.vocabulary
     d_hidden = head.hidden.new_empty((n, width), dtype=hidden_dtype) if needs[0] else None
     d_weight = head.weight.new_zeros((vocabulary, width)) if needs[1] else None
-    d_bias: Tensor | None = None
+    d_bias = None
+    if needs[2]:
+        d_bias = head.hidden.new_zeros(vocabulary, dtype=wide(head.hidden.dtype))
     buffer = new_rows(head.hidden, min(plan.tile_rows, n), vocabulary)
     for rows in slices(0, n, plan.tile_rows):
         part = head.rows(rows)
@@ -315,7 +321,7 @@ def forward_gradients(
         kept = buffer[:size]
         state, _ = statistics(part, target[rows], track, plan, kept)
         row_gradient = coefficients(state)._replace(target=target[rows])
-        total = Gradients(part, (needs[0], False, needs[2]), hidden_dtype, plan)
+        total = Gradients(part, (needs[0], False, needs[2]), hidden_dtype, plan, 0)
         for columns in slices(0, vocabulary, plan.tile_columns):
             product = kept[:, columns]
             total.add(Tile(slice(0, size), columns, product), row_gradient)
@@ -324,6 +330,6 @@ def forward_gradients(
         block_hidden, _, block_bias = total.results()
         if d_hidden is not None and block_hidden is not None:
             d_hidden[rows] = block_hidden
-        if block_bias is not None:
-            d_bias = block_bias if d_bias is None else d_bias.add_(block_bias)
+        if d_bias is not None and block_bias is not None:
+            d_bias += block_bias
     return d_hidden, d_weight, d_bias

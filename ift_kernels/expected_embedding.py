@@ -93,7 +93,7 @@ def _head(
     bias = None if bias is None else bias.to(engine.wide(dtype)).contiguous()
     backend = backends.get(hidden, dtype)
     transform = LogitTransform(scale, softcap, temperature)
-    return engine.Head(backend, engine.even_rows(hidden.to(dtype)), weight, bias, transform)
+    return engine.Head(backend, engine.padded_rows(hidden.to(dtype)), weight, bias, transform)
 
 
 def _plan(head: engine.Head, workspace: int) -> plan.Plan:
@@ -158,7 +158,7 @@ def _backward_op(
 
     out = [blank(t, need) for t, need in zip((hidden, weight, bias, embedding), needs, strict=True)]
     d_hidden, d_weight, d_bias, d_embedding = out
-    upstream = d_soft.to(dtype)
+    upstream = engine.padded_rows(d_soft.to(dtype))
     # dz_v = p_v·(E_v·g − Σ_u p_u E_u·g), and the sum is the result's own product with g.
     mean = (soft.to(sums) * d_soft.to(sums)).sum(1, keepdim=True)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -171,10 +171,11 @@ def _backward_op(
                 continue
             along = torch.mm(upstream[rows], embedding[columns].to(dtype).T).to(sums)
             dx = p * (along - mean[rows]) * head.transform.derivative(z)
+            narrow = product.copy_(dx)  # where its rows are padded
             if needs[0]:
-                d_hidden[rows] += torch.mm(dx.to(dtype), head.weight_chunk(columns))
+                d_hidden[rows] += torch.mm(narrow, head.weight_chunk(columns))
             if needs[1]:
-                d_weight[columns] += torch.mm(dx.to(dtype).T, head.hidden[rows])
+                d_weight[columns] += torch.mm(narrow.T, head.hidden[rows])
             if needs[2] and bias is not None:
                 d_bias[columns] += dx.sum(0)
     likes = (hidden, weight, bias, embedding)

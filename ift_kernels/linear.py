@@ -109,7 +109,7 @@ def linear_logprobs(
         checks.one_of("outputs", name, OUTPUTS)
         track |= OUTPUTS[name]
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
-    stats = _stats(hidden, weight, target, bias, ignore_index, transform, track, workspace)
+    stats = _Call(hidden, weight, target, bias, ignore_index, transform, workspace).stats(track)
     kept = {"argmax_logprob" if name == "argmax" else name for name in outputs} | set(outputs)
     return TokenStats(*(v if k in kept else None for k, v in stats._asdict().items()))
 
@@ -170,21 +170,23 @@ def linear_cross_entropy(
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: only divides reduction 'mean', got reduction {reduction!r}")
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
+    call = _Call(hidden, weight, target, bias, ignore_index, transform, workspace)
     if reduction == "sum":
         factor = torch.ones((), dtype=torch.float64, device=hidden.device)
     elif num_items is None:
-        factor = (target != ignore_index).sum().clamp(min=1).double().reciprocal()
+        factor = (call.tensors[3] != ignore_index).sum().clamp(min=1).double().reciprocal()
     else:
-        factor = checks.item_count("num_items", num_items, hidden.device).reciprocal()
-    if reduction != "none" and not torch.compiler.is_compiling():
-        call = _Call(hidden, weight, target, bias, ignore_index, transform, workspace)
-        if call.plan(scalar=True).schedule == "forward":
-            results = torch.ops.ift_kernels.linear_loss(
-                *call.tensors, factor, *call.options, label_smoothing, z_loss, call.needs
-            )
-            return cast(Tensor, results[0])
+        items = checks.item_count("num_items", num_items, hidden.device)
+        # A step of accumulation without any target teaches nothing: 0, not 0/0.
+        factor = torch.where(items == 0, 0.0, 1.0 / items)
+    early = reduction != "none" and call.schedule != "recompute"
+    if early and call.plan(scalar=True).schedule == "forward":
+        results = torch.ops.ift_kernels.linear_loss(
+            *call.tensors, factor, *call.options, label_smoothing, z_loss, call.needs
+        )
+        return cast(Tensor, results[0])
     track = ref.TRACK_MEAN if label_smoothing else 0
-    stats = _stats(hidden, weight, target, bias, ignore_index, transform, track, workspace)
+    stats = call.stats(track)
     loss = -stats.logprob
     if label_smoothing:
         loss = (1.0 - label_smoothing) * loss + label_smoothing * (stats.lse - stats.mean_logit)
@@ -224,8 +226,7 @@ class _Call:
             torch.is_grad_enabled() and t is not None and t.requires_grad
             for t in (hidden, weight, bias)
         ]
-        # What is kept for backward is consumed in place, which a compiled graph would have to copy.
-        self.schedule = "recompute" if torch.compiler.is_compiling() else plan.forced() or ""
+        self.schedule = plan.forced_or_safe()
 
     def plan(self, scalar: bool) -> plan.Plan:
         """The plan for this call if no target is ignored."""
@@ -237,25 +238,12 @@ class _Call:
             scalar=scalar, same_dtype=weight.dtype == dtype,
             transpose=backends.get(hidden, dtype).wants_transpose(dtype),
         )  # fmt: skip
-        return plan.make(problem, plan.ledger.held, self.schedule or None)
+        return plan.make(problem, 0, self.schedule or None)
 
-
-def _stats(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    transform: LogitTransform,
-    track: int,
-    workspace: int | None,
-) -> Any:
-    """All of TokenStats that `track` asks for; fields that it does not are empty tensors."""
-    call = _Call(hidden, weight, target, bias, ignore_index, transform, workspace)
-    values = torch.ops.ift_kernels.linear_stats(
-        *call.tensors, *call.options, track, call.needs, call.schedule
-    )
-    asked = linear_ops.tracked(track)[:8]
-    return TokenStats(
-        *(v.view(call.shape) if a else v for v, a in zip(values[:8], asked, strict=True))
-    )
+    def stats(self, track: int) -> Any:
+        """All of TokenStats that `track` asks for; the other fields are empty tensors."""
+        values = torch.ops.ift_kernels.linear_stats(
+            *self.tensors, *self.options, track, self.needs, self.schedule
+        )
+        pairs = zip(values[:8], linear_ops.tracked(track)[:8], strict=True)
+        return TokenStats(*(v.view(self.shape) if asked else v for v, asked in pairs))

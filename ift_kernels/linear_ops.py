@@ -75,19 +75,20 @@ class Call:
         self.rows = None if bool(keep.all()) else keep.nonzero()[:, 0]
         if self.rows is not None:
             hidden = hidden.index_select(0, self.rows)
-            workspace -= hidden.numel() * hidden.element_size()
-        if hidden.dtype != dtype:
-            workspace -= hidden.numel() * dtype.itemsize
+        # Copies count, but the products keep a quarter of the budget: less would crawl.
+        copies = (self.rows is not None) * hidden.element_size()
+        copies += (hidden.dtype != dtype) * dtype.itemsize
+        workspace = max(workspace - hidden.numel() * copies, workspace // 4)
         backend = backends.get(hidden, dtype)
         self.head = engine.Head(
             backend,
-            engine.even_rows(hidden.to(dtype)),
+            engine.padded_rows(hidden.to(dtype)),
             weight,
             None if bias is None else bias.to(engine.wide(dtype)).contiguous(),
             LogitTransform(scale, softcap, temperature),
         )
         self.problem = plan.Problem(
-            hidden.shape[0], weight.shape[0], weight.shape[1], dtype, max(workspace, 1), *needs,
+            hidden.shape[0], weight.shape[0], weight.shape[1], dtype, workspace, *needs,
             scalar, weight.dtype == dtype, backend.wants_transpose(dtype),
         )  # fmt: skip
 
@@ -231,9 +232,8 @@ def _stats_backward(
     if kept is not None:
         count = valid
     call = Call(hidden, weight, bias, count, tuple(options), tuple(needs))
-    held = 0 if kept is None else kept.numel() * kept.element_size()
-    problem = call.problem.with_less_workspace(held)
-    chosen = plan.make(problem, 0, "recompute")
+    # Of the same problem, so that with `kept` beside it everything fits as forward has planned.
+    chosen = plan.make(call.problem, 0, "recompute")
     with torch.autocast(hidden.device.type, enabled=False):
         d_hidden, d_weight, d_bias = engine.gradients(
             call.head,

@@ -29,7 +29,9 @@ def _loss(
     valid = target != options[0]
     linear_ops.check_targets(target, valid, weight.shape[0])
     call = linear_ops.Call(hidden, weight, bias, valid, tuple(options), tuple(needs), scalar=True)
-    chosen = plan.make(call.problem, plan.ledger.held, "forward")
+    chosen = plan.make(call.problem, 0, "forward")
+    # Gradients that earlier calls hold, or too few rows a block: backward recomputes instead.
+    early = chosen.schedule == "forward" and plan.ledger.held == 0
     vocabulary, dtype = weight.shape[0], engine.wide(call.dtype)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     norms = []
@@ -45,16 +47,17 @@ def _loss(
         coef = linear_ops.row_coefficients(norms[-1], norm[0], vocabulary, *upstream)
         return engine.RowGradient(target, norms[-1], coef)
 
+    d_hidden = d_weight = d_bias = None
+    track = ref.TRACK_MEAN if smoothing else 0
+    rows = call.select(target)
     with torch.autocast(hidden.device.type, enabled=False):
-        d_hidden, d_weight, d_bias = engine.forward_gradients(
-            call.head,
-            call.select(target),
-            coefficients,
-            tuple(needs),
-            hidden.dtype,
-            chosen,
-            ref.TRACK_MEAN if smoothing else 0,
-        )
+        if early:
+            d_hidden, d_weight, d_bias = engine.forward_gradients(
+                call.head, rows, coefficients, tuple(needs), hidden.dtype, chosen, track
+            )
+        else:
+            chosen = plan.make(call.problem, 0, "recompute")
+            coefficients(engine.statistics(call.head, rows, track, chosen)[0])
     norm = torch.cat(norms, 1) if norms else hidden.new_empty((2, 0), dtype=dtype)
     return (
         (total * factor).to(dtype),
@@ -89,7 +92,8 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(hidden, weight, bias, target, factor, output[1])
     ctx.options = options
-    ctx.gradients = linear_ops.Held(output[2:])
+    formed = any(gradient.numel() for gradient in output[2:])
+    ctx.gradients = linear_ops.Held(output[2:]) if formed else None
 
 
 def _loss_autograd(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

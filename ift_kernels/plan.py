@@ -20,7 +20,7 @@ import contextlib
 import contextvars
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,9 +58,6 @@ class Problem:
     def any_gradient(self) -> bool:
         return self.need_hidden or self.need_weight or self.need_bias
 
-    def with_less_workspace(self, taken: int) -> Problem:
-        return replace(self, workspace=max(self.workspace - taken, 1))
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -71,9 +68,8 @@ class Plan:
     tile_columns: int
     keep_columns: int  # columns whose products are kept until backward
     products: float  # in units of N·V·D multiply-adds, forward and backward together
-    two_passes: (
-        bool  # dh and dW from separate recomputations, because dh's running sum does not fit
-    )
+    # Rows whose float32 sum of dh is held at once; fewer than N: dh in a pass of its own.
+    hidden_rows: int
     held_bytes: int  # kept from forward to backward
     peak_bytes: int  # of work memory, at most
 
@@ -82,7 +78,7 @@ class Plan:
             f"{self.schedule}: {self.products:.2f} products of N*V*D, tiles of {self.tile_rows} x "
             f"{self.tile_columns}, {self.keep_columns} columns kept ({self.held_bytes / 2**20:.0f} "
             f"MiB), work memory {self.peak_bytes / 2**20:.0f} MiB"
-            + (", dh and dW in two passes" if self.two_passes else "")
+            f", dh summed over {self.hidden_rows} rows at a time"
         )
 
 
@@ -103,14 +99,15 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
     budget = p.workspace
     if not p.any_gradient:
         rows, columns = tile(n, p.vocabulary, itemsize, budget)
-        return Plan("statistics", rows, columns, 0, 1.0, False, 0, rows * columns * itemsize)
+        return Plan("statistics", rows, columns, 0, 1.0, n, 0, rows * columns * itemsize)
     per_gradient = p.need_hidden + (p.need_weight or p.need_bias)
     # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it.
-    sums = n * p.width * (4 + itemsize) if p.need_hidden and itemsize < 4 else 0
-    too_big = sums > budget - budget // 8
-    two_passes = too_big and per_gradient == 2
-    if too_big:
-        sums = 0
+    per_row = p.width * (4 + itemsize) if p.need_hidden and itemsize < 4 else 0
+    hidden_rows = n
+    if n * per_row > budget - budget // 8:
+        hidden_rows = max(1, budget // 2 // per_row)
+    two_passes = hidden_rows < n and per_gradient == 2
+    sums = hidden_rows * per_row
     # A tile, its transpose, and a chunk of the weight if that must be cast.
     copies = 2 if p.transpose and p.need_weight else 1
     rows, columns = tile(n, p.vocabulary, itemsize * copies, (budget - sums) // 2)
@@ -118,7 +115,7 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
     cast = 0 if p.same_dtype else columns * p.width * (itemsize + 4)
     work = sums + tile_bytes + cast
     keep = 0
-    if schedule != "recompute" and not two_passes and rows == n:
+    if schedule != "recompute" and hidden_rows == n and rows == n:
         keep = max(0, budget - held_elsewhere - work) // (n * itemsize)
         keep = p.vocabulary if keep >= p.vocabulary else keep // columns * columns
         keep = 0 if keep < min(MIN_KEEP, p.vocabulary) else keep
@@ -126,14 +123,15 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
         p.scalar
         and keep < p.vocabulary
         and schedule in (None, "forward")
-        and (schedule == "forward" or held_elsewhere == 0)
+        # Gradients would be rounded to float16 before a loss scale lifts them off its underflow.
+        and p.dtype != torch.float16
         and (not p.need_weight or (itemsize >= 4 and p.same_dtype))
     ):
-        per_row = p.vocabulary * itemsize + p.width * (4 + itemsize)
-        block = max(1, min(n, budget // per_row))
+        per_token = p.vocabulary * itemsize + per_row
+        block = max(1, min(n, budget // per_token))
         if block >= min(n, 128):
-            peak = block * per_row
-            return Plan("forward", block, columns, p.vocabulary, 1.0 + per_gradient, False, 0, peak)
+            peak = block * per_token
+            return Plan("forward", block, columns, p.vocabulary, 1.0 + per_gradient, n, 0, peak)
     held = keep * n * itemsize
     share = keep / p.vocabulary
     return Plan(
@@ -142,7 +140,7 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
         columns,
         keep,
         1.0 + (1.0 - share) * (2 if two_passes else 1) + per_gradient,
-        two_passes,
+        hidden_rows,
         held,
         held + work,
     )
@@ -168,6 +166,22 @@ def use_schedule(name: str) -> Iterator[None]:
 def forced() -> str | None:
     """The schedule asked for by `use_schedule`, or None."""
     return _forced.get()
+
+
+def forced_or_safe() -> str:
+    """The schedule asked for, "" for the cheapest, or "recompute" where nothing may be kept.
+
+    What is kept for backward is consumed in place, which a compiled graph would have to copy; and
+    where hooks pack saved tensors away (activation checkpointing, offloading) it would stay.
+    """
+    if torch.compiler.is_compiling() or _saved_tensor_hooks():
+        return "recompute"
+    return forced() or ""
+
+
+def _saved_tensor_hooks() -> bool:
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
 
 
 def explain(

@@ -137,7 +137,7 @@ def _linear_token(
     wide = engine.wide(dtype)
     head = engine.Head(
         backend,
-        engine.even_rows(hidden.to(dtype)),
+        engine.padded_rows(hidden.to(dtype)),
         weight,
         None if bias is None else bias.to(wide).contiguous(),
         LogitTransform(scale, softcap, temperature),

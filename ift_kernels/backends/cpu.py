@@ -45,8 +45,23 @@ def wants_transpose(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2
 
 
+def _rows(matrix: Tensor, columns: int | None = None) -> None:
+    """What raw addresses rely on: rows of consecutive elements, as many as expected."""
+    if matrix.stride(1) != 1 and matrix.shape[1] > 1:
+        raise RuntimeError(f"expected rows of consecutive elements, got strides {matrix.stride()}")
+    if columns is not None and matrix.shape[1] != columns:
+        raise RuntimeError(f"expected rows of {columns} elements, got {matrix.shape[1]}")
+
+
+def _vectors(length: int, *vectors: Tensor | None) -> None:
+    for vector in vectors:
+        if vector is not None and not (vector.shape == (length,) and vector.is_contiguous()):
+            raise RuntimeError(f"expected ({length},) contiguous, got {tuple(vector.shape)}")
+
+
 def _chunk(x: Tensor, bias: Tensor | None, transform: LogitTransform, offset: int) -> Any:
-    assert x.stride(1) == 1 and (bias is None or bias.is_contiguous())
+    _rows(x)
+    _vectors(x.shape[1], bias)
     return _cpu.Chunk(
         x.data_ptr(),
         DTYPES[x.dtype],
@@ -72,7 +87,8 @@ def stats_update(
     argmax: Tensor,
     track: int,
 ) -> None:
-    assert state.stride(1) == 1 and target.stride(0) == 1 and argmax.stride(0) == 1
+    _rows(state, x.shape[0])
+    _vectors(x.shape[0], target, argmax)
     chunk = _chunk(x, bias, transform, offset)
     _cpu.stats(
         chunk, target.data_ptr(), state.data_ptr(), state.stride(0), argmax.data_ptr(), track
@@ -89,7 +105,13 @@ def dlogits_(
     coef: Tensor,
     transposed: Tensor | None = None,
 ) -> None:
-    assert norm.stride(1) == 1 and coef.stride(1) == 1 and target.stride(0) == 1
+    _rows(norm, x.shape[0])
+    _rows(coef, x.shape[0])
+    _vectors(x.shape[0], target)
+    if transposed is not None:
+        _rows(transposed, x.shape[0])
+        if transposed.shape[0] != x.shape[1] or transposed.dtype != x.dtype:
+            raise RuntimeError(f"transposed: {tuple(transposed.shape)} for {tuple(x.shape)}")
     chunk = _chunk(x, bias, transform, offset)
     _cpu.dlogits(
         chunk,
@@ -104,7 +126,7 @@ def dlogits_(
 
 
 def probabilities_(x: Tensor, bias: Tensor | None, transform: LogitTransform, norm: Tensor) -> None:
-    assert norm.stride(1) == 1
+    _rows(norm, x.shape[0])
     _cpu.probabilities(_chunk(x, bias, transform, 0), norm.data_ptr(), norm.stride(0))
 
 
@@ -116,7 +138,9 @@ def top_k_update(
     values: Tensor,
     ids: Tensor,
 ) -> None:
-    assert values.is_contiguous() and ids.is_contiguous()
+    if not (values.shape == ids.shape and values.is_contiguous() and ids.is_contiguous()):
+        raise RuntimeError("values and ids: expected contiguous (N, k)")
+    _vectors(x.shape[0], values[:, 0].contiguous(), ids[:, 0].contiguous())
     chunk = _chunk(x, bias, transform, offset)
     _cpu.top_k(chunk, values.data_ptr(), ids.data_ptr(), values.shape[1])
 
@@ -132,7 +156,7 @@ def gumbel_update(
     logit: Tensor,
     ids: Tensor,
 ) -> None:
-    assert all(t.is_contiguous() for t in (rows, best, logit, ids))
+    _vectors(x.shape[0], rows, best, logit, ids)
     _cpu.gumbel(
         _chunk(x, bias, transform, offset),
         seed % 2**64,
