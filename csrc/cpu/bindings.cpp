@@ -1,4 +1,5 @@
-// Python sees raw addresses, sizes and dtype codes: no link to torch, so one build serves every torch.
+// Python sees raw addresses, sizes and dtype codes: no link to torch, so one build serves every
+// torch.
 #include <pybind11/pybind11.h>
 
 #include "epilogues.h"
@@ -76,13 +77,14 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Release());
   py::class_<ift::ResidualTokens>(m, "ResidualTokens")
-      .def(py::init([](uintptr_t ids, uintptr_t predicted, uintptr_t labels, uintptr_t offsets,
-                       int64_t documents, int64_t tokens, int64_t row_length,
-                       int64_t ignore_index) {
-        return ift::ResidualTokens{at<int64_t>(ids),     at<int64_t>(predicted), at<int64_t>(labels),
-                                   at<int64_t>(offsets), documents,              tokens,
-                                   row_length,           ignore_index};
-      }));
+      .def(
+          py::init([](uintptr_t ids, uintptr_t predicted, uintptr_t labels, uintptr_t offsets,
+                      int64_t documents, int64_t tokens, int64_t row_length, int64_t ignore_index) {
+            return ift::ResidualTokens{at<int64_t>(ids),    at<int64_t>(predicted),
+                                       at<int64_t>(labels), at<int64_t>(offsets),
+                                       documents,           tokens,
+                                       row_length,          ignore_index};
+          }));
   m.def(
       "residual",
       [](uintptr_t table, const ift::ResidualTokens& tokens, uintptr_t out, int64_t width,

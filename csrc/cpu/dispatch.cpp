@@ -38,9 +38,8 @@ Choice choose() {
   const char* forced = std::getenv("IFT_CPU_ISA");
   auto wanted = [&](const char* name) { return !forced || std::strcmp(forced, name) == 0; };
 #ifdef IFT_ISA_AVX512
-  const bool has_avx512 =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #ifdef IFT_ISA_AVX512BF16
   if (wanted("avx512bf16") && has_avx512 && __builtin_cpu_supports("avx512bf16"))
     return {"avx512bf16", &avx512bf16::table()};
@@ -53,9 +52,10 @@ Choice choose() {
     return {"avx2", &avx2::table()};
 #endif
   if (wanted("base")) return {"base", &base::table()};
-  throw std::runtime_error(std::string("IFT_CPU_ISA: expected an instruction set that was built and "
-                                       "that this machine has (avx512bf16, avx512, avx2, base), got '") +
-                           forced + "'");
+  throw std::runtime_error(
+      std::string("IFT_CPU_ISA: expected an instruction set that was built and "
+                  "that this machine has (avx512bf16, avx512, avx2, base), got '") +
+      forced + "'");
 }
 
 const Choice& choice() {

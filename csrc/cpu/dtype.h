@@ -1,7 +1,8 @@
 // Element types, their codes (as Python passes them) and scalar conversions.
 //
-// The functions have internal linkage on purpose: this header is also compiled with wider instruction
-// sets, and a shared inline function could be linked from there into code for every machine.
+// The functions have internal linkage on purpose: this header is also compiled with wider
+// instruction sets, and a shared inline function could be linked from there into code for every
+// machine.
 #pragma once
 #include <cmath>
 #include <cstdint>

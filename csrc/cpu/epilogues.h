@@ -1,8 +1,10 @@
 // The epilogues over one chunk of raw products, as every instruction set offers them.
 //
-// A product is x = h @ W[chunk].T, row-major (rows, cols) with row stride `ld`, in dtype T. Logits are
+// A product is x = h @ W[chunk].T, row-major (rows, cols) with row stride `ld`, in dtype T. Logits
+// are
 //   z = mul * (x + bias)                          without softcap, mul = scale / temperature
-//   z = post * tanh(pre * (x + bias))             with softcap, pre = scale / cap, post = cap / temperature
+//   z = post * tanh(pre * (x + bias))             with softcap, pre = scale / cap, post = cap /
+//   temperature
 // All pointers are caller-owned; nothing is allocated that outlives a call.
 #pragma once
 #include <cstdint>

@@ -1,7 +1,7 @@
 // Token choice over a chunk of products: the k best logits, and a Gumbel-max draw. One read each.
 //
-// Both look at a block's maximum first: a block that cannot change a row's result is passed over, so
-// that on a peaked distribution nearly no random numbers are drawn.
+// Both look at a block's maximum first: a block that cannot change a row's result is passed over,
+// so that on a peaked distribution nearly no random numbers are drawn.
 #include <type_traits>
 
 #include "logits.h"

@@ -4,8 +4,9 @@
 //   dx = dz/dx * (hit * 1[j = target] + p * (one + per_log_p * log p) + flat)
 // (ift_kernels/backends/reference.py: dlogits_). Floor as for the statistics, plus the write.
 //
-// On request the gradient is also written transposed, because the head gradient is dx^T @ h and vendor
-// GEMMs on 16-bit matrices are two to three times slower when their first operand is transposed.
+// On request the gradient is also written transposed, because the head gradient is dx^T @ h and
+// vendor GEMMs on 16-bit matrices are two to three times slower when their first operand is
+// transposed.
 #include <type_traits>
 
 #include "logits.h"
@@ -14,8 +15,8 @@
 namespace ift {
 namespace IFT_ISA {
 
-constexpr int kRowGroup = 32;     // rows that share a cache line of the transposed chunk
-constexpr int kColumnBlock = 256; // columns of a row group that stay in the first-level cache
+constexpr int kRowGroup = 32;      // rows that share a cache line of the transposed chunk
+constexpr int kColumnBlock = 256;  // columns of a row group that stay in the first-level cache
 
 // Applies g(logit) to columns [begin, end) of a row, in place.
 template <class T, bool kCapped, bool kBiased, class G>

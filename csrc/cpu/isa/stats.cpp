@@ -1,8 +1,9 @@
 // Running row statistics of a chunk of products: one read of the chunk, nothing written to it.
 //
 // Per block of columns: logits into the first-level cache with their maximum, then the sums
-// relative to the running maximum. Floor: bytes of the chunk over memory bandwidth where it comes from
-// memory, about 20 vector instructions per vector of logits (most of them exp) where it is in cache.
+// relative to the running maximum. Floor: bytes of the chunk over memory bandwidth where it comes
+// from memory, about 20 vector instructions per vector of logits (most of them exp) where it is in
+// cache.
 #include <type_traits>
 
 #include "logits.h"
@@ -121,7 +122,8 @@ template <int kTrack, class T, bool kCapped, bool kBiased>
 void stats_rows(const Chunk& c, const int64_t* target, double* state, int64_t ld, int64_t* argmax,
                 int track) {
   const Transform<kCapped, kBiased> f(c);
-  const bool fast = !kCapped && !kBiased && !(kTrack & ~kEntropy) && !(track & kTop2) && f.pre[0] > 0;
+  const bool fast =
+      !kCapped && !kBiased && !(kTrack & ~kEntropy) && !(track & kTop2) && f.pre[0] > 0;
   each_row<T>(c, [&](int64_t r, const T* row) {
     alignas(64) float z[kBlock + W];
     double* at = state + r;

@@ -9,7 +9,8 @@
 
 #include "../dtype.h"
 
-// The few places where the portable form costs twice the instructions have an AVX-512 one beside it.
+// The few places where the portable form costs twice the instructions have an AVX-512 one beside
+// it.
 #if defined(__AVX512F__)
 #if defined(__GNUC__) && !defined(__clang__)
 // False alarms inside the header of GCC 12.
@@ -42,9 +43,9 @@ inline vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 #else
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
 #endif
-// Keeps the compiler from fusing the rounding of v into what follows. Logits must be the same rounded
-// number wherever they are formed: statistics relative to one and gradients relative to another would
-// leave probabilities that do not sum to 1 by |z| times the rounding unit.
+// Keeps the compiler from fusing the rounding of v into what follows. Logits must be the same
+// rounded number wherever they are formed: statistics relative to one and gradients relative to
+// another would leave probabilities that do not sum to 1 by |z| times the rounding unit.
 inline vf rounded(vf v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
@@ -124,7 +125,8 @@ inline void store(fp16* p, vf v) {
   vu u = bits<vu>(v);
   vu sign = (u >> 16) & 0x8000u;
   vu a = u & 0x7FFFFFFFu;
-  // Normal result: rebias and round to nearest even. Subnormal: let a float addition do the rounding.
+  // Normal result: rebias and round to nearest even. Subnormal: let a float addition do the
+  // rounding.
   vu normal = (a - 0x38000000u + 0xFFFu + ((a >> 13) & 1u)) >> 13;
   vf tiny = bits<vf>(a) + splat(0.5f);
   vu subnormal = bits<vu>(tiny) - 0x3F000000u;

@@ -1,0 +1,45 @@
+"""What every test runs under: fixed threads and seeds, and no luck with unwritten memory."""
+
+import os
+
+import pytest
+import torch
+
+# Two give the parallel paths something to do, and the same sums on every machine. xdist workers
+# already share the cores among them.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+ALLOCATORS = [
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
+]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nan_empty(monkeypatch):
+    """Fill fresh memory with NaN (integers: their largest value), so no unwritten output can pass.
+
+    Zeros are what a new process mostly gets, and they are right too often.
+    """
+
+    def filled(allocate):
+        def wrapper(*args, **kwargs):
+            memory = allocate(*args, **kwargs)
+            with torch.no_grad():
+                if memory.dtype == torch.bool:
+                    return memory.fill_(True)
+                floating = memory.is_floating_point() or memory.is_complex()
+                return memory.fill_(float("nan") if floating else torch.iinfo(memory.dtype).max)
+
+        return wrapper
+
+    for owner, name in ALLOCATORS:
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
