@@ -6,6 +6,7 @@ checked here for the layout that the C++ code assumes.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ try:
 except ImportError as error:
     _cpu = None
     _import_error = f"the C++ extension was not built or does not load ({error})"
+    warnings.warn(
+        f"ift_kernels: {_import_error}; CPU tensors are served by the reference backend, which is "
+        "slow. Install a C++17 compiler and Python's headers, then reinstall ift-kernels.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
