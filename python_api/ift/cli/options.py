@@ -1,0 +1,249 @@
+"""The arguments of ``ift``, their defaults and presets.
+
+The parser leaves what was not given at None; `resolve` fills it from the preset, then from the
+defaults, so a preset never overrides what the user asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from ift.cli.errors import CliError
+
+DEFAULTS: dict[str, Any] = {
+    "loss": "ift",
+    "eval_split": 0.0,
+    "epochs": 1.0,
+    "max_steps": None,
+    "lr": 5e-5,
+    "optimizer": "adamw",
+    "scheduler": "linear",
+    "lr_warmup_steps": 0,
+    "batch_size": 8,
+    "accumulate": 1,
+    "max_length": 1024,
+    "bf16": False,
+    "seed": 0,
+    "save_steps": 500,
+    "eval_steps": None,
+    "log_steps": 10,
+    "resume": False,
+    "cpu": False,
+}
+
+# Options of the IFT loss; their defaults are those of ift.IFTConfig, which checks combinations.
+IFT_OPTIONS = (
+    *("lam", "gamma", "objective", "propagation", "side", "norm", "detach_weights"),
+    *("rule", "k", "sample_temperature", "embedding_grad"),
+    *("lambda_schedule", "min_lam", "warmup_steps", "lam_noise"),
+)
+
+# The settings reported in the IFT paper; the loss options of the preset are IFTConfig.paper()'s.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "epochs": 3.0,
+        "lr": 5e-7,
+        "optimizer": "rmsprop",
+        "scheduler": "cosine",
+        "batch_size": 8,
+        "accumulate": 64,
+        "max_length": 1024,
+        "bf16": True,
+    }
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line: argument, what came, what was expected."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
+        name, separator, problem = message.removeprefix("argument ").partition(": ")
+        if separator and message.startswith("argument "):
+            raise CliError(name, problem)
+        raise CliError(self.prog.removeprefix("ift").strip() or "arguments", message)
+
+    def parse(self, args: Sequence[str] | None = None) -> argparse.Namespace:
+        """As `parse_args`, but an unknown option is reported with the closest known ones."""
+        parsed, unknown = self.parse_known_args(args)
+        if unknown:
+            raise CliError(unknown[0], f"unknown option; {self._closest(parsed.command, unknown)}")
+        return parsed
+
+    def _closest(self, command: str, unknown: Sequence[str]) -> str:
+        subparsers = next(a for a in self._actions if isinstance(a, argparse._SubParsersAction))
+        known = list(subparsers.choices[command]._option_string_actions)
+        close = difflib.get_close_matches(unknown[0].split("=")[0], known)
+        return f"expected one of those that `ift {command} --help` lists" + (
+            f", did you mean {' or '.join(close)}?" if close else ""
+        )
+
+
+def number(
+    expected: str, accepts: Callable[[float], bool], kind: type = float
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number for which `accepts` holds."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+            good = math.isfinite(value) and accepts(value)
+        except ValueError:
+            good = False
+        if not good:
+            raise argparse.ArgumentTypeError(f"got {text!r}; expected {expected}")
+        return value
+
+    return convert
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """An argparse type: one of the names."""
+
+    def convert(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"got {text!r}; expected one of {', '.join(names)}")
+        return text
+
+    return convert
+
+
+def unit(name: str) -> Callable[[str], float]:
+    """An argparse type: a number in [0, 1]."""
+    return number(f"{name} in [0, 1]", lambda x: 0 <= x <= 1)
+
+
+positive = number("a number above 0", lambda x: x > 0)
+positive_int = number("a whole number of at least 1", lambda x: x >= 1, int)
+natural = number("a whole number of at least 0", lambda x: x >= 0, int)
+fraction = number("a fraction in [0, 1)", lambda x: 0 <= x < 1)
+
+
+def build_parser() -> Parser:
+    """The parser of ``ift``."""
+    parser = Parser(prog="ift", description="Fine-tune language models with fused losses.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    doctor = commands.add_parser(
+        "doctor", help="say what is installed and which backend serves what, and why"
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    train = commands.add_parser("train", help="fine-tune a causal language model on a JSONL file")
+    _add_run(train)
+    _add_training(train)
+    _add_ift(train)
+    return parser
+
+
+class _Group:
+    """`group(flag, …)` with defaults left at None and shown in the help."""
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
+        self._group = parser.add_argument_group(title)
+
+    def __call__(self, flag: str, type: Any, help: str, metavar: str | None = None) -> None:
+        default = DEFAULTS.get(flag.lstrip("-").replace("-", "_"))
+        if default is not None:
+            help += f" (default: {default})"
+        self._group.add_argument(flag, type=type, help=help, metavar=metavar)
+
+    def choice(self, flag: str, help: str, *names: str) -> None:
+        self(flag, one_of(*names), help, "{" + ",".join(names) + "}")
+
+    def switch(self, flag: str, help: str) -> None:
+        action = argparse.BooleanOptionalAction
+        self._group.add_argument(flag, action=action, default=None, help=help)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    required = parser.add_argument_group("what to train")
+    required.add_argument(
+        "--model",
+        required=True,
+        help="a directory, a hub id, or `tiny`: a small random Llama with a tokenizer trained on "
+        "the data",
+    )
+    required.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="JSONL; each line has `prompt` and `completion`, or `messages`",
+    )
+    required.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="gets checkpoints, model/, log.jsonl and curves.png",
+    )
+    add = _Group(parser, "evaluation, log and checkpoints")
+    add("--eval-split", fraction, "share of the rows to hold out for evaluation", "F")
+    add("--eval-data", str, "JSONL to evaluate on, instead of a split", "FILE")
+    add("--eval-steps", positive_int, "evaluate every N steps (default: once an epoch)", "N")
+    add("--log-steps", positive_int, "log every N steps", "N")
+    add("--save-steps", positive_int, "write a checkpoint every N steps, and at the end", "N")
+    add.switch("--resume", "continue from the last checkpoint in --output")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    add = _Group(parser, "training")
+    add.choice("--loss", "loss to train with", "sft", "ift")
+    add.choice("--preset", "settings of a publication; options given beside it win", *PRESETS)
+    add("--epochs", positive, "passes over the data", "X")
+    add("--max-steps", positive_int, "optimizer steps, instead of --epochs", "N")
+    add("--lr", positive, "peak learning rate", "X")
+    add.choice("--optimizer", "", "adamw", "rmsprop", "sgd", "adafactor")
+    add.choice("--scheduler", "of the learning rate", "linear", "cosine", "constant")
+    add("--lr-warmup-steps", natural, "steps of linear learning-rate warm-up", "N")
+    add("--batch-size", positive_int, "rows per forward on each device", "N")
+    add("--accumulate", positive_int, "forwards per optimizer step", "N")
+    add("--max-length", number("a whole number of at least 2", lambda x: x >= 2, int),
+        "cut rows at N tokens", "N")  # fmt: skip
+    add.switch("--bf16", "bf16 autocast over fp32 weights")
+    add("--seed", natural, "of the initial weights, the order of the data and the sampling", "N")
+    add.switch("--cpu", "stay off the accelerator")
+
+
+def _add_ift(parser: argparse.ArgumentParser) -> None:
+    add = _Group(parser, "IFT loss (--loss ift); defaults as released")
+    add("--lam", unit("λ"), "weight of the predicted token in the residual (0.2)", "λ")
+    add("--gamma", unit("γ"), "decay of the propagation (0.95)", "γ")
+    add.choice("--objective", "", "released", "paper", "algorithm1")
+    add.choice("--propagation", "what is propagated (loss)", "loss", "logps", "mask")
+    add.choice("--side", "suffix or prefix sums (left)", "left", "right")
+    add.choice("--norm", "of the weights (L1)", "L1", "L2", "softmax", "log")
+    add.switch("--detach-weights", "no gradient through the weights")
+    add.choice("--rule", "of the predicted token (greedy)", "greedy", "topk", "sample", "soft")
+    add("--k", positive_int, "take the k-th best token (--rule topk; 2)", "N")
+    add("--sample-temperature", positive, "of --rule sample (0.7)", "T")
+    add.switch("--embedding-grad", "let the gradient reach the input embedding")
+    add.choice("--lambda-schedule", "of λ (constant)", "constant", "linear")
+    add("--min-lam", unit("λ"), "where the linear schedule starts (0)", "λ")
+    add("--warmup-steps", natural, "steps in which it reaches --lam (0)", "N")
+    add.switch("--lam-noise", "multiply λ by 1 + n/2, n ~ N(0, 1), at each step")
+
+
+def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Fill what was not given from the preset and the defaults, and refuse contradictions.
+
+    Raises:
+        CliError: two arguments exclude each other.
+    """
+    given = {key: value for key, value in vars(arguments).items() if value is not None}
+    preset = PRESETS.get(given.get("preset", ""), {})
+    values = {**dict.fromkeys(vars(arguments)), **DEFAULTS, **preset, **given}
+    if values["loss"] != "ift":
+        for name in (*IFT_OPTIONS, "preset"):
+            if name in given:
+                flag = "--" + name.replace("_", "-")
+                raise CliError(flag, f"got it with --loss {values['loss']}; expected --loss ift")
+    if "eval_data" in given and given.get("eval_split"):
+        raise CliError("--eval-split", "got it beside --eval-data; expected one of the two")
+    if "max_steps" in given and "epochs" in given:
+        raise CliError("--max-steps", "got it beside --epochs; expected one of the two")
+    return argparse.Namespace(**values)

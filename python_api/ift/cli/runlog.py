@@ -1,0 +1,128 @@
+"""What a run tells: ``log.jsonl``, the progress bar and ``curves.png``."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from ift import plotting
+
+# Keys of a record, in order; what a step has no value for (no evaluation then) is absent.
+KEYS = (
+    *("step", "epoch", "loss", "token_accuracy", "entropy", "eval_loss", "eval_token_accuracy"),
+    *("lr", "lam", "grad_norm", "tokens_per_second"),
+)
+SHOWN = ("loss", "eval_loss", "token_accuracy", "lr", "tokens_per_second")
+
+
+class JsonlLog:
+    """One JSON object per logged step, each appended in one write.
+
+    Args:
+        path: the file; it is created with the first record.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a record.  JSON has no NaN: a loss that is not finite is null."""
+        finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole records; a last line that a kill tore is none."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`: a resumed run logs it again."""
+        kept = [record for record in self.read() if record["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file; a reader sees the old text or the new one, never a part."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+class RunLog(TrainerCallback):
+    """Ask for records and evaluations when they are due, write them, and show progress.
+
+    They fall due together, so that one step is one record.
+
+    Args:
+        log: where records go.
+        eval_steps: evaluate every so many steps and at the end; None: there is nothing to
+            evaluate on.
+        title: of the picture.
+    """
+
+    def __init__(self, log: JsonlLog, eval_steps: int | None, title: str) -> None:
+        self.log = log
+        self.eval_steps = eval_steps
+        self.title = title
+        self.record: dict[str, Any] = {}  # logged, waiting for its evaluation
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the bar where the run starts; on a terminal only, elsewhere records are lines."""
+        shown = state.is_world_process_zero and sys.stderr.isatty()
+        done, total = state.global_step, state.max_steps
+        self.bar = tqdm(total=total, initial=done, unit="step", disable=not shown)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move the bar; ask for a record and an evaluation when they are due."""
+        self.bar.update()
+        last = state.global_step >= state.max_steps
+        if self.eval_steps and (last or state.global_step % self.eval_steps == 0):
+            control.should_evaluate = True
+        control.should_log |= last or control.should_evaluate
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        """Write the record of a step, unless its evaluation comes first."""
+        if "loss" in logs:  # else the evaluation, or the summary of the run
+            named = {**logs, "step": state.global_step, "lr": logs["learning_rate"]}
+            self.record = {key: named[key] for key in KEYS if named.get(key) is not None}
+            if not control.should_evaluate:
+                self._write(state)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **_: Any
+    ) -> None:
+        """Add the evaluation to the record of its step, and write that."""
+        found = {**self.record, **metrics}
+        self.record = {key: found[key] for key in KEYS if key in found}
+        self._write(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Draw what is known at each checkpoint; the last one is at the end."""
+        records = self.log.read() if state.is_world_process_zero and plotting.available() else []
+        if records:
+            plotting.plot_run(records, self.log.path.with_name("curves.png"), self.title)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave the bar where it is."""
+        self.bar.close()
+
+    def _write(self, state: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.log.append(self.record)
+        values = {k: f"{self.record[k]:.4g}" for k in SHOWN if k in self.record}
+        if self.bar.disable:
+            text = "  ".join(f"{name} {value}" for name, value in values.items())
+            print(f"step {state.global_step}/{state.max_steps}  {text}", file=sys.stderr)
+        else:
+            self.bar.set_postfix(values)

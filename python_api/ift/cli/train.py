@@ -1,0 +1,329 @@
+"""``ift train``: check the input, build the model, run the trainer, keep everything on disk."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ift import plotting
+from ift.cli import options
+from ift.cli.errors import CliError
+from ift.data import Collator, DataError, Encoded, Row, encode, read_jsonl, split_rows
+
+# A run continued with another value of these would not be the run that was interrupted.
+FIXED = (
+    *("model", "loss", "preset", *options.IFT_OPTIONS),
+    *("eval_split", "epochs", "max_steps", "lr", "optimizer", "scheduler", "lr_warmup_steps"),
+    *("batch_size", "accumulate", "max_length", "bf16", "seed"),
+)
+OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd", "adafactor": "adafactor"}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train.
+
+    Returns:
+        0 when the run is complete, 130 when it was interrupted (with a checkpoint).
+
+    Raises:
+        CliError: bad input.
+    """
+    arguments = options.resolve(arguments)
+    output = Path(arguments.output)
+    check_model_path(arguments.model)
+    train_rows, eval_rows = read_rows(arguments)
+    check_output(output, arguments.resume)
+
+    import torch  # from here on it takes seconds
+    import transformers
+
+    from ift.cli.runlog import JsonlLog, RunLog, write_atomically
+    from ift.cli.trainer import RunTrainer, StopOnSignal, last_checkpoint, step_of
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    config = ift_config(arguments)
+    start = last_checkpoint(output) if arguments.resume else None
+    check_same_run(arguments, output, started=start is not None)
+    if arguments.resume and start is None:
+        note(f"no checkpoint in {output}: starting from step 0")
+    if not plotting.available():
+        note("curves.png will not be drawn: matplotlib is not installed (ift-kernels[train])")
+
+    model, tokenizer = load_model(arguments, train_rows, start)
+    train_data = tokenise(train_rows, tokenizer, arguments.max_length, "--data")
+    flag = "--eval-split" if arguments.eval_data is None else "--eval-data"
+    eval_data = tokenise(eval_rows, tokenizer, arguments.max_length, flag)
+    training_arguments = build_training_arguments(arguments, transformers)
+    log = JsonlLog(output / "log.jsonl")
+    steps_per_epoch = -(-len(train_data.examples) // training_arguments.train_batch_size)
+    steps_per_epoch = -(-steps_per_epoch // (arguments.accumulate * training_arguments.world_size))
+    eval_steps = (arguments.eval_steps or steps_per_epoch) if eval_data.examples else None
+    stop = StopOnSignal(alone=training_arguments.world_size == 1)
+    try:
+        trainer = RunTrainer(
+            model,
+            training_arguments,
+            ift_config=config,
+            data_collator=Collator(padding_id(tokenizer)),
+            train_dataset=train_data.examples,
+            eval_dataset=eval_data.examples or None,
+            processing_class=tokenizer,
+            callbacks=[RunLog(log, eval_steps, title_of(arguments)), stop],
+        )
+    except TypeError as error:  # a head that ift.patch cannot serve
+        raise CliError("--model", error) from None
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+
+    if trainer.is_world_process_zero():
+        note(describe(arguments, model, tokenizer, train_data, eval_data, training_arguments))
+        write_atomically(output / "run.json", json.dumps(fingerprint(arguments), indent=2) + "\n")
+        log.rewind(0 if start is None else step_of(start))
+    if start is not None:
+        trainer.restore_window(start)
+    with stop:
+        if start is None or not is_complete(start):
+            trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            if trainer.state.global_step < trainer.state.max_steps:
+                done = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+                note(f"interrupted at {done}; its checkpoint is written, --resume continues")
+                return 130
+        trainer.save_final(output / "model")
+    if trainer.is_world_process_zero():
+        note(f"done: {output}/model, log.jsonl, curves.png{summary(log.read())}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def note(text: str) -> None:
+    """Tell the user something that is no error."""
+    print(f"ift train: {text}", file=sys.stderr, flush=True)
+
+
+# ---- input, checked before anything slow ---------------------------------------------------------
+
+
+def check_model_path(model: str) -> None:
+    """Refuse what is meant as a path and is none; a hub id is `name` or `owner/name`."""
+    if model == "tiny":
+        return
+    if Path(model).exists():
+        if not (Path(model) / "config.json").is_file():
+            raise CliError("--model", f"no config.json in {model}; expected a model's directory")
+        return
+    if model.startswith((".", "/", "~", "\\")) or model.count("/") > 1 or model.endswith("/"):
+        raise CliError(
+            "--model", f"no directory {model}; expected a model's directory, a hub id or `tiny`"
+        )
+
+
+def read_rows(arguments: argparse.Namespace) -> tuple[list[Row], list[Row]]:
+    """Training and evaluation rows."""
+    try:
+        rows = read_jsonl(arguments.data)
+    except DataError as error:
+        raise CliError("--data", error) from None
+    try:
+        if arguments.eval_data is not None:
+            return rows, read_jsonl(arguments.eval_data)
+        return split_rows(rows, arguments.eval_split, arguments.seed)
+    except DataError as error:
+        flag = "--eval-data" if arguments.eval_data is not None else "--eval-split"
+        raise CliError(flag, error) from None
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Make the directory, try to write in it, and refuse to write over another run."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        problem = f"cannot write to {output} ({error.strerror}); expected a writable directory"
+        raise CliError("--output", problem) from None
+    if not resume and ((output / "log.jsonl").exists() or any(output.glob("checkpoint-*"))):
+        raise CliError(
+            "--output", f"{output} holds another run; expected a new directory, or --resume"
+        )
+
+
+def ift_config(arguments: argparse.Namespace) -> Any:
+    """The `ift.IFTConfig` of the arguments, or None for SFT."""
+    from ift import IFTConfig
+
+    if arguments.loss == "sft":
+        return None
+    given = {name: getattr(arguments, name) for name in options.IFT_OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    build = IFTConfig.paper if arguments.preset == "paper" else IFTConfig
+    try:
+        return build(**given, seed=arguments.seed)
+    except (TypeError, ValueError) as error:
+        name, _, problem = str(error).partition(": ")
+        raise CliError("--" + name.replace("_", "-"), problem) from None
+
+
+def fingerprint(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What makes two runs the same: the arguments in FIXED and the bytes of the data."""
+    found = {name: getattr(arguments, name) for name in FIXED}
+    for name in ("data", "eval_data"):
+        path = getattr(arguments, name)
+        found[f"{name}_sha256"] = path and hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return found
+
+
+def check_same_run(arguments: argparse.Namespace, output: Path, *, started: bool) -> None:
+    """Refuse to continue a run under other arguments than those it was started with."""
+    path = output / "run.json"
+    if not (started and path.exists()):
+        return
+    before, now = json.loads(path.read_text(encoding="utf-8")), fingerprint(arguments)
+    for name, value in now.items():
+        if before.get(name) != value:
+            flag = "--" + name.removesuffix("_sha256").replace("_", "-")
+            if name.endswith("_sha256"):
+                raise CliError(flag, f"other contents than when the run in {output} was started")
+            got, was = ("the default" if v is None else v for v in (value, before.get(name)))
+            raise CliError(flag, f"got {got}; expected {was}, as the run in {output} was started")
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Is it the checkpoint of the last step?  `Trainer` would do one step more."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return bool(state["global_step"] >= state["max_steps"])
+
+
+# ---- building ------------------------------------------------------------------------------------
+
+
+def load_model(
+    arguments: argparse.Namespace, rows: list[Row], checkpoint: Path | None
+) -> tuple[Any, Any]:
+    """Model (fp32 weights) and tokenizer: new, from a directory or hub id, or from a checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ift import tiny
+    from ift.data import SIMPLE_CHAT_TEMPLATE
+
+    if arguments.model == "tiny" and checkpoint is None:
+        tokenizer = tiny.train_tokenizer(text for row in rows for text in row.texts)
+        length, seed = arguments.max_length, arguments.seed
+        return tiny.tiny_llama(tokenizer, max_length=length, seed=seed), tokenizer
+    name = os.fspath(checkpoint or arguments.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except Exception as error:  # damaged files raise whatever their reader raises
+        first = str(error).strip().split("\n")[0].rstrip(".")
+        raise CliError(
+            "--model",
+            f"cannot load {name} ({type(error).__name__}: {first}); expected the directory or hub "
+            "id of a causal language model, or `tiny`",
+        ) from None
+    have = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > have:
+        tokens = f"the tokenizer has {len(tokenizer)} tokens"
+        raise CliError("--model", f"{name}: {tokens}; expected at most the model's {have}")
+    if tokenizer.chat_template is None and any(row.messages is not None for row in rows):
+        tokenizer.chat_template = SIMPLE_CHAT_TEMPLATE  # saved with the model that learns it
+    return model, tokenizer
+
+
+def tokenise(rows: list[Row], tokenizer: Any, max_length: int, flag: str) -> Encoded:
+    """Encode rows and say which were dropped; no rows give no examples."""
+    if not rows:
+        return Encoded([], [])
+    try:
+        encoded = encode(rows, tokenizer, max_length)
+    except DataError as error:
+        raise CliError(flag, error) from None
+    if encoded.dropped:
+        note(
+            f"{flag}: dropped {len(encoded.dropped)} of {len(rows)} rows, which have no completion "
+            f"token within --max-length {max_length} (first: {encoded.dropped[0]})"
+        )
+    return encoded
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The pad token, or any other: padding is masked out."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in candidates if i is not None)
+
+
+def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -> Any:
+    """transformers' arguments for ours."""
+    import torch
+
+    accelerated = not arguments.cpu and torch.accelerator.is_available()
+    try:
+        return transformers.TrainingArguments(
+            output_dir=arguments.output,
+            num_train_epochs=arguments.epochs,
+            max_steps=arguments.max_steps or -1,
+            learning_rate=arguments.lr,
+            optim=OPTIMIZERS[arguments.optimizer],
+            lr_scheduler_type=(
+                "constant_with_warmup" if arguments.scheduler == "constant" else arguments.scheduler
+            ),
+            warmup_steps=arguments.lr_warmup_steps,
+            per_device_train_batch_size=arguments.batch_size,
+            per_device_eval_batch_size=arguments.batch_size,
+            gradient_accumulation_steps=arguments.accumulate,
+            bf16=arguments.bf16,
+            seed=arguments.seed,
+            use_cpu=not accelerated,
+            logging_steps=arguments.log_steps,
+            save_steps=arguments.save_steps,
+            save_strategy="steps",
+            eval_strategy="no",  # RunLog asks, on the steps that are logged
+            report_to="none",
+            disable_tqdm=True,  # RunLog has the bar
+            dataloader_pin_memory=accelerated,
+            remove_unused_columns=False,
+            prediction_loss_only=True,
+            ddp_find_unused_parameters=False,
+        )
+    except (ValueError, ImportError) as error:
+        raise CliError("--bf16" if "bf16" in str(error) else "arguments", error) from None
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+
+def title_of(arguments: argparse.Namespace) -> str:
+    """What the picture is of."""
+    model, data = Path(arguments.model).name, Path(arguments.data).name
+    return f"{arguments.loss.upper()} of {model} on {data}"
+
+
+def describe(
+    arguments: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    train_data: Encoded,
+    eval_data: Encoded,
+    training_arguments: Any,
+) -> str:
+    """One line on what is about to happen."""
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    return (
+        f"{arguments.loss} of {arguments.model} ({millions:.1f} M parameters, "
+        f"{len(tokenizer)} tokens) on {training_arguments.device}; "
+        f"{len(train_data.examples)} rows with {train_data.target_tokens} target tokens, "
+        f"{len(eval_data.examples)} rows for evaluation"
+    )
+
+
+def summary(records: list[dict[str, Any]]) -> str:
+    """The last losses, for the closing line."""
+    last = {k: r[k] for r in records for k in ("loss", "eval_loss") if r.get(k) is not None}
+    return "".join(f"; {name} {value:.4f}" for name, value in last.items())

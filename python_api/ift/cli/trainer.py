@@ -1,0 +1,230 @@
+"""`RunTrainer`: an `IFTTrainer` whose run can be killed at any moment and then continued unchanged.
+
+A checkpoint is written beside its final place and renamed when it is whole.  It also carries what
+was summed since the last record of the log, so that a record across an interruption is the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from ift.data import IGNORE_INDEX
+from ift.integrations.transformers import IFTTrainer
+
+UNFINISHED = ".unfinished"  # subdirectory of the output in which things are written
+WINDOW = "log_window_{}.json"  # of each process
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The whole checkpoint with the highest step in a run's directory."""
+    found = [p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """``…/checkpoint-500`` → 500."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+@dataclasses.dataclass
+class Window:
+    """Sums since the last record of the log."""
+
+    losses: list[float] = dataclasses.field(default_factory=list)  # one per forward
+    steps: int = 0
+    tokens: int = 0  # not counting padding
+    seconds: float = 0.0  # of training; not of evaluation or saving
+    metrics: list[float] | None = None  # IFTTrainer's own sums
+
+
+class RunTrainer(IFTTrainer):
+    """An `IFTTrainer` with atomic checkpoints, seamless resumption and an exact evaluation loss.
+
+    Args:
+        as `IFTTrainer`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.window = Window()
+        self._pending: list[tuple[Tensor, Tensor]] = []  # (loss, tokens), still on the device
+        self._evaluated = torch.zeros(2)  # sum of losses, tokens
+        self._staging: Path | None = None
+        self.add_callback(_Clock(self))
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the parent's, into a directory of its own that is renamed at the end."""
+        name = f"checkpoint-{self.state.global_step}"
+        with _Staged(self, Path(self.args.output_dir) / name) as unfinished:
+            self._staging = unfinished.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            self._settle()
+            sums = self._sums[True]
+            self.window.metrics = None if sums is None else sums.tolist()
+            text = json.dumps(dataclasses.asdict(self.window))
+            self._window_in(unfinished).write_text(text, encoding="utf-8")
+
+    def save_final(self, path: Path) -> None:
+        """Write model and tokenizer for `from_pretrained`, in one step as well."""
+        with _Staged(self, path) as unfinished:
+            self.save_model(str(unfinished), _internal_call=True)
+
+    def restore_window(self, checkpoint: Path) -> None:
+        """Take up the sums that a checkpoint carries."""
+        self.window = Window(**json.loads(self._window_in(checkpoint).read_text(encoding="utf-8")))
+        if self.window.metrics is not None:
+            self._sums[True] = torch.tensor(self.window.metrics, device=self.args.device)
+
+    def _window_in(self, checkpoint: Path) -> Path:
+        return checkpoint / WINDOW.format(self.args.process_index)
+
+    # ---- the log ----
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
+        """As the parent's; remembers its loss and how many tokens it took."""
+        tokens = inputs["attention_mask"].sum()
+        loss: Tensor = super().training_step(model, inputs, *args)
+        self._pending.append((loss.detach(), tokens))
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the parent's, with the mean loss over the window, tokens/s and λ."""
+        if "loss" in logs:
+            logs = {**logs, **self._drain()}
+            if self.ift_config is not None:
+                logs["lam"] = self.ift_config.lam_at(self.state.global_step - 1)
+        super().log(logs, *args, **kwargs)
+
+    def _settle(self) -> None:
+        """Fetch what is pending; as late as the log allows, for it waits for the device."""
+        pending, self._pending = self._pending, []
+        for loss, tokens in pending:
+            self.window.losses.append(loss.item())
+            self.window.tokens += int(tokens)
+
+    def _drain(self) -> dict[str, float]:
+        self._settle()
+        window, self.window = self.window, Window()
+        loss = sum(window.losses) / max(1, window.steps)
+        if self.args.world_size > 1:
+            both = torch.tensor([loss, float(window.tokens)], device=self.args.device)
+            loss, tokens = self.accelerator.reduce(both, "sum").tolist()
+            loss /= self.args.world_size
+        else:
+            tokens = window.tokens
+        return {"loss": loss, "tokens_per_second": tokens / max(window.seconds, 1e-9)}
+
+    # ---- evaluation ----
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the parent's, and sums what the mean over tokens needs."""
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+        batch = torch.stack([result[0].double() * tokens, tokens.double()])
+        self._evaluated = self._evaluated.to(batch) + batch
+        return result
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As the parent's, with the mean loss per token of the whole set."""
+        self._evaluated = torch.zeros(2)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, tokens = self.accelerator.reduce(self._evaluated, "sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(1.0, tokens)
+        return output
+
+
+class _Staged:
+    """``with _Staged(trainer, path) as unfinished``: write there; at the end it becomes `path`."""
+
+    def __init__(self, trainer: RunTrainer, path: Path) -> None:
+        self.trainer, self.path = trainer, path
+        self.unfinished = path.parent / UNFINISHED / path.name
+
+    def __enter__(self) -> Path:
+        if self.trainer.args.should_save:
+            shutil.rmtree(self.unfinished.parent, ignore_errors=True)  # left by a kill
+            self.unfinished.mkdir(parents=True)
+        self.trainer.accelerator.wait_for_everyone()
+        return self.unfinished
+
+    def __exit__(self, failure: Any, *_: Any) -> None:
+        if failure is not None:
+            return
+        self.trainer.accelerator.wait_for_everyone()
+        if self.trainer.args.should_save:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.unfinished.rename(self.path)
+            self.unfinished.parent.rmdir()
+
+
+class _Clock(TrainerCallback):
+    """Times the steps of a `RunTrainer`."""
+
+    def __init__(self, trainer: RunTrainer) -> None:
+        self.trainer = trainer
+        self.started = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start."""
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stop, before anything is evaluated or saved."""
+        self.trainer.window.seconds += time.perf_counter() - self.started
+        self.trainer.window.steps += 1
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGINT or SIGTERM finish the step, write a checkpoint and stop; on a second stop at once.
+
+    ``with StopOnSignal() as stop: …; stop.received``
+
+    Args:
+        alone: is this the only process of the run? Several could stop at different steps, and wait
+            for each other for ever; they keep the system's handlers.
+    """
+
+    def __init__(self, *, alone: bool = True) -> None:
+        self.alone = alone
+        self.received = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM) if self.alone else ():
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop with a checkpoint; a run that has just ended has its own."""
+        if self.received:
+            control.should_save = control.should_training_stop = True

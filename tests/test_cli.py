@@ -1,0 +1,390 @@
+"""`ift train` and `ift doctor`: what they write, what they refuse, and interrupted runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ift.cli import main, options
+from ift.cli.runlog import JsonlLog
+
+WORDS = ["the", "model", "learns", "to", "name", "what", "comes", "next", "and", "some", "more"]
+SMALL = ["--lr", "3e-3", "--batch-size", "4", "--max-length", "48", "--cpu"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Forty rows with a little to learn: the completion repeats words of the prompt."""
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = []
+    for _ in range(40):
+        words = draw.sample(WORDS, 5)
+        rows.append({"prompt": " ".join(words) + " :", "completion": " " + " ".join(words[:3])})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def ift(*arguments, **environment):
+    """Start `ift` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "ift.cli", *map(str, arguments)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def records(output):
+    lines = (output / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def untimed(output):
+    """The log without its only key that two equal runs do not share."""
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records(output)]
+
+
+# ---- before anything is loaded -------------------------------------------------------------------
+
+
+def test_help_and_argument_errors_load_no_torch():
+    code = (
+        "import sys; from ift.cli import main\n"
+        "assert main(['train', '--model', 'tiny', '--data', '/no', '--output', '/no']) == 2\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+BAD = {
+    "unknown option": (["--lamb", "0.2"], "--lamb: unknown option; .* did you mean --lam"),
+    "unknown loss": (["--loss", "dpo"], "--loss: got 'dpo'; expected one of sft, ift"),
+    "λ above 1": (["--lam", "1.5"], r"--lam: got '1.5'; expected λ in \[0, 1\]"),
+    "γ below 0": (["--gamma=-0.1"], r"--gamma: got '-0.1'; expected γ in \[0, 1\]"),
+    "γ no number": (["--gamma", "x"], r"--gamma: got 'x'; expected γ in \[0, 1\]"),
+    "λ not finite": (["--lam", "nan"], "--lam: got 'nan'; expected"),
+    "min λ above λ": (
+        ["--lambda-schedule", "linear", "--min-lam", "0.5"],
+        "--min-lam: expected at most lam = 0.2, got 0.5",
+    ),
+    "k": (["--rule", "topk", "--k", "0"], "--k: got '0'; expected a whole number of at least 1"),
+    "norm of another objective": (
+        ["--objective", "paper", "--norm", "L2"],
+        "--norm: expected 'L1'",
+    ),
+    "option of another loss": (["--loss", "sft", "--lam", "0.1"], "--lam: got it with --loss sft"),
+    "batch size": (["--batch-size", "2.5"], "--batch-size: got '2.5'; expected a whole number"),
+    "learning rate": (["--lr", "0"], "--lr: got '0'; expected a number above 0"),
+    "value missing": (["--lr"], "--lr: expected one argument"),
+    "split of everything": (["--eval-split", "1"], "--eval-split: got '1'; expected a fraction"),
+    "two evaluation sets": (
+        ["--eval-split", "0.1", "--eval-data", "x"],
+        "--eval-split: got it bes",
+    ),
+    "two lengths": (["--epochs", "1", "--max-steps", "3"], "--max-steps: got it beside --epochs"),
+    "no such data": (["--data", "/nowhere.jsonl"], "--data: /nowhere.jsonl: No such file"),
+    "no such evaluation data": (["--eval-data", "/nowhere.jsonl"], "--eval-data: /nowhere.jsonl"),
+    "no such model": (["--model", "./nowhere"], r"--model: no directory \./nowhere; expected"),
+    "model without config": (["--model", "/"], "--model: no config.json in /; expected"),
+    "output below a file": (
+        ["--output", "/dev/null/out"],
+        "--output: cannot write to /dev/null/out",
+    ),
+    "nothing to learn": (["--max-length", "4"], "--data: no completion tokens left in any of 40"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(name, data, tmp_path, capsys):
+    extra, problem = BAD[name]
+    given = ["train", "--model", "tiny", "--data", str(data), "--output", str(tmp_path / "out")]
+    assert main([*given, *SMALL, *extra]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1
+    assert re.search(problem, shown.err)
+
+
+def test_missing_arguments_and_commands(capsys):
+    for arguments in ([], ["train"], ["trian"], ["train", "--model", "tiny"]):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_malformed_rows_are_named(tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    assert main(["train", "--model", "tiny", "--data", str(path), "--output", str(tmp_path)]) == 2
+    assert f"--data: {path} line 2: got 'prompt'; expected" in capsys.readouterr().err
+    path.write_text("")
+    assert main(["train", "--model", "tiny", "--data", str(path), "--output", str(tmp_path)]) == 2
+    assert "the file has no rows" in capsys.readouterr().err
+
+
+def test_output_without_permission(data, tmp_path, capsys, monkeypatch):
+    def refuse(**_):  # the tests may run as root, who may write anywhere
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    output = str(tmp_path / "out")
+    assert main(["train", "--model", "tiny", "--data", str(data), "--output", output]) == 2
+    problem = f"--output: cannot write to {output} (Permission denied); expected a writable"
+    assert problem in capsys.readouterr().err
+
+
+def test_presets_yield_to_what_is_given():
+    given = ["train", "--model", "m", "--data", "d", "--output", "o", "--preset", "paper"]
+    resolved = options.resolve(options.build_parser().parse([*given, "--lr", "1", "--no-bf16"]))
+    assert (resolved.optimizer, resolved.scheduler, resolved.epochs) == ("rmsprop", "cosine", 3)
+    assert resolved.batch_size * resolved.accumulate == 512
+    assert resolved.lr == 1 and resolved.bf16 is False
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """An SFT run of the tiny model with a held-out split."""
+    output = tmp_path_factory.mktemp("runs") / "sft"
+    arguments = ["train", "--model", "tiny", "--data", str(data), "--output", str(output), *SMALL]
+    arguments += ["--loss", "sft", "--epochs", "6", "--eval-split", "0.1", "--log-steps", "4"]
+    assert main(arguments) == 0
+    return output
+
+
+def test_a_run_leaves_model_log_and_picture(trained):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    log = records(trained)
+    assert [r["step"] for r in log] == [4, 8, 9, 12, 16, 18, 20, 24, 27, 28, 32, 36, 40, 44, 45,
+                                        48, 52, 54]  # fmt: skip
+    assert [r["step"] for r in log if "eval_loss" in r] == [9, 18, 27, 36, 45, 54]  # each epoch
+    for record in log:
+        assert {"loss", "token_accuracy", "lr", "tokens_per_second", "epoch"} <= set(record)
+        assert "lam" not in record
+    assert log[-1]["loss"] < log[0]["loss"] - 1
+    assert log[-1]["eval_loss"] < log[2]["eval_loss"]
+    assert (trained / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(trained.glob(".*"))  # nothing unfinished is left
+    model = AutoModelForCausalLM.from_pretrained(trained / "model")
+    assert len(AutoTokenizer.from_pretrained(trained / "model")) == model.config.vocab_size
+
+
+def test_evaluation_loss_is_the_mean_over_tokens(trained, data):
+    """Of the whole set in plain torch, whatever the batches are."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ift.data import encode, read_jsonl, split_rows
+
+    model = AutoModelForCausalLM.from_pretrained(trained / "model")
+    tokenizer = AutoTokenizer.from_pretrained(trained / "model")
+    _, held_out = split_rows(read_jsonl(data), 0.1, seed=0)
+    losses = []
+    for example in encode(held_out, tokenizer, 48).examples:
+        ids, labels = (torch.tensor(example[k]).long() for k in ("input_ids", "labels"))
+        logp = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        losses += [-logp[t, y].item() for t, y in enumerate(labels[1:]) if y != -100]
+    expected = sum(losses) / len(losses)
+    assert records(trained)[-1]["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_from_a_directory_with_every_ift_option(trained, data, tmp_path, capsys):
+    output = tmp_path / "ift"
+    arguments = ["train", "--model", str(trained / "model"), "--data", str(data)]
+    arguments += ["--output", str(output), "--eval-data", str(data), *SMALL, "--log-steps", "1"]
+    arguments += ["--loss", "ift", "--lam", "0.4", "--gamma", "0.9", "--objective", "released"]
+    arguments += ["--propagation", "logps", "--side", "left", "--norm", "log", "--detach-weights"]
+    arguments += ["--rule", "topk", "--k", "3", "--sample-temperature", "0.5", "--embedding-grad"]
+    arguments += ["--lambda-schedule", "linear", "--min-lam", "0.1", "--warmup-steps", "4"]
+    arguments += ["--lam-noise", "--optimizer", "rmsprop", "--scheduler", "cosine", "--bf16"]
+    assert main([*arguments, "--lr-warmup-steps", "2", "--accumulate", "2", "--epochs", "1"]) == 0
+    log = records(output)
+    assert [r["step"] for r in log] == [1, 2, 3, 4, 5]
+    from ift import IFTConfig
+
+    config = IFTConfig(lam=0.4, lambda_schedule="linear", min_lam=0.1, warmup_steps=4,
+                       lam_noise=True)  # fmt: skip
+    assert [r["lam"] for r in log] == [config.lam_at(step) for step in range(5)]
+    assert log[2]["lr"] == max(r["lr"] for r in log) == 3e-3  # after two steps of warm-up
+    assert "done" in capsys.readouterr().err
+
+
+def test_messages_and_dropped_rows(tmp_path, capsys):
+    def chat(text):
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "fine"}]
+        return json.dumps({"messages": turns}) + "\n"
+
+    path = tmp_path / "chat.jsonl"
+    path.write_text(chat("how?") * 6 + chat("how? " * 60))
+    output = tmp_path / "out"
+    arguments = ["train", "--model", "tiny", "--data", str(path), "--output", str(output), *SMALL]
+    assert main([*arguments, "--max-steps", "1"]) == 0
+    assert "dropped 1 of 7 rows, which have no completion token" in capsys.readouterr().err
+    assert (output / "model" / "chat_template.jinja").exists()
+
+
+def test_another_run_is_not_written_over(trained, data, capsys):
+    arguments = ["train", "--model", "tiny", "--data", str(data), "--output", str(trained), *SMALL]
+    assert main(arguments) == 2
+    assert "holds another run; expected a new directory, or --resume" in capsys.readouterr().err
+    assert (
+        main(
+            [
+                *arguments,
+                "--loss",
+                "sft",
+                "--epochs",
+                "6",
+                "--eval-split",
+                "0.1",
+                "--lr",
+                "1",
+                "--resume",
+            ]
+        )
+        == 2
+    )
+    assert "--lr: got 1.0; expected 0.003, as the run in" in capsys.readouterr().err
+
+
+def test_resuming_a_finished_run_changes_nothing(trained, data, capsys):
+    before = records(trained)
+    arguments = ["train", "--model", "tiny", "--data", str(data), "--output", str(trained), *SMALL]
+    arguments += ["--loss", "sft", "--epochs", "6", "--eval-split", "0.1", "--log-steps", "4"]
+    assert main([*arguments, "--resume"]) == 0
+    assert records(trained) == before
+
+
+def test_models_that_cannot_be_loaded(data, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{broken")
+    arguments = ["train", "--data", str(data), "--output", str(tmp_path / "out"), *SMALL]
+    assert main([*arguments, "--model", str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and f"--model: cannot load {tmp_path}" in shown
+    process = ift(*arguments, "--model", "nobody/nothing")  # offline from the start
+    assert process.communicate()[1].startswith("ift: --model: cannot load nobody/nothing")
+    assert process.returncode == 2
+
+
+# ---- interruptions -------------------------------------------------------------------------------
+
+# Records, evaluations and checkpoints at different steps, randomness of both kinds, accumulation.
+LONG = [*SMALL, "--max-steps", "60", "--log-steps", "7", "--save-steps", "5", "--eval-steps", "20",
+        "--eval-split", "0.1", "--rule", "sample", "--lam-noise", "--accumulate", "2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "unbroken"
+    process = ift("train", "--model", "tiny", "--data", data, "--output", output, *LONG)
+    shown = process.communicate()[1]
+    assert process.returncode == 0, shown
+    return output
+
+
+def broken_at(process, checkpoint, number):
+    """Send a signal as soon as a checkpoint is there; return what was on stderr."""
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert process.poll() is None and time.monotonic() < deadline, "ended before its checkpoint"
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.communicate()[1]
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_to_the_same_losses(data, unbroken, tmp_path):
+    arguments = ["train", "--model", "tiny", "--data", data, "--output", tmp_path / "r", *LONG]
+    process = ift(*arguments)
+    broken_at(process, tmp_path / "r" / "checkpoint-15", signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    # What a kill may leave behind: half a checkpoint, half a line.
+    (tmp_path / "r" / ".unfinished" / "checkpoint-55").mkdir(parents=True, exist_ok=True)
+    with (tmp_path / "r" / "log.jsonl").open("a") as file:
+        file.write('{"step": 5')
+    process = ift(*arguments, "--resume")
+    shown = process.communicate()[1]
+    assert process.returncode == 0, shown
+    assert untimed(tmp_path / "r") == untimed(unbroken)
+    assert not list((tmp_path / "r").glob(".*"))
+    assert [r["step"] for r in records(unbroken)] == [7, 14, 20, 21, 28, 35, 40, 42, 49, 56, 60]
+
+
+@pytest.mark.slow
+def test_interrupted_run_ends_in_one_line_and_resumes(data, unbroken, tmp_path):
+    arguments = ["train", "--model", "tiny", "--data", data, "--output", tmp_path / "r", *LONG]
+    process = ift(*arguments)
+    shown = broken_at(process, tmp_path / "r" / "checkpoint-10", signal.SIGINT)
+    assert process.returncode == 130
+    assert "Traceback" not in shown
+    assert shown.splitlines()[-1].startswith("ift train: interrupted at step ")
+    saved = max(int(path.name[11:]) for path in (tmp_path / "r").glob("checkpoint-*"))
+    assert f"interrupted at step {saved} of 60" in shown  # nothing of the work is lost
+    process = ift(*arguments, "--resume")
+    shown = process.communicate()[1]
+    assert process.returncode == 0, shown
+    assert untimed(tmp_path / "r") == untimed(unbroken)
+
+
+def test_failed_checkpoint_leaves_none(data, tmp_path, monkeypatch):
+    from ift.cli import trainer
+
+    def fail(self, checkpoint):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(trainer.RunTrainer, "_window_in", fail)
+    output = tmp_path / "out"
+    arguments = ["train", "--model", "tiny", "--data", str(data), "--output", str(output), *SMALL]
+    with pytest.raises(OSError, match="disk full"):
+        main([*arguments, "--max-steps", "1"])
+    assert not list(output.glob("checkpoint-*"))
+
+
+def test_log_survives_torn_lines_and_rewinds(tmp_path):
+    log = JsonlLog(tmp_path / "log.jsonl")
+    assert log.read() == []
+    for step in range(1, 5):
+        log.append({"step": step, "loss": 1.0 / step if step < 4 else float("nan")})
+    with log.path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    assert [r["step"] for r in log.read()] == [1, 2, 3, 4] and log.read()[-1]["loss"] is None
+    log.rewind(2)
+    log.append({"step": 3, "loss": 0.0})
+    assert [r["step"] for r in log.read()] == [1, 2, 3]
+
+
+# ---- doctor --------------------------------------------------------------------------------------
+
+
+def test_doctor(capsys):
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["python"] == sys.version.split()[0]
+    assert report["versions"]["torch"] and report["versions"]["transformers"]
+    assert {"cpu", "reference"} <= {backend["name"] for backend in report["backends"]}
+    assert report["threads"]["torch"] >= 1 and report["problem"] is None
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for word in ("torch", "transformers", "devices", "backends", "reference", "available"):
+        assert word in text
+
+
+def test_doctor_reports_a_wrong_environment():
+    process = ift("doctor", IFT_BACKEND="cpp")
+    out, err = process.communicate()
+    assert err == "" and process.returncode == 1
+    assert "IFT_BACKEND=cpp" in out and "problem" in out
