@@ -260,7 +260,7 @@ def gradients_fake(
     """Shapes of the gradients; the last non-tensor argument says which are asked for."""
     needs = next(value for value in reversed(rest) if not isinstance(value, Tensor))
     return (
-        torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
+        hidden.new_empty(hidden.shape) if needs[0] else hidden.new_empty(0),
         weight.new_empty(weight.shape) if needs[1] else hidden.new_empty(0),
         bias.new_empty(bias.shape) if needs[2] and bias is not None else hidden.new_empty(0),
     )

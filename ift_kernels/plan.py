@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -221,16 +222,20 @@ class Ledger:
     """Bytes that forward calls keep for a backward that has not come yet, over all calls."""
 
     def __init__(self) -> None:
-        self.held = 0
+        # Setting and popping are atomic: calls come from any thread, releases from the collector.
+        self._sizes: dict[int, int] = {}
+        self._keys = itertools.count()
+
+    @property
+    def held(self) -> int:
+        """Bytes held now."""
+        return sum(list(self._sizes.values()))
 
     def enter(self, tensor: Tensor) -> Callable[[], object]:
         """Count `tensor` for as long as it lives, or until the returned function is called."""
-        size = tensor.numel() * tensor.element_size()
-        self.held += size
-        return weakref.finalize(tensor, self._leave, size)
-
-    def _leave(self, size: int) -> None:
-        self.held -= size
+        key = next(self._keys)
+        self._sizes[key] = tensor.numel() * tensor.element_size()
+        return weakref.finalize(tensor, self._sizes.pop, key, None)
 
 
 ledger = Ledger()

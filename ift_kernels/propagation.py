@@ -165,6 +165,7 @@ def _normed(c: Tensor, mask: Tensor, rows: Rows, norm: Norm, *, inverse: bool) -
 def _forward(
     x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, gamma: float, left: bool
 ) -> Tensor:
+    x = x.contiguous()
     if x.numel() == 0:
         return torch.empty_like(x)
     if cu_seqlens is not None:
@@ -195,7 +196,7 @@ _LIBRARY.define(
 _LIBRARY.impl("discounted_cumsum", _forward, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "ift_kernels::discounted_cumsum",
-    lambda x, mask, cu_seqlens, gamma, left: torch.empty_like(x),
+    lambda x, mask, cu_seqlens, gamma, left: x.new_empty(x.shape),
     lib=_LIBRARY,
 )
 torch.library.register_autograd(

@@ -316,3 +316,13 @@ def test_weights_errors(name):
         propagation_weights(torch.zeros(2, 3), torch.ones(2, 3), **{name: "other"})
     with pytest.raises(TypeError, match=r"logprob: .*got torch.int64"):
         propagation_weights(torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_transposed_input_compiles(backend):
+    # The operator returns consecutive elements whatever it is given; its fake must say the same.
+    x = torch.rand(7, 3).T
+    with ift_kernels.use_backend(backend):
+        torch.library.opcheck(
+            torch.ops.ift_kernels.discounted_cumsum.default, (x, None, None, 0.9, True)
+        )

@@ -147,7 +147,8 @@ def top_k_update(
 ) -> None:
     if not (values.shape == ids.shape and values.is_contiguous() and ids.is_contiguous()):
         raise RuntimeError("values and ids: expected contiguous (N, k)")
-    _vectors(x.shape[0], values[:, 0].contiguous(), ids[:, 0].contiguous())
+    if values.shape[0] != x.shape[0]:
+        raise RuntimeError(f"values: {tuple(values.shape)} for {x.shape[0]} rows")
     chunk = _chunk(x, bias, transform, offset)
     _cpu.top_k(chunk, values.data_ptr(), ids.data_ptr(), values.shape[1])
 
