@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ift_kernels.backends import reference
 from ift_kernels.plan import Plan
 from ift_kernels.transform import LogitTransform
 
@@ -67,7 +68,7 @@ class Tile(NamedTuple):
     product: Tensor
 
 
-def new_rows(like: Tensor, rows: int, columns: int) -> Tensor:
+def new_rows(backend: Any, like: Tensor, rows: int, columns: int) -> Tensor:
     """Uninitialised (rows, columns) for products, each row on a cache line, zeros between the rows.
 
     The zeros matter: oneDNN's 16-bit products read the rows of their first operand up to the next
@@ -75,7 +76,7 @@ def new_rows(like: Tensor, rows: int, columns: int) -> Tensor:
     row.
     """
     line = 64 // like.element_size()
-    buffer = like.new_empty((rows, -(-columns // line) * line))
+    buffer: Tensor = backend.fresh(like.new_empty((rows, -(-columns // line) * line)))
     buffer[:, columns:] = 0
     return buffer[:, :columns]
 
@@ -85,7 +86,7 @@ def padded_rows(matrix: Tensor) -> Tensor:
     whole_lines = matrix.shape[1] * matrix.element_size() % 64 == 0
     if whole_lines or matrix.element_size() != 2 or matrix.device.type != "cpu":
         return matrix
-    return new_rows(matrix, *matrix.shape).copy_(matrix)
+    return new_rows(reference, matrix, *matrix.shape).copy_(matrix)
 
 
 def slices(start: int, stop: int, step: int) -> Iterator[slice]:
@@ -110,7 +111,7 @@ def recomputed(head: Head, plan: Plan, first: int) -> Iterator[Tile]:
     if first == head.vocabulary:
         return
     n = head.hidden.shape[0]
-    scratch = new_rows(head.hidden, min(plan.tile_rows, n), plan.tile_columns)
+    scratch = new_rows(head.backend, head.hidden, min(plan.tile_rows, n), plan.tile_columns)
     for columns in slices(first, head.vocabulary, plan.tile_columns):
         weight = head.weight_chunk(columns)
         scratch[:, weight.shape[0] :] = 0  # as in new_rows, for a narrower last tile
@@ -185,7 +186,9 @@ class Gradients:
         n, width = head.hidden.shape
         like = head.hidden
         self.hidden = Sum((n, width), like) if needs[0] else None
-        self.weight = head.weight.new_empty((head.vocabulary, width)) if needs[1] else None
+        self.weight: Tensor | None = None
+        if needs[1]:
+            self.weight = head.backend.fresh(head.weight.new_empty((head.vocabulary, width)))
         self.bias = None
         if needs[2]:
             self.bias = torch.zeros(head.vocabulary, dtype=wide(like.dtype), device=like.device)
@@ -310,11 +313,13 @@ def forward_gradients(
     """
     (n, width), vocabulary = head.hidden.shape, head.vocabulary
     d_hidden = head.hidden.new_empty((n, width), dtype=hidden_dtype) if needs[0] else None
-    d_weight = head.weight.new_zeros((vocabulary, width)) if needs[1] else None
+    d_weight: Tensor | None = None
+    if needs[1]:
+        d_weight = head.backend.fresh(head.weight.new_empty((vocabulary, width))).zero_()
     d_bias = None
     if needs[2]:
         d_bias = head.hidden.new_zeros(vocabulary, dtype=wide(head.hidden.dtype))
-    buffer = new_rows(head.hidden, min(plan.tile_rows, n), vocabulary)
+    buffer = new_rows(head.backend, head.hidden, min(plan.tile_rows, n), vocabulary)
     for rows in slices(0, n, plan.tile_rows):
         part = head.rows(rows)
         size = part.hidden.shape[0]

@@ -179,7 +179,9 @@ def _stats(
     check_targets(target, valid, weight.shape[0])
     call = Call(hidden, weight, bias, valid, tuple(options), tuple(needs))
     chosen = plan.make(call.problem, plan.ledger.held, schedule or None)
-    kept = engine.new_rows(call.head.hidden, call.problem.rows, chosen.keep_columns)
+    kept = engine.new_rows(
+        call.head.backend, call.head.hidden, call.problem.rows, chosen.keep_columns
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         state, argmax = engine.statistics(
             call.head, call.select(target), track, chosen, kept if chosen.keep_columns else None

@@ -52,6 +52,13 @@ def wants_transpose(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2
 
 
+def fresh(tensor: Tensor) -> Tensor:
+    """`tensor`, just allocated and not yet touched: large ones get huge pages."""
+    if tensor.numel() * tensor.element_size() >= 1 << 22:
+        _cpu.advise_huge_pages(tensor.data_ptr(), tensor.untyped_storage().nbytes())
+    return tensor
+
+
 def _rows(matrix: Tensor, columns: int | None = None) -> None:
     """What raw addresses rely on: rows of consecutive elements, as many as expected."""
     if matrix.stride(1) != 1 and matrix.shape[1] > 1:

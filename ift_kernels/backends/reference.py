@@ -37,6 +37,11 @@ def wants_transpose(dtype: torch.dtype) -> bool:
     return False
 
 
+def fresh(tensor: Tensor) -> Tensor:
+    """`tensor`, just allocated: what the backend wants done before it is first touched."""
+    return tensor
+
+
 def new_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Empty running statistics: float64 (STATE_ROWS, N) and the argmax, int64 (N,)."""
     state = torch.zeros((STATE_ROWS, rows), dtype=torch.float64, device=device)
