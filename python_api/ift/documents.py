@@ -1,0 +1,73 @@
+"""Where documents start in a batch, and what that makes of its labels.
+
+A row of a batch is one document unless the batch says otherwise, as transformers does for packed
+rows: `position_ids` that do not continue by one, or `cu_seq_lens_q` over the flattened tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE_INDEX = -100  # transformers' label of a token without loss
+
+
+def document_starts(
+    labels: Tensor,  # (B, T)
+    position_ids: Tensor | None = None,  # (B, T) or (1, T)
+    cu_seq_lens: Tensor | None = None,  # (documents + 1,)
+) -> Tensor | None:
+    """(B, T) bool, true at the first token of each document; None when every row is one document.
+
+    Raises:
+        ValueError: `position_ids` that are not (B, T) or (1, T).
+    """
+    if cu_seq_lens is not None:
+        starts = torch.zeros(labels.numel() + 1, dtype=torch.bool, device=labels.device)
+        starts[cu_seq_lens.long()] = True  # a last entry beyond the end lands in the extra slot
+        starts = starts[:-1].view_as(labels)
+    elif position_ids is not None:
+        if position_ids.dim() != 2 or position_ids.shape[1] != labels.shape[1]:
+            raise ValueError(
+                f"position_ids: expected shape {tuple(labels.shape)}, "
+                f"got {tuple(position_ids.shape)}"
+            )
+        starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0)).expand_as(labels).clone()
+    else:
+        return None
+    if not starts[:, 1:].any():
+        return None
+    starts[:, 0] = True
+    return starts
+
+
+def boundaries(starts: Tensor | None) -> Tensor | None:
+    """`cu_seqlens` (documents + 1,) int64 over the flattened tokens of `document_starts`."""
+    if starts is None:
+        return None
+    end = torch.full((1,), starts.numel(), device=starts.device)
+    return torch.cat([starts.flatten().nonzero().flatten(), end])
+
+
+def shifted_targets(labels: Tensor, starts: Tensor | None = None) -> Tensor:
+    """(B, T): the token that position t predicts, ``labels[t + 1]``; `IGNORE_INDEX` where there is
+    none: at the end of a row and, given `starts`, before the first token of a document."""
+    if starts is not None:
+        labels = labels.masked_fill(starts, IGNORE_INDEX)
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def rows_with_targets(batch: dict[str, Tensor]) -> Tensor:
+    """One bool per document of `batch` (some more, false, when packed): has it any target?
+
+    The rows over which the IFT loss is a mean; their sum over a whole optimizer step is its
+    `num_rows`. No host synchronisation beyond that of `document_starts`.
+    """
+    labels = batch["labels"]
+    starts = document_starts(labels, batch.get("position_ids"), batch.get("cu_seq_lens_q"))
+    has_target = shifted_targets(labels, starts) != IGNORE_INDEX
+    if starts is None:
+        return has_target.any(1)
+    document = starts.flatten().cumsum(0) - 1
+    return torch.zeros_like(document).index_add_(0, document, has_target.flatten().long()) > 0

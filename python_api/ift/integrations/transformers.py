@@ -1,0 +1,177 @@
+"""transformers: `IFTTrainer`, and `patch` / `unpatch` for any training loop.
+
+What of `transformers.Trainer` is overridden, and why, is in docs/patching.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from ift.config import IFTConfig
+from ift.documents import IGNORE_INDEX, rows_with_targets
+from ift.head_pass import plain_head
+from ift.patching import base_model, patch, unpatch
+
+__all__ = ["IFTTrainer", "patch", "unpatch"]
+
+logger = logging.get_logger(__name__)
+
+
+class IFTTrainer(Trainer):
+    """`transformers.Trainer` with SFT or IFT losses that never hold logits.
+
+    The model is patched (`ift.patch`). λ follows the optimizer step. The IFT loss is a mean over
+    the rows with response tokens of the whole optimizer step, across gradient accumulation and,
+    unless ``args.average_tokens_across_devices`` is off, processes. ``token_accuracy`` and
+    ``entropy`` join the logs of training and evaluation. Evaluation measures plain cross-entropy,
+    also under IFT; with `compute_metrics` it keeps the logits that this needs.
+
+    With the default ``embedding_grad=False`` no gradient reaches an untied input embedding, so it
+    is frozen here: it leaves the optimizer, and DDP does not wait for it.
+
+    Args:
+        model, args, and the rest: as `transformers.Trainer`.
+        ift_config: options of the loss; None for supervised fine-tuning. `step` and `num_rows` are
+            the trainer's to set.
+
+    Raises:
+        ValueError: options of `args` that the losses do not have: label smoothing, sequence or
+            context parallelism, torch's DataParallel, Liger; a `compute_loss_func`.
+        TypeError: a model that `ift.patch` refuses.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: Any = None,
+        *rest: Any,
+        ift_config: IFTConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if ift_config is not None and not isinstance(ift_config, IFTConfig):
+            raise TypeError(
+                f"ift_config: expected an ift.IFTConfig or None, got {type(ift_config).__name__}"
+            )
+        self.ift_config = ift_config
+        self._sums: dict[bool, Tensor | None] = {True: None, False: None}  # by training or not
+        super().__init__(self._prepared(model), args, *rest, **kwargs)
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: expected 0, got {self.args.label_smoothing_factor}"
+            )
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func: expected None, the loss is that of ift_config")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"args: expected one device per process (torchrun), got {self.args.n_gpu} under "
+                "torch.nn.DataParallel"
+            )
+        if self.args.use_liger_kernel:
+            raise ValueError("use_liger_kernel: expected False, it replaces the patched forward")
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        for name in ("cp_enabled", "sp_enabled"):
+            if getattr(parallelism, name, False):
+                raise ValueError(f"parallelism_config: expected {name} false, got true")
+        if not self.model_accepts_loss_kwargs:
+            raise ValueError(
+                f"model: {type(base_model(self.model)).__name__} takes no loss arguments, so its "
+                "loss could not be normalised over the whole optimizer step"
+            )
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As the parent's, patched."""
+        model: nn.Module = self._prepared(super().call_model_init(trial))
+        return model
+
+    def _prepared(self, model: Any) -> Any:
+        if not isinstance(model, nn.Module):
+            return model  # None with model_init, or what the parent will complain about
+        patch(model)
+        base: Any = base_model(model)
+        embedding = base.get_input_embeddings()
+        tied = any(p is plain_head(base).weight for p in embedding.parameters())
+        if self.ift_config is not None and not self.ift_config.embedding_grad and not tied:
+            embedding.requires_grad_(False)
+            logger.info("embedding_grad=False: the input embedding is frozen")
+        return model
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """As the parent's, counting rows instead of tokens: what the IFT loss is a mean over."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.ift_config is None or count is None:
+            return batches, count
+        # The parent's own count, across devices and all, of one label per row that has targets.
+        flags = [torch.where(rows_with_targets(batch), 0, IGNORE_INDEX) for batch in batches]
+        rows = [{"labels": flag, "shift_labels": flag} for flag in flags]
+        return batches, self._get_num_items_in_batch(rows, device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As the parent's, with the configuration of this step; collects what the logs want."""
+        training = model.training
+        base = base_model(self.accelerator.unwrap_model(model))
+        base.__dict__.pop("ift_metrics", None)
+        if self.ift_config is not None and training:
+            config = self.ift_config.replace(
+                step=self.state.global_step, num_rows=num_items_in_batch
+            )
+            inputs = {**inputs, "ift": config}
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        metrics = base.__dict__.get("ift_metrics")  # not of evaluation with logits
+        if metrics is None and training:
+            raise RuntimeError(
+                f"{type(base).__name__}: the patched forward did not run; something replaced it "
+                "after ift.patch"
+            )
+        if metrics is not None:
+            sums = torch.stack([metrics[k].float() for k in ("correct", "entropy", "tokens")])
+            seen = self._sums[training]
+            self._sums[training] = sums if seen is None else seen + sums
+        return result
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """As the parent's; without logits where only the loss is wanted."""
+        if prediction_loss_only and inputs.get("labels") is not None:
+            inputs = {**inputs, "skip_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As the parent's, with token accuracy and entropy among the metrics."""
+        self._sums[False] = None
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, value in self._drained(training=False).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the parent's, with token accuracy and entropy beside the training loss."""
+        if "loss" in logs:
+            logs = {**logs, **self._drained(training=True)}
+        super().log(logs, *args, **kwargs)
+
+    def _drained(self, *, training: bool) -> dict[str, float]:
+        """Means over the tokens seen since the last call, in all processes."""
+        sums, self._sums[training] = self._sums[training], None
+        if sums is None:
+            return {}
+        correct, entropy, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        tokens = max(tokens, 1.0)
+        return {"token_accuracy": correct / tokens, "entropy": entropy / tokens}

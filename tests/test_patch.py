@@ -1,0 +1,400 @@
+"""`ift.patch` against the same model's own path through full logits."""
+
+import copy
+import inspect
+import io
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from causal_lms import ARCHITECTURES, V, assert_close, batch, gradients, make
+from ift.config import IFTConfig
+from ift.head_pass import head_pass, token_stats
+from ift.patching import patch, unpatch
+from ift_kernels import checks
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def name(request):
+    return request.param
+
+
+def loss_and_gradients(model, **inputs):
+    output = model(**inputs)
+    output.loss.backward()
+    return output, gradients(model)
+
+
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)], ids=["mean", "int", "tensor"])
+def test_loss_and_gradients_are_those_of_the_logits(name, num_items):
+    model, inputs = make(name), batch()
+    if num_items is not None:
+        inputs["num_items_in_batch"] = num_items
+    plain, expected = loss_and_gradients(model, **inputs)
+    patch(model)
+    fused, got = loss_and_gradients(model, **inputs)
+    assert fused.logits is None
+    torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-5, atol=1e-6)
+    assert_close(got, expected)
+    kept = set(plain.keys()) - {"logits"}
+    assert set(fused.keys()) == kept
+
+
+def test_token_logprobs_are_those_of_the_logits(name):
+    model, inputs = make(name), batch()
+    logp = model(**inputs).logits.float().log_softmax(-1)
+    patch(model)
+    model(**inputs)  # measures the transform
+    target = torch.randint(V, inputs["input_ids"].shape)
+    labels = inputs.pop("labels")
+    forward = type(model).forward.__get__(model)
+    _, stats = head_pass(model, forward, inputs, token_stats(target, model._ift_patch.transform))
+    expected = logp.gather(-1, target[..., None])[..., 0]
+    torch.testing.assert_close(stats.logprob, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.entropy, -(logp.exp() * logp).sum(-1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(stats.argmax, logp.argmax(-1))
+    valid = labels[:, 1:] != -100
+    correct = ((logp.argmax(-1)[:, :-1] == labels[:, 1:]) & valid).sum()
+    assert model.ift_metrics["tokens"] == valid.sum()
+    assert model.ift_metrics["correct"] == correct
+
+
+def test_padding_on_the_left(name):
+    model, inputs = make(name), {k: v.flip(1) for k, v in batch().items()}
+    plain, expected = loss_and_gradients(model, **inputs)
+    fused, got = loss_and_gradients(patch(model), **inputs)
+    torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-5, atol=1e-6)
+    assert_close(got, expected)
+
+
+def test_labels_that_are_shifted_already():
+    model, inputs = make("llama"), batch()
+    shifted = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=3)  # a last target too
+    plain, expected = loss_and_gradients(model, **inputs, shift_labels=shifted)
+    patch(model)
+    fused, got = loss_and_gradients(model, **inputs, shift_labels=shifted)
+    torch.testing.assert_close(fused.loss, plain.loss)
+    assert_close(got, expected)
+    inputs.pop("labels")
+    alone = model(**inputs, shift_labels=shifted, skip_logits=True)
+    torch.testing.assert_close(alone.loss, plain.loss)
+
+
+def test_logits_to_keep_is_honoured_as_transformers_does():
+    model, inputs = make("llama"), batch()
+    shifted = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)[
+        :, -5:
+    ].contiguous()
+    plain, expected = loss_and_gradients(model, **inputs, shift_labels=shifted, logits_to_keep=5)
+    patch(model)
+    fused, got = loss_and_gradients(model, **inputs, shift_labels=shifted, logits_to_keep=5)
+    torch.testing.assert_close(fused.loss, plain.loss)
+    assert_close(got, expected)
+    with pytest.raises(ValueError, match="labels: expected one per hidden state"):
+        model(**inputs, logits_to_keep=5)
+
+
+def test_no_targets_at_all_give_a_zero_that_can_be_differentiated(name):
+    model, inputs = patch(make(name)), batch()
+    inputs["labels"].fill_(-100)
+    for extra in ({}, {"num_items_in_batch": torch.tensor(0)}):
+        output, grads = loss_and_gradients(model, **inputs, **extra)
+        if name != "mixtral":  # whose auxiliary loss remains
+            assert output.loss == 0
+            assert all(g is None or not g.any() for g in grads.values())
+        assert torch.isfinite(output.loss)
+
+
+def test_tuples_and_positional_arguments():
+    model, inputs = make("llama"), batch()
+    plain = model(**inputs, return_dict=False, output_hidden_states=True, use_cache=False)
+    patch(model)
+    fused = model(
+        inputs["input_ids"],
+        inputs["attention_mask"],
+        labels=inputs["labels"],
+        return_dict=False,
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    assert isinstance(fused, tuple) and len(fused) == len(plain) - 1  # no logits
+    torch.testing.assert_close(fused[0], plain[0])
+    torch.testing.assert_close(fused[1], plain[2])  # hidden states
+
+
+def test_evaluation_and_generation_are_untouched(name):
+    model, inputs = make(name).eval(), batch()
+    prompt = {k: v[:, :4] for k, v in inputs.items() if k != "labels"}
+    options = {"max_new_tokens": 5, "do_sample": False}
+    with torch.no_grad():
+        plain, generated = model(**inputs), model.generate(**prompt, **options)
+        patch(model)
+        same = model(**inputs)
+        assert torch.equal(same.logits, plain.logits) and torch.equal(same.loss, plain.loss)
+        assert torch.equal(model.generate(**prompt, **options), generated)
+        skipped = model(**inputs, skip_logits=True)
+    assert skipped.logits is None
+    torch.testing.assert_close(skipped.loss, plain.loss)
+    model.train()
+    assert model(**inputs, skip_logits=False).logits.shape[-1] == V
+    assert model(**prompt).logits.shape[-1] == V
+
+
+def state_of(model):
+    return {name: dict(module.__dict__) for name, module in model.named_modules()}
+
+
+def test_unpatch_leaves_nothing(name):
+    model, inputs = make(name), batch()
+    model(**inputs)  # whatever the model itself notes in its first forward
+    before, class_forward = state_of(model), type(model).forward
+    patch(model)
+    patch(model)  # a second time changes nothing
+    model(**inputs).loss.backward()
+    with pytest.raises(ValueError, match="labels"):
+        model(input_ids=inputs["input_ids"], skip_logits=True)
+    unpatch(model)
+    assert state_of(model) == before and type(model).forward is class_forward
+    unpatch(model)  # nor does this
+    assert model(**inputs).logits is not None
+
+
+def test_unpatch_restores_a_forward_that_was_there():
+    model, inputs = make("llama"), batch()
+    calls = []
+    own = type(model).forward.__get__(model)
+
+    def forward(*args, **kwargs):
+        calls.append(kwargs)
+        return own(*args, **kwargs)
+
+    model.forward = forward
+    patch(model)
+    model(**inputs).loss.backward()
+    assert calls
+    unpatch(model)
+    assert model.forward is forward
+
+
+def test_unpatch_refuses_to_pull_a_forward_out_from_under_a_wrapper():
+    model = patch(make("llama"))
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM: its forward was wrapped"):
+        unpatch(model)
+
+
+@pytest.mark.parametrize("duplicate", ["deepcopy", "pickle"])
+def test_a_copy_is_patched_and_independent(duplicate):
+    model, inputs = patch(make("gemma2")), batch()
+    expected = model(**inputs).loss
+    if duplicate == "deepcopy":
+        other = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    output = other(**inputs)
+    assert output.logits is None
+    assert torch.equal(output.loss, expected)
+    assert "_ift_patch" not in unpatch(other).__dict__
+    assert model(**inputs).logits is None
+
+
+def test_what_is_inside_a_peft_model_is_patched():
+    class Wrapper(nn.Module):  # as PEFT's: another module around, the causal LM within reach
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.get_base_model = model, lambda: model
+
+        def forward(self, **kwargs):
+            return self.model(**kwargs)
+
+    wrapper = Wrapper(make("llama"))
+    assert patch(wrapper) is wrapper and "forward" not in wrapper.__dict__
+    assert wrapper(**batch()).logits is None
+    assert unpatch(wrapper)(**batch()).logits is not None
+
+
+def test_signature_gains_two_arguments():
+    model = make("llama")
+    before = list(inspect.signature(model.forward).parameters)
+    patch(model)
+    expected = [*before[:-1], "ift", "skip_logits", before[-1]]
+    assert list(inspect.signature(model.forward).parameters) == expected
+    method = model.forward.__func__  # what accelerate takes apart and binds again
+    assert list(inspect.signature(method).parameters) == ["self", *expected]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(name, reentrant):
+    model, inputs = make(name), batch()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    _, expected = loss_and_gradients(model, **inputs)
+    _, got = loss_and_gradients(patch(model), **inputs)
+    assert_close(got, expected)
+
+
+def test_autocast_is_as_close_to_float32_as_the_logits_path(name):
+    model, inputs = make(name), batch()
+    plain, expected = loss_and_gradients(model, **inputs)
+
+    def error(output, grads):
+        pairs = [(grads[n], g) for n, g in expected.items() if g is not None]
+        return torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = model(**inputs)
+    theirs.loss.backward()
+    their_error = error(theirs, gradients(model))
+    patch(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = model(**inputs)
+    ours.loss.backward()
+    assert ours.loss.dtype == torch.float32
+    assert abs(ours.loss - plain.loss) <= 2 * abs(theirs.loss - plain.loss) + 1e-2
+    assert error(ours, gradients(model)) <= 2 * their_error
+
+
+def largest_allocation(run):
+    """Bytes of the largest single block that torch allocates, inside operators too."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("rule", [None, "greedy", "sample", "soft"])
+def test_no_logits_are_ever_made(rule, monkeypatch):
+    vocabulary, rows, length = 20011, 4, 256
+    options = {"max_position_embeddings": length, "attn_implementation": "sdpa"}
+    model = make("llama", vocab_size=vocabulary, **options)
+    inputs = batch(rows, length, prompt=64, vocabulary=vocabulary)
+    logits = 4 * int((inputs["labels"][:, 1:] != -100).sum()) * vocabulary
+    table = 4 * 32 * vocabulary
+    assert largest_allocation(lambda: model(**inputs).loss.backward()) >= logits
+    model.zero_grad(set_to_none=True)
+    patch(model)
+    if rule is None:
+        monkeypatch.setitem(checks.DEFAULT_WORKSPACE, "cpu", 1 << 20)
+    else:
+        inputs["ift"] = IFTConfig(workspace=1 << 20, rule=rule)
+    ours = largest_allocation(lambda: model(**inputs).loss.backward())
+    assert ours <= table < logits // 20  # the gradient of the head is the largest
+
+
+# --- refusals: never silently another loss -------------------------------------------------------
+
+
+class LoraLikeHead(nn.Linear):
+    def forward(self, input):
+        return super().forward(input) + 1.0
+
+
+def refuse_at_patch(model, match):
+    with pytest.raises(TypeError, match=match):
+        patch(model)
+    assert "forward" not in model.__dict__
+
+
+def test_heads_that_are_not_plain_are_refused():
+    model = make("llama")
+    model.lm_head = LoraLikeHead(32, V)
+    refuse_at_patch(model, "LlamaForCausalLM has .*LoraLikeHead")
+    model = make("llama")
+    model.lm_head.forward = lambda x: x
+    with pytest.raises(TypeError, match="forward of the output head of LlamaForCausalLM"):
+        patch(model)
+    refuse_at_patch(make("llama").model, "LlamaModel has none")
+    refuse_at_patch(nn.Linear(2, 2), "Linear has none")
+
+
+def test_a_head_replaced_after_patching_is_noticed():
+    model, inputs = patch(make("llama")), batch()
+    model.resize_token_embeddings(V + 3)
+    with pytest.raises(RuntimeError, match="replaced after ift.patch"):
+        model(**inputs)
+    patch(model)
+    assert model(**inputs).logits is None
+    model.lm_head = LoraLikeHead(32, V)
+    with pytest.raises(TypeError, match="LoraLikeHead"):
+        model(**inputs)
+
+
+class Altered(hf.LlamaForCausalLM):
+    """A model whose code does `change` to what its head returns."""
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+        logits = type(self).change(self, self.lm_head(hidden))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=V)
+        return hf.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    {
+        "vocabulary sliced": lambda self, z: z[..., :-3],
+        "a column masked": lambda self, z: z.index_fill(-1, torch.tensor([5]), -1e9),
+        "a bias added": lambda self, z: z + torch.arange(z.shape[-1]),
+        "another cap": lambda self, z: z.clamp(-10, 10),
+        "softmax": lambda self, z: z.log_softmax(-1),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_code_after_the_head_that_is_not_scale_and_softcap_is_refused(change):
+    model = type("Altered", (Altered,), {"change": change[1]})(make("llama").config)
+    with pytest.raises(RuntimeError, match="Altered: expected its logits to be scale"):
+        patch(model)(**batch())
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_an_unknown_scale_and_softcap_are_measured(capped):
+    def change(self, z):
+        return 7.3 * torch.tanh(z * 0.31 / 7.3) if capped else z * 0.31
+
+    model = type("Altered", (Altered,), {"change": change})(make("llama").config)
+    plain, expected = loss_and_gradients(model, **batch())
+    fused, got = loss_and_gradients(patch(model), **batch())
+    torch.testing.assert_close(fused.loss, plain.loss)
+    assert_close(got, expected)
+
+
+def test_a_model_that_computes_its_own_loss_is_refused():
+    config = hf.BartConfig(
+        vocab_size=V, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=32
+    )
+    model = patch(hf.BartForCausalLM(config).train())
+    with pytest.raises(RuntimeError, match="BartForCausalLM: computes its own loss"):
+        model(**batch())
+
+
+def test_a_custom_loss_function_is_refused_and_kept():
+    model = patch(make("llama"))
+    model.loss_function = custom = lambda *args, **kwargs: torch.zeros(())
+    with pytest.raises(RuntimeError, match="expected the loss function ForCausalLMLoss"):
+        model(**batch())
+    assert model.loss_function is custom
+
+
+def test_an_error_inside_leaves_no_trace():
+    model, inputs = patch(make("llama")), batch()
+    good = model(**inputs).loss
+    before = dict(model.__dict__)
+    labels = inputs["labels"].clone()
+    labels[0, -1] = V
+    with pytest.raises(ValueError, match="target"):
+        model(**{**inputs, "labels": labels})
+    assert dict(model.__dict__) == before
+    with torch.no_grad():
+        assert model.eval()(**inputs).logits.shape[-1] == V  # no question left behind
+    assert torch.equal(model.train()(**inputs).loss, good)

@@ -1,0 +1,327 @@
+"""`IFTTrainer`: what one optimizer step means, what is logged, what is refused."""
+
+import json
+import os
+
+import pytest
+import torch
+import transformers as hf
+from torch.utils.data import Dataset
+
+from causal_lms import V, assert_close, join, leave, make
+from ift.config import IFTConfig
+from ift.integrations.transformers import IFTTrainer
+from ift.patching import patch
+
+# Response lengths differ, and one row has none: means over rows, tokens and batches all differ.
+LENGTHS = [3, 0, 7, 5]
+
+
+class Rows(Dataset):
+    def __init__(self, responses=LENGTHS, repeat=1):
+        g = torch.Generator().manual_seed(0)
+        self.rows = []
+        for response in responses:
+            ids = torch.randint(3, V, (12,), generator=g)
+            labels = torch.full_like(ids, -100)
+            labels[3 : 3 + response] = ids[3 : 3 + response]
+            self.rows.append({"input_ids": ids, "labels": labels})
+        self.rows *= repeat
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+class InOrder(IFTTrainer):
+    """Rows in their order, and the gradients of every optimizer step."""
+
+    def _get_train_sampler(self, *_):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gradients = []
+        trainer = self
+
+        class Keep(hf.TrainerCallback):
+            def on_pre_optimizer_step(self, *_, **__):
+                named = trainer.model.named_parameters()
+                trainer.gradients.append({n: p.grad.clone() for n, p in named if p.requires_grad})
+
+        self.add_callback(Keep())
+
+
+def arguments(directory, **changes):
+    options = {
+        "output_dir": str(directory),
+        "use_cpu": True,
+        "per_device_train_batch_size": 4,
+        "max_steps": 1,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "report_to": [],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    return hf.TrainingArguments(**{**options, **changes})
+
+
+def trained(directory, config, model=None, data=None, trainer=InOrder, **changes):
+    trainer = trainer(
+        model or make("llama"),
+        arguments(directory, **changes),
+        train_dataset=data or Rows(),
+        ift_config=config,
+    )
+    trainer.train()
+    return trainer
+
+
+CONFIGS = {
+    "sft": None,
+    "ift": IFTConfig(),
+    "embedding": IFTConfig(embedding_grad=True),
+    "sample": IFTConfig(rule="sample"),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_accumulated_rows_are_one_batch(tmp_path, config, size):
+    whole = trained(tmp_path, config)
+    parts = trained(
+        tmp_path,
+        config,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=4 // size,
+    )
+    assert_close(parts.gradients[0], whole.gradients[0], 1e-6)
+    loss = [t.state.log_history[0]["loss"] for t in (parts, whole)]
+    assert loss[0] == pytest.approx(loss[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_step_is_the_loss_of_a_plain_forward(tmp_path, config):
+    trainer = trained(tmp_path, config)
+    model = patch(make("llama"))
+    inputs = {k: torch.stack([row[k] for row in Rows()]) for k in ("input_ids", "labels")}
+    loss = model(**inputs, ift=config).loss
+    loss.backward()
+    named = dict(model.named_parameters())
+    assert_close(trainer.gradients[0], {n: named[n].grad for n in trainer.gradients[0]}, 1e-6)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    targets = inputs["labels"][:, 1:]
+    with torch.no_grad():
+        logits = make("llama")(input_ids=inputs["input_ids"]).logits[:, :-1]
+    if config is None:
+        valid = targets != -100
+        logp = logits.log_softmax(-1)
+        logged = trainer.state.log_history[0]
+        accuracy = (logits.argmax(-1) == targets)[valid].float().mean().item()
+        entropy = -(logp.exp() * logp).sum(-1)[valid].mean().item()
+        assert logged["token_accuracy"] == pytest.approx(accuracy)
+        assert logged["entropy"] == pytest.approx(entropy, rel=1e-5)
+
+
+def test_sft_is_transformers_own(tmp_path):
+    class Plain(InOrder):  # the same trainer on a model that is not patched
+        def _prepared(self, model):
+            return model
+
+        def compute_loss(self, *args, **kwargs):
+            return hf.Trainer.compute_loss(self, *args, **kwargs)
+
+    changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 3}
+    plain = trained(tmp_path, None, trainer=Plain, data=Rows(repeat=2), **changes)
+    ours = trained(tmp_path, None, data=Rows(repeat=2), **changes)
+    for got, expected in zip(ours.gradients, plain.gradients, strict=True):
+        assert_close(got, expected)
+
+
+def test_the_step_reaches_the_forward_and_resuming_repeats_it(tmp_path):
+    config = IFTConfig(lambda_schedule="linear", lam=0.8, warmup_steps=3, lam_noise=True)
+
+    class Watching(InOrder):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+            losses.append(result.item())
+            return result
+
+    def run(resume=None, **changes):
+        losses.clear()
+        steps = []
+        model = make("llama", attention_dropout=0.2)
+        model.register_forward_pre_hook(
+            lambda *call: steps.append(call[-1]["ift"].step), with_kwargs=True
+        )
+        changes = {"per_device_train_batch_size": 2, "save_steps": 2, **changes}
+        trainer = Watching(
+            model,
+            arguments(tmp_path, save_strategy="steps", **changes),
+            train_dataset=Rows([3, 5, 4, 2]),
+            ift_config=config,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return list(zip(steps, losses, strict=True))
+
+    losses = []
+    unbroken = run(max_steps=5)
+    assert [step for step, _ in unbroken] == [0, 1, 2, 3, 4]
+    resumed = run(resume=str(tmp_path / "checkpoint-2"), max_steps=5)
+    assert resumed == unbroken[2:]
+
+
+def test_evaluation_measures_cross_entropy_without_logits(tmp_path):
+    model = make("llama")
+    trainer = InOrder(
+        model,
+        arguments(tmp_path, per_device_eval_batch_size=4),
+        train_dataset=Rows(),
+        eval_dataset=Rows(),
+        ift_config=IFTConfig(),
+    )
+    shapes = []
+    handle = model.lm_head.register_forward_hook(lambda *a: shapes.append(a[-1].shape[-1]))
+    metrics = trainer.evaluate()
+    handle.remove()
+    assert shapes[-1] == 0  # the first call is that of the measurement
+    inputs = {k: torch.stack([row[k] for row in Rows()]) for k in ("input_ids", "labels")}
+    with torch.no_grad():
+        plain = model.eval()(**inputs)
+    assert plain.logits.shape[-1] == V
+    assert metrics["eval_loss"] == pytest.approx(plain.loss.item(), rel=1e-5)
+    targets = inputs["labels"][:, 1:]
+    right = (plain.logits.argmax(-1)[:, :-1] == targets)[targets != -100]
+    assert metrics["eval_token_accuracy"] == pytest.approx(right.float().mean().item())
+    assert "eval_entropy" in trainer.state.log_history[-1]
+
+
+def test_compute_metrics_gets_its_logits(tmp_path):
+    seen = []
+    trainer = InOrder(
+        make("llama"),
+        arguments(tmp_path),
+        train_dataset=Rows(),
+        eval_dataset=Rows(),
+        ift_config=IFTConfig(),
+        compute_metrics=lambda p: seen.append(p.predictions.shape) or {"x": 1.0},
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_x"] == 1.0
+    assert seen[0][-1] == V
+
+
+def test_the_untied_input_embedding_is_frozen_unless_it_is_trained(tmp_path):
+    def embedding_trains(name, config):
+        model = make(name)
+        IFTTrainer(model, arguments(tmp_path), train_dataset=Rows(), ift_config=config)
+        return model.get_input_embeddings().weight.requires_grad
+
+    assert not embedding_trains("llama", IFTConfig())
+    assert embedding_trains("llama", IFTConfig(embedding_grad=True))
+    assert embedding_trains("llama", None)
+    assert embedding_trains("qwen2", IFTConfig())  # tied: the head trains it
+
+
+def test_packed_batches_count_their_documents(tmp_path):
+    collate = hf.DataCollatorWithFlattening()
+    data = Rows([3, 0, 7, 5])
+    trainers = []
+    for size in (4, 1):
+        trainer = InOrder(
+            make("llama"),
+            arguments(
+                tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size
+            ),
+            train_dataset=[{k: v.tolist() for k, v in row.items()} for row in data.rows],
+            data_collator=collate,
+            ift_config=IFTConfig(),
+        )
+        trainer.train()
+        trainers.append(trainer)
+    packed, single = (t.gradients[0] for t in trainers)
+    assert_close(single, packed)
+    assert_close(packed, trained(tmp_path, IFTConfig()).gradients[0])
+
+
+def test_model_init_is_patched_too(tmp_path):
+    trainer = IFTTrainer(
+        None,
+        arguments(tmp_path),
+        train_dataset=Rows(),
+        model_init=lambda: make("llama"),
+        ift_config=IFTConfig(),
+    )
+    trainer.train()
+    assert trainer.model.ift_metrics["tokens"] == sum(LENGTHS)
+
+
+def test_mixed_precision(tmp_path):
+    plain = trained(tmp_path, IFTConfig())
+    mixed = trained(tmp_path, IFTConfig(), bf16=True)
+    losses = [t.state.log_history[0]["loss"] for t in (mixed, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] != losses[1]
+    mixed.accelerator.unwrap_model(mixed.model, keep_fp32_wrapper=False)
+    from ift.patching import unpatch
+
+    unpatch(mixed.model)
+    assert "forward" not in mixed.model.__dict__
+
+
+@pytest.mark.parametrize(
+    ("arguments_", "options", "match"),
+    [
+        ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor: expected 0"),
+        ({}, {"compute_loss_func": lambda *a, **k: None}, "compute_loss_func: expected None"),
+        ({}, {"ift_config": {"lam": 0.2}}, "ift_config: expected an ift.IFTConfig"),
+    ],
+    ids=lambda v: next(iter(v), "") if isinstance(v, dict) else "",
+)
+def test_what_cannot_serve_is_refused(tmp_path, arguments_, options, match):
+    with pytest.raises((ValueError, TypeError), match=match):
+        IFTTrainer(make("llama"), arguments(tmp_path, **arguments_), **options)
+
+
+def test_a_forward_that_was_replaced_is_noticed(tmp_path):
+    model = make("llama")
+    options = arguments(tmp_path, remove_unused_columns=False)
+    trainer = InOrder(model, options, train_dataset=Rows(), ift_config=IFTConfig())
+    own = type(model).forward.__get__(model)
+    model.forward = lambda ift=None, **kwargs: own(**kwargs)
+    with pytest.raises(RuntimeError, match="the patched forward did not run"):
+        trainer.train()
+
+
+def two_processes(rank, directory):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, not used
+    torch.set_num_threads(1)
+    join(rank, 2, directory)
+    for name in ("sft", "ift"):
+        trainer = trained(
+            directory, CONFIGS[name], per_device_train_batch_size=1, gradient_accumulation_steps=2
+        )
+        if rank == 0:
+            torch.save(trainer.gradients[0], f"{directory}/{name}.pt")
+            with open(f"{directory}/{name}.json", "w") as file:
+                json.dump(trainer.state.log_history[0], file)
+    leave()
+
+
+def test_two_processes_are_one(tmp_path):
+    """Rows 0 and 2 in one process, 1 (without response) and 3 in the other, one at a time."""
+    torch.multiprocessing.spawn(two_processes, (str(tmp_path),), nprocs=2)
+    for name in ("sft", "ift"):
+        one = trained(tmp_path / "one", CONFIGS[name])
+        assert_close(torch.load(tmp_path / f"{name}.pt"), one.gradients[0])
+        logged = json.loads((tmp_path / f"{name}.json").read_text())
+        for key in ("loss", "token_accuracy", "entropy"):
+            assert logged[key] == pytest.approx(one.state.log_history[0][key], rel=1e-4)

@@ -1,0 +1,261 @@
+"""IFT inside a patched forward, against the released algorithm in plain torch."""
+
+import pytest
+import torch
+import transformers as hf
+
+from bench.naive_ift import naive_ift_loss
+from causal_lms import ARCHITECTURES, V, assert_close, batch, gradients, make
+from ift.config import IFTConfig
+from ift.patching import patch
+from ift.two_pass import _prediction
+from ift_kernels.transform import LogitTransform
+
+NAMES = [name for name in ARCHITECTURES if name != "mixtral"]  # tested by itself below
+
+
+def naive(model, inputs, **options):
+    """Loss and gradients of the port; zeros for an input embedding that it leaves without."""
+    loss = naive_ift_loss(
+        model, inputs["input_ids"], inputs["labels"], inputs["attention_mask"], **options
+    )
+    loss.backward()
+    return loss, gradients(model)
+
+
+def fused(model, inputs, config=None, **more):
+    loss = model(**inputs, ift=config or IFTConfig(), **more).loss
+    loss.backward()
+    return loss, gradients(model)
+
+
+def compare(ours, theirs, embedding=True):
+    (loss, grads), (expected_loss, expected) = ours, theirs
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
+    for name, grad in expected.items():
+        if grad is None:  # the frozen input path: zeros here, so that DDP is content
+            assert embedding and not grads[name].any()
+            grads[name] = None
+    assert_close(grads, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_defaults_are_the_released_algorithm(name):
+    model, inputs = make(name), batch()
+    theirs = naive(model, inputs)
+    compare(fused(patch(model), inputs), theirs)
+
+
+@pytest.mark.parametrize(
+    ("options", "theirs"),
+    [
+        ({"rule": "topk", "k": 3}, {"rule": "topk", "k": 3}),
+        ({"lam": 0.7, "gamma": 0.5}, {"lam": 0.7, "gamma": 0.5}),
+        ({"lam": 0.0, "gamma": 0.0}, {"lam": 0.0, "gamma": 0.0}),
+        ({"lam": 1.0, "objective": "paper"}, {"lam": 1.0, "objective": "paper"}),
+        ({"objective": "algorithm1"}, {"objective": "algorithm1"}),
+        ({"side": "right", "norm": "L2"}, {"side": "right", "norm": "L2"}),
+        ({"propagation": "logps", "detach_weights": True}, {"kind": "logps", "detach": True}),
+    ],
+    ids=str,
+)
+def test_options_reach_both_passes(options, theirs):
+    model, inputs = make("llama"), batch()
+    expected = naive(model, inputs, **theirs)
+    compare(fused(patch(model), inputs, IFTConfig(**options)), expected)
+
+
+def test_the_schedule_follows_the_step():
+    model, inputs = patch(make("llama")), batch()
+    schedule = {"lam": 0.8, "lambda_schedule": "linear", "warmup_steps": 4}
+    expected = fused(model, inputs, IFTConfig(lam=0.4))
+    compare(fused(model, inputs, IFTConfig(**schedule, step=2)), expected)
+    assert fused(model, inputs, IFTConfig(**schedule, step=3))[0] != expected[0]
+
+
+def test_padding_on_the_left():
+    model, inputs = make("llama"), {k: v.flip(1) for k, v in batch().items()}
+    expected = naive(model, inputs)
+    compare(fused(patch(model), inputs), expected)
+
+
+def test_gaps_between_responses_and_a_response_from_the_first_token():
+    model, inputs = make("qwen3"), batch(prompt=0)
+    inputs["labels"][:, 3:6] = -100
+    expected = naive(model, inputs)
+    compare(fused(patch(model), inputs), expected)
+
+
+def test_rows_without_response_tokens():
+    model, inputs = make("llama"), batch()
+    inputs["labels"][1] = -100
+    expected = naive(model, inputs)
+    compare(fused(patch(model), inputs), expected)
+    inputs["labels"].fill_(-100)
+    loss, grads = fused(model, inputs)
+    assert loss == 0 and not any(g.any() for g in grads.values())
+
+
+def eager_ift(model, inputs, other, lam=0.2, gamma=0.0):
+    """Loss of the second pass on embeddings mixed with `other` (B, T, E), gradient everywhere."""
+    own = model.get_input_embeddings()(inputs["input_ids"])
+    mixed_at = (inputs["labels"] != -100)[..., None] & (torch.arange(own.shape[1]) > 0)[:, None]
+    mixed = torch.where(mixed_at, (1 - lam) * own + lam * other, own)
+    logits = model(inputs_embeds=mixed, attention_mask=inputs["attention_mask"]).logits
+    target = inputs["labels"][:, 1:]
+    logp = logits[:, :-1].log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    mask = (target != -100).float()
+    loss = (-(logp * mask).sum(-1) / mask.sum(-1)).mean()
+    loss.backward()
+    return loss, gradients(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi", "gpt2"])
+@pytest.mark.parametrize("rule", ["greedy", "soft"])
+def test_gradient_through_the_input_embedding(name, rule):
+    model, inputs = make(name), batch()
+    inputs["input_ids"][0, 1] = 0  # the padding token where it counts: its row has no gradient
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        logits = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+        ).logits
+        soft = logits.softmax(-1) @ embedding(torch.arange(V))
+    other = embedding(logits.argmax(-1)) if rule == "greedy" else soft
+    expected = eager_ift(model, inputs, other.roll(1, 1))
+    config = IFTConfig(gamma=0.0, rule=rule, embedding_grad=True)
+    compare(fused(patch(model), inputs, config), expected, embedding=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens"])
+@pytest.mark.parametrize("rule", ["greedy", "soft"])
+def test_packed_documents_are_as_apart_as_rows(name, given, rule):
+    model, lengths = patch(make(name)), [7, 1, 12, 5]
+    config = IFTConfig(rule=rule)
+    g = torch.Generator().manual_seed(1)
+    documents = [torch.randint(3, V, (n,), generator=g) for n in lengths]
+    labels = [d.clone() for d in documents]  # from the first token: no neighbour may predict it
+    labels[2][:4] = -100
+    pad = torch.nn.utils.rnn.pad_sequence
+    rows = {
+        "input_ids": pad(documents, batch_first=True),
+        "attention_mask": pad([torch.ones_like(d) for d in documents], batch_first=True),
+        "labels": pad(labels, batch_first=True, padding_value=-100),
+    }
+    expected = fused(model, rows, config)
+    packed = {
+        "input_ids": torch.cat(documents)[None],
+        "labels": torch.cat(labels)[None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+    }
+    if given == "cu_seq_lens":
+        cu = torch.tensor([0, *lengths]).cumsum(0).int()
+        packed |= {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
+    compare(fused(model, packed, config), expected)
+
+
+def test_sampled_rows_never_share_their_noise_and_repeat_by_step():
+    model = patch(make("llama"))
+    state, flat = model._ift_patch, torch.zeros(V, 32)  # equal logits: draws are all noise
+    state.transform = LogitTransform()
+
+    def draws(step, rows):
+        config = IFTConfig(rule="sample", step=step)
+        answer = _prediction(model, torch.ones(rows, 1, dtype=torch.bool), config, state)
+        return answer(torch.zeros(rows, 1, 32), flat, None).flatten().tolist()
+
+    in_one_forward = draws(5, 4)
+    assert len(set(in_one_forward)) > 1
+    assert draws(6, 4) != in_one_forward
+    assert draws(5, 1) + draws(5, 3) == in_one_forward  # two forwards of the same step
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_gradient_checkpointing_keeps_every_gradient(name, reentrant, frozen):
+    model, inputs = patch(make(name)), batch()
+    if frozen:
+        model.get_input_embeddings().requires_grad_(False)
+    expected = fused(model, inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    compare(fused(model, inputs), expected)
+
+
+def test_dropout_is_drawn_in_both_passes_as_the_model_is():
+    model, inputs = patch(make("gpt2", resid_pdrop=0.3)), batch()
+    model(**inputs, ift=IFTConfig())
+    torch.manual_seed(1)
+    first, state = model(**inputs, ift=IFTConfig()).loss, torch.get_rng_state()
+    torch.manual_seed(1)
+    assert model(**inputs, ift=IFTConfig()).loss == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model(**inputs, ift=IFTConfig()).loss != first
+    assert all(module.training for module in model.modules())
+
+
+def test_auxiliary_loss_is_added_as_in_sft():
+    model, inputs = patch(make("mixtral")), batch()
+    with_aux = model(**inputs, ift=IFTConfig())
+    model.config.output_router_logits = False
+    without = model(**inputs, ift=IFTConfig())
+    assert with_aux.loss == without.loss + 0.5 * with_aux.aux_loss
+
+
+def test_autocast():
+    model, inputs = patch(make("llama")), batch()
+    expected, grads = fused(model, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**inputs, ift=IFTConfig())
+    output.loss.backward()
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, expected, rtol=0.05, atol=0.0)
+    for name, grad in gradients(model).items():
+        assert (grad - grads[name]).norm() <= 0.3 * grads[name].norm(), name
+
+
+def test_no_gradient_no_graph():
+    model, inputs = patch(make("llama")).eval(), batch()
+    with torch.no_grad():
+        output = model(**inputs, ift=IFTConfig())
+    assert output.logits is None and not output.loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"input_ids": None}, "input_ids: expected token ids"),
+        ({"labels": None}, r"labels: expected \(B, T\) token ids with ift"),
+        ({"labels": torch.zeros(3, 4).long()}, "labels: expected the shape of input_ids"),
+        ({"skip_logits": False}, "skip_logits: expected True or None with ift"),
+        ({"logits_to_keep": 3}, "logits_to_keep: expected 0 with ift"),
+        ({"shift_labels": torch.zeros(3, 12).long()}, "shift_labels: expected None with ift"),
+        ({"past_key_values": object()}, "past_key_values: expected None with ift"),
+        ({"num_items_in_batch": 5}, "num_items_in_batch: IFT is a mean over rows"),
+        ({"position_ids": torch.zeros(3, 1, 12).long()}, "position_ids: expected shape"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_what_cannot_serve_is_refused(change, match):
+    model, inputs = patch(make("llama")), batch()
+    with pytest.raises(ValueError, match=match):
+        model(**{**inputs, "ift": IFTConfig(), **change})
+    model(**inputs, ift=IFTConfig(num_rows=3), num_items_in_batch=5)  # told both: fine
+    with pytest.raises(TypeError, match=r"ift: expected an ift.IFTConfig"):
+        model(**inputs, ift={"lam": 0.2})
+
+
+def test_a_model_that_treats_embeddings_otherwise_than_ids_is_refused():
+    config = hf.FalconH1Config(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4,
+        mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8, embedding_multiplier=5.0,
+        lm_head_multiplier=0.5, pad_token_id=0,
+    )  # fmt: skip
+    model = hf.FalconH1ForCausalLM(config).train()
+    plain = model(**batch()).loss
+    patch(model)
+    torch.testing.assert_close(model(**batch()).loss, plain)  # SFT: the head's scale is measured
+    with pytest.raises(RuntimeError, match="FalconH1ForCausalLM: gives other results"):
+        model(**batch(), ift=IFTConfig())
