@@ -110,6 +110,8 @@ def linear_logprobs(
         track |= OUTPUTS[name]
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
     stats = _Call(hidden, weight, target, bias, ignore_index, transform, workspace).stats(track)
+    if track & ref.TRACK_MEAN:
+        stats = stats._replace(mean_logit=stats.mean_logit + stats.lse)
     kept = {"argmax_logprob" if name == "argmax" else name for name in outputs} | set(outputs)
     return TokenStats(*(v if k in kept else None for k, v in stats._asdict().items()))
 
@@ -186,10 +188,10 @@ def linear_cross_entropy(
         )
         return cast(Tensor, results[0])
     track = ref.TRACK_MEAN if label_smoothing else 0
-    stats = call.stats(track)
+    stats = call.stats(track)  # mean_logit relative to lse
     loss = -stats.logprob
     if label_smoothing:
-        loss = (1.0 - label_smoothing) * loss + label_smoothing * (stats.lse - stats.mean_logit)
+        loss = (1.0 - label_smoothing) * loss - label_smoothing * stats.mean_logit
     if z_loss:
         loss = loss + z_loss * stats.lse.square()
     return cast(Tensor, loss if reduction == "none" else loss.sum() * factor.to(loss.dtype))
@@ -241,7 +243,7 @@ class _Call:
         return plan.make(problem, 0, self.schedule or None)
 
     def stats(self, track: int) -> Any:
-        """All of TokenStats that `track` asks for; the other fields are empty tensors."""
+        """All of TokenStats that `track` asks for, mean_logit less lse; the others are empty."""
         values = torch.ops.ift_kernels.linear_stats(
             *self.tensors, *self.options, track, self.needs, self.schedule
         )

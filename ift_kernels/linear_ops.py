@@ -24,7 +24,7 @@ OPTIONS = (
 _UPSTREAM = "Tensor? d_logprob, Tensor? d_lse, Tensor? d_entropy, Tensor? d_mean"
 _STATS = (
     "Tensor logprob, Tensor lse, Tensor entropy, Tensor argmax, Tensor argmax_logprob,"
-    " Tensor second_logprob, Tensor sum_sq, Tensor mean_logit"
+    " Tensor second_logprob, Tensor sum_sq, Tensor mean_logprob"
 )
 GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
 LIB.define(
@@ -135,7 +135,8 @@ def row_values(state: Tensor, argmax: Tensor, vocabulary: int) -> tuple[Tensor, 
         (top - top) - log_sum,  # NaN, not +inf, where every token is masked out
         (state[ref.SECOND] - top) - log_sum,
         state[ref.E_SQ] / total.square(),
-        state[ref.Z_SUM] / vocabulary,
+        # Relative to lse while still in float64: a large common logit would cost digits later.
+        (state[ref.Z_SUM] / vocabulary - top) - log_sum,
         torch.stack([top, log_sum]),
     )
 
@@ -151,12 +152,12 @@ def row_coefficients(
 ) -> Tensor:
     """`coef` (4, N) of `dlogits_` from upstream gradients.
 
-    With a, b, c, d those of logprob, entropy, lse and mean logit (docs/mathematics.md),
-    dz_j = a·1[j = target] + p_j·(c − a − b·(log p_j + H)) + d/V.
+    With a, b, c, d those of logprob, entropy, lse and mean logprob (docs/mathematics.md),
+    dz_j = a·1[j = target] + p_j·(c − a − d − b·(log p_j + H)) + d/V.
     """
     zero = torch.zeros_like(norm[0])
     a, b, c, d = (zero if g is None else g for g in (d_logprob, d_entropy, d_lse, d_mean))
-    one = c - a if d_entropy is None else c - a - b * entropy
+    one = c - a - d if d_entropy is None else c - a - d - b * entropy
     return torch.stack([a, one, -b, d / vocabulary]).to(norm.dtype)
 
 
@@ -232,6 +233,12 @@ def _stats_backward(
     if kept is not None and 3 * int(count.sum()) < 2 * kept.shape[0]:
         kept = None  # three products on these rows alone cost less than two on all
     if kept is not None:
+        # All rows again, with those that teach nothing neutral: 0 times a NaN would not be.
+        hidden = (
+            hidden.masked_fill((valid & ~count)[:, None], 0)
+            if bool((valid ^ count).any())
+            else hidden
+        )
         count = valid
     call = Call(hidden, weight, bias, count, tuple(options), tuple(needs))
     # Of the same problem, so that with `kept` beside it everything fits as forward has planned.

@@ -1,7 +1,7 @@
 """The operator behind a scalar `linear_cross_entropy`: its gradients are formed in forward.
 
 The loss is `factor` times the sum of
-``(smoothing − 1)·logp + smoothing·(lse − mean z) + z_loss·lse²`` over the rows that count, so its
+``(smoothing − 1)·logp − smoothing·(mean z − lse) + z_loss·lse²`` over the rows that count, so its
 upstream gradients are known as soon as a row's statistics are.
 """
 
@@ -40,7 +40,7 @@ def _loss(
         logprob, lse, *_, mean, norm = linear_ops.row_values(state, state, vocabulary)
         loss = z_loss * lse.square() - (1 - smoothing) * logprob
         if smoothing:
-            loss = loss + smoothing * (lse - mean)
+            loss = loss - smoothing * mean
         total.add_(loss.sum())
         norms.append(norm.to(dtype))
         upstream = loss_upstream(norm, factor, smoothing, z_loss)
@@ -71,10 +71,10 @@ def _loss(
 def loss_upstream(
     norm: Tensor, factor: Tensor, smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, None, Tensor]:
-    """Upstream gradients of logprob, lse, entropy and mean logit of the loss."""
+    """Upstream gradients of logprob, lse, entropy and mean logprob of the loss."""
     lse = norm.sum(0)
     each = factor.to(lse.dtype).expand_as(lse)
-    return (smoothing - 1) * each, (smoothing + 2 * z_loss * lse) * each, None, -smoothing * each
+    return (smoothing - 1) * each, 2 * z_loss * lse * each, None, -smoothing * each
 
 
 def _loss_fake(

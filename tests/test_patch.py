@@ -38,8 +38,10 @@ def test_loss_and_gradients_are_those_of_the_logits(name, num_items):
     assert fused.logits is None
     torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-5, atol=1e-6)
     assert_close(got, expected)
-    kept = set(plain.keys()) - {"logits"}
-    assert set(fused.keys()) == kept
+    # Neither logits nor, unless asked for, a cache that training would only pay for.
+    assert set(fused.keys()) == set(plain.keys()) - {"logits", "past_key_values"}
+    cached = model(**inputs, use_cache=True)
+    assert set(cached.keys()) == set(plain.keys()) - {"logits"}
 
 
 def test_token_logprobs_are_those_of_the_logits(name):

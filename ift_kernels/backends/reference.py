@@ -127,7 +127,8 @@ def dlogits_(
     grad = p * (one + per_log_p * torch.where(p == 0, 0.0, log_p)) + flat
     inside, local = _hit(target, offset, x.shape[1])
     grad.scatter_add_(1, local[:, None], torch.where(inside[:, None], hit, 0.0))
-    x.copy_(grad * transform.derivative(z))
+    grad = grad * transform.derivative(z)
+    x.copy_(torch.where((coef == 0).all(0)[:, None], 0.0, grad))  # also where the row has a NaN
     if transposed is not None:
         transposed.copy_(x.T)
 

@@ -221,6 +221,8 @@ def _sft(
         mask = (target != IGNORE_INDEX).reshape(stats.logprob.shape).to(stats.logprob.device)
         return sft_loss(stats.logprob, mask, num_items=num_items)
 
+    # As transformers' Trainer does: a cache costs memory and hides packed rows from the mask.
+    kwargs = {"use_cache": False, **kwargs}
     ask = token_stats(target, transform)
     output, stats = head_pass(model, original, kwargs, ask, loss=loss)
     return output, token_metrics(stats, target)

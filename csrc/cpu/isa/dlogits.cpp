@@ -42,6 +42,10 @@ void gradient_block(T* x, const Chunk& c, const Transform<kCapped, kBiased>& f, 
   const float hit = rows.coef[r], per_log_p = rows.coef[2 * rows.coef_ld + r];
   const vf one = splat(rows.coef[rows.coef_ld + r]), flat = splat(rows.coef[3 * rows.coef_ld + r]);
   const vf slope = f.slope((vf){}), sloped_one = one * slope, sloped_flat = flat * slope;
+  if (hit == 0.0f && per_log_p == 0.0f && one[0] == 0.0f && flat[0] == 0.0f) {
+    std::fill(x + begin, x + end, from_float<T>(0.0f));  // also where the row has a NaN
+    return;
+  }
   auto plain = [&](vf z) {
     vf p = vexp_small((z - top) - log_sum);
     return kCapped ? (p * one + flat) * f.slope(z) : p * sloped_one + sloped_flat;
