@@ -70,7 +70,7 @@ def linear_expected_embedding(
         checks.workspace_bytes(workspace, hidden.device),
         checks.compute_dtype(hidden, weight),
     )
-    return cast(Tensor, soft.view(*hidden.shape[:-1], embedding.shape[1]))
+    return cast(Tensor, soft.view(*hidden.shape[:-1], embedding.shape[1]).to(embedding.dtype))
 
 
 _lib = torch.library.Library("ift_kernels", "FRAGMENT")
@@ -125,15 +125,16 @@ def _forward(
             total[rows] += torch.mm(product, embedding[columns].to(dtype))
     soft = total / state[ref.SUM].to(total.dtype)[:, None]
     norm = torch.stack([state[ref.MAX], state[ref.SUM].log()]).to(total.dtype)
-    return soft.to(embedding.dtype), norm
+    return soft, norm
 
 
 def _forward_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
     n = hidden.shape[0]
-    soft = embedding.new_empty((n, embedding.shape[1]))
-    return soft, hidden.new_empty((2, n), dtype=engine.wide(options[-1]))
+    dtype = engine.wide(options[-1])
+    soft = embedding.new_empty((n, embedding.shape[1]), dtype=dtype)
+    return soft, hidden.new_empty((2, n), dtype=dtype)
 
 
 def _backward_op(
@@ -159,8 +160,9 @@ def _backward_op(
     out = [blank(t, need) for t, need in zip((hidden, weight, bias, embedding), needs, strict=True)]
     d_hidden, d_weight, d_bias, d_embedding = out
     upstream = engine.padded_rows(d_soft.to(dtype))
-    # dz_v = p_v·(E_v·g − Σ_u p_u E_u·g), and the sum is the result's own product with g.
-    mean = (soft.to(sums) * d_soft.to(sums)).sum(1, keepdim=True)
+    # dz_v = p_v·(E_v·g − Σ_u p_u E_u·g), and the sum is the result's own product with g. Both in
+    # float32 at least: for a nearly certain token they cancel, and their rounding must not stay.
+    mean = (soft * d_soft).sum(1, keepdim=True)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows, columns, product in engine.products(head, _plan(head, options[3] // 2)):
             z = head.transform.apply(product.to(sums), head.bias_chunk(columns))
@@ -169,7 +171,7 @@ def _backward_op(
                 d_embedding[columns] += torch.mm(p.to(dtype).T, upstream[rows])
             if not any(needs[:3]):
                 continue
-            along = torch.mm(upstream[rows], embedding[columns].to(dtype).T).to(sums)
+            along = torch.mm(d_soft[rows], embedding[columns].to(sums).T)
             dx = p * (along - mean[rows]) * head.transform.derivative(z)
             narrow = product.copy_(dx)  # where its rows are padded
             if needs[0]:

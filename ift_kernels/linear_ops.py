@@ -180,9 +180,8 @@ def _stats(
     check_targets(target, valid, weight.shape[0])
     call = Call(hidden, weight, bias, valid, tuple(options), tuple(needs))
     chosen = plan.make(call.problem, plan.ledger.held, schedule or None)
-    kept = engine.new_rows(
-        call.head.backend, call.head.hidden, call.problem.rows, chosen.keep_columns
-    )
+    kept_rows = call.problem.rows if chosen.keep_columns else 0
+    kept = engine.new_rows(call.head.backend, call.head.hidden, kept_rows, chosen.keep_columns)
     with torch.autocast(hidden.device.type, enabled=False):
         state, argmax = engine.statistics(
             call.head, call.select(target), track, chosen, kept if chosen.keep_columns else None
@@ -208,7 +207,7 @@ def _stats_fake(
         for i, asked in enumerate(tracked(track))
     ]
     out[8] = hidden.new_empty((2, n), dtype=dtype)
-    return (*out, hidden.new_empty((n, 0), dtype=options[-1]))
+    return (*out, hidden.new_empty((0, 0), dtype=options[-1]))
 
 
 def _stats_backward(
@@ -280,14 +279,17 @@ def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(*(output[i] for i in (3, 4, 5, 6, 8, 9)))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, target, output[8], output[2])
-    ctx.options = options[:6]
+    ctx.options, ctx.track = options[:6], options[6]
     # Not saved: consumed by the first backward, in place; a second one recomputes.
-    ctx.kept = Held(output[9:]) if output[9].shape[1] else None
+    ctx.kept = Held(output[9:]) if output[9].shape[0] else None
 
 
 def _stats_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     nothing: tuple[None, ...] = (None,) * 10
-    d_logprob, d_lse, d_entropy, d_mean = grads[0], grads[1], grads[2], grads[7]
+    d_logprob, d_lse = grads[:2]
+    # Outputs that were not asked for are empty, and so are their gradients.
+    d_entropy = grads[2] if ctx.track & ref.TRACK_ENTROPY else None
+    d_mean = grads[7] if ctx.track & ref.TRACK_MEAN else None
     if d_logprob is None and d_lse is None and d_entropy is None and d_mean is None:
         return (None, None, None, *nothing)
     needs = list(ctx.needs_input_grad[:3])

@@ -171,7 +171,7 @@ def _forward(
     if cu_seqlens is not None:
         cu_seqlens = checks.seqlens(cu_seqlens, x)  # again: a compiled caller could not
     out: Tensor = backends.get(x).scan(x, mask, cu_seqlens, gamma, left)
-    return out
+    return out.contiguous()
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -160,7 +160,7 @@ def _forward(
     _readable((ids, predicted, labels), cu, ignore, embedding.shape[0])
     backend = backends.get(embedding)
     out: Tensor = backend.residual(embedding, ids, predicted, labels, cu, lam, ignore)
-    return out
+    return out.contiguous()
 
 
 def _adjoint(
@@ -178,7 +178,7 @@ def _adjoint(
     _readable((ids, predicted, labels), cu, ignore, size)
     backend = backends.get(grad)
     out: Tensor = backend.residual_grad(grad, ids, predicted, labels, cu, lam, ignore, size)
-    return out
+    return out.contiguous()
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
