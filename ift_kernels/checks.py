@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Collection
 
 import torch
@@ -31,16 +32,16 @@ def unit_interval(name: str, value: float) -> float:
 
 def number(name: str, value: object) -> float:
     """`value` as a float, or a TypeError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     return float(value)
 
 
 def integer(name: str, value: object) -> int:
     """`value` as an int, or a TypeError."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    return value
+    return int(value)
 
 
 def item_count(name: str, value: object, device: torch.device) -> Tensor:
@@ -54,7 +55,7 @@ def item_count(name: str, value: object, device: torch.device) -> Tensor:
         return value.detach().reshape(()).to(device, torch.float64)
     if not number(name, value) > 0:
         raise ValueError(f"{name}: expected a positive number, got {value}")
-    return torch.tensor(value, dtype=torch.float64, device=device)
+    return torch.tensor(number(name, value), dtype=torch.float64, device=device)
 
 
 def same_shape(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
@@ -182,6 +183,7 @@ def workspace_bytes(workspace: int | None, device: torch.device) -> int:
     """The budget of work memory in bytes."""
     if workspace is None:
         return DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cuda"])
-    if not MIN_WORKSPACE <= integer("workspace", workspace) < 2**60:
+    budget = integer("workspace", workspace)
+    if not MIN_WORKSPACE <= budget < 2**60:
         raise ValueError(f"workspace: expected at least {MIN_WORKSPACE} bytes, got {workspace}")
-    return workspace
+    return budget

@@ -47,8 +47,7 @@ def linear_expected_embedding(
     True
     """
     checks.head_arguments(hidden, weight, bias)
-    if not isinstance(embedding, Tensor) or not embedding.dtype.is_floating_point:
-        raise TypeError(f"embedding: expected a floating point Tensor, got {type(embedding)}")
+    checks.floating("embedding", embedding)
     if embedding.dim() != 2 or embedding.shape[0] != weight.shape[0]:
         raise ValueError(
             f"embedding: expected shape (V, E) with V={weight.shape[0]}, "

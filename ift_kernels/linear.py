@@ -101,7 +101,7 @@ def linear_logprobs(
     True
     """
     checks.one_of("gradient", gradient, ("exact",))
-    checks.integer("ignore_index", ignore_index)
+    ignore_index = checks.integer("ignore_index", ignore_index)
     if isinstance(outputs, str) or not isinstance(outputs, Collection):
         raise TypeError(f"outputs: expected a tuple of names, got {outputs!r}")
     track = 0
@@ -164,10 +164,12 @@ def linear_cross_entropy(
     """
     checks.one_of("gradient", gradient, ("exact",))
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
-    checks.integer("ignore_index", ignore_index)
-    if not 0.0 <= checks.number("label_smoothing", label_smoothing) < 1.0:
+    ignore_index = checks.integer("ignore_index", ignore_index)
+    label_smoothing = checks.number("label_smoothing", label_smoothing)
+    z_loss = checks.number("z_loss", z_loss)
+    if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing: expected in [0, 1), got {label_smoothing}")
-    if not 0.0 <= checks.number("z_loss", z_loss) < float("inf"):
+    if not 0.0 <= z_loss < float("inf"):
         raise ValueError(f"z_loss: expected a finite number ≥ 0, got {z_loss}")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: only divides reduction 'mean', got reduction {reduction!r}")

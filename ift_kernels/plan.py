@@ -122,8 +122,7 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
         keep = 0 if keep < min(MIN_KEEP, p.vocabulary) else keep
     if (
         p.scalar
-        and keep < p.vocabulary
-        and schedule in (None, "forward")
+        and (schedule == "forward" or (schedule is None and keep < p.vocabulary))
         # Gradients would be rounded to float16 before a loss scale lifts them off its underflow.
         and p.dtype != torch.float16
         and (not p.need_weight or (itemsize >= 4 and p.same_dtype))

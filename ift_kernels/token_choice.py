@@ -64,11 +64,13 @@ def linear_token(
     checks.head_arguments(hidden, weight, bias)
     checks.one_of("rule", rule, RULES)
     limit = min(MAX_K, weight.shape[0])
-    if rule == "topk" and not 1 <= checks.integer("k", k) <= limit:
+    k, seed = checks.integer("k", k), checks.integer("seed", seed)
+    row_offset = checks.integer("row_offset", row_offset)
+    if rule == "topk" and not 1 <= k <= limit:
         raise ValueError(f"k: expected in [1, {limit}], got {k}")
-    if not -(2**63) <= checks.integer("seed", seed) < 2**64:
+    if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
-    if not 0 <= checks.integer("row_offset", row_offset) < 2**62:
+    if not 0 <= row_offset < 2**62:
         raise ValueError(f"row_offset: expected in [0, 2**62), got {row_offset}")
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
     ids, logprob = torch.ops.ift_kernels.linear_token(

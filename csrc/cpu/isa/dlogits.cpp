@@ -62,8 +62,11 @@ void gradient_block(T* x, const Chunk& c, const Transform<kCapped, kBiased>& f, 
   float hit_gradient = 0.0f;
   if (inside) {  // in float32, before the row is rounded to T
     vf z = f.logit(load_part(x + at, 1, 0.0f), kBiased ? splat(c.bias[at]) : (vf){});
-    vf rest = per_log_p == 0.0f ? plain(z) : with_entropy(z);
-    hit_gradient = (rest + hit * f.slope(z))[0];
+    vf log_p = (z - top) - log_sum;
+    vf p = vexp_small(log_p);
+    vf tail = per_log_p == 0.0f || p[0] == 0.0f ? (vf){} : per_log_p * log_p;
+    // One sum before the slope: p * one and hit nearly cancel where the token is nearly certain.
+    hit_gradient = ((p * (one + tail) + hit + flat) * f.slope(z))[0];
   }
   if (per_log_p == 0.0f)
     rewrite(x, c, f, begin, end, plain);

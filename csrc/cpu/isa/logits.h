@@ -22,8 +22,9 @@ struct Transform {
   // Logit of products x whose biases start at `b`.
   vf logit(vf x, vf b) const {
     if (kBiased) x = x + b;
-    x = x * pre;
-    return rounded(kCapped ? post * vtanh(x) : x);
+    // Rounded before tanh too, where the compiler could fuse it differently from place to place.
+    x = rounded(x * pre);
+    return kCapped ? rounded(post * vtanh(x)) : x;
   }
   // dz/dx, from the logit.
   vf slope(vf z) const {
