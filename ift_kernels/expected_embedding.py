@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -95,10 +96,20 @@ def _head(
     return engine.Head(backend, engine.padded_rows(hidden.to(dtype)), weight, bias, transform)
 
 
-def _plan(head: engine.Head, workspace: int) -> plan.Plan:
-    """Tiles for half of the workspace: the other half is for sums and second products."""
+def _plan(
+    head: engine.Head, embedding: Tensor, workspace: int, temporaries: int, sums: int
+) -> plan.Plan:
+    """Tiles for `temporaries` matrices of a tile's size, and `sums` columns of either table."""
     (n, width), dtype = head.hidden.shape, head.hidden.dtype
-    return plan.make(plan.Problem(n, head.vocabulary, width, dtype, workspace // 2))
+    itemsize = engine.wide(dtype).itemsize
+    whole = plan.make(plan.Problem(n, head.vocabulary, width, dtype, workspace))
+    per_column = (width + embedding.shape[1]) * (
+        dtype.itemsize + sums * (itemsize + dtype.itemsize)
+    )
+    rows, columns = plan.tile(
+        n, head.vocabulary, dtype.itemsize + temporaries * itemsize, workspace, per_column
+    )
+    return replace(whole, tile_rows=rows, tile_columns=columns)
 
 
 def _forward(
@@ -111,7 +122,7 @@ def _forward(
     total = torch.zeros((n, embedding.shape[1]), dtype=engine.wide(dtype), device=hidden.device)
     reference_point = torch.zeros((2, n), dtype=total.dtype, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        for tile in engine.products(head, _plan(head, options[3])):
+        for tile in engine.products(head, _plan(head, embedding, options[3], 0, 0)):
             rows, columns, product = tile
             here = (product, head.bias_chunk(columns), head.transform)
             before = state[ref.MAX, rows].clone()
@@ -148,40 +159,60 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *options, needs = rest
     head = _head(hidden, weight, bias, tuple(options))
-    dtype = head.hidden.dtype
+    dtype, n = head.hidden.dtype, hidden.shape[0]
     sums = engine.wide(dtype)
-
-    def blank(like: Tensor | None, need: bool) -> Tensor:
-        if like is None or not need:
-            return hidden.new_empty(0)
-        return torch.zeros(like.shape, dtype=sums, device=like.device)
-
-    out = [blank(t, need) for t, need in zip((hidden, weight, bias, embedding), needs, strict=True)]
-    d_hidden, d_weight, d_bias, d_embedding = out
+    d_hidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=sums)
+    d_weight = _ColumnSums(weight, n) if needs[1] else None
+    d_bias = torch.zeros_like(bias, dtype=sums) if bias is not None and needs[2] else None
+    d_embedding = _ColumnSums(embedding, n) if needs[3] else None
     upstream = engine.padded_rows(d_soft.to(dtype))
     # dz_v = p_v·(E_v·g − Σ_u p_u E_u·g), and the sum is the result's own product with g. Both in
     # float32 at least: for a nearly certain token they cancel, and their rounding must not stay.
     mean = (soft * d_soft).sum(1, keepdim=True)
+    chosen = _plan(head, embedding, options[3], 6, 1)
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows, columns, product in engine.products(head, _plan(head, options[3] // 2)):
+        for rows, columns, product in engine.products(head, chosen):
             z = head.transform.apply(product.to(sums), head.bias_chunk(columns))
-            p = (z - norm[0, rows, None] - norm[1, rows, None]).exp()
-            if needs[3]:
-                d_embedding[columns] += torch.mm(p.to(dtype).T, upstream[rows])
+            p = (z - norm[0, rows, None]).sub_(norm[1, rows, None]).exp_()
+            if d_embedding is not None:
+                d_embedding.add(rows, columns, product.copy_(p).T, upstream[rows])
             if not any(needs[:3]):
                 continue
             along = torch.mm(d_soft[rows], embedding[columns].to(sums).T)
-            dx = p * (along - mean[rows]) * head.transform.derivative(z)
+            dx = along.sub_(mean[rows]).mul_(p).mul_(head.transform.derivative(z))
             narrow = product.copy_(dx)  # where its rows are padded
             if needs[0]:
                 d_hidden[rows] += torch.mm(narrow, head.weight_chunk(columns))
-            if needs[1]:
-                d_weight[columns] += torch.mm(narrow.T, head.hidden[rows])
-            if needs[2] and bias is not None:
+            if d_weight is not None:
+                d_weight.add(rows, columns, narrow.T, head.hidden[rows])
+            if d_bias is not None:
                 d_bias[columns] += dx.sum(0)
-    likes = (hidden, weight, bias, embedding)
-    a, b, c, d = (g if t is None else g.to(t.dtype) for g, t in zip(out, likes, strict=True))
-    return a, b, c, d
+    nothing = hidden.new_empty(0)
+    return (
+        d_hidden.to(hidden.dtype),
+        nothing if d_weight is None else d_weight.out,
+        hidden.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        hidden.new_empty(0) if d_embedding is None else d_embedding.out,
+    )
+
+
+class _ColumnSums:
+    """``out[columns] = Σ over row tiles of a @ b``, one chunk of columns at a time, in float32."""
+
+    def __init__(self, like: Tensor, rows: int) -> None:
+        self.out = like.new_empty(like.shape) if rows else torch.zeros_like(like)
+        self.rows = rows
+        self.total: Tensor | None = None
+
+    def add(self, rows: slice, columns: slice, a: Tensor, b: Tensor) -> None:
+        part = torch.mm(a, b)
+        if self.total is None:
+            self.total = part.to(engine.wide(part.dtype))
+        else:
+            self.total += part
+        if rows.stop == self.rows:
+            self.out[columns] = self.total.to(self.out.dtype)
+            self.total = None
 
 
 def _backward_fake(
@@ -189,9 +220,7 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:
     likes = (hidden, weight, bias, embedding)
     return tuple(
-        hidden.new_empty(0, dtype=hidden.dtype if t is None else t.dtype)
-        if t is None or not need
-        else t.new_empty(t.shape)
+        hidden.new_empty(0) if t is None or not need else t.new_empty(t.shape)
         for t, need in zip(likes, rest[-1], strict=True)
     )
 

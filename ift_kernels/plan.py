@@ -83,11 +83,20 @@ class Plan:
         )
 
 
-def tile(rows: int, columns: int, itemsize: int, budget: int) -> tuple[int, int]:
-    """Rows and columns of a tile: all rows if that leaves 256 columns, which vendor GEMMs want."""
+def tile(
+    rows: int, columns: int, itemsize: int, budget: int, per_column: int = 0
+) -> tuple[int, int]:
+    """Rows and columns of a tile: all rows if that leaves 256 columns, which vendor GEMMs want.
+
+    `per_column` bytes go beside each column of a tile: cast weights, sums of their gradients.
+    """
+    limit = min(columns, MAX_COLUMNS)
+    if per_column:
+        limit = min(limit, max(ALIGN, budget // 4 // per_column // ALIGN * ALIGN))
+        budget -= limit * per_column
     elements = max(min(budget, TILE_BYTES) // itemsize, ALIGN)
-    tile_rows = max(1, min(rows, elements // min(columns, 256)))
-    tile_columns = min(elements // tile_rows, MAX_COLUMNS)
+    tile_rows = max(1, min(rows, elements // min(limit, 256)))
+    tile_columns = min(elements // tile_rows, limit)
     if tile_columns < columns:
         tile_columns = max(ALIGN, tile_columns // ALIGN * ALIGN)
     return tile_rows, min(tile_columns, columns)
@@ -98,9 +107,12 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
     p = problem
     n, itemsize = max(p.rows, 1), p.dtype.itemsize
     budget = p.workspace
+    # Where the weight is of another dtype: its chunk cast, its gradient summed before the cast.
+    cast = 0 if p.same_dtype else p.width * itemsize
     if not p.any_gradient:
-        rows, columns = tile(n, p.vocabulary, itemsize, budget)
-        return Plan("statistics", rows, columns, 0, 1.0, n, 0, rows * columns * itemsize)
+        rows, columns = tile(n, p.vocabulary, itemsize, budget, cast)
+        peak = columns * (rows * itemsize + cast)
+        return Plan("statistics", rows, columns, 0, 1.0, n, 0, peak)
     per_gradient = p.need_hidden + (p.need_weight or p.need_bias)
     # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it.
     per_row = p.width * (4 + itemsize) if p.need_hidden and itemsize < 4 else 0
@@ -109,12 +121,12 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
         hidden_rows = max(1, budget // 2 // per_row)
     two_passes = hidden_rows < n and per_gradient == 2
     sums = hidden_rows * per_row
-    # A tile, its transpose, and a chunk of the weight if that must be cast.
+    # A tile, its transpose, and what goes with each column.
     copies = 2 if p.transpose and p.need_weight else 1
-    rows, columns = tile(n, p.vocabulary, itemsize * copies, (budget - sums) // 2)
-    tile_bytes = rows * columns * itemsize * copies
-    cast = 0 if p.same_dtype else columns * p.width * (itemsize + 4)
-    work = sums + tile_bytes + cast
+    if cast and p.need_weight:
+        cast += p.width * (itemsize + 4)
+    rows, columns = tile(n, p.vocabulary, itemsize * copies, (budget - sums) // 2, cast)
+    work = sums + columns * (rows * itemsize * copies + cast)
     keep = 0
     if schedule != "recompute" and hidden_rows == n and rows == n:
         keep = max(0, budget - held_elsewhere - work) // (n * itemsize)
