@@ -1,0 +1,236 @@
+"""The linear operations by their definition, over full logits: what the tests compare with.
+
+Written against the formulas alone; it shares no code with the package. `exact` runs it in fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FIELDS = (
+    "logprob",
+    "lse",
+    "entropy",
+    "argmax",
+    "argmax_logprob",
+    "second_logprob",
+    "sum_sq",
+    "mean_logit",
+)
+OUTPUTS = tuple(name for name in FIELDS if name != "argmax_logprob")  # comes with argmax
+DIFFERENTIABLE = ("logprob", "lse", "entropy", "mean_logit")
+# Every part of the transform at once, all different from 1.
+TRANSFORM = {"logit_scale": 0.7, "softcap": 5.0, "temperature": 1.3}
+
+
+@dataclass(frozen=True)
+class Head:
+    """The tensors and options of one call."""
+
+    hidden: Tensor  # (..., D)
+    weight: Tensor  # (V, D)
+    target: Tensor  # (...)
+    bias: Tensor | None = None  # (V,)
+    options: dict[str, float] = field(default_factory=dict)  # of the transform
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Head:
+        """The same call on changed hidden, weight and bias."""
+        bias = None if self.bias is None else change(self.bias)
+        return replace(self, hidden=change(self.hidden), weight=change(self.weight), bias=bias)
+
+    def double(self) -> Head:
+        """The same numbers in fp64."""
+        return self.map(lambda t: t.detach().double().requires_grad_())
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What may have a gradient."""
+        return [t for t in (self.hidden, self.weight, self.bias) if t is not None]
+
+    @property
+    def kwargs(self) -> dict[str, object]:
+        return {"bias": self.bias, **self.options}
+
+
+def head(
+    n: int | tuple[int, ...],
+    d: int,
+    v: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    bias: bool = False,
+    ignored: float = 0.15,
+    seed: int = 0,
+    **options: float,
+) -> Head:
+    """Random inputs with logits of spread 3, like those of a language model, and gradients on."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (n,) if isinstance(n, int) else n
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    target = torch.randint(v, shape, generator=generator)
+    target[torch.rand(shape, generator=generator) < ignored] = -100
+    if target.numel():
+        target.view(-1)[-1] = v - 1  # the last column of the last tile is somebody's target
+    return Head(
+        normal(*shape, d).to(dtype).requires_grad_(),
+        (normal(v, d) * 3 / d**0.5).to(dtype).requires_grad_(),
+        target,
+        normal(v).to(dtype).requires_grad_() if bias else None,
+        options,
+    )
+
+
+def logits(h: Head) -> Tensor:
+    """(..., V). The product in the dtype of the inputs, everything after it in fp32 (or fp64)."""
+    z = h.hidden @ h.weight.T
+    z = z if z.dtype == torch.float64 else z.float()
+    if h.bias is not None:
+        z = z + h.bias.to(z.dtype)
+    z = h.options.get("logit_scale", 1.0) * z
+    if cap := h.options.get("softcap"):
+        z = cap * torch.tanh(z / cap)
+    return z / h.options.get("temperature", 1.0)
+
+
+def stats(h: Head, ignore_index: int = -100) -> dict[str, Tensor]:
+    """Every field of TokenStats, 0 at ignored positions."""
+    z = logits(h)
+    logp = z.log_softmax(-1)
+    p = logp.exp()
+    valid = h.target != ignore_index
+    every = {
+        "logprob": logp.gather(-1, torch.where(valid, h.target, 0)[..., None])[..., 0],
+        "lse": z.logsumexp(-1),
+        "entropy": -(p * logp).sum(-1),
+        "argmax": z.argmax(-1),
+        "argmax_logprob": logp.amax(-1),
+        "second_logprob": logp.topk(2).values[..., 1] if z.shape[-1] > 1 else z[..., 0] - torch.inf,
+        "sum_sq": p.square().sum(-1),
+        "mean_logit": z.mean(-1),
+    }
+    return {name: torch.where(valid, value, 0) for name, value in every.items()}
+
+
+def cross_entropy(
+    h: Head,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    num_items: int | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    z = logits(h)
+    flat, target = z.reshape(-1, z.shape[-1]), h.target.reshape(-1)
+    valid = h.target != ignore_index
+    loss = F.cross_entropy(
+        flat,
+        target,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    ).view(h.target.shape)
+    loss = loss + z_loss * torch.where(valid, z.logsumexp(-1).square(), 0)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (valid.sum() if num_items is None else num_items)
+
+
+def upstream(h: Head, names: tuple[str, ...] = DIFFERENTIABLE, seed: int = 1) -> dict[str, Tensor]:
+    """Gradients to send into each output: mixed signs, three orders of magnitude, a third zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    out = {}
+    for name in names:
+        size = (
+            torch.rand(h.target.shape, generator=generator, dtype=torch.float64).mul(6).sub(4).exp()
+        )
+        sign = torch.randint(-1, 2, h.target.shape, generator=generator)
+        out[name] = sign * size
+    return out
+
+
+def send(values: dict[str, Tensor] | object, grads: dict[str, Tensor]) -> Tensor:
+    """The scalar whose gradients with respect to the outputs are `grads`."""
+    get = values.get if isinstance(values, dict) else lambda name: getattr(values, name)
+    return sum((get(name) * g.to(get(name).dtype)).sum() for name, g in grads.items())
+
+
+def gradients(value: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(value, inputs, allow_unused=True))
+
+
+def error(value: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Largest and root-mean-square deviation."""
+    e = (value.detach().double() - exact.detach()).abs()
+    return e.max().item(), e.square().mean().sqrt().item()
+
+
+def assert_as_accurate(
+    ours: Tensor, dense: Tensor, exact: Tensor, what: str = "", scale: float | None = None
+) -> None:
+    """Our error against fp64 is at most twice that of the dense formula in the same dtype.
+
+    Plus a little for where the rounding of the dense formula happens to cancel: of `scale`, by
+    default the largest value, four units in the last place of the result's dtype for the largest
+    error and one for the root mean square. fp64 has nothing more exact to compare with: 1e-12 of
+    `scale`.
+    """
+    assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, {tuple(exact.shape)}"
+    assert ours.isfinite().all(), f"{what}: not finite"
+    if not ours.numel():
+        return
+    scale = exact.abs().max().item() if scale is None else scale
+    unit = torch.finfo(ours.dtype).eps * scale
+    ulps = (1e-12 / torch.finfo(torch.float64).eps,) * 2 if ours.dtype == torch.float64 else (4, 1)
+    kinds = ("largest", "rms"), error(ours, exact), error(dense, exact), ulps
+    for kind, mine, theirs, allowed in zip(*kinds, strict=True):
+        bound = 2 * theirs + allowed * unit + torch.finfo(ours.dtype).tiny  # no word on subnormals
+        assert mine <= bound, (
+            f"{what}: {kind} error {mine:.3g}, dense has {theirs:.3g} (bound {bound:.3g})"
+        )
+
+
+def assert_stats(ours: object, h: Head) -> None:
+    """Every field of a TokenStats that is not None, held against the dense formula."""
+    dense, exact = stats(h), stats(h.double())
+    for name in FIELDS:
+        value = getattr(ours, name)
+        if value is None:
+            continue
+        assert value.shape == h.target.shape, f"{name}: shape {tuple(value.shape)}"
+        if not value.numel():
+            continue
+        if name == "argmax":
+            # Logits rounded to a half type tie; the choice must be within rounding of the best.
+            z = logits(h.double())
+            lost = z.amax(-1) - z.gather(-1, value[..., None])[..., 0]
+            lost = torch.where(h.target == -100, 0, lost)
+            rounding = torch.finfo(h.hidden.dtype).eps * z.abs().amax(-1)
+            assert (lost <= rounding).all() and (value[h.target == -100] == 0).all()
+        elif name == "second_logprob" and h.weight.shape[0] == 1:
+            assert (value[h.target != -100] == -torch.inf).all()
+        else:
+            # The mean of many logits is small beside the logits whose rounding it has.
+            scale = max(1.0, exact["lse"].abs().max().item()) if name == "mean_logit" else None
+            assert_as_accurate(value, dense[name], exact[name], name, scale)
+
+
+def assert_gradients(
+    ours: list[Tensor], h: Head, dense: Tensor, exact: Tensor, exact_inputs: list[Tensor]
+) -> None:
+    """`ours` against the gradients of two scalars: `dense` of `h`, `exact` of its fp64 copy."""
+    theirs, wanted = gradients(dense, h.inputs), gradients(exact, exact_inputs)
+    names = ("d_hidden", "d_weight", "d_bias")
+    for name, tensor, *three in zip(names, h.inputs, ours, theirs, wanted, strict=False):
+        assert three[0].dtype == tensor.dtype and three[0].shape == tensor.shape, name
+        assert_as_accurate(*three, name)

@@ -1,0 +1,223 @@
+"""Which backend and instruction set serves a call, and that all of them give the same results."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import dense
+import ift_kernels
+from ift_kernels import (
+    backends,
+    linear_cross_entropy,
+    linear_expected_embedding,
+    linear_logprobs,
+    linear_token,
+)
+
+BACKENDS = [row["name"] for row in backends.describe() if row["available"]]
+CPU = torch.device("cpu")
+needs_cpp = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+
+
+def results(dtype):
+    """Of every operation: values and gradients, for sizes with tails of every vector width."""
+    out = {}
+    # 1: no full vector. 517: 512 and a tail of 5. 3003: blocks, an AVX-512 tail of 11.
+    for n, d, v in ((2, 3, 1), (33, 9, 517), (70, 12, 3003)):
+        for transform in ({}, dense.TRANSFORM):
+            h = dense.head(n, d, v, dtype, bias=bool(transform), **transform)
+            hidden = h.hidden.detach().clone()
+            hidden[1, 0] = torch.nan
+            stats = linear_logprobs(h.hidden, h.weight, h.target, outputs=dense.OUTPUTS, **h.kwargs)
+            grads = dense.gradients(dense.send(stats, dense.upstream(h)), h.inputs)
+            key = f"{n}x{d}x{v}-{bool(transform)}"
+            out[f"{key}-stats"] = [value.detach() for value in stats]
+            out[f"{key}-grads"] = grads
+            poisoned = linear_logprobs(hidden, h.weight, h.target, outputs=dense.OUTPUTS)
+            out[f"{key}-nan"] = [value.detach().isnan() for value in poisoned]
+            sampled = linear_token(h.hidden, h.weight, rule="sample", seed=5, **h.kwargs)
+            best = linear_token(h.hidden, h.weight, rule="topk", k=min(3, v), **h.kwargs)
+            out[f"{key}-tokens"] = [*sampled, *best]
+            soft = linear_expected_embedding(h.hidden, h.weight, h.weight, **h.kwargs)
+            out[f"{key}-soft"] = [soft.detach(), *dense.gradients(soft.sin().sum(), h.inputs)]
+    return out
+
+
+def assert_same(ours, wanted, dtype):
+    # A gradient has the rounding of its dtype. Values have that of fp32, but tiles differ between
+    # backends, and with them how the vendor's half-precision product rounds a logit now and then.
+    of_values = 2**-17 if dtype.itemsize == 2 else 2**-20
+    for key in wanted:
+        for i, (a, b) in enumerate(zip(ours[key], wanted[key], strict=True)):
+            what = f"{key}[{i}]"
+            assert a.dtype == b.dtype and a.shape == b.shape, what
+            if not b.is_floating_point():
+                # Such a logit may also decide between two tokens that nearly tie.
+                allowed = 1 + b.numel() // 50 if dtype.itemsize == 2 else 0
+                assert (a != b).sum() <= allowed, what
+                continue
+            tolerance = max(of_values, 8 * torch.finfo(b.dtype).eps)
+            # At least that of the logits, of which a mean is small beside what was added up.
+            scale = max(1.0, b.nan_to_num(0, 0, 0).abs().max().item())
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * scale, msg=what)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_cpu_equals_reference(dtype):
+    with ift_kernels.use_backend("reference"):
+        wanted = results(dtype)
+    with ift_kernels.use_backend("cpu"):
+        assert_same(results(dtype), wanted, dtype)
+
+
+def run_python(code, *args, **env):
+    """Runs `code` in a new process; its last line of output."""
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **env},
+        cwd=tests.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, (done.stdout + done.stderr).strip().splitlines()[-1]
+
+
+SAVE = """
+import sys, torch, test_backends as t
+torch.manual_seed(0)
+torch.set_num_threads(2)
+dtypes = (torch.float32, torch.bfloat16, torch.float16)
+torch.save({str(d): t.results(d) for d in dtypes}, sys.argv[1])
+print(t.backends.BACKENDS["cpu"].describe()["detail"])
+"""
+
+
+# "base" is SSE2 on x86-64 and NEON on ARM; the wider ones run where this machine has them.
+@needs_cpp
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512bf16"])
+def test_every_instruction_set_equals_the_reference(isa, tmp_path):
+    file = tmp_path / "results.pt"
+    failed, line = run_python(SAVE, str(file), IFT_BACKEND="cpu", IFT_CPU_ISA=isa)
+    if failed and "IFT_CPU_ISA" in line:
+        pytest.skip(f"this machine has no {isa}: {line}")
+    assert not failed, line
+    assert line.startswith(f"{isa},")
+    saved = torch.load(file)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        with ift_kernels.use_backend("reference"):
+            assert_same(saved[str(dtype)], results(dtype), dtype)
+
+
+@needs_cpp
+def test_unknown_instruction_set():
+    code = "import torch, ift_kernels as k; k.linear_token(torch.ones(1, 2), torch.ones(3, 2))"
+    failed, line = run_python(code, IFT_CPU_ISA="sse9", IFT_BACKEND="cpu")
+    assert failed
+    assert "IFT_CPU_ISA: expected" in line and "base" in line and "'sse9'" in line
+
+
+CHOICE = "import torch, ift_kernels as k; print(k.backends.get(torch.ones(1)).__name__)"
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backend_of_the_environment(name):
+    assert run_python(CHOICE, IFT_BACKEND=name) == (0, f"ift_kernels.backends.{name}")
+
+
+def test_unknown_backend_of_the_environment():
+    failed, line = run_python(CHOICE, IFT_BACKEND="quick")
+    assert failed and line.startswith("ValueError: IFT_BACKEND: expected one of")
+    assert line.endswith("got 'quick'")
+
+
+def test_context_manager_beats_the_environment(monkeypatch):
+    monkeypatch.setenv("IFT_BACKEND", "nonsense")
+    with ift_kernels.use_backend("reference"):
+        assert backends.get(torch.ones(1)).__name__.endswith("reference")
+    with pytest.raises(ValueError, match="IFT_BACKEND"):
+        backends.get(torch.ones(1))
+    monkeypatch.setenv("IFT_BACKEND", "")
+    backends.get(torch.ones(1))
+
+
+def test_context_manager_nests_and_survives_errors():
+    default = backends.get(torch.ones(1))
+    with ift_kernels.use_backend("reference"):
+        with pytest.raises(ZeroDivisionError), ift_kernels.use_backend(BACKENDS[0]):
+            raise ZeroDivisionError
+        assert backends.requested() == "reference"
+    assert backends.requested() is None and backends.get(torch.ones(1)) is default
+
+
+def test_context_manager_is_of_one_thread():
+    seen = []
+    with ift_kernels.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backends.requested()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
+
+
+@needs_cpp
+def test_the_choice_by_device_and_dtype():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert backends.get(torch.ones(1, dtype=dtype)).__name__.endswith("cpu")
+    assert backends.get(torch.ones(1, dtype=torch.float64)).__name__.endswith("reference")
+    assert backends.get(torch.ones(1, device="meta")).__name__.endswith("reference")
+    with ift_kernels.use_backend("cpu"):
+        assert backends.get(torch.ones(1, dtype=torch.float64)).__name__.endswith("reference")
+        with pytest.raises(RuntimeError, match="backend 'cpu' .* cannot serve: device meta"):
+            backends.get(torch.ones(1, device="meta"))
+
+
+def test_without_the_extension(monkeypatch):
+    """What a machine without a compiler sees."""
+    from ift_kernels.backends import cpu
+
+    monkeypatch.setattr(cpu, "_cpu", None)
+    monkeypatch.setattr(cpu, "_import_error", "the C++ extension was not built")
+    row = next(row for row in backends.describe() if row["name"] == "cpu")
+    assert not row["available"] and "not built" in row["reason"]
+    h = dense.head(9, 4, 50)
+    loss = linear_cross_entropy(h.hidden, h.weight, h.target)
+    torch.testing.assert_close(loss, dense.cross_entropy(h))
+    with (
+        ift_kernels.use_backend("cpu"),
+        pytest.raises(RuntimeError, match="backend 'cpu' .* not built"),
+    ):
+        linear_cross_entropy(h.hidden, h.weight, h.target)
+
+
+def test_describe():
+    rows = {row["name"]: row for row in backends.describe()}
+    assert set(rows) == set(backends.BACKENDS)
+    assert rows["reference"]["available"]
+    for row in rows.values():
+        assert set(row) == {"name", "available", "reason", "detail"}
+        assert bool(row["reason"]) != row["available"]
+
+
+@needs_cpp
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_changes_nothing(threads):
+    before = torch.get_num_threads()
+    h = dense.head(131, 8, 1500, torch.bfloat16, bias=True)
+    try:
+        outcomes = []
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            stats = linear_logprobs(h.hidden, h.weight, h.target, outputs=dense.OUTPUTS)
+            outcomes.append([*stats, *dense.gradients(stats.logprob.sum(), h.inputs[:2])])
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)

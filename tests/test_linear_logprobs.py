@@ -1,0 +1,277 @@
+"""linear_logprobs: every output and gradient against full logits in fp64, whatever the schedule."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dense
+import ift_kernels
+from ift_kernels import backends, linear_logprobs, plan
+
+BACKENDS = [row["name"] for row in backends.describe() if row["available"]]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# fp64 is served by the reference whatever the backend.
+SERVED = [(b, d) for b in BACKENDS for d in DTYPES] + [("reference", torch.float64)]
+SMALL = 1 << 20  # the smallest workspace allowed
+
+SHAPES = {
+    "one-of-all": (1, 1, 1),
+    "under-a-vector": (1, 7, 3),  # fewer columns than any vector register has lanes
+    "vector-and-tail": (127, 33, 63),
+    "one-block": (128, 64, 512),  # the C++ statistics work on blocks of 512 columns
+    "block-and-one": (3, 5, 513),
+    "groups-of-rows-and-tail": (129, 31, 1001),  # 32 rows are transposed at a time
+    "gpt2": (9, 16, 50257),
+    "qwen": (9, 9, 151936),
+}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with ift_kernels.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=SERVED, ids=lambda p: f"{p[0]}-{str(p[1])[6:]}")
+def dtype(request):
+    """A dtype, with the backend that is to serve it chosen."""
+    with ift_kernels.use_backend(request.param[0]):
+        yield request.param[1]
+
+
+def call(h, outputs=dense.OUTPUTS, **options):
+    return linear_logprobs(h.hidden, h.weight, h.target, outputs=outputs, **h.kwargs, **options)
+
+
+def check(h, outputs=dense.OUTPUTS, **options):
+    """All of `outputs` and their gradients, under non-uniform upstream gradients of both signs."""
+    stats = call(h, outputs, **options)
+    dense.assert_stats(stats, h)
+    up = dense.upstream(h, tuple(name for name in dense.DIFFERENTIABLE if name in outputs))
+    exact = h.double()
+    dense.assert_gradients(
+        dense.gradients(dense.send(stats, up), h.inputs),
+        h,
+        dense.send(dense.stats(h), up),
+        dense.send(dense.stats(exact), up),
+        exact.inputs,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("form", ["plain", "transformed"])
+def test_every_output_and_gradient(dtype, shape, form):
+    if form == "plain":
+        check(dense.head(*shape, dtype))
+    else:
+        check(dense.head(*shape, dtype, bias=True, **dense.TRANSFORM))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logit_scale": -2.5},
+        {"logit_scale": 0.0},  # uniform distribution, no gradient to hidden
+        {"softcap": 0.5},  # saturates: tanh near ±1
+        {"softcap": 1000.0},  # never bends: tanh of tiny arguments
+        {"temperature": 0.05},
+        {"temperature": 40.0},
+    ],
+    ids=str,
+)
+def test_each_option_alone(dtype, options):
+    check(dense.head(20, 11, 300, dtype, bias=True, **options))
+
+
+@pytest.mark.parametrize("name", dense.DIFFERENTIABLE)
+def test_gradient_of_each_output_alone(dtype, name):
+    check(dense.head(30, 8, 200, dtype, bias=True), outputs=(name,))
+
+
+@pytest.mark.parametrize("name", dense.OUTPUTS)
+def test_one_output_alone_is_the_same_and_the_rest_is_none(backend, name):
+    h = dense.head(40, 9, 600, bias=True)
+    alone, all_of_them = call(h, (name,)), call(h)
+    asked = {name, "argmax_logprob"} if name == "argmax" else {name}
+    for field in dense.FIELDS:
+        if field in asked:
+            torch.testing.assert_close(getattr(alone, field), getattr(all_of_them, field))
+        else:
+            assert getattr(alone, field) is None
+    assert call(h, ()) == (None,) * len(dense.FIELDS)
+
+
+def test_dtypes_and_which_outputs_carry_gradient(dtype):
+    stats = call(dense.head(4, 6, 50, dtype))
+    for field, value in stats._asdict().items():
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert value.dtype == (torch.int64 if field == "argmax" else wide)
+        assert value.requires_grad == (field in dense.DIFFERENTIABLE)
+
+
+# Each subset of inputs that need a gradient: a frozen head, a frozen trunk, the bias alone.
+@pytest.mark.parametrize("needs", range(1, 8), ids=lambda n: f"needs-{n:03b}")
+@pytest.mark.parametrize("workspace", [SMALL, None], ids=["small", "default"])
+def test_gradients_only_of_what_needs_them(backend, needs, workspace):
+    h = dense.head(520, 6, 1500, bias=True, **dense.TRANSFORM)
+    up = dense.upstream(h)
+    whole = dense.gradients(dense.send(call(h), up), h.inputs)
+    part = h.map(lambda t: t.detach().clone())
+    for i, tensor in enumerate(part.inputs):
+        tensor.requires_grad_(bool(needs >> i & 1))
+    dense.send(call(part, workspace=workspace), up).backward()
+    for i, (tensor, wanted) in enumerate(zip(part.inputs, whole, strict=True)):
+        if needs >> i & 1:
+            torch.testing.assert_close(tensor.grad, wanted, rtol=1e-5, atol=1e-4)
+        else:
+            assert tensor.grad is None
+
+
+# Products of 520 x 2500 do not fit 1 MiB in either direction, and 311 wide, neither does the
+# running sum of the hidden gradient in half types: dh and dW then come from separate passes.
+MANY = (520, 311, 2500)
+KEEPS = 5 * SMALL + 4321  # some products stay until backward, the rest do not fit
+SCHEDULES = {
+    "tiles": ("recompute", SMALL),
+    "keep-some": ("keep", KEEPS),
+    "keep-all": ("keep", None),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_tiles_and_schedules_do_not_matter(dtype, schedule):
+    name, workspace = SCHEDULES[schedule]
+    with plan.use_schedule(name):
+        check(dense.head(*MANY, dtype, bias=True), ("logprob", "entropy"), workspace=workspace)
+
+
+def test_the_small_workspaces_reach_every_path():
+    """Or the test above would say less than it seems to."""
+    n, d, v = MANY
+    both = plan.explain(n, v, d, torch.bfloat16, workspace=SMALL)
+    assert both.hidden_rows < n and both.tile_columns < v
+    both = plan.explain(n, v, d, torch.float32, workspace=SMALL)
+    assert both.tile_rows < n and both.tile_columns < v
+    for dtype in DTYPES:
+        some = plan.explain(n, v, d, dtype, workspace=KEEPS)
+        assert some.schedule == "keep" and 0 < some.keep_columns < v
+    frozen = plan.explain(n, v, d, torch.bfloat16, need_weight=False, workspace=SMALL)
+    assert frozen.tile_rows < n
+
+
+@pytest.mark.parametrize("frozen", ["head", "trunk"])
+def test_one_sided_gradients_in_tiles(dtype, frozen):
+    h = dense.head(*MANY, dtype)
+    up = dense.upstream(h, ("logprob", "entropy"))
+    exact, i = h.double(), int(frozen == "trunk")
+    for x in (h, exact):
+        x.inputs[1 - i].requires_grad_(False)
+    stats = call(h, ("logprob", "entropy"), workspace=SMALL)
+    (ours,) = dense.gradients(dense.send(stats, up), [h.inputs[i]])
+    (theirs,) = dense.gradients(dense.send(dense.stats(h), up), [h.inputs[i]])
+    (wanted,) = dense.gradients(dense.send(dense.stats(exact), up), [exact.inputs[i]])
+    dense.assert_as_accurate(ours, theirs, wanted)
+
+
+def strided(t):
+    """The same values behind gaps, the fastest dimension not unit stride."""
+    buffer = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 1), 7)
+    buffer[..., 1::2] = t
+    return buffer[..., 1::2]
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else strided(t),
+    "strided": strided,
+    "sliced": lambda t: torch.cat([t, t])[: len(t)],
+    "offset": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch", [(37,), (5, 7)], ids=["flat", "batched"])
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+def test_layouts(backend, layout, batch, half):
+    h = dense.head(batch, 9, 130, torch.bfloat16 if half else torch.float32, bias=True)
+    change = LAYOUTS[layout]
+    moved = dense.replace(
+        h.map(lambda t: change(t.detach()).requires_grad_()), target=change(h.target)
+    )
+    up = dense.upstream(h)
+    results = [(call(x), x) for x in (h, moved)]
+    grads = [dense.gradients(dense.send(s, up), x.inputs) for s, x in results]
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if half else {"rtol": 1e-5, "atol": 1e-5}
+    for mine, theirs in zip((*results[1][0], *grads[1]), (*results[0][0], *grads[0]), strict=True):
+        torch.testing.assert_close(mine, theirs, **tolerance)
+    for tensor, grad in zip(moved.inputs, grads[1], strict=True):
+        assert grad.shape == tensor.shape
+
+
+def test_expanded_inputs(backend):
+    hidden = torch.randn(1, 6).expand(8, 6)
+    weight = torch.randn(1, 6).expand(20, 6)  # a uniform distribution
+    target = torch.tensor(3).expand(8)
+    got = linear_logprobs(hidden, weight, target).logprob
+    torch.testing.assert_close(got, torch.full((8,), -torch.tensor(20.0).log()))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 5), (2, 0), (2, 0, 3), (2, 3, 4)], ids=str)
+def test_every_batch_shape(backend, shape):
+    h = dense.head(shape, 6, 40, bias=True, ignored=0.3)
+    stats = call(h)
+    dense.assert_stats(stats, h)
+    sum(getattr(stats, name).sum() for name in dense.DIFFERENTIABLE).backward()
+    for tensor in h.inputs:
+        assert tensor.grad.shape == tensor.shape
+        if 0 in shape:
+            assert (tensor.grad == 0).all()
+
+
+@pytest.mark.parametrize("schedule", plan.SCHEDULES)
+def test_everything_ignored(dtype, schedule):
+    h = dense.head((3, 5), 6, 40, dtype, bias=True)
+    h.target.fill_(-100)
+    with plan.use_schedule(schedule):
+        stats = call(h)
+        for value in stats:
+            assert value.shape == (3, 5) and (value == 0).all()
+        grads = dense.gradients(dense.send(stats, dense.upstream(h)), h.inputs)
+    assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 0, 7, 2**40], ids=str)
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64], ids=str)
+def test_ignore_index_and_kinds_of_target(backend, ignore_index, kind):
+    if kind == torch.int32 and ignore_index > 2**31:
+        ignore_index = -(2**31)
+    h = dense.head(50, 6, 12, ignored=0)
+    h.target[::3] = ignore_index
+    got = linear_logprobs(h.hidden, h.weight, h.target.to(kind), ignore_index=ignore_index)
+    wanted = dense.stats(h, ignore_index)["logprob"]
+    torch.testing.assert_close(got.logprob, wanted, rtol=1e-5, atol=1e-5)
+    mine, theirs = (dense.gradients(x.sum(), h.inputs) for x in (got.logprob, wanted))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert (mine[0][::3] == 0).all()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_any_call(data):
+    """What no grid thinks of: all options and sizes together."""
+    draw = data.draw
+    backend, dtype = draw(st.sampled_from(SERVED))
+    n, d, v = (draw(st.integers(1, top)) for top in (70, 40, 1300))
+    options = {
+        "logit_scale": draw(st.sampled_from([1.0, 0.3, -1.7])),
+        "softcap": draw(st.sampled_from([None, 2.0, 30.0])),
+        "temperature": draw(st.sampled_from([1.0, 0.6, 3.0])),
+    }
+    seed, bias = draw(st.integers(0, 99)), draw(st.booleans())
+    h = dense.head(n, d, v, dtype, bias=bias, ignored=draw(st.sampled_from([0, 0.5])), seed=seed)
+    h = dense.replace(h, options=options)
+    names = draw(st.sets(st.sampled_from(dense.OUTPUTS)).map(tuple))
+    schedule = draw(st.sampled_from(plan.SCHEDULES))
+    with ift_kernels.use_backend(backend), plan.use_schedule(schedule):
+        check(h, (*names, "logprob"), workspace=draw(st.sampled_from([SMALL, None])))

@@ -1,0 +1,203 @@
+"""The operations stay inside their workspace, and never hold a matrix of tokens by vocabulary.
+
+What torch's CPU allocator hands out is read from its profiler: that sees every tensor, also those
+that an operator makes and frees inside.
+"""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import dense
+import ift_kernels
+from ift_kernels import (
+    backends,
+    linear_cross_entropy,
+    linear_expected_embedding,
+    linear_logprobs,
+    linear_token,
+    plan,
+)
+
+BACKENDS = [row["name"] for row in backends.describe() if row["available"]]
+MIB = 1 << 20
+QWEN = 151936
+
+
+class Allocations:
+    """Bytes alive over a ``with`` block, from what was alive at its start."""
+
+    def __enter__(self):
+        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.profile.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.profile.__exit__(*error)
+        results = self.profile.profiler.kineto_results.events()
+        events = [e for e in results if e.name() == "[memory]"]
+        assert error[0] or events, "the profiler saw no allocation at all"
+        self.peak = self.alive = self.largest = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            self.alive += event.nbytes()
+            self.peak = max(self.peak, self.alive)
+            self.largest = max(self.largest, event.nbytes())
+        self.products = sum(e.name() in ("aten::mm", "aten::addmm_") for e in results)
+
+
+def test_the_instrument():
+    """A matrix made and freed inside the block is seen, and so is one that stays."""
+    with Allocations() as seen:
+        torch.ones(1000, 1000).add_(1)
+        keep = torch.empty(10, 1000)
+    assert 4_000_000 <= seen.peak < 4_100_000 and seen.largest == 4_000_000
+    assert seen.alive == keep.numel() * 4
+
+
+def size(*tensors):
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def allowed(h, workspace):
+    """The workspace, a quarter more for what vendor products round up, and vectors of tokens.
+
+    The reference is written to be read: its epilogues make a dozen temporaries of a tile in fp32.
+    """
+    slack = 1.25 if backends.requested() == "cpu" else 12
+    return slack * workspace + 64 * 8 * h.target.numel() + MIB // 4
+
+
+# N·V of products would be 40 times the workspace or more. D: narrow, so that nothing but the
+# products is large; and 300, where sums over D and casts of the head count too.
+CASES = {
+    "fp32": (264, 12, torch.float32, None),
+    "bf16": (264, 12, torch.bfloat16, None),
+    "wide-fp32": (264, 300, torch.float32, None),
+    "wide-bf16": (264, 300, torch.bfloat16, None),
+    "autocast": (264, 300, torch.float32, torch.bfloat16),
+    "autocast-few-tokens": (3, 300, torch.float32, torch.bfloat16),
+}
+OPERATIONS = {
+    "logprobs": lambda h, w: (
+        (linear_logprobs(h.hidden, h.weight, h.target, outputs=dense.OUTPUTS, workspace=w)).logprob
+    ),
+    "cross-entropy": lambda h, w: linear_cross_entropy(h.hidden, h.weight, h.target, workspace=w),
+    "expected-embedding": lambda h, w: linear_expected_embedding(
+        h.hidden, h.weight, h.weight.detach()[:, :8], workspace=w
+    ),
+}
+
+
+def measure(operation, h, workspace=4 * MIB):
+    """Forward and backward of `operation` stay inside `workspace` beside results and gradients."""
+    start = plan.ledger.held
+    with Allocations() as forward:
+        out = operation(h, workspace)
+    held = plan.ledger.held - start
+    assert held <= workspace
+    assert forward.peak - size(out) <= allowed(h, workspace), f"forward {forward.peak / MIB} MiB"
+    loss = out.sum()
+    with Allocations() as backward:
+        loss.backward()
+    peak = backward.peak + held - size(h.hidden.grad, h.weight.grad)
+    assert peak <= allowed(h, workspace), f"backward {peak / MIB} MiB"
+    assert plan.ledger.held == start
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_peak_of_forward_and_backward(case, operation):
+    n, d, dtype, autocast = case
+    with (
+        ift_kernels.use_backend("cpu"),
+        torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None),
+    ):
+        measure(operation, dense.head(n, d, QWEN, dtype, ignored=0))
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+@pytest.mark.parametrize("frozen", ["head", "trunk"])
+@pytest.mark.parametrize("case", ["wide-fp32", "wide-bf16"])
+def test_peak_with_one_side_frozen(case, frozen):
+    n, d, dtype, _ = CASES[case]
+    h = dense.head(n, d, QWEN, dtype, ignored=0)
+    (h.weight if frozen == "head" else h.hidden).requires_grad_(False)
+    with ift_kernels.use_backend("cpu"):
+        measure(OPERATIONS["logprobs"], h)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peak_of_the_reference(operation, dtype):
+    # 210 MB of products in fp32, 4 times what is allowed.
+    with ift_kernels.use_backend("reference"):
+        measure(operation, dense.head(1050, 12, 50257, dtype, ignored=0))
+
+
+@pytest.mark.parametrize("rule", ["greedy", "topk", "sample"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_peak_of_token_choice(name, rule):
+    h = dense.head(1050, 12, 20000)  # 84 MB of products
+    # The reference draws its random words in int64.
+    budget = 3 * MIB if (name, rule) == ("reference", "sample") else MIB
+    with ift_kernels.use_backend(name):
+        with Allocations() as seen:
+            linear_token(h.hidden, h.weight, rule=rule, workspace=MIB)
+        assert seen.peak <= allowed(h, budget), seen.peak / MIB
+
+
+# What is kept until backward counts over all calls: a model with many heads, or accumulation that
+# calls backward at the end, has one budget.
+def test_calls_share_what_they_keep():
+    h = dense.head(100, 8, 20000)
+    start = plan.ledger.held
+    losses = [linear_cross_entropy(h.hidden, h.weight, h.target, workspace=16 * MIB)]
+    first = plan.ledger.held - start
+    assert 0 < first <= 16 * MIB
+    losses += [linear_cross_entropy(h.hidden, h.weight, h.target, workspace=16 * MIB)] * 5
+    losses += [linear_logprobs(h.hidden, h.weight, h.target, workspace=16 * MIB).logprob.sum()]
+    assert plan.ledger.held - start <= 16 * MIB
+    wanted = dense.gradients(7 * dense.cross_entropy(h), h.inputs)
+    items = (h.target != -100).sum()
+    grads = dense.gradients(sum(losses[:6]) - losses[6] / items, h.inputs)
+    for a, b in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("some_ignored", [False, True], ids=["all-count", "some-ignored"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_copies_do_not_starve_the_tiles(some_ignored, dtype):
+    """Tiles of a row or two would be hundreds of times slower than tiles of hundreds.
+
+    hidden alone is 2 to 4 times the workspace here: a copy of it leaves nothing for the products.
+    """
+    h = dense.head(2000, 500, 3000, dtype, ignored=0.3 if some_ignored else 0)
+    with Allocations() as seen:
+        linear_logprobs(h.hidden, h.weight, h.target, workspace=MIB).logprob.sum().backward()
+    # Tiles of a quarter of the workspace, and four products for each, would be 183 to 367 products.
+    ideal = 4 * 2000 * 3000 * dtype.itemsize / (MIB / 4)
+    assert seen.products <= 12 * ideal, seen.products
+
+
+def test_the_copy_of_rows_that_count_is_inside_the_workspace():
+    """If that leaves a quarter of it for the products; the copy goes on top of a smaller one."""
+    h = dense.head(4000, 1024, 200, torch.bfloat16, ignored=0.1)  # 8 MB of hidden states
+    with ift_kernels.use_backend(BACKENDS[0]):
+        for workspace, extra in ((11 * MIB, 0), (2 * MIB, 8 * MIB)):
+            with torch.no_grad(), Allocations() as seen:
+                linear_logprobs(h.hidden, h.weight, h.target, workspace=workspace)
+            assert seen.peak <= allowed(h, workspace) + extra, seen.peak / MIB
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+def test_plan_says_what_is_true():
+    """`explain`'s peak bounds the measured one."""
+    for dtype in (torch.float32, torch.bfloat16):
+        h = dense.head(400, 64, 9000, dtype, ignored=0)
+        for workspace in (MIB, 3 * MIB, 30 * MIB):
+            explained = plan.explain(400, 9000, 64, dtype, workspace=workspace)
+            assert explained.peak_bytes <= workspace
+            with Allocations() as seen, ift_kernels.use_backend("cpu"):
+                linear_logprobs(h.hidden, h.weight, h.target, workspace=workspace)
+            assert seen.peak <= explained.peak_bytes + 64 * 8 * 400 + MIB // 4
