@@ -14,7 +14,7 @@ demo: $(VENV)/train.stamp
 	$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 # What CI runs, and what pre-commit runs on every commit.
 lint: $(VENV)/dev.stamp

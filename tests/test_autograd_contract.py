@@ -47,9 +47,8 @@ def mean_loss(h, **options):
 
 def soft(h, **options):
     # The head is also the embedding, as in tied models.
-    return (
-        linear_expected_embedding(h.hidden, h.weight, h.weight, **h.kwargs, **options).sin().sum()
-    )
+    value = linear_expected_embedding(h.hidden, h.weight, h.weight, **h.kwargs, **options)
+    return value.sin().sum()
 
 
 OPERATIONS = {"logprobs": logprobs, "cross-entropy": mean_loss, "expected-embedding": soft}

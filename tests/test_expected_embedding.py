@@ -55,10 +55,10 @@ def check(h, embedding, **options):
         dense.assert_as_accurate(ours, theirs, wanted, f"gradient {i}")
 
 
-# V: one, under a vector, a block of 512 and one, a real vocabulary. D and E: odd, one, unequal.
+# V: one, under a vector, a block of 1024 and one, a real vocabulary. D and E: odd, one, unequal.
 @pytest.mark.parametrize(
     ("n", "d", "v", "e"),
-    [(1, 1, 1, 1), (5, 7, 3, 1), (129, 16, 513, 33), (40, 9, 3001, 8), (5, 6, 50257, 3)],
+    [(1, 1, 1, 1), (5, 7, 3, 1), (129, 16, 1025, 33), (40, 9, 3001, 8), (5, 6, 50257, 3)],
 )
 @pytest.mark.parametrize("transform", [{}, dense.TRANSFORM], ids=["plain", "transformed"])
 def test_value_and_gradients(dtype, n, d, v, e, transform):

@@ -43,7 +43,7 @@ inline void fold_block(RowState& s, const float* z, int n, float top, int64_t fi
     }
   }
   vf m = splat(s.max == -kInf ? 0.0f : static_cast<float>(s.max));
-  vf sum0{}, sum1{}, e_z{}, e_sq{}, z_sum{};
+  vf sum0{}, sum1{}, e_z{}, e_sq{};
   int i = 0;
   auto one = [&](vf zi, vf& total) {
     vf centred = zi - m;
@@ -62,9 +62,12 @@ inline void fold_block(RowState& s, const float* z, int n, float top, int64_t fi
   if (kTrack & kEntropy) s.e_z += sum(e_z);
   if (kTrack & kSq) s.e_sq += sum(e_sq);
   if (kTrack & kMean) {
-    for (i = 0; i + W <= n; i += W) z_sum += load(z + i);
-    if (i < n) z_sum += load_part(z + i, n - i, 0.0f);
-    s.z_sum += sum(z_sum);
+    // In double: a large common logit would cost a float sum its digits.
+    typedef double wide __attribute__((vector_size(W * 8)));
+    wide z_sum{};
+    for (i = 0; i + W <= n; i += W) z_sum += __builtin_convertvector(load(z + i), wide);
+    for (; i < n; ++i) s.z_sum += z[i];
+    for (int lane = 0; lane < W; ++lane) s.z_sum += z_sum[lane];
   }
   if ((track & kTop2) && top > s.second) {
     // The maximum itself counts once: its first occurrence is skipped if it became the argmax here.

@@ -1,0 +1,266 @@
+"""The implementations that are compared: how to call each in its best mode, and why one cannot run.
+
+Each offers some of the kinds below, as functions of hidden (N, D), weight (V, D) and target (N,),
+with −100 where a target is ignored:
+
+* ``loss``: mean cross-entropy, a scalar;
+* ``logprob``: (N,) log-probability of each target, 0 where ignored;
+* ``statistics``: that, the entropy (N,) and the most likely id (N,);
+* ``ids``: the most likely id (N,).
+
+What the peers print or warn stays in the process of the worker that runs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ift_kernels
+
+KINDS = ("loss", "logprob", "statistics", "ids")
+
+
+def _optional(name: str) -> tuple[ModuleType | None, str]:
+    """A module, or why there is none."""
+    try:
+        return importlib.import_module(name), ""
+    except ModuleNotFoundError as error:
+        return None, f"{error.name} is not installed"
+    except Exception as error:  # whatever a peer's import raises, the others still run
+        return None, f"does not import: {type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+# Imported once, by the server that workers are forked from.
+_trl, _trl_missing = _optional("trl.trainer.utils")
+_cce, _cce_missing = _optional("cut_cross_entropy")
+_liger, _liger_missing = _optional("liger_kernel.transformers.functional")
+_inductor, _inductor_missing = _optional("torch._inductor.compile_fx")
+
+
+class Peer:
+    """One implementation. `name` is what options and files call it, `title` what readers see."""
+
+    name = ""
+    title = ""
+    compiled = False  # its first call compiles, and is neither timed nor looked at for memory
+    slowness = 1.3  # a guess, against bare GEMMs, until it has been measured
+    lacks: dict[str, str] = {}  # noqa: RUF012  kind → why it is not offered; read only
+
+    def why_not(self, kind: str, device: torch.device, dtype: torch.dtype) -> str:
+        """Empty if it can run."""
+        return self.unavailable(device, dtype) or self.lacks.get(kind, "")
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
+        return ""
+
+    def function(self, kind: str) -> Callable[..., Any]:
+        return getattr(self, kind)
+
+
+class Naive(Peer):
+    """What people write, in the dtype of the model."""
+
+    name, title, slowness = "naive", "naive", 1.6
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight)
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(hidden, weight), target)
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        logp = self.logits(hidden, weight).log_softmax(-1)
+        return _pick(logp, target)
+
+    def statistics(
+        self, hidden: Tensor, weight: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logp = self.logits(hidden, weight).log_softmax(-1)
+        return _pick(logp, target), -(logp.exp() * logp).sum(-1), logp.argmax(-1)
+
+    def ids(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight).argmax(-1)
+
+
+class NaiveFloat(Naive):
+    """The same with the logits cast to float32, as transformers does."""
+
+    name, title, slowness = "naive-float", "naive, fp32 logits", 1.8
+    lacks = {"ids": "the same as naive"}  # noqa: RUF012
+
+    def why_not(self, kind: str, device: torch.device, dtype: torch.dtype) -> str:
+        return (
+            "the same as naive" if dtype == torch.float32 else super().why_not(kind, device, dtype)
+        )
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight).float()
+
+
+class Compiled(Peer):
+    """`NaiveFloat` through inductor, once per shape."""
+
+    name, title, compiled = "compile", "torch.compile of naive", True
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
+        return _inductor_missing
+
+    def function(self, kind: str) -> Callable[..., Any]:
+        return compiled(getattr(NaiveFloat(), kind))
+
+
+class TorchChunked(Peer):
+    """torch's own fused head, chunked; without options it is the naive one."""
+
+    name, title, slowness = "torch-chunked", "F.linear_cross_entropy, chunked", 10.0
+    lacks = {  # noqa: RUF012
+        "statistics": "gives neither entropy nor ids",
+        "ids": "gives no ids",
+    }
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
+        has = hasattr(torch.nn, "LinearCrossEntropyOptions")
+        return "" if has else f"needs torch 2.13, this is {torch.__version__}"
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return self._call(hidden, weight, target, "mean")
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return -self._call(hidden, weight, target, "none")
+
+    def _call(self, hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
+        options = torch.nn.LinearCrossEntropyOptions()
+        call: Any = F.linear_cross_entropy
+        return call(hidden, weight, target, reduction=reduction, options=options)
+
+
+class TrlChunked(Peer):
+    """The function under TRL's fused heads, with the chunk that its trainers pass."""
+
+    name, title, slowness = "trl", "TRL chunked logprob", 5.0
+    lacks = {"ids": "tells whether the target is the most likely id, not which one is"}  # noqa: RUF012
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
+        if _trl is None:
+            return _trl_missing
+        has = hasattr(_trl, "_ChunkedLogProbFunction")
+        return "" if has else "needs TRL 1.16 or a later one that still has its chunked logprob"
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return -self.logprob(hidden, weight, target).sum() / (target != -100).sum()
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return self._call(hidden, weight, target, ())[0]
+
+    def statistics(
+        self, hidden: Tensor, weight: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
+        return (*self._call(hidden, weight, target, ("entropy", "is_top1"))[:2], None)
+
+    def _call(
+        self, hidden: Tensor, weight: Tensor, target: Tensor, outputs: tuple[str, ...]
+    ) -> tuple[Tensor, ...]:
+        assert _trl is not None
+        mask = target != -100
+        chunk = _trl._CHUNKED_LOGPROB_CHUNK_SIZE
+        apply = _trl._ChunkedLogProbFunction.apply
+        found = apply(hidden, weight, None, target.clamp(min=0), 1.0, chunk, None, 1.0, outputs)
+        return found[0].masked_fill(~mask, 0), *found[1:]
+
+
+class CutCrossEntropy(Peer):
+    """Its Triton kernels on a GPU; elsewhere what it offers there, a compiled dense loss."""
+
+    name, title = "cce", "Cut Cross-Entropy"
+    lacks = {  # noqa: RUF012
+        "statistics": "gives neither entropy nor ids",
+        "ids": "gives no ids",
+    }
+    compiled = True
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
+        return _cce_missing
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return self._call(hidden, weight, target, "mean")
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return -self._call(hidden, weight, target, "none")
+
+    def _call(self, hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
+        assert _cce is not None
+        mode = "cce" if hidden.is_cuda else "torch_compile"
+        return _cce.linear_cross_entropy(hidden, weight, target, reduction=reduction, impl=mode)
+
+
+class Liger(Peer):
+    """Chunks of tokens, gradients in forward."""
+
+    name, title = "liger", "Liger-Kernel"
+    lacks = {  # noqa: RUF012
+        "logprob": "no gradient of its own per token",
+        "statistics": "gives neither entropy nor ids",
+        "ids": "gives no ids",
+    }
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
+        return "its Triton kernels need a GPU" if device.type == "cpu" else _liger_missing
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        assert _liger is not None
+        return _liger.liger_fused_linear_cross_entropy(hidden, weight, target)
+
+
+class Ours(Peer):
+    """This package, with its defaults."""
+
+    name, title, slowness = "ours", "ift-kernels", 1.2
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return ift_kernels.linear_cross_entropy(hidden, weight, target)
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return _given(ift_kernels.linear_logprobs(hidden, weight, target).logprob)
+
+    def statistics(
+        self, hidden: Tensor, weight: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = ("logprob", "entropy", "argmax")
+        stats = ift_kernels.linear_logprobs(hidden, weight, target, outputs=outputs)
+        return _given(stats.logprob), _given(stats.entropy), _given(stats.argmax)
+
+    def ids(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return ift_kernels.linear_token(hidden, weight).ids
+
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Ours(), Naive(), NaiveFloat(), Compiled(), CutCrossEntropy(), TrlChunked(), TorchChunked(),
+        Liger(),
+    )
+}  # fmt: skip
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Through inductor, once per shape, and never in silence without it."""
+    config: Any = importlib.import_module("torch._dynamo.config")
+    config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, dynamic=False)
+
+
+def _pick(logp: Tensor, target: Tensor) -> Tensor:
+    found = logp.gather(-1, target.clamp(min=0)[:, None])[:, 0]
+    return found.masked_fill(target == -100, 0)
+
+
+def _given(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
