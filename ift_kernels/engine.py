@@ -199,7 +199,7 @@ class Gradients:
             # into the same cache sets. Zeros: see new_rows.
             self.transposed = like.new_zeros((plan.tile_columns, tile_rows + 32))
 
-    def add(self, tile: Tile, row_gradient: RowGradient) -> None:
+    def add(self, tile: Tile, row_gradient: RowGradient, hidden_too: bool = True) -> None:
         """Turn the tile into its gradient, in place, and add its share of every sum."""
         head, (rows, columns, product) = self.head, tile
         target, norm, coef = row_gradient
@@ -217,7 +217,7 @@ class Gradients:
             coef[:, rows],
             flipped,
         )
-        if self.hidden is not None:
+        if self.hidden is not None and hidden_too:
             self.hidden.add(rows, product, head.weight_chunk(columns))
         if self.weight is not None:
             self._add_weight(rows, columns, product.T if flipped is None else flipped)
@@ -274,8 +274,14 @@ def gradients(
     first = 0
     if kept is not None:
         first = kept.shape[1]
+        # dh from all that was kept in one product: vendor GEMMs want a long inner size (oneDNN is
+        # twice as fast from 16k on as at 4k), and it is rounded once. Not where that means a cast.
+        whole = head.weight.dtype == kept.dtype
         for columns in slices(0, first, plan.tile_columns):
-            total.add(Tile(slice(0, n), columns, kept[:, columns]), row_gradient)
+            tile = Tile(slice(0, n), columns, kept[:, columns])
+            total.add(tile, row_gradient, hidden_too=not whole)
+        if total.hidden is not None and whole:
+            total.hidden.add(slice(0, n), kept, head.weight[:first])
     for tile in recomputed(head, plan, first):
         total.add(tile, row_gradient)
     return total.results()
