@@ -32,7 +32,7 @@ SCHEDULES = ("recompute", "keep", "forward")
 
 # A tile of products should still be in cache when the epilogue reads it.
 TILE_BYTES = 16 << 20
-MAX_COLUMNS = 8192
+MAX_COLUMNS = 1 << 18  # few tokens: one product of the whole vocabulary, as memory allows
 ALIGN = 64  # columns: every row of a tile starts on a cache line
 MIN_KEEP = 1024  # columns: less is not worth a second code path
 
@@ -134,7 +134,8 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
         keep = 0 if keep < min(MIN_KEEP, p.vocabulary) else keep
     if (
         p.scalar
-        and (schedule == "forward" or (schedule is None and keep < p.vocabulary))
+        # Its sums over blocks cost more than recomputing a tenth of the vocabulary.
+        and (schedule == "forward" or (schedule is None and keep < 0.9 * p.vocabulary))
         # Gradients would be rounded to float16 before a loss scale lifts them off its underflow.
         and p.dtype != torch.float16
         and (not p.need_weight or (itemsize >= 4 and p.same_dtype))

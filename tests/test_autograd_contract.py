@@ -94,6 +94,25 @@ def test_backward_with_another_upstream_the_second_time(backend, schedule):
         close(both, [a + b for a, b in zip(*grads[:2], strict=True)], rtol=1e-4, atol=1e-5)
 
 
+def test_one_input_at_a_time(backend, schedule, operation):
+    """backward(inputs=...) for one, then for the other, is backward for both."""
+    h = dense.head(100, 11, 1100)
+    wanted = torch.autograd.grad(operation(h), h.inputs)
+    loss = operation(h)
+    loss.backward(inputs=[h.hidden], retain_graph=True)
+    assert h.weight.grad is None
+    loss.backward(inputs=[h.weight])
+    close([t.grad for t in h.inputs], wanted)
+
+
+def test_one_tensor_as_hidden_and_as_head(backend, schedule):
+    """Both gradients go to the same tensor."""
+    both, target = torch.randn(50, 7, requires_grad=True), torch.randint(50, (50,))
+    loss = linear_cross_entropy(both, both, target)
+    wanted = torch.nn.functional.cross_entropy(both @ both.T, target)
+    close(torch.autograd.grad(loss, both), torch.autograd.grad(wanted, both))
+
+
 def test_outputs_used_by_different_losses(backend, schedule):
     """Backward through one output, then through another, of the same call."""
     h = dense.head(100, 11, 2500)
@@ -245,6 +264,17 @@ def test_autocast(backend, schedule, operation, hidden, kind):
     for tensor, a, b in zip(h.inputs, grads, wanted, strict=True):
         assert a.dtype == tensor.dtype
         assert (a.double() - b.double()).norm() <= 2e-2 * b.double().norm()
+
+
+@pytest.mark.parametrize("rule", ["greedy", "topk", "sample"])
+def test_autocast_of_token_choice(backend, rule):
+    h = dense.head(129, 12, 1100, bias=True).map(torch.Tensor.detach)
+    half = dense.replace(h, hidden=h.hidden.bfloat16(), weight=h.weight.bfloat16())
+    wanted = linear_token(half.hidden, half.weight, bias=h.bias, rule=rule)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for x in (h, dense.replace(h, hidden=half.hidden), half):
+            got = linear_token(x.hidden, x.weight, bias=x.bias, rule=rule)
+            assert torch.equal(got.ids, wanted.ids) and torch.equal(got.logprob, wanted.logprob)
 
 
 def test_autocast_leaves_double_alone(operation):

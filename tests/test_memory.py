@@ -146,6 +146,20 @@ def test_peak_of_token_choice(name, rule):
         assert seen.peak <= allowed(h, budget), seen.peak / MIB
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+def test_peak_of_token_choice_under_autocast():
+    """The head, 60 MB, is cast piece by piece."""
+    h = dense.head(3, 300, 50257)
+    with (
+        ift_kernels.use_backend("cpu"),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        Allocations() as seen,
+    ):
+        linear_token(h.hidden, h.weight, workspace=4 * MIB)
+    with ift_kernels.use_backend("cpu"):
+        assert seen.peak <= allowed(h, 4 * MIB), seen.peak / MIB
+
+
 # What is kept until backward counts over all calls: a model with many heads, or accumulation that
 # calls backward at the end, has one budget.
 def test_calls_share_what_they_keep():
