@@ -144,7 +144,9 @@ def _linear_token(
         None if bias is None else bias.to(wide).contiguous(),
         LogitTransform(scale, softcap, temperature),
     )
-    problem = plan.Problem(n, *weight.shape, dtype, workspace, same_dtype=weight.dtype == dtype)
+    problem = plan.Problem(
+        n, weight.shape[0], weight.shape[1], dtype, workspace, same_dtype=weight.dtype == dtype
+    )
     state, argmax = backend.new_state(n, device)
     target = torch.full((n,), -1, dtype=torch.int64, device=device)
     track = 0 if sample or k > 1 else ref.TRACK_ARGMAX
