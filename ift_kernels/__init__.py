@@ -6,6 +6,7 @@ from hidden states and the head weight, with gradients, inside a fixed amount of
 
 import torch  # noqa: F401  first: the extensions share torch's OpenMP runtime
 
+from ift_kernels.active_set import ActiveSet, ActiveSetStats, record_active_sets
 from ift_kernels.backends import use_backend
 from ift_kernels.expected_embedding import linear_expected_embedding
 from ift_kernels.linear import TokenStats, linear_cross_entropy, linear_logprobs
@@ -17,6 +18,8 @@ from ift_kernels.token_choice import TokenChoice, linear_token
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActiveSet",
+    "ActiveSetStats",
     "Plan",
     "TokenChoice",
     "TokenStats",
@@ -28,6 +31,7 @@ __all__ = [
     "linear_logprobs",
     "linear_token",
     "propagation_weights",
+    "record_active_sets",
     "temporal_residual",
     "use_backend",
     "use_schedule",

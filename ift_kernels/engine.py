@@ -36,6 +36,9 @@ def no_double_backward(operation: str) -> Callable[..., None]:
     return refuse
 
 
+Results = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients of hidden, weight, bias
+
+
 @dataclass(frozen=True)
 class Head:
     """What every schedule needs to form products: rows `hidden` (N, D) against `weight` (V, D)."""
@@ -240,7 +243,7 @@ class Gradients:
             out.copy_(self.chunk_sum.total)
             self.chunk_sum = None
 
-    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def results(self) -> Results:
         hidden = None if self.hidden is None else self.hidden.total.to(self.hidden_dtype)
         return hidden, self.weight, self.bias
 
@@ -252,7 +255,7 @@ def gradients(
     hidden_dtype: torch.dtype,
     plan: Plan,
     kept: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Results:
     """Gradients of hidden (in `hidden_dtype`), weight and bias; `kept` products are consumed."""
     n, width = head.hidden.shape
     if n == 0:  # every row was dropped
@@ -310,7 +313,7 @@ def forward_gradients(
     hidden_dtype: torch.dtype,
     plan: Plan,
     track: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Results:
     """Gradients of a loss whose upstream gradient is known, without recomputing any product.
 
     One block of tokens at a time against the whole vocabulary: products, statistics, and through
@@ -321,12 +324,16 @@ def forward_gradients(
     d_hidden = head.hidden.new_empty((n, width), dtype=hidden_dtype) if needs[0] else None
     d_weight: Tensor | None = None
     if needs[1]:
-        d_weight = head.backend.fresh(head.weight.new_empty((vocabulary, width))).zero_()
+        d_weight = head.backend.fresh(head.weight.new_empty((vocabulary, width)))
     d_bias = None
     if needs[2]:
         d_bias = head.hidden.new_zeros(vocabulary, dtype=wide(head.hidden.dtype))
-    buffer = new_rows(head.backend, head.hidden, min(plan.tile_rows, n), vocabulary)
-    for rows in slices(0, n, plan.tile_rows):
+    if n == 0 and d_weight is not None:
+        d_weight.zero_()
+    blocks = max(1, -(-n // plan.tile_rows))
+    block = -(-n // blocks)  # of even size: a small last one would be slow
+    buffer = new_rows(head.backend, head.hidden, block, vocabulary)
+    for rows in slices(0, n, max(block, 1)):
         part = head.rows(rows)
         size = part.hidden.shape[0]
         kept = buffer[:size]
@@ -336,7 +343,11 @@ def forward_gradients(
         for columns in slices(0, vocabulary, plan.tile_columns):
             product = kept[:, columns]
             total.add(Tile(slice(0, size), columns, product), row_gradient)
-            if d_weight is not None:
+            if d_weight is None:
+                continue
+            if rows.start == 0:
+                torch.mm(product.T, part.hidden, out=d_weight[columns])
+            else:
                 d_weight[columns].addmm_(product.T, part.hidden)
         block_hidden, _, block_bias = total.results()
         if d_hidden is not None and block_hidden is not None:

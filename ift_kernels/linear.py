@@ -11,8 +11,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ift_kernels import active_op as _active_op  # noqa: F401  registers an operator
 from ift_kernels import backends, checks, linear_ops, plan
 from ift_kernels import loss_op as _loss_op  # noqa: F401  registers an operator
+from ift_kernels.active_set import ActiveSet
+from ift_kernels.active_set import options as active_options
 from ift_kernels.backends import reference as ref
 from ift_kernels.transform import LogitTransform
 
@@ -56,7 +59,7 @@ def linear_logprobs(
     softcap: float | None = None,
     temperature: float = 1.0,
     outputs: tuple[str, ...] = ("logprob",),
-    gradient: str = "exact",
+    gradient: str | ActiveSet = "exact",
     workspace: int | None = None,
 ) -> TokenStats:
     """Log-probability of each target token, and on request more, differentiable.
@@ -81,8 +84,10 @@ def linear_logprobs(
         logit_scale, softcap, temperature: the transform above; by default logits stay as they are.
         outputs: any of "logprob", "lse", "entropy", "argmax" (with its log-probability),
             "second_logprob", "sum_sq", "mean_logit". Beyond the first two each costs a little.
-        gradient: "exact". Gradients flow from logprob, lse, entropy and mean_logit to hidden,
-            weight and bias, for any upstream gradient; rows where it is all 0 may be skipped.
+        gradient: "exact", or "active" (an `ActiveSet` for its options): backward works on the
+            columns that matter to a block of tokens and treats the rest as uniform. Gradients flow
+            from logprob, lse, entropy and mean_logit to hidden, weight and bias, for any upstream
+            gradient; rows where it is all 0 may be skipped.
         workspace: bytes of work memory, default 256 MiB on CPU and 512 MiB on GPU.
 
     Returns:
@@ -100,7 +105,7 @@ def linear_logprobs(
     >>> torch.allclose(stats.logprob, logp.gather(-1, target[..., None])[..., 0], atol=1e-5)
     True
     """
-    checks.one_of("gradient", gradient, ("exact",))
+    active = active_options(gradient)
     ignore_index = checks.integer("ignore_index", ignore_index)
     if isinstance(outputs, str) or not isinstance(outputs, Collection):
         raise TypeError(f"outputs: expected a tuple of names, got {outputs!r}")
@@ -109,7 +114,8 @@ def linear_logprobs(
         checks.one_of("outputs", name, OUTPUTS)
         track |= OUTPUTS[name]
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
-    stats = _Call(hidden, weight, target, bias, ignore_index, transform, workspace).stats(track)
+    call = _Call(hidden, weight, target, bias, ignore_index, transform, workspace)
+    stats = call.stats(track, active)
     if track & ref.TRACK_MEAN:
         stats = stats._replace(mean_logit=stats.mean_logit + stats.lse)
     kept = {"argmax_logprob" if name == "argmax" else name for name in outputs} | set(outputs)
@@ -130,7 +136,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
-    gradient: str = "exact",
+    gradient: str | ActiveSet = "exact",
     workspace: int | None = None,
 ) -> Tensor:
     """Cross-entropy of a linear head, without its logits.
@@ -162,7 +168,7 @@ def linear_cross_entropy(
     >>> torch.allclose(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, target))
     True
     """
-    checks.one_of("gradient", gradient, ("exact",))
+    active = active_options(gradient)
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     ignore_index = checks.integer("ignore_index", ignore_index)
     label_smoothing = checks.number("label_smoothing", label_smoothing)
@@ -183,14 +189,14 @@ def linear_cross_entropy(
         items = checks.item_count("num_items", num_items, hidden.device)
         # A step of accumulation without any target teaches nothing: 0, not 0/0.
         factor = torch.where(items == 0, 0.0, 1.0 / items)
-    early = reduction != "none" and call.schedule != "recompute"
+    early = reduction != "none" and active is None and call.schedule != "recompute"
     if early and call.plan(scalar=True).schedule == "forward":
         results = torch.ops.ift_kernels.linear_loss(
             *call.tensors, factor, *call.options, label_smoothing, z_loss, call.needs
         )
         return cast(Tensor, results[0])
     track = ref.TRACK_MEAN if label_smoothing else 0
-    stats = call.stats(track)  # mean_logit relative to lse
+    stats = call.stats(track, active)  # mean_logit relative to lse
     loss = -stats.logprob
     if label_smoothing:
         loss = (1.0 - label_smoothing) * loss - label_smoothing * stats.mean_logit
@@ -244,10 +250,16 @@ class _Call:
         )  # fmt: skip
         return plan.make(problem, 0, self.schedule or None)
 
-    def stats(self, track: int) -> Any:
+    def stats(self, track: int, active: ActiveSet | None) -> Any:
         """All of TokenStats that `track` asks for, mean_logit less lse; the others are empty."""
-        values = torch.ops.ift_kernels.linear_stats(
-            *self.tensors, *self.options, track, self.needs, self.schedule
-        )
+        if active is None or not any(self.needs):
+            values = torch.ops.ift_kernels.linear_stats(
+                *self.tensors, *self.options, track, self.needs, self.schedule
+            )
+        else:
+            values = torch.ops.ift_kernels.linear_active(
+                *self.tensors, *self.options, track, self.needs, self.schedule != "recompute",
+                active.threshold, active.block, active.tail_tile, active.dW == "dense",
+            )  # fmt: skip
         pairs = zip(values[:8], linear_ops.tracked(track)[:8], strict=True)
         return TokenStats(*(v.view(self.shape) if asked else v for v, asked in pairs))

@@ -21,23 +21,23 @@ OPTIONS = (
     "int ignore_index, float scale, float softcap, float temperature, int workspace,"
     " ScalarType dtype"
 )
-_UPSTREAM = "Tensor? d_logprob, Tensor? d_lse, Tensor? d_entropy, Tensor? d_mean"
-_STATS = (
+UPSTREAM = "Tensor? d_logprob, Tensor? d_lse, Tensor? d_entropy, Tensor? d_mean"
+STATS = (
     "Tensor logprob, Tensor lse, Tensor entropy, Tensor argmax, Tensor argmax_logprob,"
     " Tensor second_logprob, Tensor sum_sq, Tensor mean_logprob"
 )
 GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
 LIB.define(
     f"linear_stats({HEAD}, {OPTIONS}, int track, bool[] needs, str schedule)"
-    f" -> ({_STATS}, Tensor norm, Tensor kept)"
+    f" -> ({STATS}, Tensor norm, Tensor kept)"
 )
 LIB.define(
-    f"linear_stats_backward({HEAD}, Tensor norm, Tensor entropy, {_UPSTREAM}, {OPTIONS},"
+    f"linear_stats_backward({HEAD}, Tensor norm, Tensor entropy, {UPSTREAM}, {OPTIONS},"
     f" bool[] needs) -> ({GRADIENTS})"
 )
 # The same with products kept since forward, which it consumes.
 LIB.define(
-    f"linear_stats_backward_kept({HEAD}, Tensor norm, Tensor entropy, {_UPSTREAM}, {OPTIONS},"
+    f"linear_stats_backward_kept({HEAD}, Tensor norm, Tensor entropy, {UPSTREAM}, {OPTIONS},"
     f" bool[] needs, Tensor(a!) kept) -> ({GRADIENTS})"
 )
 Options = tuple[int, float, float, float, int, torch.dtype]
@@ -172,6 +172,50 @@ def tracked(track: int) -> tuple[int, ...]:
     )  # fmt: skip
 
 
+def outputs(call: Call, state: Tensor, argmax: Tensor, track: int) -> tuple[Tensor, ...]:
+    """What `linear_stats` returns up to `norm`: all rows, empty where not asked for."""
+    values = row_values(state, argmax, call.head.vocabulary)
+    dtype = engine.wide(call.dtype)
+    return tuple(
+        call.scatter(v, v.dtype if v.dtype == torch.int64 else dtype)
+        if asked
+        else call.head.hidden.new_empty(0, dtype=dtype)
+        for v, asked in zip(values, tracked(track), strict=True)
+    )
+
+
+def outputs_fake(hidden: Tensor, compute: torch.dtype, track: int) -> tuple[Tensor, ...]:
+    """Shapes of `outputs` for products in the dtype `compute`."""
+    n, dtype = hidden.shape[0], engine.wide(compute)
+    out = [
+        hidden.new_empty(n if asked else 0, dtype=torch.int64 if i == 3 and asked else dtype)
+        for i, asked in enumerate(tracked(track))
+    ]
+    out[8] = hidden.new_empty((2, n), dtype=dtype)
+    return tuple(out)
+
+
+def gradient_outputs(
+    call: Call, results: engine.Results, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a backward operator returns: all rows, empty where no gradient is wanted."""
+    d_hidden, d_weight, d_bias = results
+    empty = call.head.hidden.new_empty(0)
+    return (
+        empty if d_hidden is None else call.scatter_hidden(d_hidden),
+        empty.clone() if d_weight is None else d_weight,
+        empty.clone() if d_bias is None or bias is None else d_bias.to(bias.dtype),
+    )
+
+
+def asked_upstream(track: int, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients of logprob, lse, entropy and mean; outputs not asked for are empty, and so are
+    their gradients.
+    """
+    d_entropy = grads[2] if track & ref.TRACK_ENTROPY else None
+    return grads[0], grads[1], d_entropy, grads[7] if track & ref.TRACK_MEAN else None
+
+
 def _stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
@@ -186,27 +230,14 @@ def _stats(
         state, argmax = engine.statistics(
             call.head, call.select(target), track, chosen, kept if chosen.keep_columns else None
         )
-    values = row_values(state, argmax, weight.shape[0])
-    dtype = engine.wide(call.dtype)
-    out = (
-        call.scatter(v, v.dtype if v.dtype == torch.int64 else dtype)
-        if asked
-        else hidden.new_empty(0, dtype=dtype)
-        for v, asked in zip(values, tracked(track), strict=True)
-    )
-    return (*out, kept)
+    return (*outputs(call, state, argmax, track), kept)
 
 
 def _stats_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     *options, track, _, _ = rest
-    n, dtype = hidden.shape[0], engine.wide(options[-1])
-    out = [
-        hidden.new_empty(n if asked else 0, dtype=torch.int64 if i == 3 and asked else dtype)
-        for i, asked in enumerate(tracked(track))
-    ]
-    out[8] = hidden.new_empty((2, n), dtype=dtype)
+    out = outputs_fake(hidden, options[-1], track)
     return (*out, hidden.new_empty((0, 0), dtype=options[-1]))
 
 
@@ -243,7 +274,7 @@ def _stats_backward(
     # Of the same problem, so that with `kept` beside it everything fits as forward has planned.
     chosen = plan.make(call.problem, 0, "recompute")
     with torch.autocast(hidden.device.type, enabled=False):
-        d_hidden, d_weight, d_bias = engine.gradients(
+        results = engine.gradients(
             call.head,
             engine.RowGradient(call.select(target), call.select(norm), call.select(coef)),
             tuple(needs),
@@ -251,11 +282,7 @@ def _stats_backward(
             chosen,
             kept,
         )
-    return (
-        hidden.new_empty(0) if d_hidden is None else call.scatter_hidden(d_hidden),
-        hidden.new_empty(0) if d_weight is None else d_weight,
-        hidden.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
-    )
+    return gradient_outputs(call, results, bias)
 
 
 def _stats_backward_kept(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,14 +313,11 @@ def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _stats_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     nothing: tuple[None, ...] = (None,) * 10
-    d_logprob, d_lse = grads[:2]
-    # Outputs that were not asked for are empty, and so are their gradients.
-    d_entropy = grads[2] if ctx.track & ref.TRACK_ENTROPY else None
-    d_mean = grads[7] if ctx.track & ref.TRACK_MEAN else None
-    if d_logprob is None and d_lse is None and d_entropy is None and d_mean is None:
+    upstream = asked_upstream(ctx.track, grads)
+    if all(gradient is None for gradient in upstream):
         return (None, None, None, *nothing)
     needs = list(ctx.needs_input_grad[:3])
-    args = (*ctx.saved_tensors, d_logprob, d_lse, d_entropy, d_mean, *ctx.options, needs)
+    args = (*ctx.saved_tensors, *upstream, *ctx.options, needs)
     if (
         ctx.kept is None or torch.is_grad_enabled()
     ):  # create_graph: the plain operator refuses clearly

@@ -47,12 +47,12 @@ def _loss(
         coef = linear_ops.row_coefficients(norms[-1], norm[0], vocabulary, *upstream)
         return engine.RowGradient(target, norms[-1], coef)
 
-    d_hidden = d_weight = d_bias = None
+    results: engine.Results = (None, None, None)
     track = ref.TRACK_MEAN if smoothing else 0
     rows = call.select(target)
     with torch.autocast(hidden.device.type, enabled=False):
         if early:
-            d_hidden, d_weight, d_bias = engine.forward_gradients(
+            results = engine.forward_gradients(
                 call.head, rows, coefficients, tuple(needs), hidden.dtype, chosen, track
             )
         else:
@@ -62,9 +62,7 @@ def _loss(
     return (
         (total * factor).to(dtype),
         call.scatter(norm, dtype),
-        hidden.new_empty(0) if d_hidden is None else call.scatter_hidden(d_hidden),
-        hidden.new_empty(0) if d_weight is None else d_weight,
-        hidden.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        *linear_ops.gradient_outputs(call, results, bias),
     )
 
 

@@ -86,6 +86,52 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Release());
 
+  m.def(
+      "active_marks",
+      [](const Chunk& c, uintptr_t target, uintptr_t level, int64_t block, uintptr_t marks) {
+        ift::epilogues().active_marks(c, at<int64_t>(target), at<float>(level), block,
+                                      at<uint8_t>(marks));
+      },
+      Release());
+  m.def(
+      "active_collect",
+      [](const Chunk& c, uintptr_t marks, uintptr_t reference, int64_t block, int64_t tile,
+         uintptr_t store, uintptr_t sums, int64_t sums_ld) {
+        ift::epilogues().active_collect(c, at<uint8_t>(marks), at<float>(reference), block, tile,
+                                        at<void>(store), at<float>(sums), sums_ld);
+      },
+      Release());
+  m.def(
+      "active_gradient",
+      [](const Chunk& c, uintptr_t target, uintptr_t norm, int64_t norm_ld, uintptr_t coef,
+         int64_t coef_ld, uintptr_t base, int64_t base_ld, uintptr_t pairs, int64_t count,
+         int64_t block, int64_t tile, uintptr_t row_major) {
+        ift::epilogues().active_gradient(c,
+                                         {at<int64_t>(target), at<float>(norm), norm_ld,
+                                          at<float>(coef), coef_ld, at<float>(base), base_ld},
+                                         at<int64_t>(pairs), count, block, tile,
+                                         at<void>(row_major));
+      },
+      Release());
+  m.def(
+      "combine_rows",
+      [](int dtype, uintptr_t parts, int64_t count, int64_t width, uintptr_t where,
+         uintptr_t common, int64_t tile, int64_t columns, int out_dtype, uintptr_t out,
+         bool accumulate, int threads) {
+        ift::epilogues().combine_rows(dtype, at<void>(parts), count, width, at<int64_t>(where),
+                                      at<float>(common), tile, columns, out_dtype, at<void>(out),
+                                      accumulate, threads);
+      },
+      Release());
+  m.def(
+      "tile_sums",
+      [](int dtype, uintptr_t matrix, int64_t count, int64_t width, int64_t ld, int64_t tile,
+         uintptr_t sums, int threads) {
+        ift::epilogues().tile_sums(dtype, at<void>(matrix), count, width, ld, tile, at<float>(sums),
+                                   threads);
+      },
+      Release());
+
   // Scans and the temporal residual: whole operations rather than epilogues.
   m.def(
       "scan",

@@ -42,6 +42,18 @@ struct DlogitsRows {
   int64_t transposed_ld;
 };
 
+// The same for the active set, whose rows come in whole blocks: coef is 0 in the padding. base
+// (tiles, rows) is what is taken from every gradient of a tile of the vocabulary.
+struct ActiveRows {
+  const int64_t* target;
+  const float* norm;
+  int64_t norm_ld;
+  const float* coef;
+  int64_t coef_ld;
+  const float* base;
+  int64_t base_ld;
+};
+
 struct Epilogues {
   void (*stats)(const Chunk&, const int64_t* target, double* state, int64_t state_ld,
                 int64_t* argmax, int track);
@@ -52,6 +64,18 @@ struct Epilogues {
   // best and logit float32 (N), ids int64 (N); `row_numbers` key the generator.
   void (*gumbel)(const Chunk&, uint64_t seed, const int64_t* row_numbers, float* best, float* logit,
                  int64_t* ids);
+  // The active set: see isa/active.cpp.
+  void (*active_marks)(const Chunk&, const int64_t* target, const float* level, int64_t block,
+                       uint8_t* marks);
+  void (*active_collect)(const Chunk&, const uint8_t* marks, const float* reference, int64_t block,
+                         int64_t tile, void* store, float* sums, int64_t sums_ld);
+  void (*active_gradient)(const Chunk&, const ActiveRows&, const int64_t* pairs, int64_t count,
+                          int64_t block, int64_t tile, void* row_major);
+  void (*combine_rows)(int dtype, const void* parts, int64_t count, int64_t width,
+                       const int64_t* at, const float* common, int64_t tile, int64_t columns,
+                       int out_dtype, void* out, bool accumulate, int threads);
+  void (*tile_sums)(int dtype, const void* matrix, int64_t count, int64_t width, int64_t ld,
+                    int64_t tile, float* sums, int threads);
 };
 
 // The table for the best instruction set of this machine, or the one named by IFT_CPU_ISA.

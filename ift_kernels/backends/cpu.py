@@ -47,6 +47,11 @@ def describe() -> dict[str, Any]:
     return {"available": _cpu is not None, "reason": _import_error, "detail": detail}
 
 
+def extension() -> Any:
+    """The compiled module."""
+    return _cpu
+
+
 def wants_transpose(dtype: torch.dtype) -> bool:
     """dx^T @ h is two to three times slower on 16-bit matrices than a product of plain ones."""
     return dtype.itemsize == 2
@@ -59,7 +64,7 @@ def fresh(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _rows(matrix: Tensor, columns: int | None = None) -> None:
+def rows(matrix: Tensor, columns: int | None = None) -> None:
     """What raw addresses rely on: rows of consecutive elements, as many as expected."""
     if matrix.stride(1) != 1 and matrix.shape[1] > 1:
         raise RuntimeError(f"expected rows of consecutive elements, got strides {matrix.stride()}")
@@ -67,19 +72,28 @@ def _rows(matrix: Tensor, columns: int | None = None) -> None:
         raise RuntimeError(f"expected rows of {columns} elements, got {matrix.shape[1]}")
 
 
-def _vectors(length: int, *vectors: Tensor | None) -> None:
+def vectors(length: int, *vectors: Tensor | None) -> None:
     for vector in vectors:
         if vector is not None and not (vector.shape == (length,) and vector.is_contiguous()):
             raise RuntimeError(f"expected ({length},) contiguous, got {tuple(vector.shape)}")
 
 
-def _chunk(x: Tensor, bias: Tensor | None, transform: LogitTransform, offset: int) -> Any:
-    _rows(x)
-    _vectors(x.shape[1], bias)
+def chunk(
+    x: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    offset: int,
+    count: int | None = None,
+    columns: Tensor | None = None,
+) -> Any:
+    """The C++ record of a chunk; of the active set, `count` rows and the bias of its `columns`."""
+    rows(x)
+    vectors(x.shape[1], bias)
+    bias = bias if columns is None else columns
     return _cpu.Chunk(
         x.data_ptr(),
         DTYPES[x.dtype],
-        x.shape[0],
+        x.shape[0] if count is None else count,
         x.shape[1],
         x.stride(0),
         0 if bias is None else bias.data_ptr(),
@@ -101,11 +115,11 @@ def stats_update(
     argmax: Tensor,
     track: int,
 ) -> None:
-    _rows(state, x.shape[0])
-    _vectors(x.shape[0], target, argmax)
-    chunk = _chunk(x, bias, transform, offset)
+    rows(state, x.shape[0])
+    vectors(x.shape[0], target, argmax)
+    piece = chunk(x, bias, transform, offset)
     _cpu.stats(
-        chunk, target.data_ptr(), state.data_ptr(), state.stride(0), argmax.data_ptr(), track
+        piece, target.data_ptr(), state.data_ptr(), state.stride(0), argmax.data_ptr(), track
     )
 
 
@@ -119,16 +133,16 @@ def dlogits_(
     coef: Tensor,
     transposed: Tensor | None = None,
 ) -> None:
-    _rows(norm, x.shape[0])
-    _rows(coef, x.shape[0])
-    _vectors(x.shape[0], target)
+    rows(norm, x.shape[0])
+    rows(coef, x.shape[0])
+    vectors(x.shape[0], target)
     if transposed is not None:
-        _rows(transposed, x.shape[0])
+        rows(transposed, x.shape[0])
         if transposed.shape[0] != x.shape[1] or transposed.dtype != x.dtype:
             raise RuntimeError(f"transposed: {tuple(transposed.shape)} for {tuple(x.shape)}")
-    chunk = _chunk(x, bias, transform, offset)
+    piece = chunk(x, bias, transform, offset)
     _cpu.dlogits(
-        chunk,
+        piece,
         target.data_ptr(),
         norm.data_ptr(),
         norm.stride(0),
@@ -140,8 +154,8 @@ def dlogits_(
 
 
 def probabilities_(x: Tensor, bias: Tensor | None, transform: LogitTransform, norm: Tensor) -> None:
-    _rows(norm, x.shape[0])
-    _cpu.probabilities(_chunk(x, bias, transform, 0), norm.data_ptr(), norm.stride(0))
+    rows(norm, x.shape[0])
+    _cpu.probabilities(chunk(x, bias, transform, 0), norm.data_ptr(), norm.stride(0))
 
 
 def top_k_update(
@@ -156,8 +170,8 @@ def top_k_update(
         raise RuntimeError("values and ids: expected contiguous (N, k)")
     if values.shape[0] != x.shape[0]:
         raise RuntimeError(f"values: {tuple(values.shape)} for {x.shape[0]} rows")
-    chunk = _chunk(x, bias, transform, offset)
-    _cpu.top_k(chunk, values.data_ptr(), ids.data_ptr(), values.shape[1])
+    piece = chunk(x, bias, transform, offset)
+    _cpu.top_k(piece, values.data_ptr(), ids.data_ptr(), values.shape[1])
 
 
 def gumbel_update(
@@ -171,9 +185,9 @@ def gumbel_update(
     logit: Tensor,
     ids: Tensor,
 ) -> None:
-    _vectors(x.shape[0], rows, best, logit, ids)
+    vectors(x.shape[0], rows, best, logit, ids)
     _cpu.gumbel(
-        _chunk(x, bias, transform, offset),
+        chunk(x, bias, transform, offset),
         seed % 2**64,
         rows.data_ptr(),
         best.data_ptr(),
@@ -271,3 +285,6 @@ def _residual_tokens(
     documents = 0 if tokens[3] is None else tokens[3].numel() - 1
     addresses = (_address(tensor) for tensor in tokens)
     return _cpu.ResidualTokens(*addresses, documents, shape.numel(), shape[1], ignore_index)
+
+
+from ift_kernels.backends.cpu_active import *  # noqa: E402,F403  the active set

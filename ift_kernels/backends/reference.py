@@ -214,4 +214,5 @@ def probabilities_(x: Tensor, bias: Tensor | None, transform: LogitTransform, no
     x.copy_(((z - norm[0].to(z.dtype)[:, None]) - norm[1].to(z.dtype)[:, None]).exp())
 
 
+from ift_kernels.backends.reference_active import *  # noqa: E402,F403  the active set
 from ift_kernels.backends.reference_scan import *  # noqa: E402,F403  scans, residual

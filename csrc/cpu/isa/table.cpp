@@ -9,9 +9,19 @@ void dlogits(const Chunk&, const DlogitsRows&);
 void probabilities(const Chunk&, const float*, int64_t);
 void top_k(const Chunk&, float*, int64_t*, int64_t);
 void gumbel(const Chunk&, uint64_t, const int64_t*, float*, float*, int64_t*);
+void active_marks(const Chunk&, const int64_t*, const float*, int64_t, uint8_t*);
+void active_collect(const Chunk&, const uint8_t*, const float*, int64_t, int64_t, void*, float*,
+                    int64_t);
+void active_gradient(const Chunk&, const ActiveRows&, const int64_t*, int64_t, int64_t, int64_t,
+                     void*);
+void combine_rows(int, const void*, int64_t, int64_t, const int64_t*, const float*, int64_t,
+                  int64_t, int, void*, bool, int);
+void tile_sums(int, const void*, int64_t, int64_t, int64_t, int64_t, float*, int);
 
 const Epilogues& table() {
-  static const Epilogues epilogues{stats, dlogits, probabilities, top_k, gumbel};
+  static const Epilogues epilogues{stats,        dlogits,      probabilities,  top_k,
+                                   gumbel,       active_marks, active_collect, active_gradient,
+                                   combine_rows, tile_sums};
   return epilogues;
 }
 

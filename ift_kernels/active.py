@@ -1,0 +1,228 @@
+"""The active-set backward: gradients from the columns that matter, the rest as a uniform tail.
+
+In a trained model a block of tokens gives real probability to a few percent of the vocabulary.
+Forward, tile by tile while the products are in cache, marks the columns to which any row of a block
+gives more than a threshold, keeps their products, and for the rest, the tail, keeps sums per row
+and *tail tile* of the vocabulary. With u[r, t] the mean gradient of row r over the tail of tile t,
+
+    dz[r, v] ≈ u[r, tile of v] + 1[v active in r's block]·(dz[r, v] − u[r, tile of v])
+
+a piecewise constant part, whose products with W and h cost V / tail tile times less, and a sparse
+part on the active columns only. Every row keeps its exact sum over every tile.
+
+Floors per tile of N × C products, k the active share: (2 + 4k)·N·C·D flops with both gradients,
+(2 + 2k) for dh alone, against 6 and 4 dense; bytes beyond the dense forward: one more read of the
+tile, 2·k·N·C elements stored and read, k·N·C·D / block elements of W gathered. docs/active_set.md
+derives the error bound and has what was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ift_kernels import engine
+from ift_kernels.active_set import ActiveSet
+from ift_kernels.backends import reference as ref
+from ift_kernels.engine import Head, Tile, slices
+from ift_kernels.plan import TILE_BYTES, Problem
+
+SPARSE, DENSE, AGAIN = range(3)  # how a tile was left: active columns, all products, nothing
+# Above this share of active columns two dense products cost no more than gathering the columns.
+DENSE_SHARE = 0.8
+PARTS = 1 << 22  # of Tiling.parts, at most: they should stay in cache
+REFERENCE, MASS, MASS_Z, SLOPES = range(4)  # rows of `tails`
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of products: whole blocks and whole tail tiles."""
+
+    rows: int
+    columns: int
+    options: ActiveSet
+    capacity: int  # bytes that may be kept
+    parts: int  # elements of products for dW that may wait to be summed
+
+    @property
+    def block(self) -> int:
+        return self.options.block
+
+    @property
+    def tail(self) -> int:
+        return self.options.tail_tile
+
+    def tails(self, columns: slice) -> slice:
+        """The tail tiles in these columns."""
+        return slice(columns.start // self.tail, -(-columns.stop // self.tail))
+
+    def blocks(self, rows: slice) -> slice:
+        """The blocks in these rows."""
+        return slice(rows.start // self.block, -(-rows.stop // self.block))
+
+
+def tiling(problem: Problem, options: ActiveSet, held_elsewhere: int = 0) -> Tiling | None:
+    """The largest tiles whose work leaves half of the workspace to what is kept, else the smallest.
+
+    None where not even those fit: the call is then served by the exact schedules.
+    """
+    p, n, itemsize = problem, max(problem.rows, 1), problem.dtype.itemsize
+    tails, blocks = -(-p.vocabulary // options.tail_tile), -(-n // options.block)
+    whole = keeps_whole(options, p.need_weight, p.need_bias)
+    fixed = tails * p.width * 4 + blocks * p.vocabulary + 5 * tails * n * 4
+    if p.need_hidden:
+        fixed += n * p.width * (4 + (itemsize if itemsize < 4 else 0))
+    parts = min(PARTS, p.workspace // 16 // itemsize)
+    if p.need_weight and not whole:
+        fixed += parts * itemsize + (n * p.width * 4 if itemsize < 4 else 0)
+    best = None
+    # What is kept whole wants the room, and a small tile with all rows costs the products little.
+    first = TILE_BYTES
+    if whole:
+        first = min(TILE_BYTES, max(TILE_BYTES >> 2, n * options.tail_tile * itemsize))
+    for bytes_of_tile in (first >> shift for shift in range(8)):
+        fit = bytes_of_tile // (n * itemsize) // options.tail_tile
+        columns = min(max(fit, 1) * options.tail_tile, p.vocabulary)
+        rows = max(bytes_of_tile // (columns * itemsize) // options.block, 1) * options.block
+        rows = min(rows, n)
+        tile = rows * columns * itemsize
+        # A product formed again, its stored columns, their copy, its transpose for dW.
+        copies = 3 + (p.transpose and p.need_weight and whole)
+        # Head rows gathered and cast, and sums of dW over tiles of rows.
+        per_column = itemsize * (1 + (not p.same_dtype)) + 4 * (p.need_weight and rows < n)
+        work = fixed + copies * tile + columns * p.width * per_column
+        if work > p.workspace:
+            continue
+        best = Tiling(rows, columns, options, max(0, p.workspace - held_elsewhere - work), parts)
+        if 2 * work <= p.workspace:
+            break
+    return best
+
+
+def keeps_whole(options: ActiveSet, need_weight: bool, need_bias: bool) -> bool:
+    """Whether the head is trained by its exact gradient, which needs all products."""
+    return options.dW == "dense" and (need_weight or need_bias)
+
+
+class Formed(NamedTuple):
+    """What forward leaves for backward; `layout`: how each tile is in `store`, and where."""
+
+    marks: Tensor  # uint8 (blocks, V)
+    tails: Tensor  # (4, tail tiles, N), see REFERENCE … SLOPES
+    layout: Tensor  # int64 (tiles, 2) on the CPU: SPARSE, DENSE or AGAIN; first element in `store`
+    store: Tensor  # flat, in the dtype of the products
+
+
+def tiles(head: Head, at: Tiling) -> list[tuple[slice, slice]]:
+    """(rows, columns) of every tile, the vocabulary outermost."""
+    n = head.hidden.shape[0]
+    return [
+        (rows, columns)
+        for columns in slices(0, head.vocabulary, at.columns)
+        for rows in slices(0, n, at.rows)
+    ]
+
+
+def products(
+    head: Head, at: Tiling, order: list[tuple[slice, slice]], store: Tensor | None = None
+) -> Iterator[Tile]:
+    """The products of these tiles, in `store` as far as they fit, then in one scratch buffer."""
+    scratch, used = None, 0
+    for rows, columns in order:
+        size = rows.stop - rows.start, columns.stop - columns.start
+        elements = whole_elements(head.hidden, *size)
+        if store is not None and used + elements <= store.numel():
+            padded = store[used : used + elements].view(size[0], -1)
+            padded[:, size[1] :] = 0  # as in engine.new_rows
+            used += elements
+            product = padded[:, : size[1]]
+        else:
+            if scratch is None or size[1] > scratch.shape[1]:
+                scratch = engine.new_rows(head.backend, head.hidden, at.rows, size[1])
+            scratch[:, size[1] :] = 0
+            product = scratch[: size[0], : size[1]]
+        weight = head.weight_chunk(columns)
+        yield Tile(rows, columns, torch.mm(head.hidden[rows], weight.T, out=product))
+
+
+def whole_elements(like: Tensor, rows: int, columns: int) -> int:
+    """Elements that a tile takes in the store when it is kept whole: rows on cache lines."""
+    line = 64 // like.element_size()
+    return rows * (-(-columns // line) * line)
+
+
+def mark(
+    head: Head, at: Tiling, tile: Tile, target: Tensor, top: Tensor, log_sum: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Marks of a tile against the log-sum-exp ``top + log_sum``, and the reference of its sums."""
+    threshold = at.options.threshold
+    level = top + log_sum + (math.log(threshold) if threshold else -math.inf)
+    marks = head.backend.active_marks(
+        tile.product, head.bias_chunk(tile.columns), head.transform, target[tile.rows],
+        tile.columns.start, level, at.block,
+    )  # fmt: skip
+    # A row of −inf only has no finite reference point; with 0 its sums are 0.
+    return torch.where(top == -torch.inf, 0.0, top), marks
+
+
+def collect(
+    head: Head, at: Tiling, tile: Tile, marks: Tensor, store: Tensor, tails: Tensor
+) -> None:
+    """Fill `store` (marked, block) and `tails` (4, its tail tiles, its rows) but REFERENCE."""
+    head.backend.active_collect(
+        tile.product, head.bias_chunk(tile.columns), head.transform, marks, tails[REFERENCE, 0],
+        at.tail, store, tails[MASS:],
+    )  # fmt: skip
+
+
+def form(
+    head: Head, target: Tensor, track: int, at: Tiling, whole: bool
+) -> tuple[Tensor, Tensor, Formed]:
+    """Running state and argmax as `engine.statistics`, and the active set of every tile that fits.
+
+    Columns are marked against the log-sum-exp so far, which is at most the final one: what it marks
+    is a superset. With `whole` all products are kept as they are, for an exact dW.
+    """
+    n, backend, like = head.hidden.shape[0], head.backend, head.hidden
+    state, argmax = backend.new_state(n, like.device)
+    order = tiles(head, at)
+    layout = torch.tensor([[AGAIN, 0]]).repeat(len(order), 1)
+    store = backend.fresh(like.new_empty(at.capacity // like.element_size()))
+    sets = store.numel() > 0 and not whole
+    rows_of_blocks = at.blocks(slice(0, n)).stop if sets else 0
+    tail_tiles = at.tails(slice(0, head.vocabulary)).stop if sets else 0
+    marks = like.new_zeros((rows_of_blocks, head.vocabulary), dtype=torch.uint8)
+    tails = like.new_zeros((4, tail_tiles, n), dtype=engine.wide(like.dtype))
+    used = 0
+    for number, tile in enumerate(products(head, at, order, store if whole else None)):
+        engine.fold(head, tile, target, state, argmax, track)
+        rows, columns, product = tile
+        size, here = whole_elements(like, *product.shape), None
+        if sets:
+            top, log_sum = state[ref.MAX, rows], state[ref.SUM, rows].log()
+            reference, found = mark(head, at, tile, target, top, log_sum)
+            count = int(found.sum())
+            if count < DENSE_SHARE * found.numel():
+                here, size = found, count * at.block
+        if used + size > store.numel():
+            continue
+        layout[number] = torch.tensor([DENSE if here is None else SPARSE, used])
+        if here is not None:
+            marks[at.blocks(rows), columns] = here
+            # Its own buffer: the sums of a tile are written in one piece.
+            tails_here = tails.new_empty((4, *tails[0, at.tails(columns), rows].shape))
+            tails_here[REFERENCE] = reference
+            room = store[used : used + size].view(count, at.block)
+            collect(head, at, tile, here, room, tails_here)
+            tails[:, at.tails(columns), rows] = tails_here
+        elif not whole:
+            kept = store[used : used + size].view(product.shape[0], -1)
+            kept[:, : product.shape[1]] = product
+            kept[:, product.shape[1] :] = 0
+        used += -(-size // 64) * 64
+    return state, argmax, Formed(marks, tails, layout, store[:used])

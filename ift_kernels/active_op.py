@@ -1,0 +1,185 @@
+"""The operators behind ``gradient="active"``: `linear_stats` with an active-set backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ift_kernels import active, active_backward, engine, linear_ops, plan
+from ift_kernels.active_set import ActiveSet, ActiveSetStats, recording
+from ift_kernels.backends import reference as ref
+
+_SET = "float threshold, int block, int tail_tile, bool dense"
+_FORMED = "Tensor marks, Tensor tails, Tensor layout, Tensor{} store"
+_BACKWARD = (
+    f"{linear_ops.HEAD}, Tensor norm, Tensor entropy, {linear_ops.UPSTREAM}, {linear_ops.OPTIONS},"
+    f" bool[] needs, {_SET}"
+)
+linear_ops.LIB.define(
+    f"linear_active({linear_ops.HEAD}, {linear_ops.OPTIONS}, int track, bool[] needs, bool keep,"
+    f" {_SET}) -> ({linear_ops.STATS}, Tensor norm, {_FORMED.format('')})"
+)
+linear_ops.LIB.define(f"linear_active_backward({_BACKWARD}) -> ({linear_ops.GRADIENTS})")
+# The same with a set formed in forward, which it consumes.
+linear_ops.LIB.define(
+    f"linear_active_backward_kept({_BACKWARD}, {_FORMED.format('(a!)')})"
+    f" -> ({linear_ops.GRADIENTS})"
+)
+
+
+def _active_set(arguments: tuple[Any, ...]) -> ActiveSet:
+    threshold, block, tail_tile, dense = arguments
+    return ActiveSet(threshold, block, tail_tile, "dense" if dense else "active")
+
+
+def _nothing(like: Tensor, dtype: torch.dtype) -> active.Formed:
+    """No set at all."""
+    return active.Formed(
+        like.new_empty((0, 0), dtype=torch.uint8),
+        like.new_empty((4, 0, 0), dtype=engine.wide(dtype)),
+        torch.empty((0, 2), dtype=torch.int64),
+        like.new_empty(0, dtype=dtype),
+    )
+
+
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, track, needs, keep, threshold, block, tail_tile, dense = rest
+    valid = target != options[0]
+    linear_ops.check_targets(target, valid, weight.shape[0])
+    call = linear_ops.Call(hidden, weight, bias, valid, tuple(options), tuple(needs))
+    chosen = _active_set((threshold, block, tail_tile, dense))
+    at = active.tiling(call.problem, chosen, plan.ledger.held)
+    rows, formed = call.select(target), _nothing(hidden, call.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if at is not None and keep:
+            whole = active.keeps_whole(chosen, needs[1], needs[2])
+            state, argmax, formed = active.form(call.head, rows, track, at, whole)
+        else:
+            exact = plan.make(call.problem, plan.ledger.held, "recompute")
+            state, argmax = engine.statistics(call.head, rows, track, exact)
+    report = recording()
+    if report is not None:
+        report.append(_stats_of(call.head, state, at, formed))
+    return (*linear_ops.outputs(call, state, argmax, track), *formed)
+
+
+def _stats_of(
+    head: engine.Head, state: Tensor, at: active.Tiling | None, formed: active.Formed
+) -> ActiveSetStats:
+    kinds = formed.layout[:, 0].tolist()
+    tiles = len(kinds) or (0 if at is None else len(active.tiles(head, at)))
+    share, mean, most = (float("nan"),) * 3
+    if formed.marks.numel() and active.AGAIN not in kinds:
+        weights = [
+            1.0 if kind == active.DENSE else formed.marks[at.blocks(rows), columns].double().mean()
+            for kind, (rows, columns) in zip(kinds, active.tiles(head, at), strict=True)
+        ] if at else []  # fmt: skip
+        sizes = [
+            (rows.stop - rows.start) * (columns.stop - columns.start)
+            for rows, columns in active.tiles(head, at)
+        ] if at else []  # fmt: skip
+        share = float(sum(w * s for w, s in zip(weights, sizes, strict=True)) / sum(sizes))
+        top, total = state[ref.MAX], state[ref.SUM]
+        scale = (formed.tails[active.REFERENCE].double() - top).exp() / total
+        tail = (scale * formed.tails[active.MASS]).sum(0)
+        mean, most = float(tail.mean()), float(tail.max())
+    return ActiveSetStats(
+        share, mean, most, formed.store.numel() * formed.store.element_size(), tiles,
+        kinds.count(active.DENSE), kinds.count(active.AGAIN) if kinds else tiles,
+    )  # fmt: skip
+
+
+def _forward_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, track, _, _, _, _, _, _ = rest
+    shapes = linear_ops.outputs_fake(hidden, options[-1], track)
+    return (*shapes, *_nothing(hidden, options[-1]))
+
+
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    norm: Tensor,
+    entropy: Tensor,
+    d_logprob: Tensor | None,
+    d_lse: Tensor | None,
+    d_entropy: Tensor | None,
+    d_mean: Tensor | None,
+    *rest: Any,
+    formed: active.Formed | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *options, needs, threshold, block, tail_tile, dense = rest
+    upstream = d_logprob, d_lse, d_entropy, d_mean
+    coef = linear_ops.row_coefficients(norm, entropy, weight.shape[0], *upstream)
+    count = valid = target != options[0]
+    teaches = (coef != 0).any(0)  # a NaN upstream is not 0 and so stays in
+    if formed is None:
+        count = valid & teaches  # nothing is kept, so other rows need not be looked at
+    elif bool((valid & ~teaches).any()):
+        hidden = hidden.masked_fill((valid & ~teaches)[:, None], 0)  # 0 times a NaN would not be 0
+    call = linear_ops.Call(hidden, weight, bias, count, tuple(options), tuple(needs))
+    at = active.tiling(call.problem, _active_set((threshold, block, tail_tile, dense)))
+    row_gradient = engine.RowGradient(call.select(target), call.select(norm), call.select(coef))
+    arguments = call.head, row_gradient, tuple(needs), hidden.dtype
+    with torch.autocast(hidden.device.type, enabled=False):
+        if at is None or call.problem.rows == 0:
+            exact = plan.make(call.problem, 0, "recompute")
+            results = engine.gradients(*arguments, exact)
+        else:
+            if formed is None:
+                tiles = len(active.tiles(call.head, at))
+                layout = torch.tensor([[active.AGAIN, 0]]).repeat(tiles, 1)
+                formed = _nothing(hidden, call.dtype)._replace(layout=layout)
+            results = active_backward.gradients(*arguments, at, formed)
+    return linear_ops.gradient_outputs(call, results, bias)
+
+
+def _backward_kept(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(*arguments[:-4], formed=active.Formed(*arguments[-4:]))
+
+
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return linear_ops.gradients_fake(*arguments[:3], arguments[16])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, target, *options = inputs
+    ctx.mark_non_differentiable(*(output[i] for i in (3, 4, 5, 6, *range(8, 13))))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, target, output[8], output[2])
+    ctx.options, ctx.track, ctx.set = options[:6], options[6], options[9:]
+    # Not saved: consumed by the first backward, in place; a second one forms everything again.
+    ctx.formed = linear_ops.Held(output[9:]) if output[11].shape[0] else None
+
+
+def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing: tuple[None, ...] = (None,) * 14
+    upstream = linear_ops.asked_upstream(ctx.track, grads)
+    if all(gradient is None for gradient in upstream):
+        return (None, None, None, *nothing)
+    needs = list(ctx.needs_input_grad[:3])
+    arguments = (*ctx.saved_tensors, *upstream, *ctx.options, needs, *ctx.set)
+    if ctx.formed is None or torch.is_grad_enabled():
+        results = torch.ops.ift_kernels.linear_active_backward(*arguments)
+    else:
+        held, ctx.formed = ctx.formed, None
+        results = torch.ops.ift_kernels.linear_active_backward_kept(*arguments, *held.tensors)
+        held.release()
+    return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
+
+
+linear_ops.register("linear_active", _forward, _forward_fake, _autograd, _setup)
+linear_ops.register(
+    "linear_active_backward",
+    _backward,
+    _backward_fake,
+    engine.no_double_backward("linear_logprobs"),
+)
+linear_ops.register("linear_active_backward_kept", _backward_kept, _backward_fake)

@@ -1,0 +1,133 @@
+"""The epilogues of the active set in plain torch: the executable specification, see reference.py.
+
+A *block* is `block` consecutive rows. Columns of a block that matter are *marked*; their products
+are stored as columns of `block` elements, block after block with ids ascending, which is the order
+of ``marks.nonzero()``. What is not marked is the *tail*, of which each row keeps sums per *tile* of
+the vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ift_kernels.transform import LogitTransform
+
+
+def _logits(x: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    return transform.apply(x if x.dtype == torch.float64 else x.float(), bias)
+
+
+def active_marks(
+    x: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    target: Tensor,
+    offset: int,
+    level: Tensor,
+    block: int,
+) -> Tensor:
+    """uint8 (blocks, C): 1 where a row of the block has a logit not ≤ its `level`, or its target.
+
+    A NaN is not ≤ anything, so it is never lost.
+    """
+    above = ~(_logits(x, bias, transform) <= level[:, None])
+    rows, columns = x.shape
+    local = target - offset
+    inside = ((local >= 0) & (local < columns)).nonzero()[:, 0]
+    above[inside, local[inside]] = True
+    return F.pad(above, (0, 0, 0, -rows % block)).view(-1, block, columns).any(1).to(torch.uint8)
+
+
+def active_collect(
+    x: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    marks: Tensor,
+    reference: Tensor,
+    tile: int,
+    store: Tensor,
+    sums: Tensor,
+) -> None:
+    """Fill `store` (marked, block) and `sums` (3, tiles, N), both written completely.
+
+    With e = exp(z − reference) and s the derivative of the softcap (1 without one), the sums over
+    the columns of a tile that are not marked are Σ e·s, Σ e·(z − reference)·s and Σ s.
+    """
+    z = _logits(x, bias, transform)
+    rows, columns = z.shape
+    block = store.shape[1]
+    tail = (marks == 0).repeat_interleave(block, 0)[:rows]
+    centred = z - reference.to(z.dtype)[:, None]
+    slope: Tensor | float = 1.0
+    if transform.softcap:
+        slope = 1.0 - (z * (transform.temperature / transform.softcap)).square()
+    zero = torch.zeros((), dtype=z.dtype, device=z.device)
+    e = torch.where(tail, centred.exp() * slope, zero)
+    parts = e, torch.where(e == 0, zero, e * centred), torch.where(tail, slope, zero)
+    for which, part in enumerate(parts):
+        padded = F.pad(part, (0, -columns % tile)).view(rows, -1, tile)
+        sums[which].copy_(padded.sum(2, dtype=sums.dtype).T)
+    blocks = F.pad(x, (0, 0, 0, -rows % block)).view(-1, block, columns)
+    number, column = marks.nonzero().T
+    store.copy_(blocks[number, :, column])
+
+
+def active_gradient_(
+    store: Tensor,
+    pairs: Tensor,
+    rows: int,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    target: Tensor,
+    offset: int,
+    norm: Tensor,
+    coef: Tensor,
+    base: Tensor,
+    tile: int,
+    row_major: Tensor | None = None,
+) -> None:
+    """Overwrite stored products with their gradient, as `dlogits_`, less `base` of tile and row.
+
+    `pairs` (marked, 2) is ``marks.nonzero()``; norm, coef (…, padded N) and base (tiles, padded N)
+    come in whole blocks, coef 0 beyond `rows`. `row_major`, flat, receives each block as
+    (block, its columns rounded up to 32, zeros beyond), one after another.
+    """
+    number, column = pairs.T
+    block = store.shape[1]
+    at = number[:, None] * block + torch.arange(block, device=store.device)  # (marked, block)
+    z = _logits(store.T, None if bias is None else bias[column], transform).T
+    hit, one, per_log_p, flat = coef.to(z.dtype)[:, at]
+    log_p = (z - norm[0].to(z.dtype)[at]) - norm[1].to(z.dtype)[at]
+    p = log_p.exp()
+    grad = p * (one + per_log_p * torch.where(p == 0, 0.0, log_p)) + flat
+    target = F.pad(target, (0, norm.shape[1] - target.shape[0]), value=-1)
+    grad = grad + torch.where(target[at] - offset == column[:, None], hit, 0.0)
+    grad = grad * transform.derivative(z) - base.to(z.dtype)[(column // tile)[:, None], at]
+    store.copy_(torch.where((coef == 0).all(0)[at], 0.0, grad))
+    if row_major is None:
+        return
+    start = written = 0
+    for count in number.unique_consecutive(return_counts=True)[1].tolist():
+        width = -(-count // 32) * 32
+        out = row_major[written : written + block * width].view(block, width)
+        out[:, :count] = store[start : start + count].T
+        out[:, count:] = 0
+        start, written = start + count, written + block * width
+
+
+def combine_rows(
+    parts: Tensor, at: Tensor, common: Tensor, tile: int, out: Tensor, accumulate: bool
+) -> None:
+    """``out[v] = common[v // tile] + Σ parts[at == v]``, plus `out` itself if `accumulate`."""
+    total = common.repeat_interleave(tile, 0)[: out.shape[0]]
+    total.index_add_(0, at, parts.to(total.dtype))
+    out.copy_(total + out if accumulate else total)
+
+
+def tile_sums(matrix: Tensor, tile: int) -> Tensor:
+    """Sums of every `tile` rows of a matrix, (tiles, D), at least float32."""
+    wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    parts = [rows.sum(0, dtype=wide) for rows in matrix.split(tile)]
+    return torch.stack(parts)

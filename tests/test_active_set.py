@@ -1,0 +1,328 @@
+"""The active-set backward: exact where everything is active, close and sum-preserving elsewhere."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import dense
+import ift_kernels as K
+from bench import lmlike
+from ift_kernels import active, active_backward
+from ift_kernels.active_set import ActiveSet
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+ROUNDING = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
+OUTPUTS = ("logprob", "lse", "entropy", "mean_logit")
+SMALL = {"block": 32, "tail_tile": 64}
+
+
+@pytest.fixture
+def sparse(monkeypatch):
+    """No tile is left dense, however many of its columns are active."""
+    monkeypatch.setattr(active, "DENSE_SHARE", 2.0)
+    monkeypatch.setattr(active_backward, "DENSE_SHARE", 2.0)
+
+
+def upstream(n, outputs, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (len(outputs), n), generator=generator) * 2 - 1
+    return (torch.rand((len(outputs), n), generator=generator) + 0.2) * signs
+
+
+def gradients(h, gradient, outputs=("logprob",), inputs=None, weights=None, **options):
+    """Of a weighted sum of outputs; the inputs in their own dtype."""
+    inputs = h.inputs if inputs is None else inputs
+    stats = K.linear_logprobs(
+        h.hidden, h.weight, h.target, outputs=outputs, gradient=gradient, **h.kwargs, **options
+    )
+    given = upstream(h.target.numel(), outputs) if weights is None else weights
+    total = sum(
+        (getattr(stats, name).flatten() * w).sum() for name, w in zip(outputs, given, strict=True)
+    )
+    return torch.autograd.grad(total, inputs)
+
+
+def exact(h, outputs=("logprob",), weights=None):
+    """The same in fp64 by the definition."""
+    h = h.double()
+    stats = dense.stats(h)
+    given = upstream(h.target.numel(), outputs) if weights is None else weights
+    total = sum((stats[name].flatten() * w).sum() for name, w in zip(outputs, given, strict=True))
+    return torch.autograd.grad(total, h.inputs)
+
+
+def distance(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+
+
+def lm(n=256, d=64, v=4000, dtype=torch.float32, seed=0, **shape):
+    data = lmlike.generate(n, d, v, dtype=dtype, seed=seed, shape=lmlike.Shape(**shape))
+    return dense.Head(data.hidden.requires_grad_(), data.weight.requires_grad_(), data.target)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("transform", [{}, dense.TRANSFORM], ids=["plain", "transformed"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threshold_zero_is_exact(dtype, bias, transform, backend, sparse):
+    # Rows and columns that fill neither their last block nor their last tile.
+    h = dense.head(75, 24, 333, dtype, bias=bias, **transform)
+    options = ActiveSet(threshold=0.0, dW="active", **SMALL)
+    with K.use_backend(backend):
+        found = gradients(h, options, OUTPUTS)
+        wanted = gradients(h, "exact", OUTPUTS)
+    for mine, true, dtype_of in zip(found, exact(h, OUTPUTS), h.inputs, strict=True):
+        assert mine.dtype == dtype_of.dtype
+        assert distance(mine, true) <= ROUNDING[dtype] * 2
+    for mine, other in zip(found, wanted, strict=True):
+        assert distance(mine, other) <= ROUNDING[dtype] * 2
+
+
+@pytest.mark.parametrize("schedule", ["kept", "recompute"])
+@pytest.mark.parametrize("weight", ["active", "dense"])
+@pytest.mark.parametrize("workspace", [None, 4 << 20], ids=["default", "4MiB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_error_at_the_default_threshold(dtype, workspace, weight, schedule):
+    h = lm(dtype=dtype, d=64)
+    options = ActiveSet(dW=weight, tail_tile=512)
+    if schedule == "recompute":
+        with K.use_schedule("recompute"):
+            found = gradients(h, options, workspace=workspace)
+    else:
+        found = gradients(h, options, workspace=workspace)
+    d_hidden, d_weight = exact(h)
+    assert distance(found[0], d_hidden) <= 0.015
+    assert distance(found[1], d_weight) <= (0.01 if weight == "active" else ROUNDING[dtype] * 2)
+
+
+@pytest.mark.parametrize("gamma", [0.6, 1.0, 2.0])
+def test_error_on_other_data(gamma):
+    # Not the generator that thresholds and tiles were tuned on: clusters of ids and of tokens.
+    generator = torch.Generator().manual_seed(7)
+    centres = torch.randn(20, 48, generator=generator)
+    ids = centres[torch.randint(20, (6000,), generator=generator)]
+    weight = ids + 0.7 * torch.randn(6000, 48, generator=generator)
+    tokens = centres[torch.randint(20, (256,), generator=generator)]
+    hidden = gamma * 0.5 * (tokens + 0.5 * torch.randn(256, 48, generator=generator))
+    target = (hidden @ weight.T).softmax(-1).multinomial(1, generator=generator)[:, 0]
+    h = dense.Head(hidden.requires_grad_(), weight.requires_grad_(), target)
+    with K.record_active_sets() as report:
+        found = gradients(h, ActiveSet(dW="active"))
+    true = exact(h)
+    assert report[0].recomputed_tiles == 0
+    assert distance(found[0], true[0]) <= 0.015
+    assert distance(found[1], true[1]) <= 0.01
+
+
+@pytest.mark.parametrize("outputs", [OUTPUTS, ("logprob",), ("entropy",)], ids=str)
+def test_rows_keep_their_sum(outputs, sparse):
+    # What a constant column of the head receives is the sum of a row's gradient.
+    h = lm()
+    weight = torch.cat([h.weight.detach(), torch.ones(4000, 1)], 1).requires_grad_()
+    hidden = torch.cat([h.hidden.detach(), torch.zeros(256, 1)], 1).requires_grad_()
+    h = dense.Head(hidden, weight, h.target)
+    found = gradients(h, ActiveSet(threshold=2.0**-6, dW="active"), outputs)[0]
+    true = exact(h, outputs)[0]
+    scale = upstream(256, outputs).abs().sum(0)
+    assert ((found[:, -1].double() - true[:, -1]).abs() / scale).max() <= 2e-5
+
+
+def test_error_bound_of_a_row(sparse):
+    # ‖Σ_v (dz − dz')‖₁ ≤ 2·|a|·tail mass: seen through a head whose rows are unit vectors.
+    torch.manual_seed(0)
+    v = 512
+    logits = 3 * torch.randn(64, v)
+    target = logits.softmax(-1).multinomial(1)[:, 0]
+    hidden, weight = logits.clone().requires_grad_(), torch.eye(v)
+    threshold = 2.0**-7
+    stats = K.linear_logprobs(
+        hidden, weight, target, gradient=ActiveSet(threshold=threshold, block=32, tail_tile=128)
+    )
+    a = upstream(64, ("logprob",))[0]
+    (found,) = torch.autograd.grad(stats.logprob, hidden, a)
+    p = logits.double().softmax(-1)
+    onehot = torch.nn.functional.one_hot(target, v)
+    true = a[:, None].double() * (onehot - p)
+    marked = ((p > threshold) | onehot.bool()).view(2, 32, v).any(1).repeat_interleave(32, 0)
+    tail = torch.where(marked, 0.0, p).sum(1)
+    error = (found - true).abs().sum(1)
+    assert (error <= 2 * a.abs() * tail + 1e-5).all()
+    assert error.max() > 1e-3  # the threshold is high enough for the bound to say something
+    assert (found - true)[marked].abs().max() <= 1e-5  # active columns are exact
+
+
+def test_flat_logits_fall_back_to_dense():
+    torch.manual_seed(0)
+    hidden = torch.randn(128, 32, requires_grad=True)
+    weight = (torch.randn(2000, 32) / 32**0.5).requires_grad_()
+    h = dense.Head(hidden, weight, torch.randint(2000, (128,)))
+    with K.record_active_sets() as report:
+        found = gradients(h, ActiveSet(dW="active"))
+    assert report[0].dense_tiles == report[0].tiles and report[0].share == 1.0
+    for mine, other in zip(found, gradients(h, "exact"), strict=True):
+        assert distance(mine, other) <= 1e-6
+
+
+def test_report(sparse):
+    h = lm()
+    with K.record_active_sets() as report:
+        gradients(h, ActiveSet(dW="active"))
+        gradients(h, "exact")
+    assert len(report) == 1
+    stats = report[0]
+    p = (h.hidden @ h.weight.T).detach().double().softmax(-1)
+    active_ids = p > 2.0**-12
+    active_ids[torch.arange(256), h.target] = True
+    share = active_ids.view(2, 128, -1).any(1).double().mean()
+    assert share <= stats.share <= 1.2 * share + 0.01  # marked while the sum grew: a superset
+    assert stats.kept_bytes >= share * 2 * 128 * 4000 * 4
+    blocks = active_ids.view(2, 128, -1).any(1).repeat_interleave(128, 0)
+    tail = torch.where(blocks, 0.0, p).sum(1)
+    assert stats.tail_mean <= tail.mean() * (1 + 1e-4) and stats.tail_max <= tail.max() * (1 + 1e-4)
+    assert stats.tail_mean > 0.3 * tail.mean()
+
+
+def test_kept_within_the_workspace():
+    # Where the set does not fit it is formed again in backward: the same result.
+    h = lm(n=512, v=6000)
+    options = ActiveSet(dW="active", tail_tile=512)
+    with K.record_active_sets() as report:
+        small = gradients(h, options, workspace=7 << 20)
+        large = gradients(h, options)
+    assert report[0].kept_bytes <= 7 << 20
+    assert report[0].recomputed_tiles > 0 and report[1].recomputed_tiles == 0
+    for one, other in zip(small, large, strict=True):
+        assert distance(one, other) <= 0.01
+
+
+def test_too_small_a_workspace_is_exact():
+    h = lm(v=4000)
+    found = gradients(h, ActiveSet(block=4096, tail_tile=8192), workspace=1 << 20)
+    for mine, true in zip(found, gradients(h, "exact"), strict=True):
+        assert distance(mine, true) <= 1e-6
+
+
+def test_second_backward_and_accumulation():
+    h = lm()
+    stats = K.linear_logprobs(h.hidden, h.weight, h.target, gradient=ActiveSet(dW="active"))
+    first = torch.autograd.grad(stats.logprob.sum(), h.inputs, retain_graph=True)
+    first = [g.clone() for g in first]
+    second = torch.autograd.grad(stats.logprob.sum(), h.inputs)
+    for one, two in zip(first, second, strict=True):
+        assert distance(two, one) <= 0.01  # formed again, against the final log-sum-exp
+    stats = K.linear_logprobs(h.hidden, h.weight, h.target, gradient="active")
+    (g,) = torch.autograd.grad(stats.logprob.sum(), h.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        g.sum().backward()
+
+
+def test_deterministic():
+    h = lm(dtype=torch.bfloat16)
+    one = gradients(h, ActiveSet(dW="active"))
+    two = gradients(h, ActiveSet(dW="active"))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("weight", ["active", "dense"])
+def test_ignored_and_untaught_rows(weight, sparse):
+    h = lm()
+    h.target[::3] = -100
+    given = upstream(256, ("logprob",))
+    given[:, 1::3] = 0
+    found = gradients(h, ActiveSet(threshold=0.0, dW=weight), weights=given)
+    for mine, true in zip(found, exact(h, weights=given), strict=True):
+        assert distance(mine, true) <= 5e-6
+    assert (found[0][::3] == 0).all() and (found[0][1::3] == 0).all()
+
+
+@pytest.mark.parametrize("weight", ["active", "dense"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_inf_reach_the_gradients(value, weight):
+    h = lm()
+    with torch.no_grad():
+        h.weight[3700] = value
+        h.weight[3700, 1:] = 0
+        h.hidden[5, 0] = 1.0
+        h.hidden[6:, 0] = 0.0 if math.isnan(value) else -1.0
+        h.hidden[:5, 0] = 0.0 if math.isnan(value) else -1.0
+    d_hidden, d_weight = gradients(h, ActiveSet(dW=weight))
+    assert d_hidden[5].isnan().any() and d_weight.isnan().any()
+    given = torch.ones(1, 256)
+    given[0, 9] = value
+    h = lm()
+    d_hidden, d_weight = gradients(h, ActiveSet(dW=weight), weights=given)
+    assert not d_hidden[9].isfinite().all() and not d_weight.isfinite().all()
+    assert d_hidden[200].isfinite().all()
+
+
+def test_a_nan_in_a_row_that_teaches_nothing_stays_there():
+    h = lm()
+    with torch.no_grad():
+        h.hidden[5] = math.nan
+    given = torch.ones(1, 256)
+    given[0, 5] = 0
+    for weight in ("active", "dense"):
+        found = gradients(h, ActiveSet(dW=weight), weights=given)
+        assert all(g.isfinite().all() for g in found)
+
+
+def test_frozen_parts_and_loss():
+    h = lm()
+    target = h.target
+    for frozen in ("hidden", "weight"):
+        hidden = h.hidden.detach().requires_grad_(frozen != "hidden")
+        weight = h.weight.detach().requires_grad_(frozen != "weight")
+        options = ActiveSet(dW="active")
+        loss = K.linear_cross_entropy(hidden, weight, target, gradient=options)
+        torch.testing.assert_close(loss, K.linear_cross_entropy(hidden, weight, target))
+        inputs = [t for t in (hidden, weight) if t.requires_grad]
+        (mine,) = torch.autograd.grad(loss, inputs)
+        (true,) = torch.autograd.grad(K.linear_cross_entropy(hidden, weight, target), inputs)
+        assert distance(mine, true) <= 0.015
+
+
+def test_checkpointing_autocast_and_compile():
+    h = lm()
+    true = gradients(h, "exact")
+
+    def call(hidden, weight):
+        return K.linear_logprobs(hidden, weight, h.target, gradient="active").logprob
+
+    weights = upstream(256, ("logprob",))[0]
+    for reentrant in (False, True):
+        value = checkpoint(call, *h.inputs, use_reentrant=reentrant)
+        found = torch.autograd.grad((value * weights).sum(), h.inputs) if not reentrant else None
+        if reentrant:
+            (value * weights).sum().backward()
+            found = (h.hidden.grad, h.weight.grad)
+        assert distance(found[0], true[0]) <= 0.015 and distance(found[1], true[1]) <= 1e-5
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad((compiled(*h.inputs) * weights).sum(), h.inputs)
+    assert distance(found[0], true[0]) <= 0.015 and distance(found[1], true[1]) <= 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        value = call(*h.inputs)
+    found = torch.autograd.grad((value * weights).sum(), h.inputs)
+    assert found[0].dtype == torch.float32
+    assert distance(found[0], true[0]) <= 0.03 and distance(found[1], true[1]) <= 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"threshold": 1.0}, "threshold: expected in"),
+        ({"threshold": -1.0}, "threshold: expected in"),
+        ({"block": 100}, "block: expected a positive multiple of 32"),
+        ({"tail_tile": 0}, "tail_tile: expected a positive multiple of 64"),
+        ({"dW": "none"}, "dW"),
+    ],
+)
+def test_options_are_checked(options, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        ActiveSet(**options)
+
+
+def test_gradient_names_are_checked():
+    with pytest.raises(ValueError, match="gradient"):
+        K.linear_logprobs(torch.ones(1, 8), torch.ones(9, 8), torch.zeros(1).long(), gradient="a")
