@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from bench import head, ops, plots, report
+from bench import active, head, ops, plots, report
 from bench.harness import Settings
 from bench.peers import PEERS
 from bench.provenance import load, provenance
 
 # A suite has `add_arguments`, `run`, `CASES` (by name, with a title) and says what it is about.
-SUITES: dict[str, Any] = {"head": head, "ops": ops}
+SUITES: dict[str, Any] = {"head": head, "active": active, "ops": ops}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         report.write(done, options.json)
     if options.plot:
-        plots.draw(done, options.plot)
+        plots.draw(active.without_sweeps(done), options.plot)
+        if options.suite == "active":
+            active.draw(done, Path(options.plot).with_name(f"{Path(options.plot).stem}-sweeps.png"))
     refused = [
         c for g in groups for c in g["cells"] if c["implementation"] == "ours" and c["reason"]
     ]
@@ -98,7 +101,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def names() -> dict[str, str]:
     """What readers see for each implementation."""
-    return head.FLOORS | {name: peer.title for name, peer in PEERS.items()}
+    return head.FLOORS | {name: peer.title for name, peer in PEERS.items()} | active.NAMES
 
 
 def show_list(console: Console) -> None:

@@ -133,7 +133,8 @@ def load(path: str, device: str) -> dict[str, Any]:
     return found
 
 
-def _inputs(path: str, case: Case, device: str) -> Inputs:
+def inputs(path: str, case: Case, device: str) -> Inputs:
+    """The inputs of a case, from the file of its group."""
     found = load(path, device)
     rows = slice(0, FEW if case.few else None)
     known = found["target"][rows]
@@ -150,27 +151,32 @@ def _inputs(path: str, case: Case, device: str) -> Inputs:
 def prepare(path: str, case_name: str, implementation: str, device: str) -> Subject:
     """One cell, ready to be called."""
     case = CASES[case_name]
-    inputs = _inputs(path, case, device)
+    given = inputs(path, case, device)
     if implementation in FLOORS:
-        return _floor(case, inputs, implementation == "floor-t")
+        return _floor(case, given, implementation == "floor-t")
     peer = PEERS[implementation]
     function = peer.function(case.kind)
-    few = Inputs(
-        inputs.hidden[:8].detach().requires_grad_(case.backward),
-        inputs.weight[:1024].detach().requires_grad_(inputs.weight.requires_grad),
-        torch.zeros_like(inputs.target[:8]),
-        *inputs[3:],
-    )
     return Subject(
-        _caller(function, case, inputs),
-        _caller(function, case, few),
-        functools.partial(_check, case, inputs),
+        caller(function, case, given),
+        caller(function, case, few(given, case)),
+        functools.partial(check, case, given),
         torch.device(device),
         peer.compiled,
     )
 
 
-def _caller(function: Callable[..., Any], case: Case, inputs: Inputs) -> Callable[[], Any]:
+def few(inputs: Inputs, case: Case) -> Inputs:
+    """A few of the rows and of the vocabulary, to warm up with."""
+    return Inputs(
+        inputs.hidden[:8].detach().requires_grad_(case.backward),
+        inputs.weight[:1024].detach().requires_grad_(inputs.weight.requires_grad),
+        torch.zeros_like(inputs.target[:8]),
+        *inputs[3:],
+    )
+
+
+def caller(function: Callable[..., Any], case: Case, inputs: Inputs) -> Callable[[], Any]:
+    """What is measured: `function`, and its gradients where the case has a backward."""
     hidden, weight, target = inputs.hidden, inputs.weight, inputs.target
     arguments = (hidden, weight) if case.kind == "ids" else (hidden, weight, target)
 
@@ -189,7 +195,10 @@ def _caller(function: Callable[..., Any], case: Case, inputs: Inputs) -> Callabl
     return both if case.backward else forward
 
 
-def _check(case: Case, inputs: Inputs, result: Any) -> dict[str, float]:
+def check(
+    case: Case, inputs: Inputs, result: Any, gradient_limit: float | None = None
+) -> dict[str, float]:
+    """Errors of a result; raises Wrong. `gradient_limit`: for gradients that approximate."""
     counts = inputs.target != -100
     errors = Errors(inputs.reference, inputs.hidden, inputs.weight, inputs.known, counts)
     with torch.no_grad():
@@ -205,8 +214,10 @@ def _check(case: Case, inputs: Inputs, result: Any) -> dict[str, float]:
             (errors.loss if case.kind == "loss" else errors.logprob)(value)
             upstream = torch.full_like(inputs.upstream, -1.0 / int(counts.sum()))
             upstream = (inputs.upstream if case.kind == "logprob" else upstream) * counts
-            for check, gradient in zip((errors.d_hidden, errors.d_weight), gradients, strict=False):
-                check(gradient, upstream)
+            errors.limit = gradient_limit or errors.limit
+            compare = errors.d_hidden, errors.d_weight
+            for against, gradient in zip(compare, gradients, strict=False):
+                against(gradient, upstream)
     return errors.found
 
 
@@ -336,10 +347,11 @@ class Group:
                 if reason:
                     absent.setdefault(case.name, {})[name] = reason
                 else:
-                    cells.append(self._cell(case, name, device))
+                    cells.append(self.cell(case, name, device))
         return cells, absent
 
-    def _cell(self, case: Case, name: str, device: torch.device) -> Cell:
+    def cell(self, case: Case, name: str, device: torch.device) -> Cell:
+        """A cell of this group, to be measured by `prepare`."""
         n, d, v = self.shape
         rows = FEW if case.few else n
         work = case.gemms * rows * v * d / RATE[device.type, DTYPES[self.dtype].itemsize]

@@ -240,6 +240,32 @@ class Ours(Peer):
         return ift_kernels.linear_token(hidden, weight).ids
 
 
+class Active(Ours):
+    """The active-set backward, for both gradients."""
+
+    name, title = "active", "ift-kernels, active set"
+    lacks = {"statistics": "no gradient", "ids": "no gradient"}  # noqa: RUF012
+
+    def __init__(self, options: ift_kernels.ActiveSet | None = None) -> None:
+        self.options = options or ift_kernels.ActiveSet(dW="active")
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return ift_kernels.linear_cross_entropy(hidden, weight, target, gradient=self.options)
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        stats = ift_kernels.linear_logprobs(hidden, weight, target, gradient=self.options)
+        return _given(stats.logprob)
+
+
+class ActiveDense(Active):
+    """Its default for a head that is trained: dW exact."""
+
+    name, title = "active-dense", "ift-kernels, active dh, exact dW"
+
+    def __init__(self) -> None:
+        super().__init__(ift_kernels.ActiveSet())
+
+
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from bench.report import Report, duration, size, times
 
 # Colours that stay apart in greyscale and for colour-blind readers (Okabe and Ito).
-COLOURS = {"ours": "#0072B2", "naive": "#D55E00"}
+COLOURS = {"ours": "#0072B2", "naive": "#D55E00", "active": "#009E73"}
 OTHER, LINE = "#A7B1BC", "#222222"
 STYLE: Any = {
     "figure.dpi": 120,

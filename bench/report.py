@@ -18,7 +18,8 @@ from rich.text import Text
 Report = dict[str, Any]
 SCHEMA = 1
 # Short names of errors, in the order in which they are shown.
-ERRORS = ("loss", "logprob", "entropy", "ids", "value", "d hidden", "d weight", "d embedding")
+ERRORS = ("loss", "logprob", "entropy", "ids", "value", "d hidden", "d weight", "d embedding",
+          "share", "tail")  # fmt: skip
 
 
 class Progress:

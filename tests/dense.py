@@ -180,10 +180,10 @@ def assert_as_accurate(
 ) -> None:
     """Our error against fp64 is at most twice that of the dense formula in the same dtype.
 
-    Plus a little for where the rounding of the dense formula happens to cancel: of `scale`, by
-    default the largest value, four units in the last place of the result's dtype for the largest
-    error and one for the root mean square. fp64 has nothing more exact to compare with: 1e-12 of
-    `scale`.
+    The largest of a few deviations is luck: three times. Plus a little for where the rounding of
+    the dense formula happens to cancel: of `scale`, by default the largest value, four units in the
+    last place of the result's dtype for the largest error and one for the root mean square. fp64
+    has nothing more exact to compare with: 1e-12 of `scale`.
     """
     assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, {tuple(exact.shape)}"
     assert ours.isfinite().all(), f"{what}: not finite"
@@ -194,7 +194,9 @@ def assert_as_accurate(
     ulps = (1e-12 / torch.finfo(torch.float64).eps,) * 2 if ours.dtype == torch.float64 else (4, 1)
     kinds = ("largest", "rms"), error(ours, exact), error(dense, exact), ulps
     for kind, mine, theirs, allowed in zip(*kinds, strict=True):
-        bound = 2 * theirs + allowed * unit + torch.finfo(ours.dtype).tiny  # no word on subnormals
+        bound = (
+            (3 if kind == "largest" else 2) * theirs + allowed * unit + torch.finfo(ours.dtype).tiny
+        )  # no word on subnormals
         assert mine <= bound, (
             f"{what}: {kind} error {mine:.3g}, dense has {theirs:.3g} (bound {bound:.3g})"
         )
@@ -220,8 +222,9 @@ def assert_stats(ours: object, h: Head) -> None:
         elif name == "second_logprob" and h.weight.shape[0] == 1:
             assert (value[h.target != -100] == -torch.inf).all()
         else:
-            # The mean of many logits is small beside the logits whose rounding it has.
-            scale = max(1.0, exact["lse"].abs().max().item()) if name == "mean_logit" else None
+            # A logarithm, or the mean of many logits, may be small beside the logits whose
+            # rounding it has, which depends on how the vendor's product adds up.
+            scale = None if name == "sum_sq" else max(1.0, exact["lse"].abs().max().item())
             assert_as_accurate(value, dense[name], exact[name], name, scale)
 
 

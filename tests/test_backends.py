@@ -68,6 +68,8 @@ def assert_same(ours, wanted, dtype):
                 assert (a != b).sum() <= allowed, what
                 continue
             tolerance = max(of_values, 8 * torch.finfo(b.dtype).eps)
+            if key.endswith("soft"):  # its upstream gradient has been through a rounding of its own
+                tolerance *= 4
             # At least that of the logits, of which a mean is small beside what was added up.
             scale = max(1.0, b.nan_to_num(0, 0, 0).abs().max().item())
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * scale, msg=what)

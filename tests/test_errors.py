@@ -101,7 +101,7 @@ TARGET = [
     (ValueError, "target", ["[0, 33)", "-100"], {"target": H.target * 0 - 100, "ignore_index": 3}),
     (TypeError, "ignore_index", ["int", "NoneType"], {"ignore_index": None}),
     (TypeError, "ignore_index", ["int", "float"], {"ignore_index": 1.5}),
-    (ValueError, "gradient", ["exact", "active"], {"gradient": "active"}),
+    (ValueError, "gradient", ["exact", "active", "near"], {"gradient": "near"}),
 ]
 LOGPROBS = [
     (ValueError, "outputs", ["logprob", "sum_sq", "perplexity"], {"outputs": ("perplexity",)}),

@@ -47,8 +47,8 @@ def run(function, h):
     return [out, *dense.gradients(out.square().sum(), h.inputs)]
 
 
-def assert_same(ours, wanted, dtype=torch.float32):
-    tolerance = {"rtol": 1e-5, "atol": 1e-5}
+def assert_same(ours, wanted, dtype=torch.float32, rtol=1e-5):
+    tolerance = {"rtol": rtol, "atol": 1e-5}
     if dtype == torch.bfloat16:
         tolerance = {"rtol": 3e-2, "atol": 3e-2}
     for a, b in zip(ours, wanted, strict=True):
@@ -112,7 +112,8 @@ def test_inductor_with_surrounding_work():
         x = torch.nn.functional.rms_norm(hidden.mT.relu().mT, (6,))
         return (logprobs(x, weight, bias, target) * 1.5).sum() + loss(x, weight, bias, target)
 
-    assert_same(run(torch.compile(model, fullgraph=True), h), run(model, h))
+    # What is fused rounds otherwise, and the norm of a small row multiplies that.
+    assert_same(run(torch.compile(model, fullgraph=True), h), run(model, h), rtol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
