@@ -45,13 +45,10 @@ class Tiling:
 
     rows: int
     columns: int
+    block: int  # that of the options, or all rows where they are fewer
     options: ActiveSet
     capacity: int  # bytes that may be kept
     parts: int  # elements of products for dW that may wait to be summed
-
-    @property
-    def block(self) -> int:
-        return self.options.block
 
     @property
     def tail(self) -> int:
@@ -72,7 +69,8 @@ def tiling(problem: Problem, options: ActiveSet, held_elsewhere: int = 0) -> Til
     None where not even those fit: the call is then served by the exact schedules.
     """
     p, n, itemsize = problem, max(problem.rows, 1), problem.dtype.itemsize
-    tails, blocks = -(-p.vocabulary // options.tail_tile), -(-n // options.block)
+    block = min(options.block, -(-n // 32) * 32)
+    tails, blocks = -(-p.vocabulary // options.tail_tile), -(-n // block)
     whole = keeps_whole(options, p.need_weight, p.need_bias)
     fixed = tails * p.width * 4 + blocks * p.vocabulary + 5 * tails * n * 4
     if p.need_hidden:
@@ -88,17 +86,20 @@ def tiling(problem: Problem, options: ActiveSet, held_elsewhere: int = 0) -> Til
     for bytes_of_tile in (first >> shift for shift in range(8)):
         fit = bytes_of_tile // (n * itemsize) // options.tail_tile
         columns = min(max(fit, 1) * options.tail_tile, p.vocabulary)
-        rows = max(bytes_of_tile // (columns * itemsize) // options.block, 1) * options.block
+        rows = max(bytes_of_tile // (columns * itemsize) // block, 1) * block
         rows = min(rows, n)
-        tile = rows * columns * itemsize
+        tile = -(-rows // block) * block * columns * itemsize
         # A product formed again, its stored columns, their copy, its transpose for dW.
-        copies = 3 + (p.transpose and p.need_weight and whole)
-        # Head rows gathered and cast, and sums of dW over tiles of rows.
-        per_column = itemsize * (1 + (not p.same_dtype)) + 4 * (p.need_weight and rows < n)
+        copies = 3 + (p.transpose and p.need_weight)
+        # Head rows gathered and cast, and sums of dW over tiles of rows or in another dtype.
+        summed = p.need_weight and (rows < n or not p.same_dtype)
+        per_column = itemsize * (1 + (not p.same_dtype)) + (4 + itemsize) * summed
         work = fixed + copies * tile + columns * p.width * per_column
         if work > p.workspace:
             continue
-        best = Tiling(rows, columns, options, max(0, p.workspace - held_elsewhere - work), parts)
+        best = Tiling(
+            rows, columns, block, options, max(0, p.workspace - held_elsewhere - work), parts
+        )
         if 2 * work <= p.workspace:
             break
     return best
@@ -110,11 +111,16 @@ def keeps_whole(options: ActiveSet, need_weight: bool, need_bias: bool) -> bool:
 
 
 class Formed(NamedTuple):
-    """What forward leaves for backward; `layout`: how each tile is in `store`, and where."""
+    """What forward leaves for backward.
+
+    The rows of `layout`, int64 (1 + tiles, 3) on the CPU: first rows, columns and block of the
+    tiling, then how each tile is left (SPARSE, DENSE or AGAIN), where in `store`, and 0. Backward
+    takes the tiling from there, not from a second plan that could come out otherwise.
+    """
 
     marks: Tensor  # uint8 (blocks, V)
     tails: Tensor  # (4, tail tiles, N), see REFERENCE … SLOPES
-    layout: Tensor  # int64 (tiles, 2) on the CPU: SPARSE, DENSE or AGAIN; first element in `store`
+    layout: Tensor
     store: Tensor  # flat, in the dtype of the products
 
 
@@ -139,7 +145,7 @@ def products(
         if store is not None and used + elements <= store.numel():
             padded = store[used : used + elements].view(size[0], -1)
             padded[:, size[1] :] = 0  # as in engine.new_rows
-            used += elements
+            used += whole_lines(elements)
             product = padded[:, : size[1]]
         else:
             if scratch is None or size[1] > scratch.shape[1]:
@@ -148,6 +154,11 @@ def products(
             product = scratch[: size[0], : size[1]]
         weight = head.weight_chunk(columns)
         yield Tile(rows, columns, torch.mm(head.hidden[rows], weight.T, out=product))
+
+
+def whole_lines(elements: int) -> int:
+    """Rounded up, so that what comes next in the store starts on a cache line."""
+    return -(-elements // 64) * 64
 
 
 def whole_elements(like: Tensor, rows: int, columns: int) -> int:
@@ -191,8 +202,8 @@ def form(
     n, backend, like = head.hidden.shape[0], head.backend, head.hidden
     state, argmax = backend.new_state(n, like.device)
     order = tiles(head, at)
-    layout = torch.tensor([[AGAIN, 0]]).repeat(len(order), 1)
-    store = backend.fresh(like.new_empty(at.capacity // like.element_size()))
+    layout = nothing_kept(at, len(order))
+    store = backend.fresh(like.new_empty(at.capacity // like.element_size() if n else 0))
     sets = store.numel() > 0 and not whole
     rows_of_blocks = at.blocks(slice(0, n)).stop if sets else 0
     tail_tiles = at.tails(slice(0, head.vocabulary)).stop if sets else 0
@@ -211,7 +222,7 @@ def form(
                 here, size = found, count * at.block
         if used + size > store.numel():
             continue
-        layout[number] = torch.tensor([DENSE if here is None else SPARSE, used])
+        layout[1 + number] = torch.tensor([DENSE if here is None else SPARSE, used, 0])
         if here is not None:
             marks[at.blocks(rows), columns] = here
             # Its own buffer: the sums of a tile are written in one piece.
@@ -224,5 +235,14 @@ def form(
             kept = store[used : used + size].view(product.shape[0], -1)
             kept[:, : product.shape[1]] = product
             kept[:, product.shape[1] :] = 0
-        used += -(-size // 64) * 64
-    return state, argmax, Formed(marks, tails, layout, store[:used])
+        used += whole_lines(size)
+    store = store[:used]
+    if like.device.type != "cpu":  # where memory that was never touched is taken all the same
+        store = store.clone()
+    return state, argmax, Formed(marks, tails, layout, store)
+
+
+def nothing_kept(at: Tiling, tiles: int) -> Tensor:
+    """The layout of a set of which backward has to form everything."""
+    head = torch.tensor([[at.rows, at.columns, at.block]])
+    return torch.cat([head, torch.tensor([[AGAIN, 0, 0]]).repeat(tiles, 1)])

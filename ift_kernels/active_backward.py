@@ -8,6 +8,7 @@ computed again and then treated as either.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from ift_kernels.active import (
     Formed,
     Tiling,
 )
-from ift_kernels.engine import Head, Results, RowGradient, Sum, Tile, slices
+from ift_kernels.engine import Head, Results, RowGradient, Sum, Tile
 
 
 def gradients(
@@ -38,12 +39,13 @@ def gradients(
 ) -> Results:
     """Gradients of hidden (in `hidden_dtype`), weight and bias; the products kept are consumed."""
     n = head.hidden.shape[0]
+    (rows, columns, block), *layout = formed.layout.tolist()
+    at = replace(at, rows=rows, columns=columns, block=block)
     total = _Totals(head, row_gradient, needs, at)
     order = active.tiles(head, at)
-    again = [where for where, kind in zip(order, formed.layout[:, 0].tolist(), strict=True)
-             if kind == AGAIN]  # fmt: skip
+    again = [where for where, tile in zip(order, layout, strict=True) if tile[0] == AGAIN]
     recomputed = active.products(head, at, again) if again else iter(())
-    for (rows, columns), (kind, start) in zip(order, formed.layout.tolist(), strict=True):
+    for (rows, columns), (kind, start, _) in zip(order, layout, strict=True):
         if kind == SPARSE:
             marks = formed.marks[at.blocks(rows), columns]
             count = int(marks.sum())
@@ -62,11 +64,22 @@ def gradients(
     return total.results(hidden_dtype)
 
 
-def _ranges(size: int, tail: int, fit: int) -> Iterator[slice]:
-    """[0, size) in ranges of about `fit` ids: whole tail tiles, or parts of one."""
-    step = max(fit // tail, 1) * tail
-    for group in slices(0, size, step):
-        yield from slices(group.start, group.stop, min(fit, step) if fit < tail else step)
+def _ranges(ids: Tensor, size: int, tail: int, limit: int) -> Iterator[slice]:
+    """[0, size) in ranges with at most `limit` of `ids`, as far as a single id lets them.
+
+    Each is some whole tail tiles, or a part of one.
+    """
+    below = F.pad(torch.bincount(ids, minlength=size).cumsum(0), (1, 0)).cpu()
+    start = 0
+    while start < size:
+        fits = int(torch.searchsorted(below, below[start] + limit, right=True)) - 1
+        stop, end_of_tile = min(max(fits, start + 1), size), (start // tail + 1) * tail
+        if start % tail or stop < end_of_tile:
+            stop = min(stop, end_of_tile)
+        elif stop < size:
+            stop = stop // tail * tail
+        yield slice(start, stop)
+        start = stop
 
 
 class _Totals:
@@ -92,10 +105,10 @@ class _Totals:
         if needs[2]:
             self.bias = like.new_zeros(head.vocabulary, dtype=self.wide)
         self.rooms: dict[str, Tensor] = {}
+        # Vendor products of 16-bit matrices want plain operands and make a new kernel, in
+        # milliseconds, for every new size: numbers of columns go in steps of 32.
         self.flip = head.backend.wants_transpose(like.dtype)
         self.flipped: Tensor | None = None
-        if needs[1] and self.flip:  # 32 more: see engine.Gradients
-            self.flipped = like.new_zeros((at.columns, min(at.rows, n) + 32))
         # (columns, D): the sum of dW over tiles of some columns, where there is more than one.
         self.chunk: Tensor | None = None
         self.fresh = True  # nothing is in `chunk` yet
@@ -106,7 +119,7 @@ class _Totals:
         room = self.rooms.get(name)
         if room is None or room.numel() < elements:
             self.rooms.pop(name, None)  # before the larger one is taken
-            room = self.head.backend.fresh(self.head.hidden.new_empty(elements + elements // 4))
+            room = self.head.backend.fresh(self.head.hidden.new_empty(elements))
             self.rooms[name] = room
         return room[:elements]
 
@@ -134,6 +147,9 @@ class _Totals:
             self.add_sparse(rows, columns, marks, store, tails)
         if sparse and not self.dense_weight:
             return
+        if self.flipped is None and self.needs[1] and self.flip:  # 32 more: see engine.Gradients
+            size = at.columns, min(at.rows, head.hidden.shape[0]) + 32
+            self.flipped = product.new_zeros(size)
         flipped = None
         if self.flipped is not None:
             flipped = self.flipped[: product.shape[1], : product.shape[0]]
@@ -202,16 +218,17 @@ class _Totals:
                 continue
             block = self._rows_of(rows, number)
             ids = pairs[first : first + count, 1].contiguous()
-            flipped = store[first : first + count, : block.stop - block.start]
+            dz = store[first : first + count, : block.stop - block.start].T
             first += count
             if self.hidden is not None:
-                dz = flipped.T
                 if row_major is not None:
                     width = -(-count // 32) * 32
                     dz = row_major[written : written + at.block * width].view(at.block, width)
-                    dz = dz[: block.stop - block.start, :count]
+                    dz = dz[: block.stop - block.start]
                     written += at.block * width
-                gathered = self._room("head", count * weight.shape[1]).view(count, -1)
+                    # Columns of zeros up to `width`, against a head row that is active anyway.
+                    ids = torch.cat([ids, ids[-1:].expand(width - count)])
+                gathered = self._room("head", len(ids) * weight.shape[1]).view(len(ids), -1)
                 self.hidden.add(block, dz, torch.index_select(weight, 0, ids, out=gathered))
         if self.sparse_weight:
             self._add_sparse_weight(rows, columns, pairs, store)
@@ -238,22 +255,24 @@ class _Totals:
         out = self.weight[columns] if whole else self._started(columns)
         self.written = self.written or whole
         size, width = columns.stop - columns.start, common.shape[1]
-        fit = max(1, at.parts * size // max(1, store.shape[0] * width))
         number, ids = pairs.T.contiguous()
-        for some in _ranges(size, at.tail, fit):
+        for some in _ranges(ids, size, at.tail, at.parts // width):
             inside = ((ids >= some.start) & (ids < some.stop)).nonzero()[:, 0]
-            parts = self._room("parts", inside.shape[0] * width).view(-1, width)
+            parts = self._room("parts", (inside.shape[0] + 31) * width).view(-1, width)
             done = 0
             counts = torch.bincount(number[inside], minlength=1).tolist()
             for block, count in enumerate(counts):
                 if count:
                     first = int(inside[done])
                     at_rows = self._rows_of(rows, block)
-                    dz = store[first : first + count, : at_rows.stop - at_rows.start]
-                    torch.mm(dz, head.hidden[at_rows], out=parts[done : done + count])
+                    # Columns that follow are overwritten or left out; see `self.flip`.
+                    more = -(-count // 32) * 32 if self.flip else count
+                    more = min(more, store.shape[0] - first)
+                    dz = store[first : first + more, : at_rows.stop - at_rows.start]
+                    torch.mm(dz, head.hidden[at_rows], out=parts[done : done + more])
                     done += count
             head.backend.combine_rows(
-                parts, ids[inside] - some.start,
+                parts[:done], ids[inside] - some.start,
                 common[some.start // at.tail : -(-some.stop // at.tail)], at.tail, out[some],
                 not whole,
             )  # fmt: skip

@@ -39,7 +39,7 @@ def _nothing(like: Tensor, dtype: torch.dtype) -> active.Formed:
     return active.Formed(
         like.new_empty((0, 0), dtype=torch.uint8),
         like.new_empty((4, 0, 0), dtype=engine.wide(dtype)),
-        torch.empty((0, 2), dtype=torch.int64),
+        torch.empty((0, 3), dtype=torch.int64),
         like.new_empty(0, dtype=dtype),
     )
 
@@ -70,7 +70,7 @@ def _forward(
 def _stats_of(
     head: engine.Head, state: Tensor, at: active.Tiling | None, formed: active.Formed
 ) -> ActiveSetStats:
-    kinds = formed.layout[:, 0].tolist()
+    kinds = formed.layout[1:, 0].tolist()
     tiles = len(kinds) or (0 if at is None else len(active.tiles(head, at)))
     share, mean, most = (float("nan"),) * 3
     if formed.marks.numel() and active.AGAIN not in kinds:
@@ -85,7 +85,8 @@ def _stats_of(
         share = float(sum(w * s for w, s in zip(weights, sizes, strict=True)) / sum(sizes))
         top, total = state[ref.MAX], state[ref.SUM]
         scale = (formed.tails[active.REFERENCE].double() - top).exp() / total
-        tail = (scale * formed.tails[active.MASS]).sum(0)
+        mass = formed.tails[active.MASS]
+        tail = torch.where(mass == 0, 0.0, scale * mass).sum(0)
         mean, most = float(tail.mean()), float(tail.max())
     return ActiveSetStats(
         share, mean, most, formed.store.numel() * formed.store.element_size(), tiles,
@@ -134,8 +135,7 @@ def _backward(
             results = engine.gradients(*arguments, exact)
         else:
             if formed is None:
-                tiles = len(active.tiles(call.head, at))
-                layout = torch.tensor([[active.AGAIN, 0]]).repeat(tiles, 1)
+                layout = active.nothing_kept(at, len(active.tiles(call.head, at)))
                 formed = _nothing(hidden, call.dtype)._replace(layout=layout)
             results = active_backward.gradients(*arguments, at, formed)
     return linear_ops.gradient_outputs(call, results, bias)

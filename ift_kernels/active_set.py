@@ -56,7 +56,8 @@ class ActiveSetStats:
 
     share: active share k of (block, id) pairs, 1 where a tile was left dense; NaN where nothing was
     kept in forward, because the set is then formed in backward.
-    tail_mean, tail_max: over tokens, of the probability outside the active set.
+    tail_mean, tail_max: over tokens, of the probability outside the active set; with a softcap
+    weighted by its derivative, as it is in the gradient.
     kept_bytes: products kept from forward to backward.
     tiles, dense_tiles, recomputed_tiles: of products; how many were dense, how many not kept.
     """

@@ -326,3 +326,65 @@ def test_options_are_checked(options, match):
 def test_gradient_names_are_checked():
     with pytest.raises(ValueError, match="gradient"):
         K.linear_logprobs(torch.ones(1, 8), torch.ones(9, 8), torch.zeros(1).long(), gradient="a")
+
+
+@pytest.mark.parametrize(("first", "then"), [("cpu", "reference"), ("reference", "cpu")])
+@pytest.mark.parametrize("weight", ["active", "dense"])
+def test_backward_under_another_backend(first, then, weight):
+    # bfloat16, where the backends differ in what they would plan.
+    h = lm(n=513, d=32, v=9000, dtype=torch.bfloat16)
+    options = ActiveSet(tail_tile=512, dW=weight)
+    with K.use_backend(first):
+        stats = K.linear_logprobs(
+            h.hidden, h.weight, h.target, gradient=options, workspace=24117248
+        )
+    a = upstream(513, ("logprob",))[0]
+    with K.use_backend(then):
+        found = torch.autograd.grad(stats.logprob, h.inputs, a)
+    for mine, true in zip(found, exact(h, weights=a[None]), strict=True):
+        assert distance(mine, true) <= 0.02
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("weight", ["active", "dense"])
+def test_masked_out_ids_have_no_part_in_the_tail(weight, backend, sparse):
+    torch.manual_seed(0)
+    head = (torch.randn(2000, 32) / 3).requires_grad_()
+    bias = torch.zeros(2000)
+    bias[1900:] = -torch.inf
+    with torch.no_grad():
+        head[1900:] = 1e4  # padding rows, never trained
+    hidden = torch.randn(32, 32, requires_grad=True)
+    h = dense.Head(hidden, head, torch.randint(1900, (32,)), bias.requires_grad_())
+    with K.use_backend(backend):
+        found = gradients(h, ActiveSet(threshold=2.0**-7, dW=weight))
+    true = exact(h)
+    assert distance(found[0], true[0]) <= 0.5  # a high threshold, but nothing of the padding
+    for mine in found[1:]:
+        assert mine[1900:].abs().max() <= 1e-6
+
+
+def test_few_rows_stay_within_the_workspace():
+    hidden, weight = torch.randn(1, 64), torch.randn(100000, 64)
+    hidden.requires_grad_()
+    h = dense.Head(hidden, weight, torch.zeros(1).long())
+    with K.record_active_sets() as report:
+        (found,) = gradients(h, ActiveSet(threshold=0.0), inputs=[hidden], workspace=16 << 20)
+    assert report[0].kept_bytes <= 16 << 20
+    (true,) = gradients(h, "exact", inputs=[hidden])
+    assert distance(found, true) <= 1e-5
+
+
+@pytest.mark.parametrize("limit", [1, 7, 40, 1000])
+def test_ranges_of_ids(limit):
+    generator = torch.Generator().manual_seed(limit)
+    for size, tail in ((300, 64), (64, 64), (1, 64), (640, 128)):
+        ids = torch.randint(size, (200,), generator=generator).square() // size
+        found = list(active_backward._ranges(ids, size, tail, limit))
+        assert [f.start for f in found] == [0, *(f.stop for f in found[:-1])]
+        assert found[-1].stop == size
+        counts = torch.bincount(ids, minlength=size)
+        for f in found:
+            inside = f.start // tail == (f.stop - 1) // tail
+            assert inside or (f.start % tail == 0 and (f.stop % tail == 0 or f.stop == size))
+            assert counts[f].sum() <= limit or f.stop - f.start == 1

@@ -388,3 +388,33 @@ def test_doctor_reports_a_wrong_environment():
     out, err = process.communicate()
     assert err == "" and process.returncode == 1
     assert "IFT_BACKEND=cpp" in out and "problem" in out
+
+
+# ---- the output head -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["sft", "ift"])
+def test_active_gradient_and_frozen_head(loss, data, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ift import tiny
+
+    run = ["train", "--model", "tiny", "--data", data, "--loss", loss, "--max-steps", 3, *SMALL]
+    losses = {}
+    for gradient in ("exact", "active"):
+        out = tmp_path / gradient
+        options_ = ["--head-gradient", gradient, "--freeze-head", "--log-steps", 1]
+        assert main([*map(str, [*run, *options_, "--output", out])]) == 0
+        losses[gradient] = [r["loss"] for r in records(out) if "loss" in r]
+        trained = AutoModelForCausalLM.from_pretrained(out / "model")
+        tokenizer = AutoTokenizer.from_pretrained(out / "model")
+        fresh = tiny.tiny_llama(tokenizer, max_length=48, seed=0)
+        assert torch_equal(trained.lm_head.weight, fresh.lm_head.weight)
+        first = "model.layers.0.mlp.up_proj.weight"
+        assert not torch_equal(trained.state_dict()[first], fresh.state_dict()[first])
+    assert len(losses["exact"]) == 3
+    assert losses["active"] == pytest.approx(losses["exact"], rel=1e-3)
+
+
+def torch_equal(a, b):
+    return bool((a == b).all())

@@ -13,7 +13,7 @@ from causal_lms import ARCHITECTURES, V, assert_close, batch, gradients, make
 from ift.config import IFTConfig
 from ift.head_pass import head_pass, token_stats
 from ift.patching import patch, unpatch
-from ift_kernels import checks
+from ift_kernels import ActiveSet, checks, record_active_sets
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -42,6 +42,28 @@ def test_loss_and_gradients_are_those_of_the_logits(name, num_items):
     assert set(fused.keys()) == set(plain.keys()) - {"logits", "past_key_values"}
     cached = model(**inputs, use_cache=True)
     assert set(cached.keys()) == set(plain.keys()) - {"logits"}
+
+
+def test_the_gradient_of_the_head_is_chosen_at_patch():
+    model, inputs = make(ARCHITECTURES[0]), batch()
+    patch(model)
+    _, exact = loss_and_gradients(model, **inputs)
+    for given in (ActiveSet(threshold=0.0, dW="active"), None):  # None: stays as it is
+        patch(model, gradient=given)
+        model.zero_grad()
+        with record_active_sets() as report:
+            _, got = loss_and_gradients(model, **inputs)
+        assert len(report) == 1
+        assert_close(got, exact)
+    with record_active_sets() as report:
+        model(**inputs, ift=IFTConfig()).loss.backward()
+    assert len(report) == 1
+    patch(model, gradient="exact")
+    with record_active_sets() as report:
+        model(**inputs).loss.backward()
+    assert not report
+    with pytest.raises(ValueError, match="gradient: expected one of"):
+        patch(model, gradient="some")
 
 
 def test_token_logprobs_are_those_of_the_logits(name):

@@ -30,9 +30,12 @@ def active_marks(
 ) -> Tensor:
     """uint8 (blocks, C): 1 where a row of the block has a logit not ≤ its `level`, or its target.
 
-    A NaN is not ≤ anything, so it is never lost.
+    A NaN is not ≤ anything, so it is never lost. Ids that a bias of −inf masks out are marked too:
+    their gradient is 0, not the mean of a tail that they have no part in.
     """
     above = ~(_logits(x, bias, transform) <= level[:, None])
+    if bias is not None:
+        above |= bias == -torch.inf
     rows, columns = x.shape
     local = target - offset
     inside = ((local >= 0) & (local < columns)).nonzero()[:, 0]

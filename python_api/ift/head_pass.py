@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ift.documents import IGNORE_INDEX
-from ift_kernels import TokenStats, linear_logprobs
+from ift_kernels import ActiveSet, TokenStats, linear_logprobs
 from ift_kernels.transform import LogitTransform
 
 Answer = Callable[[Tensor, Tensor, "Tensor | None"], Any]  # (hidden, weight, bias) → anything
@@ -180,7 +180,10 @@ def transform_options(transform: LogitTransform) -> dict[str, Any]:
 
 
 def token_stats(
-    target: Tensor, transform: LogitTransform, workspace: int | None = None
+    target: Tensor,
+    transform: LogitTransform,
+    gradient: str | ActiveSet = "exact",
+    workspace: int | None = None,
 ) -> Callable[[Tensor, Tensor, Tensor | None], TokenStats]:
     """The answer that losses are made of: each target's cost, and two statistics for the logs.
 
@@ -201,6 +204,7 @@ def token_stats(
             bias=bias,
             ignore_index=IGNORE_INDEX,
             outputs=("logprob", "entropy", "argmax"),
+            gradient=gradient,
             workspace=workspace,
             **transform_options(transform),
         )

@@ -27,7 +27,8 @@ from ift.head_pass import (
     token_stats,
 )
 from ift.losses import sft_loss
-from ift_kernels import TokenStats
+from ift_kernels import ActiveSet, TokenStats
+from ift_kernels.active_set import options as active_options
 from ift_kernels.transform import LogitTransform
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,7 +36,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _STATE = "_ift_patch"  # the attribute that makes a model a patched one
 
 
-def patch(model: Model) -> Model:
+def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
     """Let a causal LM compute its training loss without logits. In place, undone by `unpatch`.
 
     ``model(..., labels=labels).loss`` is then that of supervised fine-tuning, as before;
@@ -53,11 +54,15 @@ def patch(model: Model) -> Model:
     Args:
         model: a transformers causal LM with a plain linear output head, or a PEFT model around one.
             Patch before DDP or FSDP wraps it.
+        gradient: of the head, as in `ift_kernels.linear_logprobs`: "exact", or "active" (an
+            `ift_kernels.ActiveSet` for its options) for the active-set backward. None, the default,
+            leaves it as it is, "exact" at first.
 
     Returns:
         `model` itself.
 
     Raises:
+        ValueError: another gradient than these.
         TypeError: no output head, or one that is not plainly linear (LoRA on the head, quantized).
         On the first loss, RuntimeError naming the model: code after the head that does other things
         than scale and softcap, or a loss that is not next-token cross-entropy.
@@ -67,9 +72,13 @@ def patch(model: Model) -> Model:
     """
     base = base_model(model)
     head = plain_head(base)
+    if gradient is not None:
+        active_options(gradient)  # raises where it is neither
     if _STATE not in base.__dict__:
         setattr(base, _STATE, _State(base.__dict__.get("forward")))
         base.forward = _Forward(base)
+    if gradient is not None:
+        getattr(base, _STATE).gradient = gradient
     if "forward" not in head.__dict__:
         head.forward = HeadForward(head)  # type: ignore[method-assign]  # the point of patching
     return model
@@ -115,6 +124,7 @@ class _State:
 
     previous: Callable[..., Any] | None  # a forward that sat on the object before
     transform: LogitTransform | None = None  # measured at the first loss
+    gradient: str | ActiveSet = "exact"  # of the head
     embeds_checked: bool = False
     draws: two_pass.Draws = field(default_factory=two_pass.Draws)
 
@@ -197,7 +207,7 @@ def _forward(
     if state.transform is None:
         state.transform = measure_transform(model, original, _two_tokens(kwargs))
     if ift is None:
-        output, metrics = _sft(model, original, kwargs, state.transform)
+        output, metrics = _sft(model, original, kwargs, state)
     else:
         output, metrics = two_pass.ift_forward(model, original, kwargs, ift, state)
     model.ift_metrics = metrics  # type: ignore[assignment]  # a plain attribute
@@ -208,7 +218,7 @@ def _sft(
     model: nn.Module,
     original: Callable[..., Any],
     kwargs: dict[str, Any],
-    transform: LogitTransform,
+    state: _State,
 ) -> tuple[Any, dict[str, Tensor]]:
     """As transformers' ForCausalLMLoss: mean over targets, or their sum over num_items_in_batch."""
     target = kwargs.get("shift_labels")
@@ -223,7 +233,8 @@ def _sft(
 
     # As transformers' Trainer does: a cache costs memory and hides packed rows from the mask.
     kwargs = {"use_cache": False, **kwargs}
-    ask = token_stats(target, transform)
+    assert state.transform is not None
+    ask = token_stats(target, state.transform, state.gradient)
     output, stats = head_pass(model, original, kwargs, ask, loss=loss)
     return output, token_metrics(stats, target)
 

@@ -47,11 +47,12 @@ def tiny_llama(
     heads: int = 4,
     max_length: int = 1024,
     seed: int = 0,
+    tied: bool = True,
 ) -> Any:
     """Build a random fp32 Llama for the tokenizer.
 
-    Embedding and head are tied: with the released frozen-embedding path of IFT an untied random
-    embedding would never learn.
+    Embedding and head are tied by default: with the released frozen-embedding path of IFT an untied
+    random embedding would never learn.
 
     Args:
         tokenizer: gives the vocabulary and the special ids.
@@ -60,6 +61,7 @@ def tiny_llama(
         heads: attention heads.
         max_length: longest sequence.
         seed: of the initial weights, which are the same for the same seed.
+        tied: whether the head is the embedding.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,7 +74,7 @@ def tiny_llama(
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=max_length,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -26,6 +26,7 @@ from ift.head_pass import (
 )
 from ift.losses import ift_loss
 from ift_kernels import (
+    ActiveSet,
     TokenStats,
     further_tokens,
     linear_expected_embedding,
@@ -64,6 +65,7 @@ class State(Protocol):
     """What this module reads and writes of a patched model's state."""
 
     transform: LogitTransform | None
+    gradient: str | ActiveSet  # of the head
     embeds_checked: bool  # once, that inputs_embeds serve this model
     draws: Draws
 
@@ -112,7 +114,7 @@ def ift_forward(
             num_rows=config.num_rows,
         )
 
-    ask = token_stats(target, transform, config.workspace)
+    ask = token_stats(target, transform, state.gradient, config.workspace)
     output, stats = head_pass(model, forward, kwargs, ask, loss=loss)
     return output, token_metrics(stats, target)
 

@@ -57,7 +57,8 @@ void mark_strip(const Chunk& c, const Transform<kCapped, kBiased>& f, const floa
       fold(i, f.logit(load_part(x + i, left, 0.0f), bias), bar);
     }
   }
-  for (int i = 0; i < n; ++i) marks[i] = below[i] == 0;
+  // What a bias of -inf masks out has gradient 0, not the mean of a tail that it has no part in.
+  for (int i = 0; i < n; ++i) marks[i] = below[i] == 0 || (kBiased && b[i] == -kInf);
 }
 
 // marks (blocks, cols): 1 where a row of the block has a logit that is not <= its level, or its

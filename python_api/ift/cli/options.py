@@ -27,6 +27,8 @@ DEFAULTS: dict[str, Any] = {
     "accumulate": 1,
     "max_length": 1024,
     "bf16": False,
+    "head_gradient": "exact",
+    "freeze_head": False,
     "seed": 0,
     "save_steps": 500,
     "eval_steps": None,
@@ -197,6 +199,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--epochs", positive, "passes over the data", "X")
     add("--max-steps", positive_int, "optimizer steps, instead of --epochs", "N")
     add("--lr", positive, "peak learning rate", "X")
+    add.choice("--head-gradient", "of the output head: active works on the columns that matter",
+               "exact", "active")  # fmt: skip
+    add.switch("--freeze-head", "do not train the output head (nor an embedding tied to it)")
     add.choice("--optimizer", "", "adamw", "rmsprop", "sgd", "adafactor")
     add.choice("--scheduler", "of the learning rate", "linear", "cosine", "constant")
     add("--lr-warmup-steps", natural, "steps of linear learning-rate warm-up", "N")

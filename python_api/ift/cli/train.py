@@ -20,7 +20,8 @@ from ift.data import Collator, DataError, Encoded, Row, encode, read_jsonl, spli
 FIXED = (
     *("model", "loss", "preset", *options.IFT_OPTIONS),
     *("eval_split", "epochs", "max_steps", "lr", "optimizer", "scheduler", "lr_warmup_steps"),
-    *("batch_size", "accumulate", "max_length", "bf16", "seed"),
+    *("batch_size", "accumulate", "max_length", "bf16", "head_gradient", "freeze_head"),
+    "seed",
 )
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd", "adafactor": "adafactor"}
 
@@ -57,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         note("curves.png will not be drawn: matplotlib is not installed (ift-kernels[train])")
 
     model, tokenizer = load_model(arguments, train_rows, start)
+    if arguments.freeze_head:
+        model.get_output_embeddings().requires_grad_(False)
     train_data = tokenise(train_rows, tokenizer, arguments.max_length, "--data")
     flag = "--eval-split" if arguments.eval_data is None else "--eval-data"
     eval_data = tokenise(eval_rows, tokenizer, arguments.max_length, flag)
@@ -71,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
             model,
             training_arguments,
             ift_config=config,
+            head_gradient=arguments.head_gradient,
             data_collator=Collator(padding_id(tokenizer)),
             train_dataset=train_data.examples,
             eval_dataset=eval_data.examples or None,
@@ -186,7 +190,8 @@ def check_same_run(arguments: argparse.Namespace, output: Path, *, started: bool
         return
     before, now = json.loads(path.read_text(encoding="utf-8")), fingerprint(arguments)
     for name, value in now.items():
-        if before.get(name) != value:
+        # A run of a version without the option had its default.
+        if before.get(name, options.DEFAULTS.get(name)) != value:
             flag = "--" + name.removesuffix("_sha256").replace("_", "-")
             if name.endswith("_sha256"):
                 raise CliError(flag, f"other contents than when the run in {output} was started")

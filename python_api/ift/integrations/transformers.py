@@ -16,6 +16,7 @@ from ift.config import IFTConfig
 from ift.documents import IGNORE_INDEX, rows_with_targets
 from ift.head_pass import plain_head
 from ift.patching import base_model, patch, unpatch
+from ift_kernels import ActiveSet
 
 __all__ = ["IFTTrainer", "patch", "unpatch"]
 
@@ -38,6 +39,7 @@ class IFTTrainer(Trainer):
         model, args, and the rest: as `transformers.Trainer`.
         ift_config: options of the loss; None for supervised fine-tuning. `step` and `num_rows` are
             the trainer's to set.
+        head_gradient: as the `gradient` of `ift.patch`.
 
     Raises:
         ValueError: options of `args` that the losses do not have: label smoothing, sequence or
@@ -51,6 +53,7 @@ class IFTTrainer(Trainer):
         args: Any = None,
         *rest: Any,
         ift_config: IFTConfig | None = None,
+        head_gradient: str | ActiveSet | None = None,
         **kwargs: Any,
     ) -> None:
         if ift_config is not None and not isinstance(ift_config, IFTConfig):
@@ -58,6 +61,7 @@ class IFTTrainer(Trainer):
                 f"ift_config: expected an ift.IFTConfig or None, got {type(ift_config).__name__}"
             )
         self.ift_config = ift_config
+        self._head_gradient = head_gradient
         self._sums: dict[bool, Tensor | None] = {True: None, False: None}  # by training or not
         super().__init__(self._prepared(model), args, *rest, **kwargs)
         if self.args.label_smoothing_factor:
@@ -91,7 +95,7 @@ class IFTTrainer(Trainer):
     def _prepared(self, model: Any) -> Any:
         if not isinstance(model, nn.Module):
             return model  # None with model_init, or what the parent will complain about
-        patch(model)
+        patch(model, gradient=self._head_gradient)
         base: Any = base_model(model)
         embedding = base.get_input_embeddings()
         tied = any(p is plain_head(base).weight for p in embedding.parameters())
