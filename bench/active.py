@@ -92,8 +92,8 @@ def _subject(path: str, case: head.Case, peer: Peer, device: str) -> Subject:
         if isinstance(peer, Active):
             with ift_kernels.record_active_sets() as report:
                 call()
-            errors["share"] = report[0].share if report[0].share == report[0].share else -1.0
-            errors["tail"] = report[0].tail_mean if report[0].share == report[0].share else -1.0
+            if report[0].share == report[0].share:  # NaN: formed in backward, not known here
+                errors |= {"share": report[0].share, "tail": report[0].tail_mean}
         return errors
 
     return Subject(call, head.caller(function, case, few), check, torch.device(device))
@@ -213,7 +213,7 @@ def _plan(
                 continue
             cell = group.cell(case, name, device)
             cell.prepare, cell.arguments = prepare, (path, case.name, name, arguments.device)
-            cell.compiled = peer is not None and peer.compiled
+            cell.compiled, cell.memory = peer is not None and peer.compiled, peer is not None
             cells.append(cell)
     return cells, absent
 
@@ -267,14 +267,19 @@ def _time_panel(axes: Any, group: dict[str, Any]) -> None:
         return
     styles = {"threshold": ("o-", "#0072B2"), "block": ("s", "#009E73"), "tail": ("^", "#CC79A7")}
     for kind, (style, colour) in styles.items():
-        cells = [c for c in _cells(group, kind, "active") if c["seconds"]]
+        cells = [
+            c for c in _cells(group, kind, "active") if c["seconds"] and "share" in c["errors"]
+        ]
         points = sorted((c["errors"]["share"], c["seconds"] / min(bare), c["case"]) for c in cells)
         x, y, names = ([p[i] for p in points] for i in range(3))
-        axes.plot(x, y, style, color=colour, markersize=4, linewidth=1.2, label=f"{kind} varied")
-        for point in zip(x, y, names, strict=True):
-            text = f"2⁻{_raised(int(point[2].split('-')[1]))}" if kind == "threshold" else \
-                point[2].split("-")[1]  # fmt: skip
-            axes.annotate(text, point[:2], xytext=(4, -9), textcoords="offset points", fontsize=7)
+        values = sorted(int(name.split("-")[1]) for name in names)
+        title = kind if kind == "threshold" else f"{kind} {', '.join(map(str, values))}"
+        axes.plot(x, y, style, color=colour, markersize=4, linewidth=1.2, label=title)
+        for at, height, name in zip(x, y, names, strict=True):
+            if kind == "threshold":
+                text = f"2⁻{_raised(int(name.split('-')[1]))}"
+                axes.annotate(text, (at, height), xytext=(0, 6), textcoords="offset points",
+                              fontsize=7, ha="center")  # fmt: skip
     ours = [c["seconds"] for c in _cells(group, "per-token", "ours")
             if c["case"] == "per-token" and c["seconds"]]  # fmt: skip
     if ours:

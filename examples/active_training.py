@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE")
     options = parser.parse_args()
-    setting = Setting(batch_size=8, max_length=96)
+    setting = Setting(vocab_size=8192, batch_size=8, max_length=96)
     jobs = [
         (seed, loss, frozen, gradient, options.steps)
         for seed in range(options.seeds) for loss in LOSSES for frozen in (False, True)

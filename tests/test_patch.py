@@ -58,10 +58,12 @@ def test_the_gradient_of_the_head_is_chosen_at_patch():
     with record_active_sets() as report:
         model(**inputs, ift=IFTConfig()).loss.backward()
     assert len(report) == 1
-    patch(model, gradient="exact")
-    with record_active_sets() as report:
-        model(**inputs).loss.backward()
-    assert not report
+    for given, frozen, calls in (("exact", True, 0), ("auto", True, 1), ("auto", False, 0)):
+        patch(model, gradient=given)
+        model.get_output_embeddings().requires_grad_(not frozen)
+        with record_active_sets() as report:
+            model(**inputs).loss.backward()
+        assert len(report) == calls
     with pytest.raises(ValueError, match="gradient: expected one of"):
         patch(model, gradient="some")
 

@@ -182,7 +182,7 @@ def transform_options(transform: LogitTransform) -> dict[str, Any]:
 def token_stats(
     target: Tensor,
     transform: LogitTransform,
-    gradient: str | ActiveSet = "exact",
+    gradient: str | ActiveSet = "auto",
     workspace: int | None = None,
 ) -> Callable[[Tensor, Tensor, Tensor | None], TokenStats]:
     """The answer that losses are made of: each target's cost, and two statistics for the logs.
@@ -197,6 +197,8 @@ def token_stats(
                 f"{tuple(hidden.shape[:-1])}, got {tuple(target.shape)}: with logits_to_keep, pass "
                 "shift_labels of the positions kept"
             )
+        frozen = not any(p is not None and p.requires_grad for p in (weight, bias))
+        own = "active" if frozen else "exact"
         return linear_logprobs(
             hidden,
             weight,
@@ -204,7 +206,7 @@ def token_stats(
             bias=bias,
             ignore_index=IGNORE_INDEX,
             outputs=("logprob", "entropy", "argmax"),
-            gradient=gradient,
+            gradient=own if gradient == "auto" else gradient,
             workspace=workspace,
             **transform_options(transform),
         )

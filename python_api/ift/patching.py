@@ -27,8 +27,7 @@ from ift.head_pass import (
     token_stats,
 )
 from ift.losses import sft_loss
-from ift_kernels import ActiveSet, TokenStats
-from ift_kernels.active_set import options as active_options
+from ift_kernels import ActiveSet, TokenStats, checks
 from ift_kernels.transform import LogitTransform
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,8 +54,9 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
         model: a transformers causal LM with a plain linear output head, or a PEFT model around one.
             Patch before DDP or FSDP wraps it.
         gradient: of the head, as in `ift_kernels.linear_logprobs`: "exact", or "active" (an
-            `ift_kernels.ActiveSet` for its options) for the active-set backward. None, the default,
-            leaves it as it is, "exact" at first.
+            `ift_kernels.ActiveSet` for its options) for the active-set backward; "auto" is "active"
+            while the head is frozen and "exact" while it is trained. None, the default, leaves it
+            as it is, "auto" at first.
 
     Returns:
         `model` itself.
@@ -72,8 +72,8 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
     """
     base = base_model(model)
     head = plain_head(base)
-    if gradient is not None:
-        active_options(gradient)  # raises where it is neither
+    if isinstance(gradient, str):
+        checks.one_of("gradient", gradient, ("auto", "exact", "active"))
     if _STATE not in base.__dict__:
         setattr(base, _STATE, _State(base.__dict__.get("forward")))
         base.forward = _Forward(base)
@@ -124,7 +124,7 @@ class _State:
 
     previous: Callable[..., Any] | None  # a forward that sat on the object before
     transform: LogitTransform | None = None  # measured at the first loss
-    gradient: str | ActiveSet = "exact"  # of the head
+    gradient: str | ActiveSet = "auto"  # of the head
     embeds_checked: bool = False
     draws: two_pass.Draws = field(default_factory=two_pass.Draws)
 
