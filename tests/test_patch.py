@@ -45,7 +45,7 @@ def test_loss_and_gradients_are_those_of_the_logits(name, num_items):
 
 
 def test_the_gradient_of_the_head_is_chosen_at_patch():
-    model, inputs = make(ARCHITECTURES[0]), batch()
+    model, inputs = make(next(iter(ARCHITECTURES))), batch()
     patch(model)
     _, exact = loss_and_gradients(model, **inputs)
     for given in (ActiveSet(threshold=0.0, dW="active"), None):  # None: stays as it is
