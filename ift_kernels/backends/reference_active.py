@@ -12,11 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ift_kernels.backends import reference as ref
 from ift_kernels.transform import LogitTransform
-
-
-def _logits(x: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    return transform.apply(x if x.dtype == torch.float64 else x.float(), bias)
 
 
 def active_marks(
@@ -33,13 +30,12 @@ def active_marks(
     A NaN is not ≤ anything, so it is never lost. Ids that a bias of −inf masks out are marked too:
     their gradient is 0, not the mean of a tail that they have no part in.
     """
-    above = ~(_logits(x, bias, transform) <= level[:, None])
+    above = ~(ref._logits(x, bias, transform) <= level[:, None])
     if bias is not None:
         above |= bias == -torch.inf
     rows, columns = x.shape
-    local = target - offset
-    inside = ((local >= 0) & (local < columns)).nonzero()[:, 0]
-    above[inside, local[inside]] = True
+    inside, local = ref._hit(target, offset, columns)
+    above[inside.nonzero()[:, 0], local[inside]] = True
     return F.pad(above, (0, 0, 0, -rows % block)).view(-1, block, columns).any(1).to(torch.uint8)
 
 
@@ -58,7 +54,7 @@ def active_collect(
     With e = exp(z − reference) and s the derivative of the softcap (1 without one), the sums over
     the columns of a tile that are not marked are Σ e·s, Σ e·(z − reference)·s and Σ s.
     """
-    z = _logits(x, bias, transform)
+    z = ref._logits(x, bias, transform)
     rows, columns = z.shape
     block = store.shape[1]
     tail = (marks == 0).repeat_interleave(block, 0)[:rows]
@@ -100,7 +96,7 @@ def active_gradient_(
     number, column = pairs.T
     block = store.shape[1]
     at = number[:, None] * block + torch.arange(block, device=store.device)  # (marked, block)
-    z = _logits(store.T, None if bias is None else bias[column], transform).T
+    z = ref._logits(store.T, None if bias is None else bias[column], transform).T
     hit, one, per_log_p, flat = coef.to(z.dtype)[:, at]
     log_p = (z - norm[0].to(z.dtype)[at]) - norm[1].to(z.dtype)[at]
     p = log_p.exp()
