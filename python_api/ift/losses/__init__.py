@@ -5,6 +5,7 @@ What each does to probabilities is in docs/losses.md.
 
 from ift.losses._module import Head, Loss, from_hidden
 from ift.losses.advantages import gae_advantages, group_advantages, rloo_advantages
+from ift.losses.distillation import DistillationLoss, distillation_loss
 from ift.losses.dpo import DPOLoss, dpo_loss
 from ift.losses.ift import IFTLoss, ift_loss
 from ift.losses.kto import KTOLoss, kto_kl, kto_loss
@@ -27,6 +28,7 @@ from ift.losses.sft import SFTLoss, sft_loss
 __all__ = [
     "CPOLoss",
     "DPOLoss",
+    "DistillationLoss",
     "GRPOLoss",
     "Head",
     "IFTLoss",
@@ -40,6 +42,7 @@ __all__ = [
     "SLiCLoss",
     "SimPOLoss",
     "cpo_loss",
+    "distillation_loss",
     "dpo_loss",
     "from_hidden",
     "gae_advantages",
