@@ -87,6 +87,7 @@ def from_hidden(
     Raises:
         As `ift_kernels.linear_logprobs` and the loss.
 
+    >>> import ift
     >>> hidden, weight = torch.randn(4, 6, 16), torch.randn(100, 16)
     >>> target, metrics = torch.randint(100, (4, 6)), {}
     >>> value = from_hidden(ift.losses.dpo_loss, hidden, weight, target, beta=0.1,
