@@ -40,8 +40,8 @@ def tokenizer():
 
 
 def test_forms(tmp_path, tokenizer):
-    user, good, bad = ({"role": r, "content": c} for r, c in
-                       (("user", "say red"), ("assistant", "red"), ("assistant", "blue")))  # fmt: skip
+    user = {"role": "user", "content": "say red"}
+    good, bad = ({"role": "assistant", "content": word} for word in ("red", "blue"))
     earlier = [user, {"role": "assistant", "content": "what?"}, user]
     data = [
         rows(1)[0],
@@ -159,7 +159,7 @@ def test_training_widens_the_margin(tmp_path, loss):
     [
         (
             ["--loss", "sft", "--beta", "1"],
-            "--beta: got it with --loss sft; expected --loss dpo or",
+            "--beta: got it with --loss sft; expected --loss dpo",
         ),
         (["--loss", "dpo", "--dpo-kind", "x"], "--dpo-kind: expected one of"),
         (["--loss", "orpo", "--reference", "x"], "--reference: got it with --loss orpo"),
