@@ -111,15 +111,17 @@ def linear_divergence(
     elif reduction == "mean":
         items = checks.item_count("num_items", num_items, hidden.device)
         factor = torch.where(items == 0, 0.0, 1.0 / items)
-    # Gradients formed in forward are consumed once, which graphs and hooks cannot have.
-    early = factor is not None and plan.forced_or_safe() != "recompute"
+    dtype = checks.compute_dtype(hidden, weight)
+    # Gradients formed in forward are consumed once, which graphs and hooks cannot have; and float16
+    # would round them before a loss scale lifts them off its underflow.
+    early = factor is not None and dtype != torch.float16 and plan.forced_or_safe() != "recompute"
     each, total, *_ = torch.ops.ift_kernels.linear_divergence(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias,
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]), teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(), valid.reshape(-1).contiguous(),
         factor if early else None, KINDS.index(kind), beta, student.scale, student.softcap,
         teacher.scale, teacher.softcap, temperature,
-        checks.workspace_bytes(workspace, hidden.device), checks.compute_dtype(hidden, weight),
+        checks.workspace_bytes(workspace, hidden.device), dtype,
         checks.compute_dtype(teacher_hidden, teacher_weight), needs,
     )  # fmt: skip
     if factor is not None:

@@ -88,8 +88,8 @@ def _side(prompt: Any, response: Any, key: str, where: str) -> dict[str, Any]:
         response = [{"role": "assistant", "content": response}]
     if not isinstance(response, list) or not isinstance(before, list):
         raise DataError(
-            f"{where}: {key!r} is a {json_type(response)} with a prompt of "
-            f"{'no' if prompt is None else json_type(prompt)} type; expected {FORMATS}"
+            f"{where}: {key!r} is a {json_type(response)} and the prompt "
+            f"{'missing' if prompt is None else f'a {json_type(prompt)}'}; expected {FORMATS}"
         )
     messages = [*before, *response]
     check_messages(messages, where)

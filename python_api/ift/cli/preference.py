@@ -88,7 +88,7 @@ def fingerprint(model: nn.Module, examples: Iterable[dict[str, np.ndarray]]) -> 
     digest.update(b"" if config is None else config.to_json_string().encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     for example in examples:
         for part in (example["input_ids"], example["labels"]):
             digest.update(np.int64(len(part)).tobytes() + part.tobytes())
@@ -178,13 +178,12 @@ class PairTrainer(RunTrainer):
                 given["reference"] = inputs["reference"]
             if not paired:
                 given["desirable"] = torch.arange(rows, device=mask.device) < rows // 2
-            return self.pair_loss(logprob, mask, **given)
+            value: Tensor = self.pair_loss(logprob, mask, **given)
+            return value
 
         output = model(**batch, loss=loss)
         found = self.pair_loss.metrics
-        if not paired:
-            found["reward_accuracy"] = torch.zeros(())  # there are no pairs
-        tokens = base_model(self.accelerator.unwrap_model(model)).ift_metrics
+        tokens: Any = base_model(self.accelerator.unwrap_model(model)).ift_metrics
         pairs = rows / 2
         zero = torch.zeros((), device=output.loss.device)
         values = [found.get(name, zero).to(zero) * pairs for name in METRICS]
@@ -209,8 +208,8 @@ class PairTrainer(RunTrainer):
         names = ("input_ids", "attention_mask", "labels")
         with evaluating(self.accelerator.unwrap_model(model)):
             model(**{k: inputs[f"kl_{k}"] for k in names}, loss=estimate)
-        kl = self.accelerator.gather(found[0])
-        return kl.mean()
+        kl: Tensor = self.accelerator.gather(found[0]).mean()
+        return kl
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -231,7 +230,5 @@ class PairTrainer(RunTrainer):
         *metrics, pairs, correct, entropy, tokens = self.accelerator.reduce(sums, "sum").tolist()
         kept = {name: value / max(pairs, 1.0) for name, value in
                 zip(METRICS, metrics, strict=True) if name in self.pair_loss.metrics}  # fmt: skip
-        if isinstance(self.pair_loss, losses.KTOLoss):
-            kept.pop("reward_accuracy", None)
         tokens = max(tokens, 1.0)
         return {**kept, "token_accuracy": correct / tokens, "entropy": entropy / tokens}

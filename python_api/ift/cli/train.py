@@ -194,6 +194,9 @@ def pair_loss(arguments: argparse.Namespace) -> Any:
     from ift.cli.preference import KINDS
 
     kind = KINDS[arguments.loss]
+    if arguments.dpo_kind == "rejected_free":
+        problem = "got rejected_free, whose rows are all chosen ones; expected a kind of pairs"
+        raise CliError("--dpo-kind", problem)
     names = {ours: name for name, ours in kind.options.items()}
     given = {ours: getattr(arguments, name) for ours, name in names.items()}
     try:

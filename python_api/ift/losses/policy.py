@@ -42,7 +42,7 @@ def grpo_loss(
     delta: float | None = None,
     temperatures: tuple[float, float] = (1.0, 1.05),
     kl_coef: float = 0.0,
-    kl: str = "k3",
+    kl_kind: str = "k3",
     kl_correction: bool = False,
     entropy_coef: float = 0.0,
     max_length: int | None = None,
@@ -89,7 +89,7 @@ def grpo_loss(
             PPO's dual clip).
         temperatures: of "sapo", for A > 0 and A ≤ 0; above 0.
         kl_coef: weight of the KL to `reference`, at least 0.
-        kl: its estimate, "k1", "k2" or "k3", as `kl_estimate`.
+        kl_kind: its estimate, "k1", "k2" or "k3", as `kl_estimate`.
         kl_correction: multiply the estimate by r: unbiased where `old_logprob` sampled.
         entropy_coef: weight of the entropy bonus, its mean over tokens.
         max_length: of "dr_grpo".
@@ -139,7 +139,7 @@ def grpo_loss(
     if kl_coef:
         if reference is None:
             raise ValueError("reference: expected log-probabilities with kl_coef, got None")
-        penalty = kl_estimate(tokens.logprob, tokens.each("reference", reference), kl)
+        penalty = kl_estimate(tokens.logprob, tokens.each("reference", reference), kl_kind)
         record(metrics, kl=tokens.mean(penalty))
         loss = loss + kl_coef * (penalty * ratio if kl_correction else penalty)
     low = 0.0 if surrogate == "sapo" else epsilon
