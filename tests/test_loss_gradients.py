@@ -85,7 +85,7 @@ TABLE = {
     ),
     "DPO hinge": (
         lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="hinge"),
-        lambda x: BETA * (h(x) < 1) * two(1.0, -1.0),
+        lambda x: BETA * two(1.0, -1.0) * (h(x) < 1),
     ),
     "IPO": (
         lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="ipo"),
@@ -113,7 +113,7 @@ TABLE = {
     "ORPO": (lambda x, m: losses.orpo_loss(x, m, beta=BETA), orpo_factor),
     "SLiC": (
         lambda x, m: losses.slic_loss(x, m, beta=BETA, delta=1.0),
-        lambda x: BETA * (h(x) < 1) * two(1.0, -1.0),
+        lambda x: BETA * two(1.0, -1.0) * (h(x) < 1),
     ),
     "KTO": (
         lambda x, m: losses.kto_loss(x, m, torch.tensor([1, 0]), beta=BETA, kl=0.5),

@@ -170,11 +170,13 @@ class Loss(nn.Module):
         self._try()
 
     def _try(self) -> None:
-        """Let the function check the options, on two rows of one token."""
-        one = torch.zeros(2, 1)
+        """Let the function check the options, on rows of one token."""
+        size = self.options.get("group_size", 2)
+        count = size if isinstance(size, int) and size > 0 else 2
+        one = torch.zeros(count, 1)
         given = {n: one for n in (*STATISTICS, "reference") if n in accepted(self)}
-        rows = [torch.ones(2)] * self.needs
-        self.function(one, torch.ones(2, 1), *rows, **given, **self.options)
+        rows = [torch.ones(count)] * self.needs
+        self.function(one, torch.ones_like(one), *rows, **given, **self.options)
 
     def forward(
         self,
