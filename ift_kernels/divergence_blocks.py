@@ -42,16 +42,13 @@ class Divergence:
 
     def terms(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the chunk: of the divergence, and of what its gradient is centred by."""
-        p, q = s.exp(), t.exp()
-        if self.kind == "forward":
-            value = _times(q, t - s).sum(1, dtype=torch.float64)
-            return value, value
-        if self.kind == "reverse":
-            value = _times(p, s - t).sum(1, dtype=torch.float64)
+        if self.kind != "jsd":
+            first, second = (t, s) if self.kind == "forward" else (s, t)
+            value = _times(first.exp(), first - second).sum(1, dtype=torch.float64)
             return value, value
         m = self._mixture(s, t)
-        own = _times(p, s - m).sum(1, dtype=torch.float64)
-        other = _times(q, t - m).sum(1, dtype=torch.float64)
+        own = _times(s.exp(), s - m).sum(1, dtype=torch.float64)
+        other = _times(t.exp(), t - m).sum(1, dtype=torch.float64)
         return (1 - self.beta) * own + self.beta * other, own
 
     def gradient(self, s: Tensor, t: Tensor, centre: Tensor) -> Tensor:
