@@ -1,4 +1,4 @@
-"""Work memory kept between calls: never shared, never more than the limit, never seen in results."""
+"""Work memory kept between calls: never shared, never over its limit, never seen in results."""
 
 import threading
 
