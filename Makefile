@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # An editable install follows the Python sources by itself; these need another one.
 INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test bench lint wheel clean
 .SECONDARY:
 
 demo: $(VENV)/train.stamp
@@ -15,6 +15,10 @@ demo: $(VENV)/train.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Every suite in short, within ten minutes on two cores; ends in build/bench/report.html.
+bench: $(VENV)/bench.stamp
+	$(BIN)/python -m bench tour $(ARGS)
 
 # What CI runs, and what pre-commit runs on every commit.
 lint: $(VENV)/dev.stamp

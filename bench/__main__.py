@@ -1,8 +1,13 @@
-"""``python -m bench SUITE``: measure; ``python -m bench --list``: what there is to measure."""
+"""``python -m bench SUITE``: measure; ``python -m bench --list``: what there is to measure.
+
+``report`` makes a page of what was measured, ``compare A.json B.json`` and ``run --base REV SUITE``
+find what became slower, and ``tour`` runs a short form of every suite.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,18 +16,26 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import active, head, losses, ops, plots, report
+from bench import active, curves, e2e, head, losses, masked, ops, overhead, plots, report, scaling
 from bench.harness import Settings
 from bench.peers import PEERS
 from bench.provenance import load, provenance
 
 # A suite has `add_arguments`, `run`, `CASES` (by name, with a title) and says what it is about.
-SUITES: dict[str, Any] = {"head": head, "active": active, "ops": ops, "losses": losses}
+SUITES: dict[str, Any] = {
+    "head": head, "active": active, "ops": ops, "losses": losses, "masked": masked,
+    "scaling": scaling, "overhead": overhead, "e2e": e2e,
+}  # fmt: skip
+COMMANDS = {"report": "page", "compare": "regress", "run": "regress", "tour": "tour"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; exit code 1 if a result of ours was refused, 130 after Ctrl-C."""
-    options = parse(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in COMMANDS:
+        command: Any = importlib.import_module(f"bench.{COMMANDS[given[0]]}")
+        return int(command.main(given))
+    options = parse(given)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if options.list:
         show_list(console)
@@ -62,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plots.draw(active.without_sweeps(done), options.plot)
         if options.suite == "active":
             active.draw(done, Path(options.plot).with_name(f"{Path(options.plot).stem}-sweeps.png"))
+        curves.draw(done, Path(options.plot).with_name(f"{Path(options.plot).stem}-curves.png"))
     refused = [
         c for g in groups for c in g["cells"] if c["implementation"] == "ours" and c["reason"]
     ]
@@ -74,7 +88,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="suites, cases and implementations")
     suites = parser.add_subparsers(dest="suite", metavar="SUITE")
     for name, module in SUITES.items():
-        about = module.__doc__.split(": ", 1)[1].strip()
+        about = module.__doc__.split(": ", 1)[1].strip().replace("%", "%%")  # argparse formats it
         suite = suites.add_parser(name, help=about, description=about)
         module.add_arguments(suite)
         suite.add_argument("--rounds", type=int, default=5, help="samples of a cell, at most (5)")
@@ -101,7 +115,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def names() -> dict[str, str]:
     """What readers see for each implementation."""
-    return head.FLOORS | {name: peer.title for name, peer in PEERS.items()} | active.NAMES
+    return (
+        head.FLOORS
+        | {name: peer.title for name, peer in PEERS.items()}
+        | active.NAMES
+        | {"shared": "ift-kernels, prompts shared"}
+    )
 
 
 def show_list(console: Console) -> None:

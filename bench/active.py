@@ -70,7 +70,7 @@ def prepare(path: str, case_name: str, implementation: str, device: str) -> Subj
     if implementation not in OURS:
         return head.prepare(path, case_name, implementation, device)
     case = head.CASES[case_name]
-    return _subject(path, case, OURS[implementation], device)
+    return subject(path, case, OURS[implementation], device)
 
 
 def prepare_sweep(path: str, name: str, implementation: str, device: str) -> Subject:
@@ -78,10 +78,11 @@ def prepare_sweep(path: str, name: str, implementation: str, device: str) -> Sub
     peer = Active(SWEEPS[name].options)
     if implementation == "dropped":
         peer = Dropped(SWEEPS[name].options)
-    return _subject(path, head.CASES["per-token"], peer, device)
+    return subject(path, head.CASES["per-token"], peer, device)
 
 
-def _subject(path: str, case: head.Case, peer: Peer, device: str) -> Subject:
+def subject(path: str, case: head.Case, peer: Peer, device: str) -> Subject:
+    """A peer in any case of a head, ready to be measured; errors of ours may be of an approximation."""
     inputs = head.inputs(path, case, device)
     few = head.few(inputs, case)
     function = peer.function(case.kind)

@@ -19,10 +19,10 @@ from bench import lmlike
 from bench.exact import Errors, Exact, exact
 from bench.harness import Cell, Settings, Subject, measure
 from bench.peers import PEERS
+from bench.shapes import SHAPES, shape
 from bench.worker import Worker
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-SHAPES = ((2048, 1024, 32000), (1024, 896, 151936))  # N, D, V
 TINY = (4, 16, 64)  # so little work that what remains is the cost of the call
 FEW = 16  # rows of the cases with few
 IGNORED = 0.7
@@ -42,7 +42,7 @@ class Case:
     kind: str  # of bench.peers
     backward: bool = False
     frozen: bool = False  # the head weight needs no gradient
-    ignored: bool = False  # 70 % of the targets
+    ignored: float = 0.0  # share of the targets
     few: bool = False  # 16 rows
     everyone: bool = False  # all peers, not only what every case has
 
@@ -64,8 +64,9 @@ CASES = {
              everyone=True),
         Case("scalar-frozen", "mean cross-entropy, head frozen", "loss", True, frozen=True),
         Case("per-token-frozen", "log-probabilities, head frozen", "logprob", True, frozen=True),
-        Case("scalar-ignored", "mean cross-entropy, 70 % ignored", "loss", True, ignored=True),
-        Case("per-token-ignored", "log-probabilities, 70 % ignored", "logprob", True, ignored=True),
+        Case("scalar-ignored", "mean cross-entropy, 70 % ignored", "loss", True, ignored=IGNORED),
+        Case("per-token-ignored", "log-probabilities, 70 % ignored", "logprob", True,
+             ignored=IGNORED),
         Case("scalar-few", "mean cross-entropy, 16 rows", "loss", True, few=True),
         Case("per-token-few", "log-probabilities, 16 rows", "logprob", True, few=True),
     )
@@ -106,8 +107,8 @@ def make_groups(
     generator = torch.Generator().manual_seed(seed + 1)
     sizes = torch.rand(n, generator=generator).mul(4).sub(3).exp()
     upstream = sizes * (torch.randint(0, 2, (n,), generator=generator) * 2 - 1) / n
-    ignored = torch.rand(n, generator=generator) < IGNORED
-    ignored[0] = False  # a loss over no token at all is another question
+    chance = torch.rand(n, generator=generator)  # a target is ignored where it is below the share
+    chance[0] = 1.0  # a loss over no token at all is another question
     looks: dict[str, dict[str, Any]] = {}
     for name, path in paths.items():
         hidden, weight = data.hidden.to(DTYPES[name]), data.weight.to(DTYPES[name])
@@ -120,7 +121,7 @@ def make_groups(
         looks[name]["reference"] = references["all"].words
         inputs = {"hidden": hidden, "weight": weight, "target": data.target, "upstream": upstream}
         saved = {key: vars(value) for key, value in references.items()}
-        torch.save({**inputs, "ignored": ignored, "references": saved}, path)
+        torch.save({**inputs, "chance": chance, "references": saved}, path)
     return looks
 
 
@@ -141,7 +142,7 @@ def inputs(path: str, case: Case, device: str) -> Inputs:
     return Inputs(
         hidden=found["hidden"][rows].detach().requires_grad_(case.backward),
         weight=found["weight"].detach().requires_grad_(case.backward and not case.frozen),
-        target=known.masked_fill(found["ignored"][rows], -100) if case.ignored else known,
+        target=known.masked_fill(found["chance"][rows] < case.ignored, -100),
         known=known,
         upstream=found["upstream"][rows],
         reference=Exact(**found["references"]["few" if case.few else "all"]),
@@ -149,8 +150,12 @@ def inputs(path: str, case: Case, device: str) -> Inputs:
 
 
 def prepare(path: str, case_name: str, implementation: str, device: str) -> Subject:
-    """One cell, ready to be called."""
-    case = CASES[case_name]
+    """One cell of this suite, ready to be called."""
+    return subject(path, CASES[case_name], implementation, device)
+
+
+def subject(path: str, case: Case, implementation: str, device: str) -> Subject:
+    """An implementation in any case, ready to be called."""
     given = inputs(path, case, device)
     if implementation in FLOORS:
         return _floor(case, given, implementation == "floor-t")
@@ -256,7 +261,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this suite."""
     parser.add_argument(
         "--shapes", nargs="+", type=shape, default=SHAPES, metavar="NxDxV",
-        help="rows, width and vocabulary; default: 2048x1024x32000 1024x896x151936",
+        help="rows, width and vocabulary, or a model and rows, as llama-3-8b@4096; default: "
+        "2048x1024x32000 1024x896x151936",
     )  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--cases", nargs="+", choices=[*CASES, "overhead"], metavar="CASE",
@@ -376,33 +382,20 @@ class Group:
             "data": looks,
             "titles": {name: CASES[name].title for name in cases},
             "plans": {
-                name: self._explain(CASES[name], device)
+                name: self.explain(CASES[name], device)
                 for name in cases if CASES[name].kind != "ids"
             },
             "absent": absent,
             "cells": [cell.record() for cell in cells],
         }  # fmt: skip
 
-    def _explain(self, case: Case, device: str) -> str:
+    def explain(self, case: Case, device: str) -> str:
         """How ours goes about it."""
         n, d, v = self.shape
-        rows = FEW if case.few else round(n * (1 - IGNORED)) if case.ignored else n
+        rows = FEW if case.few else round(n * (1 - case.ignored))
         return str(
             ift_kernels.explain(
                 rows, v, d, DTYPES[self.dtype], device=device, scalar=case.kind == "loss",
                 need_hidden=case.backward, need_weight=case.backward and not case.frozen,
             )
         )  # fmt: skip
-
-
-def shape(text: str) -> tuple[int, int, int]:
-    """Parse N, D and V: ``2048x1024x32000`` as numbers."""
-    try:
-        n, d, v = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected NxDxV, as 2048x1024x32000, got {text!r}"
-        ) from None
-    if min(n, v) < 1 or d < 8:
-        raise argparse.ArgumentTypeError(f"expected N, V ≥ 1 and D ≥ 8, got {text!r}")
-    return n, d, v

@@ -41,6 +41,10 @@ def _optional(name: str) -> tuple[ModuleType | None, str]:
 _trl, _trl_missing = _optional("trl.trainer.utils")
 _cce, _cce_missing = _optional("cut_cross_entropy")
 _liger, _liger_missing = _optional("liger_kernel.transformers.functional")
+_quack, _quack_missing = _optional("quack.linear_cross_entropy")
+_verl, _verl_missing = _optional("verl.utils.kernel.linear_cross_entropy")
+_verl_torch, _verl_torch_missing = _optional("verl.utils.experimental.torch_functional")
+_flash, _flash_missing = _optional("flash_attn.ops.triton.cross_entropy")
 _inductor, _inductor_missing = _optional("torch._inductor.compile_fx")
 
 
@@ -218,6 +222,78 @@ class Liger(Peer):
         return _liger.liger_fused_linear_cross_entropy(hidden, weight, target)
 
 
+class Quack(Peer):
+    """Chunks of tokens, three products by kernels for Hopper and Blackwell, gradients in forward."""
+
+    name, title, compiled = "quack", "QuACK", True
+    lacks = {  # noqa: RUF012
+        "logprob": "no gradient of its own per token",
+        "statistics": "gives neither entropy nor ids",
+        "ids": "gives no ids",
+    }
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
+        if device.type == "cpu":
+            return "its kernels need a GPU"
+        return _quack_missing or ("16-bit data only" if dtype.itemsize > 2 else "")
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        assert _quack is not None
+        return _quack.chunked_linear_cross_entropy(hidden, weight, target)
+
+
+class Verl(Peer):
+    """Its Triton kernels on a GPU, elsewhere its chunks of 512 tokens in torch."""
+
+    name, title, compiled, slowness = "verl", "verl fused linear", True, 2.0
+    lacks = {"ids": "gives no ids"}  # noqa: RUF012
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
+        return _verl_torch_missing if device.type == "cpu" else _verl_missing
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return -self.logprob(hidden, weight, target).sum() / (target != -100).sum()
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        # It has no ignored targets: its users mask what comes out.
+        logprob = self._call(hidden, weight, target.clamp(min=0))[0]
+        return logprob.masked_fill(target == -100, 0)
+
+    def statistics(
+        self, hidden: Tensor, weight: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
+        logprob, entropy = self._call(hidden, weight, target)
+        return logprob, entropy, None
+
+    def _call(self, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if hidden.is_cuda:
+            assert _verl is not None
+            return _verl.linear_cross_entropy(hidden, weight, target, 1.0, "none")
+        assert _verl_torch is not None
+        return _verl_torch.FusedLinearForPPO()(hidden, weight, target)
+
+
+class FlashAttention(Naive):
+    """Its kernel of the loss over logits that are held, with the gradient in their place."""
+
+    name, title, slowness = "flash", "naive, flash-attn's cross-entropy", 1.4
+    lacks = {  # noqa: RUF012
+        "statistics": "gives neither entropy nor ids",
+        "ids": "gives no ids",
+    }
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
+        return "its Triton kernels need a GPU" if device.type == "cpu" else _flash_missing
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return -self.logprob(hidden, weight, target).sum() / (target != -100).sum()
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        assert _flash is not None
+        logits = self.logits(hidden, weight)
+        return -_flash.cross_entropy_loss(logits, target, inplace_backward=True)[0]
+
+
 class Ours(Peer):
     """This package, with its defaults."""
 
@@ -270,7 +346,7 @@ PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         Ours(), Naive(), NaiveFloat(), Compiled(), CutCrossEntropy(), TrlChunked(), TorchChunked(),
-        Liger(),
+        Liger(), Quack(), Verl(), FlashAttention(),
     )
 }  # fmt: skip
 

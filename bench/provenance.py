@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTIONS = (
     "ift-kernels", "torch", "triton", "transformers", "trl", "cut-cross-entropy", "liger-kernel",
+    "quack-kernels", "verl", "flash-attn",
 )  # fmt: skip
 # What changes the speed of a run.
 VARIABLES = (
@@ -40,6 +42,7 @@ def provenance(device: torch.device, threads: int) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | versions(),
         "system": f"{platform.system()} {platform.machine()}",
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "clocks": clocks(device),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "load": load(),
     }
@@ -58,6 +61,34 @@ def load() -> float | None:
 def device_name(device: torch.device) -> str:
     """The model of the processor or GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def clocks(device: torch.device) -> dict[str, str]:
+    """Of the processor or GPU, as far as the system tells: now, and at most; a GPU's power limit."""
+    if device.type != "cuda":
+        return _cpu_clocks()
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    ask = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    done = subprocess.run(ask, capture_output=True, text=True)
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    at = device.index or 0
+    values = lines[at].split(", ") if at < len(lines) else []
+    return dict(zip(fields, values, strict=False))
+
+
+def _cpu_clocks() -> dict[str, str]:
+    found = {}
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        now = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+        found = {"now": f"{min(now):.0f} to {max(now):.0f} MHz"} if now else {}
+        limit = Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
+        found["most"] = f"{int(limit.read_text()) // 1000} MHz"  # virtual machines have none
+    except OSError:
+        pass
+    return found
 
 
 def cpu_name() -> str:

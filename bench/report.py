@@ -19,7 +19,7 @@ Report = dict[str, Any]
 SCHEMA = 1
 # Short names of errors, in the order in which they are shown.
 ERRORS = ("loss", "logprob", "entropy", "ids", "value", "d hidden", "d weight", "d embedding",
-          "share", "tail")  # fmt: skip
+          "gradient", "share", "tail")  # fmt: skip
 
 
 class Progress:
@@ -102,6 +102,7 @@ def show(report: Report, console: Console) -> None:
         console.print()
         console.print(_table(group, report["names"]))
         lines = [(_data(group), "dim")] if group["data"] else []
+        lines += [(line, "") for line in (*_fits(group), *_steps(group, report["names"]))]
         lines += [
             (f"  plan: {plan} ({cases})", "dim") for cases, plan in _merged(group["plans"].items())
         ]
@@ -192,6 +193,34 @@ def _data(group: Report) -> str:
         f"columns of a block of 128 tokens, mean loss {figures['loss']:.2f}; reference: "
         f"{figures['reference']}"
     )
+
+
+def _fits(group: Report) -> list[str]:
+    """Exponents of time and memory, where sizes were varied."""
+    return [
+        f"  {fit['case']} against {fit['axis']}, {fit['implementation']}: time grows as "
+        f"{fit['axis']}^{fit['seconds']:.2f}"
+        + (f", memory as {fit['axis']}^{fit['extra_bytes']:.2f}" if fit["extra_bytes"] else "")
+        for fit in group.get("fits", ()) if fit["seconds"] is not None
+    ]  # fmt: skip
+
+
+def _steps(group: Report, names: dict[str, str]) -> list[str]:
+    """Tokens per second of training steps, and the largest batch that fits."""
+    found = []
+    for cell in group["cells"]:
+        if cell.get("tokens_per_second"):
+            text = f"  {cell['case']}, {names[cell['implementation']]}: "
+            text += f"{cell['tokens_per_second']:.0f} tokens/s"
+            if most := cell.get("largest"):
+                text += f"; most rows in {most['bytes'] / 2**30:g} GiB: {rows_that_fit(most)}"
+            found.append(text)
+    return found
+
+
+def rows_that_fit(most: Report) -> str:
+    """Of a search: a number, with ≥ where the search ended before memory did."""
+    return f"{'≥ ' if most['capped'] else ''}{most['rows']}"
 
 
 def _merged(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

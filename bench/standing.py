@@ -1,0 +1,94 @@
+"""How ours stands among what was measured beside it, case by case and device by device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.report import Report, times
+
+CLOSE = 1.03  # times the fastest: within the noise of most machines
+OURS = ("ours", "active", "active-dense", "shared")
+
+
+class Source(NamedTuple):
+    """A report and its file; the folder of the file stands for a device."""
+
+    path: Path
+    report: Report
+
+    @property
+    def device(self) -> str:
+        return self.path.parent.name
+
+
+class Case(NamedTuple):
+    """One case of a group on one device, all of it from one file."""
+
+    name: str
+    group: Report
+    source: Source
+
+    @property
+    def cells(self) -> list[Report]:
+        """What has a time."""
+        return [c for c in self.group["cells"] if c["case"] == self.name and c["samples"]]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What readers see for each implementation."""
+        names: dict[str, str] = self.source.report["names"]
+        return names
+
+    @property
+    def ours(self) -> Report | None:
+        """Our fastest with exact gradients, or in a sweep that has no other, with approximate."""
+        for name in OURS:
+            for cell in self.cells:
+                if cell["implementation"] == name:
+                    return cell
+        return None
+
+    @property
+    def verdict(self) -> str:
+        """Is ours the fastest?"""
+        others = [
+            c for c in self.cells
+            if c["implementation"] not in OURS and not c["implementation"].startswith("floor")
+        ]  # fmt: skip
+        if self.ours is None or not others:
+            return "–"
+        best = min(others, key=lambda c: c["seconds"])
+        ratio = self.ours["seconds"] / best["seconds"]
+        if ratio <= 1:
+            return "yes"
+        if ratio <= CLOSE:
+            return "within 3 %"
+        return f"no: {self.names[best['implementation']]}, by {times(ratio)}"
+
+
+def by_group(sources: Sequence[Source], suite: str) -> dict[str, dict[str, dict[str, Case]]]:
+    """Group → case → device → the case; of several files with it the one with most samples of ours.
+
+    Where they have equally many, it is the newest.
+    """
+    found: dict[str, dict[str, dict[str, Case]]] = {}
+    for source in sources:
+        if source.report["suite"] != suite:
+            continue
+        for group in source.report["groups"]:
+            for name in group["titles"]:
+                case = Case(name, group, source)
+                if not case.cells:
+                    continue
+                here = found.setdefault(group["name"], {}).setdefault(name, {})
+                known = here.get(source.device)
+                if known is None or _rank(case) > _rank(known):
+                    here[source.device] = case
+    return found
+
+
+def _rank(case: Case) -> tuple[int, str]:
+    samples = len(case.ours["samples"]) if case.ours else 0
+    return samples, case.source.report["provenance"]["date"]
