@@ -1,7 +1,7 @@
 """``python -m bench SUITE``: measure; ``python -m bench --list``: what there is to measure.
 
 ``report`` makes a page of what was measured, ``compare A.json B.json`` and ``run --base REV SUITE``
-find what became slower, and ``tour`` runs a short form of every suite.
+find what became slower, ``counts`` what became more, and ``tour`` runs a short form of every suite.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ SUITES: dict[str, Any] = {
     "head": head, "active": active, "ops": ops, "losses": losses, "masked": masked,
     "scaling": scaling, "overhead": overhead, "e2e": e2e,
 }  # fmt: skip
-COMMANDS = {"report": "page", "compare": "regress", "run": "regress", "tour": "tour"}
+COMMANDS = {
+    "report": "page", "compare": "regress", "run": "regress", "tour": "tour", "counts": "counts",
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -82,7 +82,7 @@ def prepare_sweep(path: str, name: str, implementation: str, device: str) -> Sub
 
 
 def subject(path: str, case: head.Case, peer: Peer, device: str) -> Subject:
-    """A peer in any case of a head, ready to be measured; errors of ours may be of an approximation."""
+    """A peer in any case of a head, ready to be measured."""
     inputs = head.inputs(path, case, device)
     few = head.few(inputs, case)
     function = peer.function(case.kind)

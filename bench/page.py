@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 
 from bench import active, curves, plots, standing
 from bench.provenance import ROOT
-from bench.report import SCHEMA, Report, duration, rows_that_fit, size, times
+from bench.report import SCHEMA, duration, rows_that_fit, size, times
 from bench.standing import Case, Source
 
 RESULTS, MARKDOWN = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks.md"
 HTML = ROOT / "build" / "benchmarks.html"
 ORDER = ("e2e", "losses", "masked", "head", "active", "scaling", "ops", "overhead")
 ABOUT = {
-    "e2e": "Whole training steps of small random models: tokens per second, memory over weights and "
-    "optimizer, and the most rows that fit.",
+    "e2e": "Whole training steps of small random models: tokens per second, memory over weights "
+    "and optimizer, and the most rows that fit.",
     "losses": "Every loss from hidden states and head, against the form that holds the logits.",
     "masked": "Time and memory against the share of targets that are ignored.",
     "head": "Log-probabilities, statistics, token choice and cross-entropy of a linear head.",
@@ -87,8 +87,10 @@ def _standing(case: Case | None) -> list[str]:
     if case is None or case.ours is None:
         return ["–"] * 6
     cell = case.ours
-    values = [duration(cell["seconds"]), times(cell.get("of_floor")), times(cell.get("of_naive")),
-              size(cell["extra_bytes"]), times(cell.get("memory_of_naive")), case.verdict]  # fmt: skip
+    values = [
+        duration(cell["seconds"]), times(cell.get("of_floor")), times(cell.get("of_naive")),
+        size(cell["extra_bytes"]), times(cell.get("memory_of_naive")), case.verdict,
+    ]  # fmt: skip
     return [value or "–" for value in values]
 
 
@@ -218,8 +220,8 @@ def page(sources: Sequence[Source]) -> str:
     parts.append(_table(provenance_table(sources)._replace(title="")))
     for source in sources:
         about = {name: source.report[name] for name in ("provenance", "options")}
-        parts.append(f"<details><summary>{_label(source)}</summary><pre>"
-                     f"{_text(json.dumps(about, indent=1, ensure_ascii=False))}</pre></details>")  # fmt: skip
+        text = _text(json.dumps(about, indent=1, ensure_ascii=False))
+        parts.append(f"<details><summary>{_label(source)}</summary><pre>{text}</pre></details>")
     read = _text(READ).replace("[benchmarking.md](benchmarking.md)", "docs/benchmarking.md")
     for word in ("floor", "naive", "memory", "Fastest"):
         read = read.replace(f"*{word}*", f"<b>{word}</b>")

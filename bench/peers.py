@@ -223,7 +223,7 @@ class Liger(Peer):
 
 
 class Quack(Peer):
-    """Chunks of tokens, three products by kernels for Hopper and Blackwell, gradients in forward."""
+    """Chunks of tokens, kernels for Hopper and Blackwell, gradients in forward."""
 
     name, title, compiled = "quack", "QuACK", True
     lacks = {  # noqa: RUF012

@@ -64,7 +64,7 @@ def device_name(device: torch.device) -> str:
 
 
 def clocks(device: torch.device) -> dict[str, str]:
-    """Of the processor or GPU, as far as the system tells: now, and at most; a GPU's power limit."""
+    """Of the processor or GPU, as far as the system tells: now, and at most."""
     if device.type != "cuda":
         return _cpu_clocks()
     fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")

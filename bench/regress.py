@@ -1,4 +1,4 @@
-"""``python -m bench compare A.json B.json``, ``python -m bench run --base REV SUITE …``: what changed.
+"""What changed: ``python -m bench compare A.json B.json`` and ``… run --base REV SUITE …``.
 
 A cell became slower when its median grew by more than the tolerance *and* its fastest sample is
 above the slowest one before. Where the bare GEMMs of the same case changed with it, the machine is

@@ -1,8 +1,8 @@
 """``python -m bench scaling``: cost against rows, width and vocabulary, with fitted exponents.
 
-One size at a time is halved and doubled around a base shape, all in the same rounds. The exponent is
-the slope of log time against log size by least squares: 1 is proportional, and less than that means
-that a share of the cost does not grow.
+One size at a time is varied around a base shape, all in the same rounds. The exponent is the slope
+of log time against log size by least squares: 1 is proportional, and less than that means that a
+share of the cost does not grow.
 """
 
 from __future__ import annotations

@@ -360,7 +360,7 @@ def test_list_says_what_there_is(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["head", "--shapes", "4x5"], "expected NxDxV, as 2048x1024x32000, got '4x5'"),
+        (["head", "--shapes", "4x5"], "a model and rows, as llama-3-8b@4096, got '4x5'"),
         (["head", "--shapes", "4x2x9"], "expected N, V ≥ 1 and D ≥ 8, got '4x2x9'"),
         (["ops", "--batch", "0x4"], "expected sizes of at least 1, got '0x4'"),
         (["head", "--rounds", "0"], "--rounds: expected at least 1, got 0"),

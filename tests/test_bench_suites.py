@@ -1,0 +1,284 @@
+"""The suites beside `head`: what they measure, what they fit, and what they refuse."""
+
+import argparse
+import functools
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import e2e, grid, harness, head, largest, masked, peers, scaling, shapes, tour
+from bench.__main__ import SUITES, main, parse
+from bench.exact import Wrong
+from bench.worker import Failed
+
+TINY = e2e.Setting("qwen2", 4, 16, 64, 1, 300, "fp32", "cpu")
+
+
+def run(tmp_path, *arguments):
+    file = tmp_path / "found.json"
+    assert main([*arguments, "--threads", "1", "--rounds", "1", "--json", str(file)]) == 0
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+# --- shapes and peers -----------------------------------------------------------------------------
+
+
+def test_shapes_of_models():
+    assert shapes.shape("llama-3-8b@4096") == (4096, 4096, 128256)
+    assert shapes.shape("Qwen2.5-0.5B@8") == (8, 896, 151936)
+    assert shapes.shape("4x8x100") == (4, 8, 100)
+    for text in ("llama-3-8b", "llama@4", "llama-3-8b@0", "4x8"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected"):
+            shapes.shape(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("quack", "its kernels need a GPU"), ("flash", "its Triton kernels need a GPU")],
+)
+def test_peers_that_cannot_run_say_why(name, reason):
+    device = torch.device("cpu")
+    assert peers.PEERS[name].why_not("loss", device, torch.bfloat16) == reason
+
+
+def test_verl_ignores_what_its_users_mask(monkeypatch):
+    """It has no ignored targets of its own; the stand-in is its function in plain torch."""
+
+    class Fused:
+        def __call__(self, hidden, weight, target):
+            logp = (hidden @ weight.T).log_softmax(-1)
+            return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+    monkeypatch.setattr(peers, "_verl_torch", argparse.Namespace(FusedLinearForPPO=Fused))
+    hidden, weight = torch.randn(6, 8), torch.randn(20, 8)
+    target = torch.tensor([1, -100, 3, -100, 5, 6])
+    verl, naive = peers.PEERS["verl"], peers.PEERS["naive"]
+    torch.testing.assert_close(
+        verl.logprob(hidden, weight, target), naive.logprob(hidden, weight, target)
+    )
+    torch.testing.assert_close(
+        verl.loss(hidden, weight, target), naive.loss(hidden, weight, target)
+    )
+
+
+# --- the clock of a GPU, played by a counter ------------------------------------------------------
+
+
+def test_gpu_calls_are_timed_by_events_with_cold_caches(monkeypatch):
+    clock, order = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+            order.append("mark")
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    class Cold:
+        def zero_(self):
+            clock[0] += 100.0  # must not be counted
+            order.append("cold")
+
+    def call():
+        clock[0] += 7.0
+        order.append("call")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    monkeypatch.setattr(harness, "_cold", lambda device: Cold())
+    device = torch.device("cuda")
+    subject = harness.Subject(call, call, lambda result: {}, device)
+    assert harness._time(subject, 3) == pytest.approx(7e-3)
+    assert order == ["cold", "mark", "call", "mark"] * 3 + ["wait"]
+    order.clear()
+    assert harness._time(subject._replace(host=True), 2) < 1  # by the host's clock
+    assert order == ["wait", "call", "call", "wait"]
+
+
+# --- masked, scaling, overhead --------------------------------------------------------------------
+
+
+def test_masked_leaves_out_what_is_ignored(tmp_path):
+    path = str(tmp_path / "inputs.pt")
+    head.make_groups((200, 16, 300), {"fp32": path}, False, "cpu")
+    shares = [
+        float((head.inputs(path, masked.CASES[f"scalar {share} %"], "cpu").target == -100).float()
+              .mean())
+        for share in masked.SHARES
+    ]  # fmt: skip
+    assert shares[0] == 0.0
+    assert all(abs(got - want / 100) < 0.1 for got, want in zip(shares, masked.SHARES, strict=True))
+
+
+def test_masked_end_to_end(tmp_path, capsys):
+    found = run(
+        tmp_path, "masked", "--shapes", "40x16x300", "--dtype", "fp32", "--kinds", "per-token",
+        "--implementations", "floor", "ours", "active", "naive", "quack",
+        "--plot", str(tmp_path / "a.png"),
+    )  # fmt: skip
+    (group,) = found["groups"]
+    assert group["titles"].keys() == {f"per-token {share} %" for share in masked.SHARES}
+    assert len(group["cells"]) == 16 and not [c for c in group["cells"] if c["reason"]]
+    assert all(reasons.keys() == {"quack"} for reasons in group["absent"].values())
+    assert group["axes"][0]["points"]["per-token 60 %"] == 60
+    assert (tmp_path / "a-curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_exponent(power):
+    sizes = [64.0, 128.0, 512.0]
+    assert scaling.exponent(sizes, [3 * s**power for s in sizes]) == pytest.approx(power)
+    assert scaling.exponent([64.0, 64.0], [1.0, 2.0]) is None
+
+
+def test_scaling_end_to_end(tmp_path, capsys):
+    found = run(
+        tmp_path, "scaling", "--base", "32x32x400", "--dtype", "fp32", "--axes", "V",
+        "--implementations", "ours", "naive",
+    )  # fmt: skip
+    (group,) = found["groups"]
+    points = group["axes"][0]["points"]
+    assert list(points.values()) == [100, 200, 400, 800]
+    for fit in group["fits"]:
+        cells = [c for c in group["cells"] if c["implementation"] == fit["implementation"]]
+        slope = math.log(cells[-1]["seconds"] / cells[0]["seconds"]) / math.log(8)
+        assert fit["axis"] == "V" and abs(fit["seconds"] - slope) < 1
+    assert "time grows as V^" in capsys.readouterr().out
+
+
+def test_points_along_an_axis():
+    found = scaling.points((8, 64, 1000), "D", "scalar")
+    assert [p.shape for p in found.values()] == [
+        (8, 16, 1000), (8, 32, 1000), (8, 64, 1000), (8, 128, 1000)
+    ]  # fmt: skip
+    assert all(name == point.case.name for name, point in found.items())
+
+
+def test_grid_refuses_wrong_results_of_any_case(tmp_path):
+    path = str(tmp_path / "inputs.pt")
+    head.make_groups((40, 16, 300), {"fp32": path}, True, "cpu")
+    case = masked.CASES["per-token 60 %"]
+    for name in ("ours", "active"):
+        subject = grid.prepare(path, case, name, "cpu")
+        value, d_hidden, d_weight = subject.call()
+        assert subject.check((value, d_hidden, d_weight))
+        with pytest.raises(Wrong, match="d weight"):
+            subject.check((value, d_hidden, 2 * d_weight))
+
+
+# --- training steps -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", e2e.CASES)
+def test_a_step_is_the_one_people_write(name):
+    """In float32, with a reference that differs; then both trainers go three steps alike."""
+    found = e2e.deviation(TINY, e2e.CASES[name])
+    assert found.keys() == {"loss", "gradient"} and max(found.values()) < 1e-4
+    both = []
+    for implementation in ("ours", "naive"):
+        trainer = e2e.Trainer(TINY, e2e.CASES[name], implementation)
+        given = e2e.batch(TINY, TINY.rows)
+        both.append(torch.stack([trainer.step(given) for _ in range(3)]))
+    torch.testing.assert_close(*both, rtol=1e-4, atol=1e-5)
+    assert both[0][2] < both[0][0]  # it learns
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
+def test_other_architectures(architecture):
+    setting = replace(TINY, architecture=architecture)
+    assert max(e2e.deviation(setting, e2e.CASES["ift"]).values()) < 1e-3
+
+
+def test_a_wrong_step_is_refused(monkeypatch):
+    def wrong(model, reference, frozen, given):
+        return 1.01 * e2e._our_sft(model, reference, frozen, given)
+
+    monkeypatch.setitem(e2e.STEPS, ("sft", "ours"), wrong)
+    subject = e2e.prepare(TINY, "sft", "ours")
+    with pytest.raises(Wrong, match="loss: 0.01 from the step"):
+        subject.check(subject.call())
+    with pytest.raises(Wrong, match="loss: not finite"):
+        subject.check(torch.tensor(torch.nan))
+
+
+def test_e2e_end_to_end(tmp_path, capsys):
+    found = run(
+        tmp_path, "e2e", "--rows", "2", "--length", "16", "--hidden", "64", "--layers", "1",
+        "--vocabulary", "300", "--cases", "ift", "--memory", "0.5", "--most", "2",
+    )  # fmt: skip
+    (group,) = found["groups"]
+    assert group["absent"]["ift"].keys() == {"shared"}
+    for cell in group["cells"]:
+        assert cell["tokens_per_second"] == pytest.approx(32 / cell["seconds"])
+        assert cell["largest"]["rows"] == 2 and cell["largest"]["capped"]
+    assert "tokens/s; most rows in 0.5 GiB: ≥ 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [("--rows", "3"), ("--hidden", "65"), ("--length", "4")])
+def test_e2e_refuses(option, capsys):
+    with pytest.raises(SystemExit, match=f"{option[0]}.*got.*{option[1]}"):
+        main(["e2e", *option])
+
+
+@pytest.mark.parametrize(
+    ("memory", "rows", "capped"),
+    [(75, 6, False), (10, 0, False), (10_000, 20, True), (20, 2, False)],
+)
+def test_largest_batch(memory, rows, capped, monkeypatch):
+    asked = []
+
+    def look(prepare, arguments, settings):
+        asked.append(arguments[0])
+        return 10 * arguments[0]
+
+    monkeypatch.setattr(largest, "look", look)
+    found = largest.largest(None, lambda n: (n,), memory, harness.Settings(1), most=20)
+    assert (found["rows"], found["capped"]) == (rows, capped)
+    assert len(set(asked)) == len(asked) == len(found["tried"])
+
+
+def test_a_batch_that_fails_does_not_fit(monkeypatch):
+    def look(prepare, arguments, settings):
+        if arguments[0] > 4:
+            raise Failed("its process was killed by signal 9, out of memory?")
+        return 1
+
+    monkeypatch.setattr(largest, "look", look)
+    found = largest.largest(None, lambda n: (n,), 10, harness.Settings(1), most=64)
+    assert found["rows"] == 4 and not found["capped"]
+    assert "signal 9" in found["tried"]["8"]
+
+
+# --- the tour -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", tour.STOPS, ids=lambda stop: stop.suite)
+def test_stops_are_understood(stop):
+    assert parse([stop.suite, *stop.options]).suite == stop.suite
+
+
+def test_the_tour_has_every_suite_within_its_time():
+    assert {stop.suite for stop in tour.STOPS} == set(SUITES)
+    assert sum(stop.share for stop in tour.STOPS) == pytest.approx(1.0)
+
+
+def test_the_tour_ends_in_a_page_and_names_what_failed(tmp_path):
+    options = ("--kinds", "greedy", "--implementations", "ours", "naive", "--dtype", "fp32")
+    stops = (tour.Stop("overhead", 0.9, options), tour.Stop("head", 0.1, ("--shapes", "1")))
+    (tmp_path / "old.json").write_text("{}")
+    assert tour.run(stops, tmp_path, 0.2, 1) == ["head"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "greedy N=16" in page and page.count("data:image/png;base64,") >= 1
+    assert not (tmp_path / "old.json").exists()
+
+
+def test_largest_is_asked_for_rows_of_the_same_setting():
+    arguments = functools.partial(e2e._with_rows, TINY, "sft", "ours")(6)
+    assert arguments == (replace(TINY, rows=6), "sft", "ours")
