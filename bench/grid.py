@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,12 +55,14 @@ def run(
     progress: Any,
     *,
     flat: bool = False,
+    prepare: Callable[..., Subject] = prepare,
     parts: tuple[int, int] = (1, 1),
 ) -> dict[str, Any]:
     """Measure a grid; its record.
 
     Args:
         flat: random data, not LM-like.
+        prepare: of the cells, called like `prepare` of this module.
         parts: how many grids are left with this one, and how many there are.
     """
     shapes = list(dict.fromkeys(point.shape for point in points))
@@ -73,7 +75,7 @@ def run(
                 looks[shape] = worker.call(
                     head.make_groups, shape, {dtype: paths[shape]}, flat, arguments.device
                 )[dtype]
-        cells, absent = plan(name, points, dtype, arguments, paths)
+        cells, absent = plan(name, points, dtype, arguments, paths, prepare)
         measure(cells, settings, progress, 1 / parts[0], 1 / parts[1])
     return {
         "name": name,
@@ -96,6 +98,7 @@ def plan(
     dtype: str,
     arguments: argparse.Namespace,
     paths: dict[tuple[int, int, int], str],
+    prepare: Callable[..., Subject],
 ) -> tuple[list[Cell], dict[str, dict[str, str]]]:
     """What is to be measured, and what is not (case → implementation → reason)."""
     cells: list[Cell] = []

@@ -40,7 +40,8 @@ Ratios are within one run: *floor* is time over that of the bare matrix products
 *naive* time over that of the fastest form that holds the logits, *memory* the peak of a call over
 inputs and results, and its ratio to the leanest such form. *Fastest* says whether ours is the
 fastest of all that were measured beside it or within 3 % of that; where it is not, it names what is
-faster and by how much. A dash is what was not measured. How it is measured:
+faster and by how much. *Leanest* says the same of memory, among those that give a gradient of its
+own per token. Of ours it is the exact gradient that is judged. A dash is what was not measured. How it is measured:
 [benchmarking.md](benchmarking.md)."""
 
 
@@ -71,7 +72,7 @@ def tables(sources: Sequence[Source], suite: str) -> list[Table]:
         head = ["case"]
         for device in shown:
             prefix = f"{device}: " if len(devices) > 1 else ""
-            head += [f"{prefix}time", "floor", "naive", "memory", "of naive", "fastest"]
+            head += [f"{prefix}time", "floor", "naive", "memory", "of naive", "fastest", "leanest"]
         rows = []
         for name, by_device in cases.items():
             row = [name]
@@ -85,11 +86,11 @@ def tables(sources: Sequence[Source], suite: str) -> list[Table]:
 
 def _standing(case: Case | None) -> list[str]:
     if case is None or case.ours is None:
-        return ["–"] * 6
+        return ["–"] * 7
     cell = case.ours
     values = [
         duration(cell["seconds"]), times(cell.get("of_floor")), times(cell.get("of_naive")),
-        size(cell["extra_bytes"]), times(cell.get("memory_of_naive")), case.verdict,
+        size(cell["extra_bytes"]), times(cell.get("memory_of_naive")), case.fastest, case.leanest,
     ]  # fmt: skip
     return [value or "–" for value in values]
 
@@ -223,7 +224,7 @@ def page(sources: Sequence[Source]) -> str:
         text = _text(json.dumps(about, indent=1, ensure_ascii=False))
         parts.append(f"<details><summary>{_label(source)}</summary><pre>{text}</pre></details>")
     read = _text(READ).replace("[benchmarking.md](benchmarking.md)", "docs/benchmarking.md")
-    for word in ("floor", "naive", "memory", "Fastest"):
+    for word in ("floor", "naive", "memory", "Fastest", "Leanest"):
         read = read.replace(f"*{word}*", f"<b>{word}</b>")
     return PAGE.substitute(read=read, nav=nav, body="\n".join(parts))
 
@@ -279,7 +280,11 @@ def _table(table: Table) -> str:
     for row in table.rows:
         cells = []
         for name, cell in zip(table.head, row, strict=True):
-            kind = verdict.get(cell, "no" if cell != "–" else "") if name == "fastest" else ""
+            kind = (
+                verdict.get(cell, "no" if cell != "–" else "")
+                if name in ("fastest", "leanest")
+                else ""
+            )
             cells.append(f"<td{f' class={kind}' if kind else ''}>{_text(cell)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     title = f"<h3>{_text(table.title)}</h3>" if table.title else ""

@@ -113,10 +113,10 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str:
-    """The commit of the checkout, with "+" if files differ from it; "unknown" outside one."""
+    """The commit, with "+" if files beside results differ from it; "unknown" outside a checkout."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
-        return commit + ("+" if _git("status", "--porcelain") else "")
+        return commit + ("+" if _git("status", "--porcelain", "--", ".", ":!bench/results") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

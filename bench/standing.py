@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.peers import PEERS
 from bench.report import Report, times
 
 CLOSE = 1.03  # times the fastest: within the noise of most machines
+# Peers that give the gradient of a sum over tokens alone.
+SUMS = tuple(name for name, peer in PEERS.items() if "logprob" in peer.lacks)
 OURS = ("ours", "active", "active-dense", "shared")
 
 
@@ -51,16 +54,25 @@ class Case(NamedTuple):
         return None
 
     @property
-    def verdict(self) -> str:
+    def fastest(self) -> str:
         """Is ours the fastest?"""
+        return self._verdict("seconds", ())
+
+    @property
+    def leanest(self) -> str:
+        """Does ours take least memory among those that give a gradient of its own per token?"""
+        return self._verdict("extra_bytes", SUMS)
+
+    def _verdict(self, quantity: str, without: tuple[str, ...]) -> str:
         others = [
             c for c in self.cells
-            if c["implementation"] not in OURS and not c["implementation"].startswith("floor")
+            if c["implementation"] not in (*OURS, *without) and (c[quantity] or 0) > 0
+            and not c["implementation"].startswith("floor")
         ]  # fmt: skip
-        if self.ours is None or not others:
+        if self.ours is None or not others or self.ours[quantity] is None:
             return "–"
-        best = min(others, key=lambda c: c["seconds"])
-        ratio = self.ours["seconds"] / best["seconds"]
+        best = min(others, key=lambda c: c[quantity])
+        ratio = self.ours[quantity] / best[quantity]
         if ratio <= 1:
             return "yes"
         if ratio <= CLOSE:

@@ -53,7 +53,10 @@ BASE = (cell("floor", [1.0]), cell("ours", [1.0, 1.1, 1.2], 100 << 20), cell("na
 def test_verdict(other, verdict, tmp_path):
     found = made_up(*BASE, cell("cce", [other]))
     case = standing.Case("scalar", found["groups"][0], standing.Source(tmp_path / "a.json", found))
-    assert case.verdict == verdict
+    assert case.fastest == verdict
+    assert case.leanest == "–"  # nobody else's memory is known
+    case.cells[2]["extra_bytes"] = 50 << 20
+    assert case.leanest == "no: naive, by 2.00×"
 
 
 def test_the_file_with_most_samples_counts_then_the_newest(tmp_path):
