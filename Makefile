@@ -16,7 +16,7 @@ demo: $(VENV)/train.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-# Every suite in short, within ten minutes on two cores; ends in build/bench/report.html.
+# Every suite in short, with a budget of nine minutes; ends in build/bench/report.html.
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m bench tour $(ARGS)
 

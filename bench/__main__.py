@@ -1,7 +1,7 @@
 """``python -m bench SUITE``: measure; ``python -m bench --list``: what there is to measure.
 
 ``report`` makes a page of what was measured, ``compare A.json B.json`` and ``run --base REV SUITE``
-find what became slower, ``counts`` what became more, and ``tour`` runs a short form of every suite.
+find what became slower, and ``tour`` runs a short form of every suite.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SUITES: dict[str, Any] = {
     "scaling": scaling, "overhead": overhead, "e2e": e2e,
 }  # fmt: skip
 COMMANDS = {
-    "report": "page", "compare": "regress", "run": "regress", "tour": "tour", "counts": "counts",
+    "report": "page", "compare": "regress", "run": "regress", "tour": "tour",
 }  # fmt: skip
 
 
@@ -90,8 +90,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="suites, cases and implementations")
     suites = parser.add_subparsers(dest="suite", metavar="SUITE")
     for name, module in SUITES.items():
-        about = module.__doc__.split(": ", 1)[1].strip().replace("%", "%%")  # argparse formats it
-        suite = suites.add_parser(name, help=about, description=about)
+        about = module.__doc__.split(": ", 1)[1].strip()
+        suite = suites.add_parser(name, help=about.replace("%", "%%"), description=about)
         module.add_arguments(suite)
         suite.add_argument("--rounds", type=int, default=5, help="samples of a cell, at most (5)")
         suite.add_argument(

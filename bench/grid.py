@@ -118,6 +118,7 @@ def plan(
                     group.cell(case, implementation, device),
                     group=name, case=case.name, prepare=prepare,
                     arguments=(paths[shape], case, implementation, arguments.device),
+                    memory=peer is not None, compiled=peer is not None and peer.compiled,
                 )
             )  # fmt: skip
     return cells, absent

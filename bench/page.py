@@ -41,8 +41,8 @@ Ratios are within one run: *floor* is time over that of the bare matrix products
 inputs and results, and its ratio to the leanest such form. *Fastest* says whether ours is the
 fastest of all that were measured beside it or within 3 % of that; where it is not, it names what is
 faster and by how much. *Leanest* says the same of memory, among those that give a gradient of its
-own per token. Of ours it is the exact gradient that is judged. A dash is what was not measured. How it is measured:
-[benchmarking.md](benchmarking.md)."""
+own per token. Of ours it is the exact gradient that is judged. A dash is what was not measured.
+How it is measured: [benchmarking.md](benchmarking.md)."""
 
 
 class Table(NamedTuple):
@@ -280,11 +280,8 @@ def _table(table: Table) -> str:
     for row in table.rows:
         cells = []
         for name, cell in zip(table.head, row, strict=True):
-            kind = (
-                verdict.get(cell, "no" if cell != "–" else "")
-                if name in ("fastest", "leanest")
-                else ""
-            )
+            judged = name in ("fastest", "leanest") and cell != "–"
+            kind = verdict.get(cell, "no") if judged else ""
             cells.append(f"<td{f' class={kind}' if kind else ''}>{_text(cell)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     title = f"<h3>{_text(table.title)}</h3>" if table.title else ""

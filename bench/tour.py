@@ -1,4 +1,4 @@
-"""``python -m bench tour``: every suite in short, in under ten minutes, and the page of it.
+"""``python -m bench tour``: every suite in short, with nine minutes to share, and the page of it.
 
 Enough to see where the package stands on this machine; samples are few, so read ratios and not
 digits. A suite that fails is named, and the rest goes on.
