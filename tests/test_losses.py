@@ -330,3 +330,57 @@ def test_noisy_recipe():
     noisy = ift.IFTConfig.noisy(warmup_steps=10, seed=3)
     assert noisy.lam_noise and noisy.lambda_schedule == "linear" and noisy.lam == 0.2
     assert len({noisy.lam_at(step) for step in range(20)}) > 10
+
+
+@pytest.mark.parametrize("kind", ["aot", "aot_unpaired"])
+def test_sorting_leaves_empty_pairs_out(kind):
+    """A pair without tokens, anywhere in the batch, changes neither loss nor other gradients."""
+    logprob, mask, reference = batch()
+    one = losses.dpo_loss(logprob, mask, reference, kind=kind)
+    (wanted,) = torch.autograd.grad(one, logprob)
+    rows = torch.tensor([0, 6, 1, 2, 3, 6, 4, 5])  # pair 1 is the empty one
+    more = [torch.cat([x.detach(), x.new_zeros(1, LENGTH)])[rows] for x in (logprob, reference)]
+    wider = torch.cat([mask, mask.new_zeros(1, LENGTH)])[rows]
+    x = more[0].requires_grad_()
+    two = losses.dpo_loss(x, wider, more[1], kind=kind)
+    (found,) = torch.autograd.grad(two, x)
+    torch.testing.assert_close(two, one)
+    torch.testing.assert_close(found[rows != 6], wanted)
+    assert not found[rows == 6].any()
+
+
+def test_the_entropy_bonus_is_a_mean_over_the_step():
+    logprob, mask, reference = batch()
+    entropy = torch.rand_like(logprob).requires_grad_()
+    items = mask.sum()
+
+    def bonus(rows):
+        return losses.ppo_loss(
+            logprob[rows], mask[rows], ADVANTAGES[rows], reference[rows], entropy=entropy[rows],
+            entropy_coef=0.5, num_items=items,
+        )  # fmt: skip
+
+    (whole,) = torch.autograd.grad(bonus(slice(0, 6)), entropy)
+    (parts,) = torch.autograd.grad(sum(bonus(slice(i, i + 2)) for i in (0, 2, 4)), entropy)
+    torch.testing.assert_close(whole, torch.where(mask, -0.5 / items, 0).to(whole))
+    torch.testing.assert_close(parts, whole)
+
+
+def test_sums_per_row_are_not_taken_for_values_per_token():
+    logprob, mask, reference = batch()
+    with pytest.raises(ValueError, match="reference: expected"):
+        losses.grpo_loss(
+            logprob, mask, ADVANTAGES, reference, kl_coef=0.1, reference=reference.sum(1)
+        )
+    with pytest.raises(ValueError, match="old_logprob: expected"):
+        losses.ppo_loss(logprob, mask, ADVANTAGES, reference.sum(1))
+
+
+def test_options_that_a_kind_does_not_have():
+    logprob, mask, reference = batch()
+    with pytest.raises(ValueError, match="label_smoothing"):
+        losses.cpo_loss(logprob, mask, kind="hinge", label_smoothing=0.1)
+    with pytest.raises(ValueError, match="length_normalized"):
+        losses.dpo_loss(logprob, mask, reference, kind="aot", length_normalized=True)
+    with pytest.raises(ValueError, match="delta"):
+        losses.grpo_loss(logprob, mask, ADVANTAGES, reference, kind="cispo", delta=4.0)

@@ -148,6 +148,8 @@ def dpo_loss(
             match, an odd number of rows.
     """
     _check(kind, label_smoothing, divergence, alpha, discopop_tau)
+    if length_normalized and kind == "aot":
+        raise ValueError("length_normalized: expected False with kind 'aot', got True")
     check_pairs(beta, label_smoothing, reduction)
     tokens = PairTokens(logprob, mask, cu_seqlens) if kind != "rejected_free" else _Chosen(
         logprob, mask, cu_seqlens
@@ -155,7 +157,7 @@ def dpo_loss(
     policy = tokens.pair_sums(tokens.logprob)
     frozen = Pairs(torch.zeros_like(policy.chosen), torch.zeros_like(policy.rejected))
     if reference is not None:
-        frozen = tokens.halves(tokens.sums_of("reference", reference.detach()))
+        frozen = tokens.halves(tokens.sums_of("reference", reference).detach())
     ratios = Pairs(policy.chosen - frozen.chosen, policy.rejected - frozen.rejected)
     scores = Pairs(*(_score(u, divergence, alpha) for u in ratios))
     if length_normalized:
@@ -164,9 +166,10 @@ def dpo_loss(
         scores = Pairs(*(s / n for s, n in zip(scores, lengths, strict=True)))
     margin = scores.chosen - scores.rejected
     if kind == "aot":
-        margin = _sorted(policy.chosen - policy.rejected) - _sorted(frozen.chosen - frozen.rejected)
+        sides = (policy.chosen - policy.rejected, frozen.chosen - frozen.rejected)
+        margin = torch.sub(*(_sorted(x, tokens.counted) for x in sides))
     elif kind == "aot_unpaired":
-        margin = _sorted(ratios.chosen) - _sorted(ratios.rejected)
+        margin = torch.sub(*(_sorted(x, tokens.counted) for x in ratios))
     loss = FORMULAS[kind](Ratios(*ratios, beta * margin, beta, label_smoothing, discopop_tau))
     record_rewards(metrics, tokens, Pairs(beta * ratios.chosen, beta * ratios.rejected))
     return tokens.reduce(loss, reduction, num_pairs)
@@ -180,8 +183,11 @@ class _Chosen(PairTokens):
         return Pairs(values, torch.zeros_like(values))
 
 
-def _sorted(x: Tensor) -> Tensor:
-    return x.sort().values
+def _sorted(x: Tensor, counted: Tensor) -> Tensor:
+    """The values that count, ascending, at the places that count; the others behave as absent."""
+    order = torch.where(counted, x.detach(), torch.inf).argsort(stable=True)
+    places = (~counted).to(torch.int8).argsort(stable=True)
+    return x[order][places.argsort()]
 
 
 def _score(u: Tensor, divergence: str, alpha: float) -> Tensor:
@@ -225,3 +231,4 @@ class DPOLoss(Loss):
     """`dpo_loss` with its options held by a module; call it on ``(logprob, mask, reference)``."""
 
     function = staticmethod(dpo_loss)
+    pairs = True

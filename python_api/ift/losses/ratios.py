@@ -77,7 +77,7 @@ def importance_weights(
     positive("cap", cap)
     checks.one_of("level", level, ("token", "sequence"))
     tokens = Tokens(logprob, mask, cu_seqlens)
-    log_ratio = tokens.logprob - tokens.each("sampler_logprob", sampler_logprob)
+    log_ratio = tokens.logprob - tokens.like("sampler_logprob", sampler_logprob)
     return ratio_of(tokens.sums(log_ratio) if level == "sequence" else log_ratio).clamp(max=cap)
 
 
