@@ -1,7 +1,5 @@
 """Small random causal LMs of the architectures that `ift.patch` is tested on."""
 
-from datetime import timedelta
-
 import torch
 import transformers as hf
 
@@ -99,20 +97,3 @@ def assert_close(ours, theirs, tolerance=1e-5):
         if expected is not None:
             error = (got - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
             assert error <= tolerance, f"{name}: {error:.2e}"
-
-
-def join(rank, processes, directory):
-    """Enter a process group on this machine; it meets in a file, since ports can be taken."""
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/rendezvous",
-        rank=rank,
-        world_size=processes,
-        timeout=timedelta(seconds=60),
-    )
-
-
-def leave():
-    """Leave the process group together: a process that is gone cannot answer the others."""
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()

@@ -126,6 +126,8 @@ class _State:
     transform: LogitTransform | None = None  # measured at the first loss
     gradient: str | ActiveSet = "auto"  # of the head
     embeds_checked: bool = False
+    share: bool | None = None
+    told: set[str] = field(default_factory=set)
     draws: two_pass.Draws = field(default_factory=two_pass.Draws)
 
 
@@ -161,7 +163,7 @@ class _Forward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        original = inspect.signature(_original(self.model))
+        original = inspect.signature(original_forward(self.model))
         extra = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
             for name in ("ift", "skip_logits")
@@ -171,9 +173,22 @@ class _Forward:
         return original.replace(parameters=[*parameters[:at], *extra, *parameters[at:]])
 
 
-def _original(model: nn.Module) -> Callable[..., Any]:
+def original_forward(model: nn.Module) -> Callable[..., Any]:
+    """The forward that a patched model had before."""
     previous: Callable[..., Any] | None = getattr(model, _STATE).previous
     return MethodType(type(model).forward, model) if previous is None else previous
+
+
+def logit_transform(model: nn.Module, kwargs: dict[str, Any]) -> LogitTransform:
+    """What a patched model does to its logits, measured with the inputs in `kwargs` the first time.
+
+    Raises:
+        RuntimeError: it does something that `ift.patch` does not know.
+    """
+    state: _State = getattr(model, _STATE)
+    if state.transform is None:
+        state.transform = measure_transform(model, original_forward(model), _two_tokens(kwargs))
+    return state.transform
 
 
 def _forward(
@@ -185,7 +200,7 @@ def _forward(
 ) -> Any:
     if not isinstance(ift, (IFTConfig, NoneType)):
         raise TypeError(f"ift: expected an ift.IFTConfig or None, got {type(ift).__name__}")
-    original = _original(model)
+    original = original_forward(model)
     names = inspect.signature(original).parameters
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     if kwargs.get("labels") is None and skip_logits and kwargs.get("shift_labels") is not None:
@@ -204,8 +219,7 @@ def _forward(
         raise ValueError(f"labels: expected (B, T) token ids with {asked}, got None")
 
     state = getattr(model, _STATE)
-    if state.transform is None:
-        state.transform = measure_transform(model, original, _two_tokens(kwargs))
+    logit_transform(model, kwargs)
     if ift is None:
         output, metrics = _sft(model, original, kwargs, state)
     else:
