@@ -8,7 +8,7 @@ import torch
 
 from ift.tiny import tiny_llama, train_tokenizer
 
-WORDS = "one two three four five six seven eight nine ten".split()
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
 def rows(number: int = 32) -> list[dict[str, str]]:

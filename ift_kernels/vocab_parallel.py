@@ -216,9 +216,7 @@ def _local(
     active: ActiveSet | None,
 ) -> _Local:
     if shard.weight.shape[0]:
-        call = linear._Call(
-            hidden, shard.weight, target, shard.bias, _IGNORE, transform, workspace
-        )
+        call = linear._Call(hidden, shard.weight, target, shard.bias, _IGNORE, transform, workspace)
         stats, norm = call.stats_and_norm(track, active)
         return _Local(stats, *(part.view(target.shape) for part in norm))
     # No rows: next to no probability, by a finite number, so that 0 times it is 0. An edge of the

@@ -45,7 +45,7 @@ def test_adapters_learn_the_same(config, checkpointing):
     got_loss, got = run(model, **inputs)
     torch.testing.assert_close(got_loss, loss, rtol=1e-5, atol=1e-6)
     assert_close(got, expected)
-    assert (("lm_head" in "".join(got)) == ("head" in config and config != "frozen head"))
+    assert ("lm_head" in "".join(got)) == ("head" in config and config != "frozen head")
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -101,7 +101,11 @@ def test_lora_on_the_head_is_refused():
 def test_trainable_tokens_of_a_tied_head_are_refused():
     """PEFT then puts a wrapper around the head, too: its logits are not hidden @ weight.T."""
     config = peft.LoraConfig(
-        **{**LORA, "trainable_token_indices": {"embed_tokens": [3, 5]}, "target_modules": ["q_proj"]}
+        **{
+            **LORA,
+            "trainable_token_indices": {"embed_tokens": [3, 5]},
+            "target_modules": ["q_proj"],
+        }
     )
     model = peft.get_peft_model(make("qwen2"), config)
     with pytest.raises((TypeError, RuntimeError), match="head"):

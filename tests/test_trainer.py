@@ -103,7 +103,8 @@ def test_accumulated_rows_are_one_batch(tmp_path, config, size):
         per_device_train_batch_size=size,
         gradient_accumulation_steps=4 // size,
     )
-    assert_close(parts.gradients[0], whole.gradients[0], 1e-6)
+    # Rows of other lengths are aligned otherwise, so sums come in another order.
+    assert_close(parts.gradients[0], whole.gradients[0], 1e-5)
     loss = [t.state.log_history[0]["loss"] for t in (parts, whole)]
     assert loss[0] == pytest.approx(loss[1], rel=1e-5)
 

@@ -20,7 +20,20 @@ from causal_lms import assert_close, make
 from ift.integrations import trl as integration
 from ift.tiny import train_tokenizer
 
-WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
+WORDS = [
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+]
 
 
 def sentence(number, length):
@@ -85,7 +98,12 @@ TRAINERS = {
     ),
     "orpo": (ORPOTrainer, ORPOConfig, PAIRS, {"max_length": 32}),
     "cpo": (CPOTrainer, CPOConfig, PAIRS, {"max_length": 32}),
-    "simpo": (CPOTrainer, CPOConfig, PAIRS, {"max_length": 32, "loss_type": "simpo", "cpo_alpha": 0}),
+    "simpo": (
+        CPOTrainer,
+        CPOConfig,
+        PAIRS,
+        {"max_length": 32, "loss_type": "simpo", "cpo_alpha": 0},
+    ),
 }
 
 
@@ -156,9 +174,7 @@ def test_gradients_of_the_losses_are_the_same(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "granite", "mixtral", "cohere"])
-def test_scales_caps_and_auxiliary_losses_are_those_of_the_model(
-    architecture, tokenizer, tmp_path
-):
+def test_scales_caps_and_auxiliary_losses_are_those_of_the_model(architecture, tokenizer, tmp_path):
     losses = []
     for ours in (False, True):
         trainer = trainer_of("sft", tokenizer, tmp_path, architecture)
@@ -218,7 +234,11 @@ def test_twenty_steps_are_those_of_the_released_algorithm(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"packing": True, "max_length": 32}, {"padding_free": True}, {"gradient_accumulation_steps": 2}],
+    [
+        {"packing": True, "max_length": 32},
+        {"padding_free": True},
+        {"gradient_accumulation_steps": 2},
+    ],
     ids=str,
 )
 def test_packed_and_accumulated_rows_are_rows(changes, tokenizer, tmp_path):
@@ -228,9 +248,7 @@ def test_packed_and_accumulated_rows_are_rows(changes, tokenizer, tmp_path):
     start = {n: p.detach().clone() for n, p in plain.model.named_parameters()}
     _, expected = trained(plain)
     size = 4 if "gradient_accumulation_steps" in changes else 8
-    other = ift_trainer(
-        tokenizer, tmp_path, per_device_train_batch_size=size, **options, **changes
-    )
+    other = ift_trainer(tokenizer, tmp_path, per_device_train_batch_size=size, **options, **changes)
     _, got = trained(other)
     moved = [{n: p[n] - start[n] for n in start} for p in (got, expected)]
     assert_close(*moved, 1e-3)

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from processes import join, leave, start
 from ift_kernels import ActiveSet, linear_logprobs, vocab_parallel_logprobs
+from processes import join, leave, start
 
 V, D, SHAPE = 131, 24, (3, 9)  # odd: the shards are not of one size
 OUTPUTS = ("logprob", "lse", "entropy", "argmax", "second_logprob", "sum_sq", "mean_logit")

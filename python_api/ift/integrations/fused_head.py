@@ -106,9 +106,7 @@ def pair_forward(self: Any, model: nn.Module, batch: dict[str, Any]) -> tuple[Te
     # What is scored: every label of either kind.
     scored = torch.where(completion == IGNORE_INDEX, labels, completion)
     options = {"output_router_logits": True} if self.aux_loss_enabled else {}
-    out = model(
-        input_ids=ids, attention_mask=mask, labels=scored, fused_lm_head=True, **options
-    )
+    out = model(input_ids=ids, attention_mask=mask, labels=scored, fused_lm_head=True, **options)
     chosen = batch["chosen_labels"].shape[0]
     count = completion[:, 1:] != IGNORE_INDEX
     logps = (out.log_probs * count).sum(-1)
