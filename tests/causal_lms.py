@@ -44,6 +44,9 @@ ARCHITECTURES = {
     ),
     "granite": (hf.GraniteConfig, {"logits_scaling": 13.0, "embedding_multiplier": 3.0}),
     "cohere": (hf.CohereConfig, {"logit_scale": 0.0625}),
+    "gemma3": (hf.Gemma3TextConfig, {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "olmo2": (hf.Olmo2Config, {}),  # norms behind the layers
+    "starcoder2": (hf.Starcoder2Config, {"use_bias": True}),  # tied
     "mixtral": (  # auxiliary loss of a mixture of experts
         hf.MixtralConfig,
         {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5},

@@ -20,20 +20,7 @@ from causal_lms import assert_close, make
 from ift.integrations import trl as integration
 from ift.tiny import train_tokenizer
 
-WORDS = [
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-]
+WORDS = [f"word{n}" for n in range(12)]
 
 
 def sentence(number, length):

@@ -87,7 +87,8 @@ def plain_head(model: nn.Module) -> nn.Linear:
     head: Any = find() if callable(find) else None
     chosen = getattr(head, "modules_to_save", None)  # PEFT: a trained copy beside the original
     if chosen is not None:
-        head = chosen[next(iter(head.active_adapters))]
+        off = getattr(head, "disable_adapters", False)
+        head = head.original_module if off else chosen[next(iter(head.active_adapters))]
     if head is None:
         raise TypeError(f"model: expected a causal LM with an output head, {name} has none")
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:

@@ -79,8 +79,12 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
         base.forward = _Forward(base)
     if gradient is not None:
         getattr(base, _STATE).gradient = gradient
-    if "forward" not in head.__dict__:
-        head.forward = HeadForward(head)  # type: ignore[method-assign]  # the point of patching
+    # PEFT's original beside its trained copy, too: adapters may be switched off.
+    wrapper: Any = base.get_output_embeddings()  # type: ignore[operator]  # plain_head has called it
+    other = getattr(wrapper, "original_module", head)
+    for each in (head, other):
+        if "forward" not in each.__dict__:
+            each.forward = HeadForward(each)
     return model
 
 

@@ -42,7 +42,7 @@ def aligned(ids: Tensor, labels: Tensor, mask: Tensor | None) -> Aligned | None:
     sharing would not pay, short prompts or lengths so uneven that the moved rows are much longer,
     and where a label follows padding: what a model makes of padding depends on what surrounds it.
     """
-    rows, length = ids.shape
+    length = ids.shape[1]
     column = torch.arange(length, device=ids.device)
     response = (labels != IGNORE_INDEX) & (column > 0)
     first = torch.where(response, column, length).amin(1)
@@ -102,7 +102,7 @@ def why_not(model: Any, kwargs: dict[str, Any]) -> str:
 
 
 def serves(model: Any, forward: Callable[..., Any], ids: Tensor) -> bool:
-    """Does the model go on from a cache as if it had seen whole rows? Tried on four tokens, once."""
+    """Does the model go on from a cache as if it had seen whole rows? Tried on four tokens."""
     few = ids[:1, :4]
     if few.shape[1] < 2:
         return False

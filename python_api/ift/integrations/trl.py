@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from trl import SFTConfig, SFTTrainer
@@ -80,7 +80,7 @@ class IFTConfig(SFTConfig):
         head_gradient: as the `gradient` of `ift.patch`.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "ift"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "ift"]
 
     ift: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "options of ift.IFTConfig, as JSON"}
