@@ -29,12 +29,12 @@ def add_fused_forward(model: nn.Module, outputs: tuple[str, ...], temperature: f
         outputs: as of `ift_kernels.linear_logprobs`.
         temperature: that logits are divided by.
     """
-    other = model.forward
+    other: Any = model.forward.__func__  # called with the model at hand, which may be a copy
 
     @functools.wraps(type(model).forward)
     def forward(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
-            return other(*args, **kwargs)
+            return other(self, *args, **kwargs)
         return _fused(self, args, kwargs, outputs, temperature)
 
     forward.is_ift = True  # type: ignore[attr-defined]  # unpatch may take it off
