@@ -7,6 +7,7 @@ gradient: the same batch, whose input embeddings are a little of that. The loss 
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -167,8 +168,9 @@ def _shared_prompt(
             )
         return None
     rows = prefix.aligned(ids, labels, kwargs.get("attention_mask"))
-    if rows is None:  # of this batch alone
-        return None
+    moved = rows is not None and rows.positions is not None
+    if rows is None or (moved and "position_ids" not in inspect.signature(forward).parameters):
+        return None  # this batch cannot, the next one may
     start = rows.start
     at: list[dict[str, Tensor]] = [{}, {}]
     if rows.positions is not None:

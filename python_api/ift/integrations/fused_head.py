@@ -17,7 +17,7 @@ try:
     from trl.trainer.utils import FusedCausalLMOutput
 except ImportError as error:
     raise ImportError(
-        'ift.integrations.trl needs TRL 1.16 or later: pip install "trl>=1.16"'
+        f'ift.integrations.trl needs TRL 1.16 or later ({error}): pip install "ift-kernels[trl]"'
     ) from error
 
 

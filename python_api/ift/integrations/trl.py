@@ -12,7 +12,13 @@ from types import MethodType
 from typing import Any, ClassVar
 
 from torch import nn
-from trl import SFTConfig, SFTTrainer
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ImportError as error:
+    raise ImportError(
+        f'ift.integrations.trl needs TRL 1.16 or later ({error}): pip install "ift-kernels[trl]"'
+    ) from error
 
 from ift.config import IFTConfig as Options
 from ift.integrations.fused_head import add_fused_forward, pair_forward
