@@ -7,7 +7,7 @@ operators: every schedule, exact or active, serves a shard as it serves a whole 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -84,7 +84,7 @@ def vocab_parallel_logprobs(
     valid = target != ignore_index
     linear_ops.check_targets(target.flatten(), valid.flatten(), shard.vocabulary)
 
-    hidden = _ToShards.apply(hidden, shard.group)
+    hidden = _to_shards(hidden, shard.group)
     here = valid & (target >= shard.start) & (target < shard.start + shard.weight.shape[0])
     # Targets of other shards become any id: nothing is made of that log-probability.
     own = torch.where(here, target - shard.start, 0).masked_fill(~valid, _IGNORE)
@@ -198,10 +198,14 @@ class _FromShards(torch.autograd.Function):
         return grads[0], None
 
 
+_to_shards: Any = _ToShards.apply
+_sum_of_shards: Any = _FromShards.apply
+
+
 class _Local(NamedTuple):
     """What one shard knows of each token; `top` and `log_sum` make up `lse`, without gradient."""
 
-    stats: TokenStats  # mean_logit less lse
+    stats: Any  # TokenStats, mean_logit less lse
     top: Tensor
     log_sum: Tensor
 
@@ -233,6 +237,7 @@ def _local(
 def _combined(local: _Local, here: Tensor, shard: _Shard, track: int) -> TokenStats:
     """Statistics of the whole vocabulary from those of the shards."""
     stats, group = local.stats, shard.group
+    out: Any
 
     def extreme(value: Tensor, op: Any) -> Tensor:
         value = value.contiguous().clone()
@@ -240,7 +245,6 @@ def _combined(local: _Local, here: Tensor, shard: _Shard, track: int) -> TokenSt
         return value
 
     most = extreme(local.top, dist.ReduceOp.MAX)
-    assert stats.lse is not None and stats.logprob is not None
     # Relative to the largest logit, since a common one would cost digits; and in double, or nearly
     # certain tokens would lose theirs to the 1 of the sum.
     edge = stats.lse - stats.lse.detach()  # 0, for its gradient
@@ -253,7 +257,7 @@ def _combined(local: _Local, here: Tensor, shard: _Shard, track: int) -> TokenSt
         parts.append((2 * relative.detach()).exp() * stats.sum_sq)
     if track & ref.TRACK_MEAN:  # comes less lse
         parts.append((stats.mean_logit + relative) * (shard.weight.shape[0] / shard.vocabulary))
-    sums = iter(_FromShards.apply(torch.stack(parts), group))
+    sums = iter(_sum_of_shards(torch.stack(parts), group))
     log_sum = next(sums).log()
     dtype = stats.lse.dtype
     out = TokenStats((next(sums) - log_sum).to(dtype), (most + log_sum).to(dtype))
@@ -264,7 +268,7 @@ def _combined(local: _Local, here: Tensor, shard: _Shard, track: int) -> TokenSt
     if track & ref.TRACK_MEAN:
         out = out._replace(mean_logit=(next(sums) + most).to(dtype))
     if not track & ref.TRACK_ARGMAX:
-        return out
+        return cast(TokenStats, out)
     rest = log_sum.detach().to(dtype)
     # Ties go to the lowest id; with NaN alone, to the last.
     mine = torch.where(local.top == most, stats.argmax + shard.start, shard.vocabulary - 1)
@@ -274,4 +278,4 @@ def _combined(local: _Local, here: Tensor, shard: _Shard, track: int) -> TokenSt
         inside = (argmax >= shard.start) & (argmax < shard.start + shard.weight.shape[0])
         second = torch.where(inside, stats.second_logprob + local.log_sum, 0) + (local.top - most)
         out = out._replace(second_logprob=extreme(second, dist.ReduceOp.MAX) - rest)
-    return out
+    return cast(TokenStats, out)

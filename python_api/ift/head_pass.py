@@ -137,10 +137,9 @@ def head_pass(
         nonlocal losses
         losses += 1
         assert loss is not None
-        nothing: Any = logits.sum()  # see HeadForward
-        return loss(question.answers[-1]) + (
-            nothing.full_tensor() if is_sharded(nothing) else nothing
-        )
+        empty: Any = logits.sum()  # see HeadForward
+        nothing: Tensor = empty.full_tensor() if is_sharded(empty) else empty
+        return loss(question.answers[-1]) + nothing
 
     config = getattr(model, "config", None)
     if not kwargs.get("return_dict", getattr(config, "return_dict", True)):
