@@ -136,8 +136,8 @@ def test_a_trainer_learns_the_same_on_our_kernels(name, tokenizer, tmp_path, mon
     monkeypatch.setattr(trainer.model.lm_head.forward.__class__, "__call__", counted)
     ours, got = trained(trainer)
     assert calls.count(0) >= 2, "no forward was ours"
-    if name != "grpo":  # which generates with logits
-        assert set(calls) <= {0, len(tokenizer)} and calls.count(len(tokenizer)) <= 1
+    if name != "grpo":  # which generates with logits; else one measurement of each model
+        assert set(calls) <= {0, len(tokenizer)} and calls.count(len(tokenizer)) <= 2
     skip = ("time", "runtime", "per_second", "total_flos", *UNLIKE.get(name, ()))
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
