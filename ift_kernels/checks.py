@@ -134,6 +134,11 @@ def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     named = [("hidden", hidden), ("weight", weight), *([] if bias is None else [("bias", bias)])]
     for name, value in named:
         floating(name, value)
+        if hasattr(value, "device_mesh"):
+            raise TypeError(
+                f"{name}: expected a plain tensor, got a DTensor: gather it, or see "
+                "ift_kernels.vocab_parallel_logprobs for a head sharded along its vocabulary"
+            )
         if value.layout != torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
         if value.dtype.itemsize < 2:
