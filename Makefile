@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # An editable install follows the Python sources by itself; these need another one.
-INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 .PHONY: demo test lint wheel clean
 .SECONDARY:
@@ -20,8 +20,10 @@ test: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
 
+# One wheel in dist/, repaired and checked: with the CUDA extension where nvcc is; CUDA=12.9 asks for
+# that toolkit and tags the version +cu129. See docs/install.md.
 wheel: $(VENV)/dev.stamp
-	IFT_REQUIRE_CPP=1 $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	PYTHON="$(abspath $(BIN))/python" CUDA="$(CUDA)" .ci/wheel
 
 # Leaves the packages in .venv, which take longest; the next command builds ours again.
 clean:

@@ -11,8 +11,7 @@ void active_marks(const Queue& queue, const Products& p, const int64_t* target, 
   const Chunk c = chunk_of(p);
   each_kind(p, [&](auto t, auto plain) {
     using T = decltype(t);
-    const bool aligned =
-        aligned_to(16, {p.x}) && p.ld % kPack<T> == 0;
+    const bool aligned = aligned_to(16, {p.x}) && p.ld % kPack<T> == 0;
     Strips strips{aligned ? p.cols / kPack<T> : 0, 0};
     strips.jobs = strips.packs + (p.cols - strips.packs * kPack<T>);
     launch(queue, "marks_kernel", marks_kernel<T, decltype(plain)::value>,
@@ -47,8 +46,7 @@ void active_gradient(const Queue& queue, const Products& p, const int64_t* targe
                      int64_t block, int64_t tile) {
   const Chunk c = chunk_of(p);
   const ActiveRows rows{target, norm, norm_ld, coef, coef_ld, base, base_ld};
-  const bool aligned =
-      aligned_to(16, {norm, coef, base}) && (norm_ld | coef_ld | base_ld) % 4 == 0;
+  const bool aligned = aligned_to(16, {norm, coef, base}) && (norm_ld | coef_ld | base_ld) % 4 == 0;
   each_kind(p, [&](auto t, auto plain) {
     using T = decltype(t);
     const int64_t packs = block / kPack<T>;

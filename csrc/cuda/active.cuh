@@ -80,7 +80,8 @@ static __global__ void __launch_bounds__(kThreads)
 constexpr int kStrip = kThreads * 8;  // columns whose marks a block holds at once
 constexpr int kSide = 32;             // of the squares in which columns are transposed
 
-// What collecting needs beside the chunk. starts (blocks, tiles): where the columns of a tile begin.
+// What collecting needs beside the chunk. starts (blocks, tiles): where the columns of a tile
+// begin.
 struct Collect {
   const uint8_t* marks;
   const int64_t* starts;
@@ -213,9 +214,9 @@ __device__ inline void load_rows(const float* from, int64_t at, bool aligned, fl
   }
 }
 
-// Stored products (count, block) overwritten by their gradient less base[tile, row]. `across` threads
-// stand side by side along a column, each with a pack of rows whose vectors it keeps in registers
-// while it goes from column to column of the same block of rows.
+// Stored products (count, block) overwritten by their gradient less base[tile, row]. `across`
+// threads stand side by side along a column, each with a pack of rows whose vectors it keeps in
+// registers while it goes from column to column of the same block of rows.
 template <class T, bool kPlain>
 __global__ void __launch_bounds__(kThreads)
     active_gradient_kernel(Chunk c, ActiveRows rows, const int64_t* pairs, int64_t count,
@@ -262,8 +263,7 @@ __global__ void __launch_bounds__(kThreads)
       const float tail = per_log_p[i] == 0.0f || p == 0.0f ? 0.0f : per_log_p[i] * log_p;
       // One sum before the slope: p * one and hit nearly cancel for a sure token.
       const float sum = p * (one[i] + tail) + (at[i] == column ? hit[i] : 0.0f) + flat[i];
-      const bool dead =
-          hit[i] == 0.0f && one[i] == 0.0f && per_log_p[i] == 0.0f && flat[i] == 0.0f;
+      const bool dead = hit[i] == 0.0f && one[i] == 0.0f && per_log_p[i] == 0.0f && flat[i] == 0.0f;
       v[i] = dead ? 0.0f : sum * (c.slope * cap_slope<kPlain>(c, z)) - base[i];
     }
     store16(here, pack<T>(v));

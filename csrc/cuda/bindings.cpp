@@ -29,8 +29,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("STATS_BYTES") = gpu::stats_bytes();
   m.attr("MOST_TOP_K") = gpu::most_top_k();
 
-  py::class_<Queue>(m, "Queue").def(
-      py::init([](int device, uintptr_t stream) { return Queue{device, stream}; }));
+  py::class_<Queue>(m, "Queue").def(py::init([](int device, uintptr_t stream) {
+    return Queue{device, stream};
+  }));
   py::class_<Products>(m, "Products")
       .def(py::init([](uintptr_t x, int dtype, int64_t rows, int64_t cols, int64_t ld,
                        uintptr_t bias, float scale, float softcap, float temperature,
@@ -112,10 +113,11 @@ PYBIND11_MODULE(_cuda, m) {
       .def(py::init([](uintptr_t ids, uintptr_t predicted, uintptr_t labels, uintptr_t offsets,
                        int64_t documents, int64_t tokens, int64_t row_length, int64_t ignore_index,
                        int64_t vocabulary) {
-        return gpu::ResidualTokens{
-            at<int64_t>(ids), at<int64_t>(predicted), at<int64_t>(labels), at<int64_t>(offsets),
-            documents,        tokens,                 row_length,          ignore_index,
-            vocabulary};
+        return gpu::ResidualTokens{at<int64_t>(ids),    at<int64_t>(predicted),
+                                   at<int64_t>(labels), at<int64_t>(offsets),
+                                   documents,           tokens,
+                                   row_length,          ignore_index,
+                                   vocabulary};
       }));
   m.def(
       "residual",

@@ -1,9 +1,9 @@
 // Token choice over a chunk of products: a Gumbel-max draw, and the k best logits.
 //
-// Bytes: rows * cols * sizeof(T), k times that for the k best, of which only the first reading comes
-// from memory. Roof: the bandwidth of memory where distributions are peaked: a batch that cannot
-// beat what a thread has seen draws no random numbers. Flat ones are bound by the generator, about
-// 25 instructions per value.
+// Bytes: rows * cols * sizeof(T), k times that for the k best, of which only the first reading
+// comes from memory. Roof: the bandwidth of memory where distributions are peaked: a batch that
+// cannot beat what a thread has seen draws no random numbers. Flat ones are bound by the generator,
+// about 25 instructions per value.
 #pragma once
 #include "common.cuh"
 
@@ -13,8 +13,8 @@ namespace gpu {
 // -log(-log1p(-u)) of the smallest u, 2^-33, and a little more for rounding.
 constexpr float kMostNoise = 22.9f;
 
-// Philox4x32-10 (Salmon et al., SC 2011): counter (id / 4, row low, row high, 0), key the seed; word
-// id % 4 is the id's. As in ift_kernels/backends/reference.py.
+// Philox4x32-10 (Salmon et al., SC 2011): counter (id / 4, row low, row high, 0), key the seed;
+// word id % 4 is the id's. As in ift_kernels/backends/reference.py.
 __device__ inline uint4 philox(uint64_t seed, uint64_t row, uint32_t group) {
   uint32_t c0 = group, c1 = static_cast<uint32_t>(row), c2 = static_cast<uint32_t>(row >> 32);
   uint32_t c3 = 0, k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -88,11 +88,11 @@ template <class T, bool kPlain>
 __device__ inline void fold_draw(const Chunk& c, const Drawn& out, int64_t row, uint64_t key) {
   if (key == 0) return;
   const uint32_t column = key_column(key);
-  const float z = logit<kPlain>(
-      c, to_float((static_cast<const T*>(c.x) + row * c.ld)[column]), column);
+  const float z =
+      logit<kPlain>(c, to_float((static_cast<const T*>(c.x) + row * c.ld)[column]), column);
   const int64_t id = c.offset + column;
-  const uint4 words = philox(out.seed, static_cast<uint64_t>(out.row_numbers[row]),
-                             static_cast<uint32_t>(id / 4));
+  const uint4 words =
+      philox(out.seed, static_cast<uint64_t>(out.row_numbers[row]), static_cast<uint32_t>(id / 4));
   const float score = z + gumbel_noise(words, static_cast<int>(id % 4)), best = out.best[row];
   if (!(score > best) && !(score != score && best == best)) return;
   out.best[row] = score;
@@ -143,8 +143,7 @@ struct BestBelow {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int64_t here = column + i / kPack<T> * stride + i % kPack<T>;
-      const uint64_t mine =
-          order_key(logit<kPlain>(c, x[i], here), static_cast<uint32_t>(here));
+      const uint64_t mine = order_key(logit<kPlain>(c, x[i], here), static_cast<uint32_t>(here));
       if (mine < bound && mine > key) key = mine;
     }
   }
@@ -152,8 +151,8 @@ struct BestBelow {
 
 constexpr int kMostBest = 16;
 
-// A block per row: k times the best of what is left, then merged with values and ids (rows, k) of the
-// chunks before, which are ahead where values are equal.
+// A block per row: k times the best of what is left, then merged with values and ids (rows, k) of
+// the chunks before, which are ahead where values are equal.
 template <class T, bool kPlain>
 __global__ void __launch_bounds__(kThreads)
     top_k_kernel(Chunk c, float* values, int64_t* ids, int k) {
@@ -184,8 +183,8 @@ __global__ void __launch_bounds__(kThreads)
   int64_t* const id = ids + r * k;
   for (int i = 0, ours = 0, theirs = 0; i < k; ++i) {
     // Placeholders (id -1) lose against everything.
-    const bool newer = id[theirs] < 0 || (found_ids[ours] >= 0 && order_key(found[ours], 0) >
-                                                                      order_key(value[theirs], 0));
+    const bool newer = id[theirs] < 0 || (found_ids[ours] >= 0 &&
+                                          order_key(found[ours], 0) > order_key(value[theirs], 0));
     merged[i] = newer ? found[ours] : value[theirs];
     merged_ids[i] = newer ? found_ids[ours] : id[theirs];
     newer ? ++ours : ++theirs;

@@ -84,8 +84,8 @@ __device__ inline void unpack(uint4 raw, float (&v)[4]) {
 }
 template <class T>
 __device__ inline uint4 pack(const float (&v)[8]) {
-  return make_uint4(Pair<T>::pack(v[0], v[1]), Pair<T>::pack(v[2], v[3]),
-                    Pair<T>::pack(v[4], v[5]), Pair<T>::pack(v[6], v[7]));
+  return make_uint4(Pair<T>::pack(v[0], v[1]), Pair<T>::pack(v[2], v[3]), Pair<T>::pack(v[4], v[5]),
+                    Pair<T>::pack(v[6], v[7]));
 }
 template <class T>
 __device__ inline uint4 pack(const float (&v)[4]) {
@@ -128,7 +128,8 @@ __device__ inline void store8(T* to, const float (&v)[8]) {
   store16(to, pack<T>(v));
 }
 
-// --- logits ---------------------------------------------------------------------------------------
+// --- logits
+// ---------------------------------------------------------------------------------------
 
 // One chunk of raw products (rows, cols), row stride ld, and how they become logits:
 //   z = pre * (x + bias)                 without softcap, pre = scale / temperature
@@ -206,7 +207,8 @@ __device__ inline uint64_t warp_max(uint64_t v) {
   return v;
 }
 
-// --- walking along a row --------------------------------------------------------------------------
+// --- walking along a row
+// --------------------------------------------------------------------------
 
 // A row cut into what lies before the first 16-byte boundary, packs, and the rest.
 template <class T>
@@ -228,9 +230,9 @@ struct Row {
   __device__ int64_t loose_column(int i) const { return i < lead ? i : packs * kPack<T> + i; }
 };
 
-// Calls f.batch(values, column, stride) with every product of part `part` of `parts` of a row; value
-// i belongs to column + i / kPack * stride + i % kPack, in ascending order. `lane` of `lanes` threads.
-// 16 values come at once, so that several loads are on their way.
+// Calls f.batch(values, column, stride) with every product of part `part` of `parts` of a row;
+// value i belongs to column + i / kPack * stride + i % kPack, in ascending order. `lane` of `lanes`
+// threads. 16 values come at once, so that several loads are on their way.
 template <class T, class F>
 __device__ inline void walk(const Row<T>& row, int lane, int lanes, int part, int parts, F& f) {
   constexpr int kSize = kPack<T>, kBatch = 16 / kSize;

@@ -1,7 +1,7 @@
 // Products overwritten by their gradient, or by probabilities, in place.
 //
-// Bytes: 2 * rows * cols * sizeof(T), plus 32 per row and segment. Roof: the bandwidth of memory, or
-// of the second-level cache where the tile is still there. No reduction, so rows are cut into
+// Bytes: 2 * rows * cols * sizeof(T), plus 32 per row and segment. Roof: the bandwidth of memory,
+// or of the second-level cache where the tile is still there. No reduction, so rows are cut into
 // segments that fill the device however few they are.
 #pragma once
 #include "common.cuh"

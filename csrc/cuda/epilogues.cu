@@ -19,7 +19,8 @@ constexpr int64_t kLeastPart = 1024;                 // columns: less is not wor
 int64_t stats_bytes() { return sizeof(RowPartial); }
 int64_t most_top_k() { return kMostBest; }
 
-// Two blocks per multiprocessor hide the latency of memory; few rows are cut until there are so many.
+// Two blocks per multiprocessor hide the latency of memory; few rows are cut until there are so
+// many.
 int row_parts(const Queue& queue, int64_t rows, int64_t cols) {
   if (rows == 0 || cols <= kShortRow) return 1;
   const DeviceGuard guard(queue.device);

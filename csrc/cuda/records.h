@@ -18,8 +18,9 @@ struct ResidualTokens {
   int64_t vocabulary;
 };
 
-// Which part the i-th entry of a sorted list is, and its weight. keys null: part order[i], weight 1;
-// else the first `tokens` entries are those of the tokens themselves, the others what is mixed in.
+// Which part the i-th entry of a sorted list is, and its weight. keys null: part order[i], weight
+// 1; else the first `tokens` entries are those of the tokens themselves, the others what is mixed
+// in.
 struct Parts {
   const int64_t* order;
   const int64_t* first;  // (rows + 1): the entries of row v are [first[v], first[v + 1])

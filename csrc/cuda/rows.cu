@@ -19,10 +19,9 @@ void residual(const Queue& queue, int dtype, const void* table, const ResidualTo
   const int64_t units = units_of(width, width, {table, out});
   each_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    launch(queue, "residual_kernel", residual_kernel<T>,
-           ceil_div(tokens.tokens, kThreads / kWarp), static_cast<const T*>(table), tokens,
-           static_cast<T*>(out), width, units, static_cast<float>(1.0 - lam),
-           static_cast<float>(lam));
+    launch(queue, "residual_kernel", residual_kernel<T>, ceil_div(tokens.tokens, kThreads / kWarp),
+           static_cast<const T*>(table), tokens, static_cast<T*>(out), width, units,
+           static_cast<float>(1.0 - lam), static_cast<float>(lam));
   });
 }
 

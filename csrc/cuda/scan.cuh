@@ -1,8 +1,8 @@
 // Discounted sums along rows or documents: y[t] = x[t] + gamma * y[t ± 1], a linear recurrence, so
 // that spans compose: (f, s) stands for y -> f * y + s, and a block scans the spans of its threads.
 //
-// Bytes: 2 * values * sizeof(T), and one per value of a mask. Roof: the bandwidth of memory for many
-// rows; a block walks each row, so a few very long ones are bound by the latency of its steps.
+// Bytes: 2 * values * sizeof(T), and one per value of a mask. Roof: the bandwidth of memory for
+// many rows; a block walks each row, so a few very long ones are bound by the latency of its steps.
 #pragma once
 #include <cub/block/block_scan.cuh>
 
@@ -85,8 +85,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const T* x, ScanRows in,
     }
     Span mine{1.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < kSize; ++i)
-      mine = Compose{}(mine, {in.gamma, on >> i & 1u ? v[i] : 0.0f});
+    for (int i = 0; i < kSize; ++i) mine = Compose{}(mine, {in.gamma, on >> i & 1u ? v[i] : 0.0f});
     Span before, all;
     Scan(storage).ExclusiveScan(mine, before, Compose{}, all);
     if (thread == 0) before = {1.0f, 0.0f};  // CUB leaves it undefined

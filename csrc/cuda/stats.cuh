@@ -16,8 +16,8 @@ namespace gpu {
 // Rows of the running state, float64; the same order as ift_kernels/backends/reference.py.
 enum State : int { kMax, kSum, kTarget, kEZ, kESq, kZSum, kSecond };
 
-// With m = max: sum e^(z-m), sum e^(z-m)·(z-m), sum e^(2(z-m)), sum z, second largest; the columns of
-// the maximum and of the first NaN, which is never the maximum here.
+// With m = max: sum e^(z-m), sum e^(z-m)·(z-m), sum e^(2(z-m)), sum z, second largest; the columns
+// of the maximum and of the first NaN, which is never the maximum here.
 struct RowPartial {
   float max, sum, e_z, e_sq, second;
   uint32_t at, nan_at;

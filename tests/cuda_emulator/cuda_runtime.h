@@ -4,7 +4,11 @@
 
 #define CUDART_VERSION 13000
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDevice = 101 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101
+};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 typedef struct CUstream_st* cudaStream_t;
 
@@ -45,6 +49,12 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
 
 // On the device of the last launch, for tests of the guard.
 inline int emulated_launch_device = -1;
+extern "C" __attribute__((visibility("default"), used)) inline int emulated_last_device() {
+  return emulated_launch_device;
+}
+extern "C" __attribute__((visibility("default"), used)) inline int emulated_current_device() {
+  return emulated_device;
+}
 
 template <class... Takes, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Takes...),

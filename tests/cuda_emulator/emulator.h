@@ -1,7 +1,8 @@
-// CUDA's language and runtime on the CPU, as far as csrc/cuda uses them, so that its kernels run where
-// there is no GPU. Blocks run one after another, the threads of a block as coroutines: each runs to
-// its next barrier or warp operation before another does, in an order that IFT_EMULATOR_ORDER=reverse
-// turns around. A missing barrier therefore shows in one of the two orders.
+// CUDA's language and runtime on the CPU, as far as csrc/cuda uses them, so that its kernels run
+// where there is no GPU. Blocks run one after another, the threads of a block as coroutines: each
+// runs to its next barrier or warp operation before another does, in an order that
+// IFT_EMULATOR_ORDER=reverse turns around. A missing barrier therefore shows in one of the two
+// orders.
 //
 // Stricter than a GPU: a barrier or a warp operation that some threads have left for good ends the
 // program. Not emulated: timing, memory order between blocks, alignment faults (see aligned loads
