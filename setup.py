@@ -7,9 +7,9 @@ Environment:
     CXX, CXXFLAGS, LDFLAGS, ARCHFLAGS   the compiler and flags added to ours
     IFT_REQUIRE_CPP=1                   stop when the extension cannot be built
     IFT_NO_CPP=1                        leave it out: a pure Python wheel, reference backend only
-    IFT_BUILD_CUDA=auto|0|1             the CUDA extension: where nvcc is, never, or an error without
+    IFT_BUILD_CUDA=auto|0|1             the CUDA extension: where nvcc is, never, or demanded
     CUDA_HOME                           the toolkit; else nvcc on PATH, else /usr/local/cuda
-    IFT_CUDA_ARCHS                      "80;90a;90-virtual": machine code for 8.x and 9.0, PTX for 9.0
+    IFT_CUDA_ARCHS                      "80;90a;90-virtual": machine code for 8.x and 9.0, PTX of 9.0
     MAX_JOBS                            compilers that run at once
 """
 
@@ -172,13 +172,14 @@ class Toolkit:
             flags += ["-gencode", f"arch=compute_{number},code={code}"]
         return flags
 
+    @functools.cached_property
     def runtime(self) -> str:
         """The static runtime: the wheel must not need one of the machine's, nor bring another."""
         for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
             library = self.home / folder / "libcudart_static.a"
             if library.exists():
                 return str(library)
-        raise SystemExit(f"ift-kernels: no libcudart_static.a in the CUDA toolkit {self.home}")
+        return ""
 
 
 @functools.cache
@@ -199,7 +200,10 @@ def toolkit() -> Toolkit | str:
     if isinstance(compiler(), str):
         found, reason = None, "the C++ extensions are not built"
     if found:
-        return Toolkit(Path(found))
+        candidate = Toolkit(Path(found))
+        if candidate.runtime:
+            return candidate
+        reason = f"{candidate.home} has no libcudart_static.a"
     if wanted == "1":
         raise SystemExit(f"ift-kernels: IFT_BUILD_CUDA=1, but {reason}")
     if not is_macos():
@@ -317,7 +321,7 @@ def write_cuda_ninja(path: Path, library: Path, pybind11_include: str) -> None:
     host = [*cxx.compile, f"-isystem{pybind11_include}"]
     nvcc = [str(cuda.nvcc), "-ccbin", cxx.command[-1], *cuda.flags()]
     # What the runtime exports must not meet another one of the process.
-    link = [cuda.runtime(), "-Wl,--exclude-libs,ALL", *cxx.link, "-lpthread", "-ldl", "-lrt"]
+    link = [cuda.runtime, "-Wl,--exclude-libs,ALL", *cxx.link, "-lpthread", "-ldl", "-lrt"]
     with path.open("w") as file:
         graph = ninja_syntax.Writer(file)
         compile_line = f"{shell(cxx.command)} {shell(host)} -MMD -MF $out.d -c $in -o $out"

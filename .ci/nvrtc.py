@@ -1,9 +1,8 @@
 """Compiles every kernel of csrc/cuda with NVRTC: ``python .ci/nvrtc.py FOLDER [ARCH ...]``.
 
-FOLDER holds NVRTC and the headers of one CUDA version, as pip installs them:
-``pip install --no-deps --target FOLDER nvidia-cuda-nvrtc-cu12==12.6.85 ...`` (`make cuda-versions`).
-NVRTC is the compiler of that version, front end and assembler, so what it takes, its nvcc takes too;
-the launches, which are host code, are not seen.
+FOLDER holds NVRTC and the headers of one CUDA version, as pip installs them with ``--no-deps
+--target FOLDER`` (`make cuda-versions`). NVRTC is the compiler of that version, front end and
+assembler, so what it takes, its nvcc takes too; the launches, which are host code, are not seen.
 """
 
 from __future__ import annotations
@@ -87,6 +86,7 @@ def compile_all(folder: Path, architecture: str) -> int:
 
 
 def main() -> int:
+    """Compile for the architectures on the command line."""
     folder, *architectures = sys.argv[1:]
     for architecture in architectures or ["90a"]:
         size = compile_all(Path(folder), architecture)

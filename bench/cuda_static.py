@@ -1,8 +1,9 @@
 """What the compiler made of the CUDA kernels: ``python -m bench.cuda_static LIBRARY``.
 
-Reads the machine code of one architecture out of an object or an extension with cuobjdump: registers,
-stack, spills and static shared memory of every kernel, the blocks that fit on a multiprocessor, and
-its 16-byte loads. `limits` is what the tests hold them to. No GPU is needed, and nothing is timed.
+Reads the machine code of one architecture out of an object or an extension with cuobjdump:
+registers, stack, local (spilled) and shared memory of every kernel, the share of a multiprocessor's
+threads that fit, and its 16-byte loads. cuda_limits.json is what the tests hold them to. No GPU is
+needed, and nothing is timed.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 A backend is a module that implements the same small set of epilogues and scans; the schedules that
 drive them (`ift_kernels.engine`) do not know which one they are talking to. The choice is by device
 first, then by what is available, then, operation by operation, by what was measured to be faster
-(`choice`); the environment variable ``IFT_BACKEND`` or the context manager `use_backend` overrides it.
+(`choice`). The environment variable ``IFT_BACKEND`` or the context manager `use_backend` overrides
+it.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def _products(
 
 
 def _shared_rows(queue: Any, x: Tensor, bytes_per_part: int) -> tuple[Tensor | None, int]:
-    """What blocks that share a row hand over: the tensor, to be kept alive, and its address."""
+    """Room for what blocks that share a row hand over, to be kept alive, and its address."""
     parts = _cuda.row_parts(queue, *x.shape)
     if parts == 1:
         return None, 0
@@ -121,7 +121,7 @@ def stats_update(
     vectors(x.shape[0], target, argmax)
     queue, products = _products(x, bias, transform, offset)
     more = bool(track & ~(reference.TRACK_ARGMAX | reference.TRACK_ENTROPY))
-    room, between = _shared_rows(queue, x, _cuda.STATS_BYTES)
+    _room, between = _shared_rows(queue, x, _cuda.STATS_BYTES)
     _cuda.stats(
         queue,
         products,
@@ -199,7 +199,7 @@ def gumbel_update(
 ) -> None:
     vectors(x.shape[0], rows, best, logit, ids)
     queue, products = _products(x, bias, transform, offset)
-    room, between = _shared_rows(queue, x, 8)
+    _room, between = _shared_rows(queue, x, 8)
     _cuda.gumbel(
         queue,
         products,
