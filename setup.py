@@ -9,7 +9,7 @@ Environment:
     IFT_NO_CPP=1                        leave it out: a pure Python wheel, reference backend only
     IFT_BUILD_CUDA=auto|0|1             the CUDA extension: where nvcc is, never, or demanded
     CUDA_HOME                           the toolkit; else nvcc on PATH, else /usr/local/cuda
-    IFT_CUDA_ARCHS                      "80;90a;90-virtual": machine code for 8.x and 9.0, PTX of 9.0
+    IFT_CUDA_ARCHS                      "80;90a;90-virtual": code for 8.x and for 9.0, PTX of 9.0
     MAX_JOBS                            compilers that run at once
 """
 
