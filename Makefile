@@ -7,6 +7,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # An editable install follows the Python sources by itself; these need another one.
 INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
+# Without a GPU the CUDA extension would cost minutes and serve nothing; its tests compile it anyway.
+WITH_CUDA := $(or $(IFT_BUILD_CUDA),$(if $(shell command -v nvidia-smi),auto,0))
+
 .PHONY: demo test lint wheel cuda-versions clean
 .SECONDARY:
 
@@ -51,5 +54,6 @@ $(VENV)/%.stamp: $(INPUTS)
 	@PYTHON="$(PYTHON)" .ci/needs
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --no-compile -c constraints.txt setuptools pybind11 ninja
-	IFT_REQUIRE_CPP=1 $(PIP) install --no-compile --no-build-isolation -c constraints.txt -e '.[$*]'
+	IFT_BUILD_CUDA=$(WITH_CUDA) IFT_REQUIRE_CPP=1 \
+	$(PIP) install --no-compile --no-build-isolation -c constraints.txt -e '.[$*]'
 	@touch $@

@@ -141,8 +141,13 @@ class Toolkit:
     """A CUDA toolkit: where it is, its version, and the architectures to compile for."""
 
     def __init__(self, nvcc: Path) -> None:
-        self.nvcc, self.home = nvcc, nvcc.resolve().parent.parent
+        self.nvcc = nvcc
         said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True).stdout
+        # What is on PATH may be a script that calls the real one.
+        ask = [str(nvcc), "--dryrun", "-c", "nothing.cu"]
+        where = subprocess.run(ask, capture_output=True, text=True).stderr
+        here = re.search(r"^#\$ _HERE_=(.+)$", where, re.MULTILINE)
+        self.home = (Path(here[1]) if here else nvcc.resolve().parent).parent
         found = re.search(r"release (\d+)\.(\d+)", said)
         if found is None:
             raise SystemExit(f"ift-kernels: {nvcc} --version: expected 'release X.Y', got {said!r}")

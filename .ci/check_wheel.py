@@ -8,10 +8,12 @@ packages, the extensions that the name of the wheel promises, machine code for e
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
@@ -25,7 +27,9 @@ SYSTEM = re.compile(
 
 def sass_of(library: Path) -> set[str] | None:
     """The architectures of a library's machine code; None without cuobjdump."""
-    tool = shutil.which("cuobjdump")
+    package = Path(sysconfig.get_path("purelib"), "nvidia/cu13/bin")
+    folders = [os.environ.get("PATH", ""), str(package)]
+    tool = shutil.which("cuobjdump", path=os.pathsep.join(folders))
     if tool is None:
         return None
     listing = subprocess.run([tool, "--list-elf", str(library)], capture_output=True, text=True)

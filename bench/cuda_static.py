@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +56,11 @@ class Kernel:
 
 
 def cuobjdump() -> str | None:
-    """The tool: beside nvcc in CUDA_HOME, or on PATH."""
+    """The tool: beside nvcc in CUDA_HOME, on PATH, or from its Python package."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("cuobjdump", path=str(Path(home, "bin"))) or shutil.which("cuobjdump")
+    package = Path(sysconfig.get_path("purelib"), "nvidia/cu13/bin")
+    folders = [str(Path(home, "bin")), os.environ.get("PATH", ""), str(package)]
+    return shutil.which("cuobjdump", path=os.pathsep.join(folders))
 
 
 def read(libraries: Iterable[Path], architecture: str = "90a") -> list[Kernel]:
@@ -68,10 +71,14 @@ def read(libraries: Iterable[Path], architecture: str = "90a") -> list[Kernel]:
     kernels = []
     for library in libraries:
         ask = [tool, "-arch", f"sm_{architecture}", str(library)]
+        path = os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])  # nvdisasm
         usage, sass = (
-            subprocess.run([*ask, option], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [*ask, option], env={**os.environ, "PATH": path}, capture_output=True, text=True,
+                check=True,
+            ).stdout
             for option in ("-res-usage", "-sass")
-        )
+        )  # fmt: skip
         code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", sass, re.DOTALL))
         pattern = r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
         for mangled, *numbers in re.findall(pattern, usage):

@@ -1,7 +1,7 @@
 """The build of the CUDA extension: which toolkit, for what, and what comes out of it.
 
-nvcc comes from CUDA_HOME, PATH or the Python packages of the extra `nvcc`; where there is none, what
-needs it is skipped and says so. No test here needs a GPU.
+nvcc comes from CUDA_HOME, PATH or the Python packages of the extra `nvcc`; where there is none,
+what needs it is skipped and says so. No test here needs a GPU.
 """
 
 import os
@@ -98,12 +98,13 @@ def test_toolkit_without_the_static_runtime(setup_py, monkeypatch, tmp_path):
 
 
 def real_toolkit():
-    """The folder of a toolkit with nvcc, or None."""
+    """The folder of the toolkit that setup.py finds, else of the packages, else None."""
     packages = Path(sysconfig.get_path("purelib"), "nvidia/cu13")
-    found = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), found and Path(found).resolve().parents[1], packages]
-    homes = (Path(home) for home in candidates if home)
-    return next((home for home in homes if (home / "bin/nvcc").exists()), None)
+    with mock.patch("setuptools.setup"), mock.patch.dict(os.environ, IFT_BUILD_CUDA="auto"):
+        found = runpy.run_path(str(ROOT / "setup.py"))["toolkit"]()
+    if not isinstance(found, str):
+        return found.home
+    return packages if (packages / "bin/nvcc").exists() else None
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,6 @@ def extension(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cuobjdump(extension):
-    os.environ.setdefault("CUDA_HOME", str(real_toolkit()))
     tool = cuda_static.cuobjdump()
     if tool is None:
         pytest.skip("THE MACHINE CODE WAS NOT READ: no cuobjdump (pip install '.[nvcc]')")
@@ -176,7 +176,8 @@ def test_it_links_and_exports_nothing_of_cuda(extension):
 IMPORT = """
 import sys, importlib.machinery as m, importlib.util as u, torch
 loader = m.ExtensionFileLoader("ift_kernels._cuda", sys.argv[1])
-cuda = u.module_from_spec(u.spec_from_file_location("ift_kernels._cuda", sys.argv[1], loader=loader))
+spec = u.spec_from_file_location("ift_kernels._cuda", sys.argv[1], loader=loader)
+cuda = u.module_from_spec(spec)
 loader.exec_module(cuda)
 assert cuda.built_with() >= 12060, cuda.built_with()
 assert cuda.driver_version() == 0, "a driver: hidden from this test by CUDA_VISIBLE_DEVICES"
