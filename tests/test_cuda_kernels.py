@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import cuda_emulator
+
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux")
 
@@ -65,11 +67,10 @@ def test_operations_on_the_emulator():
 SOME = "not slow"
 
 
-@pytest.fixture(scope="module")
-def emulated():
-    import cuda_emulator
-
-    return cuda_emulator.load()
+@pytest.fixture
+def emulated(monkeypatch):
+    """The extension, with CPU tensors served by its kernels."""
+    return cuda_emulator.serve(monkeypatch.setattr)
 
 
 def test_errors_carry_the_name_of_cuda(emulated):
@@ -110,3 +111,19 @@ def test_two_threads_at_once(emulated):
         thread.join()
     for out in outs:
         torch.testing.assert_close(out, x.cumsum(1))
+
+
+def test_the_faster_backend_serves_function_by_function(monkeypatch):
+    from ift_kernels.backends import choice, cpu, reference
+
+    device, serving = torch.device("cuda:0"), {"cpu": cpu, "reference": reference}
+    assert choice.faster(serving, device) is cpu  # nothing is measured
+    table = {"sm_90": {"scan": "reference", "dlogits_": "absent"}}
+    monkeypatch.setattr(choice, "FASTER", table)
+    monkeypatch.setattr(choice, "_architecture", lambda index: "sm_90")
+    mixed = choice.faster(serving, device)
+    assert mixed.scan is reference.scan
+    assert mixed.dlogits_ is cpu.dlogits_ and mixed.__name__ == cpu.__name__
+    monkeypatch.setattr(choice, "_architecture", lambda index: "sm_80")
+    assert choice.faster(serving, device) is cpu
+    assert choice.faster(serving, torch.device("cpu")) is cpu

@@ -7,12 +7,14 @@ CUDA's; `serve` lets the extension that comes out serve CPU tensors through the 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.machinery
 import importlib.util
 import os
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SOURCES = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/cuda/bindings.cpp"]
 # No fused multiply-adds: the kernels say where one would change a logit, and elsewhere it decides
-# last digits only. _FORTIFY_SOURCE takes jumps between stacks for an attack.
-FLAGS = "-x c++ -std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -U_FORTIFY_SOURCE -w"
+# last digits only. _FORTIFY_SOURCE takes jumps between stacks for an attack. A wide access at an
+# address that is no multiple of its size, which a GPU refuses, ends the program.
+FLAGS = (
+    "-x c++ -std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -U_FORTIFY_SOURCE -w "
+    "-fsanitize=alignment -fsanitize-undefined-trap-on-error"
+)
 
 
 def build() -> Path:
@@ -54,6 +60,7 @@ def build() -> Path:
     return library
 
 
+@functools.cache
 def load() -> Any:
     """The extension as a module."""
     path = str(build())
@@ -65,14 +72,16 @@ def load() -> Any:
     return module
 
 
-def serve() -> Any:
-    """Give CPU tensors to the emulated kernels; the extension."""
+def serve(put: Callable[[Any, str, Any], None] = setattr) -> Any:
+    """Give CPU tensors to the emulated kernels, through `put` (monkeypatch.setattr undoes it)."""
     from ift_kernels.backends import cuda
 
     extension = load()
-    cuda._cuda, cuda._import_error, cuda.DEVICE = extension, "", "cpu"
-    cuda._queue = lambda device: extension.Queue(0, 0)
-    cuda._no_device = lambda: ""
+    put(cuda, "_cuda", extension)
+    put(cuda, "_import_error", "")
+    put(cuda, "DEVICE", "cpu")
+    put(cuda, "_queue", lambda device: extension.Queue(0, 0))
+    put(cuda, "_no_device", lambda: "")
     return extension
 
 

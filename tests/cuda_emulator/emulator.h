@@ -5,8 +5,8 @@
 // orders.
 //
 // Stricter than a GPU: a barrier or a warp operation that some threads have left for good ends the
-// program. Not emulated: timing, memory order between blocks, alignment faults (see aligned loads
-// below, which are checked), and the rounding of approximate instructions.
+// program. Not emulated: timing, memory order between blocks, the rounding of approximate
+// instructions.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -27,7 +27,7 @@
 #define __shared__ static
 #define __launch_bounds__(threads)
 
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
 struct alignas(16) uint4 {
