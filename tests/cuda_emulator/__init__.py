@@ -7,6 +7,7 @@ CUDA's; `serve` lets the extension that comes out serve CPU tensors through the 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.machinery
@@ -33,31 +34,36 @@ FLAGS = (
 
 def build() -> Path:
     """The path of the compiled extension; compiled once for each state of the sources."""
-    import pybind11
-
     digest = hashlib.sha256(FLAGS.encode())
     for path in sorted([*ROOT.glob("csrc/**/*.*"), *HERE.rglob("*.*h")]):
         digest.update(path.read_bytes())
     folder = ROOT / "build" / f"cuda-emulator-{digest.hexdigest()[:16]}"
     library = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if library.exists():
-        return library
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # one of several test processes compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(folder, library)
+    return library
+
+
+def _compile(folder: Path, library: Path) -> None:
+    import pybind11
+
     compiler = os.environ.get("CXX", "c++").split()
     include = [HERE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     flags = [*FLAGS.split(), *(f"-I{path}" for path in include)]
 
     def compile_one(source: Path) -> Path:
-        target = folder / f"{source.stem}.{os.getpid()}.o"
+        target = folder / f"{source.stem}.o"
         subprocess.run([*compiler, *flags, "-c", source, "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, SOURCES))
-    finished = folder / f"{os.getpid()}.so"
+    finished = folder / "finished.so"
     subprocess.run([*compiler, "-shared", *objects, "-o", finished], check=True)
-    finished.replace(library)  # whole or not at all, with two test processes at once
-    return library
+    finished.replace(library)  # whole or not at all
 
 
 @functools.cache
