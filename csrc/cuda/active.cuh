@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads)
   const T* const x = static_cast<const T*>(c.x);
   if (job >= strips.packs) {
     const int64_t column = strips.packs * kSize + (job - strips.packs);
-    bool marked = !kPlain && c.bias && c.bias[column] == -kInf;
+    bool marked = !kPlain && c.bias && c.bias[column] == -infinity();
     for (int64_t r = first; r < last; ++r)
       marked |= !(logit<kPlain>(c, to_float(x[r * c.ld + column]), column) <= level[r]) ||
                 local_target(c, target, r) == column;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
-    if (!kPlain && c.bias && c.bias[column + i] == -kInf) bits |= 1u << i;
+    if (!kPlain && c.bias && c.bias[column + i] == -infinity()) bits |= 1u << i;
     out[column + i] = bits >> i & 1u;
   }
 }

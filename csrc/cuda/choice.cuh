@@ -48,7 +48,7 @@ struct Draw {
 
   template <int kCount>
   __device__ void batch(const float (&x)[kCount], int64_t column, int64_t stride) {
-    float z[kCount], top = -kInf;
+    float z[kCount], top = -infinity();
     bool nan = false;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();  // or the next round would overwrite what a slow warp still reads
     if (thread == 0) {
       const uint32_t column = key_column(bound);
-      found[i] = bound ? logit<kPlain>(c, to_float(row.x[column]), column) : -kInf;
+      found[i] = bound ? logit<kPlain>(c, to_float(row.x[column]), column) : -infinity();
       found_ids[i] = bound ? c.offset + column : -1;
     }
   }

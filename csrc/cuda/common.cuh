@@ -14,8 +14,10 @@ namespace gpu {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;  // of a block, unless a kernel says otherwise
 constexpr unsigned kAll = 0xFFFFFFFFu;
-constexpr float kInf = __builtin_huge_valf();
 constexpr uint32_t kNowhere = 0xFFFFFFFFu;  // no column
+
+// Not a constant: older versions of NVRTC have no name for one.
+__device__ inline float infinity() { return __uint_as_float(0x7F800000u); }
 
 struct Bf16 {
   uint16_t raw;

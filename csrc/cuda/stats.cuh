@@ -25,7 +25,7 @@ struct RowPartial {
 };
 
 __device__ inline RowPartial no_columns() {
-  return {-kInf, 0.0f, 0.0f, 0.0f, -kInf, kNowhere, kNowhere, 0.0};
+  return {-infinity(), 0.0f, 0.0f, 0.0f, -infinity(), kNowhere, kNowhere, 0.0};
 }
 
 // What one thread sees. kMore: everything, else what logprob, lse, entropy and argmax need.
@@ -47,7 +47,7 @@ struct RowFold {
       top = fmaxf(top, z[i]);  // passes over a NaN, which shows in the sum
     }
     if (top > s.max) {
-      if (s.max != -kInf) {
+      if (s.max != -infinity()) {
         const float moved = s.max - top, shrink = expf(moved);
         s.e_z = shrink * (s.e_z + moved * s.sum);
         s.sum *= shrink;
@@ -59,7 +59,7 @@ struct RowFold {
         if (z[i] == top)
           s.at = static_cast<uint32_t>(column + i / kPack<T> * stride + i % kPack<T>);
     }
-    const float base = s.max == -kInf ? 0.0f : s.max;
+    const float base = s.max == -infinity() ? 0.0f : s.max;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const float d = z[i] - base, e = exp_of<T>(d);
@@ -93,8 +93,8 @@ __device__ inline void merge(RowPartial& s, bool more) {
   const uint32_t at = __reduce_min_sync(kAll, s.max == top ? s.at : kNowhere);
   s.nan_at = __reduce_min_sync(kAll, s.nan_at);
   if (more) s.second = warp_max(s.at == at ? s.second : fmaxf(s.second, s.max));
-  const float moved = s.max == -kInf ? 0.0f : s.max - top;
-  const float shrink = s.max == -kInf && s.sum == 0.0f ? 0.0f : expf(moved);
+  const float moved = s.max == -infinity() ? 0.0f : s.max - top;
+  const float shrink = s.max == -infinity() && s.sum == 0.0f ? 0.0f : expf(moved);
   s.e_z = warp_sum(shrink * (s.e_z + moved * s.sum));
   s.sum = warp_sum(shrink * s.sum);
   if (more) {
@@ -130,10 +130,10 @@ __device__ inline void fold(const Chunk& c, const RunningState& out, int64_t row
   at[kSecond * ld] = now != now ? nan : second;
   if (beaten) out.argmax[row] = c.offset + s.at;
   // A row of -inf only has no finite reference point.
-  const double base = now == -kInf ? 0.0 : now;
-  const double moved = old == -kInf ? 0.0 : old - base;
-  const double shrink = old == -kInf ? 0.0 : exp(moved);
-  const double here = top == -kInf ? 0.0 : top - base;
+  const double base = now == -infinity() ? 0.0 : now;
+  const double moved = old == -infinity() ? 0.0 : old - base;
+  const double shrink = old == -infinity() ? 0.0 : exp(moved);
+  const double here = top == -infinity() ? 0.0 : top - base;
   const double grow = exp(here), sum = at[kSum * ld];
   at[kEZ * ld] = shrink * (at[kEZ * ld] + moved * sum) + grow * (s.e_z + here * s.sum);
   at[kESq * ld] = shrink * shrink * at[kESq * ld] + grow * grow * s.e_sq;
