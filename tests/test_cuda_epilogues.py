@@ -66,7 +66,6 @@ def test_statistics_and_gradients(layout, dtype, transform):
     for function in ("dlogits_", "probabilities_"):
         results = []
         for backend in (cuda, reference):
-            product, memory = storage[start:].view_as(storage[start:]).clone(), None
             memory = storage.clone()
             product = memory[start:].view(rows, cols + gap)[:, :cols]
             if function == "dlogits_":
@@ -217,5 +216,5 @@ def test_scan(dtype, left, gamma):
     cu = torch.tensor([0, 1, 1, 9, 700, 2900, 3000])
     close(cuda.scan(x, None, cu, gamma, left), reference.scan(x, None, cu, gamma, left), dtype)
     x[0, 1500] = INF
-    ours, theirs = (b.scan(x, None, cu, gamma, left) for b in (cuda, reference))
-    assert torch.equal(ours.isnan(), theirs.isnan())
+    # The factor of a distant value underflows, and 0 times infinity must not become NaN.
+    assert not cuda.scan(x, None, cu, gamma, left).isnan().any()

@@ -55,16 +55,12 @@ def test_emulated_kernels_equal_the_reference(order):
 
 def test_operations_on_the_emulator():
     """Tests of the operations that any backend must pass, with the kernels serving them."""
-    chosen = ["test_active_set.py", "test_residual.py", "test_propagation.py"]
-    files = [str(TESTS / name) for name in chosen]
-    done = run_python(
-        "-m", "pytest", "-p", "cuda_emulator", "-p", "no:xdist", "-q", *files, "-k", SOME
-    )  # fmt: skip
+    files = [str(TESTS / name) for name in ("test_active_set.py", "test_residual.py")]
+    # Not what a backend has no part in, and takes long: torch's own checks of an operator.
+    few = "not contract and not compile and not workspace"
+    done = run_python("-m", "pytest", "-p", "cuda_emulator", "-q", *files, "-k", few)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
-
-
-SOME = "not slow"
 
 
 @pytest.fixture
