@@ -58,7 +58,7 @@ def test_operations_on_the_emulator():
     files = [str(TESTS / name) for name in ("test_active_set.py", "test_residual.py")]
     # Not what a backend has no part in, and takes long: torch's own checks of an operator.
     few = "not contract and not compile and not workspace"
-    done = run_python("-m", "pytest", "-p", "cuda_emulator", "-q", *files, "-k", few)
+    done = run_python("-m", "pytest", "-p", "cuda_emulator", *files, "-k", few)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
