@@ -27,6 +27,7 @@ except ImportError as error:
 DEVICE = "cuda"  # the type of the devices that are served
 
 new_state = reference.new_state
+scratch = reference.scratch
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str:
