@@ -265,7 +265,11 @@ class NinjaBuildExt(build_ext):
         # Not `build_temp`: for an editable install that is a new folder each time.
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         cuda = ext.name == "ift_kernels._cuda"
-        folder = ROOT / "build" / f"{'cuda' if cuda else 'ninja'}-{tag}"
+        found = toolkit()
+        # A folder for each choice of architectures: the one of the tests must not undo another.
+        archs = found.architectures() if cuda and isinstance(found, Toolkit) else []
+        kind = "-".join(["cuda", *archs]) if cuda else "ninja"
+        folder = ROOT / "build" / f"{kind}-{tag}"
         folder.mkdir(parents=True, exist_ok=True)
         library = folder / Path(self.get_ext_filename(ext.name)).name
         write = write_cuda_ninja if cuda else write_ninja

@@ -133,8 +133,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("libraries", nargs="+", type=Path)
     parser.add_argument("--arch", default="90a")
+    parser.add_argument("--save", type=Path, help="the same table as JSON")
     arguments = parser.parse_args()
     table = worst(read(arguments.libraries, arguments.arch))
+    if arguments.save:
+        rows = ",\n".join(f'  "{name}": {json.dumps(row)}' for name, row in table.items())
+        arguments.save.write_text(f"{{\n{rows}\n}}\n")
     columns = ("instances", "registers", "stack", "local", "shared", "wide_loads", "occupancy")
     print(f"{'kernel (sm_' + arguments.arch + ')':<26}", *(f"{c:>10}" for c in columns))
     for name, row in table.items():

@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 
+import ift_kernels
 from bench import cuda_static
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +98,27 @@ def test_toolkit_without_the_static_runtime(setup_py, monkeypatch, tmp_path):
     assert setup_py["toolkit"]() == f"{tmp_path} has no libcudart_static.a"
 
 
+@pytest.mark.parametrize(("cuda", "tag"), [("12.9", "+cu129"), ("", "")])
+def test_the_version_of_a_wheel_says_which_cuda(monkeypatch, tmp_path, cuda, tag):
+    """Up to the call of pip, in whose place setup.py says the version that the wheel would get."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n"{sys.executable}" setup.py -q egg_info --egg-base "{tmp_path}" && exit 3\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", fake_toolkit(tmp_path / "cuda", "12.9"))
+    monkeypatch.setenv("PYTHON", str(python))
+    monkeypatch.setenv("CUDA", cuda)
+    done = subprocess.run([ROOT / ".ci/wheel"], capture_output=True, text=True)
+    assert done.returncode == 3, done.stdout + done.stderr
+    metadata = (tmp_path / "ift_kernels.egg-info/PKG-INFO").read_text()
+    assert f"\nVersion: {ift_kernels.__version__}{tag}\n" in metadata
+    monkeypatch.setenv("CUDA", "12.6")
+    done = subprocess.run([ROOT / ".ci/wheel"], capture_output=True, text=True)
+    assert done.returncode == 1 and "CUDA=12.6, but " in done.stderr
+    assert done.stderr.rstrip().endswith("has nvcc 12.9")
+
+
 def real_toolkit():
     """The folder of the toolkit that setup.py finds, else of the packages, else None."""
     packages = Path(sysconfig.get_path("purelib"), "nvidia/cu13")
@@ -109,13 +131,13 @@ def real_toolkit():
 
 @pytest.fixture(scope="module")
 def extension(tmp_path_factory):
-    """The extension, compiled for every architecture: minutes the first time, then from build/."""
+    """The extension for sm_90a, and PTX. `make wheel` builds every architecture and checks it."""
     home = real_toolkit()
     if home is None:
         pytest.skip("THE CUDA KERNELS WERE NOT COMPILED: no nvcc (pip install '.[nvcc]')")
     out = tmp_path_factory.mktemp("cuda")
     environment = {**os.environ, "CUDA_HOME": str(home), "IFT_BUILD_CUDA": "1"}
-    environment.pop("IFT_CUDA_ARCHS", None)
+    environment["IFT_CUDA_ARCHS"] = "90a;90-virtual"
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -132,12 +154,12 @@ def cuobjdump(extension):
     return tool
 
 
-def test_machine_code_for_every_architecture(extension, cuobjdump):
+def test_machine_code_and_ptx(extension, cuobjdump):
     def listed(option):
         ask = [cuobjdump, option, str(extension)]
         return subprocess.run(ask, capture_output=True, text=True, check=True).stdout
 
-    assert set(re.findall(r"sm_(\w+)\.cubin", listed("--list-elf"))) == {"80", "90a", "100a", "120"}
+    assert set(re.findall(r"sm_(\w+)\.cubin", listed("--list-elf"))) == {"90a"}
     assert set(re.findall(r"sm_(\w+)\.ptx", listed("--list-ptx"))) == {"90"}
 
 

@@ -69,6 +69,7 @@ void sum_rows(const Queue&, int dtype, const void* parts, const Parts&, const fl
 void tile_sums(const Queue&, int dtype, const void* matrix, int64_t rows, int64_t width, int64_t ld,
                int64_t tile, float* sums);
 
+// gamma > 0: with 0 it is the identity.
 void scan(const Queue&, int dtype, const void* x, const uint8_t* mask, const int64_t* offsets,
           void* out, int64_t rows, int64_t length, double gamma, bool left);
 

@@ -15,10 +15,15 @@ struct Span {
   float factor, sum;
 };
 
-// First a, then b. A factor of 0 ends the sum: it must not turn infinity into NaN.
+// Powers of gamma > 0 stop at the smallest normal number instead of underflowing: a distant
+// infinity then arrives as in the recurrence, and not as 0 times infinity. Of a distant finite sum
+// at most 1.2e-38 of it arrives too much.
+constexpr float kLeastFactor = 1.17549435e-38f;
+
+// First a, then b.
 struct Compose {
   __device__ Span operator()(const Span& a, const Span& b) const {
-    return {a.factor * b.factor, b.factor == 0.0f ? b.sum : b.factor * a.sum + b.sum};
+    return {fmaxf(a.factor * b.factor, kLeastFactor), b.factor * a.sum + b.sum};
   }
 };
 
@@ -26,9 +31,9 @@ struct ScanRows {
   const uint8_t* mask;     // one byte per value, or null
   const int64_t* offsets;  // row i is [offsets[i], offsets[i + 1]), or null
   int64_t length;          // of every row, where offsets is null
-  float gamma;
-  bool left;     // sums over what follows, else over what came before
-  bool aligned;  // x and out on 16 bytes, mask on 8
+  float gamma;             // at least kLeastFactor
+  bool left;               // sums over what follows, else over what came before
+  bool aligned;            // x and out on 16 bytes, mask on 8
 };
 
 // out = mask ⊙ U(mask ⊙ x), a block per row. Threads take packs at multiples of 16 bytes, whatever
@@ -43,6 +48,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const T* x, ScanRows in,
   const int64_t begin = in.offsets ? in.offsets[row] : row * in.length;
   const int64_t end = in.offsets ? in.offsets[row + 1] : begin + in.length;
   const int64_t first = begin / kSize, last = (end + kSize - 1) / kSize;
+  const Compose compose{};
   float carry = 0.0f;
   for (int64_t window = 0; window < last - first; window += kThreads) {
     const int64_t step = window + thread;
@@ -85,18 +91,18 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const T* x, ScanRows in,
     }
     Span mine{1.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) mine = Compose{}(mine, {in.gamma, on >> i & 1u ? v[i] : 0.0f});
+    for (int i = 0; i < kSize; ++i) mine = compose(mine, {in.gamma, on >> i & 1u ? v[i] : 0.0f});
     Span before, all;
-    Scan(storage).ExclusiveScan(mine, before, Compose{}, all);
+    Scan(storage).ExclusiveScan(mine, before, compose, all);
     if (thread == 0) before = {1.0f, 0.0f};  // CUB leaves it undefined
-    Span sum = Compose{}({0.0f, carry}, before);
+    Span sum = compose({0.0f, carry}, before);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       const bool keep = on >> i & 1u;
-      sum = Compose{}(sum, {in.gamma, keep ? v[i] : 0.0f});
+      sum = compose(sum, {in.gamma, keep ? v[i] : 0.0f});
       v[i] = keep ? sum.sum : 0.0f;
     }
-    carry = Compose{}({0.0f, carry}, all).sum;
+    carry = compose({0.0f, carry}, all).sum;
     if (in.left) {
 #pragma unroll
       for (int i = 0; i < kSize / 2; ++i) {
