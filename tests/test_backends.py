@@ -19,8 +19,8 @@ from ift_kernels import (
     linear_logprobs,
     linear_token,
 )
+from serving import BACKENDS
 
-BACKENDS = [row["name"] for row in backends.describe() if row["available"]]
 CPU = torch.device("cpu")
 needs_cpp = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
 

@@ -18,8 +18,8 @@ from ift_kernels import (
     linear_token,
     plan,
 )
+from serving import BACKENDS
 
-BACKENDS = [row["name"] for row in backends.describe() if row["available"]]
 MIB = 1 << 20
 
 

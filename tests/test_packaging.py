@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Slow optimisation is not what these tests are about; a later -O wins.
-QUICK = {"CXXFLAGS": "-O1", "IFT_REQUIRE_CPP": "1"}
+QUICK = {"CXXFLAGS": "-O1", "IFT_REQUIRE_CPP": "1", "IFT_BUILD_CUDA": "0"}
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="the build has no compiler to find on Windows"
