@@ -183,7 +183,7 @@ class Gradients:
         head: Head,
         needs: tuple[bool, bool, bool],
         hidden_dtype: torch.dtype,
-        plan: Plan,
+        tile_columns: int,
         tile_rows: int,
     ) -> None:
         self.head, self.hidden_dtype = head, hidden_dtype
@@ -201,16 +201,13 @@ class Gradients:
         if needs[1] and head.backend.wants_transpose(like.dtype):
             # 32 more than needed keeps the row length off powers of two, whose rows would all fall
             # into the same cache sets. Zeros: see new_rows.
-            self.transposed = like.new_zeros((plan.tile_columns, tile_rows + 32))
+            self.transposed = like.new_zeros((tile_columns, tile_rows + 32))
 
     def add(self, tile: Tile, row_gradient: RowGradient, hidden_too: bool = True) -> None:
         """Turn the tile into its gradient, in place, and add its share of every sum."""
         head, (rows, columns, product) = self.head, tile
         target, norm, coef = row_gradient
-        flipped = None
-        if self.transposed is not None:
-            flipped = self.transposed[: product.shape[1], : product.shape[0]]
-            self.transposed[:, product.shape[0] :][:, :32] = 0  # see new_rows
+        flipped = self.room_for_transpose(product)
         head.backend.dlogits_(
             product,
             head.bias_chunk(columns),
@@ -224,11 +221,18 @@ class Gradients:
         if self.hidden is not None and hidden_too:
             self.hidden.add(rows, product, head.weight_chunk(columns))
         if self.weight is not None:
-            self._add_weight(rows, columns, product.T if flipped is None else flipped)
+            self.add_weight(rows, columns, product.T if flipped is None else flipped)
         if self.bias is not None:
             self.bias[columns] += product.sum(0, dtype=self.bias.dtype)
 
-    def _add_weight(self, rows: slice, columns: slice, flipped: Tensor) -> None:
+    def room_for_transpose(self, product: Tensor) -> Tensor | None:
+        """Where to write the product's transpose; None where that is not wanted."""
+        if self.transposed is None:
+            return None
+        self.transposed[:, product.shape[0] :][:, :32] = 0  # see new_rows
+        return self.transposed[: product.shape[1], : product.shape[0]]
+
+    def add_weight(self, rows: slice, columns: slice, flipped: Tensor) -> None:
         """DW of these columns: written once if the tile holds all rows, else summed over tiles."""
         assert self.weight is not None
         n, out = self.head.hidden.shape[0], self.weight[columns]
@@ -273,7 +277,11 @@ def gradients(
         needs = (False, needs[1], needs[2])
         return hidden, *gradients(head, row_gradient, needs, hidden_dtype, plan)[1:]
     total = Gradients(
-        head, needs, hidden_dtype, plan, n if kept is not None else min(plan.tile_rows, n)
+        head,
+        needs,
+        hidden_dtype,
+        plan.tile_columns,
+        n if kept is not None else min(plan.tile_rows, n),
     )
     first = 0
     if kept is not None:
@@ -298,7 +306,7 @@ def _hidden_by_blocks(
     n, width = head.hidden.shape
     out = torch.empty((n, width), dtype=hidden_dtype, device=head.hidden.device)
     for rows in slices(0, n, plan.hidden_rows):
-        total = Gradients(head.rows(rows), (True, False, False), hidden_dtype, plan, 0)
+        total = Gradients(head.rows(rows), (True, False, False), hidden_dtype, 0, 0)
         part = RowGradient(*(value[..., rows] for value in row_gradient))
         for tile in recomputed(total.head, plan, 0):
             total.add(tile, part)
@@ -340,7 +348,7 @@ def forward_gradients(
         kept = buffer[:size]
         state, _ = statistics(part, target[rows], track, plan, kept)
         row_gradient = coefficients(state)._replace(target=target[rows])
-        total = Gradients(part, (needs[0], False, needs[2]), hidden_dtype, plan, 0)
+        total = Gradients(part, (needs[0], False, needs[2]), hidden_dtype, 0, 0)
         for columns in slices(0, vocabulary, plan.tile_columns):
             product = kept[:, columns]
             total.add(Tile(slice(0, size), columns, product), row_gradient)

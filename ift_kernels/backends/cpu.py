@@ -294,3 +294,4 @@ def _residual_tokens(
 
 
 from ift_kernels.backends.cpu_active import *  # noqa: E402,F403  the active set
+from ift_kernels.backends.cpu_divergence import *  # noqa: E402,F403  divergence of two heads

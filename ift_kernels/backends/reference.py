@@ -220,4 +220,5 @@ def probabilities_(x: Tensor, bias: Tensor | None, transform: LogitTransform, no
 
 
 from ift_kernels.backends.reference_active import *  # noqa: E402,F403  the active set
+from ift_kernels.backends.reference_divergence import *  # noqa: E402,F403  divergence of two heads
 from ift_kernels.backends.reference_scan import *  # noqa: E402,F403  scans, residual
