@@ -232,3 +232,19 @@ def test_the_number_of_threads_changes_nothing(threads):
         torch.set_num_threads(before)
     for a, b in zip(*outcomes, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+def operations(backend):
+    """What the schedules may call: the public functions of a backend."""
+    return {n for n, f in vars(backend).items() if callable(f) and n.islower() and n[0] != "_"}
+
+
+@pytest.mark.parametrize("name", backends.BACKENDS)
+def test_every_backend_has_every_operation(name):
+    """Also those that cannot run here: a missing one would show on somebody's GPU first."""
+    reference = {
+        n for n in operations(backends.BACKENDS["reference"])
+        if getattr(backends.BACKENDS["reference"], n).__module__.startswith("ift_kernels.backends")
+    } - {"philox"}  # fmt: skip  # its random words, which the others draw inside their kernels
+    assert "dlogits_" in reference and "divergence_terms" in reference
+    assert reference <= operations(backends.BACKENDS[name])

@@ -1,5 +1,6 @@
 """IFT with its prompts run once: the same loss and gradients as two full passes."""
 
+import functools
 import logging
 
 import pytest
@@ -36,6 +37,7 @@ def both(model, inputs, monkeypatch, **options):
     columns, results = [], []
     forward = type(model).forward
 
+    @functools.wraps(forward)  # its signature says whether positions can be given
     def counted(self, *args, **kwargs):
         given = kwargs.get("inputs_embeds")
         columns.append((given if given is not None else kwargs["input_ids"]).shape[1])

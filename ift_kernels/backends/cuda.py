@@ -215,3 +215,4 @@ def gumbel_update(
 
 from ift_kernels.backends.cuda_active import *  # noqa: E402,F403  the active set
 from ift_kernels.backends.cuda_rows import *  # noqa: E402,F403  scans, residual
+from ift_kernels.backends.reference_divergence import *  # noqa: E402,F403  in plain torch
