@@ -84,7 +84,8 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
     # PEFT's original beside its trained copy, too: adapters may be switched off.
     wrapper: Any = base.get_output_embeddings()  # type: ignore[operator]  # plain_head has called it
     other = getattr(wrapper, "original_module", head)
-    for each in (head, other):
+    heads: tuple[Any, ...] = (head, other)
+    for each in heads:
         if "forward" not in each.__dict__:
             each.forward = HeadForward(each)
     return model

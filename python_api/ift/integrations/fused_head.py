@@ -29,7 +29,8 @@ def add_fused_forward(model: nn.Module, outputs: tuple[str, ...], temperature: f
         outputs: as of `ift_kernels.linear_logprobs`.
         temperature: that logits are divided by.
     """
-    other: Any = model.forward.__func__  # called with the model at hand, which may be a copy
+    bound: Any = model.forward
+    other = bound.__func__  # called with the model at hand, which may be a copy
 
     @functools.wraps(type(model).forward)
     def forward(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -38,7 +39,7 @@ def add_fused_forward(model: nn.Module, outputs: tuple[str, ...], temperature: f
         return _fused(self, args, kwargs, outputs, temperature)
 
     forward.is_ift = True  # type: ignore[attr-defined]  # unpatch may take it off
-    model.forward = MethodType(forward, model)  # type: ignore[method-assign]  # the point of it
+    model.forward = MethodType(forward, model)  # the point of it
 
 
 def _fused(

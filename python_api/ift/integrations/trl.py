@@ -146,7 +146,7 @@ class IFTTrainer(SFTTrainer):
         loss, outputs = super(SFTTrainer, self).compute_loss(
             model, {**inputs, "ift": config}, True, num_items_in_batch
         )
-        metrics = base_model(self.accelerator.unwrap_model(model)).ift_metrics
+        metrics: Any = base_model(self.accelerator.unwrap_model(model)).ift_metrics
         sums = [metrics[k].double() for k in ("tokens", "entropy", "correct")]
         tokens, entropy, correct = (float(self.accelerator.reduce(s, "sum")) for s in sums)
         log = self._metrics["train"]
