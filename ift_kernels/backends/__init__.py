@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels.backends import cpu, reference
+from ift_kernels.backends import cpu, reference, triton
 
 # In order of preference; `reference` serves whatever nothing else does.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("ift_backend", default=None)
 
