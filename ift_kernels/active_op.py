@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ift_kernels import active, active_backward, engine, linear_ops, plan
+from ift_kernels import active, active_backward, engine, linear_ops, plan, syncfree
 from ift_kernels.active_set import ActiveSet, ActiveSetStats, recording
 from ift_kernels.backends import reference as ref
 
@@ -55,7 +56,10 @@ def _forward(
     at = active.tiling(call.problem, chosen, plan.ledger.held)
     rows, formed = call.select(target), _nothing(hidden, call.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        if at is not None and keep:
+        if at is not None and keep and _own_schedule(call.head, at):
+            at = replace(at, rows=call.problem.rows, columns=weight.shape[0])
+            state, argmax, formed = call.head.backend.active_form(call.head, rows, track, at)
+        elif at is not None and keep:
             whole = active.keeps_whole(chosen, needs[1], needs[2])
             state, argmax, formed = active.form(call.head, rows, track, at, whole)
         else:
@@ -65,6 +69,12 @@ def _forward(
     if report is not None:
         report.append(_stats_of(call.head, state, at, formed))
     return (*linear_ops.outputs(call, state, argmax, track), *formed)
+
+
+def _own_schedule(head: engine.Head, at: active.Tiling) -> bool:
+    """Whether the backend brings a schedule of its own for the active set, and it can serve."""
+    serves = getattr(head.backend, "active_serves", None)
+    return serves is not None and bool(serves(head, at))
 
 
 def _stats_of(
@@ -123,9 +133,11 @@ def _backward(
     teaches = (coef != 0).any(0)  # a NaN upstream is not 0 and so stays in
     if formed is None:
         count = valid & teaches  # nothing is kept, so other rows need not be looked at
-    elif bool((valid & ~teaches).any()):
+    elif syncfree.on() or bool((valid & ~teaches).any()):
         hidden = hidden.masked_fill((valid & ~teaches)[:, None], 0)  # 0 times a NaN would not be 0
     call = linear_ops.Call(hidden, weight, bias, count, tuple(options), tuple(needs))
+    if syncfree.on():
+        coef = coef.masked_fill(~(valid & teaches), 0)
     at = active.tiling(call.problem, _active_set((threshold, block, tail_tile, dense)))
     row_gradient = engine.RowGradient(call.select(target), call.select(norm), call.select(coef))
     arguments = call.head, row_gradient, tuple(needs), hidden.dtype
@@ -133,6 +145,9 @@ def _backward(
         if at is None or call.problem.rows == 0:
             exact = plan.make(call.problem, 0, "recompute")
             results = engine.gradients(*arguments, exact)
+        elif _own_schedule(call.head, at):
+            formed = _nothing(hidden, call.dtype) if formed is None else formed
+            results = call.head.backend.active_gradients(*arguments, at, formed, options[4])
         else:
             if formed is None:
                 layout = active.nothing_kept(at, len(active.tiles(call.head, at)))

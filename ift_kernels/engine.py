@@ -143,6 +143,11 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Running state (STATE_ROWS, N) and argmax (N,) after the whole vocabulary."""
     state, argmax = head.backend.new_state(head.hidden.shape[0], head.hidden.device)
+    prefers = getattr(head.backend, "prefers_fused", None)  # one kernel for products and statistics
+    if kept is None and prefers is not None and prefers(head.hidden, head.weight):
+        here = head.hidden, head.weight, head.bias, head.transform
+        head.backend.fused_statistics(*here, target, state, argmax, track)
+        return state, argmax
     for tile in products(head, plan, kept):
         fold(head, tile, target, state, argmax, track)
     return state, argmax

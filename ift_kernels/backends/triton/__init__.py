@@ -35,8 +35,8 @@ _MODULES = {
     "scans": ("scan",),
     "residual": ("residual", "residual_grad"),
     # Beyond the contract: what a schedule may use where a backend has it.
-    "fused": ("fused_statistics",),
-    "active_schedule": ("active_form", "active_gradients"),
+    "fused": ("fused_statistics", "prefers_fused"),
+    "active_schedule": ("active_serves", "active_form", "active_gradients"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -35,7 +35,7 @@ def key_of(z, ids):
     return (ordered.to(tl.int64) << 32) | (ids ^ 0x7FFFFFFF).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["columns", "offset", "k"])
+@triton.jit(do_not_specialize=["offset", "k"])
 def top_k_kernel(
     x, bias, values, ids,
     columns, stride, offset, k,
@@ -96,12 +96,12 @@ def minus_log_exponential(bits):
     return -tl.log(exponential)
 
 
-@triton.jit(do_not_specialize=["columns", "offset", "seed_low", "seed_high"])
+@triton.jit(do_not_specialize=["offset", "seed_low", "seed_high"])
 def gumbel_kernel(
     x, bias, rows, best, logit, ids,
     columns, stride, best_stride, ids_stride, offset, seed_low, seed_high,
     gain, height, rate,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, SKIPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
@@ -115,8 +115,7 @@ def gumbel_kernel(
     top_logit = top
     top_at = tl.full((BLOCK,), NO_ID, tl.int32)
     # Four ids share a counter, so blocks start at multiples of four ids.
-    skipped = offset % 4
-    for start in range(-skipped, columns, BLOCK):
+    for start in range(-SKIPPED, columns, BLOCK):
         column = start + lane
         inside = (column >= 0) & (column < columns)
         raw = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
@@ -191,6 +190,6 @@ def gumbel_update(
         gumbel_kernel, (x.shape[0],), x,
         x, bias, rows, best, logit, ids, x.shape[1], x.stride(0), best.stride(0),
         ids.stride(0), offset, seed % 2**32, seed // 2**32 % 2**32,
-        **transform_arguments(bias, transform),
+        **transform_arguments(bias, transform), SKIPPED=offset % 4,
         **config("gumbel", shape_class(x.shape[1]), x.device),
     )  # fmt: skip

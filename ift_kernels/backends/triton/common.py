@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ift_kernels.backends.triton.launch import INTERPRETED
 from ift_kernels.transform import LogitTransform
 
 
@@ -57,6 +59,23 @@ def slope(z, height, rate, HAS_CAP: tl.constexpr):
         part = z * (1.0 / height)
         s = rate * (1.0 - part * part)
     return s
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of products in kernels: float32 is not to be rounded to TF32."""
+    if INTERPRETED:
+        return "widened"
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def product(a, b, total, PRECISION: tl.constexpr):
+    """``total + a @ b``."""
+    if PRECISION == "widened":  # the interpreter multiplies the bits of bfloat16 as integers
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit

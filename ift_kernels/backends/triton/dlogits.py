@@ -24,7 +24,7 @@ from ift_kernels.backends.triton.launch import (
 from ift_kernels.transform import LogitTransform
 
 
-@triton.jit(do_not_specialize=["columns", "offset", "column_blocks"])
+@triton.jit(do_not_specialize=["offset", "column_blocks"])
 def dlogits_kernel(
     x, bias, target, norm, coef,
     columns, stride, norm_stride, coef_stride, offset, column_blocks,
@@ -56,7 +56,7 @@ def dlogits_kernel(
     tl.store(x + column, tl.where(dead, 0.0, grad).to(x.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["columns", "column_blocks"])
+@triton.jit(do_not_specialize=["column_blocks"])
 def probabilities_kernel(
     x, bias, norm,
     columns, stride, norm_stride, column_blocks,

@@ -74,7 +74,7 @@ def active_gradient_(
         raise RuntimeError(f"pairs: {tuple(pairs.shape)} for a store of {tuple(store.shape)}")
     if row_major is not None:
         raise RuntimeError("row_major: this backend does not ask for transposed gradients")
-    chosen = config("gradient", "narrow", store.device)
+    chosen = config("gradient", "all", store.device)
     row_blocks = blocks(block, chosen["ROWS"])
     launch(
         gradient_kernel, (blocks(marked, chosen["ITEMS"]) * row_blocks,), store,

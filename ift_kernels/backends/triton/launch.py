@@ -29,6 +29,10 @@ _forced: contextvars.ContextVar[dict[str, Config] | None] = contextvars.ContextV
     "ift_triton_config", default=None
 )
 
+_architecture: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "ift_triton_architecture", default=None
+)
+
 # A class is the first that a size does not exceed.
 CLASSES = (("narrow", 2048), ("wide", 1 << 62))
 
@@ -81,7 +85,18 @@ def config(kernel: str, kind: str, device: torch.device) -> Config:
     forced = _forced.get()
     if forced is not None and kernel in forced:
         return forced[kernel]
-    return _lookup(kernel, kind, architecture(device.index if device.type == "cuda" else None))
+    index = device.index if device.type == "cuda" else None
+    return _lookup(kernel, kind, _architecture.get() or architecture(index))
+
+
+@contextlib.contextmanager
+def use_architecture(name: str) -> Iterator[None]:
+    """Take configurations of the named architecture inside the ``with`` block."""
+    token = _architecture.set(name)
+    try:
+        yield
+    finally:
+        _architecture.reset(token)
 
 
 @contextlib.contextmanager
@@ -100,9 +115,14 @@ def launch(kernel: Any, programs: tuple[int, ...], device: Tensor, *args: Any, *
         return
     if device.is_cuda and device.device.index != torch.cuda.current_device():
         with torch.cuda.device(device.device):
-            kernel[programs](*args, **kw)
+            run(kernel, programs, args, kw)
     else:
-        kernel[programs](*args, **kw)
+        run(kernel, programs, args, kw)
+
+
+def run(kernel: Any, programs: tuple[int, ...], args: tuple[Any, ...], kw: dict[str, Any]) -> None:
+    """The launch itself. Offline compilation puts a function here that takes it down instead."""
+    kernel[programs](*args, **kw)
 
 
 def blocks(size: int, block: int) -> int:

@@ -23,7 +23,7 @@ from ift_kernels.backends.triton.launch import (
 from ift_kernels.transform import LogitTransform
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "offset", "column_blocks"])
+@triton.jit(do_not_specialize=["rows", "offset", "column_blocks"])
 def marks_kernel(
     x, bias, target, level, marks,
     rows, columns, stride, offset, block, column_blocks,
@@ -54,7 +54,7 @@ def marks_kernel(
     tl.store(marks + number * columns + column, marked.to(tl.uint8), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "tiles"])
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def collect_kernel(
     x, bias, marks, position, reference, store, sums,
     rows, columns, stride, kind_stride, tile_stride, block, tile, tiles,
@@ -71,11 +71,11 @@ def collect_kernel(
     origin = tl.load(reference + row, mask=there, other=0.0).to(tl.float32)
     mass = tl.zeros((ROWS,), tl.float32)
     mass_z, slopes = mass, mass
-    first = (number * tile).to(tl.int32)
+    first = (tl.program_id(0) % tiles) * tile
     last = tl.minimum(first + tile, columns)
     for start in range(first, last, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < last
+        inside = column < columns  # tiles end with blocks
         at = x + row[:, None] * stride + column[None, :]
         raw = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0)
         b = tl.zeros((BLOCK,), tl.float32)
@@ -93,7 +93,8 @@ def collect_kernel(
         kept = marked & inside
         slot = tl.load(position + column, mask=kept, other=1).to(tl.int64) - 1
         out = store + slot[None, :] * block + in_block[:, None]
-        tl.store(out, raw, mask=kept[None, :] & (row >= 0)[:, None])  # zeros beyond the last row
+        everywhere = tl.full((ROWS, 1), True, tl.int1)  # also beyond the last row: zeros
+        tl.store(out, raw, mask=kept[None, :] & everywhere)
     sums += number * tile_stride + row
     tl.store(sums, mass, mask=there)
     tl.store(sums + kind_stride, mass_z, mask=there)

@@ -21,7 +21,7 @@ def discounted(decay_a, sum_a, decay_b, sum_b):
     return decay_a * decay_b, sum_a * decay_b + sum_b
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit
 def scan_kernel(
     x, mask, cu_seqlens, out, length, gamma,
     HAS_MASK: tl.constexpr, PACKED: tl.constexpr, LEFT: tl.constexpr, BLOCK: tl.constexpr,

@@ -32,7 +32,7 @@ NO_COLUMN = tl.constexpr(2**31 - 1)  # larger than any
 MAX_PARTS = 64
 
 
-@triton.jit(do_not_specialize=["columns", "offset", "parts", "length"])
+@triton.jit(do_not_specialize=["offset", "parts", "length"])
 def stats_kernel(
     x, bias, target, state, argmax,
     columns, stride, state_stride, part_stride, argmax_stride, offset, parts, length,
@@ -51,11 +51,11 @@ def stats_kernel(
     best_at = tl.full((BLOCK,), NO_COLUMN, tl.int32)
     total, e_z, e_sq, z_sum = zero, zero, zero, zero
     top = tl.max(low)
-    first = part.to(tl.int32) * length
-    last = tl.minimum(first + length, columns)
+    first = part.to(tl.int32) * length * BLOCK
+    last = tl.minimum(first + length * BLOCK, columns)
     for start in range(first, last, BLOCK):
         column = start + lane
-        inside = column < last
+        inside = column < columns  # of a part before the last: always
         raw = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
         b = 0.0
         if HAS_BIAS:
@@ -158,7 +158,7 @@ def stats_update(
     check_vectors(columns, bias=bias)
     chosen = config("stats", shape_class(columns), x.device)
     parts = parts_of(rows, columns, chosen["BLOCK"], x.device)
-    length = blocks(blocks(columns, parts), chosen["BLOCK"]) * chosen["BLOCK"]
+    length = blocks(blocks(columns, parts), chosen["BLOCK"])  # in blocks
     whole = (state, argmax) if parts == 1 else part_states(parts, rows, x.device)
     launch(
         stats_kernel, (rows * parts,), x,
@@ -167,7 +167,7 @@ def stats_update(
         **transform_arguments(bias, transform), TRACK=track, **chosen,
     )  # fmt: skip
     if parts > 1:
-        merge_parts(whole, target, state, argmax, length, columns, offset, track)
+        merge_parts(whole, target, state, argmax, length * chosen["BLOCK"], columns, offset, track)
 
 
 def parts_of(rows: int, columns: int, block: int, device: torch.device) -> int:
