@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # An editable install follows the Python sources by itself; these need another one.
 INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test gpu lint wheel clean
 .SECONDARY:
 
 demo: $(VENV)/train.stamp
@@ -15,6 +15,12 @@ demo: $(VENV)/train.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# On a machine with a GPU: PART=tests|head|active|ops|e2e|tune, all of them without; run it again to
+# go on where it stopped. DRY=1 goes the same way on a CPU. MINUTES=8 is for each part.
+gpu: $(VENV)/dev.stamp
+	$(BIN)/python -m bench gpu $(if $(PART),--part $(PART)) $(if $(DRY),--dry-run) \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 # What CI runs, and what pre-commit runs on every commit.
 lint: $(VENV)/dev.stamp

@@ -179,6 +179,7 @@ def run(architectures: list[str], console: Console, write: bool = False) -> int:
             known["registers"][architecture] = limits
             known["digest"][architecture] = digest(architecture, some)
     if write:
+        known["triton"] = triton.__version__
         LIMITS.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return bad
 
