@@ -138,7 +138,12 @@ def _run(step: Step, out: Path, limit: float) -> dict[str, Any]:
         env = {**os.environ, **step.env, "HF_HUB_OFFLINE": "1"}
         try:
             done = subprocess.run(
-                step.command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, timeout=limit
+                step.command,
+                cwd=ROOT,
+                env=env,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
             )
             outcome = "done" if done.returncode == 0 else f"failed with {done.returncode}"
         except subprocess.TimeoutExpired:

@@ -67,7 +67,9 @@ class Variant:
         """Types of the tensors and constants, for people."""
         types = dict.fromkeys(t[1:] for _, t in self.signature if t in ("*bf16", "*fp16", "*fp32"))
         half = [t for t in types if t != "fp32"]
-        flags = [n if v is True else f"{n}={v}" for n, v in self.constants if v not in (None, False)]
+        flags = [
+            n if v is True else f"{n}={v}" for n, v in self.constants if v not in (None, False)
+        ]
         return " ".join([*(half or types), *flags, *(f"{n}={v}" for n, v in self.options)])
 
     def source(self) -> ASTSource:
@@ -197,5 +199,3 @@ def _amd(asm: dict[str, Any]) -> tuple[int, int, int, int, str]:
 
 def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-

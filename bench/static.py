@@ -189,7 +189,11 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench static", description=__doc__)
     parser.add_argument("--architectures", nargs="+", choices=offline.TARGETS,
                         default=list(offline.TARGETS))  # fmt: skip
-    parser.add_argument("--write", action="store_true", help="commit to what comes out, where nothing is wrong with it")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="commit to what comes out, where nothing is wrong with it",
+    )
     options = parser.parse_args(arguments)
     if launch.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")

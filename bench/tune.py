@@ -228,6 +228,8 @@ def main(arguments: list[str]) -> int:
         if not output.exists():
             output.write_text(launch.TABLE.read_text(encoding="utf-8"), encoding="utf-8")
         index = device.index if device.type == "cuda" else None
-        write(output, launch.architecture(index), found, provenance(device, torch.get_num_threads()))
+        write(
+            output, launch.architecture(index), found, provenance(device, torch.get_num_threads())
+        )
         print(f"written: {output}")
     return 0 if found["best"] else 1

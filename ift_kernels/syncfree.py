@@ -16,7 +16,7 @@ _asked: contextvars.ContextVar[bool] = contextvars.ContextVar("ift_sync_free", d
 def sync_free() -> Iterator[None]:
     """Never wait for the device inside the ``with`` block; so it is while a CUDA graph is captured.
 
-    Sizes that depend on data become fixed ones. Rows that are ignored, or have no upstream gradient,
+    Sizes that depend on data become fixed ones. Rows that are ignored or have no upstream gradient
     are computed and masked instead of dropped. An active set gets the room that half of the
     workspace holds; where it does not fit, all gradients of the call are NaN: a larger workspace
     or threshold helps. Results are otherwise the same.
@@ -35,7 +35,9 @@ def on() -> bool:
 
 def masked_rows(keep: Tensor, value: Tensor) -> Tensor:
     """`value` (N, D) with zeros in rows outside `keep`, NaN or not."""
-    return torch.where(keep[:, None], value, torch.zeros((), dtype=value.dtype, device=value.device))
+    return torch.where(
+        keep[:, None], value, torch.zeros((), dtype=value.dtype, device=value.device)
+    )
 
 
 def poisoned(overflow: Tensor, value: Tensor | None) -> Tensor | None:

@@ -100,7 +100,10 @@ def test_cuda_graph(gradient):
 
     def step():
         stats = K.linear_logprobs(h.hidden, weight, h.target, gradient=gradient)
-        return [stats.logprob.detach(), *torch.autograd.grad(stats.logprob.sum(), [h.hidden, weight])]
+        return [
+            stats.logprob.detach(),
+            *torch.autograd.grad(stats.logprob.sum(), [h.hidden, weight]),
+        ]
 
     def in_sync_free():
         with syncfree.sync_free():

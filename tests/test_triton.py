@@ -28,9 +28,9 @@ def python(*arguments, **env):
 @pytest.mark.slow
 def test_interpreted():
     """TRITON_INTERPRET decides when kernels are imported, so it needs its own process."""
-    file = str(TESTS / "test_triton_interpreted.py")
+    files = map(str, sorted(TESTS.glob("test_triton_interpreted*.py")))
     quiet = "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"
-    done = python("-m", "pytest", "-n", "0", *quiet, file, TRITON_INTERPRET="1")
+    done = python("-m", "pytest", "-n", "0", *quiet, *files, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 

@@ -3,7 +3,7 @@
 Every function of the contract against the reference, every operation against fp64.
 """
 
-import functools
+import contextlib
 import math
 
 import pytest
@@ -12,10 +12,10 @@ import torch
 import dense
 import ift_kernels as K
 import test_backends
-from ift_kernels import backends, linear_ops, syncfree
+from ift_kernels import backends, linear_ops
 from ift_kernels.backends import reference as ref
 from ift_kernels.backends import triton as backend
-from ift_kernels.backends.triton import active_schedule, launch
+from ift_kernels.backends.triton import launch
 from ift_kernels.transform import LogitTransform
 
 PLAIN, FULL = LogitTransform(), LogitTransform(0.7, 5.0, 1.3)
@@ -44,8 +44,6 @@ def served_by_triton():
 @pytest.fixture(params=["small", "committed"])
 def blocks(request):
     """Both the committed block sizes and ones that make every loop go round."""
-    import contextlib
-
     with contextlib.ExitStack() as stack:
         if request.param == "small":
             for kernel, values in SMALL.items():
@@ -90,7 +88,9 @@ def test_statistics(dtype, transform, bias, track, blocks):
         before = x.clone()
         backend.stats_update(*arguments, *ours, track)
         ref.stats_update(*arguments, *theirs, track)
-        assert torch.equal(x.isnan(), before.isnan()) and torch.equal(x.nan_to_num(), before.nan_to_num())
+        assert torch.equal(x.isnan(), before.isnan()) and torch.equal(
+            x.nan_to_num(), before.nan_to_num()
+        )
     values = linear_ops.row_values(*ours, 196), linear_ops.row_values(*theirs, 196)
     for i, (a, b) in enumerate(zip(*values, strict=True)):
         if linear_ops.tracked(track)[i] and i != 8:
@@ -148,6 +148,7 @@ def test_gumbel(offset, seed, blocks):
 def test_gumbel_noise_is_that_of_its_formula():
     """In fp64, at both ends of the range and in between."""
     import triton
+
     from ift_kernels.backends.triton import choice
 
     bits = torch.tensor([0, 1, 2, 1 << 8, 1 << 20, 1 << 31, (1 << 32) - 300, (1 << 32) - 1])
@@ -185,7 +186,9 @@ def test_active_set(dtype, transform, bias, blocks):
     assert torch.equal(results[0][0].nan_to_num(5), results[1][0].nan_to_num(5))
     for ours, theirs in zip(results[0][1], results[1][1], strict=True):
         dense_scale = theirs.nan_to_num(0, 0, 0).abs().max()
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(dense_scale), equal_nan=True)
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-5, atol=1e-5 * float(dense_scale), equal_nan=True
+        )
     padded = -(-n // block) * block
     norm, coef, base = torch.rand(2, padded) + 2, torch.randn(4, padded), torch.randn(4, padded)
     coef[:, n:] = coef[:, 5] = 0
@@ -244,7 +247,9 @@ def test_residual(dtype, packed, blocks):
 def test_every_operation_equals_the_reference(monkeypatch):
     monkeypatch.setattr(test_backends, "SHAPES", ((2, 3, 1), (9, 9, 517)))
     dtype = torch.float32
-    test_backends.assert_same(test_backends.results(dtype), test_backends.of_the_reference(dtype), dtype)
+    test_backends.assert_same(
+        test_backends.results(dtype), test_backends.of_the_reference(dtype), dtype
+    )
 
 
 @pytest.mark.parametrize("options", [{}, dense.TRANSFORM], ids=["plain", "transform"])
@@ -265,14 +270,15 @@ def test_against_fp64(options, dtype):
 def test_fused_statistics(options, dtype):
     h = dense.head(45, 20, 1111, dtype, bias=bool(options), **options)
     small = {"ROWS": 16, "COLUMNS": 32, "INNER": 16, "num_warps": 1}
-    for config in ({}, {"fused": small}):
-        with torch.no_grad(), launch.use_config("forward", {"FUSED": 1}):
-            with launch.use_config(*next(iter(config.items()), ("none", {}))):
-                for outputs in (dense.OUTPUTS, ("logprob", "argmax")):
-                    stats = K.linear_logprobs(
-                        h.hidden, h.weight, h.target, outputs=outputs, **h.kwargs
-                    )
-                    dense.assert_stats(stats, h)
+    for name, values in (("none", {}), ("fused", small)):
+        with (
+            torch.no_grad(),
+            launch.use_config("forward", {"FUSED": 1}),
+            launch.use_config(name, values),
+        ):
+            for outputs in (dense.OUTPUTS, ("logprob", "argmax")):
+                stats = K.linear_logprobs(h.hidden, h.weight, h.target, outputs=outputs, **h.kwargs)
+                dense.assert_stats(stats, h)
 
 
 def test_fused_statistics_of_rows_that_are_not_finite():
@@ -293,144 +299,6 @@ def test_fused_statistics_of_rows_that_are_not_finite():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
         elif a is not None:
             assert torch.equal(a, b)
-
-
-def distance(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def gradients(h, gradient, backend_name="triton", sync_free=False, workspace=None):
-    with K.use_backend(backend_name):
-        if sync_free:
-            with syncfree.sync_free():
-                return gradients(h, gradient, backend_name, False, workspace)
-        stats = K.linear_logprobs(
-            h.hidden, h.weight, h.target, outputs=("logprob", "entropy"), gradient=gradient,
-            workspace=workspace, **h.kwargs,
-        )  # fmt: skip
-        up = dense.upstream(h, ("logprob", "entropy"))
-        return [stats.logprob, *dense.gradients(dense.send(stats, up), h.inputs)]
-
-
-@functools.cache
-def active_head(dtype, full):
-    options = dense.TRANSFORM if full else {}
-    return dense.head(70, 24, 700, dtype, bias=full, seed=3, **options)
-
-
-@pytest.mark.parametrize("full", [False, True], ids=["plain", "transform"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dW", ["dense", "active"])
-def test_active_gradients(full, dtype, dW):
-    h = active_head(dtype, full)
-    exact = gradients(h, "exact", "reference")
-    everything = gradients(h, K.ActiveSet(threshold=0.0, block=32, tail_tile=128, dW=dW))
-    rounding = 4e-6 if dtype == torch.float32 else 2e-2
-    for a, b in zip(everything, exact, strict=True):
-        assert distance(a, b) < rounding
-    some = K.ActiveSet(threshold=2.0**-7, block=32, tail_tile=128, dW=dW)
-    ours, theirs = gradients(h, some), gradients(h, some, "reference")
-    for a, b, c in zip(ours, theirs, exact, strict=True):
-        # Marked against a smaller log-sum-exp: a superset, so as near at least.
-        assert distance(a, c) <= 1.1 * distance(b, c) + rounding
-
-
-def test_active_gradients_in_several_ranges(monkeypatch):
-    h = active_head(torch.float32, True)
-    chosen = K.ActiveSet(threshold=2.0**-7, block=32, tail_tile=128, dW="active")
-    whole, calls = gradients(h, chosen), []
-    ranges = active_schedule._ranges
-    monkeypatch.setattr(
-        active_schedule, "_ranges",
-        lambda marks, tail, capacity: calls.extend(ranges(marks, tail, 100)) or iter(calls),
-    )  # fmt: skip
-    for a, b in zip(gradients(h, chosen), whole, strict=True):
-        assert distance(a, b) < 1e-6
-    assert len(calls) > 2
-
-
-def test_active_gradients_of_a_frozen_head():
-    h = active_head(torch.float32, False)
-    chosen = K.ActiveSet(threshold=2.0**-7, block=32, tail_tile=128)
-    both = gradients(h, chosen)
-    frozen = K.linear_logprobs(
-        h.hidden, h.weight.detach(), h.target, outputs=("logprob", "entropy"), gradient=chosen
-    )
-    up = dense.send(frozen, dense.upstream(h, ("logprob", "entropy")))
-    assert distance(torch.autograd.grad(up, h.hidden)[0], both[1]) < 1e-6
-
-
-def test_active_set_is_reported():
-    h = active_head(torch.float32, False)
-    chosen = K.ActiveSet(threshold=2.0**-7, block=32, tail_tile=128)
-    with K.record_active_sets() as report:
-        gradients(h, chosen)
-    assert 0 < report[0].share < 1 and 0 < report[0].tail_mean < 1 and report[0].tiles == 1
-
-
-@pytest.mark.parametrize("dW", ["dense", "active"])
-def test_nan_reaches_active_gradients(dW):
-    h = dense.head(70, 24, 700, ignored=0.0)
-    with torch.no_grad():
-        h.hidden[40, 3] = torch.nan
-    chosen = K.ActiveSet(threshold=2.0**-7, block=32, tail_tile=128, dW=dW)
-    _, d_hidden, d_weight = gradients(h, chosen)
-    assert d_hidden[40].isnan().all() and d_weight.isnan().any(1).all()
-    assert d_hidden[:32].isfinite().all()
-
-
-@pytest.mark.parametrize("gradient", ["exact", K.ActiveSet(0.0, 32, 128, "active")], ids=["exact", "active"])
-def test_sync_free(gradient, monkeypatch):
-    h = active_head(torch.float32, True)
-    with torch.no_grad():
-        h.hidden[h.target == -100] = torch.nan  # of rows that do not count
-    wanted = gradients(h, gradient)
-    with monkeypatch.context() as patch:
-        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero"):
-            patch.setattr(torch.Tensor, name, refuse_on_data(getattr(torch.Tensor, name)))
-        patch.setattr(linear_ops, "check_targets", lambda *_: None)  # looks on the CPU alone
-        ours = gradients(h, gradient, sync_free=True)
-    for a, b in zip(ours, wanted, strict=True):
-        assert distance(a, b) < 2e-6
-    assert not ours[1][h.target == -100].any()
-    h.hidden.data.nan_to_num_(0)
-
-
-def refuse_on_data(original):
-    """What would wait for a GPU, unless it asks the layout, which lives on the CPU, or a kernel
-    of the interpreter does."""
-    import traceback
-
-    def wrapper(tensor, *args):
-        callers = traceback.extract_stack()[:-1]
-        if any("/triton/runtime/" in frame.filename for frame in callers):
-            return original(tensor, *args)
-        if "autograd" in callers[-1].filename or tensor.shape in ((3,), (2, 3)):
-            return original(tensor, *args)
-        raise AssertionError(f"asks for data: {callers[-1]}")
-
-    return wrapper
-
-
-def test_sync_free_overflow_is_not_silent(monkeypatch):
-    h = active_head(torch.float32, False)
-    chosen = K.ActiveSet(threshold=0.0, block=32, tail_tile=128, dW="active")
-    ranges = active_schedule._ranges
-    monkeypatch.setattr(active_schedule, "_ranges", lambda m, t, _: ranges(m, t, 50))
-    value, d_hidden, d_weight = gradients(h, chosen, sync_free=True)
-    assert value.isfinite().all() and d_hidden.isnan().all() and d_weight.isnan().all()
-
-
-def test_sync_free_loss():
-    h = active_head(torch.float32, False)
-    for kwargs in ({}, {"label_smoothing": 0.1, "z_loss": 0.01}):
-        results = []
-        for mode in (False, True):
-            with syncfree.sync_free() if mode else K.use_backend("triton"):
-                loss = K.linear_cross_entropy(h.hidden, h.weight, h.target, **kwargs)
-                results.append([loss, *torch.autograd.grad(loss, h.inputs)])
-        for a, b in zip(*results, strict=True):
-            assert distance(a, b) < 2e-6
 
 
 def test_greedy_and_the_rest():

@@ -14,8 +14,8 @@ from ift_kernels.transform import LogitTransform
 def transform_arguments(bias: Tensor | None, transform: LogitTransform) -> dict[str, object]:
     """The arguments of a kernel that stand for the transform, and for whether there is a bias.
 
-    Without a softcap ``z = gain·(x + bias)``, with one ``z = height·tanh(gain·(x + bias))``: divided
-    out here, where it costs nothing. `rate` is the derivative at 0.
+    Without a softcap ``z = gain·(x + bias)``, with one ``z = height·tanh(gain·(x + bias))``; here
+    divisions cost nothing. `rate` is the derivative at 0.
     """
     rate, cap = transform.scale / transform.temperature, transform.softcap
     return {

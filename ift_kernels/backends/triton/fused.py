@@ -6,8 +6,8 @@ second-level cache by every program that shares them). What it saves beside a ve
 product is than the vendor's. Which wins: not measured, so the table says "vendor".
 
 A program owns ROWS tokens and a part of the vocabulary. With MARK it also notes, for each block of
-tokens, the columns that any of them gives more than a threshold, against the log-sum-exp of what the
-program has seen so far, at most the final one; and it sums up the others per tail tile, as
+tokens, the columns that any of them gives more than a threshold, against the log-sum-exp of what
+the program has seen so far, at most the final one; and it sums up the others per tail tile, as
 `active_marks` and `active_collect` do.
 """
 
@@ -15,13 +15,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ift_kernels.backends import reference as ref
-from ift_kernels.backends.triton.common import logits, precision, product, slope, transform_arguments
+from ift_kernels.backends.triton.common import (
+    logits,
+    precision,
+    product,
+    slope,
+    transform_arguments,
+)
 from ift_kernels.backends.triton.launch import (
     blocks,
     check_rows,
@@ -206,8 +211,6 @@ def fused_statistics(
         PRECISION=precision(hidden.dtype), TAIL=tail, **chosen,
     )  # fmt: skip
     merge_parts(whole, target, state, argmax, length * tail, columns, 0, track)
-
-
 
 
 def prefers_fused(hidden: Tensor, weight: Tensor) -> bool:

@@ -83,7 +83,9 @@ def hidden_kernel(
         item = start + tl.arange(0, ITEMS)
         listed = item < last
         ids = tl.load(pairs + 2 * item + 1, mask=listed, other=0)
-        dz = tl.load(store + item[:, None] * BLOCK + in_block[None, :], mask=listed[:, None], other=0.0)
+        dz = tl.load(
+            store + item[:, None] * BLOCK + in_block[None, :], mask=listed[:, None], other=0.0
+        )
         w_at = weight + ids[:, None] * weight_stride + column[None, :]
         w = tl.load(w_at, mask=listed[:, None] & inside[None, :], other=0.0)
         total = product(tl.trans(dz), w, total, PRECISION)
@@ -106,7 +108,7 @@ def weight_kernel(
     at_common = common + (ids // tile)[:, None] * width + column[None, :]
     total = tl.load(at_common, mask=listed[:, None] & inside[None, :], other=0.0)
     in_block = tl.arange(0, BLOCK)
-    for number in range(0, number_of_blocks):
+    for number in range(number_of_blocks):
         here = (tl.zeros_like(ids) + number) * columns + ids
         marked = tl.load(marks + here, mask=listed, other=0) != 0
         # Few ids are active in few blocks; what is left out here is most of the work.

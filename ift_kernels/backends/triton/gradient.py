@@ -1,7 +1,7 @@
 """Active columns of products to their gradient, in place: one read and one write.
 
-Floors per element: 4 bytes moved (bf16); one exponential and some 15 float operations. Distance: not
-measured.
+Floors per element: 4 bytes moved (bf16); one exponential and some 15 float operations. Distance:
+not measured.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def scan_kernel(
     lane = tl.arange(0, BLOCK)
     decay = tl.zeros((BLOCK,), tl.float32) + gamma
     carry = tl.zeros((), tl.float32)
-    for number in range(0, tl.cdiv(last - first, BLOCK)):
+    for number in range(tl.cdiv(last - first, BLOCK)):
         start = first + number * BLOCK
         if LEFT:
             start = last - (number + 1) * BLOCK
@@ -70,5 +70,3 @@ def scan(
         HAS_MASK=mask is not None, PACKED=starts is not None, LEFT=left, **chosen,
     )  # fmt: skip
     return out
-
-

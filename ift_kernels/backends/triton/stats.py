@@ -173,7 +173,9 @@ def stats_update(
 def parts_of(rows: int, columns: int, block: int, device: torch.device) -> int:
     """In how many parts a row is cut, so that few rows still fill the device."""
     index = device.index if device.type == "cuda" else None
-    return max(1, min(4 * multiprocessors(index) // max(rows, 1), blocks(columns, block), MAX_PARTS))
+    return max(
+        1, min(4 * multiprocessors(index) // max(rows, 1), blocks(columns, block), MAX_PARTS)
+    )
 
 
 def part_states(parts: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
