@@ -176,11 +176,12 @@ def run(architectures: list[str], console: Console, write: bool = False) -> int:
         console.print(table)
         bad += wrong_here
         if write and not wrong_here:
+            known = committed()  # again: another run may have written its architecture
             known["registers"][architecture] = limits
             known["digest"][architecture] = digest(architecture, some)
-    if write:
-        known["triton"] = triton.__version__
-        LIMITS.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            known["triton"] = triton.__version__
+            text = json.dumps(known, indent=2, sort_keys=True) + "\n"
+            LIMITS.write_text(text, encoding="utf-8")
     return bad
 
 

@@ -154,13 +154,13 @@ def test_gumbel_noise_is_that_of_its_formula():
     bits = torch.tensor([0, 1, 2, 1 << 8, 1 << 20, 1 << 31, (1 << 32) - 300, (1 << 32) - 1])
 
     @triton.jit
-    def kernel(bits, out, N: triton.language.constexpr):
-        at = triton.language.arange(0, N)
+    def kernel(bits, out):
+        at = triton.language.arange(0, 8)
         words = triton.language.load(bits + at).to(triton.language.uint32)
         triton.language.store(out + at, choice.minus_log_exponential(words))
 
     out = torch.empty(8)
-    kernel[(1,)](bits, out, 8)
+    kernel[(1,)](bits, out)
     u = ((bits.double() + 0.5) * 2.0**-32).float().clamp(max=1 - 2.0**-24).double()
     torch.testing.assert_close(out.double(), -torch.log(-torch.log1p(-u)), rtol=1e-6, atol=1e-6)
 
@@ -245,7 +245,7 @@ def test_residual(dtype, packed, blocks):
 
 
 def test_every_operation_equals_the_reference(monkeypatch):
-    monkeypatch.setattr(test_backends, "SHAPES", ((2, 3, 1), (9, 9, 517)))
+    monkeypatch.setattr(test_backends, "SHAPES", ((2, 3, 1), (4, 5, 131)))
     dtype = torch.float32
     test_backends.assert_same(
         test_backends.results(dtype), test_backends.of_the_reference(dtype), dtype
@@ -255,7 +255,7 @@ def test_every_operation_equals_the_reference(monkeypatch):
 @pytest.mark.parametrize("options", [{}, dense.TRANSFORM], ids=["plain", "transform"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_fp64(options, dtype):
-    h = dense.head(19, 17, 331, dtype, bias=bool(options), **options)
+    h = dense.head(9, 17, 131, dtype, bias=bool(options), **options)
     stats = K.linear_logprobs(h.hidden, h.weight, h.target, outputs=dense.OUTPUTS, **h.kwargs)
     dense.assert_stats(stats, h)
     up = dense.upstream(h)
@@ -268,7 +268,7 @@ def test_against_fp64(options, dtype):
 @pytest.mark.parametrize("options", [{}, dense.TRANSFORM], ids=["plain", "transform"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fused_statistics(options, dtype):
-    h = dense.head(45, 20, 1111, dtype, bias=bool(options), **options)
+    h = dense.head(35, 20, 531, dtype, bias=bool(options), **options)
     small = {"ROWS": 16, "COLUMNS": 32, "INNER": 16, "num_warps": 1}
     for name, values in (("none", {}), ("fused", small)):
         with (

@@ -37,7 +37,7 @@ def gradients(h, gradient, backend_name="triton", sync_free=False, workspace=Non
 @functools.cache
 def active_head(dtype, full):
     options = dense.TRANSFORM if full else {}
-    return dense.head(70, 24, 700, dtype, bias=full, seed=3, **options)
+    return dense.head(40, 12, 260, dtype, bias=full, seed=3, **options)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "transform"])
@@ -45,12 +45,15 @@ def active_head(dtype, full):
 @pytest.mark.parametrize("dW", ["dense", "active"])
 def test_active_gradients(full, dtype, dW):
     h = active_head(dtype, full)
-    exact = gradients(h, "exact", "reference")
-    everything = gradients(h, K.ActiveSet(threshold=0.0, block=32, tail_tile=128, dW=dW))
-    rounding = 4e-6 if dtype == torch.float32 else 2e-2
-    for a, b in zip(everything, exact, strict=True):
-        assert distance(a, b) < rounding
-    some = K.ActiveSet(threshold=2.0**-7, block=32, tail_tile=128, dW=dW)
+    exact = gradients(h.double(), "exact", "reference")
+    dense_error = [
+        distance(*two) for two in zip(gradients(h, "exact", "reference"), exact, strict=True)
+    ]
+    everything = gradients(h, K.ActiveSet(threshold=0.0, block=32, tail_tile=64, dW=dW))
+    rounding = 4e-6 if dtype == torch.float32 else 4e-3
+    for a, b, error in zip(everything, exact, dense_error, strict=True):
+        assert distance(a, b) <= 2 * error + rounding
+    some = K.ActiveSet(threshold=2.0**-5, block=32, tail_tile=64, dW=dW)
     ours, theirs = gradients(h, some), gradients(h, some, "reference")
     for a, b, c in zip(ours, theirs, exact, strict=True):
         # Marked against a smaller log-sum-exp: a superset, so as near at least.
@@ -59,12 +62,12 @@ def test_active_gradients(full, dtype, dW):
 
 def test_active_gradients_in_several_ranges(monkeypatch):
     h = active_head(torch.float32, True)
-    chosen = K.ActiveSet(threshold=2.0**-7, block=32, tail_tile=128, dW="active")
+    chosen = K.ActiveSet(threshold=2.0**-5, block=32, tail_tile=64, dW="active")
     whole, calls = gradients(h, chosen), []
     ranges = active_schedule._ranges
     monkeypatch.setattr(
         active_schedule, "_ranges",
-        lambda marks, tail, capacity: calls.extend(ranges(marks, tail, 100)) or iter(calls),
+        lambda marks, tail, capacity: calls.extend(ranges(marks, tail, 30)) or iter(calls),
     )  # fmt: skip
     for a, b in zip(gradients(h, chosen), whole, strict=True):
         assert distance(a, b) < 1e-6
@@ -73,7 +76,7 @@ def test_active_gradients_in_several_ranges(monkeypatch):
 
 def test_active_gradients_of_a_frozen_head():
     h = active_head(torch.float32, False)
-    chosen = K.ActiveSet(threshold=2.0**-7, block=32, tail_tile=128)
+    chosen = K.ActiveSet(threshold=2.0**-5, block=32, tail_tile=64)
     both = gradients(h, chosen)
     frozen = K.linear_logprobs(
         h.hidden, h.weight.detach(), h.target, outputs=("logprob", "entropy"), gradient=chosen
@@ -84,7 +87,7 @@ def test_active_gradients_of_a_frozen_head():
 
 def test_active_set_is_reported():
     h = active_head(torch.float32, False)
-    chosen = K.ActiveSet(threshold=2.0**-7, block=32, tail_tile=128)
+    chosen = K.ActiveSet(threshold=2.0**-5, block=32, tail_tile=64)
     with K.record_active_sets() as report:
         gradients(h, chosen)
     assert 0 < report[0].share < 1 and 0 < report[0].tail_mean < 1 and report[0].tiles == 1
@@ -92,17 +95,17 @@ def test_active_set_is_reported():
 
 @pytest.mark.parametrize("dW", ["dense", "active"])
 def test_nan_reaches_active_gradients(dW):
-    h = dense.head(70, 24, 700, ignored=0.0)
+    h = dense.head(40, 12, 260, ignored=0.0)
     with torch.no_grad():
-        h.hidden[40, 3] = torch.nan
-    chosen = K.ActiveSet(threshold=2.0**-7, block=32, tail_tile=128, dW=dW)
+        h.hidden[35, 3] = torch.nan
+    chosen = K.ActiveSet(threshold=2.0**-5, block=32, tail_tile=64, dW=dW)
     _, d_hidden, d_weight = gradients(h, chosen)
-    assert d_hidden[40].isnan().all() and d_weight.isnan().any(1).all()
+    assert d_hidden[35].isnan().all() and d_weight.isnan().any(1).all()
     assert d_hidden[:32].isfinite().all()
 
 
 @pytest.mark.parametrize(
-    "gradient", ["exact", K.ActiveSet(0.0, 32, 128, "active")], ids=["exact", "active"]
+    "gradient", ["exact", K.ActiveSet(0.0, 32, 64, "active")], ids=["exact", "active"]
 )
 def test_sync_free(gradient, monkeypatch):
     h = active_head(torch.float32, True)
@@ -138,7 +141,7 @@ def refuse_on_data(original):
 
 def test_sync_free_overflow_is_not_silent(monkeypatch):
     h = active_head(torch.float32, False)
-    chosen = K.ActiveSet(threshold=0.0, block=32, tail_tile=128, dW="active")
+    chosen = K.ActiveSet(threshold=0.0, block=32, tail_tile=64, dW="active")
     ranges = active_schedule._ranges
     monkeypatch.setattr(active_schedule, "_ranges", lambda m, t, _: ranges(m, t, 50))
     value, d_hidden, d_weight = gradients(h, chosen, sync_free=True)
