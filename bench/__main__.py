@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import active, head, ops, plots, report
+from bench import active, head, losses, ops, plots, report
 from bench.harness import Settings
 from bench.peers import PEERS
 from bench.provenance import load, provenance
 
 # A suite has `add_arguments`, `run`, `CASES` (by name, with a title) and says what it is about.
 COMMANDS = ("static", "tune", "gpu")
-SUITES: dict[str, Any] = {"head": head, "active": active, "ops": ops}
+SUITES: dict[str, Any] = {"head": head, "active": active, "ops": ops, "losses": losses}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import torch  # noqa: F401  first: the extensions share torch's OpenMP runtime
 
 from ift_kernels.active_set import ActiveSet, ActiveSetStats, record_active_sets
 from ift_kernels.backends import use_backend
+from ift_kernels.divergence import linear_divergence
 from ift_kernels.expected_embedding import linear_expected_embedding
 from ift_kernels.linear import TokenStats, linear_cross_entropy, linear_logprobs
 from ift_kernels.plan import Plan, explain, use_schedule
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "further_tokens",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_expected_embedding",
     "linear_logprobs",
     "linear_token",

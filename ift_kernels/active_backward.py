@@ -119,7 +119,7 @@ class _Totals:
         room = self.rooms.get(name)
         if room is None or room.numel() < elements:
             self.rooms.pop(name, None)  # before the larger one is taken
-            room = self.head.backend.fresh(self.head.hidden.new_empty(elements))
+            room = self.head.backend.scratch(self.head.hidden, elements)
             self.rooms[name] = room
         return room[:elements]
 

@@ -79,7 +79,8 @@ def new_rows(backend: Any, like: Tensor, rows: int, columns: int) -> Tensor:
     row.
     """
     line = 64 // like.element_size()
-    buffer: Tensor = backend.fresh(like.new_empty((rows, -(-columns // line) * line)))
+    width = -(-columns // line) * line
+    buffer: Tensor = backend.scratch(like, rows * width).view(rows, width)
     buffer[:, columns:] = 0
     return buffer[:, :columns]
 

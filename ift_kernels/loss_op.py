@@ -91,14 +91,17 @@ def _loss_fake(
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, factor, *options = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros as large as the gradients among the outputs
     ctx.save_for_backward(hidden, weight, bias, target, factor, output[1])
     ctx.options = options
     formed = any(gradient.numel() for gradient in output[2:])
     ctx.gradients = linear_ops.Held(output[2:]) if formed else None
 
 
-def _loss_autograd(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _loss_autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     nothing: tuple[None, ...] = (None,) * 11
+    if upstream is None:
+        return (None, None, None, *nothing)
     hidden, weight, bias, target, factor, norm = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     if ctx.gradients is None or torch.is_grad_enabled():

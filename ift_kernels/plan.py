@@ -141,8 +141,13 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
         and (not p.need_weight or (itemsize >= 4 and p.same_dtype))
     ):
         per_token = p.vocabulary * itemsize + per_row
-        block = max(1, min(n, budget // per_token))
-        if block >= min(n, 128):
+        least = min(n, 128)
+        # The last quarter of the workspace buys a pass or two less over dW: not worth having.
+        for room in (budget // 4 * 3, budget):
+            block = min(n, room // per_token)
+            if block >= least:
+                break
+        if block >= max(least, 1):
             peak = block * per_token
             return Plan("forward", block, columns, p.vocabulary, 1.0 + per_gradient, n, 0, peak)
     held = keep * n * itemsize

@@ -214,3 +214,15 @@ def test_plan_says_what_is_true():
             with Allocations() as seen, ift_kernels.use_backend("cpu"):
                 linear_logprobs(h.hidden, h.weight, h.target, workspace=workspace)
             assert seen.peak <= explained.peak_bytes + 64 * 8 * 400 + MIB // 4
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backward_of_a_loss_formed_in_forward_takes_nothing(name):
+    """The gradients are there; autograd must not make zeros for the outputs that hold them."""
+    h = dense.head(300, 40, 9000)
+    with ift_kernels.use_backend(name), plan.use_schedule("forward"):
+        loss = linear_cross_entropy(h.hidden, h.weight, h.target)
+        with Allocations() as seen:
+            grads = torch.autograd.grad(loss, [h.hidden, h.weight])
+    assert seen.peak < MIB // 4, seen.peak / MIB
+    assert grads[1].any()

@@ -247,11 +247,11 @@ def test_what_is_inside_a_peft_model_is_patched():
     assert unpatch(wrapper)(**batch()).logits is not None
 
 
-def test_signature_gains_two_arguments():
+def test_signature_gains_its_arguments():
     model = make("llama")
     before = list(inspect.signature(model.forward).parameters)
     patch(model)
-    expected = [*before[:-1], "ift", "skip_logits", before[-1]]
+    expected = [*before[:-1], "ift", "skip_logits", "loss", before[-1]]
     assert list(inspect.signature(model.forward).parameters) == expected
     method = model.forward.__func__  # what accelerate takes apart and binds again
     assert list(inspect.signature(method).parameters) == ["self", *expected]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels.backends import reference
+from ift_kernels.backends import cpu_memory, reference
 from ift_kernels.transform import LogitTransform
 
 try:
@@ -62,6 +62,12 @@ def fresh(tensor: Tensor) -> Tensor:
     if tensor.numel() * tensor.element_size() >= 1 << 22:
         _cpu.advise_huge_pages(tensor.data_ptr(), tensor.untyped_storage().nbytes())
     return tensor
+
+
+def scratch(like: Tensor, elements: int) -> Tensor:
+    """Work memory in the dtype of `like`; a later call may have it as soon as this one is done."""
+    memory, new = cpu_memory.empty(like, elements)
+    return fresh(memory) if new else memory
 
 
 def rows(matrix: Tensor, columns: int | None = None) -> None:

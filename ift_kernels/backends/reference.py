@@ -42,6 +42,11 @@ def fresh(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def scratch(like: Tensor, elements: int) -> Tensor:
+    """Uninitialised work memory in the dtype and on the device of `like`."""
+    return like.new_empty(elements)
+
+
 def new_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Empty running statistics: float64 (STATE_ROWS, N) and the argmax, int64 (N,)."""
     state = torch.zeros((STATE_ROWS, rows), dtype=torch.float64, device=device)

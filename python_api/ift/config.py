@@ -136,6 +136,14 @@ class IFTConfig:
         """
         return cls(**{"lam": 0.2, "gamma": 0.95, "objective": "paper", **changes})
 
+    @classmethod
+    def noisy(cls, **changes: Any) -> IFTConfig:
+        """The recipe with a noisy λ: that of `paper`, λ multiplied by 1 + n/2 anew each step.
+
+        λ rises linearly from `min_lam` over `warmup_steps`, if any are given.
+        """
+        return cls.paper(**{"lam_noise": True, "lambda_schedule": "linear", **changes})
+
 
 def _whole(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):

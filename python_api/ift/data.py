@@ -38,6 +38,7 @@ class Row:
 
     where: str  # "train.jsonl line 3"
     content: dict[str, Any]
+    last_turn: bool = False  # of a conversation only the last assistant turn is a target
 
     @property
     def messages(self) -> list[dict[str, str]] | None:
@@ -74,44 +75,52 @@ def read_jsonl(path: str | Path) -> list[Row]:
     Raises:
         DataError: the file is missing, unreadable or empty, or a row is malformed.
     """
-    path = Path(path)
+    return [Row(where, _checked(row, where)) for row, where in parsed_lines(Path(path), FORMATS)]
+
+
+def parsed_lines(path: Path, formats: str) -> list[tuple[Any, str]]:
+    """The JSON value of each line that is not blank, and where it stands."""
     rows = []
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     where = f"{path} line {number}"
-                    rows.append(Row(where, _checked(_parsed(line, where, number == 1), where)))
+                    rows.append((_parsed(line, where, number == 1, formats), where))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; expected a readable JSONL file") from None
     if not rows:
-        raise DataError(f"{path}: the file has no rows; expected one object per line: {FORMATS}")
+        raise DataError(f"{path}: the file has no rows; expected one object per line: {formats}")
     return rows
 
 
-def _parsed(line: bytes, where: str, first: bool) -> Any:
+def _parsed(line: bytes, where: str, first: bool, formats: str) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}); expected {FORMATS}"
+            f"{where}: not JSON ({error.msg} at column {error.colno}); expected {formats}"
         ) from None
     except RecursionError:
-        raise DataError(f"{where}: nested too deeply; expected {FORMATS}") from None
+        raise DataError(f"{where}: nested too deeply; expected {formats}") from None
 
 
 def _checked(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: got a JSON {_json_type(row)}; expected {FORMATS}")
+        raise DataError(f"{where}: got a JSON {json_type(row)}; expected {FORMATS}")
+    if "chosen" in row:  # of a preference, what is learned is the chosen response
+        from ift.preference_data import pair_row
+
+        return pair_row(row, where).chosen.content
     if "messages" in row:
-        _check_messages(row["messages"], where)
+        check_messages(row["messages"], where)
     elif "prompt" in row and "completion" in row:
         for key in ("prompt", "completion"):
             if not isinstance(row[key], str):
-                raise DataError(f"{where}: {key!r} is a {_json_type(row[key])}; expected a string")
-            _check_encodable(row[key], where, key)
+                raise DataError(f"{where}: {key!r} is a {json_type(row[key])}; expected a string")
+            check_encodable(row[key], where, key)
         if not row["completion"]:
             raise DataError(f"{where}: 'completion' is empty; expected some text to learn")
     else:
@@ -120,9 +129,10 @@ def _checked(row: Any, where: str) -> dict[str, Any]:
     return row
 
 
-def _check_messages(messages: Any, where: str) -> None:
+def check_messages(messages: Any, where: str) -> None:
+    """Raise unless it is a conversation with an assistant's turn."""
     if not isinstance(messages, list) or not messages:
-        got = "an empty array" if messages == [] else f"a {_json_type(messages)}"
+        got = "an empty array" if messages == [] else f"a {json_type(messages)}"
         raise DataError(f"{where}: 'messages' is {got}; expected a non-empty array of messages")
     for index, message in enumerate(messages):
         for key in ("role", "content"):
@@ -131,13 +141,13 @@ def _check_messages(messages: Any, where: str) -> None:
                     f"{where}: messages[{index}] has no string {key!r}; "
                     'expected {"role": "…", "content": "…"}'
                 )
-            _check_encodable(message[key], where, f"messages[{index}].{key}")
+            check_encodable(message[key], where, f"messages[{index}].{key}")
     if not any(m["role"] == "assistant" for m in messages):
         roles = ", ".join(dict.fromkeys(m["role"] for m in messages))
         raise DataError(f"{where}: roles are {roles}; expected at least one 'assistant' message")
 
 
-def _check_encodable(text: str, where: str, key: str) -> None:
+def check_encodable(text: str, where: str, key: str) -> None:
     """JSON may spell half of a surrogate pair, which no tokenizer can take."""
     try:
         text.encode("utf-8")
@@ -147,7 +157,8 @@ def _check_encodable(text: str, where: str, key: str) -> None:
         ) from None
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """What JSON calls the type of a parsed value."""
     names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
 
@@ -191,6 +202,10 @@ def encode(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Encoded:
     """
     rows = list(rows)
     segments = [_segments(row, tokenizer) for row in rows]
+    for row, its in zip(rows, segments, strict=True):
+        if row.last_turn:
+            last = max(index for index, (_, is_target) in enumerate(its) if is_target)
+            its[:] = [(text, index == last) for index, (text, _) in enumerate(its)]
     flat = [text for row_segments in segments for text, _ in row_segments]
     ids_of = iter(_batched_ids(flat, tokenizer))
     start, end = _start_ids(tokenizer), _end_ids(tokenizer)

@@ -40,8 +40,10 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
 
     ``model(..., labels=labels).loss`` is then that of supervised fine-tuning, as before;
     ``model(..., labels=labels, ift=config).loss`` that of Intuitive Fine-Tuning. The patched
-    forward takes two arguments more:
+    forward takes three arguments more:
 
+    - ``loss``: a function of ``(logprob, mask)``, (B, T) of the shifted targets, in place of the
+      SFT loss; any of `ift.losses` with its other arguments bound.
     - ``ift``: an `ift.IFTConfig`; both passes of Intuitive Fine-Tuning inside this one forward.
     - ``skip_logits``: True or False to choose; None, the default, skips them when labels are given
       and the model is training or gradients are enabled. Else the original forward runs untouched.
@@ -164,7 +166,7 @@ class _Forward:
         original = inspect.signature(_original(self.model))
         extra = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-            for name in ("ift", "skip_logits")
+            for name in ("ift", "skip_logits", "loss")
         ]
         parameters = list(original.parameters.values())
         at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
@@ -181,8 +183,11 @@ def _forward(
     *args: Any,
     ift: IFTConfig | None = None,
     skip_logits: bool | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     **kwargs: Any,
 ) -> Any:
+    if loss is not None and (ift is not None or skip_logits is False or not callable(loss)):
+        raise ValueError("loss: expected a function, without ift and without skip_logits=False")
     if not isinstance(ift, (IFTConfig, NoneType)):
         raise TypeError(f"ift: expected an ift.IFTConfig or None, got {type(ift).__name__}")
     original = _original(model)
@@ -192,35 +197,39 @@ def _forward(
         kwargs["labels"] = kwargs["shift_labels"]  # the original asks for a loss only with labels
     has_labels = kwargs.get("labels") is not None
     if skip_logits is None:
-        skip_logits = ift is not None or (
-            has_labels and (model.training or torch.is_grad_enabled())
+        skip_logits = (
+            loss is not None
+            or ift is not None
+            or (has_labels and (model.training or torch.is_grad_enabled()))
         )
     if not skip_logits:
         if ift is not None:
             raise ValueError("skip_logits: expected True or None with ift, got False")
         return original(**kwargs)
     if not has_labels:
-        asked = "skip_logits=True" if ift is None else "ift"
+        asked = "loss" if loss is not None else "skip_logits=True" if ift is None else "ift"
         raise ValueError(f"labels: expected (B, T) token ids with {asked}, got None")
 
     state = getattr(model, _STATE)
     if state.transform is None:
         state.transform = measure_transform(model, original, _two_tokens(kwargs))
     if ift is None:
-        output, metrics = _sft(model, original, kwargs, state)
+        output, metrics = _one_pass(model, original, kwargs, state, loss)
     else:
         output, metrics = two_pass.ift_forward(model, original, kwargs, ift, state)
     model.ift_metrics = metrics  # type: ignore[assignment]  # a plain attribute
     return _without_logits(output, model, kwargs)
 
 
-def _sft(
+def _one_pass(
     model: nn.Module,
     original: Callable[..., Any],
     kwargs: dict[str, Any],
     state: _State,
+    own: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> tuple[Any, dict[str, Tensor]]:
-    """As transformers' ForCausalLMLoss: mean over targets, or their sum over num_items_in_batch."""
+    """The loss `own`; or as transformers' ForCausalLMLoss: mean over targets, or their sum over
+    num_items_in_batch."""
     target = kwargs.get("shift_labels")
     if target is None:
         target = shifted_targets(kwargs["labels"])
@@ -229,6 +238,8 @@ def _sft(
     def loss(stats: TokenStats) -> Tensor:
         assert stats.logprob is not None
         mask = (target != IGNORE_INDEX).reshape(stats.logprob.shape).to(stats.logprob.device)
+        if own is not None:
+            return own(stats.logprob, mask)
         return sft_loss(stats.logprob, mask, num_items=num_items)
 
     # As transformers' Trainer does: a cache costs memory and hides packed rows from the mask.

@@ -14,6 +14,9 @@ from typing import Any
 
 # Colours that stay apart in greyscale and for colour-blind readers (Okabe and Ito).
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
+# What preference losses tell beyond the others, in the log and in the picture.
+PAIR_KEYS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy",
+             "logprob_chosen", "logprob_rejected", "kl")  # fmt: skip
 STYLE: Any = {
     "figure.dpi": 130,
     "font.size": 9,
@@ -35,14 +38,21 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: str | Path, title: str 
 
     Args:
         records: rows of ``log.jsonl``: ``step``, ``loss``, and where present ``eval_loss``,
-            ``token_accuracy``, ``eval_token_accuracy``, ``lr`` and ``lam``.
+            ``token_accuracy``, ``eval_token_accuracy``, ``lr`` and ``lam``; with the rewards of a
+            preference loss a second row shows them, their margin and the log-probabilities.
         path: the PNG; it is replaced in one step.
         title: above the picture.
     """
-    with picture(path, 1, 3, width=11.0, height=3.3) as (figure, (loss, accuracy, schedule)):
+    pairs = any(record.get("reward_margin") is not None for record in records)
+    rows = 2 if pairs else 1
+    with picture(path, rows, 3, width=11.0, height=3.3 * rows) as (figure, axes):
         figure.suptitle(title)
+        loss, accuracy, schedule = axes[0] if pairs else axes
+        if pairs:
+            _draw_pairs(axes[1], records)
         draw(loss, records, "loss", label="training", color=BLUE)
-        draw(loss, records, "eval_loss", label="held out (cross-entropy)", color=ORANGE, marker="o")
+        held_out = "held out" if pairs else "held out (cross-entropy)"
+        draw(loss, records, "eval_loss", label=held_out, color=ORANGE, marker="o")
         loss.set(title="loss", xlabel="step")
         draw(accuracy, records, "token_accuracy", label="training", color=BLUE)
         draw(accuracy, records, "eval_token_accuracy", label="held out", color=ORANGE, marker="o")
@@ -60,6 +70,32 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: str | Path, title: str 
             right.set_ylabel("λ", color=PURPLE)
             right.grid(False)
             right.spines.right.set_visible(True)
+
+
+def _draw_pairs(panels: Sequence[Any], records: Sequence[Mapping[str, Any]]) -> None:
+    """Rewards, margin with accuracy, and log-probabilities of both responses."""
+    rewards, margin, logprob = panels
+    for axes, key in ((rewards, "reward"), (logprob, "logprob")):
+        draw(axes, records, f"{key}_chosen", label="chosen", color=BLUE)
+        draw(axes, records, f"{key}_rejected", label="rejected", color=ORANGE)
+        draw(axes, records, f"eval_{key}_chosen", color=BLUE, marker="o", linestyle=":")
+        draw(axes, records, f"eval_{key}_rejected", color=ORANGE, marker="o", linestyle=":")
+    rewards.set(title="rewards (dotted: held out)", xlabel="step")
+    logprob.set(title="log-probability of a response", xlabel="step")
+    draw(margin, records, "reward_margin", label="margin", color=BLUE)
+    draw(margin, records, "eval_reward_margin", label="held out", color=ORANGE, marker="o")
+    margin.set(title="reward margin", xlabel="step")
+    margin.set_ylabel("chosen less rejected", color=BLUE)
+    if any(record.get("reward_accuracy") is not None for record in records):
+        right = margin.twinx()
+        draw(right, records, "reward_accuracy", color=GREEN)
+        right.set(ylim=(0, 1.02))
+        right.set_ylabel("share right", color=GREEN)
+        right.grid(False)
+        right.spines.right.set_visible(True)
+    for axes in panels:
+        if axes.has_data() and axes.get_legend_handles_labels()[0]:
+            axes.legend()
 
 
 def draw(axes: Any, records: Sequence[Mapping[str, Any]], key: str, **style: Any) -> None:

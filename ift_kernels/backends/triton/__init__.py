@@ -23,6 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 new_state = reference.new_state
 wants_transpose = reference.wants_transpose  # cuBLAS reads either operand transposed
 fresh = reference.fresh
+scratch = reference.scratch
 
 # Where the functions of the contract are; see reference.py for what they do.
 _MODULES = {

@@ -44,6 +44,17 @@ IFT_OPTIONS = (
     *("lambda_schedule", "min_lam", "warmup_steps", "lam_noise"),
 )
 
+# Options of the preference losses, and which losses have each (None: the loss's own default).
+PAIR_LOSSES = ("dpo", "kto", "orpo", "simpo", "cpo", "slic")
+PAIR_OPTIONS = {
+    "beta": PAIR_LOSSES,
+    "dpo_kind": ("dpo",),
+    "label_smoothing": ("dpo", "simpo", "cpo"),
+    "margin": ("simpo", "slic"),
+    "nll_weight": ("orpo", "cpo", "slic"),
+    "reference": ("dpo", "kto"),
+}
+
 # The settings reported in the IFT paper; the loss options of the preset are IFTConfig.paper()'s.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -57,6 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bf16": True,
     }
 }
+PRESETS["noisy"] = PRESETS["paper"]  # with λ noise: IFTConfig.noisy()
 
 
 class Parser(argparse.ArgumentParser):
@@ -140,6 +152,7 @@ def build_parser() -> Parser:
     _add_run(train)
     _add_training(train)
     _add_ift(train)
+    _add_pairs(train)
     return parser
 
 
@@ -175,7 +188,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="FILE",
-        help="JSONL; each line has `prompt` and `completion`, or `messages`",
+        help="JSONL; each line has `prompt` and `completion`, or `messages`; for preference losses "
+        "`prompt`, `chosen` and `rejected`",
     )
     required.add_argument(
         "--output",
@@ -194,7 +208,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     add = _Group(parser, "training")
-    add.choice("--loss", "loss to train with", "sft", "ift")
+    add.choice("--loss", "loss to train with", "sft", "ift", *PAIR_LOSSES)
     add.choice("--preset", "settings of a publication; options given beside it win", *PRESETS)
     add("--epochs", positive, "passes over the data", "X")
     add("--max-steps", positive_int, "optimizer steps, instead of --epochs", "N")
@@ -233,6 +247,20 @@ def _add_ift(parser: argparse.ArgumentParser) -> None:
     add.switch("--lam-noise", "multiply λ by 1 + n/2, n ~ N(0, 1), at each step")
 
 
+def _add_pairs(parser: argparse.ArgumentParser) -> None:
+    add = _Group(parser, "preference losses; defaults as in ift.losses")
+    add("--beta", positive, "strength (dpo, kto, orpo, cpo .1; simpo 2; slic 1)", "β")
+    add("--dpo-kind", str, "formula of --loss dpo (sigmoid), as ift.losses.dpo_loss", "NAME")
+    add("--label-smoothing", number("ε in [0, 0.5]", lambda x: 0 <= x <= 0.5),
+        "share of wrong labels (dpo, simpo, cpo)", "ε")  # fmt: skip
+    add("--margin", number("a number of at least 0", lambda x: x >= 0),
+        "γ of simpo, δ of slic", "X")  # fmt: skip
+    add("--nll-weight", number("a number of at least 0", lambda x: x >= 0),
+        "of the likelihood of the chosen (orpo, cpo 1; slic 0)", "X")  # fmt: skip
+    add("--reference", str, "reference model of dpo and kto (default: --model before training); "
+        "its log-probabilities are kept in DIR/reference", "MODEL")  # fmt: skip
+
+
 def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
     """Fill what was not given from the preset and the defaults, and refuse contradictions.
 
@@ -247,6 +275,10 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
             if name in given:
                 flag = "--" + name.replace("_", "-")
                 raise CliError(flag, f"got it with --loss {values['loss']}; expected --loss ift")
+    for name, users in PAIR_OPTIONS.items():
+        if name in given and values["loss"] not in users:
+            flag, expected = "--" + name.replace("_", "-"), " or ".join(users)
+            raise CliError(flag, f"got it with --loss {values['loss']}; expected --loss {expected}")
     if "eval_data" in given and given.get("eval_split"):
         raise CliError("--eval-split", "got it beside --eval-data; expected one of the two")
     if "max_steps" in given and "epochs" in given:

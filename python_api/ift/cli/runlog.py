@@ -16,6 +16,7 @@ from ift import plotting
 # Keys of a record, in order; what a step has no value for (no evaluation then) is absent.
 KEYS = (
     *("step", "epoch", "loss", "token_accuracy", "entropy", "eval_loss", "eval_token_accuracy"),
+    *(f"{of}{name}" for of in ("", "eval_") for name in plotting.PAIR_KEYS),
     *("lr", "lam", "grad_norm", "tokens_per_second"),
 )
 SHOWN = ("loss", "eval_loss", "token_accuracy", "lr", "tokens_per_second")

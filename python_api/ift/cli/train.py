@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -14,11 +15,12 @@ from typing import Any
 from ift import plotting
 from ift.cli import options
 from ift.cli.errors import CliError
-from ift.data import Collator, DataError, Encoded, Row, encode, read_jsonl, split_rows
+from ift.data import Collator, DataError, Encoded, encode, read_jsonl, split_rows
+from ift.preference_data import EncodedPairs, PairCollator, encode_pairs, read_preferences
 
 # A run continued with another value of these would not be the run that was interrupted.
 FIXED = (
-    *("model", "loss", "preset", *options.IFT_OPTIONS),
+    *("model", "loss", "preset", *options.IFT_OPTIONS, *options.PAIR_OPTIONS),
     *("eval_split", "epochs", "max_steps", "lr", "optimizer", "scheduler", "lr_warmup_steps"),
     *("batch_size", "accumulate", "max_length", "bf16", "head_gradient", "freeze_head"),
     "seed",
@@ -60,22 +62,33 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = load_model(arguments, train_rows, start)
     if arguments.freeze_head:
         model.get_output_embeddings().requires_grad_(False)
-    train_data = tokenise(train_rows, tokenizer, arguments.max_length, "--data")
+    train_data = tokenise(train_rows, tokenizer, arguments, "--data")
     flag = "--eval-split" if arguments.eval_data is None else "--eval-data"
-    eval_data = tokenise(eval_rows, tokenizer, arguments.max_length, flag)
+    eval_data = tokenise(eval_rows, tokenizer, arguments, flag)
     training_arguments = build_training_arguments(arguments, transformers)
     log = JsonlLog(output / "log.jsonl")
     steps_per_epoch = -(-len(train_data.examples) // training_arguments.train_batch_size)
     steps_per_epoch = -(-steps_per_epoch // (arguments.accumulate * training_arguments.world_size))
     eval_steps = (arguments.eval_steps or steps_per_epoch) if eval_data.examples else None
     stop = StopOnSignal(alone=training_arguments.world_size == 1)
+    collator: Any = Collator(padding_id(tokenizer))
+    build: Any = functools.partial(RunTrainer, ift_config=config)
+    if arguments.loss in options.PAIR_LOSSES:
+        from ift.cli.preference import PairTrainer
+
+        build = functools.partial(PairTrainer, loss=pair_loss(arguments))
     try:
-        trainer = RunTrainer(
+        if arguments.loss in options.PAIR_OPTIONS["reference"]:
+            original = model if start is None and arguments.reference is None else None
+            refer(arguments, original, train_rows, (train_data, eval_data), collator,
+                  training_arguments.device)  # fmt: skip
+        if arguments.loss in options.PAIR_LOSSES:
+            collator = PairCollator(collator)
+        trainer = build(
             model,
             training_arguments,
-            ift_config=config,
             head_gradient=arguments.head_gradient,
-            data_collator=Collator(padding_id(tokenizer)),
+            data_collator=collator,
             train_dataset=train_data.examples,
             eval_dataset=eval_data.examples or None,
             processing_class=tokenizer,
@@ -128,15 +141,16 @@ def check_model_path(model: str) -> None:
         )
 
 
-def read_rows(arguments: argparse.Namespace) -> tuple[list[Row], list[Row]]:
-    """Training and evaluation rows."""
+def read_rows(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """Training and evaluation rows, or pairs for a preference loss."""
+    read: Any = read_preferences if arguments.loss in options.PAIR_LOSSES else read_jsonl
     try:
-        rows = read_jsonl(arguments.data)
+        rows = read(arguments.data)
     except DataError as error:
         raise CliError("--data", error) from None
     try:
         if arguments.eval_data is not None:
-            return rows, read_jsonl(arguments.eval_data)
+            return rows, read(arguments.eval_data)
         return split_rows(rows, arguments.eval_split, arguments.seed)
     except DataError as error:
         flag = "--eval-data" if arguments.eval_data is not None else "--eval-split"
@@ -159,19 +173,61 @@ def check_output(output: Path, resume: bool) -> None:
 
 
 def ift_config(arguments: argparse.Namespace) -> Any:
-    """The `ift.IFTConfig` of the arguments, or None for SFT."""
+    """The `ift.IFTConfig` of the arguments, or None for another loss."""
     from ift import IFTConfig
 
-    if arguments.loss == "sft":
+    if arguments.loss != "ift":
         return None
     given = {name: getattr(arguments, name) for name in options.IFT_OPTIONS}
     given = {name: value for name, value in given.items() if value is not None}
-    build = IFTConfig.paper if arguments.preset == "paper" else IFTConfig
+    builders: dict[str | None, Any] = {"paper": IFTConfig.paper, "noisy": IFTConfig.noisy}
+    build = builders.get(arguments.preset, IFTConfig)
     try:
         return build(**given, seed=arguments.seed)
     except (TypeError, ValueError) as error:
         name, _, problem = str(error).partition(": ")
         raise CliError("--" + name.replace("_", "-"), problem) from None
+
+
+def pair_loss(arguments: argparse.Namespace) -> Any:
+    """The module of a preference loss, with the options given."""
+    from ift.cli.preference import KINDS
+
+    kind = KINDS[arguments.loss]
+    if arguments.dpo_kind == "rejected_free":
+        problem = "got rejected_free, whose rows are all chosen ones; expected a kind of pairs"
+        raise CliError("--dpo-kind", problem)
+    names = {ours: name for name, ours in kind.options.items()}
+    given = {ours: getattr(arguments, name) for ours, name in names.items()}
+    try:
+        return kind.build(**{name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        name, _, problem = str(error).partition(": ")
+        raise CliError("--" + names.get(name, name).replace("_", "-"), problem) from None
+
+
+def refer(
+    arguments: argparse.Namespace,
+    model: Any,
+    rows: list[Any],
+    sets: tuple[Any, ...],
+    collator: Collator,
+    device: Any,
+) -> None:
+    """Add the reference's log-probabilities to the pairs: of `model`, or of one loaded here."""
+    from ift.cli.preference import add_reference
+
+    if model is None:
+        named = argparse.Namespace(**vars(arguments))
+        named.model = arguments.reference or arguments.model
+        model, _ = load_model(named, rows, None)
+    model.to(device)
+    cache = Path(arguments.output) / "reference"
+    for data in sets:
+        if data.examples and add_reference(
+            data, model, collator, arguments.batch_size, device, cache
+        ):
+            note(f"reference log-probabilities of {len(data.examples)} pairs read from {cache}")
 
 
 def fingerprint(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -209,7 +265,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def load_model(
-    arguments: argparse.Namespace, rows: list[Row], checkpoint: Path | None
+    arguments: argparse.Namespace, rows: list[Any], checkpoint: Path | None
 ) -> tuple[Any, Any]:
     """Model (fp32 weights) and tokenizer: new, from a directory or hub id, or from a checkpoint."""
     import torch
@@ -242,12 +298,20 @@ def load_model(
     return model, tokenizer
 
 
-def tokenise(rows: list[Row], tokenizer: Any, max_length: int, flag: str) -> Encoded:
-    """Encode rows and say which were dropped; no rows give no examples."""
+def tokenise(
+    rows: list[Any], tokenizer: Any, arguments: argparse.Namespace, flag: str
+) -> Encoded | EncodedPairs:
+    """Encode rows or pairs and say which were dropped; no rows give no examples."""
     if not rows:
         return Encoded([], [])
+    max_length = arguments.max_length
     try:
-        encoded = encode(rows, tokenizer, max_length)
+        encoded: Encoded | EncodedPairs
+        if arguments.loss in options.PAIR_LOSSES:
+            kto = arguments.loss == "kto"
+            encoded = encode_pairs(rows, tokenizer, max_length, mismatched=kto)
+        else:
+            encoded = encode(rows, tokenizer, max_length)
     except DataError as error:
         raise CliError(flag, error) from None
     if encoded.dropped:
@@ -314,8 +378,8 @@ def describe(
     arguments: argparse.Namespace,
     model: Any,
     tokenizer: Any,
-    train_data: Encoded,
-    eval_data: Encoded,
+    train_data: Encoded | EncodedPairs,
+    eval_data: Encoded | EncodedPairs,
     training_arguments: Any,
 ) -> str:
     """One line on what is about to happen."""

@@ -10,7 +10,7 @@ def divide(total: Tensor, name: str, count: float | Tensor) -> Tensor:
     """``total / count``, with a `count` of 0 (nothing to average) giving `total`, which is then 0.
 
     Args:
-        total: scalar.
+        total: of any shape.
         name: the argument that `count` came from, for the errors.
         count: at least 0; a number, or a tensor that holds one.
     """

@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ift.losses._module import Loss
 from ift.losses._reduce import mean_over_rows
+from ift.losses._tokens import Metrics, Tokens, record_tokens
 from ift_kernels import checks, discounted_cumsum, propagation_weights
 from ift_kernels.propagation import KINDS, NORMS, SIDES, Kind, Norm, Side
-from ift_kernels.rows import Rows
 
 Objective = Literal["released", "paper", "algorithm1"]
 OBJECTIVES = ("released", "paper", "algorithm1")
@@ -33,6 +34,7 @@ def ift_loss(
     cu_seqlens: Tensor | None = None,
     num_rows: float | Tensor | None = None,
     reduction: Literal["mean", "none"] = "mean",
+    metrics: Metrics | None = None,
 ) -> Tensor:
     """IFT loss: per-token losses, each weighted by how much hangs on it, as a mean over rows.
 
@@ -72,6 +74,7 @@ def ift_loss(
             here. Under gradient accumulation or data parallelism, pass the number of such rows in
             the whole optimizer step, per rank if ranks are averaged.
         reduction: "mean" over rows, or "none" for each row's loss.
+        metrics: a dict that gets ``tokens`` and ``perplexity``, detached.
 
     Returns:
         Scalar, or (rows,); fp64 for fp64 and fp32 otherwise. Rows without response tokens are 0 and
@@ -84,15 +87,12 @@ def ift_loss(
     """
     check_objective(objective, propagation, side, norm)
     checks.one_of("reduction", reduction, ("mean", "none"))
-    checks.per_token("logprob", logprob)
-    mask = checks.as_bool_mask(mask, logprob, "logprob")
-    rows = Rows(logprob, cu_seqlens)
-    exact = logprob.to(torch.float64 if logprob.dtype == torch.float64 else torch.float32)
-    loss = torch.where(mask, -exact, 0)
-    ones = mask.to(loss.dtype)
+    tokens = Tokens(logprob, mask, cu_seqlens)
+    mask = tokens.mask
+    loss = torch.where(mask, -tokens.logprob, 0)
     if objective == "released":
         weights = propagation_weights(
-            exact,
+            tokens.logprob,
             mask,
             gamma=gamma,
             kind=propagation,
@@ -101,15 +101,16 @@ def ift_loss(
             cu_seqlens=cu_seqlens,
         )
     elif objective == "paper":
-        weights = discounted_cumsum(ones, gamma, "right", mask=mask, cu_seqlens=cu_seqlens)
+        weights = discounted_cumsum(
+            mask.to(loss.dtype), gamma, "right", mask=mask, cu_seqlens=cu_seqlens
+        )
     else:
         weights = discounted_cumsum(loss, gamma, "left", mask=mask, cu_seqlens=cu_seqlens)
-    per_row = rows.sum((weights.detach() if detach_weights else weights) * loss)
-    tokens = rows.sum(ones)
-    if objective == "released":
-        per_row = per_row / tokens.clamp(min=1)
+    weighted = (weights.detach() if detach_weights else weights) * loss
+    per_row = tokens.means(weighted) if objective == "released" else tokens.sums(weighted)
+    record_tokens(metrics, tokens)
     if reduction == "mean":
-        return mean_over_rows(per_row, tokens, num_rows)
+        return mean_over_rows(per_row, tokens.counts, num_rows)
     if num_rows is not None:
         raise ValueError("num_rows: expected None with reduction 'none', which divides nothing")
     return per_row
@@ -136,61 +137,11 @@ def check_objective(objective: str, propagation: str, side: str, norm: str) -> N
             )
 
 
-class IFTLoss(nn.Module):
+class IFTLoss(Loss):
     """`ift_loss` with its options held by a module; call it on ``(logprob, mask)``.
 
     Args:
         gamma, objective, propagation, side, norm, detach_weights, reduction: as in `ift_loss`.
     """
 
-    def __init__(
-        self,
-        *,
-        gamma: float = 0.95,
-        objective: Objective = "released",
-        propagation: Kind = "loss",
-        side: Side = "left",
-        norm: Norm = "L1",
-        detach_weights: bool = False,
-        reduction: Literal["mean", "none"] = "mean",
-    ) -> None:
-        super().__init__()
-        self.gamma = checks.unit_interval("gamma", gamma)
-        check_objective(objective, propagation, side, norm)
-        checks.one_of("reduction", reduction, ("mean", "none"))
-        self.objective: Objective = objective
-        self.propagation: Kind = propagation
-        self.side: Side = side
-        self.norm: Norm = norm
-        self.detach_weights = detach_weights
-        self.reduction: Literal["mean", "none"] = reduction
-
-    def forward(
-        self,
-        logprob: Tensor,
-        mask: Tensor,
-        *,
-        cu_seqlens: Tensor | None = None,
-        num_rows: float | Tensor | None = None,
-    ) -> Tensor:
-        """See `ift_loss`."""
-        return ift_loss(
-            logprob,
-            mask,
-            gamma=self.gamma,
-            objective=self.objective,
-            propagation=self.propagation,
-            side=self.side,
-            norm=self.norm,
-            detach_weights=self.detach_weights,
-            cu_seqlens=cu_seqlens,
-            num_rows=num_rows,
-            reduction=self.reduction,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"gamma={self.gamma}, objective={self.objective!r}, propagation={self.propagation!r}, "
-            f"side={self.side!r}, norm={self.norm!r}, detach_weights={self.detach_weights}, "
-            f"reduction={self.reduction!r}"
-        )
+    function = staticmethod(ift_loss)

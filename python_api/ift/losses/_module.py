@@ -1,0 +1,220 @@
+"""Losses as modules, and from hidden states: the same functions with their options held."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ift.documents import IGNORE_INDEX, boundaries, document_starts
+from ift.losses._tokens import Metrics, record
+from ift_kernels import ActiveSet, TokenStats, linear_logprobs
+
+# Keyword arguments that belong to a call, not to a loss.
+PER_CALL = frozenset(
+    ("cu_seqlens", "metrics", "num_items", "num_pairs", "num_rows", "entropy", "lse", "mean_logit",
+     "weights", "importance", "reference", "values", "old_values", "returns", "kl")
+)  # fmt: skip
+# Statistics of `linear_logprobs` that losses with these options take.
+STATISTICS = {
+    "entropy": ("entropy_coef",),
+    "lse": ("label_smoothing", "z_loss"),
+    "mean_logit": ("label_smoothing",),
+}
+
+
+class Head(NamedTuple):
+    """Hidden states and the linear head over them, of a frozen reference model.
+
+    Args:
+        hidden: (..., D), for the same targets as the policy's.
+        weight: (V, D).
+        bias: (V,) or None.
+        logit_scale, softcap: of the reference model, as in `ift_kernels.linear_logprobs`.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def from_hidden(
+    loss: Callable[..., Tensor],
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (...)
+    *args: Any,
+    bias: Tensor | None = None,  # (V,)
+    ignore_index: int = IGNORE_INDEX,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    gradient: str | ActiveSet = "exact",
+    workspace: int | None = None,
+    reference: Tensor | Head | None = None,
+    metrics: Metrics | None = None,
+    **options: Any,
+) -> Tensor:
+    """Any loss of `ift.losses` from hidden states and a head, without the logits of either model.
+
+    Equals::
+
+        stats = ift_kernels.linear_logprobs(hidden, weight, target, ...)
+        loss(stats.logprob, target != ignore_index, *args, **options)
+
+    One pass over the vocabulary forward, one backward. Losses that take an entropy, an lse or a
+    mean logit get them from the same pass.
+
+    Args:
+        loss: a function of `ift.losses`, or one of its modules.
+        hidden, weight, target, bias, ignore_index, logit_scale, softcap, temperature, gradient,
+            workspace: as in `ift_kernels.linear_logprobs`; `target` is (B, T) or packed (T,),
+            shifted, and masked where it is `ignore_index`.
+        args, options: what else the loss takes.
+        reference: log-probabilities of the reference model, or its `Head`, whose are then computed
+            here without gradient: one product with its weight.
+        metrics: gets what the loss tells, and ``token_accuracy`` and ``entropy`` of the same pass.
+
+    Returns:
+        What the loss returns.
+
+    Raises:
+        As `ift_kernels.linear_logprobs` and the loss.
+
+    >>> import ift
+    >>> hidden, weight = torch.randn(4, 6, 16), torch.randn(100, 16)
+    >>> target, metrics = torch.randint(100, (4, 6)), {}
+    >>> value = from_hidden(ift.losses.dpo_loss, hidden, weight, target, beta=0.1,
+    ...                     reference=Head(hidden, weight), metrics=metrics)
+    >>> round(value.item(), 4), float(metrics["reward_margin"])
+    (0.6931, 0.0)
+    """
+    head: dict[str, Any] = {
+        "bias": bias, "ignore_index": ignore_index, "logit_scale": logit_scale,
+        "softcap": softcap, "temperature": temperature, "workspace": workspace,
+    }  # fmt: skip
+    taken = accepted(loss)
+    given = {**loss.options, **options} if isinstance(loss, Loss) else options
+    wanted = tuple(
+        name for name, users in STATISTICS.items()
+        if name in taken and any(given.get(user) for user in users)
+    )  # fmt: skip
+    outputs = ("logprob", "entropy", "argmax", *(n for n in wanted if n != "entropy"))
+    stats = linear_logprobs(hidden, weight, target, outputs=outputs, gradient=gradient, **head)
+    mask = target != ignore_index
+    if isinstance(reference, Head):
+        own = reference._asdict()
+        states, rows = own.pop("hidden"), own.pop("weight")
+        with torch.no_grad():
+            reference = linear_logprobs(states, rows, target, **{**head, **own}).logprob
+    if reference is not None:
+        options["reference"] = reference
+    options |= {name: getattr(stats, name) for name in wanted}
+    metrics = {} if metrics is None else metrics
+    value = loss(cast(Tensor, stats.logprob), mask, *args, metrics=metrics, **options)
+    record_statistics(metrics, stats, target, mask)
+    return value
+
+
+def record_statistics(metrics: Metrics, stats: TokenStats, target: Tensor, mask: Tensor) -> None:
+    """``token_accuracy`` and ``entropy``, means over the tokens."""
+    assert stats.argmax is not None and stats.entropy is not None
+    count = mask.sum().clamp(min=1)
+    right = ((stats.argmax == target) & mask).sum()
+    record(metrics, token_accuracy=right / count, entropy=stats.entropy.sum() / count)
+
+
+def accepted(loss: Callable[..., Tensor]) -> frozenset[str]:
+    """Names of the arguments that a loss, function or module, takes."""
+    return _parameters(loss.function if isinstance(loss, Loss) else loss)
+
+
+@functools.cache
+def _parameters(function: Callable[..., Tensor]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+class Loss(nn.Module):
+    """A loss function with its options held by a module.
+
+    Call it as the function. ``from_hidden(hidden, weight, target, ...)`` computes the same without
+    logits. `metrics` holds detached scalars of the last call; `position_ids` may stand in for
+    `cu_seqlens`.
+
+    Args:
+        options: keyword arguments of the function, other than those of a single call.
+
+    Raises:
+        TypeError, ValueError: an option that the function does not have or refuses.
+    """
+
+    function: ClassVar[Callable[..., Tensor]]
+    needs: ClassVar[int] = 0  # tensors per row after (logprob, mask)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        parameters = inspect.signature(self.function).parameters
+        known = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+        known = {n: default for n, default in known.items() if n not in PER_CALL}
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{name}: expected an option of {sorted(known)}, got {name!r}")
+        self.options = {**known, **options}
+        self.metrics: Metrics = {}
+        self._try()
+
+    def _try(self) -> None:
+        """Let the function check the options, on rows of one token."""
+        size = self.options.get("group_size", 2)
+        count = size if isinstance(size, int) and size > 0 else 2
+        one = torch.zeros(count, 1)
+        given = {n: one for n in (*STATISTICS, "reference") if n in accepted(self)}
+        rows = [torch.ones(count)] * self.needs
+        self.function(one, torch.ones_like(one), *rows, **given, **self.options)
+
+    def forward(
+        self,
+        logprob: Tensor,
+        mask: Tensor,
+        *args: Any,
+        position_ids: Tensor | None = None,
+        **call: Any,
+    ) -> Tensor:
+        """As the function; see there.
+
+        Args:
+            position_ids: (B, T), or (T,): where they do not go on by one a packed document starts.
+        """
+        if position_ids is not None:
+            if call.get("cu_seqlens") is not None:
+                raise ValueError("position_ids: expected None with cu_seqlens, got both")
+            call["cu_seqlens"] = documents(logprob, position_ids)
+        found = call.pop("metrics", None)
+        self.metrics = {} if found is None else found
+        return self.function(logprob, mask, *args, metrics=self.metrics, **self.options, **call)
+
+    def from_hidden(
+        self, hidden: Tensor, weight: Tensor, target: Tensor, *args: Any, **call: Any
+    ) -> Tensor:
+        """`ift.losses.from_hidden` with this loss."""
+        return from_hidden(self, hidden, weight, target, *args, **call)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def documents(like: Tensor, position_ids: Tensor) -> Tensor | None:
+    """`cu_seqlens` of the packed documents that `position_ids` tell of; None if rows are documents.
+
+    Raises:
+        ValueError: another shape than that of `like` (or one row of it).
+    """
+    flat = like.dim() == 1
+    grid = like[None] if flat else like
+    return boundaries(document_starts(grid, position_ids[None] if flat else position_ids))

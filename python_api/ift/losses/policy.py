@@ -1,0 +1,191 @@
+"""GRPO and its relatives: one table of surrogates and of what their mean is over."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ift.losses._module import Loss
+from ift.losses._reduce import divide, mean_over_rows
+from ift.losses._tokens import Metrics, Tokens, record
+from ift.losses.preference import not_negative, positive
+from ift.losses.ratios import clipped, kl_estimate, ratio_of, record_ratio
+from ift_kernels import checks
+
+# kind of GRPO: (surrogate, level of its ratio, what the mean is over)
+KINDS = {
+    "grpo": ("clip", "token", "row_mean"),
+    "bnpo": ("clip", "token", "token"),
+    "dapo": ("clip", "token", "token"),
+    "dr_grpo": ("clip", "token", "fixed"),
+    "cispo": ("cispo", "token", "token"),
+    "sapo": ("sapo", "token", "row_mean"),
+    "gspo": ("clip", "sequence", "row_mean"),
+    "luspo": ("clip", "sequence", "row_sum"),
+}
+
+
+def _sapo(ratio: Tensor, advantage: Tensor, above: float, below: float) -> Tensor:
+    t = torch.where(advantage > 0, above, below).to(ratio)
+    return -(4 / t) * torch.sigmoid(t * (ratio - 1)) * advantage
+
+
+def grpo_loss(
+    logprob: Tensor,  # (B, T), or (T,) packed
+    mask: Tensor,
+    advantages: Tensor,  # (rows,) or the shape of logprob
+    old_logprob: Tensor | None = None,
+    *,
+    kind: str = "grpo",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    temperatures: tuple[float, float] = (1.0, 1.05),
+    kl_coef: float = 0.0,
+    kl_kind: str = "k3",
+    kl_correction: bool = False,
+    entropy_coef: float = 0.0,
+    max_length: int | None = None,
+    reference: Tensor | None = None,
+    importance: Tensor | None = None,
+    entropy: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    num_rows: float | Tensor | None = None,
+    metrics: Metrics | None = None,
+) -> Tensor:
+    """GRPO (arXiv 2402.03300) and its relatives.
+
+    With ``r = exp(logprob - old_logprob)`` per token, for gspo and luspo the exponential of its
+    mean over the row, and A the advantage::
+
+        clip   -min(r·A, clip(r, 1 - epsilon, 1 + epsilon_high)·A)
+        cispo  -min(r, 1 + epsilon_high).detach() · A · logprob
+        sapo   -4/τ · σ(τ(r - 1)) · A,  τ = temperatures[0] if A > 0 else temperatures[1]
+        loss   mean(surrogate · importance + kl_coef · KL) - entropy_coef · mean(entropy)
+
+    ======== ========= ===================================== ================
+    kind     surrogate mean                                  source
+    ======== ========= ===================================== ================
+    grpo     clip      over rows, of their means             arXiv 2402.03300
+    bnpo     clip      over tokens of the batch              TRL
+    dapo     clip      over tokens, `num_items` of the step  arXiv 2503.14476
+    dr_grpo  clip      sum / (rows · max_length)             arXiv 2503.20783
+    cispo    cispo     over tokens                           arXiv 2506.13585
+    sapo     sapo      over rows, of their means             arXiv 2511.20347
+    gspo     clip, row over rows                             arXiv 2507.18071
+    luspo    clip, row over rows, of sums over their tokens  TRL
+    ======== ========= ===================================== ================
+
+    Args:
+        logprob: log-probabilities of the sampled tokens, (B, T) or packed (T,).
+        mask: same shape, bool or 0/1: response tokens.
+        advantages: (rows,) or per token; constants. See `group_advantages`.
+        old_logprob: of the policy that the update started from, per token, constants; None: this
+            one, so r = 1 in value.
+        epsilon, epsilon_high: clip range, default .2 on both sides; `epsilon_high` None is
+            `epsilon`. "cispo" has the upper one only (TRL's `epsilon_high` is then 1 + ours).
+        delta: also cut r at `delta` > 1 + epsilon_high where A < 0 (two-sided clipping, the same as
+            PPO's dual clip).
+        temperatures: of "sapo", for A > 0 and A ≤ 0; above 0.
+        kl_coef: weight of the KL to `reference`, at least 0.
+        kl_kind: its estimate, "k1", "k2" or "k3", as `kl_estimate`.
+        kl_correction: multiply the estimate by r: unbiased where `old_logprob` sampled.
+        entropy_coef: weight of the entropy bonus, its mean over tokens.
+        max_length: of "dr_grpo".
+        reference: log-probabilities of the reference model, per token.
+        importance: weights for samplers other than `old_logprob`, per token or (rows,), constants;
+            see `importance_weights`.
+        entropy: per token, from `ift_kernels.linear_logprobs`.
+        cu_seqlens: (rows + 1,): the rows are packed documents.
+        num_items: for means over tokens: the tokens of the whole optimizer step.
+        num_rows: for means over rows: the rows of the whole optimizer step; default those here that
+            have tokens.
+        metrics: a dict that gets ``ratio``, ``clip_low``, ``clip_high``, ``clip_fraction`` (shares
+            of tokens whose gradient is clipped away), ``approx_kl`` (k3 of the step), ``kl`` and
+            ``perplexity``.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        TypeError, ValueError: unknown option, missing tensor, shapes that do not match.
+    """
+    checks.one_of("kind", kind, KINDS)
+    surrogate, level, over = KINDS[kind]
+    high = epsilon if epsilon_high is None else epsilon_high
+    for name, value in (("epsilon", epsilon), ("epsilon_high", high), ("kl_coef", kl_coef),
+                        ("entropy_coef", entropy_coef)):  # fmt: skip
+        not_negative(name, value)
+    for temperature in temperatures:
+        positive("temperatures", temperature)
+    if delta is not None and not checks.number("delta", delta) > 1 + high:
+        raise ValueError(f"delta: expected above 1 + epsilon_high = {1 + high}, got {delta}")
+    tokens = Tokens(logprob, mask, cu_seqlens)
+    advantage = tokens.each("advantages", advantages).detach()
+    old = tokens.logprob if old_logprob is None else tokens.each("old_logprob", old_logprob)
+    log_ratio = tokens.logprob - old.detach()
+    if level == "sequence":
+        log_ratio = tokens.rows.spread(tokens.means(log_ratio))
+    ratio = ratio_of(log_ratio)
+    if surrogate == "clip":
+        loss = clipped(ratio, advantage, epsilon, high, delta)
+    elif surrogate == "cispo":
+        loss = -ratio.detach().clamp(max=1 + high) * advantage * tokens.logprob
+    else:
+        loss = _sapo(ratio, advantage, *temperatures)
+    if importance is not None:
+        loss = loss * tokens.each("importance", importance).detach()
+    if kl_coef:
+        if reference is None:
+            raise ValueError("reference: expected log-probabilities with kl_coef, got None")
+        penalty = kl_estimate(tokens.logprob, tokens.each("reference", reference), kl_kind)
+        record(metrics, kl=tokens.mean(penalty))
+        loss = loss + kl_coef * (penalty * ratio if kl_correction else penalty)
+    low = 0.0 if surrogate == "sapo" else epsilon
+    record_ratio(metrics, tokens, log_ratio, advantage, low, high, surrogate)
+    mean = average(tokens, loss, over, num_items, num_rows, max_length)
+    return mean - entropy_bonus(tokens, entropy, entropy_coef)
+
+
+def average(
+    tokens: Tokens,
+    loss: Tensor,
+    over: str,
+    num_items: float | Tensor | None,
+    num_rows: float | Tensor | None,
+    max_length: int | None,
+) -> Tensor:
+    """The mean of a per-token loss, over what the kind says."""
+    for name, value, users in (
+        ("num_items", num_items, ("token",)),
+        ("num_rows", num_rows, ("row_mean", "row_sum", "fixed")),
+    ):
+        if value is not None and over not in users:
+            raise ValueError(f"{name}: expected None with a mean over {over!r}, got {value}")
+    if over == "token":
+        total = tokens.sums(loss).sum()
+        return divide(total, "num_items", tokens.total if num_items is None else num_items)
+    if over == "row_mean":
+        return mean_over_rows(tokens.means(loss), tokens.counts, num_rows)
+    if over == "row_sum":
+        return mean_over_rows(tokens.sums(loss), tokens.counts, num_rows)
+    if max_length is None or max_length < 1:
+        raise ValueError(f"max_length: expected a length of at least 1, got {max_length}")
+    return mean_over_rows(tokens.sums(loss) / max_length, tokens.counts, num_rows)
+
+
+def entropy_bonus(tokens: Tokens, entropy: Tensor | None, entropy_coef: float) -> Tensor | float:
+    """What the entropy takes off a loss: its mean over tokens, weighed."""
+    if not entropy_coef:
+        return 0.0
+    if entropy is None:
+        raise ValueError("entropy: expected a tensor with entropy_coef, got None")
+    return entropy_coef * tokens.mean(tokens.each("entropy", entropy))
+
+
+class GRPOLoss(Loss):
+    """`grpo_loss`, options held by a module; call it on ``(logprob, mask, advantages, old)``."""
+
+    function = staticmethod(grpo_loss)
+    needs = 1

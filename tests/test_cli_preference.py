@@ -1,0 +1,174 @@
+"""`ift train` with preference losses: data, reference cache, training, resumption."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ift.cli import main
+from ift.cli.preference import add_reference
+from ift.data import Collator, DataError, read_jsonl
+from ift.preference_data import PairCollator, encode_pairs, read_preferences
+from ift.tiny import tiny_llama, train_tokenizer
+
+WORDS = ["red", "blue", "green", "round", "square", "small"]
+
+
+def rows(count=24):
+    """The chosen answer repeats the words asked for, the rejected one says others."""
+    pick = random.Random(0)
+    found = []
+    for _ in range(count):
+        asked = pick.sample(WORDS, 2)
+        wrong = pick.sample([w for w in WORDS if w not in asked], 2)
+        found.append({"prompt": f"say {' '.join(asked)}:", "chosen": f" {' '.join(asked)}",
+                      "rejected": f" {' '.join(wrong)}"})  # fmt: skip
+    return found
+
+
+def write(path: Path, data) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in data), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([text for row in rows() for text in row.values()], 300)
+
+
+def test_forms(tmp_path, tokenizer):
+    user = {"role": "user", "content": "say red"}
+    good, bad = ({"role": "assistant", "content": word} for word in ("red", "blue"))
+    earlier = [user, {"role": "assistant", "content": "what?"}, user]
+    data = [
+        rows(1)[0],
+        {"prompt": [user], "chosen": [good], "rejected": [bad]},
+        {"messages": [user], "chosen": "red", "rejected": "blue"},
+        {"chosen": [user, good], "rejected": [user, bad]},
+        {"prompt": earlier, "chosen": good, "rejected": bad},
+    ]
+    path = write(tmp_path / "p.jsonl", data)
+    pairs = read_preferences(path)
+    encoded = encode_pairs(pairs, tokenizer, 64).examples
+    for key in ("input_ids", "labels"):  # three ways to say the same
+        for side in ("chosen", "rejected"):
+            assert np.array_equal(encoded[1][side][key], encoded[2][side][key])
+            assert np.array_equal(encoded[1][side][key], encoded[3][side][key])
+    targets = [e["chosen"]["labels"][e["chosen"]["labels"] != -100] for e in encoded]
+    assert tokenizer.decode(targets[1]).startswith("red")
+    assert np.array_equal(targets[4], targets[1])  # not the assistant's earlier turn
+    # The other losses learn the chosen response.
+    assert [row.content for row in read_jsonl(path)] == [pair.chosen.content for pair in pairs]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "got 'prompt', 'chosen'; expected"),
+        ({"prompt": "a", "chosen": "", "rejected": "c"}, "'chosen' is empty"),
+        ({"prompt": "a", "chosen": 1, "rejected": "c"}, "'chosen' is a number"),
+        ([1], "got a JSON array"),
+        (
+            {"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"},
+            "expected at least one 'assistant'",
+        ),
+    ],
+)
+def test_errors_of_rows(tmp_path, row, said):
+    with pytest.raises(DataError, match=said):
+        read_preferences(write(tmp_path / "p.jsonl", [row]))
+
+
+def test_mismatched_and_dropped(tmp_path, tokenizer):
+    data = rows(3)
+    data[1]["prompt"] += " and" * 60  # no room for a response
+    pairs = encode_pairs(
+        read_preferences(write(tmp_path / "p.jsonl", data)), tokenizer, 40, mismatched=True
+    )
+    assert len(pairs.examples) == 2 and pairs.dropped[0].endswith("line 2")
+    first, second = pairs.examples
+    start = int((first["chosen"]["labels"] != -100).argmax())
+    assert np.array_equal(first["kl"]["input_ids"][:start], first["chosen"]["input_ids"][:start])
+    got = first["kl"]["labels"][first["kl"]["labels"] != -100]
+    other = second["chosen"]["labels"]
+    assert np.array_equal(got, other[other != -100])
+    assert pairs.target_tokens > 0
+
+
+def test_reference_is_cached_by_model_and_data(tmp_path, tokenizer):
+    pairs = encode_pairs(read_preferences(write(tmp_path / "p.jsonl", rows(5))), tokenizer, 64)
+    model, collate = tiny_llama(tokenizer, hidden=32, layers=1), Collator(0)
+    told = (collate, 2, torch.device("cpu"), tmp_path / "cache")
+    assert not add_reference(pairs, model, *told)
+    batch = PairCollator(collate)(pairs.examples)
+    plain = tiny_llama(tokenizer, hidden=32, layers=1)
+    with torch.no_grad():
+        logp = plain(batch["input_ids"], batch["attention_mask"]).logits.log_softmax(-1)
+    labels = batch["labels"][:, 1:]
+    each = logp[:, :-1].gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    expected = (each * (labels != -100)).sum(1)
+    torch.testing.assert_close(batch["reference"], expected, rtol=1e-5, atol=1e-4)
+    assert add_reference(pairs, model, *told)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 0.1
+    assert not add_reference(pairs, model, *told)
+    pairs.examples.pop()
+    assert not add_reference(pairs, model, *told)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 3
+
+
+def log_of(output):
+    lines = (output / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+OPTIONS = {
+    "dpo": ["--dpo-kind", "ipo"], "kto": [], "orpo": ["--nll-weight", "0.5"],
+    "simpo": ["--margin", "0.5"], "cpo": ["--label-smoothing", "0.1"], "slic": ["--beta", "0.5"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", OPTIONS)
+def test_training_widens_the_margin(tmp_path, loss):
+    data, output = write(tmp_path / "p.jsonl", rows()), tmp_path / "out"
+    command = [
+        "train", "--model", "tiny", "--data", data, "--output", str(output), "--loss", loss,
+        "--max-steps", "12", "--lr", "2e-3", "--batch-size", "4", "--accumulate", "2",
+        "--eval-split", "0.2", "--log-steps", "3", "--save-steps", "6", "--cpu", *OPTIONS[loss],
+    ]  # fmt: skip
+    assert main(command) == 0
+    log = log_of(output)
+    assert log[-1]["reward_margin"] > log[0]["reward_margin"]
+    assert log[-1]["logprob_chosen" if loss != "kto" else "reward_chosen"] is not None
+    assert any("eval_reward_margin" in record for record in log)
+    assert (output / "curves.png").stat().st_size > 10_000
+    assert (output / "reference").exists() == (loss in ("dpo", "kto"))
+    if loss == "dpo":  # the same numbers after an interruption, the reference from the cache
+        before = [record["loss"] for record in log]
+        (output / "checkpoint-12").rename(tmp_path / "gone")
+        assert main([*command, "--resume"]) == 0
+        assert [record["loss"] for record in log_of(output)] == before
+        assert len(list((output / "reference").glob("*.npy"))) == 2  # training and evaluation
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--loss", "sft", "--beta", "1"],
+            "--beta: got it with --loss sft; expected --loss dpo",
+        ),
+        (["--loss", "dpo", "--dpo-kind", "x"], "--dpo-kind: expected one of"),
+        (["--loss", "orpo", "--reference", "x"], "--reference: got it with --loss orpo"),
+        (["--loss", "dpo", "--gamma", "0.5"], "--gamma: got it with --loss dpo"),
+    ],
+)
+def test_errors_of_arguments(tmp_path, capsys, arguments, said):
+    data = write(tmp_path / "p.jsonl", rows(4))
+    run = ["train", "--model", "tiny", "--data", data, "--output", str(tmp_path / "o"), "--cpu"]
+    assert main([*run, *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert said in error[-1]

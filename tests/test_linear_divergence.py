@@ -1,0 +1,179 @@
+"""`linear_divergence` against the dense formula: values, gradients, every schedule, its budget."""
+
+import itertools
+
+import pytest
+import torch
+
+import dense
+import ift_kernels
+from ift_kernels import divergence_blocks
+
+KINDS = ["forward", "reverse", "jsd"]
+OPTIONS = {
+    "plain": {},
+    "transforms": {
+        "logit_scale": 0.7, "softcap": 5.0, "temperature": 1.3, "teacher_softcap": 8.0,
+        "teacher_logit_scale": 1.2,
+    },
+}  # fmt: skip
+
+
+def inputs(n=37, v=300, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    student = [normal(n, 12), normal(v, 12) * 0.8, normal(v) * 0.3]
+    teacher = [normal(n, 20), normal(v, 20) * 0.7, normal(v) * 0.3]
+    mask = torch.rand(n, generator=g) > 0.2
+    student = [t.to(dtype).requires_grad_() for t in student]
+    return student, [t.to(dtype) for t in teacher], mask
+
+
+def reference(student, teacher, mask, kind, beta=0.3, **o):
+    """As the docstring has it, with logits held."""
+
+    def log_probs(h, w, b, scale, cap):
+        z = scale * ((h @ w.T).to(torch.promote_types(h.dtype, torch.float32)) + b)
+        z = cap * torch.tanh(z / cap) if cap else z
+        return (z / o.get("temperature", 1.0)).log_softmax(-1)
+
+    s = log_probs(*student, o.get("logit_scale", 1.0), o.get("softcap"))
+    t = log_probs(*teacher, o.get("teacher_logit_scale", 1.0), o.get("teacher_softcap"))
+    if kind == "forward":
+        value = (t.exp() * (t - s)).sum(-1)
+    elif kind == "reverse":
+        value = (s.exp() * (s - t)).sum(-1)
+    else:
+        m = torch.log((1 - beta) * s.exp() + beta * t.exp())
+        value = ((1 - beta) * s.exp() * (s - m) + beta * t.exp() * (t - m)).sum(-1)
+    return torch.where(mask, value, 0)
+
+
+def ours(student, teacher, mask, kind, **options):
+    (h, w, b), (th, tw, tb) = student, teacher
+    return ift_kernels.linear_divergence(
+        h, w, th, tw, bias=b, teacher_bias=tb, mask=mask, kind=kind, beta=0.3, **options
+    )
+
+
+@pytest.fixture(params=["whole", "blocks", "chunks"])
+def schedule(request, monkeypatch):
+    """Everything at once; several blocks of rows that keep their products; products formed anew."""
+    if request.param != "whole":
+        monkeypatch.setattr(
+            divergence_blocks, "MIN_BLOCK", 8 if request.param == "blocks" else 10**9
+        )
+        monkeypatch.setattr(ift_kernels.plan, "TILE_BYTES", 30_000)
+        monkeypatch.setattr(ift_kernels.checks, "MIN_WORKSPACE", 1)
+        return 100_000
+    return None
+
+
+@pytest.mark.parametrize(("kind", "options"), list(itertools.product(KINDS, OPTIONS)))
+def test_values_and_gradients(kind, options, schedule):
+    student, teacher, mask = inputs()
+    given = OPTIONS[options]
+    upstream = torch.randn(37, dtype=torch.float64).masked_fill_(torch.arange(37) % 5 == 0, 0)
+    dense_value = reference(student, teacher, mask, kind, **given)
+    for reduction in ("none", "sum", "mean"):
+        value = ours(student, teacher, mask, kind, reduction=reduction, workspace=schedule, **given)
+        wanted = dense_value if reduction == "none" else dense_value.sum()
+        wanted = wanted / mask.sum() if reduction == "mean" else wanted
+        torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-12)
+        send = upstream if reduction == "none" else torch.tensor(-2.5, dtype=torch.float64)
+        got = torch.autograd.grad(value, student, send, retain_graph=True)
+        exact = torch.autograd.grad(wanted, student, send, retain_graph=True)
+        again = torch.autograd.grad(value, student, send)
+        for a, b, c in zip(got, exact, again, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(c, a, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_accurate_as_dense(kind, dtype, schedule):
+    student, teacher, mask = inputs(dtype=dtype)
+    exact_student = [t.detach().double().requires_grad_() for t in student]
+    exact = reference(exact_student, [t.double() for t in teacher], mask, kind).sum()
+    naive = reference(student, teacher, mask, kind).sum()
+    value = ours(student, teacher, mask, kind, reduction="sum", workspace=schedule)
+    grads = [torch.autograd.grad(x, s) for x, s in
+             ((value, student), (naive, student), (exact, exact_student))]  # fmt: skip
+    for name, a, b, c in zip(("hidden", "weight", "bias"), *grads, strict=True):
+        assert a.dtype == dtype
+        dense.assert_as_accurate(a, b, c, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_heads_and_forbidden_tokens(kind):
+    student, _, mask = inputs(dtype=torch.float32)
+    same = [t.detach() for t in student]
+    value = ours(student, same, mask, kind, reduction="sum")
+    assert abs(value.item()) < 1e-5
+    assert all(g.abs().max() < 1e-5 for g in torch.autograd.grad(value, student))
+    # Both rule out token 3.
+    for bias in (student[2].data, same[2]):
+        bias[3] = -torch.inf
+    value = ours(student, same, mask, kind, reduction="sum")
+    grads = torch.autograd.grad(value, student)
+    assert value.isfinite() and all(g.isfinite().all() for g in grads)
+    assert (grads[1][3] == 0).all()
+
+
+def test_nothing_to_learn_and_nan():
+    student, teacher, mask = inputs(dtype=torch.float32)
+    value = ours(student, teacher, torch.zeros_like(mask), "forward")
+    assert value == 0 and all((g == 0).all() for g in torch.autograd.grad(value, student))
+    student[0].data[0] = torch.nan
+    mask[0] = True
+    value = ours(student, teacher, mask, "forward")
+    assert value.isnan() and torch.autograd.grad(value, student[0])[0][0].isnan().all()
+    mask[0] = False
+    value = ours(student, teacher, mask, "forward")
+    assert value.isfinite() and torch.autograd.grad(value, student[1])[0].isfinite().all()
+
+
+def test_second_derivatives_are_refused():
+    student, teacher, mask = inputs()
+    value = ours(student, teacher, mask, "reverse")
+    (first,) = torch.autograd.grad(value, student[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_divergence: second derivatives"):
+        torch.autograd.grad(first.sum(), student[0])
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_compiles_to_one_graph(reduction):
+    student, teacher, mask = inputs(dtype=torch.float32)
+
+    def loss(h, w):
+        return ift_kernels.linear_divergence(
+            h, w, teacher[0], teacher[1], mask=mask, reduction=reduction
+        ).sum()
+
+    value = torch.compile(loss, backend="aot_eager", fullgraph=True)(*student[:2])
+    eager = loss(*student[:2])
+    torch.testing.assert_close(value, eager)
+    for a, b in zip(*(torch.autograd.grad(x, student[:2]) for x in (value, eager)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"kind": "up"}, "kind: expected one of .*got 'up'"),
+        ({"beta": 1.0}, r"beta: expected in \(0, 1\), got 1.0"),
+        ({"reduction": "avg"}, "reduction: .*got 'avg'"),
+        ({"num_items": 3, "reduction": "sum"}, "num_items: only divides"),
+        ({"teacher_hidden": torch.zeros(3, 20)}, "teacher_hidden: expected shape"),
+        ({"teacher_weight": torch.zeros(7, 20)}, "teacher_weight: .*V=300"),
+        ({"mask": torch.ones(3)}, "mask: expected the shape"),
+    ],
+)
+def test_errors(change, said):
+    (h, w, _), (th, tw, _), _ = inputs(dtype=torch.float32)
+    given = {"hidden": h, "weight": w, "teacher_hidden": th, "teacher_weight": tw, **change}
+    with pytest.raises(ValueError, match=said):
+        ift_kernels.linear_divergence(**given)

@@ -1,0 +1,332 @@
+"""What holds of every loss: edges, accumulation, packed rows, from hidden states, errors."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import ift
+from ift import losses
+
+PAIRS, LENGTH = 3, 5
+ADVANTAGES = torch.tensor([1.0, -1.2, 0.4, -0.3, 2.0, -1.9])
+REWARDS = torch.tensor([1.0, -1.0, 0.5, 0.25, 0.0, 3.0])
+DESIRABLE = torch.tensor([True, False, True, True, False, False])
+
+# name → (loss of (logprob, mask, reference), does it compare with a reference?)
+LOSSES = {
+    "sft": lambda x, m, r, **k: losses.sft_loss(x, m, **k),
+    "dft": lambda x, m, r, **k: losses.sft_loss(x, m, scaling="dft", **k),
+    "ift": lambda x, m, r, **k: losses.ift_loss(x, m, **k),
+    **{
+        f"dpo-{kind}": lambda x, m, r, kind=kind, **k: losses.dpo_loss(
+            x, m, r, kind=kind, label_smoothing=0.1 if kind in ("exo", "robust") else 0.0, **k
+        )
+        for kind in losses.dpo.FORMULAS
+    },
+    **{
+        f"dpo-{name}": lambda x, m, r, name=name, **k: losses.dpo_loss(
+            x, m, r, divergence=name, **k
+        )
+        for name in ("forward_kl", "js_divergence", "alpha_divergence")
+    },
+    "cpo": lambda x, m, r, **k: losses.cpo_loss(x, m, **k),
+    "simpo": lambda x, m, r, **k: losses.simpo_loss(x, m, **k),
+    "orpo": lambda x, m, r, **k: losses.orpo_loss(x, m, **k),
+    "slic": lambda x, m, r, **k: losses.slic_loss(x, m, **k),
+    "kto": lambda x, m, r, **k: losses.kto_loss(x, m, DESIRABLE, r, **k),
+    **{
+        kind: lambda x, m, r, kind=kind, **k: losses.grpo_loss(
+            x, m, ADVANTAGES, r, kind=kind, kl_coef=0.1, reference=r,
+            max_length=7 if kind == "dr_grpo" else None, **k,
+        )
+        for kind in losses.policy.KINDS
+    },
+    "ppo": lambda x, m, r, **k: losses.ppo_loss(x, m, ADVANTAGES, r, dual_clip=3.0, **k),
+    "reinforce": lambda x, m, r, **k: losses.reinforce_loss(x, m, ADVANTAGES, **k),
+    "rloo": lambda x, m, r, **k: losses.rloo_loss(x, m, REWARDS, r, group_size=3, **k),
+}  # fmt: skip
+
+
+def batch(seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    logprob = -3 * torch.rand(2 * PAIRS, LENGTH, generator=g, dtype=dtype) - 0.05
+    reference = (logprob + 0.3 * torch.randn(logprob.shape, generator=g, dtype=dtype)).clamp(max=0)
+    lengths = torch.tensor([5, 2, 3, 4, 1, 5])
+    mask = torch.arange(LENGTH) < lengths[:, None]
+    return logprob.requires_grad_(), mask, reference
+
+
+def finite(value, logprob):
+    (gradient,) = torch.autograd.grad(value, logprob)
+    assert value.isfinite().all() and gradient.isfinite().all()
+    return gradient
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_packed_equals_padded_and_ignores_what_is_masked(name):
+    logprob, mask, reference = batch()
+    poisoned = logprob.detach().clone().masked_fill_(~mask, torch.nan).requires_grad_()
+    value = LOSSES[name](poisoned, mask, reference)
+    gradient = finite(value, poisoned)
+    assert (gradient[~mask] == 0).all()
+    cu = torch.cat([torch.zeros(1), mask.sum(1).cumsum(0)]).long()
+    flat, other = logprob.detach()[mask].requires_grad_(), reference[mask]
+    ones = torch.ones_like(flat)
+    packed = LOSSES[name](flat, ones, other, cu_seqlens=cu)
+    torch.testing.assert_close(packed, value, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(finite(packed, flat), gradient[mask], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("margin", [0.0, 1e4, -1e4])
+def test_extremes_are_finite(name, margin):
+    # One row of each pair at -1e4 nats under a reference at 0, or the other way; identical at 0.
+    chosen, rejected = min(0.0, margin), min(0.0, -margin)
+    logprob = torch.tensor([[chosen]] * 3 + [[rejected]] * 3).repeat(1, 4) / 4
+    logprob = logprob.float().requires_grad_()
+    reference = torch.zeros(6, 4)
+    for ours, theirs in ((logprob, reference), (logprob, logprob.detach() * 0 - 2500)):
+        value = LOSSES[name](ours, torch.ones(6, 4), theirs)
+        finite(value, logprob)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_empty_responses_and_empty_batches(name):
+    logprob, mask, reference = batch(1)
+    mask[1] = mask[5] = False
+    gradient = finite(LOSSES[name](logprob, mask, reference), logprob)
+    assert (gradient[~mask] == 0).all() and gradient.abs().max() > 0
+    nothing = torch.zeros_like(mask)
+    value = LOSSES[name](logprob, nothing, reference)
+    assert value == 0 and (finite(value, logprob) == 0).all()
+
+
+PAIRED = [name for name in LOSSES if name.startswith("dpo")] + ["cpo", "simpo", "orpo", "slic"]
+WHOLE = {  # the argument of the divisor over an optimizer step
+    **dict.fromkeys([n for n in PAIRED if "aot" not in n], "num_pairs"),
+    **dict.fromkeys(["kto", "ift", "grpo", "gspo", "sapo", "luspo", "dr_grpo"], "num_rows"),
+    **dict.fromkeys(["sft", "dft", "bnpo", "dapo", "cispo", "ppo"], "num_items"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_accumulation(name):
+    """A step of pieces has the gradient of the whole."""
+    logprob, mask, reference = batch(2)
+    # Pairs for the paired losses, rows for the others; each piece sees its own of every tensor.
+    pieces = [[i, i + PAIRS] for i in range(PAIRS)]
+    if name == "dpo-rejected_free":
+        count = 2 * PAIRS
+    else:
+        count = {"num_pairs": PAIRS, "num_rows": 2 * PAIRS, "num_items": int(mask.sum())}[
+            WHOLE[name]
+        ]
+    options = {WHOLE[name]: count}
+    if name == "cpo":
+        options["num_items"] = mask[:PAIRS].sum()
+    whole = torch.autograd.grad(LOSSES[name](logprob, mask, reference), logprob)[0]
+    total = torch.zeros_like(whole)
+    module = globals()
+    advantages, desirable = ADVANTAGES, DESIRABLE
+    try:
+        for rows in pieces:
+            module["ADVANTAGES"], module["DESIRABLE"] = advantages[rows], desirable[rows]
+            value = LOSSES[name](logprob[rows], mask[rows], reference[rows], **options)
+            total += torch.autograd.grad(value, logprob)[0]
+    finally:
+        module["ADVANTAGES"], module["DESIRABLE"] = advantages, desirable
+    torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-14)
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def test_from_hidden_is_the_loss_of_the_log_probabilities():
+    hidden = torch.randn(6, 5, 8, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(30, 8, dtype=torch.float64).requires_grad_()
+    bias = torch.randn(30, dtype=torch.float64).requires_grad_()
+    target = torch.randint(30, (6, 5)).masked_fill_(torch.rand(6, 5) < 0.3, -100)
+    other = losses.Head(torch.randn(6, 5, 8).double(), torch.randn(30, 8).double(), softcap=9.0)
+    transform = {"logit_scale": 0.8, "softcap": 6.0, "temperature": 1.2}
+
+    def dense(h, w, b, scale, cap):
+        z = scale * (h @ w.T + (0 if b is None else b))
+        z = cap * torch.tanh(z / cap) / 1.2
+        return z.log_softmax(-1), z
+
+    mask = target != -100
+    every, z = dense(hidden, weight, bias, 0.8, 6.0)
+    pick = lambda x: x.gather(-1, target.masked_fill(~mask, 0)[..., None])[..., 0]  # noqa: E731
+    logp, entropy = pick(every), -(every.exp() * every).sum(-1)
+    frozen = pick(dense(other.hidden, other.weight, None, 1.0, 9.0)[0])
+    cases = {
+        "dpo": (losses.DPOLoss(beta=0.4), (), losses.dpo_loss(logp, mask, frozen, beta=0.4)),
+        "grpo": (
+            losses.GRPOLoss(kl_coef=0.1, entropy_coef=0.3), (ADVANTAGES,),
+            losses.grpo_loss(
+                logp, mask, ADVANTAGES, kl_coef=0.1, reference=frozen, entropy_coef=0.3,
+                entropy=entropy,
+            ),
+        ),
+        "sft": (
+            losses.SFTLoss(label_smoothing=0.1, z_loss=0.01), (),
+            losses.sft_loss(
+                logp, mask, label_smoothing=0.1, z_loss=0.01, lse=z.logsumexp(-1),
+                mean_logit=z.mean(-1),
+            ),
+        ),
+    }  # fmt: skip
+    for name, (module, rows, wanted) in cases.items():
+        reference = {} if name == "sft" else {"reference": other}
+        value = module.from_hidden(
+            hidden, weight, target, *rows, bias=bias, **transform, **reference
+        )
+        torch.testing.assert_close(value, wanted)
+        inputs = (hidden, weight, bias)
+        pairs = (torch.autograd.grad(x, inputs, retain_graph=True) for x in (value, wanted))
+        for a, b in zip(*pairs, strict=True):
+            torch.testing.assert_close(a, b)
+        right = (every.argmax(-1) == target)[mask].double().mean()
+        assert module.metrics["token_accuracy"].item() == pytest.approx(right.item())
+        assert module.metrics["entropy"].item() == pytest.approx(entropy[mask].mean().item())
+        assert module.metrics["perplexity"].item() == pytest.approx(
+            math.exp(-logp[mask].mean().item())
+        )
+        assert not any(v.requires_grad for v in module.metrics.values())
+    flat = F.cross_entropy(z[mask], target[mask], label_smoothing=0.1)
+    flat = flat + 0.01 * z.logsumexp(-1)[mask].square().mean()
+    torch.testing.assert_close(cases["sft"][2], flat)
+
+
+def test_position_ids_are_packed_rows():
+    logprob, mask, reference = batch(3)
+    position = torch.arange(LENGTH).repeat(2 * PAIRS)
+    loss = losses.DPOLoss()
+    wanted = loss(logprob, mask, reference)
+    flat = loss(logprob.flatten(), mask.flatten(), reference.flatten(), position_ids=position)
+    torch.testing.assert_close(flat, wanted)
+    sums = (reference * mask).sum(1)
+    torch.testing.assert_close(losses.dpo_loss(logprob, mask, sums), wanted)
+
+
+def test_robust_is_an_unbiased_sigmoid():
+    logprob, mask, reference = batch(4)
+    clean = losses.dpo_loss(logprob, mask, reference)
+    halves = torch.arange(6).roll(3)
+    flipped = [logprob[halves], mask[halves], reference[halves]]
+    eps, options = 0.2, {"kind": "robust", "label_smoothing": 0.2}
+    seen = losses.dpo_loss(logprob, mask, reference, **options)
+    other = losses.dpo_loss(*flipped, **options)
+    torch.testing.assert_close((1 - eps) * seen + eps * other, clean)
+
+
+def test_advantages():
+    rewards = torch.tensor([1.0, 2.0, 3.0, 5.0, 5.0, 5.0, torch.nan, 1.0, 3.0])
+    group = losses.group_advantages(rewards, 3)
+    torch.testing.assert_close(group[:3], torch.tensor([-1.0, 0.0, 1.0]) / 1.0001)
+    assert (group[3:7] == 0).all() and group[7] == -group[8]
+    none = losses.group_advantages(rewards, 3, scale="none")
+    assert none[:3].tolist() == [-1.0, 0.0, 1.0]
+    assert losses.rloo_advantages(rewards, 3).tolist() == [-1.5, 0, 1.5, 0, 0, 0, 0, -2, 2]
+    assert (losses.rloo_advantages(rewards[:2], 1) == 0).all()
+    mask = torch.tensor([[0, 1, 1, 1]])
+    r, v = torch.tensor([[9.0, 0.0, 0.0, 1.0]]), torch.tensor([[9.0, 0.5, 0.6, 0.7]])
+    advantages, returns = losses.gae_advantages(r, v, mask, gamma=0.9, lam=0.8)
+    d = [0.9 * 0.6 - 0.5, 0.9 * 0.7 - 0.6, 1 - 0.7]
+    wanted = [0, d[0] + 0.72 * d[1] + 0.72**2 * d[2], d[1] + 0.72 * d[2], d[2]]
+    torch.testing.assert_close(advantages, torch.tensor([wanted]))
+    torch.testing.assert_close(returns, torch.where(mask > 0, advantages + v, 0))
+    packed = losses.gae_advantages(
+        torch.cat([r[0], r[0]]), torch.cat([v[0], v[0]]), torch.cat([mask[0], mask[0]]),
+        gamma=0.9, lam=0.8, cu_seqlens=torch.tensor([0, 4, 8]),
+    )[0]  # fmt: skip
+    torch.testing.assert_close(packed, advantages[0].repeat(2))
+
+
+def test_value_loss_and_importance():
+    values = torch.tensor([[1.0, 2.0, 9.0]]).requires_grad_()
+    mask, returns = torch.tensor([[1, 1, 0]]), torch.tensor([[0.0, 3.0, 0.0]])
+    old = torch.tensor([[0.5, 2.0, 0.0]])
+    metrics = {}
+    loss = losses.value_loss(values, mask, returns, old, metrics=metrics)
+    # Clipped to 0.7 the first error would be smaller: the larger, unclipped one counts.
+    assert loss.item() == pytest.approx((1 + 1) / 2 / 2)
+    assert metrics["value_clip_fraction"] == 0
+    total = losses.ppo_loss(
+        torch.zeros(1, 3), mask, torch.ones(1), values=values, returns=returns, value_coef=0.5
+    )
+    assert total.item() == pytest.approx(-1 + 0.5 * 0.5)
+    weights = losses.importance_weights(
+        torch.log(torch.tensor([[0.5, 0.5]])), torch.log(torch.tensor([[0.4, 0.1]])),
+        torch.ones(1, 2),
+    )  # fmt: skip
+    torch.testing.assert_close(weights, torch.tensor([[1.25, 2.0]]))
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_kl_estimates(kind):
+    g = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(8, generator=g, dtype=torch.float64).mul(0.3).log_softmax(-1) for _ in "pq")
+    exact = (p.exp() * (p - q)).sum()
+    estimate = (p.exp() * losses.kl_estimate(p, q, kind)).sum()
+    if kind == "k2":
+        assert estimate.item() == pytest.approx(exact.item(), rel=0.2)
+    else:
+        torch.testing.assert_close(estimate, exact)
+
+
+X = torch.zeros(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "said"),
+    [
+        (lambda: losses.DPOLoss(kind="x"), ValueError, "kind: expected one of .*got 'x'"),
+        (lambda: losses.DPOLoss(beta=0.0), ValueError, "beta: expected a finite number above 0"),
+        (lambda: losses.DPOLoss(gamma=1.0), TypeError, "gamma: expected an option of .*'beta'"),
+        (lambda: losses.DPOLoss(kind="exo"), ValueError, "label_smoothing: expected above 0"),
+        (
+            lambda: losses.DPOLoss(kind="hinge", label_smoothing=0.1), ValueError,
+            "label_smoothing: expected 0 with kind 'hinge'",
+        ),
+        (
+            lambda: losses.DPOLoss(kind="ipo", divergence="forward_kl"), ValueError,
+            "divergence: expected 'reverse_kl' with kind 'ipo'",
+        ),
+        (lambda: losses.GRPOLoss(delta=1.1), ValueError, r"delta: expected above 1 \+ epsilon"),
+        (lambda: losses.GRPOLoss(kind="dr_grpo"), ValueError, "max_length: expected a length"),
+        (
+            lambda: losses.dpo_loss(torch.zeros(3, 2), torch.ones(3, 2)), ValueError,
+            "logprob: expected the chosen rows, .*got 3 rows",
+        ),
+        (
+            lambda: losses.dpo_loss(torch.zeros(2, 2), torch.ones(2, 2), torch.zeros(3)),
+            ValueError, r"reference: expected the shape of logprob, .*got \(3,\)",
+        ),
+        (
+            lambda: losses.kto_loss(torch.zeros(2, 2), torch.ones(2, 2), torch.ones(3)),
+            ValueError, r"desirable: expected shape \(2,\), got \(3,\)",
+        ),
+        (
+            lambda: losses.grpo_loss(X, torch.ones(2, 2), torch.ones(2), num_items=3),
+            ValueError, "num_items: expected None with a mean over 'row_mean'",
+        ),
+        (
+            lambda: losses.sft_loss(torch.zeros(2, 2), torch.ones(2, 2), z_loss=0.1),
+            ValueError, "lse: expected a tensor",
+        ),
+        (lambda: losses.group_advantages(torch.zeros(4), 3), ValueError, "group_size: .*got 3"),
+    ],
+)  # fmt: skip
+def test_errors(make, error, said):
+    with pytest.raises(error, match=said) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_noisy_recipe():
+    noisy = ift.IFTConfig.noisy(warmup_steps=10, seed=3)
+    assert noisy.lam_noise and noisy.lambda_schedule == "linear" and noisy.lam == 0.2
+    assert len({noisy.lam_at(step) for step in range(20)}) > 10
