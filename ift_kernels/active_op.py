@@ -56,11 +56,12 @@ def _forward(
     at = active.tiling(call.problem, chosen, plan.ledger.held)
     rows, formed = call.select(target), _nothing(hidden, call.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        if at is not None and keep and _own_schedule(call.head, at):
-            at = replace(at, rows=call.problem.rows, columns=weight.shape[0])
+        whole = active.keeps_whole(chosen, needs[1], needs[2])
+        if at is not None and keep and _own_schedule(call.head, at, whole):
+            size = call.problem.rows, weight.shape[0]
+            at = replace(at, rows=size[0], columns=size[1], block=chosen.block)
             state, argmax, formed = call.head.backend.active_form(call.head, rows, track, at)
-        elif at is not None and keep:
-            whole = active.keeps_whole(chosen, needs[1], needs[2])
+        elif at is not None and keep and not syncfree.on():  # this one asks how many are active
             state, argmax, formed = active.form(call.head, rows, track, at, whole)
         else:
             exact = plan.make(call.problem, plan.ledger.held, "recompute")
@@ -71,10 +72,17 @@ def _forward(
     return (*linear_ops.outputs(call, state, argmax, track), *formed)
 
 
-def _own_schedule(head: engine.Head, at: active.Tiling) -> bool:
-    """Whether the backend brings a schedule of its own for the active set, and it can serve."""
+def _own_schedule(head: engine.Head, at: active.Tiling, whole: bool) -> bool:
+    """Whether the backend brings a schedule of its own for the active set, and it can serve.
+
+    It keeps no products, which an exact gradient of the head needs as they were in forward.
+    """
     serves = getattr(head.backend, "active_serves", None)
-    return serves is not None and bool(serves(head, at))
+    return serves is not None and not whole and bool(serves(head, at))
+
+
+def _made_by_own_schedule(formed: active.Formed) -> bool:
+    return len(formed.layout) > 1 and formed.layout[1].tolist()[1] < 0
 
 
 def _stats_of(
@@ -138,14 +146,19 @@ def _backward(
     call = linear_ops.Call(hidden, weight, bias, count, tuple(options), tuple(needs))
     if syncfree.on():
         coef = coef.masked_fill(~(valid & teaches), 0)
-    at = active.tiling(call.problem, _active_set((threshold, block, tail_tile, dense)))
+    chosen = _active_set((threshold, block, tail_tile, dense))
+    at = active.tiling(call.problem, chosen)
     row_gradient = engine.RowGradient(call.select(target), call.select(norm), call.select(coef))
     arguments = call.head, row_gradient, tuple(needs), hidden.dtype
     with torch.autocast(hidden.device.type, enabled=False):
-        if at is None or call.problem.rows == 0:
+        whole = active.keeps_whole(chosen, needs[1], needs[2])
+        # One schedule cannot go on from what the other left.
+        own = at is not None and _own_schedule(call.head, at, whole)
+        own = own and (formed is None or _made_by_own_schedule(formed))
+        if at is None or call.problem.rows == 0 or (syncfree.on() and not own):
             exact = plan.make(call.problem, 0, "recompute")
             results = engine.gradients(*arguments, exact)
-        elif _own_schedule(call.head, at):
+        elif own:
             formed = _nothing(hidden, call.dtype) if formed is None else formed
             results = call.head.backend.active_gradients(*arguments, at, formed, options[4])
         else:

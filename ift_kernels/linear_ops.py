@@ -237,8 +237,9 @@ def _stats(
     kept = engine.new_rows(call.head.backend, call.head.hidden, kept_rows, chosen.keep_columns)
     with torch.autocast(hidden.device.type, enabled=False):
         state, argmax = engine.statistics(
-            call.head, call.select(target), track, chosen, kept if chosen.keep_columns else None
-        )
+            call.head, call.select(target), track, chosen, kept if chosen.keep_columns else None,
+            last=not any(needs),
+        )  # fmt: skip
     return (*outputs(call, state, argmax, track), kept)
 
 

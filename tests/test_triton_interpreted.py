@@ -8,15 +8,19 @@ import math
 
 import pytest
 import torch
+import triton
 
 import dense
 import ift_kernels as K
+import interpreter
 import test_backends
 from ift_kernels import backends, linear_ops
 from ift_kernels.backends import reference as ref
 from ift_kernels.backends import triton as backend
-from ift_kernels.backends.triton import launch
+from ift_kernels.backends.triton import choice, launch
 from ift_kernels.transform import LogitTransform
+
+interpreter.round_to_nearest()
 
 PLAIN, FULL = LogitTransform(), LogitTransform(0.7, 5.0, 1.3)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -72,9 +76,10 @@ def close(ours, wanted, dtype=torch.float32):
 
 CASES = [
     pytest.param(dtype, transform, bias, id=f"{dtype}-{'full' if bias else 'plain'}")
-    for dtype in DTYPES
-    for transform, bias in ((PLAIN, False), (FULL, True))
-]
+    for dtype, transform, bias in (
+        (torch.float32, FULL, True), (torch.float16, PLAIN, False), (torch.bfloat16, FULL, True)
+    )
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("dtype", "transform", "bias"), CASES)
@@ -116,8 +121,8 @@ def test_gradient_and_probabilities(dtype, transform, bias, blocks):
     close(ours, theirs, dtype)
 
 
-@pytest.mark.parametrize(("dtype", "transform", "bias"), CASES[:4])
-@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize(("dtype", "transform", "bias"), CASES[:2])
+@pytest.mark.parametrize("k", [1, 5])
 def test_top_k(dtype, transform, bias, k, blocks):
     both = []
     for b in (backend, ref):
@@ -130,8 +135,7 @@ def test_top_k(dtype, transform, bias, k, blocks):
     assert torch.equal(both[0][1], both[1][1])
 
 
-@pytest.mark.parametrize("offset", [0, 3, 64])
-@pytest.mark.parametrize("seed", [0, -1, 2**63 - 5])
+@pytest.mark.parametrize(("offset", "seed"), [(0, -1), (3, 0), (64, 2**63 - 5)])
 def test_gumbel(offset, seed, blocks):
     x, bias, _ = chunk(7, 201, torch.float32, True)
     rows = torch.tensor([0, 1, 2, 2**31, 2**32 + 7, 2**40, 6])
@@ -147,10 +151,6 @@ def test_gumbel(offset, seed, blocks):
 
 def test_gumbel_noise_is_that_of_its_formula():
     """In fp64, at both ends of the range and in between."""
-    import triton
-
-    from ift_kernels.backends.triton import choice
-
     bits = torch.tensor([0, 1, 2, 1 << 8, 1 << 20, 1 << 31, (1 << 32) - 300, (1 << 32) - 1])
 
     @triton.jit
@@ -165,7 +165,7 @@ def test_gumbel_noise_is_that_of_its_formula():
     torch.testing.assert_close(out.double(), -torch.log(-torch.log1p(-u)), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "transform", "bias"), CASES[:4])
+@pytest.mark.parametrize(("dtype", "transform", "bias"), CASES)
 def test_active_set(dtype, transform, bias, blocks):
     n, c, block, tile = 70, 200, 32, 64
     x, b, target = chunk(n, c, dtype, bias)
@@ -213,19 +213,19 @@ def test_sums_of_rows(dtype, accumulate, blocks):
     close(backend.tile_sums(start, 16), ref.tile_sums(start, 16))
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.95, 1.0])
 @pytest.mark.parametrize("left", [True, False])
 def test_scan(gamma, left, blocks):
-    for dtype in DTYPES:
-        x, mask = torch.randn(3, 53).to(dtype), torch.rand(3, 53) < 0.7
-        x[~mask] = torch.nan
-        for arguments in (
-            (x, mask, None),
-            (x.nan_to_num(1), None, None),
-            (x.view(1, -1), mask.view(1, -1), torch.tensor([0, 0, 17, 18, 100, 159])),
-        ):
-            ours, theirs = (b.scan(*arguments, gamma, left) for b in (backend, ref))
-            close(ours, theirs, dtype)
+    dtype = {0.0: torch.bfloat16, 0.95: torch.float32, 1.0: torch.float16}[gamma]
+    x, mask = torch.randn(3, 53).to(dtype), torch.rand(3, 53) < 0.7
+    x[~mask] = torch.nan
+    for arguments in (
+        (x, mask, None),
+        (x.nan_to_num(1), None, None),
+        (x.view(1, -1), mask.view(1, -1), torch.tensor([0, 0, 17, 18, 100, 159])),
+    ):
+        ours, theirs = (b.scan(*arguments, gamma, left) for b in (backend, ref))
+        close(ours, theirs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -252,8 +252,11 @@ def test_every_operation_equals_the_reference(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("options", [{}, dense.TRANSFORM], ids=["plain", "transform"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [(dense.TRANSFORM, torch.float32), ({}, torch.bfloat16), (dense.TRANSFORM, torch.float16)],
+    ids=["float32", "bfloat16", "float16"],
+)
 def test_against_fp64(options, dtype):
     h = dense.head(9, 17, 131, dtype, bias=bool(options), **options)
     stats = K.linear_logprobs(h.hidden, h.weight, h.target, outputs=dense.OUTPUTS, **h.kwargs)
@@ -265,10 +268,13 @@ def test_against_fp64(options, dtype):
     dense.assert_gradients(ours, h, dense.send(dense.stats(h), up), wanted, double.inputs)
 
 
-@pytest.mark.parametrize("options", [{}, dense.TRANSFORM], ids=["plain", "transform"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [(dense.TRANSFORM, torch.float32), ({}, torch.bfloat16), (dense.TRANSFORM, torch.float16)],
+    ids=["float32", "bfloat16", "float16"],
+)
 def test_fused_statistics(options, dtype):
-    h = dense.head(35, 20, 531, dtype, bias=bool(options), **options)
+    h = dense.head(19, 20, 291, dtype, bias=bool(options), **options)
     small = {"ROWS": 16, "COLUMNS": 32, "INNER": 16, "num_warps": 1}
     for name, values in (("none", {}), ("fused", small)):
         with (
@@ -299,6 +305,18 @@ def test_fused_statistics_of_rows_that_are_not_finite():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
         elif a is not None:
             assert torch.equal(a, b)
+
+
+def test_the_interpreter_rounds_as_a_gpu():
+    @triton.jit
+    def kernel(x, out):
+        at = triton.language.arange(0, 1024)
+        triton.language.store(out + at, triton.language.load(x + at))
+
+    x, out = torch.randn(1024) * 1e3, torch.empty(1024, dtype=torch.bfloat16)
+    x[:3] = torch.tensor([torch.inf, -torch.inf, 3.4e38])
+    kernel[(1,)](x, out)
+    assert torch.equal(out, x.bfloat16())
 
 
 def test_greedy_and_the_rest():

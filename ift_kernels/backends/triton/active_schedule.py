@@ -17,16 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ift_kernels import active, active_backward, engine, plan, syncfree
+from ift_kernels import active, active_backward, linear_ops, syncfree
 from ift_kernels.active import Formed, Tiling
 from ift_kernels.backends.triton.fused import Marking, fused_statistics
 from ift_kernels.backends.triton.gathered import Items
-from ift_kernels.backends.triton.gradient import active_gradient_
 from ift_kernels.backends.triton.launch import blocks, config
 from ift_kernels.backends.triton.segments import sum_segments
 from ift_kernels.engine import Head, Results, RowGradient
-from ift_kernels.plan import Problem
 
+OWN = (-1, 0)  # in a `Formed.layout`, in place of where a tile starts: this schedule made it
 BLOCKS = (32, 64, 128)  # of rows, that a program can own
 
 
@@ -34,13 +33,20 @@ def active_serves(head: Head, at: Tiling) -> bool:
     """Whether this schedule can serve the call; else the one for CPUs does."""
     same = head.weight.dtype == head.hidden.dtype and head.weight.stride(-1) == 1
     fused = bool(config("active", "all", head.hidden.device)["FUSED"])
-    return fused and same and at.block in BLOCKS and at.tail % 64 == 0
+    block = at.options.block
+    # Items are counted in 32 bits.
+    few = blocks(head.hidden.shape[0], block) * head.vocabulary < 2**31
+    return fused and same and few and block in BLOCKS
 
 
 def active_form(
     head: Head, target: Tensor, track: int, at: Tiling
 ) -> tuple[Tensor, Tensor, Formed]:
-    """Running state, argmax, and the marks and tails of the whole vocabulary."""
+    """Running state, argmax, and the marks and tails of the whole vocabulary.
+
+    Blocks are those of the options, also where there are fewer rows.
+    """
+    at = replace(at, block=at.options.block)
     n, v = head.hidden.shape[0], head.vocabulary
     state, argmax = head.backend.new_state(n, head.hidden.device)
     like, tiles = head.hidden, blocks(v, at.tail)
@@ -53,7 +59,7 @@ def active_form(
             Marking(marks, tails), at.block, at.tail,
             math.log(threshold) if threshold else -math.inf,
         )  # fmt: skip
-    layout = torch.tensor([[n, v, at.block], [active.SPARSE, 0, 0]])
+    layout = torch.tensor([[n, v, at.block], [active.SPARSE, *OWN]])
     return state, argmax, Formed(marks, tails, layout, like.new_empty(0))
 
 
@@ -68,25 +74,16 @@ def active_gradients(
 ) -> Results:
     """Gradients of hidden (in `hidden_dtype`), weight and bias."""
     if not formed.marks.shape[0]:  # nothing was kept
-        formed = active_form(head, row_gradient.target, 0, at)[2]
+        state, argmax, formed = active_form(head, row_gradient.target, 0, at)
+        # That of forward may be of products that the vendor had rounded.
+        norm = linear_ops.row_values(state, argmax, head.vocabulary)[-1]
+        row_gradient = row_gradient._replace(norm=norm.to(row_gradient.norm.dtype))
     n, v, block = formed.layout[0].tolist()
     at = replace(at, rows=n, columns=v, block=block)
-    exact = active.keeps_whole(at.options, needs[1], needs[2])
-    total = active_backward._Totals(
-        head, row_gradient, (needs[0], needs[1] and not exact, needs[2] and not exact), at
-    )
-    if needs[0] or not exact:
-        overflow = _add_items(total, row_gradient, formed, workspace)
+    total = active_backward._Totals(head, row_gradient, needs, at)
+    overflow = _add_items(total, row_gradient, formed, workspace)
     hidden, weight, bias = total.results(hidden_dtype)
-    if exact:  # whatever the active set: products once more, and all of their gradient
-        problem = Problem(
-            n, v, head.weight.shape[1], head.hidden.dtype, workspace, False, needs[1], needs[2]
-        )
-        rest = (False, needs[1], needs[2])
-        _, weight, bias = engine.gradients(
-            head, row_gradient, rest, hidden_dtype, plan.make(problem, 0, "recompute")
-        )
-    if syncfree.on() and (needs[0] or not exact):
+    if syncfree.on():
         hidden, weight, bias = (syncfree.poisoned(overflow, g) for g in (hidden, weight, bias))
     return hidden, weight, bias
 
@@ -106,9 +103,8 @@ def _add_items(
     for columns, count in _ranges(formed.marks, at.tail, capacity):
         items = Items.of(formed.marks[:, columns].contiguous(), count, block)
         weight, tiles = head.weight[columns], at.tails(columns)
-        store = items.products(head.hidden, weight)
-        active_gradient_(
-            store, items.pairs, n, head.bias_chunk(columns), head.transform, row_gradient.target,
+        store = items.gradients(
+            head.hidden, weight, head.bias_chunk(columns), head.transform, row_gradient.target,
             columns.start, norm, coef, base[tiles], at.tail,
         )  # fmt: skip
         if total.hidden is not None:

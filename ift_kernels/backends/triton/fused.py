@@ -79,9 +79,10 @@ def fused_kernel(
             w_at = weight + column.to(tl.int64)[:, None] * weight_stride + (k + inner)[None, :]
             w = tl.load(w_at, mask=inside[:, None] & deep[None, :], other=0.0)
             x = product(h, tl.trans(w), x, PRECISION)
-        # Backward forms the products again and stores them in 16 bits. A log-sum-exp of unrounded
-        # ones would not fit them: 1 − p of a nearly certain token would be off by their rounding.
-        x = x.to(hidden.dtype.element_ty).to(tl.float32)
+        if not MARK:
+            # The same log-probabilities as where the vendor's product stores its 16 bits. Marks
+            # come with a backward that forms gradients of unrounded products; see gathered.py.
+            x = x.to(hidden.dtype.element_ty).to(tl.float32)
         b = tl.zeros((COLUMNS,), tl.float32)
         if HAS_BIAS:
             b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)

@@ -4,9 +4,12 @@ Floors: 2·k·N·V·D operations for each of the three; bytes, k·N·C·D / bloc
 gathered (or the hidden states once for each group of ids), N·D or V·D written once. Distance: not
 measured.
 
+Products become gradients in float32, before they are first rounded: forward took its log-sum-exp of
+unrounded ones, and with others the gradient of a nearly certain token would be off by a rounding.
+
 Active columns are *items*: block after block with ids ascending, (block of rows, id) in `pairs` and
-`block` products each in `store`. Every program owns what it writes: no atomics, one order of sums.
-Items beyond the capacity of the store are left out; the caller looks at the count.
+`block` gradients of products each in `store`. Every program owns what it writes: no atomics, one
+order of sums. Items beyond the capacity of the store are left out; the caller looks at the count.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ift_kernels.backends.triton.common import precision, product
-from ift_kernels.backends.triton.launch import blocks, config, launch
+from ift_kernels.backends.triton.common import precision, product, transform_arguments
+from ift_kernels.backends.triton.gradient import active_gradient
+from ift_kernels.backends.triton.launch import blocks, check_rows, config, launch
+from ift_kernels.transform import LogitTransform
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -37,13 +42,15 @@ def list_kernel(marks, position, pairs, columns, column_blocks, capacity, BLOCK:
     tl.store(pairs + 2 * slot + 1, column.to(tl.int64), mask=kept)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "offset"])
 def products_kernel(
-    hidden, weight, pairs, starts, store,
+    hidden, weight, pairs, starts, store, bias, target, norm, coef, base,
     rows, width, hidden_stride, weight_stride, groups,
-    PRECISION: tl.constexpr, BLOCK: tl.constexpr, ITEMS: tl.constexpr, INNER: tl.constexpr,
+    offset, norm_stride, coef_stride, base_stride, tile, gain, height, rate,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, ITEMS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """``store[item] = weight[id] @ hidden[block].T``."""
+    """``store[item]``: the gradient of ``weight[id] @ hidden[block].T``."""
     number = tl.program_id(0) // groups
     last = tl.load(starts + number + 1)
     item = tl.load(starts + number) + tl.program_id(0) % groups * ITEMS + tl.arange(0, ITEMS)
@@ -62,8 +69,12 @@ def products_kernel(
         h_at = hidden + row[:, None] * hidden_stride + (k + inner)[None, :]
         h = tl.load(h_at, mask=there[:, None] & deep[None, :], other=0.0)
         x = product(w, tl.trans(h), x, PRECISION)
+    grad = active_gradient(
+        x, ids, row[None, :], listed, there[None, :], bias, target, norm, coef, base,
+        offset, norm_stride, coef_stride, base_stride, tile, gain, height, rate, HAS_BIAS, HAS_CAP,
+    )  # fmt: skip
     at = store + item[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    tl.store(at, x.to(store.dtype.element_ty), mask=listed[:, None])
+    tl.store(at, grad.to(store.dtype.element_ty), mask=listed[:, None])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -156,15 +167,32 @@ class Items:
         )  # fmt: skip
         return cls(marks, position, pairs, starts, block)
 
-    def products(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """(capacity, block) products of the items, in the dtype of `hidden`."""
+    def gradients(
+        self,
+        hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (C, D), from id `offset` on
+        bias: Tensor | None,  # (C,)
+        transform: LogitTransform,
+        target: Tensor,  # (N,)
+        offset: int,
+        norm: Tensor,  # these three as for `active_gradient_`, rows padded to whole blocks
+        coef: Tensor,
+        base: Tensor,
+        tile: int,
+    ) -> Tensor:
+        """(capacity, block) gradients of the items' products, in the dtype of `hidden`."""
+        padded = self.marks.shape[0] * self.block
+        for name, matrix in (("norm", norm), ("coef", coef), ("base", base)):
+            check_rows(name, matrix, padded)
         store = hidden.new_empty((self.capacity, self.block))
         chosen = config("products", _kind(hidden), hidden.device)
         groups = blocks(self.marks.shape[1], chosen["ITEMS"])
         launch(
             products_kernel, (self.marks.shape[0] * groups,), hidden,
-            hidden, weight, self.pairs, self.starts, store, *hidden.shape, hidden.stride(0),
-            weight.stride(0), groups, PRECISION=precision(hidden.dtype), BLOCK=self.block, **chosen,
+            hidden, weight, self.pairs, self.starts, store, bias, target, norm, coef, base,
+            *hidden.shape, hidden.stride(0), weight.stride(0), groups, offset, norm.stride(0),
+            coef.stride(0), base.stride(0), tile, **transform_arguments(bias, transform),
+            PRECISION=precision(hidden.dtype), BLOCK=self.block, **chosen,
         )  # fmt: skip
         return store
 
