@@ -10,7 +10,7 @@ INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp
 # Without a GPU the CUDA extension would cost minutes and serve nothing; its tests compile it anyway.
 WITH_CUDA := $(or $(IFT_BUILD_CUDA),$(if $(shell command -v nvidia-smi),auto,0))
 
-.PHONY: demo test lint wheel cuda-versions clean
+.PHONY: demo test gpu lint wheel cuda-versions clean
 .SECONDARY:
 
 demo: $(VENV)/train.stamp
@@ -18,6 +18,12 @@ demo: $(VENV)/train.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# On a machine with a GPU: PART=tests|head|active|ops|e2e|tune, all of them without; run it again to
+# go on where it stopped. DRY=1 goes the same way on a CPU. MINUTES=8 is for each part.
+gpu: $(VENV)/dev.stamp
+	$(BIN)/python -m bench gpu $(if $(PART),--part $(PART)) $(if $(DRY),--dry-run) \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 # What CI runs, and what pre-commit runs on every commit.
 lint: $(VENV)/dev.stamp

@@ -355,7 +355,7 @@ setup(
         *find_packages(str(ROOT / "python_api")),
     ],
     package_dir={"ift_kernels": "ift_kernels", "ift": "python_api/ift"},
-    package_data={"ift_kernels": ["py.typed"], "ift": ["py.typed"]},
+    package_data={"ift_kernels": ["py.typed", "backends/triton/launch.json"], "ift": ["py.typed"]},
     # `depends` puts the headers into the source distribution.
     ext_modules=[
         Extension("ift_kernels._cpu", relative(COMMON + PER_ISA), depends=relative(HEADERS)),

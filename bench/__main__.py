@@ -1,8 +1,13 @@
-"""``python -m bench SUITE``: measure; ``python -m bench --list``: what there is to measure."""
+"""``python -m bench SUITE``: measure; ``python -m bench --list``: what there is to measure.
+
+``static``, ``tune`` and ``gpu`` measure nothing about peers: kernels compiled for GPUs that are not
+here, launch configurations, and everything that a machine with a GPU should run.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +22,16 @@ from bench.peers import PEERS
 from bench.provenance import load, provenance
 
 # A suite has `add_arguments`, `run`, `CASES` (by name, with a title) and says what it is about.
+COMMANDS = ("static", "tune", "gpu")
 SUITES: dict[str, Any] = {"head": head, "active": active, "ops": ops, "losses": losses}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; exit code 1 if a result of ours was refused, 130 after Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in COMMANDS:  # Triton is imported only for these
+        command: Any = importlib.import_module(f"bench.{given[0]}")
+        return int(command.main(given[1:]))
     options = parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if options.list:

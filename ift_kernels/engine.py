@@ -140,10 +140,23 @@ def fold(head: Head, tile: Tile, target: Tensor, state: Tensor, argmax: Tensor, 
 
 
 def statistics(
-    head: Head, target: Tensor, track: int, plan: Plan, kept: Tensor | None = None
+    head: Head,
+    target: Tensor,
+    track: int,
+    plan: Plan,
+    kept: Tensor | None = None,
+    last: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Running state (STATE_ROWS, N) and argmax (N,) after the whole vocabulary."""
+    """Running state (STATE_ROWS, N) and argmax (N,) after the whole vocabulary.
+
+    `last` says that nobody forms these products again, for gradients that have to fit them.
+    """
     state, argmax = head.backend.new_state(head.hidden.shape[0], head.hidden.device)
+    prefers = getattr(head.backend, "prefers_fused", None)  # one kernel for products and statistics
+    if last and kept is None and prefers is not None and prefers(head.hidden, head.weight):
+        here = head.hidden, head.weight, head.bias, head.transform
+        head.backend.fused_statistics(*here, target, state, argmax, track)
+        return state, argmax
     for tile in products(head, plan, kept):
         fold(head, tile, target, state, argmax, track)
     return state, argmax

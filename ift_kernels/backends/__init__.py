@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels.backends import choice, cpu, cuda, reference
+from ift_kernels.backends import choice, cpu, cuda, reference, triton
 
 # In order of preference; `reference` serves whatever nothing else does.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu, "triton": triton, "cuda": cuda, "reference": reference
+}  # fmt: skip
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("ift_backend", default=None)
 
