@@ -122,3 +122,10 @@ def test_complaints():
     ):  # fmt: skip
         assert word in "".join(static.complaints(which, replace(good, **change), 100))
     assert "no committed limit" in static.complaints(which, good, None)
+
+
+def test_no_module_has_the_name_of_a_function():
+    """Importing a submodule sets it on the package, where the function of that name should be."""
+    backend = backends.BACKENDS["triton"]
+    folder = Path(backend.__file__).parent
+    assert not {path.stem for path in folder.glob("*.py")} & set(backend._HOME)

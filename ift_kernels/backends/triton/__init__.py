@@ -38,7 +38,7 @@ _MODULES = {
     "gradient": ("active_gradient_",),
     "segments": ("combine_rows", "tile_sums"),
     "scans": ("scan",),
-    "residual": ("residual", "residual_grad"),
+    "mixing": ("residual", "residual_grad"),  # no module may have the name of a function
     # Beyond the contract: what a schedule may use where a backend has it.
     "fused": ("fused_statistics", "prefers_fused"),
     "active_schedule": ("active_serves", "active_form", "active_gradients"),
