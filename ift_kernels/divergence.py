@@ -261,11 +261,7 @@ def _autograd(ctx: Any, d_each: Tensor | None, d_total: Tensor | None, *_: Any) 
         )
     else:
         held, ctx.gradients = ctx.gradients, None
-        results = held.tensors
-        held.release()
-        if not (d_total.device.type == "cpu" and float(d_total) == 1.0):
-            for gradient in results:
-                gradient.mul_(d_total)
+        results = held.gradients(d_total)
     return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
 
 

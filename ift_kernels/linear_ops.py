@@ -55,6 +55,14 @@ class Held:
         for leave in self._leave:
             leave()
 
+    def gradients(self, upstream: Tensor) -> tuple[Tensor, ...]:
+        """What is held, gradients formed in forward, times `upstream`, in place; releases them."""
+        self.release()
+        if not (upstream.device.type == "cpu" and float(upstream) == 1.0):
+            for gradient in self.tensors:
+                gradient.mul_(upstream)
+        return self.tensors
+
 
 class Call:
     """One call's rows that count, its head and its problem, whichever operator it came through."""

@@ -112,11 +112,7 @@ def _loss_autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor |
         )
     else:
         held, ctx.gradients = ctx.gradients, None
-        results = held.tensors
-        held.release()
-        if not (upstream.device.type == "cpu" and float(upstream) == 1.0):
-            for gradient in results:
-                gradient.mul_(upstream)
+        results = held.gradients(upstream)
     return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
 
 

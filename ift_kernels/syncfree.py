@@ -30,7 +30,9 @@ def sync_free() -> Iterator[None]:
 
 def on() -> bool:
     """Whether this call must not wait."""
-    return _asked.get() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    # A stream captures only once CUDA is in use; asking for the device costs far more.
+    in_use = torch.cuda.is_initialized()
+    return _asked.get() or (in_use and torch.cuda.is_current_stream_capturing())
 
 
 def masked_rows(keep: Tensor, value: Tensor) -> Tensor:

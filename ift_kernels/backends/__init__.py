@@ -71,8 +71,11 @@ def get(tensor: Tensor, dtype: torch.dtype | None = None) -> Any:
         if why_not and dtype != torch.float64:  # fp64 always goes through the reference
             raise RuntimeError(f"backend {name!r} was asked for but cannot serve: {why_not}")
         return reference if why_not else BACKENDS[name]
-    serving = {n: b for n, b in BACKENDS.items() if not b.why_not(tensor.device, dtype)}
-    return choice.faster(serving, tensor.device) if serving else reference
+    serving = ((n, b) for n, b in BACKENDS.items() if not b.why_not(tensor.device, dtype))
+    if not choice.FASTER:
+        return next(serving, ("", reference))[1]  # without asking the others
+    found = dict(serving)
+    return choice.faster(found, tensor.device) if found else reference
 
 
 def describe() -> list[dict[str, Any]]:

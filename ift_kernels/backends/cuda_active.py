@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ift_kernels.backends import cpu, cuda, reference_active
+from ift_kernels.backends import cuda, reference_active
 from ift_kernels.backends.cpu import DTYPES, vectors
+from ift_kernels.backends.cpu_active import collected, stored
 from ift_kernels.transform import LogitTransform
 
 __all__ = ["active_collect", "active_gradient_", "active_marks", "combine_rows", "tile_sums"]
@@ -43,14 +44,7 @@ def active_collect(
     sums: Tensor,
 ) -> None:
     reference = reference.float()
-    vectors(x.shape[0], reference)
-    blocks, tiles, block = -(-x.shape[0] // store.shape[1]), -(-x.shape[1] // tile), store.shape[1]
-    if marks.shape != (blocks, x.shape[1]) or not marks.is_contiguous():
-        raise RuntimeError(f"marks: {tuple(marks.shape)} for {tuple(x.shape)}, blocks of {block}")
-    if not store.is_contiguous() or store.dtype != x.dtype or block % 32:
-        raise RuntimeError(f"store: {store.dtype} {tuple(store.shape)}")
-    if sums.shape != (3, tiles, x.shape[0]) or sums.dtype != torch.float32:
-        raise RuntimeError(f"sums: {sums.dtype} {tuple(sums.shape)}")
+    blocks, tiles, block = collected(x, marks, reference, tile, store, sums)
     queue, products = cuda._products(x, bias, transform, 0)
     counts = torch.empty(blocks * tiles, dtype=torch.int64, device=x.device)
     cuda.extension().mark_counts(
@@ -87,16 +81,7 @@ def active_gradient_(
     tile: int,
     row_major: Tensor | None = None,
 ) -> None:
-    block, padded = store.shape[1], -(-rows // store.shape[1]) * store.shape[1]
-    for matrix in (norm, coef, base):
-        cpu.rows(matrix, padded)
-        if matrix.dtype != torch.float32:
-            raise RuntimeError(f"expected float32 rows, got {matrix.dtype}")
-    vectors(rows, target)
-    if bias is not None and not bias.is_contiguous():
-        raise RuntimeError("bias: expected contiguous")
-    if pairs.shape != (store.shape[0], 2) or not pairs.is_contiguous() or block % 32:
-        raise RuntimeError(f"pairs: {tuple(pairs.shape)} for a store of {tuple(store.shape)}")
+    block = stored(store, pairs, rows, bias, target, norm, coef, base)
     if not store.is_contiguous() or store.data_ptr() % 16:
         raise RuntimeError("store: expected contiguous, on a multiple of 16 bytes")
     if row_major is not None:

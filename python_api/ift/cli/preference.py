@@ -17,6 +17,7 @@ from ift import losses
 from ift.cli.trainer import RunTrainer
 from ift.data import Collator
 from ift.head_pass import evaluating
+from ift.integrations.transformers import count_flags
 from ift.losses import Loss
 from ift.patching import base_model, patch
 from ift.preference_data import EncodedPairs
@@ -150,9 +151,8 @@ class PairTrainer(RunTrainer):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if count is None:
             return batches, None
-        flags = [{"labels": b["labels"][:, 0] * 0, "shift_labels": b["labels"][:, 0] * 0}
-                 for b in batches]  # fmt: skip
-        return batches, self._get_num_items_in_batch(flags, device)
+        flags = [torch.zeros_like(batch["labels"][:, 0]) for batch in batches]
+        return batches, count_flags(self, flags, device)
 
     def compute_loss(
         self,

@@ -38,6 +38,11 @@ def count_rows(trainer: Any, batches: list[Any], device: torch.device) -> Any:
     By the trainer's own count, across devices and all, of one label per row that has targets.
     """
     flags = [torch.where(rows_with_targets(batch), 0, IGNORE_INDEX) for batch in batches]
+    return count_flags(trainer, flags, device)
+
+
+def count_flags(trainer: Any, flags: list[Tensor], device: torch.device) -> Any:
+    """The trainer's own count of labels, with these (rows,) in their place."""
     rows = [{"labels": flag, "shift_labels": flag} for flag in flags]
     return trainer._get_num_items_in_batch(rows, device)
 
