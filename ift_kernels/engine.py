@@ -198,13 +198,15 @@ class Gradients:
         hidden_dtype: torch.dtype,
         tile_columns: int,
         tile_rows: int,
+        onto: Tensor | None = None,
     ) -> None:
+        """`onto`: the weight's gradient of other rows, to which that of these is added."""
         self.head, self.hidden_dtype = head, hidden_dtype
         n, width = head.hidden.shape
         like = head.hidden
         self.hidden = Sum((n, width), like) if needs[0] else None
-        self.weight: Tensor | None = None
-        if needs[1]:
+        self.weight, self.adds = onto, onto is not None
+        if needs[1] and onto is None:
             self.weight = head.backend.fresh(head.weight.new_empty((head.vocabulary, width)))
         self.bias = None
         if needs[2]:
@@ -238,6 +240,18 @@ class Gradients:
         if self.bias is not None:
             self.bias[columns] += product.sum(0, dtype=self.bias.dtype)
 
+    def consume(self, kept: Tensor, row_gradient: RowGradient, tile_columns: int) -> None:
+        """The same for the first columns, whose products of all rows are `kept`."""
+        rows, first = slice(0, kept.shape[0]), kept.shape[1]
+        # dh from all of them in one product: vendor GEMMs want a long inner size (oneDNN is twice
+        # as fast from 16k on as at 4k), and it is rounded once. Not where that means a cast.
+        whole = self.head.weight.dtype == kept.dtype
+        for columns in slices(0, first, tile_columns):
+            tile = Tile(rows, columns, kept[:, columns])
+            self.add(tile, row_gradient, hidden_too=not whole)
+        if self.hidden is not None and whole:
+            self.hidden.add(rows, kept, self.head.weight[:first])
+
     def room_for_transpose(self, product: Tensor) -> Tensor | None:
         """Where to write the product's transpose; None where that is not wanted."""
         if self.transposed is None:
@@ -251,7 +265,10 @@ class Gradients:
         n, out = self.head.hidden.shape[0], self.weight[columns]
         hidden = self.head.hidden[rows]
         if rows == slice(0, n) and out.dtype == flipped.dtype:
-            torch.mm(flipped, hidden, out=out)
+            if self.adds:
+                out.addmm_(flipped, hidden)
+            else:
+                torch.mm(flipped, hidden, out=out)
             return
         if rows.start == 0:
             self.chunk_sum = Sum((out.shape[0], out.shape[1]), self.head.hidden)
@@ -296,18 +313,9 @@ def gradients(
         plan.tile_columns,
         n if kept is not None else min(plan.tile_rows, n),
     )
-    first = 0
     if kept is not None:
-        first = kept.shape[1]
-        # dh from all that was kept in one product: vendor GEMMs want a long inner size (oneDNN is
-        # twice as fast from 16k on as at 4k), and it is rounded once. Not where that means a cast.
-        whole = head.weight.dtype == kept.dtype
-        for columns in slices(0, first, plan.tile_columns):
-            tile = Tile(slice(0, n), columns, kept[:, columns])
-            total.add(tile, row_gradient, hidden_too=not whole)
-        if total.hidden is not None and whole:
-            total.hidden.add(slice(0, n), kept, head.weight[:first])
-    for tile in recomputed(head, plan, first):
+        total.consume(kept, row_gradient, plan.tile_columns)
+    for tile in recomputed(head, plan, 0 if kept is None else kept.shape[1]):
         total.add(tile, row_gradient)
     return total.results()
 
@@ -344,34 +352,19 @@ def forward_gradients(
     """
     (n, width), vocabulary = head.hidden.shape, head.vocabulary
     d_hidden = head.hidden.new_empty((n, width), dtype=hidden_dtype) if needs[0] else None
-    d_weight: Tensor | None = None
-    if needs[1]:
-        d_weight = head.backend.fresh(head.weight.new_empty((vocabulary, width)))
+    d_weight = head.weight.new_zeros((vocabulary, width)) if needs[1] and n == 0 else None
     d_bias = None
     if needs[2]:
         d_bias = head.hidden.new_zeros(vocabulary, dtype=wide(head.hidden.dtype))
-    if n == 0 and d_weight is not None:
-        d_weight.zero_()
-    blocks = max(1, -(-n // plan.tile_rows))
-    block = -(-n // blocks)  # of even size: a small last one would be slow
-    buffer = new_rows(head.backend, head.hidden, block, vocabulary)
-    for rows in slices(0, n, max(block, 1)):
+    buffer = new_rows(head.backend, head.hidden, min(plan.tile_rows, n), vocabulary)
+    for rows in slices(0, n, plan.tile_rows):
         part = head.rows(rows)
-        size = part.hidden.shape[0]
-        kept = buffer[:size]
+        kept = buffer[: part.hidden.shape[0]]
         state, _ = statistics(part, target[rows], track, plan, kept)
         row_gradient = coefficients(state)._replace(target=target[rows])
-        total = Gradients(part, (needs[0], False, needs[2]), hidden_dtype, 0, 0)
-        for columns in slices(0, vocabulary, plan.tile_columns):
-            product = kept[:, columns]
-            total.add(Tile(slice(0, size), columns, product), row_gradient)
-            if d_weight is None:
-                continue
-            if rows.start == 0:
-                torch.mm(product.T, part.hidden, out=d_weight[columns])
-            else:
-                d_weight[columns].addmm_(product.T, part.hidden)
-        block_hidden, _, block_bias = total.results()
+        total = Gradients(part, needs, hidden_dtype, plan.tile_columns, len(kept), onto=d_weight)
+        total.consume(kept, row_gradient, plan.tile_columns)
+        block_hidden, d_weight, block_bias = total.results()
         if d_hidden is not None and block_hidden is not None:
             d_hidden[rows] = block_hidden
         if d_bias is not None and block_bias is not None:
