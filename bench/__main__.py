@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit("python -m bench: --device cuda, but torch sees no GPU")
     if options.plot and not plots.available():
         raise SystemExit("python -m bench: --plot needs matplotlib")
-    settings = Settings(options.threads, options.rounds, options.minutes, options.limit)
+    settings = Settings(
+        options.threads, options.rounds, options.minutes, options.limit, options.keep_freed
+    )
     about = provenance(torch.device(options.device), options.threads)
     groups: list[report.Report] = []
     interrupted = False
@@ -96,6 +98,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                            help="seconds after which a call is given up (60)")  # fmt: skip
         suite.add_argument("--threads", type=int, default=torch.get_num_threads(),
                            help="CPU threads (default: torch's)")  # fmt: skip
+        suite.add_argument("--keep-freed", action="store_true",
+                           help="time processes that keep freed memory")  # fmt: skip
         suite.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         suite.add_argument("--json", metavar="FILE", help="write everything measured")
         suite.add_argument("--plot", metavar="FILE", help="draw it, as PNG")

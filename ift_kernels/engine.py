@@ -207,7 +207,7 @@ class Gradients:
         self.hidden = Sum((n, width), like) if needs[0] else None
         self.weight, self.adds = onto, onto is not None
         if needs[1] and onto is None:
-            self.weight = head.backend.fresh(head.weight.new_empty((head.vocabulary, width)))
+            self.weight = head.weight.new_empty((head.vocabulary, width))
         self.bias = None
         if needs[2]:
             self.bias = torch.zeros(head.vocabulary, dtype=wide(like.dtype), device=like.device)
@@ -215,8 +215,9 @@ class Gradients:
         self.transposed: Tensor | None = None
         if needs[1] and head.backend.wants_transpose(like.dtype):
             # 32 more than needed keeps the row length off powers of two, whose rows would all fall
-            # into the same cache sets. Zeros: see new_rows.
-            self.transposed = like.new_zeros((tile_columns, tile_rows + 32))
+            # into the same cache sets.
+            room = head.backend.scratch(like, tile_columns * (tile_rows + 32))
+            self.transposed = room.view(tile_columns, tile_rows + 32)
 
     def add(self, tile: Tile, row_gradient: RowGradient, hidden_too: bool = True) -> None:
         """Turn the tile into its gradient, in place, and add its share of every sum."""
@@ -256,7 +257,7 @@ class Gradients:
         """Where to write the product's transpose; None where that is not wanted."""
         if self.transposed is None:
             return None
-        self.transposed[:, product.shape[0] :][:, :32] = 0  # see new_rows
+        self.transposed[:, product.shape[0] :][:, : -product.shape[0] % 32] = 0  # see new_rows
         return self.transposed[: product.shape[1], : product.shape[0]]
 
     def add_weight(self, rows: slice, columns: slice, flipped: Tensor) -> None:

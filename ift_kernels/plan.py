@@ -142,8 +142,8 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
         and p.dtype != torch.float16
         and (not p.need_weight or p.same_dtype)
     ):
-        _, columns = tile(min(n, 1024), p.vocabulary, itemsize, budget // 4)
-        flipped = columns * itemsize * (copies - 1)  # per token: a tile's transpose, 32 rows wider
+        _, across = tile(min(n, 1024), p.vocabulary, itemsize, budget // 4)
+        flipped = across * itemsize * (copies - 1)  # per token: a tile's transpose, 32 rows wider
         per_token = p.vocabulary * itemsize + per_row + flipped
         most = MAX_ROUNDED if p.need_weight and itemsize < 4 else n
         # The last quarter of the workspace buys a pass or two less over dW: not worth having.
@@ -153,7 +153,7 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
             if block >= min(n, 128) and blocks <= most:
                 block = -(-n // blocks)  # of even size: a small last one would be slow
                 peak = block * per_token + 32 * flipped
-                return Plan("forward", block, columns, p.vocabulary, 1.0 + per_gradient, n, 0, peak)
+                return Plan("forward", block, across, p.vocabulary, 1.0 + per_gradient, n, 0, peak)
     held = keep * n * itemsize
     share = keep / p.vocabulary
     return Plan(

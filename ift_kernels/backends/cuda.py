@@ -68,10 +68,6 @@ def wants_transpose(dtype: torch.dtype) -> bool:
     return False
 
 
-def fresh(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def _queue(device: torch.device) -> Any:
     """Torch's current stream of a device."""
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -37,11 +37,6 @@ def wants_transpose(dtype: torch.dtype) -> bool:
     return False
 
 
-def fresh(tensor: Tensor) -> Tensor:
-    """`tensor`, just allocated: what the backend wants done before it is first touched."""
-    return tensor
-
-
 def scratch(like: Tensor, elements: int) -> Tensor:
     """Uninitialised work memory in the dtype and on the device of `like`."""
     return like.new_empty(elements)

@@ -22,7 +22,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 new_state = reference.new_state
 wants_transpose = reference.wants_transpose  # cuBLAS reads either operand transposed
-fresh = reference.fresh
 scratch = reference.scratch
 # In plain torch so far.
 divergence_terms = reference.divergence_terms
