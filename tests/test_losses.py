@@ -177,6 +177,11 @@ def test_kto_of_unequal_numbers_of_rows(desirable):
     ratio = ((others - their_reference) * their_mask).sum(1)
     torch.testing.assert_close(kl, ratio.mean().clamp(min=0))
     assert not kl.requires_grad
+    # A row without a response does not count, whatever the reference's sum of it.
+    padded = torch.cat([their_mask, torch.zeros(1, LENGTH, dtype=torch.bool)])
+    sums = torch.cat([(their_reference * their_mask).sum(1), torch.tensor([-50.0])])
+    same = losses.kto_kl(torch.cat([others, others[:1]]), padded, sums)
+    torch.testing.assert_close(same, kl)
     metrics, wanted = {}, torch.tensor(desirable)
     value = losses.kto_loss(
         logprob, mask, wanted, reference, beta=0.3, kl=kl, undesirable_weight=0.5, metrics=metrics

@@ -135,6 +135,17 @@ class RunTrainer(IFTTrainer):
 
     # ---- evaluation ----
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As the parent's; in evaluation a mean over the tokens of this process's batch."""
+        count = num_items_in_batch if model.training else None
+        return super().compute_loss(model, inputs, return_outputs, count)
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
