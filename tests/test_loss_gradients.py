@@ -173,7 +173,7 @@ def test_quadrants_of_the_clip(advantage, ratio):
         (gradient,) = torch.autograd.grad(value, logprob)
         wanted = -advantage * ratio if on else 0.0
         assert gradient.item() == pytest.approx(wanted)
-        assert metrics["clip_fraction"] == (not active)
+        assert metrics["clip_fraction"] == (not on)
     dual = losses.ppo_loss(logprob, mask, a, old, dual_clip=2.0)
     torch.testing.assert_close(dual, value)
 
