@@ -1,10 +1,12 @@
-"""A patched model under what DeepSpeed documents of ZeRO-3, without DeepSpeed.
+"""A patched model under DeepSpeed ZeRO-3, and under what it documents of that, without DeepSpeed.
 
 A parameter is empty but between its module's pre-forward and post-forward hooks, and again from
 when a gradient reaches the module's output until its own gradient is there.
 """
 
 import functools
+import importlib.util
+import os
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 from causal_lms import assert_close, batch, gradients, make
 from ift.config import IFTConfig
 from ift.patching import patch
+from processes import join, leave, start
 
 
 class Gather(torch.autograd.Function):
@@ -89,3 +92,45 @@ def test_a_head_that_nothing_gathers_is_refused():
     head.ds_id, head.ds_shape, head.data = 0, head.shape, torch.empty(0)
     with pytest.raises(RuntimeError, match=r"Linear: .*ZeRO-3; expected its ds_shape \(131, 32\)"):
         model(**batch())
+
+
+CONFIGS = {"sft": None, "ift": IFTConfig()}
+ZERO = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+
+
+def worker(rank, processes, directory):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, not used
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    join(rank, processes, directory)
+    import deepspeed
+
+    results, rows = {}, {k: v[rank::processes] for k, v in batch(rows=4).items()}
+    for name, config in CONFIGS.items():
+        model = patch(make("llama"))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=ZERO)[0]
+        assert not model.lm_head.weight.numel()  # partitioned
+        engine.backward(engine(**rows, ift=config).loss)
+        found = {n: deepspeed.utils.safe_get_full_grad(p) for n, p in model.named_parameters()}
+        results[name] = {n: None if g is None else g.clone() for n, g in found.items()}
+    if rank == 0:
+        torch.save(results, f"{directory}/results.pt")
+    leave()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
+def test_two_processes_of_deepspeed_are_one(tmp_path):
+    start(worker, 2, tmp_path)
+    results, rows = torch.load(tmp_path / "results.pt"), batch(rows=4)
+    for name, config in CONFIGS.items():
+        model = patch(make("llama"))
+        for rank in range(2):
+            part = {k: v[rank::2] for k, v in rows.items()}
+            (model(**part, ift=config).loss / 2).backward()
+        assert_close(results[name], gradients(model))
