@@ -80,7 +80,7 @@ def linear_divergence(
     if not 0 < checks.number("beta", beta) < 1:
         raise ValueError(f"beta: expected in (0, 1), got {beta}")
     checks.head_arguments(hidden, weight, bias)
-    checks.head_arguments(teacher_hidden, teacher_weight, teacher_bias)
+    checks.head_arguments(teacher_hidden, teacher_weight, teacher_bias, "teacher_")
     shape = hidden.shape[:-1]
     if teacher_hidden.shape[:-1] != shape or teacher_hidden.device != hidden.device:
         raise ValueError(
@@ -99,7 +99,7 @@ def linear_divergence(
     else:
         valid = checks.as_bool_mask(mask, hidden[..., 0], "hidden without its last dimension")
     student = LogitTransform.checked(logit_scale, softcap, temperature)
-    teacher = LogitTransform.checked(teacher_logit_scale, teacher_softcap, temperature)
+    teacher = LogitTransform.checked(teacher_logit_scale, teacher_softcap, temperature, "teacher_")
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (hidden, weight, bias)
@@ -123,7 +123,7 @@ def linear_divergence(
         factor if early else None, KINDS.index(kind), beta, student.scale, student.softcap,
         teacher.scale, teacher.softcap, temperature,
         checks.workspace_bytes(workspace, hidden.device), dtype,
-        checks.compute_dtype(teacher_hidden, teacher_weight), needs,
+        checks.compute_dtype(teacher_hidden, teacher_weight, "teacher_"), needs,
     )  # fmt: skip
     if factor is not None:
         return cast(Tensor, total if early else each.sum() * factor.to(each.dtype))

@@ -47,6 +47,29 @@ ARCHITECTURES = {
     "gemma3": (hf.Gemma3TextConfig, {"head_dim": 8, "query_pre_attn_scalar": 8}),
     "olmo2": (hf.Olmo2Config, {}),  # norms behind the layers
     "starcoder2": (hf.Starcoder2Config, {"use_bias": True}),  # tied
+    "gemma3n": (  # layers look up tokens by themselves
+        hf.Gemma3nTextConfig,
+        {
+            "head_dim": 8,
+            "vocab_size_per_layer_input": V,
+            "hidden_size_per_layer_input": 6,
+            "num_kv_shared_layers": 0,
+            "laurel_rank": 4,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.0, 0.0],
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "gemma4": (  # that too, and a softcap
+        hf.Gemma4TextConfig,
+        {
+            "head_dim": 8,
+            "vocab_size_per_layer_input": V,
+            "hidden_size_per_layer_input": 6,
+            "final_logit_softcapping": 3.0,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "mixtral": (  # auxiliary loss of a mixture of experts
         hf.MixtralConfig,
         {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5},

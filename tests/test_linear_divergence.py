@@ -1,6 +1,7 @@
 """`linear_divergence` against the dense formula: values, gradients, every schedule, its budget."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -266,6 +267,11 @@ def test_compiles_to_one_graph(reduction):
         ({"teacher_hidden": torch.zeros(3, 20)}, "teacher_hidden: expected shape"),
         ({"teacher_weight": torch.zeros(7, 20)}, "teacher_weight: .*V=300"),
         ({"mask": torch.ones(3)}, "mask: expected the shape"),
+        ({"teacher_weight": torch.ones(3)}, r"^teacher_weight: expected shape \(V, D\)"),
+        ({"teacher_bias": torch.ones(3)}, r"^teacher_bias: expected shape \(V,\)"),
+        ({"teacher_hidden": torch.ones(3, 0)}, r"^teacher_hidden: expected shape \(\.\.\., D\)"),
+        ({"teacher_softcap": -1.0}, "^teacher_softcap: expected None or"),
+        ({"teacher_logit_scale": math.inf}, "^teacher_logit_scale: expected a finite"),
     ],
 )
 def test_errors(change, said):
@@ -273,3 +279,11 @@ def test_errors(change, said):
     given = {"hidden": h, "weight": w, "teacher_hidden": th, "teacher_weight": tw, **change}
     with pytest.raises(ValueError, match=said):
         ift_kernels.linear_divergence(**given)
+
+
+def test_errors_of_dtypes_name_the_teachers_weight():
+    (h, w, _), (th, tw, _), _ = inputs(dtype=torch.float32)
+    with pytest.raises(TypeError, match="^teacher_weight: .* like teacher_hidden"):
+        ift_kernels.linear_divergence(h, w, th, tw.double())
+    with pytest.raises(TypeError, match="^teacher_weight: expected a floating point tensor"):
+        ift_kernels.linear_divergence(h, w, th, tw.long())

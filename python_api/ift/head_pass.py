@@ -53,6 +53,12 @@ class HeadForward:
         if question is None or question.head is not self.head:
             return nn.Linear.forward(self.head, input)
         weight, bias = self.head.weight, self.head.bias
+        shape = getattr(weight, "ds_shape", None)
+        if shape is not None and weight.shape != shape:
+            raise RuntimeError(
+                f"{type(self.head).__name__}: its weight is partitioned by DeepSpeed "
+                f"ZeRO-3; expected its ds_shape {tuple(shape)} here, got {tuple(weight.shape)}"
+            )
         hidden = whole(input, weight)
         question.answers.append(question.answer(hidden, weight, bias))
         if question.stand_in is not None:

@@ -251,6 +251,12 @@ def _one_pass(
     num_items_in_batch."""
     target = kwargs.get("shift_labels")
     if target is None:
+        # Of as many positions as there are labels, perhaps, but of others.
+        if isinstance(kwargs.get("logits_to_keep"), Tensor):
+            raise ValueError(
+                f"shift_labels: expected the targets of the positions that {type(model).__name__} "
+                "keeps with logits_to_keep, got None"
+            )
         target = shifted_targets(kwargs["labels"])
     num_items = kwargs.get("num_items_in_batch")
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ift.documents import IGNORE_INDEX
 from ift.head_pass import evaluating, head_pass
+from ift.input_embeddings import has_per_layer_inputs
 
 # Arguments whose rows follow the tokens in a way not known here, or whose results would be parts.
 _WHOLE_ROWS = (
@@ -86,6 +87,8 @@ def why_not(model: Any, kwargs: dict[str, Any]) -> str:
         return "its auxiliary loss is over whole rows"
     if config is not None and getattr(config, "is_encoder_decoder", False):
         return "it has an encoder"
+    if has_per_layer_inputs(model):
+        return "its layers look up token ids by themselves"
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "DeepSpeed ZeRO-3 gathers parameters around one forward"
     for module in model.modules():

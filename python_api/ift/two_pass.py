@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ift import prefix
@@ -27,6 +27,7 @@ from ift.head_pass import (
     token_stats,
     transform_options,
 )
+from ift.input_embeddings import embedding_table, is_bare_table, per_layer_inputs
 from ift.losses import ift_loss
 from ift_kernels import (
     ActiveSet,
@@ -111,6 +112,7 @@ def ift_forward(
         with torch.no_grad():
             _, predicted = head_pass(model, forward, {**given, "input_ids": batch[0]}, answer)
     kwargs["inputs_embeds"] = _mixed(model, batch, predicted, lam, config, cu_seqlens)
+    kwargs |= per_layer_inputs(model, batch[0])
 
     def loss(stats: TokenStats) -> Tensor:
         assert stats.logprob is not None
@@ -239,7 +241,7 @@ def _prediction(
         if is_sharded(weight):
             return _greedy_of_shards(rows, weight, bias, here, config, options).to(wanted.device)
         if config.rule == "soft":
-            table, scale = _table(model)
+            table, scale = embedding_table(model)
             soft = linear_expected_embedding(
                 rows, weight, table, bias=bias, workspace=config.workspace, **options
             )
@@ -310,7 +312,7 @@ def _mixed(
             other = own.clone()
             other[F.pad(target != IGNORE_INDEX, (1, -1))] = predicted.to(own)
             mixed = torch.lerp(own, other, lam)
-        elif _is_bare_table(embedding, track):
+        elif is_bare_table(embedding, track):
             mixed = temporal_residual(
                 embedding.weight, ids, predicted, labels, lam, cu_seqlens=cu_seqlens
             )
@@ -329,43 +331,6 @@ def _mixed(
     return mixed
 
 
-def _is_bare_table(embedding: nn.Module, track: bool) -> bool:
-    """Is calling the module the same, in value and gradient, as indexing its weight?"""
-    hooks = (embedding._forward_hooks, embedding._forward_pre_hooks, embedding._backward_hooks)
-    return (
-        type(embedding).forward is nn.Embedding.forward
-        and "forward" not in embedding.__dict__
-        and type(embedding.weight) is nn.Parameter
-        and not any(hooks)
-        and embedding.max_norm is None
-        and not (track and (embedding.sparse or embedding.scale_grad_by_freq))
-        and not (track and embedding.padding_idx is not None)
-    )
-
-
-def _table(model: Any) -> tuple[Tensor, float]:
-    """The embedding table and the factor that its module applies to it, for mean embeddings.
-
-    Raises:
-        RuntimeError: the module does something else than scale rows of a table.
-    """
-    embedding = model.get_input_embeddings()
-    if _is_bare_table(embedding, track=False):
-        return embedding.weight, 1.0
-    weight = getattr(embedding, "weight", None)
-    if isinstance(weight, nn.Parameter) and not hasattr(weight, "full_tensor"):
-        probe = torch.arange(min(16, weight.shape[0]), device=weight.device)
-        with evaluating(embedding):
-            made, rows = embedding(probe).double(), weight[probe].double()
-        scale = float((made * rows).sum() / (rows * rows).sum())
-        if torch.allclose(made, scale * rows, rtol=4 * torch.finfo(weight.dtype).eps):
-            return weight, scale
-    raise RuntimeError(
-        f"{type(model).__name__}: rule 'soft' needs input embeddings that are scaled rows of one "
-        f"table; {type(embedding).__name__} does something else"
-    )
-
-
 def _check_embeds_path(model: Any, forward: Forward, ids: Tensor) -> None:
     """Refuse a model that does to token ids what it does not do to their embeddings.
 
@@ -376,7 +341,8 @@ def _check_embeds_path(model: Any, forward: Forward, ids: Tensor) -> None:
     reached = []
     with evaluating(model), torch.no_grad():
         embeds = model.get_input_embeddings()(few)
-        for given in ({"input_ids": few}, {"inputs_embeds": embeds}):
+        other = {"inputs_embeds": embeds, **per_layer_inputs(model, few)}
+        for given in ({"input_ids": few}, other):
             _, hidden = head_pass(
                 model, forward, {**given, "use_cache": False}, lambda hidden, *_: hidden
             )

@@ -1,4 +1,4 @@
-"""The answer that TRL's trainers ask of a model called with ``fused_lm_head=True``."""
+"""TRL's trainers on our log-probabilities, which they ask for with ``fused_lm_head=True``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ift.documents import IGNORE_INDEX, shifted_targets
 from ift.head_pass import head_pass, token_stats
-from ift.patching import logit_transform, original_forward
+from ift.patching import base_model, logit_transform, original_forward, patch
+from ift_kernels import ActiveSet
 
 try:
     from trl.trainer.utils import FusedCausalLMOutput
@@ -19,6 +20,53 @@ except ImportError as error:
     raise ImportError(
         f'ift.integrations.trl needs TRL 1.16 or later ({error}): pip install "ift-kernels[trl]"'
     ) from error
+
+# Trainers that take their log-probabilities from `fused_lm_head`, and those that build logits.
+_FUSED = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
+_PAIRS = ("ORPOTrainer", "CPOTrainer")
+
+
+def use_ift_kernels(trainer: Any, *, gradient: str | ActiveSet | None = None) -> Any:
+    """Move a TRL trainer onto `ift_kernels.linear_logprobs`. In place, before ``trainer.train()``.
+
+    Args:
+        trainer: of TRL 1.16 or later: SFT, DPO, KTO, GRPO, RLOO, ORPO or CPO, or a subclass of one.
+            Its model and, where it has one, its reference model are patched (`ift.patch`).
+        gradient: of the head, as in `ift.patch`.
+
+    Returns:
+        `trainer` itself. Its losses are TRL's; ``logits/chosen`` and ``logits/rejected`` of ORPO
+        and CPO become means over scored tokens, where TRL takes them over padding too.
+
+    Raises:
+        TypeError: another trainer, or a model that `ift.patch` refuses (LoRA on the head).
+        ValueError: ``cast_lm_head_to_fp32``, which replaces the head's forward; compute_metrics
+            and encoder-decoder models where logits are needed.
+
+    >>> # trainer = use_ift_kernels(DPOTrainer(model, args, train_dataset=dataset))
+    """
+    names = {cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.startswith("trl.")}
+    if not names & {*_FUSED, *_PAIRS}:
+        raise TypeError(
+            f"trainer: expected one of TRL's {', '.join((*_FUSED, *_PAIRS))}, "
+            f"got {type(trainer).__name__}"
+        )
+    if getattr(trainer.args, "cast_lm_head_to_fp32", False):
+        raise ValueError("cast_lm_head_to_fp32: expected False, it replaces the head's forward")
+    if getattr(trainer, "is_encoder_decoder", False):
+        raise ValueError("model: expected a decoder, got an encoder-decoder model")
+    outputs = ["logprob", "entropy", "argmax", "mean_logit"]
+    if getattr(trainer, "use_weighting", False):  # WPO
+        outputs.append("sum_sq")
+    for model in (trainer.model, getattr(trainer, "ref_model", None)):
+        if isinstance(model, nn.Module):
+            base = base_model(trainer.accelerator.unwrap_model(model))
+            patch(base, gradient=gradient)
+            temperature = getattr(trainer, "temperature", 1.0)
+            add_fused_forward(base, tuple(outputs), float(temperature or 1.0))
+    if names & set(_PAIRS):
+        trainer.concatenated_forward = MethodType(pair_forward, trainer)
+    return trainer
 
 
 def add_fused_forward(model: nn.Module, outputs: tuple[str, ...], temperature: float) -> None:

@@ -8,10 +8,9 @@ the losses stay TRL's.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
 
 try:
     from trl import SFTConfig, SFTTrainer
@@ -21,59 +20,11 @@ except ImportError as error:
     ) from error
 
 from ift.config import IFTConfig as Options
-from ift.integrations.fused_head import add_fused_forward, pair_forward
+from ift.integrations.fused_head import use_ift_kernels
 from ift.integrations.transformers import count_rows, freeze_unreached_embedding
-from ift.patching import base_model, patch
-from ift_kernels import ActiveSet
+from ift.patching import base_model
 
 __all__ = ["IFTConfig", "IFTTrainer", "use_ift_kernels"]
-
-# Trainers that take their log-probabilities from `fused_lm_head`, and those that build logits.
-_FUSED = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
-_PAIRS = ("ORPOTrainer", "CPOTrainer")
-
-
-def use_ift_kernels(trainer: Any, *, gradient: str | ActiveSet | None = None) -> Any:
-    """Move a TRL trainer onto `ift_kernels.linear_logprobs`. In place, before ``trainer.train()``.
-
-    Args:
-        trainer: of TRL 1.16 or later: SFT, DPO, KTO, GRPO, RLOO, ORPO or CPO, or a subclass of one.
-            Its model and, where it has one, its reference model are patched (`ift.patch`).
-        gradient: of the head, as in `ift.patch`.
-
-    Returns:
-        `trainer` itself. Its losses are TRL's; ``logits/chosen`` and ``logits/rejected`` of ORPO
-        and CPO become means over scored tokens, where TRL takes them over padding too.
-
-    Raises:
-        TypeError: another trainer, or a model that `ift.patch` refuses (LoRA on the head).
-        ValueError: ``cast_lm_head_to_fp32``, which replaces the head's forward; compute_metrics
-            and encoder-decoder models where logits are needed.
-
-    >>> # trainer = use_ift_kernels(DPOTrainer(model, args, train_dataset=dataset))
-    """
-    names = {cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.startswith("trl.")}
-    if not names & {*_FUSED, *_PAIRS}:
-        raise TypeError(
-            f"trainer: expected one of TRL's {', '.join((*_FUSED, *_PAIRS))}, "
-            f"got {type(trainer).__name__}"
-        )
-    if getattr(trainer.args, "cast_lm_head_to_fp32", False):
-        raise ValueError("cast_lm_head_to_fp32: expected False, it replaces the head's forward")
-    if getattr(trainer, "is_encoder_decoder", False):
-        raise ValueError("model: expected a decoder, got an encoder-decoder model")
-    outputs = ["logprob", "entropy", "argmax", "mean_logit"]
-    if getattr(trainer, "use_weighting", False):  # WPO
-        outputs.append("sum_sq")
-    for model in (trainer.model, getattr(trainer, "ref_model", None)):
-        if isinstance(model, nn.Module):
-            base = base_model(trainer.accelerator.unwrap_model(model))
-            patch(base, gradient=gradient)
-            temperature = getattr(trainer, "temperature", 1.0)
-            add_fused_forward(base, tuple(outputs), float(temperature or 1.0))
-    if names & set(_PAIRS):
-        trainer.concatenated_forward = MethodType(pair_forward, trainer)
-    return trainer
 
 
 @dataclass
@@ -147,13 +98,13 @@ class IFTTrainer(SFTTrainer):
             model, {**inputs, "ift": config}, True, num_items_in_batch
         )
         metrics: Any = base_model(self.accelerator.unwrap_model(model)).ift_metrics
-        sums = [metrics[k].double() for k in ("tokens", "entropy", "correct")]
-        tokens, entropy, correct = (float(self.accelerator.reduce(s, "sum")) for s in sums)
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        sums = (metrics["tokens"], metrics["entropy"], metrics["correct"], mask.sum())
+        reduced = self.accelerator.reduce(torch.stack([s.double() for s in sums]), "sum")
+        tokens, entropy, correct, seen = reduced.tolist()
         log = self._metrics["train"]
         log["entropy"].append(entropy / max(tokens, 1))
         log["mean_token_accuracy"].append(correct / max(tokens, 1))
-        seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else None
-        seen = inputs["input_ids"].new_tensor(inputs["input_ids"].numel()) if seen is None else seen
-        self._total_train_tokens += int(self.accelerator.reduce(seen, "sum"))
+        self._total_train_tokens += int(seen)
         log["num_tokens"] = [self._total_train_tokens]
         return (loss, outputs) if return_outputs else loss

@@ -81,6 +81,8 @@ FORMULAS: dict[str, Callable[[Ratios], Tensor]] = {
 # Which formulas take which option; an option given to another would silently do nothing.
 SMOOTHED = ("sigmoid", "robust", "exo", "aot", "aot_unpaired")
 OF_SCORES = ("sigmoid", "robust", "hinge", "exo", "discopop")
+# Kinds that compare the pairs of a batch with each other.
+SORTED = ("aot", "aot_unpaired")
 
 
 def dpo_loss(
@@ -137,6 +139,7 @@ def dpo_loss(
         discopop_tau: τ in (0, 1], default 0.05 as published.
         cu_seqlens: (2 · pairs + 1,): the rows are packed documents.
         num_pairs: divide by this instead of by the pairs here: those of the whole optimizer step.
+            Not with "aot" and "aot_unpaired": sorting parts is not sorting the whole.
         reduction: "mean" over pairs, or "none".
         metrics: a dict that gets rewards (βu), their margin and accuracy, log-probabilities.
 
@@ -150,6 +153,11 @@ def dpo_loss(
     _check(kind, label_smoothing, divergence, alpha, discopop_tau)
     if length_normalized and kind == "aot":
         raise ValueError("length_normalized: expected False with kind 'aot', got True")
+    if num_pairs is not None and kind in SORTED:
+        raise ValueError(
+            f"num_pairs: expected None with kind {kind!r}, which sorts all pairs of a step: parts "
+            "of a step do not add up to it"
+        )
     check_pairs(beta, label_smoothing, reduction)
     tokens = PairTokens(logprob, mask, cu_seqlens) if kind != "rejected_free" else _Chosen(
         logprob, mask, cu_seqlens

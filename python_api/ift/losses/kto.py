@@ -110,6 +110,7 @@ def kto_kl(
     """
     tokens = Tokens(logprob, mask, cu_seqlens)
     ratio = tokens.sums(tokens.logprob) - tokens.sums_of("reference", reference)
+    ratio = torch.where(tokens.counts > 0, ratio, 0)
     return mean_over_rows(ratio, tokens.counts, None).clamp(min=0)
 
 

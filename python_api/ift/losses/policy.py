@@ -102,9 +102,10 @@ def grpo_loss(
             optimizer step. With an entropy bonus `num_rows` needs it too.
         num_rows: for means over rows: the rows of the whole optimizer step; default those here that
             have tokens.
-        metrics: a dict that gets ``ratio``, ``clip_low``, ``clip_high``, ``clip_fraction`` (shares
-            of tokens whose gradient is clipped away), ``approx_kl`` (k3 of the step), ``kl`` and
-            ``perplexity``.
+        metrics: a dict that gets ``ratio``, ``clip_low``, ``clip_high`` and, with `delta`,
+            ``clip_delta``, and ``clip_fraction`` of them all (shares of tokens whose gradient is
+            clipped away; of "cispo" of those whose ratio is), ``approx_kl`` (k3 of the step),
+            ``kl`` and ``perplexity``.
 
     Returns:
         Scalar.
@@ -146,7 +147,7 @@ def grpo_loss(
         record(metrics, kl=tokens.mean(penalty))
         loss = loss + kl_coef * (penalty * ratio if kl_correction else penalty)
     low = 0.0 if surrogate == "sapo" else epsilon
-    record_ratio(metrics, tokens, log_ratio, advantage, low, high, surrogate)
+    record_ratio(metrics, tokens, log_ratio, advantage, low, high, surrogate, delta)
     bonus = entropy_bonus(tokens, entropy, entropy_coef, num_items, num_rows)
     if entropy_coef and over != "token":
         num_items = None  # the bonus alone is a mean over tokens
