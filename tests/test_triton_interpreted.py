@@ -228,6 +228,20 @@ def test_scan(gamma, left, blocks):
         close(ours, theirs, dtype)
 
 
+@pytest.mark.parametrize("gamma", [1e-60, 1e-3])
+@pytest.mark.parametrize("left", [True, False])
+def test_infinity_where_powers_of_gamma_underflow(gamma, left, blocks):
+    """It reaches the end of its document as the recurrence takes it, and goes no further."""
+    x, mask = torch.randn(3, 400), torch.rand(3, 400) < 0.7
+    at = 380 if left else 20
+    x[0, at], x[1, at], x[2, at] = torch.inf, -torch.inf, torch.nan
+    mask[:, at] = True
+    for some in (None, mask):
+        close(*(b.scan(x, some, None, gamma, left) for b in (backend, ref)))
+    packed = x.view(1, -1), mask.view(1, -1), torch.tensor([0, 5, 398, 398, 400, 800, 1200])
+    close(*(b.scan(*packed, gamma, left) for b in (backend, ref)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_residual(dtype, packed, blocks):
