@@ -71,7 +71,7 @@ def scan(
     starts = None if cu_seqlens is None else cu_seqlens.contiguous()
     chosen = config("scan", shape_class(length), x.device)
     launch(
-        scan_kernel, (programs,), x, x, flags, starts, out, length,
-        max(gamma, LEAST.value), HAS_MASK=mask is not None, PACKED=starts is not None, LEFT=left, **chosen,
+        scan_kernel, (programs,), x, x, flags, starts, out, length, max(gamma, LEAST.value),
+        HAS_MASK=mask is not None, PACKED=starts is not None, LEFT=left, **chosen,
     )  # fmt: skip
     return out
