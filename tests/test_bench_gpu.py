@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import __main__ as bench_main
 from bench import backends, gpu, provenance
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +24,16 @@ def test_every_part_has_a_dry_run(part, tmp_path):
         assert step.command[0] in (sys.executable, step.needs)
         assert "cuda" not in step.command
         assert str(ROOT) not in " ".join(step.command[1:])  # results stay out of the checkout
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_suites_know_the_options_that_they_are_given(dry, tmp_path):
+    seen = set()
+    for part in gpu.PARTS:
+        for step in gpu.steps(part, tmp_path, dry):
+            if step.command[1:3] == ["-m", "bench"] and step.command[3] in bench_main.SUITES:
+                seen.add(bench_main.parse(step.command[3:]).suite)
+    assert seen >= {"head", "active", "ops", "losses"}
 
 
 def python(code):
