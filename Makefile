@@ -19,7 +19,7 @@ demo: $(VENV)/train.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-# On a machine with a GPU: PART=tests|head|active|ops|e2e|tune, all of them without; run it again to
+# On a machine with a GPU: PART=tests|head|active|ops|losses|e2e|tune, all of them without; run it again to
 # go on where it stopped. DRY=1 goes the same way on a CPU. MINUTES=8 is for each part.
 gpu: $(VENV)/dev.stamp
 	$(BIN)/python -m bench gpu $(if $(PART),--part $(PART)) $(if $(DRY),--dry-run) \

@@ -1,7 +1,8 @@
 """``python -m bench SUITE``: measure; ``python -m bench --list``: what there is to measure.
 
-``static``, ``tune`` and ``gpu`` measure nothing about peers: kernels compiled for GPUs that are not
-here, launch configurations, and everything that a machine with a GPU should run.
+``static``, ``tune``, ``backends`` and ``gpu`` measure nothing about peers: kernels compiled for
+GPUs that are not here, launch configurations, our backends beside each other, and everything that a
+machine with a GPU should run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from bench.peers import PEERS
 from bench.provenance import load, provenance
 
 # A suite has `add_arguments`, `run`, `CASES` (by name, with a title) and says what it is about.
-COMMANDS = ("static", "tune", "gpu")
+COMMANDS = ("static", "tune", "backends", "gpu")
 SUITES: dict[str, Any] = {"head": head, "active": active, "ops": ops, "losses": losses}
 
 

@@ -2,7 +2,8 @@
 
 Each is compiled as the backend launches it, in every committed configuration, for NVIDIA and AMD
 architectures, and held against committed limits: registers, no spills, 16-byte loads and stores of
-global memory, matrix instructions where there is a product.
+global memory, the matrix instructions of the architecture where there is a product, and bytes that
+are asked for against the least that could be (`bench.traffic`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
-from bench import offline
+from bench import offline, traffic
 from ift_kernels.backends import triton as backend
 from ift_kernels.backends.triton import active_schedule, fused, gathered, launch
 from ift_kernels.transform import LogitTransform
@@ -27,18 +28,34 @@ LIMITS = Path(__file__).with_name("static_limits.json")
 PLAIN, FULL = LogitTransform(), LogitTransform(0.7, 5.0, 1.3)
 # Reads bytes, single flags or lists of ids; nothing to gain from wide accesses.
 NARROW = {"marks", "merge", "list", "collect"}
+# Touch every element once, so what they ask for may hardly exceed the least; but for a bias, which
+# every row reads again from a cache.
+STREAMING = {
+    "stats",
+    "dlogits",
+    "probabilities",
+    "top_k",
+    "gumbel",
+    "scan",
+    "residual",
+    "tile_sums",
+}
+MOST = 1.1
+MATRIX = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 PRODUCTS = {"fused", "products", "hidden", "weight"}
 
 
-def launches(dtype: torch.dtype, full: bool) -> None:
-    """Make every launch of the backend once for each class of shapes.
+def launches(
+    dtype: torch.dtype, full: bool, head: tuple[int, int, int] = (256, 4096, 1024)
+) -> None:
+    """Make every launch of the backend once for each class of shapes; those of products on `head`.
 
     On whole tiles with rows on cache lines, as the schedules form them; few rows, for the memory.
     """
     for columns in (1024, 4096):
         _epilogues(dtype, full, columns)
         _whole_operations(dtype, columns)
-    _products(dtype, full)
+    _products(dtype, full, *head)
 
 
 def _epilogues(dtype: torch.dtype, full: bool, c: int) -> None:
@@ -72,27 +89,28 @@ def _whole_operations(dtype: torch.dtype, width: int) -> None:
         backend.combine_rows(table[:48], at, torch.zeros(2, width), 64, table, accumulate)
     backend.tile_sums(table, 64)
     values = torch.zeros(4, width, dtype=dtype)
-    ids = torch.zeros(4, 16, dtype=torch.int64)
+    ids = torch.arange(64).view(4, 16)
+    predicted = ids + 64
     for left in (False, True):
         backend.scan(values, None, None, 0.9, left)
         backend.scan(values[:1], values[:1] == 0, at[:3], 0.9, left)
-    backend.residual(table, ids, ids, ids, None, 0.2, -100)
+    backend.residual(table, ids, predicted, ids, None, 0.2, -100)
     grad = torch.zeros(4, 16, width, dtype=dtype)
-    backend.residual_grad(grad, ids, ids, ids, None, 0.2, -100, 128)
+    backend.residual_grad(grad, ids, predicted, ids, None, 0.2, -100, 128)
 
 
-def _products(dtype: torch.dtype, full: bool) -> None:
-    n, v, d = 256, 4096, 1024
+def _products(dtype: torch.dtype, full: bool, n: int, v: int, d: int) -> None:
     hidden, weight = torch.zeros(n, d, dtype=dtype), torch.zeros(v, d, dtype=dtype)
     bias, transform = (torch.zeros(v), FULL) if full else (None, PLAIN)
     target = torch.zeros(n, dtype=torch.int64)
-    marks, tails = torch.zeros(2, v, dtype=torch.uint8), torch.zeros(4, 2, n)
+    marks, tails = torch.zeros(n // 128, v, dtype=torch.uint8), torch.zeros(4, 2, n)
     state, argmax = backend.new_state(n, hidden.device)
     here = hidden, weight, bias, transform, target, state, argmax
     for track in (31,) if full else (0, 1):
         fused.fused_statistics(*here, track)
         fused.fused_statistics(*here, track, fused.Marking(marks, tails))
-    items = gathered.Items.of(marks, 48, 128)
+    marks[:, ::100] = 1
+    items = gathered.Items.of(marks, 96, 128)
     rows = torch.zeros(2, n), torch.zeros(4, n), torch.zeros(2, n)
     store = items.gradients(hidden, weight, bias, transform, target, 0, *rows, 2048)
     items.add_to_hidden(store, weight, torch.zeros(n, d))
@@ -113,7 +131,13 @@ def variants(
     return found
 
 
-def complaints(which: offline.Variant, found: offline.Resources, limit: int | None) -> list[str]:
+def complaints(
+    which: offline.Variant,
+    found: offline.Resources,
+    architecture: str,
+    limit: int | None,
+    moved: traffic.Bytes | None = None,
+) -> list[str]:
     """What is wrong with a kernel; empty if nothing is. `limit` of registers."""
     wrong = []
     if found.spills:
@@ -130,8 +154,11 @@ def complaints(which: offline.Variant, found: offline.Resources, limit: int | No
     if not found.wide_loads and which.name not in NARROW and not anywhere:
         wrong.append("no 16-byte loads")
     half = any(t in ("*bf16", "*fp16") for _, t in which.signature)
-    if which.name in PRODUCTS and half and not found.matrix:
-        wrong.append("no matrix instructions")
+    if which.name in PRODUCTS and half and found.matrix != MATRIX[architecture]:
+        wrong.append(f"{found.matrix or 'no matrix instructions'}, not {MATRIX[architecture]}")
+    once = which.name in STREAMING and not constants.get("HAS_BIAS") and not anywhere
+    if once and moved is not None and moved.ratio > MOST:
+        wrong.append(f"{moved.ratio:.2f} of the least bytes")
     return wrong
 
 
@@ -153,26 +180,30 @@ def run(architectures: list[str], console: Console, write: bool = False) -> int:
     known = committed()
     bad = 0
     for architecture in architectures:
-        limits: dict[str, int] = {} if write else known["registers"][architecture]
+        limits: dict[str, int] = {} if write else known["registers"].get(architecture, {})
         some = variants(architecture)
         found = [(which, offline.compile_for(which, architecture)) for which in some]
+        bytes_ = traffic.measure(architecture)
         if write:
             for which, used in found:
                 limits[which.name] = max(used.registers, limits.get(which.name, 0))
         table = Table(title=architecture)
         for column in (
             "kernel", "variant", "registers", "spills", "shared", "programs", "occupancy",
-            "16-byte loads", "stores", "matrix", "",
+            "16-byte loads", "stores", "matrix", "bytes", "least", "",
         ):  # fmt: skip
             table.add_column(column, overflow="fold")
         wrong_here = 0
         for which, used in found:
-            wrong = complaints(which, used, limits.get(which.name))
+            moved = bytes_.get(traffic.key(which.name, which.about))
+            wrong = complaints(which, used, architecture, limits.get(which.name), moved)
             wrong_here += bool(wrong)
             table.add_row(
                 which.name, which.about, str(used.registers), str(used.spills), str(used.shared),
                 str(used.programs), f"{used.occupancy:.0%}", str(used.wide_loads),
-                str(used.wide_stores), used.matrix, "; ".join(wrong),
+                str(used.wide_stores), used.matrix,
+                *(("", "") if moved is None else (f"{value:.2f}" for value in moved)),
+                "; ".join(wrong),
             )  # fmt: skip
         console.print(table)
         bad += wrong_here

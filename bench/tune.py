@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 import ift_kernels
+from bench import lmlike
 from bench.memory import synchronize
 from bench.provenance import provenance
 
@@ -37,14 +40,27 @@ def grid(**values: tuple[int, ...]) -> Configs:
 
 
 ROWWISE = grid(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8))
+TILE = {
+    "COLUMNS": (16, 32, 64, 128),
+    "INNER": (32, 64),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4),
+}
 SQUARE = grid(ROWS=(16, 32), BLOCK=(64, 128), num_warps=(2, 4, 8))
 CANDIDATES: dict[str, Configs] = {
     "stats": ROWWISE, "dlogits": ROWWISE, "top_k": ROWWISE, "gumbel": ROWWISE, "scan": ROWWISE,
     "residual": ROWWISE, "marks": SQUARE,
     "collect": grid(ROWS=(16, 32), BLOCK=(32, 64), num_warps=(2, 4, 8)),
     "segments": grid(ITEMS=(4, 8, 16), BLOCK=(128, 256, 512), num_warps=(2, 4)),
-    "forward": grid(FUSED=(0, 1)),
+    "gradient": grid(ITEMS=(8, 16, 32), ROWS=(32, 64), num_warps=(4, 8)),
+    "fused": grid(ROWS=(64, 128), **TILE), "fused-mark": grid(**TILE),
+    "products": grid(ITEMS=(16, 32, 64), INNER=(32, 64), num_warps=(4, 8), num_stages=(2, 3, 4)),
+    "hidden": grid(ITEMS=(16, 32, 64), WIDTH=(64, 128), num_warps=(4, 8), num_stages=(2, 3, 4)),
+    "weight": grid(IDS=(16, 32, 64), WIDTH=(64, 128), num_warps=(4, 8), num_stages=(2, 3)),
+    "forward": grid(FUSED=(0, 1)), "active": grid(FUSED=(0, 1)),
 }  # fmt: skip
+KERNELS = [name for name in CANDIDATES if name != "fused-mark"]
+BLOCK, TILE_OF_TAIL = 128, 2048  # as `ActiveSet` has them
 
 
 def subjects(dry: bool, device: torch.device) -> Iterator[tuple[str, str, Call]]:
@@ -62,10 +78,10 @@ def subjects(dry: bool, device: torch.device) -> Iterator[tuple[str, str, Call]]
         coef = torch.ones(4, rows, device=device)
         here = x, None, plain
 
-        def stats(here: Any = here, target: Tensor = target) -> list[Tensor]:
+        def stats(track: int, here: Any = here, target: Tensor = target) -> list[Tensor]:
             state, argmax = backend.new_state(len(target), device)
-            backend.stats_update(*here, target, 0, state, argmax, 3)
-            return [state[:4], argmax]
+            backend.stats_update(*here, target, 0, state, argmax, track)
+            return [state[:3], argmax]
 
         def dlogits(here: Any = here, rest: Any = (target, 0, norm, coef)) -> list[Tensor]:
             y = here[0].clone()
@@ -110,18 +126,94 @@ def subjects(dry: bool, device: torch.device) -> Iterator[tuple[str, str, Call]]
         def segments(x: Tensor = x) -> list[Tensor]:
             return [backend.tile_sums(x, 64)]
 
-        for call in (stats, dlogits, top_k, gumbel, marks, collect, scan, residual, segments):
+        yield "stats", kind, functools.partial(stats, 1)
+        yield "stats", f"{kind}-all", functools.partial(stats, 31)
+        for call in (dlogits, top_k, gumbel, marks, collect, scan, residual, segments):
             yield call.__name__, kind, call
+    for kind, single in (("half", torch.bfloat16), ("single", torch.float32)):
+        yield from _products(kind, single, dry, device)
+
+
+def _products(
+    kind: str, dtype: torch.dtype, dry: bool, device: torch.device
+) -> Iterator[tuple[str, str, Call]]:
+    """The same of kernels with products, and of the choice between schedules."""
+    from ift_kernels.backends import triton as backend
+    from ift_kernels.backends.triton import fused, gathered
+    from ift_kernels.transform import LogitTransform
+
+    plain, generator = LogitTransform(), torch.Generator().manual_seed(0)
     n, d, v = (20, 16, 300) if dry else (8192, 4096, 32000)
-    hidden = torch.randn(n, d, generator=generator).to(device, dtype)
-    weight = torch.randn(v, d, generator=generator).to(device, dtype) / d**0.5
+    block, tile = (32, 128) if dry else (BLOCK, TILE_OF_TAIL)
+    # Random logits would leave the schedule of the active set nothing to do.
+    data = lmlike.generate(n, d, v, dtype=dtype)
+    hidden, weight, at = (t.to(device) for t in (data.hidden, data.weight, data.target))
+
+    def statistics(track: int, mark: bool) -> list[Tensor]:
+        state, argmax = backend.new_state(n, device)
+        marks = torch.empty((-(-n // block), v), dtype=torch.uint8, device=device)
+        tails = torch.zeros((4, -(-v // tile), n), device=device)
+        marking = fused.Marking(marks, tails) if mark else None
+        here = hidden, weight, None, plain, at, state, argmax, track
+        fused.fused_statistics(*here, marking, block, tile, math.log(1e-3))
+        return [state[:3]]  # marks are a superset of the true ones, which blocks decide about
+
+    for mark in (False, True):
+        for track, all_ in ((1, ""), (31, "-all")):
+            name = f"{kind}-{'mark' if mark else 'plain'}{all_}"
+            yield "fused", name, functools.partial(statistics, track, mark)
+
+    # A tenth of the columns, in every block.
+    marks = (torch.rand(-(-n // block), v, generator=generator) < 0.1).to(device, torch.uint8)
+    items = gathered.Items.of(marks, int(marks.sum()), block)
+    padded = len(marks) * block
+    norm = torch.stack([torch.zeros(padded), torch.full((padded,), 10.0)]).to(device)
+    coef = torch.ones(4, padded, device=device)
+    base = torch.zeros(-(-v // tile), padded, device=device)
+
+    def products() -> list[Tensor]:
+        rows = norm, coef, base
+        return [items.gradients(hidden, weight, None, plain, at, 0, *rows, tile)]
+
+    store = products()[0]
+
+    def gradient() -> list[Tensor]:
+        again = store.clone()
+        rest = at, 0, norm, coef, base, tile
+        backend.active_gradient_(again, items.pairs, n, None, plain, *rest)
+        return [again]
+
+    def to_hidden() -> list[Tensor]:
+        out = torch.zeros(n, d, device=device)
+        items.add_to_hidden(store, weight, out)
+        return [out]
+
+    def to_weight() -> list[Tensor]:
+        out, common = torch.empty_like(weight), torch.zeros(-(-v // tile), d, device=device)
+        items.weight_gradient(store, hidden, common, tile, out)
+        return [out]
+
+    yield "products", kind, products
+    yield "hidden", kind, to_hidden
+    yield "weight", kind, to_weight
+    if kind == "half":
+        yield "gradient", "all", gradient
 
     def forward() -> list[Tensor]:
         with torch.no_grad():
-            at = torch.zeros(n, dtype=torch.int64, device=device)
             return [ift_kernels.linear_logprobs(hidden, weight, at).logprob]
 
-    yield "forward", "half", forward
+    yield "forward", kind, forward
+    if kind == "half":
+        chosen = ift_kernels.ActiveSet(block=block, tail_tile=tile, dW="active")
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+
+        def active() -> list[Tensor]:
+            loss = ift_kernels.linear_cross_entropy(*leaves, at, gradient=chosen)
+            # The schedules keep the same columns or more, so gradients agree in their larger part.
+            return [loss.detach(), torch.autograd.grad(loss, leaves[0])[0]]
+
+        yield "active", "all", active
 
 
 def seconds(call: Call, device: torch.device, rounds: int) -> float:
@@ -158,7 +250,9 @@ def tune(device: torch.device, dry: bool, only: list[str] | None) -> dict[str, A
         if only and kernel not in only:
             continue
         wanted = call()
-        candidates = CANDIDATES[kernel][:: 5 if dry else 1] or CANDIDATES[kernel]
+        # A kernel that marks takes as many rows as a block has.
+        several = CANDIDATES["fused-mark" if "mark" in kind else kernel]
+        candidates = several[:: max(1, len(several) // 2)] if dry else several
         results = []
         for values in candidates:
             row: dict[str, Any] = {"kernel": kernel, "class": kind, "config": values}
@@ -204,7 +298,7 @@ def format_table(table: dict[str, Any]) -> str:
 def main(arguments: list[str]) -> int:
     """``python -m bench tune``."""
     parser = argparse.ArgumentParser(prog="python -m bench tune", description=__doc__)
-    parser.add_argument("--kernels", nargs="+", choices=CANDIDATES, help="default: all")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, help="default: all")
     parser.add_argument("--dry-run", action="store_true", help="in the interpreter; no GPU needed")
     parser.add_argument("--output", type=Path, help="default: the committed table")
     options = parser.parse_args(arguments)

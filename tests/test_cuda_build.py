@@ -220,3 +220,17 @@ def test_it_imports_without_a_driver_and_says_what_is_missing(extension):
     assert re.match(r"cudaError\w+ \(\d+\): .*, asking for the current device", done.stdout) or (
         re.match(r"cudaError\w+ \(\d+\): .*, scan_kernel", done.stdout)
     ), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["12.6", "12.8", "12.9"])
+def test_older_compilers(version):
+    """Every kernel through NVRTC of that CUDA, where `make cuda-versions` has put it."""
+    folder = ROOT / "build" / f"cuda-{version}"
+    if not folder.is_dir():
+        pytest.skip(f"NVRTC of CUDA {version} is not in {folder.name}: make cuda-versions")
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "nvrtc.py", folder, "90a"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.search(r"\d\d kernels for sm_90a", done.stdout)

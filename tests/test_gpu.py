@@ -1,6 +1,10 @@
-"""What only a GPU can show; ``make gpu PART=tests`` runs it, DRY=1 in Triton's interpreter."""
+"""What only a GPU can show, of every backend for GPUs; ``make gpu PART=tests`` runs it.
+
+DRY=1 runs the kernels of Triton in its interpreter, and those of CUDA C++ in tests/cuda_emulator.
+"""
 
 import contextlib
+import threading
 
 import pytest
 import torch
@@ -13,13 +17,23 @@ CUDA = torch.cuda.is_available()
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not CUDA and backends.requested() != "triton", reason="no GPU, and not interpreted either"
+        not CUDA and backends.requested() is None, reason="no GPU, and not interpreted either"
     ),
 ]
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 # 151937: odd. The interpreter gets a thousandth of the work.
 SHAPES = [(300, 256, 151937), (2048, 512, 32000)] if CUDA else [(5, 8, 131)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
+def serving(request):
+    """The backend under test."""
+    why_not = backends.BACKENDS[request.param].why_not(DEVICE, torch.float32)
+    if why_not:
+        pytest.skip(f"{request.param}: {why_not}")
+    with K.use_backend(request.param):
+        yield request.param
 
 
 def head(shape, dtype, bias=True, **options):
@@ -36,9 +50,9 @@ def on_device(values):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, dense.TRANSFORM], ids=["plain", "transform"])
-def test_against_fp64(shape, dtype, options):
+def test_against_fp64(shape, dtype, options, serving):
     h = head(shape, dtype, **options)
-    assert backends.get(h.hidden).__name__.endswith("triton")
+    assert backends.get(h.hidden).__name__.endswith(serving)
     stats = K.linear_logprobs(h.hidden, h.weight, h.target, outputs=dense.OUTPUTS, **h.kwargs)
     dense.assert_stats(stats, h)
     up, double = on_device(dense.upstream(h_on_cpu(h))), h.double()
@@ -145,6 +159,66 @@ def test_no_wait_for_the_device():
         K.linear_cross_entropy(h.hidden, h.weight, h.target).backward()
 
 
+def test_token_choice_and_expected_embedding():
+    h = head((64, 128, 5003) if CUDA else (5, 8, 131), torch.float32, bias=False)
+    found = []
+    for inputs in (h, h.double()):
+        with torch.no_grad():
+            rules = ({}, {"rule": "topk", "k": 3}, {"rule": "sample", "seed": 7})
+            here = inputs.hidden, inputs.weight
+            found.append([K.linear_token(*here, **rule).ids for rule in rules])
+            found[-1].append(K.linear_expected_embedding(*here, inputs.weight))
+    for ours, wanted in zip(*(f[:3] for f in found), strict=True):
+        assert torch.equal(ours, wanted)
+    torch.testing.assert_close(found[0][3].double(), found[1][3], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_divergence(dtype):
+    h = head((64, 128, 5003) if CUDA else (5, 8, 131), dtype, bias=False)
+    teacher = (h.hidden.detach().roll(1, 0), h.weight.detach())
+    value = K.linear_divergence(h.hidden, h.weight, *teacher)
+    wanted = K.linear_divergence(*(t.detach().double() for t in (h.hidden, h.weight, *teacher)))
+    bound = 1e-4 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(value.double(), wanted, rtol=bound, atol=bound)
+
+
+def test_two_streams_and_two_threads(serving):
+    """Each with its own work, all at once: nothing is shared that should not be.
+
+    One after the other in Triton's interpreter, which has one state for all threads.
+    """
+    h = head((256, 128, 5003) if CUDA else (5, 8, 131), torch.float32, bias=False)
+    results = {}
+
+    def step(scale):
+        leaf = (h.hidden.detach() * scale).requires_grad_()
+        loss = K.linear_cross_entropy(leaf, h.weight.detach(), h.target)
+        return [loss.detach(), torch.autograd.grad(loss, leaf)[0]]
+
+    def work(scale):
+        stream = torch.cuda.Stream() if CUDA else None
+        with K.use_backend(serving), torch.cuda.stream(stream):
+            for _ in range(5 if CUDA else 1):
+                results[scale] = step(scale)
+        if stream:
+            stream.synchronize()
+
+    wanted = {scale: step(scale) for scale in (0.5, 1.0)}
+    if CUDA:
+        torch.cuda.synchronize()
+    threads = [threading.Thread(target=work, args=(scale,)) for scale in wanted]
+    for thread in threads:
+        thread.start()
+        if not CUDA and serving == "triton":
+            thread.join()
+    for thread in threads:
+        thread.join()
+    for scale, values in wanted.items():
+        for a, b in zip(results[scale], values, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a compiler for the device")
 def test_compiled_whole():
     h = head((64, 64, 1000), torch.bfloat16, bias=False)
@@ -159,7 +233,7 @@ def test_compiled_whole():
         assert torch.autograd.grad(value, h.hidden)[0].isfinite().all()
 
 
-def test_scans_and_residual():
+def test_scans_and_residual(serving):
     backend = backends.get(torch.ones(1, device=DEVICE))
     x = torch.randn(8, 4096 if CUDA else 40, device=DEVICE)
     for left in (True, False):
@@ -170,7 +244,7 @@ def test_scans_and_residual():
     table = torch.randn(1000, 65, device=DEVICE, requires_grad=True)
     ids, predicted = torch.randint(0, 1000, (2, 2, 33), device=DEVICE)
     results = []
-    for name in ("triton", "reference"):
+    for name in (serving, "reference"):
         with K.use_backend(name):
             out = K.temporal_residual(table, ids, predicted, ids, 0.2)
             results.append([out, *torch.autograd.grad(out.sin().sum(), table)])

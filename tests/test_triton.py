@@ -75,7 +75,7 @@ def test_an_absent_triton(monkeypatch):
 
 
 # What the schedules hand to `dlogits_`, and the rest, comes with rows on cache lines: so do these.
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_committed_sources_compile(architecture):
     """Every kernel in every configuration was compiled as it is, and nothing was wrong with it.
 
@@ -103,7 +103,7 @@ def test_compiled_kernels_stay_within_their_limits(architecture):
     assert {v.name for v in some} == set(limits)
     for which in dict(reversed([(v.name, v) for v in some])).values():  # one of each kernel
         found = offline.compile_for(which, architecture)
-        wrong = static.complaints(which, found, limits.get(which.name))
+        wrong = static.complaints(which, found, architecture, limits.get(which.name))
         assert not wrong, f"{which.name} {which.about}: {'; '.join(wrong)}"
 
 
@@ -111,17 +111,21 @@ def test_complaints():
     """The check of the table finds what it is there to find."""
     from dataclasses import replace
 
-    from bench import offline, static
+    from bench import offline, static, traffic
 
     which = next(v for v in static.variants("sm_90", (torch.bfloat16,)) if v.name == "fused")
     good = offline.Resources(90, 0, 1024, 8, 2, 0.25, 4, 2, "wgmma")
-    assert static.complaints(which, good, 100) == []
+    assert static.complaints(which, good, "sm_90", 100) == []
     for change, word in (
         ({"spills": 8}, "spills"), ({"registers": 101}, "limit 100"), ({"programs": 0}, "fit"),
         ({"wide_loads": 0}, "16-byte"), ({"matrix": ""}, "matrix"),
+        ({"matrix": "mma"}, "mma, not wgmma"),
     ):  # fmt: skip
-        assert word in "".join(static.complaints(which, replace(good, **change), 100))
-    assert "no committed limit" in static.complaints(which, good, None)
+        assert word in "".join(static.complaints(which, replace(good, **change), "sm_90", 100))
+    assert "no committed limit" in static.complaints(which, good, "sm_90", None)
+    streaming = next(v for v in static.variants("sm_90", (torch.bfloat16,)) if v.name == "dlogits")
+    for bytes_, wanted in (((4.4, 4.0), []), ((6.0, 4.0), ["1.50 of the least bytes"])):
+        assert static.complaints(streaming, good, "sm_90", 100, traffic.Bytes(*bytes_)) == wanted
 
 
 def test_no_module_has_the_name_of_a_function():

@@ -228,6 +228,20 @@ def test_scan(gamma, left, blocks):
         close(ours, theirs, dtype)
 
 
+@pytest.mark.parametrize("gamma", [1e-60, 1e-3])
+@pytest.mark.parametrize("left", [True, False])
+def test_infinity_where_powers_of_gamma_underflow(gamma, left, blocks):
+    """It reaches the end of its document as the recurrence takes it, and goes no further."""
+    x, mask = torch.randn(3, 400), torch.rand(3, 400) < 0.7
+    at = 380 if left else 20
+    x[0, at], x[1, at], x[2, at] = torch.inf, -torch.inf, torch.nan
+    mask[:, at] = True
+    for some in (None, mask):
+        close(*(b.scan(x, some, None, gamma, left) for b in (backend, ref)))
+    packed = x.view(1, -1), mask.view(1, -1), torch.tensor([0, 5, 398, 398, 400, 800, 1200])
+    close(*(b.scan(*packed, gamma, left) for b in (backend, ref)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_residual(dtype, packed, blocks):
@@ -325,3 +339,24 @@ def test_greedy_and_the_rest():
     chosen = K.linear_token(h.hidden, h.weight)
     assert torch.equal(chosen.ids, z.argmax(-1)) and math.isfinite(float(chosen.logprob.sum()))
     assert backends.get(h.hidden) is backend
+
+
+def test_bytes_that_kernels_ask_for():
+    """bench.traffic: an address once per access of a program, against once at all."""
+    from bench import traffic
+
+    x, target = torch.randn(8, 1024).bfloat16(), torch.zeros(8, dtype=torch.int64)
+    norm, coef = torch.zeros(2, 8), torch.ones(4, 8)
+
+    def work():
+        backend.dlogits_(x, None, PLAIN, target, 0, norm, coef)
+        backend.dlogits_(x, torch.zeros(1024), PLAIN, target, 0, norm, coef)
+
+    found = traffic.count("sm_90", work)
+    plain, biased = (found[f"dlogits BLOCK=1024 {b}bf16"] for b in ("", "HAS_BIAS "))
+    assert 4 < plain.least <= plain.requested < 4.1  # two bytes each way, and a few per row
+    # Float32, read by every row.
+    assert biased.requested == plain.requested + 4
+    assert biased.least == plain.least + 4 / 8
+    about = "bf16 argmax_stride=1 HAS_BIAS PRECISION=tf32 BLOCK=1024 num_warps=4"
+    assert traffic.key("dlogits", about) in found

@@ -22,17 +22,18 @@ PYBIND11_MODULE(_cuda, m) {
   using gpu::Queue;
   using Release = py::call_guard<py::gil_scoped_release>;
   m.doc() = "Epilogues on NVIDIA GPUs; see csrc/cuda/kernels.h. Addresses are integers.";
-  py::register_exception<gpu::CudaError>(m, "CudaError", PyExc_RuntimeError);
+  // Types are local: tests load these sources a second time, compiled for the CPU.
+  py::register_local_exception<gpu::CudaError>(m, "CudaError", PyExc_RuntimeError);
   m.def("built_with", gpu::built_with);
   m.def("driver_version", gpu::driver_version);
   m.def("row_parts", gpu::row_parts);
   m.attr("STATS_BYTES") = gpu::stats_bytes();
   m.attr("MOST_TOP_K") = gpu::most_top_k();
 
-  py::class_<Queue>(m, "Queue").def(py::init([](int device, uintptr_t stream) {
+  py::class_<Queue>(m, "Queue", py::module_local()).def(py::init([](int device, uintptr_t stream) {
     return Queue{device, stream};
   }));
-  py::class_<Products>(m, "Products")
+  py::class_<Products>(m, "Products", py::module_local())
       .def(py::init([](uintptr_t x, int dtype, int64_t rows, int64_t cols, int64_t ld,
                        uintptr_t bias, float scale, float softcap, float temperature,
                        int64_t offset) {
@@ -109,7 +110,7 @@ PYBIND11_MODULE(_cuda, m) {
       },
       Release());
 
-  py::class_<gpu::ResidualTokens>(m, "ResidualTokens")
+  py::class_<gpu::ResidualTokens>(m, "ResidualTokens", py::module_local())
       .def(py::init([](uintptr_t ids, uintptr_t predicted, uintptr_t labels, uintptr_t offsets,
                        int64_t documents, int64_t tokens, int64_t row_length, int64_t ignore_index,
                        int64_t vocabulary) {
@@ -132,7 +133,7 @@ PYBIND11_MODULE(_cuda, m) {
         gpu::residual_keys(q, tokens, at<int64_t>(keys));
       },
       Release());
-  py::class_<gpu::Parts>(m, "Parts")
+  py::class_<gpu::Parts>(m, "Parts", py::module_local())
       .def(py::init([](uintptr_t order, uintptr_t first, uintptr_t keys, int64_t tokens,
                        int64_t vocabulary, double lam) {
         return gpu::Parts{at<int64_t>(order),

@@ -22,6 +22,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+# Not that of the extension for GPUs: where that is loaded, it would be returned in place of this.
+NAME = "cuda_emulator._cuda"
 SOURCES = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/cuda/bindings.cpp"]
 # No fused multiply-adds: the kernels say where one would change a logit, and elsewhere it decides
 # last digits only. _FORTIFY_SOURCE takes jumps between stacks for an attack. A wide access at an
@@ -70,8 +72,8 @@ def _compile(folder: Path, library: Path) -> None:
 def load() -> Any:
     """The extension as a module."""
     path = str(build())
-    loader = importlib.machinery.ExtensionFileLoader("ift_kernels._cuda", path)
-    spec = importlib.util.spec_from_file_location("ift_kernels._cuda", path, loader=loader)
+    loader = importlib.machinery.ExtensionFileLoader(NAME, path)
+    spec = importlib.util.spec_from_file_location(NAME, path, loader=loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)

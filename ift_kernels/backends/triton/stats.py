@@ -156,7 +156,10 @@ def stats_update(
     check_rows("state", state, rows)
     check_vectors(rows, target=target, argmax=argmax)
     check_vectors(columns, bias=bias)
-    chosen = config("stats", shape_class(columns), x.device)
+    kind = shape_class(columns)
+    if track not in (0, ref.TRACK_ARGMAX):
+        kind += "-all"  # more to hold in registers
+    chosen = config("stats", kind, x.device)
     parts = parts_of(rows, columns, chosen["BLOCK"], x.device)
     length = blocks(blocks(columns, parts), chosen["BLOCK"])  # in blocks
     whole = (state, argmax) if parts == 1 else part_states(parts, rows, x.device)
