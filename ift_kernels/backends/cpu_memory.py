@@ -25,7 +25,7 @@ _lock = threading.Lock()
 def empty(like: Tensor, elements: int) -> tuple[Tensor, bool]:
     """``like.new_empty(elements)`` of memory that no other tensor uses.
 
-    And whether that memory was never touched and will be kept, so that its pages are worth a thought.
+    And whether it was never touched and will be kept, so that its pages are worth a thought.
     """
     nbytes = elements * like.element_size()
     # A storage that tells nobody how many tensors share it must not be handed out twice.
