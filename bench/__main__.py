@@ -1,7 +1,10 @@
 """``python -m bench SUITE``: measure; ``python -m bench --list``: what there is to measure.
 
 ``report`` makes a page of what was measured, ``compare A.json B.json`` and ``run --base REV SUITE``
-find what became slower, and ``tour`` runs a short form of every suite.
+find what became slower, and ``tour`` runs a short form of every suite. ``static``, ``tune``,
+``backends`` and ``gpu`` measure nothing about peers: kernels compiled for GPUs that are not here,
+launch configurations, our backends beside each other, and everything that a machine with a GPU
+should run.
 """
 
 from __future__ import annotations
@@ -26,8 +29,12 @@ SUITES: dict[str, Any] = {
     "head": head, "active": active, "ops": ops, "losses": losses, "masked": masked,
     "scaling": scaling, "overhead": overhead, "e2e": e2e,
 }  # fmt: skip
+# Name → its module and function; imported only when asked for (Triton, for one, takes seconds).
 COMMANDS = {
-    "report": "page", "compare": "regress", "run": "regress", "tour": "tour",
+    "report": ("page", "main"), "tour": ("tour", "main"),
+    "compare": ("regress", "compare"), "run": ("regress", "run_base"),
+    "static": ("static", "main"), "tune": ("tune", "main"), "backends": ("backends", "main"),
+    "gpu": ("gpu", "main"),
 }  # fmt: skip
 
 
@@ -35,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; exit code 1 if a result of ours was refused, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in COMMANDS:
-        command: Any = importlib.import_module(f"bench.{COMMANDS[given[0]]}")
-        return int(command.main(given))
+        module, function = COMMANDS[given[0]]
+        return int(getattr(importlib.import_module(f"bench.{module}"), function)(given[1:]))
     options = parse(given)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if options.list:
@@ -48,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit("python -m bench: --device cuda, but torch sees no GPU")
     if options.plot and not plots.available():
         raise SystemExit("python -m bench: --plot needs matplotlib")
-    settings = Settings(options.threads, options.rounds, options.minutes, options.limit)
+    settings = Settings(
+        options.threads, options.rounds, options.minutes, options.limit, options.keep_freed
+    )
     about = provenance(torch.device(options.device), options.threads)
     groups: list[report.Report] = []
     interrupted = False
@@ -102,6 +111,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                            help="seconds after which a call is given up (60)")  # fmt: skip
         suite.add_argument("--threads", type=int, default=torch.get_num_threads(),
                            help="CPU threads (default: torch's)")  # fmt: skip
+        suite.add_argument("--keep-freed", action="store_true",
+                           help="time processes that keep freed memory")  # fmt: skip
         suite.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         suite.add_argument("--json", metavar="FILE", help="write everything measured")
         suite.add_argument("--plot", metavar="FILE", help="draw it, as PNG")

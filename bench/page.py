@@ -303,7 +303,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--html", type=Path, default=HTML, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE",
                         help="default: docs/benchmarks.md, for the committed results")  # fmt: skip
-    options: Any = parser.parse_args(arguments[1:])
+    options: Any = parser.parse_args(arguments)
     sources = collect(options.results)
     if not sources:
         parser.error(

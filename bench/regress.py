@@ -9,11 +9,13 @@ Memory is compared by the tolerance alone, beyond a MiB. Only what is ours decid
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -231,32 +233,46 @@ def _git(*arguments: str) -> None:
         raise RuntimeError(f"git {arguments[0]}: {done.stderr.strip().splitlines()[-1]}")
 
 
-def main(arguments: list[str]) -> int:
-    """Both commands; exit code 1 if anything of ours became worse."""
-    name, *rest = arguments
+def compare(arguments: list[str]) -> int:
+    """``python -m bench compare``."""
+    parser = _parser("compare")
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    options: Any = parser.parse_args(arguments)
+    return _judge(parser, options, lambda: (load(options.before), load(options.after)))
+
+
+def run_base(arguments: list[str]) -> int:
+    """``python -m bench run``."""
+    parser = _parser("run")
+    parser.add_argument("--base", required=True, metavar="REV", help="what to compare with")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each, in turn (2)")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write both reports there")
+    parser.add_argument("suite", nargs=argparse.REMAINDER, help="and its options")
+    options: Any = parser.parse_args(arguments)
+    if not options.suite:
+        parser.error("expected a suite after --base REV")
+    if options.repeats < 1:
+        parser.error(f"--repeats: expected at least 1, got {options.repeats}")
+    measured = functools.partial(run, options.base, options.suite, options.repeats, options.keep)
+    return _judge(parser, options, measured)
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=__doc__)
     parser.add_argument("--tolerance", type=float, default=TOLERANCE,
                         help="growth of a time or of memory that is let be (0.05)")  # fmt: skip
-    if name == "compare":
-        parser.add_argument("before", type=Path)
-        parser.add_argument("after", type=Path)
-    else:
-        parser.add_argument("--base", required=True, metavar="REV", help="what to compare with")
-        parser.add_argument("--repeats", type=int, default=2, help="runs of each, in turn (2)")
-        parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write both reports there")
-        parser.add_argument("suite", nargs=argparse.REMAINDER, help="and its options")
-    options: Any = parser.parse_args(rest)
+    return parser
+
+
+def _judge(
+    parser: argparse.ArgumentParser, options: Any, get: Callable[[], tuple[Report, Report]]
+) -> int:
+    """Exit code 1 if anything of ours became worse."""
     if options.tolerance < 0:
         parser.error(f"--tolerance: expected at least 0, got {options.tolerance}")
     try:
-        if name == "compare":
-            both = load(options.before), load(options.after)
-        else:
-            if not options.suite:
-                parser.error("expected a suite after --base REV")
-            if options.repeats < 1:
-                parser.error(f"--repeats: expected at least 1, got {options.repeats}")
-            both = run(options.base, options.suite, options.repeats, options.keep)
+        both = get()
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     found = changes(*both, options.tolerance)

@@ -74,7 +74,7 @@ def run(stops: tuple[Stop, ...], out: Path, minutes: float, threads: int) -> lis
             if done.returncode in (130, -2):  # Ctrl-C: the page of what is there
                 break
     if page.collect(out):
-        page.main(["report", "--results", str(out), "--html", str(out / "report.html")])
+        page.main(["--results", str(out), "--html", str(out / "report.html")])
     return failed
 
 
@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> int:
                         help="default: all")  # fmt: skip
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER")
-    options: Any = parser.parse_args(arguments[1:])
+    options: Any = parser.parse_args(arguments)
     if options.minutes <= 0:
         parser.error(f"--minutes: expected more than 0, got {options.minutes}")
     stops = tuple(s for s in STOPS if not options.suites or s.suite in options.suites)

@@ -101,7 +101,7 @@ class _Totals:
         self.wide_hidden = like.to(self.wide) if self.sparse_weight else None
         self.weight = self.bias = None
         if needs[1]:
-            self.weight = head.backend.fresh(head.weight.new_empty((head.vocabulary, width)))
+            self.weight = head.weight.new_empty((head.vocabulary, width))
         if needs[2]:
             self.bias = like.new_zeros(head.vocabulary, dtype=self.wide)
         self.rooms: dict[str, Tensor] = {}

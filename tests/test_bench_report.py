@@ -22,6 +22,7 @@ def cell(implementation, samples, size=None, case="scalar"):
 
 
 def made_up(*cells, date="2026-01-01", suite="head", group="g"):
+    cells = copy.deepcopy(cells)  # what is compared is added to them
     record = {
         "name": group, "shape": [1, 8, 2], "dtype": "fp32", "data": {}, "plans": {}, "absent": {},
         "titles": dict.fromkeys((c["case"] for c in cells), "a title"), "cells": list(cells),

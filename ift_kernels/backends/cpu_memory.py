@@ -23,24 +23,29 @@ _lock = threading.Lock()
 
 
 def empty(like: Tensor, elements: int) -> tuple[Tensor, bool]:
-    """``like.new_empty(elements)`` of memory that no other tensor uses, and whether it is new."""
+    """``like.new_empty(elements)`` of memory that no other tensor uses.
+
+    And whether it was never touched and will be kept, so that its pages are worth a thought.
+    """
     nbytes = elements * like.element_size()
     # A storage that tells nobody how many tensors share it must not be handed out twice.
     if nbytes < SMALL or nbytes > LIMIT or _use_count is None:
-        return like.new_empty(elements), True
+        return like.new_empty(elements), False
     with _lock:
         free = [block for block in _blocks if _use_count(block._cdata) == 1]
         fitting = [block for block in free if nbytes <= block.nbytes() <= 2 * nbytes]
+        new = False
         if fitting:
             block = min(fitting, key=torch.UntypedStorage.nbytes)
         else:
             # A little more, for a next batch that is a little longer; unused pages cost nothing.
             step = 1 << max(nbytes.bit_length() - 5, 0)
             block = torch.UntypedStorage(-(-nbytes // step) * step)
-            if _room_for(block.nbytes(), free):
+            new = _room_for(block.nbytes(), free)
+            if new:
                 _blocks.append(block)
         tensor = torch.empty(0, dtype=like.dtype).set_(block, 0, (elements,), (1,))
-        return tensor, not fitting
+        return tensor, new
 
 
 def _room_for(nbytes: int, free: list[torch.UntypedStorage]) -> bool:
