@@ -1,10 +1,10 @@
 """``python -m bench SUITE``: measure; ``python -m bench --list``: what there is to measure.
 
 ``report`` makes a page of what was measured, ``compare A.json B.json`` and ``run --base REV SUITE``
-find what became slower, and ``tour`` runs a short form of every suite. ``static``, ``tune``,
-``backends`` and ``gpu`` measure nothing about peers: kernels compiled for GPUs that are not here,
-launch configurations, our backends beside each other, and everything that a machine with a GPU
-should run.
+find what became slower, ``counts`` what became more, and ``tour`` runs a short form of every suite.
+``static``, ``tune``, ``backends`` and ``gpu`` measure nothing about peers: kernels compiled for
+GPUs that are not here, launch configurations, our backends beside each other, and everything that a
+machine with a GPU should run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COMMANDS = {
     "report": ("page", "main"), "tour": ("tour", "main"),
     "compare": ("regress", "compare"), "run": ("regress", "run_base"),
     "static": ("static", "main"), "tune": ("tune", "main"), "backends": ("backends", "main"),
-    "gpu": ("gpu", "main"),
+    "gpu": ("gpu", "main"), "counts": ("counts", "main"),
 }  # fmt: skip
 
 
