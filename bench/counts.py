@@ -31,9 +31,12 @@ BACKENDS = ("reference", "cpu")
 SIZES = (256, 64, 3000)  # N, D, V: several blocks in every schedule
 WORKSPACE = 1 << 20
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-# What every backend has, and a GPU launches.
-EPILOGUES = ("stats_update", "dlogits_", "probabilities_", "top_k_update", "gumbel_update", "scan",
-             "residual", "residual_grad")  # fmt: skip
+# What a backend may have, and a GPU launches.
+EPILOGUES = (
+    "stats_update", "dlogits_", "probabilities_", "top_k_update", "gumbel_update", "scan",
+    "residual", "residual_grad", "fused_statistics", "tile_sums", "active_marks", "active_collect",
+    "active_form", "active_gradient_", "active_gradients", "combine_rows", "transpose",
+)  # fmt: skip
 READS = ("aten::_local_scalar_dense", "aten::nonzero")
 # Views and bookkeeping launch nothing.
 FREE = frozenset(
@@ -103,6 +106,7 @@ def count(call: Callable[[], Any], backend: Any = reference) -> Counts:
             spies = [
                 stack.enter_context(mock.patch.object(backend, n, wraps=getattr(backend, n)))
                 for n in EPILOGUES
+                if hasattr(backend, n)
             ]
             with profile(activities=activities, profile_memory=True, with_flops=True) as seen:
                 call()
@@ -126,6 +130,7 @@ def count(call: Callable[[], Any], backend: Any = reference) -> Counts:
 def measure() -> dict[str, dict[str, Counts]]:
     """All counts, by backend and operation; backends that are not built are left out."""
     found: dict[str, dict[str, Counts]] = {}
+    torch.set_num_threads(1)  # the same everywhere
     for name in BACKENDS:
         if not backends.BACKENDS[name].why_not(torch.device("cpu"), torch.float32):
             with ift_kernels.use_backend(name):

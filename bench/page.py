@@ -39,10 +39,10 @@ READ = """\
 Ratios are within one run: *floor* is time over that of the bare matrix products of the case,
 *naive* time over that of the fastest form that holds the logits, *memory* the peak of a call over
 inputs and results, and its ratio to the leanest such form. *Fastest* says whether ours is the
-fastest of all that were measured beside it or within 3 % of that; where it is not, it names what is
-faster and by how much. *Leanest* says the same of memory, among those that give a gradient of its
-own per token. Of ours it is the exact gradient that is judged. A dash is what was not measured.
-How it is measured: [benchmarking.md](benchmarking.md)."""
+fastest of all that were measured beside it, and of how many, or within 3 % of that; where it is
+not, it names what is faster and by how much. *Leanest* says the same of memory, among those that
+give a gradient of its own per token. Of ours it is the exact gradient that is judged. A dash is
+what was not measured. How it is measured: [benchmarking.md](benchmarking.md)."""
 
 
 class Table(NamedTuple):
@@ -274,14 +274,13 @@ def _everything(source: Source) -> str:
 
 
 def _table(table: Table) -> str:
-    verdict = {"yes": "yes", "within 3 %": "yes"}
     head = "".join(f"<th>{_text(cell)}</th>" for cell in table.head)
     rows = []
     for row in table.rows:
         cells = []
         for name, cell in zip(table.head, row, strict=True):
             judged = name in ("fastest", "leanest") and cell != "–"
-            kind = verdict.get(cell, "no") if judged else ""
+            kind = ("no" if cell.startswith("no") else "yes") if judged else ""
             cells.append(f"<td{f' class={kind}' if kind else ''}>{_text(cell)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     title = f"<h3>{_text(table.title)}</h3>" if table.title else ""

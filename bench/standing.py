@@ -73,17 +73,15 @@ class Case(NamedTuple):
             return "–"
         best = min(others, key=lambda c: c[quantity])
         ratio = self.ours[quantity] / best[quantity]
-        if ratio <= 1:
-            return "yes"
         if ratio <= CLOSE:
-            return "within 3 %"
+            return f"{'yes' if ratio <= 1 else 'within 3 %'}, of {len(others) + 1}"
         return f"no: {self.names[best['implementation']]}, by {times(ratio)}"
 
 
 def by_group(sources: Sequence[Source], suite: str) -> dict[str, dict[str, dict[str, Case]]]:
-    """Group → case → device → the case; of several files with it the one with most samples of ours.
+    """Group → case → device → the case; of several files with it the newest.
 
-    Where they have equally many, it is the newest.
+    Where they are of the same second, it is the one with most samples of ours.
     """
     found: dict[str, dict[str, dict[str, Case]]] = {}
     for source in sources:
@@ -101,6 +99,6 @@ def by_group(sources: Sequence[Source], suite: str) -> dict[str, dict[str, dict[
     return found
 
 
-def _rank(case: Case) -> tuple[int, str]:
+def _rank(case: Case) -> tuple[str, int]:
     samples = len(case.ours["samples"]) if case.ours else 0
-    return samples, case.source.report["provenance"]["date"]
+    return case.source.report["provenance"]["date"], samples

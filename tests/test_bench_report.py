@@ -49,7 +49,8 @@ BASE = (cell("floor", [1.0]), cell("ours", [1.0, 1.1, 1.2], 100 << 20), cell("na
 
 
 @pytest.mark.parametrize(
-    ("other", "verdict"), [(2.0, "yes"), (1.08, "within 3 %"), (1.0, "no: <CCE>, by 1.10×")]
+    ("other", "verdict"),
+    [(2.0, "yes, of 3"), (1.08, "within 3 %, of 3"), (1.0, "no: <CCE>, by 1.10×")],
 )
 def test_verdict(other, verdict, tmp_path):
     found = made_up(*BASE, cell("cce", [other]))
@@ -60,11 +61,11 @@ def test_verdict(other, verdict, tmp_path):
     assert case.leanest == "no: naive, by 2.00×"
 
 
-def test_the_file_with_most_samples_counts_then_the_newest(tmp_path):
+def test_the_newest_file_counts_then_the_one_with_most_samples(tmp_path):
     sources = [
         standing.Source(tmp_path / name, made_up(cell("ours", samples), date=date))
         for name, samples, date in [
-            ("a.json", [1.0], "2026-03-01"), ("b.json", [1.0, 2.0], "2026-01-01"),
+            ("a.json", [1.0], "2026-02-01"), ("b.json", [1.0, 2.0], "2026-01-01"),
             ("c.json", [1.0, 3.0], "2026-02-01"),
         ]
     ]  # fmt: skip
