@@ -1,4 +1,4 @@
-"""The command line: ``ift train`` and ``ift doctor``.
+"""The command line: ``ift train``, ``ift dynamics`` and ``ift doctor``.
 
 A mistake of the user ends in one line on stderr and exit code 2.  torch and transformers are
 imported only once a command needs them, so ``ift --help`` and argument errors are immediate.
@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse(argv)
         if arguments.command == "train":
             from ift.cli.train import run
+        elif arguments.command == "dynamics":
+            from ift.cli.dynamics import run
         else:
             from ift.cli.doctor import run
         return run(arguments)
