@@ -7,11 +7,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # An editable install follows the Python sources by itself; these need another one.
 INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo experiments test lint wheel clean
 .SECONDARY:
 
 demo: $(VENV)/train.stamp
 	$(BIN)/python -m examples.demo $(ARGS)
+
+# Writes examples/experiments/results again.
+experiments: $(VENV)/experiments.stamp
+	for name in squeezing digits frozen_lake preference probe_cost; do \
+	  $(BIN)/python -m examples.experiments.$$name || exit 1; done
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -99,7 +99,9 @@ def influence(
             raise ValueError(f"{name}: expected shape (tokens, D), got {tuple(states.shape)}")
         checks.head_arguments(states, weight, bias)
         if states.dtype != weight.dtype:
-            raise TypeError(f"{prefix}hidden: expected {weight.dtype} like weight, got {states.dtype}")
+            raise TypeError(
+                f"{prefix}hidden: expected {weight.dtype} like weight, got {states.dtype}"
+            )
         ids = checks.token_ids(f"{prefix}target", ids, states.shape[:1], states.device)
         sides.append((states.detach(), ids.contiguous()))
     given = {"d_logprob": d_logprob, "d_entropy": d_entropy, "d_lse": d_lse}
@@ -111,7 +113,14 @@ def influence(
         d_logprob = -torch.ones(target.shape, dtype=torch.float64, device=target.device)
     budget = checks.workspace_bytes(workspace, hidden.device)
     dtype = engine.wide(weight.dtype)
-    options = (ignore_index, transform.scale, transform.softcap, transform.temperature, budget, dtype)
+    options = (
+        ignore_index,
+        transform.scale,
+        transform.softcap,
+        transform.temperature,
+        budget,
+        dtype,
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         up = torch.ones(probe_target.shape, dtype=torch.float64, device=hidden.device)
         probe = _Side(*sides[0], weight, bias, options, (up, None, None))
@@ -136,7 +145,7 @@ class _Side:
         options: linear_ops.Options,
         upstream: tuple[Tensor | None, Tensor | None, Tensor | None],  # logprob, lse, entropy
     ) -> None:
-        d_logprob, d_lse, d_entropy = upstream
+        d_logprob, d_lse, d_entropy = (None if g is None else g.double() for g in upstream)
         track = 0 if d_entropy is None else ref.TRACK_ENTROPY
         values = torch.ops.ift_kernels.linear_stats(
             hidden, weight, bias, target, *options, track, [False] * 3, ""
@@ -202,7 +211,7 @@ def exact_influence(
 ) -> Tensor:
     """First-order change of what `probe` computes, by an SGD step on all `parameters`.
 
-    With g_u the gradient of entry u of `loss`, the directional derivative of `probe` along -lr·g_u::
+    With g_u the gradient of entry u of `loss`, the derivative of `probe` along -lr·g_u::
 
         exact[..., u] = torch.func.jvp(probe, (parameters,), (-lr * grad(loss[u]),))[1]
 
@@ -210,7 +219,7 @@ def exact_influence(
     in `parameters` it equals `influence`.
 
     Args:
-        probe: parameters → a tensor, say the log-probabilities of some tokens. It and `loss` must be
+        probe: parameters → a tensor, say log-probabilities of some tokens. It and `loss` must be
             differentiable in forward mode: plain torch, ``attn_implementation="eager"``, no
             operator of this package.
         loss: parameters → a scalar, or (N,), one loss per training token.

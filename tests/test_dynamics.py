@@ -26,14 +26,14 @@ from ift.dynamics.callback import read_records
 from ift.dynamics.evaluate import as_row
 from ift.losses import dpo_loss
 
-WORDS = "red green blue one two three cat dog bird sun moon star".split()
+WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "sun", "moon", "star"]
 
 
 def rows(count=12):
     return [
         {
             "prompt": f"Tell me of the {WORDS[i % 12]} {WORDS[(i * 5 + 1) % 12]}:",
-            "chosen": " " + " ".join(WORDS[(i * j + j) % 12] for j in range(1, 4 + i % 4)),
+            "chosen": " " + " ".join(WORDS[(i + 5 * j) % 12] for j in range(1, 4 + i % 4)),
             "rejected": " " + " ".join(WORDS[(i + 7 * j) % 12] for j in range(1, 3 + i % 5)),
         }
         for i in range(count)
@@ -46,7 +46,7 @@ def tokenizer():
 
 
 def plain(model, tokenizer, probes):
-    """Every statistic from full logits, one response at a time; nothing of ours but tokenisation."""
+    """Every statistic from full logits, one response at a time; only the tokenisation is ours."""
     model.eval()
     found = {}
     for i, probe in enumerate(probes):
@@ -106,7 +106,10 @@ def test_numbers_equal_full_logits(name, attention, tokenizer):
 def test_logit_softcap_patched_and_messages(tokenizer):
     model = ift.patch(causal_lms.make("gemma2", vocab_size=len(tokenizer), sliding_window=400))
     prompt = [{"role": "user", "content": "red cat?"}]
-    probes = [Probe(prompt, {"chosen": "blue dog", "other_train": "moon"}), Probe("sun", {"x": "a"})]
+    probes = [
+        Probe(prompt, {"chosen": "blue dog", "other_train": "moon"}),
+        Probe("sun", {"x": "a"}),
+    ]
     check(model, tokenizer, probes)
 
 
@@ -132,7 +135,9 @@ def test_each_prompt_runs_once(tokenizer):
     model = causal_lms.make("llama", vocab_size=len(tokenizer))
     evaluator(model)
     seen = []
-    hook = model.model.embed_tokens.register_forward_hook(lambda m, a, out: seen.append(out.shape[1]))
+    hook = model.model.embed_tokens.register_forward_hook(
+        lambda m, a, out: seen.append(out.shape[1])
+    )
     evaluator(model)
     hook.remove()
     assert seen == [evaluator.tokens]

@@ -77,9 +77,7 @@ def _text(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def watch(
-    arguments: argparse.Namespace, held_out: list[Any], model: Any, tokenizer: Any
-) -> Any:
+def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokenizer: Any) -> Any:
     """The callback of the run; its probe set is written once and read by a resumed run."""
     from ift.dynamics import ProbeCallback, build_probe_set, read_probes, sampler, write_probes
 

@@ -159,9 +159,7 @@ def build_parser() -> Parser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     train = commands.add_parser("train", help="fine-tune a causal language model on a JSONL file")
     _add_train(train)
-    _add_dynamics(
-        commands.add_parser("dynamics", help="watch what training does to other answers")
-    )
+    _add_dynamics(commands.add_parser("dynamics", help="watch what training does to other answers"))
     return parser
 
 

@@ -89,9 +89,7 @@ class ProbeCallback(TrainerCallback):
             records = read_records(self.output)
             self.monitor.restore([r for r in records if r["step"] <= state.global_step])
 
-    def on_step_end(
-        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Measure when it is due."""
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             self.measure(model, state)

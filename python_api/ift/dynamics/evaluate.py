@@ -77,7 +77,9 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class _Response:
+class EncodedResponse:
+    """A response in tokens, and what comes before it."""
+
     probe: int
     type: str
     prefix: tuple[int, ...]  # at least one token
@@ -88,14 +90,16 @@ class _Response:
 class _Batch:
     """The tensors of one forward and where its targets are predicted."""
 
-    def __init__(self, inputs: dict[str, Tensor], rows: Tensor, responses: list[_Response]) -> None:
+    def __init__(
+        self, inputs: dict[str, Tensor], rows: Tensor, responses: list[EncodedResponse]
+    ) -> None:
         self.inputs = inputs
         self.rows = rows  # into the flattened positions, one per entry of every response's ids
         self.responses = responses
         self.target = torch.tensor([t for r in responses for t in r.target])
 
     @classmethod
-    def shared(cls, groups: list[list[_Response]], dtype: torch.dtype) -> _Batch:
+    def shared(cls, groups: list[list[EncodedResponse]], dtype: torch.dtype) -> _Batch:
         """Groups behind one another in one row."""
         ids: list[int] = []
         position: list[int] = []
@@ -127,7 +131,7 @@ class _Batch:
         return cls(inputs, torch.tensor(rows), [r for rs in groups for r in rs])
 
     @classmethod
-    def plain(cls, responses: list[_Response]) -> _Batch:
+    def plain(cls, responses: list[EncodedResponse]) -> _Batch:
         """A row for each response, padded on the right."""
         whole = [[*r.prefix, *r.ids[:-1]] for r in responses]
         width = max(map(len, whole))
@@ -179,7 +183,7 @@ class ProbeEvaluator:
     @property
     def tokens(self) -> int:
         """Distinct tokens of a pass: each prompt once, each response but its last token."""
-        groups = _groups(self.responses)
+        groups = groups_of(self.responses)
         return sum(_size(group) for group in groups)
 
     @torch.no_grad()
@@ -214,7 +218,7 @@ class ProbeEvaluator:
     def _plan(self, model: Any) -> list[_Batch]:
         """The batches of all passes to come: shared, if the model computes the same that way."""
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        groups = _groups(self.responses)
+        groups = groups_of(self.responses)
         self.shares_prompts = self._may_share(model, groups, dtype)
         if self.shares_prompts:
             packs = _packed(groups, self.tokens_per_forward)
@@ -233,7 +237,9 @@ class ProbeEvaluator:
             waiting.append(response)
         return [*batches, _Batch.plain(waiting)]
 
-    def _may_share(self, model: Any, groups: list[list[_Response]], dtype: torch.dtype) -> bool:
+    def _may_share(
+        self, model: Any, groups: list[list[EncodedResponse]], dtype: torch.dtype
+    ) -> bool:
         config = getattr(model, "config", None)
         if getattr(config, "_attn_implementation", "eager") not in SHARED_ATTENTION:
             return False
@@ -282,7 +288,10 @@ class ProbeEvaluator:
     def _run(self, model: Any, batch: _Batch, answer: Any) -> Any:
         """One forward, whose head answers for the rows of the batch."""
         device = _device(model)
-        inputs = {name: value.to(device) for name, value in batch.inputs.items()}
+        inputs: dict[str, Any] = {k: v.to(device) for k, v in batch.inputs.items()}
+        if getattr(getattr(model, "config", None), "output_router_logits", False):
+            # The auxiliary loss of experts is not asked for, and takes no mask of this shape.
+            inputs["output_router_logits"] = False
         rows = batch.rows.to(device)
 
         def chosen(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -319,8 +328,10 @@ def as_row(where: str, prompt: Prompt, response: str) -> Row:
     return Row(where, {"messages": messages}, last_turn=True)
 
 
-def _responses(probes: Sequence[Probe], tokenizer: Any, max_length: int) -> list[_Response]:
-    named = [(i, t, p.prompt, text) for i, p in enumerate(probes) for t, text in p.responses.items()]
+def _responses(probes: Sequence[Probe], tokenizer: Any, max_length: int) -> list[EncodedResponse]:
+    named = [
+        (i, t, p.prompt, text) for i, p in enumerate(probes) for t, text in p.responses.items()
+    ]
     if not named:
         raise DataError("probes: expected at least one response, got none")
     rows = [as_row(f"probe {i} {t}", prompt, text) for i, t, prompt, text in named]
@@ -336,26 +347,26 @@ def _responses(probes: Sequence[Probe], tokenizer: Any, max_length: int) -> list
         ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
         targets = [t for t, label in enumerate(labels) if label != IGNORE_INDEX and t > 0]
         part = slice(targets[0], targets[-1] + 1)
-        found.append(_Response(probe, type_, tuple(ids[: part.start]), tuple(ids[part]),
+        found.append(EncodedResponse(probe, type_, tuple(ids[: part.start]), tuple(ids[part]),
                                tuple(labels[part])))  # fmt: skip
     return found
 
 
-def _groups(responses: list[_Response]) -> list[list[_Response]]:
+def groups_of(responses: list[EncodedResponse]) -> list[list[EncodedResponse]]:
     """Responses of one probe whose tokens before the response are the same."""
-    groups: dict[tuple[int, tuple[int, ...]], list[_Response]] = {}
+    groups: dict[tuple[int, tuple[int, ...]], list[EncodedResponse]] = {}
     for response in responses:
         groups.setdefault((response.probe, response.prefix), []).append(response)
     return list(groups.values())
 
 
-def _size(group: list[_Response]) -> int:
+def _size(group: list[EncodedResponse]) -> int:
     return len(group[0].prefix) + sum(len(r.ids) - 1 for r in group)
 
 
-def _packed(groups: list[list[_Response]], budget: int) -> list[list[list[_Response]]]:
-    """Groups behind one another, as many as fit the budget (always one): first fit, largest first."""
-    packs: list[list[list[_Response]]] = []
+def _packed(groups: list[list[EncodedResponse]], budget: int) -> list[list[list[EncodedResponse]]]:
+    """As many groups behind one another as fit the budget, always one: first fit, largest first."""
+    packs: list[list[list[EncodedResponse]]] = []
     sizes: list[int] = []
     for group in sorted(groups, key=_size, reverse=True):
         size = _size(group)

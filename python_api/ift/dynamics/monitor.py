@@ -1,8 +1,8 @@
 """Squeezing: the mass that negative gradients push off rare tokens goes to the argmax alone.
 
 The sign of it in training: the chosen answers lose probability while the greedy tokens gain. What
-causes it: negative gradients on tokens in the *valley*, far less likely than a peaked distribution's
-argmax. docs/dynamics.md has the lemma.
+causes it: negative gradients on tokens in the *valley*, far less likely than the argmax of a peaked
+distribution. docs/dynamics.md has the lemma.
 """
 
 from __future__ import annotations
