@@ -8,6 +8,7 @@ docs/dynamics.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,8 +154,6 @@ class _Side:
         norm, entropy = values[8], values[2]
         valid = target != options[0]
         self.call = linear_ops.Call(hidden, weight, bias, valid, options, (False, False, False))
-        if norm.shape[1] != hidden.shape[0]:
-            norm = self.call.scatter(norm, norm.dtype)
         coef = linear_ops.row_coefficients(
             norm, entropy, weight.shape[0], d_logprob, d_lse, d_entropy, None
         )
@@ -247,7 +246,8 @@ def exact_influence(
         raise ValueError("parameters: expected at least one tensor, got none")
     lr = checks.number("lr", lr)
     held = {name: value.detach() for name, value in parameters.items()}
-    value, pull = torch.func.vjp(loss, held)
+    made: Any = torch.func.vjp(loss, held)
+    value, pull = made
     if value.dim() > 1:
         raise ValueError(f"loss: expected a scalar or shape (N,), got {tuple(value.shape)}")
     columns = []

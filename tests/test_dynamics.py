@@ -281,21 +281,23 @@ def test_guard_counts_and_masks(tokenizer):
     model = ift.patch(causal_lms.make("llama", vocab_size=len(tokenizer)))
     batch = causal_lms.batch(rows=4, vocabulary=len(tokenizer))
     loss = functools.partial(dpo_loss, beta=0.5)
-    options = {"valley": 0.02, "peak": 0.05}
 
     def gradients(of):
         model(**batch, loss=of).loss.backward()
         return causal_lms.gradients(model)
 
-    free = gradients(loss)
-    counting = ValleyGuard(loss, **options)
-    causal_lms.assert_close(gradients(counting), free, 1e-7)
     logits = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
     logp = logits.log_softmax(-1)
     labels = batch["labels"][:, 1:]
     valid, rejected = labels != -100, torch.arange(4)[:, None] >= 2
     picked = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    valley = (picked.exp() <= 0.02) & (logp.exp().amax(-1) >= 0.05) & valid & rejected
+    half = picked.exp()[valid & rejected].median().item()
+    options = {"valley": half * 1.001, "peak": 0.01}
+    valley = (picked.exp() <= half * 1.001) & (logp.exp().amax(-1) >= 0.01) & valid & rejected
+
+    free = gradients(loss)
+    counting = ValleyGuard(loss, **options)
+    causal_lms.assert_close(gradients(counting), free, 1e-7)
     assert counting.negative_tokens == int((valid & rejected).sum())
     assert 0 < counting.valley_tokens == int(valley.sum()) < counting.negative_tokens
 
@@ -307,3 +309,30 @@ def test_guard_counts_and_masks(tokenizer):
     assert any((masked[k] - free[k]).abs().max() > 1e-3 * free[k].abs().max() for k in free)
     with pytest.raises(TypeError, match="loss: expected a function"):
         ValleyGuard(3)
+
+
+def test_callback_in_trl(tokenizer, tmp_path):
+    """DPO, where the model is not patched, and squeezing can be seen."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    from datasets import Dataset
+
+    probes = build_probe_set(rows(), size=3)
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, report_to="none",
+        use_cpu=True, bf16=False, learning_rate=1e-2, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    model = causal_lms.make("llama", vocab_size=len(tokenizer), tie_word_embeddings=True)
+    callback = ProbeCallback(probes, tmp_path / "probe", every=2)
+    run = trl.DPOTrainer(
+        model, args=arguments, train_dataset=Dataset.from_list(rows()),
+        processing_class=tokenizer, callbacks=[callback],
+    )  # fmt: skip
+    run.train()
+    records = read_records(tmp_path / "probe")
+    assert [r["step"] for r in records] == [0, 2, 4]
+    wanted = plain(run.model, tokenizer, probes)
+    mean = torch.stack([wanted[i, "rejected"]["logprob"].mean() for i in range(3)]).mean().item()
+    assert records[-1]["types"]["rejected"]["mean_logprob"] == pytest.approx(mean, abs=1e-4)
+    assert records[-1]["squeeze"]["negative_tokens"] == sum(
+        len(wanted[i, "rejected"]["ids"]) for i in range(3)
+    )

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from examples import docstrings
 from examples.experiments import digits, frozen_lake, preference, probe_cost, squeezing
 
 
@@ -19,7 +20,9 @@ def test_runs(module, tmp_path):
     assert "## Verdict" in (place / "README.md").read_text(encoding="utf-8")
 
 
-def test_preference_runs(tmp_path):
+def test_preference_runs(tmp_path, monkeypatch):
+    few = docstrings.stdlib_files()[:40]
+    monkeypatch.setattr(docstrings, "stdlib_files", lambda: few)
     preference.run(tmp_path, True)
     assert (tmp_path / "preference" / "dpo.png").stat().st_size > 10000
 

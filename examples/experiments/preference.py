@@ -21,7 +21,7 @@ def run(output: Path, quick: bool) -> None:
     """Write the page."""
     page = Page("preference", "SFT and DPO of a small model, probed", output)
     work = Path(tempfile.mkdtemp())
-    lab = Lab(rows=400 if not quick else 40, base_rows=2000 if not quick else 64)
+    lab = Lab(rows=160 if not quick else 40, base_rows=800 if not quick else 64)
     base = lab.base(epochs=3 if not quick else 1)
     draw = random.Random(0)
     rows = [r for r in lab.rows if lab.fits(r, "completion")]
@@ -32,18 +32,18 @@ def run(output: Path, quick: bool) -> None:
         for r in rows
     ]  # fmt: skip
     ask = sampler(base, lab.tokenizer, max_new_tokens=12)
-    probes = build_probe_set(pairs, size=24 if not quick else 2, test=lab.test_rows, sample=ask)
-    steps, every = (100, 10) if not quick else (2, 1)
+    probes = build_probe_set(pairs, size=16 if not quick else 2, test=lab.test_rows, sample=ask)
+    steps, every = (50, 10) if not quick else (2, 1)
 
     # --- supervised, 10 epochs, kept after 1 and after 10 ---
     sft_one = lab.sft(copy.deepcopy(base), pairs, 1, name="sft, 1 epoch")
     sft_ten = copy.deepcopy(base)
-    probe = callback(probes, work / "sft", 25 if not quick else 1)
+    probe = callback(probes, work / "sft", 10 if not quick else 1)
     lab.sft(sft_ten, pairs, 10 if not quick else 1, callback=probe, name="sft, 10 epochs")
     both = [{**p, "completion": p[key]} for p in pairs for key in ("chosen", "rejected")]
     extended = copy.deepcopy(base)
     lab.sft(extended, both, 5 if not quick else 1, name="sft on both, 5 epochs")
-    some = pairs[: 150 if not quick else 10]  # one answer at a time is drawn
+    some = pairs[: 80 if not quick else 10]  # one answer at a time is drawn
     drawn = sampler(sft_ten, lab.tokenizer, max_new_tokens=24, seed=1)([p["prompt"] for p in some])
     own = [{**p, "rejected": a} for p, a in zip(some, drawn, strict=True) if a.strip()]
 
@@ -71,7 +71,7 @@ def run(output: Path, quick: bool) -> None:
         "Setting",
         f"Docstrings of the standard library (prompt → first words), {len(pairs)} pairs, at most "
         f"{LENGTH} tokens, {len(probes)} probes; a rejected answer is another row's (off-policy). "
-        f"Llama, 2 layers, width 128, V = {len(lab.tokenizer)}, first trained 3 epochs on other "
+        f"Llama, 2 layers, width 96, V = {len(lab.tokenizer)}, first trained 3 epochs on other "
         f"docstrings. SFT: AdamW 5e-4, batch 16. DPO: {steps} steps of 8 pairs, AdamW {LR:g}, "
         f"β = {BETA}. On-policy: sampled answers to {len(own)} of the prompts. One seed.",
     )

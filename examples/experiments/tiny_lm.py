@@ -36,7 +36,7 @@ class State(NamedTuple):
 class Lab:
     """Docstrings of the standard library: a model trained on one half, probed on the other."""
 
-    def __init__(self, *, rows: int, base_rows: int, vocabulary: int = 2048, seed: int = 0) -> None:
+    def __init__(self, *, rows: int, base_rows: int, vocabulary: int = 1024, seed: int = 0) -> None:
         train, held_out = docstrings.collect()
         random.Random(seed).shuffle(train)
         self.base_rows, self.rows = train[:base_rows], train[base_rows : base_rows + rows]
@@ -59,7 +59,7 @@ class Lab:
 
     def base(self, epochs: int) -> Any:
         """The model that fine-tuning starts from."""
-        model = tiny.tiny_llama(self.tokenizer, hidden=128, max_length=64, seed=self.seed)
+        model = tiny.tiny_llama(self.tokenizer, hidden=96, max_length=64, seed=self.seed)
         self.sft(model, [r for r in self.base_rows if self.fits(r, "completion")], epochs, lr=2e-3)
         return model
 
@@ -80,7 +80,9 @@ class Lab:
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
         draw, waiting = random.Random(self.seed), []
         if callback is not None:
-            callback.on_train_begin(None, State(0, steps), None, model, tokenizer=self.tokenizer)
+            callback.on_train_begin(
+                None, State(0, steps), None, model, processing_class=self.tokenizer
+            )
         for step in tqdm(range(1, steps + 1), desc=name, disable=None):
             if len(waiting) < size:
                 waiting = draw.sample(range(len(rows)), len(rows))

@@ -28,12 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser.parse(argv)
         if arguments.command == "train":
-            from ift.cli.train import run
-        elif arguments.command == "dynamics":
-            from ift.cli.dynamics import run
-        else:
-            from ift.cli.doctor import run
-        return run(arguments)
+            from ift.cli import train
+
+            return train.run(arguments)
+        if arguments.command == "dynamics":
+            from ift.cli import dynamics
+
+            return dynamics.run(arguments)
+        from ift.cli import doctor
+
+        return doctor.run(arguments)
     except CliError as error:
         print(f"ift: {error}", file=sys.stderr)
         return 2

@@ -96,7 +96,8 @@ def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokeni
             sample = sampler(model, tokenizer, max_new_tokens=tokens) if tokens else None
             build = functools.partial(build_probe_set, size=arguments.probe_size, test=test)
             probes = build(_trained(arguments.data, held_out), sample=sample, seed=arguments.seed)
-        write_probes(probes, saved)
+        if not (arguments.resume and saved.exists()):
+            write_probes(probes, saved)
         callback = ProbeCallback(
             probes, output / CURVES, every=arguments.probe_every, tokenizer=tokenizer,
             max_length=arguments.max_length,

@@ -60,25 +60,29 @@ class ProbeCallback(TrainerCallback):
     ) -> None:
         if every < 1:
             raise ValueError(f"every: expected at least 1, got {every}")
-        given = isinstance(probes, (str, os.PathLike))
-        self.probes = read_probes(Path(probes)) if given else list(probes)  # type: ignore[arg-type]  # given says which
+        self.probes: Sequence[Probe]
+        if isinstance(probes, (str, os.PathLike)):
+            self.probes = read_probes(Path(probes))
+        else:
+            self.probes = list(probes)
         self.output, self.every, self.tokenizer = Path(output), every, tokenizer
         self.options = {"max_length": max_length, "tokens_per_forward": tokens_per_forward}
         self.monitor = SqueezeMonitor() if monitor is None else monitor
         self.token_log = token_log
         self.evaluator: ProbeEvaluator | None = None
+        if tokenizer is not None:  # what is wrong with the set shows here
+            self._prepare(tokenizer)
         self._drawn = 0.0
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any
     ) -> None:
         """Prepare; continue the files of a resumed run; measure the model before training."""
-        tokenizer = self.tokenizer or rest.get("processing_class") or rest.get("tokenizer")
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+        tokenizer = self.tokenizer or rest.get("processing_class")
         if tokenizer is None:
             raise ValueError("tokenizer: expected one, as the trainer has no processing_class")
         if self.evaluator is None:
-            self.evaluator = ProbeEvaluator(self.probes, tokenizer, **self.options)
+            self._prepare(tokenizer)
         if state.is_world_process_zero:
             self.output.mkdir(parents=True, exist_ok=True)
             for name in (CURVES, TOKENS):
@@ -98,6 +102,10 @@ class ProbeCallback(TrainerCallback):
         """Draw the last picture."""
         if state.is_world_process_zero:
             self._draw()
+
+    def _prepare(self, tokenizer: Any) -> None:
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+        self.evaluator = ProbeEvaluator(self.probes, tokenizer, **self.options)
 
     def measure(self, model: Any, state: Any) -> dict[str, Any]:
         """Measure now and write; `state` has the step. Returns the record."""

@@ -228,7 +228,8 @@ class ProbeEvaluator:
             type(model).__name__,
         )
         rows = sorted(self.responses, key=lambda r: len(r.prefix) + len(r.ids))
-        batches, waiting = [], []
+        batches: list[_Batch] = []
+        waiting: list[EncodedResponse] = []
         for response in rows:
             width = len(response.prefix) + len(response.ids) - 1
             if waiting and (len(waiting) + 1) * width > self.tokens_per_forward:
@@ -262,7 +263,8 @@ class ProbeEvaluator:
 
     def _hidden(self, model: Any, batch: _Batch) -> Tensor:
         """What reaches the head at the rows of the batch."""
-        return self._run(model, batch, lambda hidden, *_: hidden)
+        hidden: Tensor = self._run(model, batch, lambda hidden, *_: hidden)
+        return hidden
 
     def _measure(self, model: Any, batch: _Batch) -> Iterator[Measurement]:
         target = batch.target.to(_device(model))

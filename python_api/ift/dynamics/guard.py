@@ -58,7 +58,7 @@ class ValleyGuard:
         assert stats.logprob is not None and stats.argmax_logprob is not None
         with torch.no_grad():
             valley = in_valley(stats.logprob, stats.argmax_logprob, self.valley, self.peak) & mask
-        logprob: Tensor = _Guarded.apply(stats.logprob, valley, self)
+        logprob: Tensor = _Guarded.apply(stats.logprob, valley, self)  # type: ignore[no-untyped-call]  # torch has none
         return self.loss(logprob, mask)
 
     @property
@@ -87,7 +87,7 @@ class _Guarded(torch.autograd.Function):
         return logprob.view_as(logprob)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # one gradient
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (valley,) = ctx.saved_tensors
         negative = grad > 0
         hit = negative & valley
