@@ -1,4 +1,4 @@
-"""`ProbeCallback`: a probe set measured every few updates of a transformers or TRL trainer."""
+"""`ProbeCallback`: a probe set measured every few updates of a transformers trainer."""
 
 from __future__ import annotations
 
