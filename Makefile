@@ -5,9 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # An editable install follows the Python sources by itself; these need another one.
-INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
-.PHONY: demo experiments test lint wheel clean
+# Without a GPU the CUDA extension would cost minutes and serve nothing; its tests compile it anyway.
+WITH_CUDA := $(or $(IFT_BUILD_CUDA),$(if $(shell command -v nvidia-smi),auto,0))
+
+.PHONY: demo experiments test gpu lint wheel cuda-versions clean
 .SECONDARY:
 
 demo: $(VENV)/train.stamp
@@ -21,12 +24,33 @@ experiments: $(VENV)/experiments.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
+# On a machine with a GPU: PART=tests|head|active|ops|losses|e2e|tune, all of them without; run it again to
+# go on where it stopped. DRY=1 goes the same way on a CPU. MINUTES=8 is for each part.
+gpu: $(VENV)/dev.stamp
+	$(BIN)/python -m bench gpu $(if $(PART),--part $(PART)) $(if $(DRY),--dry-run) \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
 # What CI runs, and what pre-commit runs on every commit.
 lint: $(VENV)/dev.stamp
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
 
+# One wheel in dist/, repaired and checked: with the CUDA extension where nvcc is; CUDA=12.9 asks for
+# that toolkit and tags the version +cu129. See docs/install.md.
 wheel: $(VENV)/dev.stamp
-	IFT_REQUIRE_CPP=1 $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	PYTHON="$(abspath $(BIN))/python" CUDA="$(CUDA)" .ci/wheel
+
+# NVRTC and headers of each older CUDA version that is supported, then every kernel through it.
+# (version, then the releases of nvrtc, runtime, nvcc, cccl)
+CUDA_VERSIONS := 12.6/12.6.85/12.6.77/12.6.85/12.6.77 12.8/12.8.93/12.8.90/12.8.93/12.8.90 \
+  12.9/12.9.86/12.9.79/12.9.86/12.9.27
+cuda-versions: $(VENV)/dev.stamp
+	set -e; for each in $(CUDA_VERSIONS); do \
+	  set -- $$(echo $$each | tr / ' '); folder=build/cuda-$$1; \
+	  [ -d $$folder ] || $(PIP) install --quiet --no-deps --target $$folder \
+	    nvidia-cuda-nvrtc-cu12==$$2 nvidia-cuda-runtime-cu12==$$3 \
+	    nvidia-cuda-nvcc-cu12==$$4 nvidia-cuda-cccl-cu12==$$5; \
+	  $(BIN)/python .ci/nvrtc.py $$folder 80 90a; \
+	done
 
 # Leaves the packages in .venv, which take longest; the next command builds ours again.
 clean:
@@ -41,5 +65,6 @@ $(VENV)/%.stamp: $(INPUTS)
 	@PYTHON="$(PYTHON)" .ci/needs
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --no-compile -c constraints.txt setuptools pybind11 ninja
-	IFT_REQUIRE_CPP=1 $(PIP) install --no-compile --no-build-isolation -c constraints.txt -e '.[$*]'
+	IFT_BUILD_CUDA=$(WITH_CUDA) IFT_REQUIRE_CPP=1 \
+	$(PIP) install --no-compile --no-build-isolation -c constraints.txt -e '.[$*]'
 	@touch $@

@@ -1,18 +1,23 @@
-"""Builds `ift_kernels._cpu` with ninja. Whatever is declarative stands in pyproject.toml.
+"""Builds `ift_kernels._cpu` and, where there is nvcc, `ift_kernels._cuda` with ninja.
 
-Nothing here imports torch, and the extension does not link it: pip may build in an isolated
-environment, and one build serves every torch.
+Whatever is declarative stands in pyproject.toml. Nothing here imports torch, and the extensions do
+not link it: pip may build in an isolated environment, and one build serves every torch.
 
 Environment:
     CXX, CXXFLAGS, LDFLAGS, ARCHFLAGS   the compiler and flags added to ours
     IFT_REQUIRE_CPP=1                   stop when the extension cannot be built
     IFT_NO_CPP=1                        leave it out: a pure Python wheel, reference backend only
+    IFT_BUILD_CUDA=auto|0|1             the CUDA extension: where nvcc is, never, or demanded
+    CUDA_HOME                           the toolkit; else nvcc on PATH, else /usr/local/cuda
+    IFT_CUDA_ARCHS                      "80;90a;90-virtual": code for 8.x and for 9.0, PTX of 9.0
+    MAX_JOBS                            compilers that run at once
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,7 +33,9 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent.resolve()
 COMMON = sorted(ROOT.glob("csrc/cpu/*.cpp"))
 PER_ISA = sorted(ROOT.glob("csrc/cpu/isa/*.cpp"))  # compiled once for each instruction set
-HEADERS = sorted(ROOT.glob("csrc/**/*.h"))
+HEADERS = sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh")])
+CUDA = sorted(ROOT.glob("csrc/cuda/*.cu"))
+CUDA_BINDING = ROOT / "csrc/cuda/bindings.cpp"
 
 # No -ffast-math: NaN and infinity must come through. No -march: the wheel runs on every machine of
 # its architecture and chooses among the instruction sets at run time.
@@ -43,6 +50,9 @@ X86_ISAS = {
     "avx512": AVX512.split(),
     "avx512bf16": [*AVX512.split(), "-mavx512bf16"],
 }
+# -ftz: subnormal floats cost every exp two instructions and decide nothing. Asserts stay in: they
+# stop a kernel before it reads outside a table.
+CUDA_FLAGS = shlex.split("-std=c++17 -O3 -ftz=true -Xcompiler -fPIC,-fvisibility=hidden")
 PROBE = """
 #include <Python.h>
 #include <vector>
@@ -127,6 +137,85 @@ def compiler() -> Compiler | str:
     return reason
 
 
+class Toolkit:
+    """A CUDA toolkit: where it is, its version, and the architectures to compile for."""
+
+    def __init__(self, nvcc: Path) -> None:
+        self.nvcc = nvcc
+        said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True).stdout
+        # What is on PATH may be a script that calls the real one.
+        ask = [str(nvcc), "--dryrun", "-c", "nothing.cu"]
+        where = subprocess.run(ask, capture_output=True, text=True).stderr
+        here = re.search(r"^#\$ _HERE_=(.+)$", where, re.MULTILINE)
+        self.home = (Path(here[1]) if here else nvcc.resolve().parent).parent
+        found = re.search(r"release (\d+)\.(\d+)", said)
+        if found is None:
+            raise SystemExit(f"ift-kernels: {nvcc} --version: expected 'release X.Y', got {said!r}")
+        self.version = int(found[1]), int(found[2])
+
+    def architectures(self) -> list[str]:
+        """As CMake writes them: "90a" for machine code, "90-virtual" for PTX."""
+        asked = os.environ.get("IFT_CUDA_ARCHS", "")
+        # 8.x runs what is compiled for 8.0; PTX is for what this toolkit does not know.
+        blackwell = ["100a", "120"] if self.version >= (12, 8) else []
+        names = asked.replace(",", ";").split(";") if asked else [
+            "80", "90a", *blackwell, "90-virtual"
+        ]  # fmt: skip
+        for name in names:
+            if not re.fullmatch(r"\d+[af]?|\d+-virtual", name):
+                raise SystemExit(
+                    f"ift-kernels: IFT_CUDA_ARCHS: expected names like 80, 90a or 90-virtual, "
+                    f"separated by semicolons, got {name!r}"
+                )
+        return names
+
+    def flags(self) -> list[str]:
+        flags = list(CUDA_FLAGS)
+        for name in self.architectures():
+            number = name.removesuffix("-virtual")
+            code = f"compute_{number}" if name != number else f"sm_{number}"
+            flags += ["-gencode", f"arch=compute_{number},code={code}"]
+        return flags
+
+    @functools.cached_property
+    def runtime(self) -> str:
+        """The static runtime: the wheel must not need one of the machine's, nor bring another."""
+        for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+            library = self.home / folder / "libcudart_static.a"
+            if library.exists():
+                return str(library)
+        return ""
+
+
+@functools.cache
+def toolkit() -> Toolkit | str:
+    """The CUDA toolkit to use, or the reason why there is none."""
+    wanted = os.environ.get("IFT_BUILD_CUDA") or "auto"
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"ift-kernels: IFT_BUILD_CUDA: expected auto, 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return "IFT_BUILD_CUDA=0"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        found = shutil.which("nvcc", path=str(Path(home, "bin")))
+        reason = f"CUDA_HOME is {home}, which has no bin/nvcc"
+    else:
+        found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+        reason = "nvcc is neither on PATH nor in /usr/local/cuda/bin, and CUDA_HOME is not set"
+    if isinstance(compiler(), str):
+        found, reason = None, "the C++ extensions are not built"
+    if found:
+        candidate = Toolkit(Path(found))
+        if candidate.runtime:
+            return candidate
+        reason = f"{candidate.home} has no libcudart_static.a"
+    if wanted == "1":
+        raise SystemExit(f"ift-kernels: IFT_BUILD_CUDA=1, but {reason}")
+    if not is_macos():
+        say(f"NOTE: without the CUDA extension ({reason}): NVIDIA GPUs are served by Triton")
+    return reason
+
+
 def say(message: str) -> None:
     print(f"ift-kernels: {message}", file=sys.stderr, flush=True)
 
@@ -155,6 +244,11 @@ def can_build() -> bool:
 class NinjaBuildExt(build_ext):
     """Compiles with ninja: in parallel, and only what has changed."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.distribution.has_ext_modules() and isinstance(toolkit(), str):
+            self.extensions = [e for e in self.extensions if e.name != "ift_kernels._cuda"]
+
     def run(self) -> None:
         if self.distribution.has_ext_modules():
             super().run()
@@ -170,18 +264,34 @@ class NinjaBuildExt(build_ext):
             ) from error
         # Not `build_temp`: for an editable install that is a new folder each time.
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        folder = ROOT / "build" / f"ninja-{tag}"
+        cuda = ext.name == "ift_kernels._cuda"
+        found = toolkit()
+        # A folder for each choice of architectures: the one of the tests must not undo another.
+        archs = found.architectures() if cuda and isinstance(found, Toolkit) else []
+        kind = "-".join(["cuda", *archs]) if cuda else "ninja"
+        folder = ROOT / "build" / f"{kind}-{tag}"
         folder.mkdir(parents=True, exist_ok=True)
         library = folder / Path(self.get_ext_filename(ext.name)).name
-        write_ninja(folder / "build.ninja", library, pybind11.get_include())
+        write = write_cuda_ninja if cuda else write_ninja
+        write(folder / "build.ninja", library, pybind11.get_include())
         ask = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder)]
+        ask += ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         if subprocess.run(ask).returncode:
+            without = "IFT_BUILD_CUDA=0" if cuda else "IFT_NO_CPP=1"
             raise CompileError(
-                "the C++ extension did not compile, see above (IFT_NO_CPP=1 installs without it)"
+                f"{ext.name} did not compile, see above ({without} installs without it)"
             )
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(library), str(target))
+
+
+def literal(text: str) -> str:
+    return text.replace("$", "$$")
+
+
+def shell(words: list[str]) -> str:
+    return literal(shlex.join(words))
 
 
 def write_ninja(path: Path, library: Path, pybind11_include: str) -> None:
@@ -193,12 +303,6 @@ def write_ninja(path: Path, library: Path, pybind11_include: str) -> None:
     isas = cxx.isas()
     built = [f"-DIFT_ISA_{isa.upper()}=1" for isa in isas if isa != "base"]
     flags = [*cxx.compile, f"-isystem{pybind11_include}", *built]
-
-    def literal(text: str) -> str:
-        return text.replace("$", "$$")
-
-    def shell(words: list[str]) -> str:
-        return literal(shlex.join(words))
 
     with path.open("w") as file:
         graph = ninja_syntax.Writer(file)
@@ -217,6 +321,29 @@ def write_ninja(path: Path, library: Path, pybind11_include: str) -> None:
         graph.build(library.name, "link", objects)
 
 
+def write_cuda_ninja(path: Path, library: Path, pybind11_include: str) -> None:
+    """The same for the CUDA extension: kernels by nvcc, the binding by the C++ compiler."""
+    from ninja import ninja_syntax
+
+    cxx, cuda = compiler(), toolkit()
+    assert isinstance(cxx, Compiler) and isinstance(cuda, Toolkit)  # else it was left out
+    host = [*cxx.compile, f"-isystem{pybind11_include}"]
+    nvcc = [str(cuda.nvcc), "-ccbin", cxx.command[-1], *cuda.flags()]
+    # What the runtime exports must not meet another one of the process.
+    link = [cuda.runtime, "-Wl,--exclude-libs,ALL", *cxx.link, "-lpthread", "-ldl", "-lrt"]
+    with path.open("w") as file:
+        graph = ninja_syntax.Writer(file)
+        compile_line = f"{shell(cxx.command)} {shell(host)} -MMD -MF $out.d -c $in -o $out"
+        graph.rule("compile", compile_line, "compiling $out", depfile="$out.d", deps="gcc")
+        compile_line = f"{shell(nvcc)} -MMD -MF $out.d -c $in -o $out"
+        graph.rule("nvcc", compile_line, "compiling $out", depfile="$out.d", deps="gcc")
+        graph.rule("link", f"{shell(cxx.command)} $in -o $out {shell(link)}", "linking $out")
+        objects = graph.build("bindings.o", "compile", literal(str(CUDA_BINDING)))
+        for source in CUDA:
+            objects += graph.build(f"{source.stem}.o", "nvcc", literal(str(source)))
+        graph.build(library.name, "link", objects)
+
+
 def relative(paths: list[Path]) -> list[str]:
     return [path.relative_to(ROOT).as_posix() for path in paths]
 
@@ -228,10 +355,11 @@ setup(
         *find_packages(str(ROOT / "python_api")),
     ],
     package_dir={"ift_kernels": "ift_kernels", "ift": "python_api/ift"},
-    package_data={"ift_kernels": ["py.typed"], "ift": ["py.typed"]},
+    package_data={"ift_kernels": ["py.typed", "backends/triton/launch.json"], "ift": ["py.typed"]},
     # `depends` puts the headers into the source distribution.
     ext_modules=[
-        Extension("ift_kernels._cpu", relative(COMMON + PER_ISA), depends=relative(HEADERS))
+        Extension("ift_kernels._cpu", relative(COMMON + PER_ISA), depends=relative(HEADERS)),
+        Extension("ift_kernels._cuda", relative([*CUDA, CUDA_BINDING])),  # left out without nvcc
     ],
     cmdclass={"build_ext": NinjaBuildExt},
     distclass=OptionalExtensions,

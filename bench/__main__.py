@@ -1,8 +1,14 @@
-"""``python -m bench SUITE``: measure; ``python -m bench --list``: what there is to measure."""
+"""``python -m bench SUITE``: measure; ``python -m bench --list``: what there is to measure.
+
+``static``, ``tune``, ``backends`` and ``gpu`` measure nothing about peers: kernels compiled for
+GPUs that are not here, launch configurations, our backends beside each other, and everything that a
+machine with a GPU should run.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +23,16 @@ from bench.peers import PEERS
 from bench.provenance import load, provenance
 
 # A suite has `add_arguments`, `run`, `CASES` (by name, with a title) and says what it is about.
+COMMANDS = ("static", "tune", "backends", "gpu")
 SUITES: dict[str, Any] = {"head": head, "active": active, "ops": ops, "losses": losses}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; exit code 1 if a result of ours was refused, 130 after Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in COMMANDS:  # Triton is imported only for these
+        command: Any = importlib.import_module(f"bench.{given[0]}")
+        return int(command.main(given[1:]))
     options = parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if options.list:
@@ -33,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit("python -m bench: --device cuda, but torch sees no GPU")
     if options.plot and not plots.available():
         raise SystemExit("python -m bench: --plot needs matplotlib")
-    settings = Settings(options.threads, options.rounds, options.minutes, options.limit)
+    settings = Settings(
+        options.threads, options.rounds, options.minutes, options.limit, options.keep_freed
+    )
     about = provenance(torch.device(options.device), options.threads)
     groups: list[report.Report] = []
     interrupted = False
@@ -86,6 +99,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                            help="seconds after which a call is given up (60)")  # fmt: skip
         suite.add_argument("--threads", type=int, default=torch.get_num_threads(),
                            help="CPU threads (default: torch's)")  # fmt: skip
+        suite.add_argument("--keep-freed", action="store_true",
+                           help="time processes that keep freed memory")  # fmt: skip
         suite.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         suite.add_argument("--json", metavar="FILE", help="write everything measured")
         suite.add_argument("--plot", metavar="FILE", help="draw it, as PNG")

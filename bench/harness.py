@@ -2,10 +2,10 @@
 
 1. Every cell runs once in a fresh process: its memory, its errors, a first time. What is wrong is
    refused there and never timed. (What compiles does this in the process that it keeps.)
-2. Then every implementation has one process, kept alive, and rounds go through all cells of a group
-   in turn, so that a machine that slows down slows all of them. How many rounds a cell gets depends
-   on its time and the budget; calls so long that a budget would not hold a second one keep the
-   first.
+2. Then every implementation has one process, kept alive, and rounds go through all cells of a
+   group in turn, so that a machine that slows down slows all of them. Its allocator is the one that
+   users have, unless it is asked to keep what it frees. How many rounds a cell gets depends on its
+   time and the budget; calls so long that a budget would not hold a second one keep the first.
 
 A group (one shape and dtype) shares its inputs and its rounds: ratios are meant within a group.
 """
@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.exact import Wrong
-from bench.memory import freed_at_once, observe, synchronize
+from bench.memory import freed_at_once, keep_freed, observe, synchronize
 from bench.worker import Failed, Worker
 
 # A call at least this long counts as a sample though it was made in a fresh process: what a first
 # call costs on top (kernels generated, code paged in) is milliseconds.
-LONG = 3.0
+LONG = 20.0
 # Shorter calls are repeated within a sample until this has passed, against the clock's grain.
 SAMPLE = 0.05
 # Seconds between samples. Idle threads of OpenMP spin for some 15 ms before they sleep, and would
@@ -103,6 +103,7 @@ class Settings:
     rounds: int = 5  # samples per cell, at most
     minutes: float = 8.0  # for everything; cells get fewer rounds, never none
     limit: float = 60.0  # seconds after which a call is given up
+    keep_freed: bool = False  # do the processes that are timed keep the memory that they free?
     started: float = field(default_factory=time.monotonic)
 
     def left(self) -> float:
@@ -191,6 +192,8 @@ class Crew:
         name = cell.implementation
         if name not in self._workers:
             self._workers[name] = Worker(self._settings.threads)
+            if self._settings.keep_freed:
+                self._workers[name].call(keep_freed)
         try:
             return self.ask(self._workers[name], cell, function, *arguments)
         except Failed:

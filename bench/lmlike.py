@@ -10,7 +10,9 @@ a Zipf law of frequencies, the same at every position, plus a part that tells po
 which positions of one document share a portion. Ids are almost in order of frequency, as in a
 byte-pair vocabulary, with some disorder. Targets are drawn from softmax(z), and then every hidden
 state is moved towards its target, as training would have done. All of it is linear: z is exactly
-``hidden @ weight.T``, with hidden states of one length, as after a final RMS norm.
+``hidden @ weight.T``, with hidden states of one length, as after a final RMS norm. All head rows
+share one more direction, as those of trained models do: it moves every logit of a position alike,
+so no probability depends on it, but a gradient does whose rows have lost their sum.
 
 Calibrated on three figures published for Qwen2.5-0.5B (V = 151936): 0.125 % of probabilities exceed
 2⁻¹²; of 128 × 128 tiles of tokens and ids 61 % hold one that does, and 99 % when the vocabulary is
@@ -42,6 +44,7 @@ class Shape:
     document: int = 128  # positions
     disorder: float = 0.7  # standard deviation of the log rank of an id around its log position
     boost: float = 4.5  # added to the target's logit
+    offset: float = 0.5  # length of what all head rows share; their own part has length 1
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ def generate(
     # One length for all, as after a norm; the lengths differ by a few percent without it.
     hidden *= hidden.norm(dim=1).mean() / hidden.norm(dim=1, keepdim=True)
     weight = own + (frequency / scale)[:, None] * common
+    shared = directions(normal(1, width))  # drawn last: all else stays as it is without it
+    weight += shape.offset * shared
     return Data(hidden.to(dtype), weight.to(dtype), target)
 
 

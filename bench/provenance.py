@@ -82,10 +82,14 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str:
-    """The commit of the checkout, with "+" if files differ from it; "unknown" outside one."""
+    """The commit of the checkout, with "+" if files differ from it; "unknown" outside one.
+
+    Results do not count: a series of measurements would change its own revision.
+    """
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
-        return commit + ("+" if _git("status", "--porcelain") else "")
+        changed = _git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
+        return commit + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -16,6 +16,7 @@ from ift_kernels.plan import Plan, explain, use_schedule
 from ift_kernels.propagation import discounted_cumsum, propagation_weights
 from ift_kernels.residual import further_tokens, temporal_residual
 from ift_kernels.token_choice import TokenChoice, linear_token
+from ift_kernels.vocab_parallel import vocab_parallel_logprobs
 
 __version__ = "0.1.0"
 
@@ -40,4 +41,5 @@ __all__ = [
     "temporal_residual",
     "use_backend",
     "use_schedule",
+    "vocab_parallel_logprobs",
 ]

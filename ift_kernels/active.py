@@ -35,7 +35,7 @@ from ift_kernels.plan import TILE_BYTES, Problem
 SPARSE, DENSE, AGAIN = range(3)  # how a tile was left: active columns, all products, nothing
 # Above this share of active columns two dense products cost no more than gathering the columns.
 DENSE_SHARE = 0.8
-PARTS = 1 << 22  # of Tiling.parts, at most: they should stay in cache
+PARTS = 1 << 23  # of Tiling.parts, at most: they should stay in cache
 REFERENCE, MASS, MASS_Z, SLOPES = range(4)  # rows of `tails`
 
 
@@ -203,7 +203,7 @@ def form(
     state, argmax = backend.new_state(n, like.device)
     order = tiles(head, at)
     layout = nothing_kept(at, len(order))
-    store = backend.fresh(like.new_empty(at.capacity // like.element_size() if n else 0))
+    store = backend.scratch(like, at.capacity // like.element_size() if n else 0)
     sets = store.numel() > 0 and not whole
     rows_of_blocks = at.blocks(slice(0, n)).stop if sets else 0
     tail_tiles = at.tails(slice(0, head.vocabulary)).stop if sets else 0

@@ -101,7 +101,7 @@ class _Totals:
         self.wide_hidden = like.to(self.wide) if self.sparse_weight else None
         self.weight = self.bias = None
         if needs[1]:
-            self.weight = head.backend.fresh(head.weight.new_empty((head.vocabulary, width)))
+            self.weight = head.weight.new_empty((head.vocabulary, width))
         if needs[2]:
             self.bias = like.new_zeros(head.vocabulary, dtype=self.wide)
         self.rooms: dict[str, Tensor] = {}
@@ -119,7 +119,7 @@ class _Totals:
         room = self.rooms.get(name)
         if room is None or room.numel() < elements:
             self.rooms.pop(name, None)  # before the larger one is taken
-            room = self.head.backend.fresh(self.head.hidden.new_empty(elements))
+            room = self.head.backend.scratch(self.head.hidden, elements)
             self.rooms[name] = room
         return room[:elements]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ift_kernels import active, active_backward, engine, linear_ops, plan
+from ift_kernels import active, active_backward, engine, linear_ops, plan, syncfree
 from ift_kernels.active_set import ActiveSet, ActiveSetStats, recording
 from ift_kernels.backends import reference as ref
 
@@ -55,8 +56,12 @@ def _forward(
     at = active.tiling(call.problem, chosen, plan.ledger.held)
     rows, formed = call.select(target), _nothing(hidden, call.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        if at is not None and keep:
-            whole = active.keeps_whole(chosen, needs[1], needs[2])
+        whole = active.keeps_whole(chosen, needs[1], needs[2])
+        if at is not None and keep and _own_schedule(call.head, at, whole):
+            size = call.problem.rows, weight.shape[0]
+            at = replace(at, rows=size[0], columns=size[1], block=chosen.block)
+            state, argmax, formed = call.head.backend.active_form(call.head, rows, track, at)
+        elif at is not None and keep and not syncfree.on():  # this one asks how many are active
             state, argmax, formed = active.form(call.head, rows, track, at, whole)
         else:
             exact = plan.make(call.problem, plan.ledger.held, "recompute")
@@ -65,6 +70,19 @@ def _forward(
     if report is not None:
         report.append(_stats_of(call.head, state, at, formed))
     return (*linear_ops.outputs(call, state, argmax, track), *formed)
+
+
+def _own_schedule(head: engine.Head, at: active.Tiling, whole: bool) -> bool:
+    """Whether the backend brings a schedule of its own for the active set, and it can serve.
+
+    It keeps no products, which an exact gradient of the head needs as they were in forward.
+    """
+    serves = getattr(head.backend, "active_serves", None)
+    return serves is not None and not whole and bool(serves(head, at))
+
+
+def _made_by_own_schedule(formed: active.Formed) -> bool:
+    return len(formed.layout) > 1 and formed.layout[1].tolist()[1] < 0
 
 
 def _stats_of(
@@ -123,16 +141,26 @@ def _backward(
     teaches = (coef != 0).any(0)  # a NaN upstream is not 0 and so stays in
     if formed is None:
         count = valid & teaches  # nothing is kept, so other rows need not be looked at
-    elif bool((valid & ~teaches).any()):
+    elif syncfree.on() or bool((valid & ~teaches).any()):
         hidden = hidden.masked_fill((valid & ~teaches)[:, None], 0)  # 0 times a NaN would not be 0
     call = linear_ops.Call(hidden, weight, bias, count, tuple(options), tuple(needs))
-    at = active.tiling(call.problem, _active_set((threshold, block, tail_tile, dense)))
+    if syncfree.on():
+        coef = coef.masked_fill(~(valid & teaches), 0)
+    chosen = _active_set((threshold, block, tail_tile, dense))
+    at = active.tiling(call.problem, chosen)
     row_gradient = engine.RowGradient(call.select(target), call.select(norm), call.select(coef))
     arguments = call.head, row_gradient, tuple(needs), hidden.dtype
     with torch.autocast(hidden.device.type, enabled=False):
-        if at is None or call.problem.rows == 0:
+        whole = active.keeps_whole(chosen, needs[1], needs[2])
+        # One schedule cannot go on from what the other left.
+        own = at is not None and _own_schedule(call.head, at, whole)
+        own = own and (formed is None or _made_by_own_schedule(formed))
+        if at is None or call.problem.rows == 0 or (syncfree.on() and not own):
             exact = plan.make(call.problem, 0, "recompute")
             results = engine.gradients(*arguments, exact)
+        elif own:
+            formed = _nothing(hidden, call.dtype) if formed is None else formed
+            results = call.head.backend.active_gradients(*arguments, at, formed, options[4])
         else:
             if formed is None:
                 layout = active.nothing_kept(at, len(active.tiles(call.head, at)))

@@ -129,38 +129,52 @@ MIN_WORKSPACE = 1 << 20
 DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 512 << 20}
 
 
-def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Check that hidden (…, D), weight (V, D) and bias (V,) fit together."""
-    named = [("hidden", hidden), ("weight", weight), *([] if bias is None else [("bias", bias)])]
+def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None, of: str = "") -> None:
+    """Check that hidden (…, D), weight (V, D) and bias (V,) fit together.
+
+    `of` is what the names of these arguments start with.
+    """
+    named = [(f"{of}hidden", hidden), (f"{of}weight", weight)]
+    if bias is not None:
+        named.append((f"{of}bias", bias))
     for name, value in named:
         floating(name, value)
+        if hasattr(value, "device_mesh"):
+            raise TypeError(
+                f"{name}: expected a plain tensor, got a DTensor: gather it, or see "
+                "ift_kernels.vocab_parallel_logprobs for a head sharded along its vocabulary"
+            )
         if value.layout != torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
         if value.dtype.itemsize < 2:
             raise TypeError(f"{name}: expected 16-bit floats or wider, got {value.dtype}")
         if value.device != hidden.device:
-            raise ValueError(f"{name}: expected on {hidden.device} like hidden, got {value.device}")
+            raise ValueError(
+                f"{name}: expected on {hidden.device} like {of}hidden, got {value.device}"
+            )
     if hidden.dim() < 1 or hidden.shape[-1] == 0:
-        raise ValueError(f"hidden: expected shape (..., D) with D > 0, got {tuple(hidden.shape)}")
+        raise ValueError(
+            f"{of}hidden: expected shape (..., D) with D > 0, got {tuple(hidden.shape)}"
+        )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
-            f"weight: expected shape (V, D) with D={hidden.shape[-1]} and V > 0, "
+            f"{of}weight: expected shape (V, D) with D={hidden.shape[-1]} and V > 0, "
             f"got {tuple(weight.shape)}"
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(
-            f"bias: expected shape (V,) with V={weight.shape[0]}, got {tuple(bias.shape)}"
+            f"{of}bias: expected shape (V,) with V={weight.shape[0]}, got {tuple(bias.shape)}"
         )
 
 
-def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor, weight: Tensor, of: str = "") -> torch.dtype:
     """The dtype of the products: autocast's where it is on, else the common dtype of the inputs."""
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     if weight.dtype != hidden.dtype:
         raise TypeError(
-            f"weight: expected {hidden.dtype} like hidden (or an autocast region), "
+            f"{of}weight: expected {hidden.dtype} like {of}hidden (or an autocast region), "
             f"got {weight.dtype}"
         )
     return hidden.dtype

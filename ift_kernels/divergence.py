@@ -1,6 +1,6 @@
 """Divergence of two linear heads' distributions, without the logits of either: distillation.
 
-What is computed when is in `divergence_blocks`.
+What is computed when is in `divergence_plan`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ift_kernels import checks, engine, linear_ops, plan
-from ift_kernels.divergence_blocks import KINDS, Blocks, Divergence, Sums
+from ift_kernels.backends.reference import KINDS
+from ift_kernels.divergence_blocks import Divergence, Rows
 from ift_kernels.transform import LogitTransform
 
 
@@ -79,7 +80,7 @@ def linear_divergence(
     if not 0 < checks.number("beta", beta) < 1:
         raise ValueError(f"beta: expected in (0, 1), got {beta}")
     checks.head_arguments(hidden, weight, bias)
-    checks.head_arguments(teacher_hidden, teacher_weight, teacher_bias)
+    checks.head_arguments(teacher_hidden, teacher_weight, teacher_bias, "teacher_")
     shape = hidden.shape[:-1]
     if teacher_hidden.shape[:-1] != shape or teacher_hidden.device != hidden.device:
         raise ValueError(
@@ -98,7 +99,7 @@ def linear_divergence(
     else:
         valid = checks.as_bool_mask(mask, hidden[..., 0], "hidden without its last dimension")
     student = LogitTransform.checked(logit_scale, softcap, temperature)
-    teacher = LogitTransform.checked(teacher_logit_scale, teacher_softcap, temperature)
+    teacher = LogitTransform.checked(teacher_logit_scale, teacher_softcap, temperature, "teacher_")
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (hidden, weight, bias)
@@ -122,7 +123,7 @@ def linear_divergence(
         factor if early else None, KINDS.index(kind), beta, student.scale, student.softcap,
         teacher.scale, teacher.softcap, temperature,
         checks.workspace_bytes(workspace, hidden.device), dtype,
-        checks.compute_dtype(teacher_hidden, teacher_weight), needs,
+        checks.compute_dtype(teacher_hidden, teacher_weight, "teacher_"), needs,
     )  # fmt: skip
     if factor is not None:
         return cast(Tensor, total if early else each.sum() * factor.to(each.dtype))
@@ -152,10 +153,10 @@ linear_ops.LIB.define(
 class _Call:
     """The heads of a call on the rows that count."""
 
-    def __init__(self, tensors: tuple[Any, ...], options: tuple[Any, ...], need_hidden: bool):
+    def __init__(self, tensors: tuple[Any, ...], options: tuple[Any, ...], needs: list[bool]):
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, valid = tensors
         kind, beta, scale, softcap, t_scale, t_softcap, temperature, workspace, *dtypes = options
-        self.bias, self.hidden = bias, hidden
+        self.bias = bias
         student = linear_ops.Call(
             hidden, weight, bias, valid,
             (0, scale, softcap, temperature, workspace, dtypes[0]), (False, False, False),
@@ -167,37 +168,38 @@ class _Call:
         self.student = student
         budget = student.problem.workspace + teacher.problem.workspace - workspace
         budget = max(budget, workspace // 4)
-        formula = Divergence(KINDS[kind], beta)
-        self.blocks = Blocks((student.head, teacher.head), budget, formula, need_hidden)
+        self.divergence = Divergence(
+            (student.head, teacher.head), budget, KINDS[kind], beta,
+            (needs[0], needs[1], needs[2]), hidden.dtype,
+        )  # fmt: skip
 
 
 def _divergence(*arguments: Any) -> tuple[Tensor, ...]:
     *tensors, factor = arguments[:8]
     *options, needs = arguments[8:]
     hidden = tensors[0]
+    early = factor is not None and any(needs)
     with torch.autocast(hidden.device.type, enabled=False):
-        call = _Call(tuple(tensors), tuple(options), needs[0])
-        early = factor is not None and any(needs)
-        sums = Sums(call.blocks, needs if early else [False] * 3, hidden.dtype)
-        n, dtype = call.student.head.hidden.shape[0], sums.wide
-        each = torch.empty(n, dtype=torch.float64, device=hidden.device)
-        centre = torch.empty_like(each)
-        norm = torch.empty((2, 2, n), dtype=dtype, device=hidden.device)
-        upstream = None if factor is None else factor.expand(n)
-        for rows in call.blocks.blocks():
-            norm[..., rows] = call.blocks.norm(rows)
-            each[rows], centre[rows] = call.blocks.values(rows, norm[..., rows])
-            if early and upstream is not None:
-                sums.add(rows, norm[..., rows], centre[rows], upstream[rows], again=True)
+        call = _Call(tuple(tensors), tuple(options), needs if early else [False] * 3)
+        n, dtype = call.student.head.hidden.shape[0], engine.wide(call.student.dtype)
+        upstream = None if factor is None else factor.to(dtype).repeat(n)
+        given = Rows(
+            torch.zeros(n, dtype=torch.float64, device=hidden.device),
+            torch.zeros(n, dtype=torch.float64, device=hidden.device),
+            torch.empty((2, 2, n), dtype=dtype, device=hidden.device),
+            upstream,
+        )
         results: engine.Results = (None, None, None)
-        if early and upstream is not None:
-            results = sums.finish(norm, centre, upstream)
-    total = each.sum() * (1.0 if factor is None else factor)
+        if early:
+            results = call.divergence.values_and_gradients(given)
+        else:
+            call.divergence.values(given)
+    total = given.value.sum() * (1.0 if factor is None else factor)
     return (
-        call.student.scatter(each, dtype),
+        call.student.scatter(given.value, dtype),
         total.to(dtype),
-        call.student.scatter(norm, dtype),
-        call.student.scatter(centre, torch.float64),
+        call.student.scatter(given.norm, dtype),
+        call.student.scatter(given.centre, torch.float64),
         *linear_ops.gradient_outputs(call.student, results, call.bias),
     )
 
@@ -209,13 +211,11 @@ def _divergence_backward(*arguments: Any) -> tuple[Tensor, ...]:
     # A NaN upstream is not 0 and so stays in.
     tensors[-1] = valid & (upstream != 0)
     with torch.autocast(hidden.device.type, enabled=False):
-        call = _Call(tuple(tensors), tuple(options), needs[0])
-        sums = Sums(call.blocks, needs, hidden.dtype)
-        norm, centre, upstream = (call.student.select(x) for x in (norm, centre, upstream))
-        for rows in call.blocks.blocks():
-            part = (norm[..., rows], centre[rows], upstream[rows])
-            sums.add(rows, *part, again=False)
-        results = sums.finish(norm, centre, upstream)
+        call = _Call(tuple(tensors), tuple(options), needs)
+        norm, centre, upstream = (
+            call.student.select(x).contiguous() for x in (norm, centre, upstream)
+        )
+        results = call.divergence.gradients(Rows(torch.empty_like(centre), centre, norm, upstream))
     return linear_ops.gradient_outputs(call.student, results, call.bias)
 
 
@@ -261,11 +261,7 @@ def _autograd(ctx: Any, d_each: Tensor | None, d_total: Tensor | None, *_: Any) 
         )
     else:
         held, ctx.gradients = ctx.gradients, None
-        results = held.tensors
-        held.release()
-        if not (d_total.device.type == "cpu" and float(d_total) == 1.0):
-            for gradient in results:
-                gradient.mul_(d_total)
+        results = held.gradients(d_total)
     return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
 
 

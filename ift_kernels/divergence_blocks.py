@@ -1,231 +1,284 @@
-"""The schedule of `linear_divergence`, and its formulas on a chunk.
-
-Blocks of tokens, and inside a block chunks of the vocabulary. As many tokens make a block as the
-workspace holds whole rows of both heads' products for, which are then formed once; where not even
-`MIN_BLOCK` rows fit, the products of a chunk are formed anew for each of the three looks at them:
-
-1. both log-sum-exps;  2. the divergence, a sum of terms of known log-probabilities;
-3. the gradient, which needs that sum.
-
-With s, t the log-probabilities of student and teacher, p = eˢ, q = eᵗ and m = (1 − β)p + βq::
-
-    forward  Σ q(t − s)                                dz = p − q
-    reverse  Σ p(s − t)                                dz = p·((s − t) − Σ p(s − t))
-    jsd      Σ (1 − β)p(s − log m) + βq(t − log m)     dz = (1 − β)p·((s − log m) − Σ p(s − log m))
-"""
+"""The looks of `linear_divergence` at its products; the schedule is told in `divergence_plan`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ift_kernels import engine, plan
+from ift_kernels import engine
 from ift_kernels.backends import reference as ref
+from ift_kernels.divergence_plan import Heads, Layout, Needs, in_place, layout
 
-KINDS = ("forward", "reverse", "jsd")
-MIN_BLOCK = 64  # rows; fewer make thin products, slower than forming them three times
+Pair = tuple[Tensor, Tensor]  # products of student and teacher
+
+
+class Products:
+    """The products of both heads: of blocks that keep them, and of sweeps."""
+
+    def __init__(self, heads: Heads, sizes: Layout) -> None:
+        self.heads, self.sizes = heads, sizes
+        self.rows = heads[0].hidden.shape[0]
+        same = heads[0].backend is heads[1].backend
+        self.backend = heads[0].backend if same else ref  # of both at once
+        self.held = self.rest = self.teacher = heads[0].hidden.new_empty(0)
+
+    def _buffer(self, head: engine.Head, rows: int, columns: int) -> Tensor:
+        return engine.new_rows(head.backend, head.hidden, rows, columns)
+
+    def _columns(self, first: int = 0) -> Iterator[slice]:
+        return engine.slices(first, self.heads[0].vocabulary, self.sizes.tile_columns)
+
+    def blocks(self) -> Iterator[slice]:
+        """Rows of all blocks, whose products are then `formed` and looked at again by `tiles`."""
+        block, vocabulary = min(self.sizes.block, self.rows), self.heads[0].vocabulary
+        self.held = self._buffer(self.heads[0], self.rows, self.sizes.held)
+        self.rest = self._buffer(self.heads[0], block, vocabulary - self.sizes.held)
+        self.teacher = self._buffer(self.heads[1], block, vocabulary)
+        yield from engine.slices(0, self.rows, max(block, 1))
+        self.rest = self.teacher = self.held.new_empty(0)
+
+    def tiles(self, rows: slice) -> Iterator[tuple[slice, Pair]]:
+        """Columns and products of a block's tiles."""
+        held, count = self.sizes.held, rows.stop - rows.start
+        for columns in self._columns():
+            if columns.stop <= held:
+                student = self.held[rows, columns]
+            else:
+                student = self.rest[:count, columns.start - held : columns.stop - held]
+            yield columns, (student, self.teacher[:count, columns])
+
+    def formed(self, rows: slice) -> Iterator[tuple[slice, Pair]]:
+        """The tiles of a block, each formed first."""
+        for columns, pair in self.tiles(rows):
+            for head, product in zip(self.heads, pair, strict=True):
+                torch.mm(head.hidden[rows], head.weight_chunk(columns).T, out=product)
+            yield columns, pair
+
+    def gradients(self, rows: slice) -> list[tuple[slice, Tensor]]:
+        """What a block's products have become, by whole ranges of columns."""
+        held, count = self.sizes.held, rows.stop - rows.start
+        parts = (slice(0, held), self.held[rows]), (
+            slice(held, self.heads[0].vocabulary), self.rest[:count],
+        )  # fmt: skip
+        return [(columns, part) for columns, part in parts if columns.stop > columns.start]
+
+    def held_tiles(self) -> Iterator[engine.Tile]:
+        """The gradients that blocks have left, for dW."""
+        for columns in engine.slices(0, self.sizes.held, self.sizes.tile_columns):
+            for rows in engine.slices(0, self.rows, self.sizes.tile_rows):
+                yield engine.Tile(rows, columns, self.held[rows, columns])
+
+    def sweep(self, over: slice, first: int = 0) -> Iterator[tuple[slice, slice, Pair]]:
+        """Rows, columns from `first` on, and products formed anew, the vocabulary outermost."""
+        if first == self.heads[0].vocabulary:
+            return
+        tile_rows = min(self.sizes.tile_rows, over.stop - over.start)
+        scratch = [self._buffer(head, tile_rows, self.sizes.tile_columns) for head in self.heads]
+        for columns in self._columns(first):
+            width = columns.stop - columns.start
+            weights = [head.weight_chunk(columns) for head in self.heads]
+            scratch[0][:, width:] = 0  # as in new_rows, for a narrower last tile
+            for rows in engine.slices(over.start, over.stop, max(tile_rows, 1)):
+                pair = (
+                    scratch[0][: rows.stop - rows.start, :width],
+                    scratch[1][: rows.stop - rows.start, :width],
+                )
+                for head, weight, product in zip(self.heads, weights, pair, strict=True):
+                    torch.mm(head.hidden[rows], weight.T, out=product)
+                yield rows, columns, pair
+
+    def sides(self, columns: slice, pair: Pair) -> tuple[ref.Side, ref.Side]:
+        student, teacher = (
+            ref.Side(product, head.bias_chunk(columns), head.transform)
+            for head, product in zip(self.heads, pair, strict=True)
+        )
+        return student, teacher
+
+
+class Norm:
+    """Both heads' running statistics of some rows."""
+
+    def __init__(self, heads: Heads, rows: int) -> None:
+        self.heads = heads
+        self.states = [h.backend.new_state(rows, h.hidden.device) for h in heads]
+        self.nobody = torch.full((rows,), -1, device=heads[0].hidden.device)
+
+    def fold(self, rows: slice, columns: slice, pair: Pair) -> None:
+        for head, product, (state, argmax) in zip(self.heads, pair, self.states, strict=True):
+            head.backend.stats_update(
+                product, head.bias_chunk(columns), head.transform, self.nobody[rows],
+                columns.start, state[:, rows], argmax[rows], 0,
+            )  # fmt: skip
+
+    def result(self) -> Tensor:
+        """Maximum and log of the sum of exponentials, (2 heads, 2, rows)."""
+        both = [torch.stack([state[ref.MAX], state[ref.SUM].log()]) for state, _ in self.states]
+        return torch.stack(both).to(engine.wide(self.heads[0].hidden.dtype))
 
 
 @dataclass(frozen=True)
+class Rows:
+    """What is known of each row, or summed over the tiles."""
+
+    value: Tensor  # (N,) float64
+    centre: Tensor  # (N,) float64
+    norm: Tensor  # (2, 2, N)
+    upstream: Tensor | None  # (N,)
+
+    def part(self, rows: slice) -> Rows:
+        upstream = None if self.upstream is None else self.upstream[rows]
+        return Rows(self.value[rows], self.centre[rows], self.norm[..., rows], upstream)
+
+
 class Divergence:
-    """The formulas of a kind on log-probabilities of one chunk."""
-
-    kind: str
-    beta: float
-
-    def _mixture(self, s: Tensor, t: Tensor) -> Tensor:
-        return torch.logaddexp(s + math.log1p(-self.beta), t + math.log(self.beta))
-
-    def terms(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over the chunk: of the divergence, and of what its gradient is centred by."""
-        if self.kind != "jsd":
-            first, second = (t, s) if self.kind == "forward" else (s, t)
-            value = _times(first.exp(), first - second).sum(1, dtype=torch.float64)
-            return value, value
-        m = self._mixture(s, t)
-        own = _times(s.exp(), s - m).sum(1, dtype=torch.float64)
-        other = _times(t.exp(), t - m).sum(1, dtype=torch.float64)
-        return (1 - self.beta) * own + self.beta * other, own
-
-    def gradient(self, s: Tensor, t: Tensor, centre: Tensor) -> Tensor:
-        """∂/∂z of the divergence of each row."""
-        p = s.exp()
-        if self.kind == "forward":
-            return p - t.exp()
-        if self.kind == "reverse":
-            return _times(p, s - t - centre[:, None])
-        share = (1 - self.beta) * p
-        return _times(share, s - self._mixture(s, t) - centre[:, None])
-
-
-def _times(p: Tensor, x: Tensor) -> Tensor:
-    """p·x with 0 where p is 0, whatever x: both heads may rule out a token with −∞."""
-    return torch.where(p == 0, 0.0, p * x)
-
-
-class Blocks:
-    """Both heads over blocks of the rows that count, and the tiles of a block."""
+    """A call's looks at its products."""
 
     def __init__(
         self,
-        heads: tuple[engine.Head, engine.Head],
+        heads: Heads,
         workspace: int,
-        formula: Divergence,
-        need_hidden: bool,
+        kind: str,
+        beta: float,
+        needs: Needs,
+        hidden_dtype: torch.dtype,
     ) -> None:
-        self.heads, self.formula = heads, formula
-        rows, vocabulary = heads[0].hidden.shape[0], heads[0].vocabulary
-        per_row = sum(head.hidden.element_size() for head in heads) * vocabulary
-        # Beside the products: some eight float32 matrices of a tile's size, and the sum of dh.
-        extra = 8 * heads[0].hidden.shape[1] if need_hidden else 0
-        tile_bytes = min(plan.TILE_BYTES, workspace // 4)
-        fit = (workspace - tile_bytes) // (per_row + extra)
-        self.keep = fit >= min(rows, MIN_BLOCK)
-        if self.keep:
-            blocks = max(1, -(-rows // max(fit, 1)))
-            self.rows = max(1, -(-rows // blocks))
-        else:
-            self.rows = max(1, min(rows, workspace // 4 // (extra + 64)))
-        per_column = 40 * self.rows  # bytes: products and temporaries of one column
-        weights = sum(
-            (h.weight.dtype != h.hidden.dtype) * h.hidden.shape[1] * h.hidden.element_size()
-            for h in heads
-        )
-        columns = tile_bytes // (per_column + weights)
-        self.columns = min(vocabulary, max(16, columns))
-        if not self.keep and columns < 16:
-            self.rows = max(1, min(self.rows, (tile_bytes // 16 - weights) // 40))
-        width = vocabulary if self.keep else self.columns
-        self.buffers = [
-            engine.new_rows(h.backend, h.hidden, min(self.rows, rows), width) for h in heads
-        ]
+        self.kind, self.beta, self.needs, self.hidden_dtype = kind, beta, needs, hidden_dtype
+        self.head = heads[0]
+        self.sizes = layout(heads, workspace, needs[0], needs[1])
+        self.products = Products(heads, self.sizes)
+        self.every = slice(0, heads[0].hidden.shape[0])
 
-    def blocks(self) -> Iterator[slice]:
-        return engine.slices(0, self.heads[0].hidden.shape[0], self.rows)
-
-    def tiles(self, rows: slice, again: bool) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Columns and the two products of each tile; kept ones are there `again`."""
-        count = rows.stop - rows.start
-        for columns in engine.slices(0, self.heads[0].vocabulary, self.columns):
-            place = columns if self.keep else slice(0, columns.stop - columns.start)
-            products = [buffer[:count, place] for buffer in self.buffers]
-            if not (again and self.keep):
-                for head, product in zip(self.heads, products, strict=True):
-                    torch.mm(head.hidden[rows], head.weight_chunk(columns).T, out=product)
-            yield columns, products
-
-    def by_columns(self) -> Iterator[tuple[slice, slice, list[Tensor]]]:
-        """All tiles, the vocabulary outermost, formed anew."""
-        n = self.heads[0].hidden.shape[0]
-        for columns in engine.slices(0, self.heads[0].vocabulary, self.columns):
-            width = columns.stop - columns.start
-            for rows in engine.slices(0, n, self.rows):
-                products = [buffer[: rows.stop - rows.start, :width] for buffer in self.buffers]
-                for head, product in zip(self.heads, products, strict=True):
-                    torch.mm(head.hidden[rows], head.weight_chunk(columns).T, out=product)
-                yield columns, rows, products
-
-    def log_probs(self, columns: slice, products: list[Tensor], norm: Tensor) -> list[Tensor]:
-        """Log-probabilities of a tile, float32 at least; norm (2, 2, rows) of both heads."""
-        found = []
-        for head, product, (top, log_sum) in zip(self.heads, products, norm, strict=True):
-            z = self.logits(head, columns, product)
-            found.append((z - top[:, None]).sub_(log_sum[:, None]))
-        return found
-
-    def logits(self, head: engine.Head, columns: slice, product: Tensor) -> Tensor:
-        return head.transform.apply(
-            product.to(engine.wide(product.dtype)), head.bias_chunk(columns)
-        )
-
-    def norm(self, rows: slice) -> Tensor:
-        """Maximum and log of the sum of exponentials, (2 heads, 2, rows)."""
-        states = [h.backend.new_state(rows.stop - rows.start, h.hidden.device) for h in self.heads]
-        nobody = torch.full((rows.stop - rows.start,), -1, device=states[0][0].device)
-        for columns, products in self.tiles(rows, again=False):
-            for head, product, state in zip(self.heads, products, states, strict=True):
-                head.backend.stats_update(
-                    product, head.bias_chunk(columns), head.transform, nobody, columns.start,
-                    *state, 0,
-                )  # fmt: skip
-        dtype = engine.wide(self.heads[0].hidden.dtype)
-        both = [torch.stack([state[ref.MAX], state[ref.SUM].log()]) for state, _ in states]
-        return torch.stack(both).to(dtype)
-
-    def values(self, rows: slice, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Divergence and centre of the rows of a block, float64."""
-        total: list[Tensor] = []
-        for columns, products in self.tiles(rows, again=True):
-            terms = self.formula.terms(*self.log_probs(columns, products, norm))
-            total = [a + b for a, b in zip(total, terms, strict=True)] if total else list(terms)
-        return total[0], total[1]
-
-
-class Sums:
-    """Gradients of hidden, weight and bias."""
-
-    def __init__(self, blocks: Blocks, needs: list[bool], hidden_dtype: torch.dtype) -> None:
-        head = blocks.heads[0]
-        self.blocks, self.head, self.needs = blocks, head, needs
-        self.wide = engine.wide(head.hidden.dtype)
-        n, device = head.hidden.shape[0], head.hidden.device
-        self.hidden = self.weight = self.bias = None
-        if needs[0]:
-            self.hidden = torch.zeros((n, head.weight.shape[1]), dtype=hidden_dtype, device=device)
-        if needs[1]:
-            self.weight = torch.zeros(head.weight.shape, dtype=head.weight.dtype, device=device)
-        if needs[2]:
-            self.bias = torch.zeros(head.vocabulary, dtype=self.wide, device=device)
-        # Sums over blocks go straight into dW; in 16 bits only one block may.
-        self.direct = blocks.rows >= n or head.weight.dtype.itemsize >= 4
-
-    def _dz(
-        self, columns: slice, products: list[Tensor], norm: Tensor, centre: Tensor, upstream: Tensor
-    ) -> Tensor:
-        """The gradient of a tile's products, which it also replaces the student's by."""
-        s, t = self.blocks.log_probs(columns, products, norm)
-        upstream = upstream.to(self.wide)[:, None]
-        dz = self.blocks.formula.gradient(s, t, centre.to(self.wide)).mul_(upstream)
-        z = self.blocks.logits(self.head, columns, products[0])
-        dz = dz.mul_(self.head.transform.derivative(z))
-        dz = torch.where(upstream == 0, 0.0, dz)  # such a row teaches nothing, NaN or not
-        products[0].copy_(dz)
-        return dz
-
-    def add(self, rows: slice, norm: Tensor, centre: Tensor, upstream: Tensor, again: bool) -> None:
-        """Add a block's part; `again`: its products may still be there from the last look."""
-        if not (self.needs[0] or self.needs[2] or (self.needs[1] and self.direct)):
+    def values(self, given: Rows) -> None:
+        """Norm, value and centre of all rows."""
+        if self.sizes.block:
+            for rows in self.products.blocks():
+                self._norm(rows, given)
+                for columns, pair in self.products.tiles(rows):
+                    self._terms(columns, pair, given.part(rows))
             return
-        part: Tensor | None = None
-        for columns, products in self.blocks.tiles(rows, again=again):
-            dz = self._dz(columns, products, norm, centre, upstream)
-            if self.hidden is not None:
-                along = torch.mm(products[0], self.head.weight_chunk(columns)).to(self.wide)
-                part = along if part is None else part.add_(along)
-            if self.weight is not None and self.direct:
-                here, chunk = self.weight[columns], products[0].T
-                if here.dtype == chunk.dtype:
-                    here.addmm_(chunk, self.head.hidden[rows])
-                else:
-                    here.add_(torch.mm(chunk, self.head.hidden[rows]))
-            if self.bias is not None:
-                self.bias[columns] += dz.sum(0)
-        if self.hidden is not None and part is not None:
-            self.hidden[rows] = part.to(self.hidden.dtype)
+        self._swept_values(given)
 
-    def finish(self, norm: Tensor, centre: Tensor, upstream: Tensor) -> engine.Results:
-        """The gradients; a dW in 16 bits, of several blocks, is formed here, chunk by chunk."""
-        if self.weight is not None and not self.direct:
-            total: Tensor | None = None
-            for columns, rows, products in self.blocks.by_columns():
-                self._dz(columns, products, norm[..., rows], centre[rows], upstream[rows])
-                part = torch.mm(products[0].T, self.head.hidden[rows])
-                total = part.to(self.wide) if total is None else total.add_(part)
-                if rows.stop >= self.head.hidden.shape[0]:
-                    self.weight[columns] = total.to(self.weight.dtype)
-                    total = None
-        return self.hidden, self.weight, self.bias
+    def values_and_gradients(self, given: Rows) -> engine.Results:
+        """The same, and the gradients by `given.upstream`."""
+        if not self.sizes.block:
+            self._swept_values(given)
+            return self.gradients(given)
+        total = self._total((False, *self.needs[1:]))
+        hidden: Tensor | None = None
+        if self.needs[0]:
+            hidden = self.head.hidden.new_empty(self.head.hidden.shape, dtype=self.hidden_dtype)
+        for rows in self.products.blocks():
+            part = given.part(rows)
+            self._norm(rows, given)
+            if self.kind != "forward":  # whose gradient needs no centre: its value comes with it
+                for columns, pair in self.products.tiles(rows):
+                    self._terms(columns, pair, part)
+            for columns, pair in self.products.tiles(rows):
+                self._gradient(columns, pair, part, with_value=self.kind == "forward")
+                if total.bias is not None:
+                    total.bias[columns] += pair[0].sum(0, dtype=total.bias.dtype)
+                if total.weight is not None and in_place(self.head):
+                    self._add_weight_in_place(total.weight[columns], rows, pair[0])
+            if hidden is not None:
+                hidden[rows] = self._hidden(rows)
+        if total.weight is not None and not in_place(self.head):
+            self._finish_weight(total, given)
+        return hidden, total.weight, total.bias
+
+    def gradients(self, given: Rows) -> engine.Results:
+        """Gradients from known norm and centre: one sweep, or one for dh by rows and one for dW."""
+        n, needs = self.every.stop, self.needs
+        hidden: Tensor | None = None
+        if needs[0] and self.sizes.hidden_rows < n:
+            hidden = self.head.hidden.new_empty(self.head.hidden.shape, dtype=self.hidden_dtype)
+            for rows in engine.slices(0, n, self.sizes.hidden_rows):
+                (part, *_) = self._sweep(rows, (True, False, False), given)
+                hidden[rows] = part  # type: ignore[assignment]  # asked for above
+            needs = (False, *needs[1:])
+        if not any(needs):
+            return hidden, None, None
+        swept, weight, bias = self._sweep(self.every, needs, given)
+        return swept if hidden is None else hidden, weight, bias
+
+    def _swept_values(self, given: Rows) -> None:
+        norm = Norm(self.products.heads, self.every.stop)
+        for rows, columns, pair in self.products.sweep(self.every):
+            norm.fold(rows, columns, pair)
+        given.norm.copy_(norm.result())
+        for rows, columns, pair in self.products.sweep(self.every):
+            self._terms(columns, pair, given.part(rows))
+
+    def _norm(self, rows: slice, given: Rows) -> None:
+        norm = Norm(self.products.heads, rows.stop - rows.start)
+        for columns, pair in self.products.formed(rows):
+            norm.fold(slice(None), columns, pair)
+        given.norm[..., rows] = norm.result()
+
+    def _terms(self, columns: slice, pair: Pair, given: Rows) -> None:
+        self.products.backend.divergence_terms(
+            *self.products.sides(columns, pair), self.kind, self.beta, given.norm, given.value,
+            given.centre,
+        )  # fmt: skip
+
+    def _gradient(self, columns: slice, pair: Pair, given: Rows, with_value: bool = False) -> None:
+        self.products.backend.divergence_gradient_(
+            *self.products.sides(columns, pair), self.kind, self.beta, given.norm, given.centre,
+            given.upstream, given.value if with_value else None,
+        )  # fmt: skip
+
+    def _total(self, needs: Needs, head: engine.Head | None = None) -> engine.Gradients:
+        head = self.head if head is None else head
+        rows = min(self.sizes.tile_rows, head.hidden.shape[0])
+        total = engine.Gradients(head, needs, self.hidden_dtype, self.sizes.tile_columns, rows)
+        if not head.hidden.shape[0] and total.weight is not None:
+            total.weight.zero_()
+        return total
+
+    def _hidden(self, rows: slice) -> Tensor:
+        """dh of a block; by whole ranges of columns, for vendor GEMMs want a long inner size."""
+        parts = self.products.gradients(rows)
+        if self.head.weight.dtype != self.head.hidden.dtype:  # cast by tiles
+            parts = [(columns, pair[0]) for columns, pair in self.products.tiles(rows)]
+        total = engine.Sum((rows.stop - rows.start, self.head.hidden.shape[1]), self.head.hidden)
+        for columns, part in parts:
+            total.add(slice(None), part, self.head.weight_chunk(columns))
+        return total.total
+
+    def _add_weight_in_place(self, out: Tensor, rows: slice, product: Tensor) -> None:
+        if rows.start == 0:
+            torch.mm(product.T, self.head.hidden[rows], out=out)
+        else:
+            out.addmm_(product.T, self.head.hidden[rows])
+
+    def _finish_weight(self, total: engine.Gradients, given: Rows) -> None:
+        for rows, columns, gradient in self.products.held_tiles():
+            self._add_weight(total, rows, columns, gradient)
+        for rows, columns, pair in self.products.sweep(self.every, self.sizes.held):
+            self._gradient(columns, pair, given.part(rows))
+            self._add_weight(total, rows, columns, pair[0])
+
+    def _add_weight(
+        self, total: engine.Gradients, rows: slice, columns: slice, gradient: Tensor
+    ) -> None:
+        flipped = total.room_for_transpose(gradient)
+        if flipped is None:
+            flipped = gradient.T
+        else:
+            self.head.backend.transpose(gradient, flipped)
+        total.add_weight(rows, columns, flipped)
+
+    def _sweep(self, over: slice, needs: Needs, given: Rows) -> engine.Results:
+        total = self._total(needs, self.head.rows(over))
+        for rows, columns, pair in self.products.sweep(over):
+            self._gradient(columns, pair, given.part(rows))
+            if total.hidden is not None:
+                here = slice(rows.start - over.start, rows.stop - over.start)
+                total.hidden.add(here, pair[0], self.head.weight_chunk(columns))
+            if total.weight is not None:
+                self._add_weight(total, rows, columns, pair[0])
+            if total.bias is not None:
+                total.bias[columns] += pair[0].sum(0, dtype=total.bias.dtype)
+        return total.results()

@@ -79,7 +79,8 @@ def new_rows(backend: Any, like: Tensor, rows: int, columns: int) -> Tensor:
     row.
     """
     line = 64 // like.element_size()
-    buffer: Tensor = backend.fresh(like.new_empty((rows, -(-columns // line) * line)))
+    width = -(-columns // line) * line
+    buffer: Tensor = backend.scratch(like, rows * width).view(rows, width)
     buffer[:, columns:] = 0
     return buffer[:, :columns]
 
@@ -139,10 +140,23 @@ def fold(head: Head, tile: Tile, target: Tensor, state: Tensor, argmax: Tensor, 
 
 
 def statistics(
-    head: Head, target: Tensor, track: int, plan: Plan, kept: Tensor | None = None
+    head: Head,
+    target: Tensor,
+    track: int,
+    plan: Plan,
+    kept: Tensor | None = None,
+    last: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Running state (STATE_ROWS, N) and argmax (N,) after the whole vocabulary."""
+    """Running state (STATE_ROWS, N) and argmax (N,) after the whole vocabulary.
+
+    `last` says that nobody forms these products again, for gradients that have to fit them.
+    """
     state, argmax = head.backend.new_state(head.hidden.shape[0], head.hidden.device)
+    prefers = getattr(head.backend, "prefers_fused", None)  # one kernel for products and statistics
+    if last and kept is None and prefers is not None and prefers(head.hidden, head.weight):
+        here = head.hidden, head.weight, head.bias, head.transform
+        head.backend.fused_statistics(*here, target, state, argmax, track)
+        return state, argmax
     for tile in products(head, plan, kept):
         fold(head, tile, target, state, argmax, track)
     return state, argmax
@@ -182,16 +196,18 @@ class Gradients:
         head: Head,
         needs: tuple[bool, bool, bool],
         hidden_dtype: torch.dtype,
-        plan: Plan,
+        tile_columns: int,
         tile_rows: int,
+        onto: Tensor | None = None,
     ) -> None:
+        """`onto`: the weight's gradient of other rows, to which that of these is added."""
         self.head, self.hidden_dtype = head, hidden_dtype
         n, width = head.hidden.shape
         like = head.hidden
         self.hidden = Sum((n, width), like) if needs[0] else None
-        self.weight: Tensor | None = None
-        if needs[1]:
-            self.weight = head.backend.fresh(head.weight.new_empty((head.vocabulary, width)))
+        self.weight, self.adds = onto, onto is not None
+        if needs[1] and onto is None:
+            self.weight = head.weight.new_empty((head.vocabulary, width))
         self.bias = None
         if needs[2]:
             self.bias = torch.zeros(head.vocabulary, dtype=wide(like.dtype), device=like.device)
@@ -199,17 +215,15 @@ class Gradients:
         self.transposed: Tensor | None = None
         if needs[1] and head.backend.wants_transpose(like.dtype):
             # 32 more than needed keeps the row length off powers of two, whose rows would all fall
-            # into the same cache sets. Zeros: see new_rows.
-            self.transposed = like.new_zeros((plan.tile_columns, tile_rows + 32))
+            # into the same cache sets.
+            room = head.backend.scratch(like, tile_columns * (tile_rows + 32))
+            self.transposed = room.view(tile_columns, tile_rows + 32)
 
     def add(self, tile: Tile, row_gradient: RowGradient, hidden_too: bool = True) -> None:
         """Turn the tile into its gradient, in place, and add its share of every sum."""
         head, (rows, columns, product) = self.head, tile
         target, norm, coef = row_gradient
-        flipped = None
-        if self.transposed is not None:
-            flipped = self.transposed[: product.shape[1], : product.shape[0]]
-            self.transposed[:, product.shape[0] :][:, :32] = 0  # see new_rows
+        flipped = self.room_for_transpose(product)
         head.backend.dlogits_(
             product,
             head.bias_chunk(columns),
@@ -223,17 +237,39 @@ class Gradients:
         if self.hidden is not None and hidden_too:
             self.hidden.add(rows, product, head.weight_chunk(columns))
         if self.weight is not None:
-            self._add_weight(rows, columns, product.T if flipped is None else flipped)
+            self.add_weight(rows, columns, product.T if flipped is None else flipped)
         if self.bias is not None:
             self.bias[columns] += product.sum(0, dtype=self.bias.dtype)
 
-    def _add_weight(self, rows: slice, columns: slice, flipped: Tensor) -> None:
+    def consume(self, kept: Tensor, row_gradient: RowGradient, tile_columns: int) -> None:
+        """The same for the first columns, whose products of all rows are `kept`."""
+        rows, first = slice(0, kept.shape[0]), kept.shape[1]
+        # dh from all of them in one product: vendor GEMMs want a long inner size (oneDNN is twice
+        # as fast from 16k on as at 4k), and it is rounded once. Not where that means a cast.
+        whole = self.head.weight.dtype == kept.dtype
+        for columns in slices(0, first, tile_columns):
+            tile = Tile(rows, columns, kept[:, columns])
+            self.add(tile, row_gradient, hidden_too=not whole)
+        if self.hidden is not None and whole:
+            self.hidden.add(rows, kept, self.head.weight[:first])
+
+    def room_for_transpose(self, product: Tensor) -> Tensor | None:
+        """Where to write the product's transpose; None where that is not wanted."""
+        if self.transposed is None:
+            return None
+        self.transposed[:, product.shape[0] :][:, : -product.shape[0] % 32] = 0  # see new_rows
+        return self.transposed[: product.shape[1], : product.shape[0]]
+
+    def add_weight(self, rows: slice, columns: slice, flipped: Tensor) -> None:
         """DW of these columns: written once if the tile holds all rows, else summed over tiles."""
         assert self.weight is not None
         n, out = self.head.hidden.shape[0], self.weight[columns]
         hidden = self.head.hidden[rows]
         if rows == slice(0, n) and out.dtype == flipped.dtype:
-            torch.mm(flipped, hidden, out=out)
+            if self.adds:
+                out.addmm_(flipped, hidden)
+            else:
+                torch.mm(flipped, hidden, out=out)
             return
         if rows.start == 0:
             self.chunk_sum = Sum((out.shape[0], out.shape[1]), self.head.hidden)
@@ -272,20 +308,15 @@ def gradients(
         needs = (False, needs[1], needs[2])
         return hidden, *gradients(head, row_gradient, needs, hidden_dtype, plan)[1:]
     total = Gradients(
-        head, needs, hidden_dtype, plan, n if kept is not None else min(plan.tile_rows, n)
+        head,
+        needs,
+        hidden_dtype,
+        plan.tile_columns,
+        n if kept is not None else min(plan.tile_rows, n),
     )
-    first = 0
     if kept is not None:
-        first = kept.shape[1]
-        # dh from all that was kept in one product: vendor GEMMs want a long inner size (oneDNN is
-        # twice as fast from 16k on as at 4k), and it is rounded once. Not where that means a cast.
-        whole = head.weight.dtype == kept.dtype
-        for columns in slices(0, first, plan.tile_columns):
-            tile = Tile(slice(0, n), columns, kept[:, columns])
-            total.add(tile, row_gradient, hidden_too=not whole)
-        if total.hidden is not None and whole:
-            total.hidden.add(slice(0, n), kept, head.weight[:first])
-    for tile in recomputed(head, plan, first):
+        total.consume(kept, row_gradient, plan.tile_columns)
+    for tile in recomputed(head, plan, 0 if kept is None else kept.shape[1]):
         total.add(tile, row_gradient)
     return total.results()
 
@@ -297,7 +328,7 @@ def _hidden_by_blocks(
     n, width = head.hidden.shape
     out = torch.empty((n, width), dtype=hidden_dtype, device=head.hidden.device)
     for rows in slices(0, n, plan.hidden_rows):
-        total = Gradients(head.rows(rows), (True, False, False), hidden_dtype, plan, 0)
+        total = Gradients(head.rows(rows), (True, False, False), hidden_dtype, 0, 0)
         part = RowGradient(*(value[..., rows] for value in row_gradient))
         for tile in recomputed(total.head, plan, 0):
             total.add(tile, part)
@@ -322,34 +353,19 @@ def forward_gradients(
     """
     (n, width), vocabulary = head.hidden.shape, head.vocabulary
     d_hidden = head.hidden.new_empty((n, width), dtype=hidden_dtype) if needs[0] else None
-    d_weight: Tensor | None = None
-    if needs[1]:
-        d_weight = head.backend.fresh(head.weight.new_empty((vocabulary, width)))
+    d_weight = head.weight.new_zeros((vocabulary, width)) if needs[1] and n == 0 else None
     d_bias = None
     if needs[2]:
         d_bias = head.hidden.new_zeros(vocabulary, dtype=wide(head.hidden.dtype))
-    if n == 0 and d_weight is not None:
-        d_weight.zero_()
-    blocks = max(1, -(-n // plan.tile_rows))
-    block = -(-n // blocks)  # of even size: a small last one would be slow
-    buffer = new_rows(head.backend, head.hidden, block, vocabulary)
-    for rows in slices(0, n, max(block, 1)):
+    buffer = new_rows(head.backend, head.hidden, min(plan.tile_rows, n), vocabulary)
+    for rows in slices(0, n, plan.tile_rows):
         part = head.rows(rows)
-        size = part.hidden.shape[0]
-        kept = buffer[:size]
+        kept = buffer[: part.hidden.shape[0]]
         state, _ = statistics(part, target[rows], track, plan, kept)
         row_gradient = coefficients(state)._replace(target=target[rows])
-        total = Gradients(part, (needs[0], False, needs[2]), hidden_dtype, plan, 0)
-        for columns in slices(0, vocabulary, plan.tile_columns):
-            product = kept[:, columns]
-            total.add(Tile(slice(0, size), columns, product), row_gradient)
-            if d_weight is None:
-                continue
-            if rows.start == 0:
-                torch.mm(product.T, part.hidden, out=d_weight[columns])
-            else:
-                d_weight[columns].addmm_(product.T, part.hidden)
-        block_hidden, _, block_bias = total.results()
+        total = Gradients(part, needs, hidden_dtype, plan.tile_columns, len(kept), onto=d_weight)
+        total.consume(kept, row_gradient, plan.tile_columns)
+        block_hidden, d_weight, block_bias = total.results()
         if d_hidden is not None and block_hidden is not None:
             d_hidden[rows] = block_hidden
         if d_bias is not None and block_bias is not None:

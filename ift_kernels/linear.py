@@ -252,6 +252,10 @@ class _Call:
 
     def stats(self, track: int, active: ActiveSet | None) -> Any:
         """All of TokenStats that `track` asks for, mean_logit less lse; the others are empty."""
+        return self.stats_and_norm(track, active)[0]
+
+    def stats_and_norm(self, track: int, active: ActiveSet | None) -> tuple[Any, Tensor]:
+        """The same, and what lse is the sum of: largest logit and the rest, (2, tokens)."""
         if active is None or not any(self.needs):
             values = torch.ops.ift_kernels.linear_stats(
                 *self.tensors, *self.options, track, self.needs, self.schedule
@@ -262,4 +266,4 @@ class _Call:
                 active.threshold, active.block, active.tail_tile, active.dW == "dense",
             )  # fmt: skip
         pairs = zip(values[:8], linear_ops.tracked(track)[:8], strict=True)
-        return TokenStats(*(v.view(self.shape) if asked else v for v, asked in pairs))
+        return TokenStats(*(v.view(self.shape) if asked else v for v, asked in pairs)), values[8]

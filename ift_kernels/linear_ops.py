@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels import backends, engine, plan
+from ift_kernels import backends, engine, plan, syncfree
 from ift_kernels.backends import reference as ref
 from ift_kernels.transform import LogitTransform
 
@@ -55,6 +55,14 @@ class Held:
         for leave in self._leave:
             leave()
 
+    def gradients(self, upstream: Tensor) -> tuple[Tensor, ...]:
+        """What is held, gradients formed in forward, times `upstream`, in place; releases them."""
+        self.release()
+        if not (upstream.device.type == "cpu" and float(upstream) == 1.0):
+            for gradient in self.tensors:
+                gradient.mul_(upstream)
+        return self.tensors
+
 
 class Call:
     """One call's rows that count, its head and its problem, whichever operator it came through."""
@@ -72,7 +80,12 @@ class Call:
         _, scale, softcap, temperature, workspace, dtype = options
         self.dtype = dtype
         self.all_rows = hidden.shape[0]
-        self.rows = None if bool(keep.all()) else keep.nonzero()[:, 0]
+        self.keep: Tensor | None = None  # in sync-free mode, where every row stays
+        self.rows: Tensor | None = None
+        if syncfree.on():
+            self.keep, hidden = keep, syncfree.masked_rows(keep, hidden)
+        elif not bool(keep.all()):
+            self.rows = keep.nonzero()[:, 0]
         if self.rows is not None:
             hidden = hidden.index_select(0, self.rows)
         # Copies count, but the products keep a quarter of the budget: less would crawl.
@@ -98,12 +111,16 @@ class Call:
 
     def scatter(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """(..., n) back to all rows, 0 elsewhere."""
+        if self.keep is not None:
+            value = value.masked_fill(~self.keep, 0)
         if self.rows is None:
             return value.to(dtype)
         out = torch.zeros((*value.shape[:-1], self.all_rows), dtype=dtype, device=value.device)
         return out.index_copy_(-1, self.rows, value.to(dtype))
 
     def scatter_hidden(self, d_hidden: Tensor) -> Tensor:
+        if self.keep is not None:
+            return syncfree.masked_rows(self.keep, d_hidden)
         if self.rows is None:
             return d_hidden
         out = d_hidden.new_zeros((self.all_rows, d_hidden.shape[1]))
@@ -228,8 +245,9 @@ def _stats(
     kept = engine.new_rows(call.head.backend, call.head.hidden, kept_rows, chosen.keep_columns)
     with torch.autocast(hidden.device.type, enabled=False):
         state, argmax = engine.statistics(
-            call.head, call.select(target), track, chosen, kept if chosen.keep_columns else None
-        )
+            call.head, call.select(target), track, chosen, kept if chosen.keep_columns else None,
+            last=not any(needs),
+        )  # fmt: skip
     return (*outputs(call, state, argmax, track), kept)
 
 
@@ -260,13 +278,15 @@ def _stats_backward(
     valid = target != options[0]
     # Rows without upstream gradient teach nothing. A NaN upstream is not 0 and so stays in.
     count = valid & (coef != 0).any(0)
-    if kept is not None and 3 * int(count.sum()) < 2 * kept.shape[0]:
+    wait = not syncfree.on()
+    coef = coef if wait else coef.masked_fill(~count, 0)
+    if kept is not None and wait and 3 * int(count.sum()) < 2 * kept.shape[0]:
         kept = None  # three products on these rows alone cost less than two on all
     if kept is not None:
         # All rows again, with those that teach nothing neutral: 0 times a NaN would not be.
         hidden = (
             hidden.masked_fill((valid & ~count)[:, None], 0)
-            if bool((valid ^ count).any())
+            if not wait or bool((valid ^ count).any())
             else hidden
         )
         count = valid

@@ -31,13 +31,16 @@ def _loss(
     call = linear_ops.Call(hidden, weight, bias, valid, tuple(options), tuple(needs), scalar=True)
     chosen = plan.make(call.problem, 0, "forward")
     # Gradients that earlier calls hold, or too few rows a block: backward recomputes instead.
-    early = chosen.schedule == "forward" and plan.ledger.held == 0
+    # So it does where nothing may wait for the device: rows that do not count are still there.
+    early = chosen.schedule == "forward" and plan.ledger.held == 0 and call.keep is None
     vocabulary, dtype = weight.shape[0], engine.wide(call.dtype)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     norms = []
 
     def coefficients(state: Tensor) -> engine.RowGradient:
         logprob, lse, *_, mean, norm = linear_ops.row_values(state, state, vocabulary)
+        if call.keep is not None:
+            logprob, lse, mean = (v.masked_fill(~call.keep, 0) for v in (logprob, lse, mean))
         loss = z_loss * lse.square() - (1 - smoothing) * logprob
         if smoothing:
             loss = loss - smoothing * mean
@@ -88,14 +91,17 @@ def _loss_fake(
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, factor, *options = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros as large as the gradients among the outputs
     ctx.save_for_backward(hidden, weight, bias, target, factor, output[1])
     ctx.options = options
     formed = any(gradient.numel() for gradient in output[2:])
     ctx.gradients = linear_ops.Held(output[2:]) if formed else None
 
 
-def _loss_autograd(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _loss_autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     nothing: tuple[None, ...] = (None,) * 11
+    if upstream is None:
+        return (None, None, None, *nothing)
     hidden, weight, bias, target, factor, norm = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     if ctx.gradients is None or torch.is_grad_enabled():
@@ -106,11 +112,7 @@ def _loss_autograd(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, 
         )
     else:
         held, ctx.gradients = ctx.gradients, None
-        results = held.tensors
-        held.release()
-        if not (upstream.device.type == "cpu" and float(upstream) == 1.0):
-            for gradient in results:
-                gradient.mul_(upstream)
+        results = held.gradients(upstream)
     return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
 
 

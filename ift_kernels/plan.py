@@ -9,8 +9,9 @@ first wherever they fit:
   vocabulary; the rest is recomputed. 1 + (1 − s) products, +1 for each of dh and dW.
 * ``forward``: scalar losses whose upstream gradient is known: gradients are formed in forward, one
   block of tokens at a time, so nothing is recomputed. 1 product, +1 for each of dh and dW. Sums
-  over blocks go straight into dW, so it needs dW in the dtype of the products and that to be at
-  least float32, or no dW.
+  over blocks go straight into dW, which must have the dtype of the products. In bfloat16 that
+  rounds dW once more for every block after the first, so there two blocks are the most: their
+  rounding errs by at most sqrt(1.5) of a single rounding.
 * ``recompute``: ``keep`` with s = 0.
 """
 
@@ -35,6 +36,7 @@ TILE_BYTES = 16 << 20
 MAX_COLUMNS = 1 << 18  # few tokens: one product of the whole vocabulary, as memory allows
 ALIGN = 64  # columns: every row of a tile starts on a cache line
 MIN_KEEP = 1024  # columns: less is not worth a second code path
+MAX_ROUNDED = 2  # blocks of tokens whose sum is rounded to 16 bits after each of them
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("ift_schedule", default=None)
 
@@ -138,13 +140,20 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
         and (schedule == "forward" or (schedule is None and keep < 0.9 * p.vocabulary))
         # Gradients would be rounded to float16 before a loss scale lifts them off its underflow.
         and p.dtype != torch.float16
-        and (not p.need_weight or (itemsize >= 4 and p.same_dtype))
+        and (not p.need_weight or p.same_dtype)
     ):
-        per_token = p.vocabulary * itemsize + per_row
-        block = max(1, min(n, budget // per_token))
-        if block >= min(n, 128):
-            peak = block * per_token
-            return Plan("forward", block, columns, p.vocabulary, 1.0 + per_gradient, n, 0, peak)
+        _, across = tile(min(n, 1024), p.vocabulary, itemsize, budget // 4)
+        flipped = across * itemsize * (copies - 1)  # per token: a tile's transpose, 32 rows wider
+        per_token = p.vocabulary * itemsize + per_row + flipped
+        most = MAX_ROUNDED if p.need_weight and itemsize < 4 else n
+        # The last quarter of the workspace buys a pass or two less over dW: not worth having.
+        for room in (budget // 4 * 3, budget):
+            block = max(0, room - 32 * flipped) // per_token
+            blocks = -(-n // max(block, 1))
+            if block >= min(n, 128) and blocks <= most:
+                block = -(-n // blocks)  # of even size: a small last one would be slow
+                peak = block * per_token + 32 * flipped
+                return Plan("forward", block, across, p.vocabulary, 1.0 + per_gradient, n, 0, peak)
     held = keep * n * itemsize
     share = keep / p.vocabulary
     return Plan(

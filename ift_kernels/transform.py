@@ -22,17 +22,21 @@ class LogitTransform:
 
     @classmethod
     def checked(
-        cls, logit_scale: float, softcap: float | None, temperature: float
+        cls, logit_scale: float, softcap: float | None, temperature: float, of: str = ""
     ) -> LogitTransform:
-        """The transform of the public arguments, or a ValueError that names the bad one."""
-        scale = checks.number("logit_scale", logit_scale)
-        cap = 0.0 if softcap is None else checks.number("softcap", softcap)
+        """The transform of the public arguments, or a ValueError that names the bad one.
+
+        `of` is what the names of the first two start with.
+        """
+        scale = checks.number(f"{of}logit_scale", logit_scale)
+        cap = 0.0 if softcap is None else checks.number(f"{of}softcap", softcap)
         temperature = checks.number("temperature", temperature)
         if not abs(scale) < float("inf"):  # math.isfinite would break a compiled graph
-            raise ValueError(f"logit_scale: expected a finite number, got {scale}")
+            raise ValueError(f"{of}logit_scale: expected a finite number, got {scale}")
         if softcap is not None and not _LEAST <= cap <= 1 / _LEAST:
             raise ValueError(
-                f"softcap: expected None or a positive number that float32 can divide by, got {cap}"
+                f"{of}softcap: expected None or a positive number that float32 can divide by, "
+                f"got {cap}"
             )
         if not _LEAST <= temperature <= 1 / _LEAST:
             raise ValueError(

@@ -1,7 +1,5 @@
 """Small random causal LMs of the architectures that `ift.patch` is tested on."""
 
-from datetime import timedelta
-
 import torch
 import transformers as hf
 
@@ -46,6 +44,32 @@ ARCHITECTURES = {
     ),
     "granite": (hf.GraniteConfig, {"logits_scaling": 13.0, "embedding_multiplier": 3.0}),
     "cohere": (hf.CohereConfig, {"logit_scale": 0.0625}),
+    "gemma3": (hf.Gemma3TextConfig, {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "olmo2": (hf.Olmo2Config, {}),  # norms behind the layers
+    "starcoder2": (hf.Starcoder2Config, {"use_bias": True}),  # tied
+    "gemma3n": (  # layers look up tokens by themselves
+        hf.Gemma3nTextConfig,
+        {
+            "head_dim": 8,
+            "vocab_size_per_layer_input": V,
+            "hidden_size_per_layer_input": 6,
+            "num_kv_shared_layers": 0,
+            "laurel_rank": 4,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.0, 0.0],
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "gemma4": (  # that too, and a softcap
+        hf.Gemma4TextConfig,
+        {
+            "head_dim": 8,
+            "vocab_size_per_layer_input": V,
+            "hidden_size_per_layer_input": 6,
+            "final_logit_softcapping": 3.0,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "mixtral": (  # auxiliary loss of a mixture of experts
         hf.MixtralConfig,
         {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5},
@@ -99,20 +123,3 @@ def assert_close(ours, theirs, tolerance=1e-5):
         if expected is not None:
             error = (got - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
             assert error <= tolerance, f"{name}: {error:.2e}"
-
-
-def join(rank, processes, directory):
-    """Enter a process group on this machine; it meets in a file, since ports can be taken."""
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/rendezvous",
-        rank=rank,
-        world_size=processes,
-        timeout=timedelta(seconds=60),
-    )
-
-
-def leave():
-    """Leave the process group together: a process that is gone cannot answer the others."""
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()

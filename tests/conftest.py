@@ -5,9 +5,14 @@ import os
 import pytest
 import torch
 
+from ift_kernels.backends import cpu_memory
+
 # Two give the parallel paths something to do, and the same sums on every machine. xdist workers
 # already share the cores among them.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+# Run by test_triton.py, in a process of its own.
+collect_ignore_glob = [] if "TRITON_INTERPRET" in os.environ else ["test_triton_interpreted*.py"]
 
 ALLOCATORS = [
     (torch, "empty"),
@@ -41,5 +46,6 @@ def nan_empty(monkeypatch):
 
         return wrapper
 
+    monkeypatch.setattr(cpu_memory, "LIMIT", 0)  # else it would hand out what was written before
     for owner, name in ALLOCATORS:
         monkeypatch.setattr(owner, name, filled(getattr(owner, name)))

@@ -10,15 +10,14 @@ from torch.utils.checkpoint import checkpoint
 import dense
 import ift_kernels
 from ift_kernels import (
-    backends,
     linear_cross_entropy,
     linear_expected_embedding,
     linear_logprobs,
     linear_token,
     plan,
 )
+from serving import BACKENDS
 
-BACKENDS = [row["name"] for row in backends.describe() if row["available"]]
 SMALL = 1 << 20
 
 

@@ -19,8 +19,8 @@ from ift_kernels import (
     linear_logprobs,
     linear_token,
 )
+from serving import BACKENDS
 
-BACKENDS = [row["name"] for row in backends.describe() if row["available"]]
 CPU = torch.device("cpu")
 needs_cpp = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
 
@@ -28,11 +28,14 @@ needs_cpp = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension 
 FEW = ("logprob", "entropy", "argmax")  # another way through the C++ code than all outputs
 
 
+# 1: no full vector. 517: a tail of 5. 3003: blocks of 1024, an AVX-512 tail of 11.
+SHAPES = ((2, 3, 1), (33, 9, 517), (70, 12, 3003))
+
+
 def results(dtype):
     """Of every operation: values and gradients, for sizes with tails of every vector width."""
     out = {}
-    # 1: no full vector. 517: a tail of 5. 3003: blocks of 1024, an AVX-512 tail of 11.
-    for n, d, v in ((2, 3, 1), (33, 9, 517), (70, 12, 3003)):
+    for n, d, v in SHAPES:
         for transform in ({}, dense.TRANSFORM):
             h = dense.head(n, d, v, dtype, bias=bool(transform), **transform)
             hidden = h.hidden.detach().clone()
@@ -232,3 +235,20 @@ def test_the_number_of_threads_changes_nothing(threads):
         torch.set_num_threads(before)
     for a, b in zip(*outcomes, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+def operations(backend):
+    """What the schedules may call: the public functions of a backend."""
+    return {n for n, f in vars(backend).items() if callable(f) and n.islower() and n[0] != "_"}
+
+
+@pytest.mark.parametrize("name", backends.BACKENDS)
+def test_every_backend_has_every_operation(name):
+    """Also those that cannot run here: a missing one would show on somebody's GPU first."""
+    reference = {
+        n for n in operations(backends.BACKENDS["reference"])
+        if getattr(backends.BACKENDS["reference"], n).__module__.startswith("ift_kernels.backends")
+    } - {"philox"}  # fmt: skip  # its random words, which the others draw inside their kernels
+    assert "dlogits_" in reference and "divergence_terms" in reference
+    backend = backends.BACKENDS[name]
+    assert reference <= operations(backend) | set(getattr(backend, "_HOME", ()))  # loaded when used

@@ -118,6 +118,62 @@ def test_reference_is_cached_by_model_and_data(tmp_path, tokenizer):
     pairs.examples.pop()
     assert not add_reference(pairs, model, *told)
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 3
+    assert not add_reference(pairs, model, *told, bf16=True)  # another precision, other numbers
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "of other data"])
+def test_a_damaged_cache_is_computed_again(tmp_path, tokenizer, damage):
+    pairs = encode_pairs(read_preferences(write(tmp_path / "p.jsonl", rows(5))), tokenizer, 64)
+    model, cache = tiny_llama(tokenizer, hidden=32, layers=1), tmp_path / "cache"
+    told = (Collator(0), 2, torch.device("cpu"), cache)
+    add_reference(pairs, model, *told)
+    wanted = [example.pop("reference") for example in pairs.examples]
+    (file,) = cache.glob("*.npy")
+    whole = file.read_bytes()
+    if damage == "of other data":
+        np.save(file, np.zeros(4, np.float32))
+    else:
+        file.write_bytes({"cut": whole[:-3], "empty": b"", "text": b"not numpy's"}[damage])
+    assert not add_reference(pairs, model, *told)
+    assert all(
+        np.array_equal(e["reference"], w) for e, w in zip(pairs.examples, wanted, strict=True)
+    )
+    assert file.read_bytes() == whole and len(list(cache.iterdir())) == 1
+
+
+def test_a_reference_of_other_tokens_is_refused(tmp_path, tokenizer, capsys):
+    data, other = write(tmp_path / "p.jsonl", rows(4)), tmp_path / "other"
+    strange = train_tokenizer(["quite other text, of which other pairs are frequent"] * 9)
+    for part in (tiny_llama(strange, hidden=32, layers=1), strange):
+        part.save_pretrained(other)
+    run = ["train", "--model", "tiny", "--data", data, "--cpu", "--loss", "dpo", "--max-steps", "1"]
+    assert main([*run, "--output", str(tmp_path / "a"), "--reference", str(other)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"--reference: {other}: the token " in error and "expected" in error
+    assert main([*run, "--output", str(tmp_path / "b"), "--reference", str(tmp_path / "x")]) == 2
+    assert "--reference: cannot load" in capsys.readouterr().err
+    same = train_tokenizer([text for row in read_preferences(data) for text in row.texts])
+    for part in (tiny_llama(same, hidden=32, layers=1), same):
+        part.save_pretrained(other)
+    assert main([*run, "--output", str(tmp_path / "c"), "--reference", str(other)]) == 0
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_bf16_policy_and_reference_start_equal(tmp_path, loss):
+    """Before the first update both are one model, whose log-ratios are 0 but for the padding."""
+    data = write(tmp_path / "p.jsonl", rows(8))
+    rewards = {}
+    for precision in ("--bf16", "--no-bf16"):
+        output = tmp_path / precision
+        command = [
+            "train", "--model", "tiny", "--data", data, "--output", str(output), "--loss", loss,
+            "--max-steps", "1", "--batch-size", "8", "--log-steps", "1", "--cpu", "--beta", "1",
+        ]  # fmt: skip
+        assert main([*command, precision]) == 0
+        (record,) = log_of(output)
+        rewards[precision] = max(abs(record["reward_chosen"]), abs(record["reward_rejected"]))
+    assert rewards["--no-bf16"] < 1e-5
+    assert rewards["--bf16"] < 1e-4  # 1e-3 beside a reference in float32
 
 
 def log_of(output):
@@ -164,6 +220,10 @@ def test_training_widens_the_margin(tmp_path, loss):
         (["--loss", "dpo", "--dpo-kind", "x"], "--dpo-kind: expected one of"),
         (["--loss", "orpo", "--reference", "x"], "--reference: got it with --loss orpo"),
         (["--loss", "dpo", "--gamma", "0.5"], "--gamma: got it with --loss dpo"),
+        (
+            ["--loss", "dpo", "--dpo-kind", "aot", "--accumulate", "2"],
+            "--dpo-kind: got aot, which sorts all pairs of a step; expected --accumulate 1",
+        ),
     ],
 )
 def test_errors_of_arguments(tmp_path, capsys, arguments, said):

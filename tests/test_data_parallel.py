@@ -1,71 +1,181 @@
-"""Patched models under DDP and FSDP2: two processes of one row each are one process of two rows."""
+"""Patched models under DDP, FSDP2, tensor parallelism and PEFT: processes of some rows each are one
+process of all rows, in loss and every gradient."""
+
+import contextlib
+import functools
 
 import pytest
 import torch
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from causal_lms import assert_close, batch, gradients, join, leave, make
+from causal_lms import assert_close, batch, gradients, make
 from ift.config import IFTConfig
 from ift.patching import patch
+from processes import join, leave, start
 
 LOSSES = {"sft": None, "ift": IFTConfig(), "embedding": IFTConfig(embedding_grad=True)}
+ROWS = 8  # two for each of four processes, so that there is something to accumulate
 
 
-def shard(model, units):
+def shard(model, units, **options):
     """FSDP2 over the whole model, and over these parts of it by themselves."""
-    layers = getattr(model, "transformer", None) or model.model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = getattr(base, "transformer", None) or base.model
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    norm = getattr(layers, "ln_f", None) or layers.norm
     layers = getattr(layers, "h", None) or layers.layers
+    tied = head.weight is embedding.weight
     if units != "root":
         for layer in layers:
-            fully_shard(layer)
+            fully_shard(layer, **options)
     if units == "head":
-        fully_shard(model.lm_head)
-        fully_shard(model.get_input_embeddings())
-    return fully_shard(model)
+        # A tied table is one parameter and goes into one group.
+        fully_shard([head, embedding] if tied else head, **options)
+        if not tied:
+            fully_shard(embedding, **options)
+    if units == "accelerate":  # 1.15: the table by itself; norm and head (and tied table) together
+        if not tied:
+            fully_shard(embedding, **options)
+        tail = [norm, embedding, head] if tied else [norm, head]
+        fully_shard(tail, reshard_after_forward=False, **options)
+    return fully_shard(model, **options)
 
 
-WRAPPERS = {
-    ("llama", "ddp"): DistributedDataParallel,  # untied head
-    ("gpt2", "ddp"): DistributedDataParallel,  # tied
-    ("llama", "fsdp root"): lambda model: shard(model, "root"),
-    ("gpt2", "fsdp layers"): lambda model: shard(model, "layers"),
-    ("llama", "fsdp head"): lambda model: shard(model, "head"),
+def tensor_parallel(model):
+    """The head alone, sharded along its vocabulary as torch does it; all else is replicated."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    plan = ColwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
+    model.lm_head = parallelize_module(model.lm_head, mesh, plan)
+    return model
+
+
+def lora(name, **options):
+    """A model with adapters that do something, its own weights frozen, the head too."""
+    from peft import LoraConfig, get_peft_model
+
+    model = make(name)
+    torch.manual_seed(1)
+    model = get_peft_model(
+        model,
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options),
+    )
+    return model.train()
+
+
+MODELS = {
+    "untied": lambda: make("llama"),
+    "tied": lambda: make("gpt2"),
+    "tied, softcap": lambda: make("gemma2"),
+    "lora": lambda: lora("llama"),
+    "lora, head saved": lambda: lora("llama", modules_to_save=["lm_head"]),
 }
+WRAPPERS = {
+    "ddp": DistributedDataParallel,
+    "fsdp root": lambda model: shard(model, "root"),
+    "fsdp layers": lambda model: shard(model, "layers"),
+    "fsdp head": lambda model: shard(model, "head"),
+    "fsdp accelerate": lambda model: shard(model, "accelerate"),
+    "fsdp offload": lambda model: shard(
+        model, "accelerate", offload_policy=CPUOffloadPolicy(pin_memory=False)
+    ),
+    "vocabulary": tensor_parallel,
+}
+CASES = [
+    *((m, w, 1) for m in ("untied", "tied", "lora") for w in WRAPPERS if w != "vocabulary"),
+    *((m, w, 2) for m in ("untied", "tied") for w in ("ddp", "fsdp accelerate", "fsdp head")),
+    ("untied", "vocabulary", 1),
+    ("tied, softcap", "fsdp accelerate", 1),
+    ("lora, head saved", "ddp", 1),
+    ("lora, head saved", "fsdp layers", 1),
+]
 
 
-def worker(rank, directory):
-    torch.set_num_threads(1)
-    join(rank, 2, directory)
-    inputs = {k: v[rank : rank + 1] for k, v in batch(rows=2).items()}
-    results = {}
-    for (name, kind), wrap in WRAPPERS.items():
+def full(gradient):
+    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+
+
+def sync(wrapped, last):
+    """The context of one of the forwards and backwards that are accumulated."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(last)
+    elif isinstance(wrapped, DistributedDataParallel) and not last:
+        return wrapped.no_sync()
+    return contextlib.nullcontext()
+
+
+def run(wrapped, rows, accumulate, config):
+    total = 0
+    for number in range(accumulate):
+        part = {k: v[number::accumulate] for k, v in rows.items()}
+        with sync(wrapped, number == accumulate - 1):
+            loss = wrapped(**part, ift=config).loss / accumulate
+            loss.backward()
+        total += float(loss)
+    return total
+
+
+def worker(rank, processes, directory):
+    join(rank, processes, directory)
+    everything, results = batch(rows=ROWS), {}
+    for name, kind, accumulate in CASES:
+        # What is sharded along the vocabulary sees the same rows everywhere.
+        mine = slice(None) if kind == "vocabulary" else slice(rank, None, processes)
+        rows = {k: v[mine] for k, v in everything.items()}
+        times = min(accumulate, len(rows["input_ids"]))
         for loss, config in LOSSES.items():
-            model = patch(make(name))
-            wrapped = wrap(model)
-            for _ in range(2):  # DDP notices in the second that a gradient of the first is missing
-                model.zero_grad(set_to_none=True)
-                wrapped(**inputs, ift=config).loss.backward()
-            results[name, kind, loss] = {
-                n: g.full_tensor() if hasattr(g, "full_tensor") else g
-                for n, g in gradients(model).items()
-            }
+            model = patch(MODELS[name]())
+            wrapped = WRAPPERS[kind](model)
+            # DDP notices in the second that a gradient of the first is missing.
+            for _ in range(1 + (kind == "ddp")):
+                wrapped.zero_grad(set_to_none=True)
+                value = run(wrapped, rows, times, config)
+            value = torch.tensor(value)
+            torch.distributed.all_reduce(value)
+            results[name, kind, accumulate, loss] = (
+                value / processes,
+                {n: None if g is None else full(g) for n, g in gradients(model).items()},
+            )
+    with pytest.raises(ValueError, match="rule: expected 'greedy'"):
+        tensor_parallel(patch(make("llama")))(**everything, ift=IFTConfig(rule="topk"))
     if rank == 0:
         torch.save(results, f"{directory}/results.pt")
     leave()
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+@pytest.fixture(scope="module", params=[2, 4])
+def results(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(worker, (str(directory),), nprocs=2)
-    return torch.load(directory / "results.pt")
+    start(worker, request.param, directory)
+    return request.param, torch.load(directory / "results.pt")
+
+
+@functools.cache
+def one_process(name, processes, accumulate, loss):
+    """Loss and gradients of the mean over the parts that so many processes would see."""
+    model, rows = patch(MODELS[name]()), batch(rows=ROWS)
+    total = 0.0
+    for rank in range(processes):
+        for number in range(accumulate):
+            part = {k: v[rank::processes][number::accumulate] for k, v in rows.items()}
+            value = model(**part, ift=LOSSES[loss]).loss / (processes * accumulate)
+            value.backward()
+            total += float(value)
+    return total, gradients(model)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("name", "kind"), WRAPPERS)
-def test_two_processes_are_one(results, name, kind, loss):
-    model, inputs = patch(make(name)), batch(rows=2)
-    one = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(2)]
-    (sum(model(**row, ift=LOSSES[loss]).loss for row in one) / 2).backward()
-    assert_close(results[name, kind, loss], gradients(model))
+@pytest.mark.parametrize(("name", "kind", "accumulate"), CASES)
+def test_processes_are_one(results, name, kind, accumulate, loss):
+    processes, results = results
+    value, grads = results[name, kind, accumulate, loss]
+    if kind == "vocabulary":
+        processes = 1
+    accumulate = min(accumulate, ROWS // processes)
+    expected, own = one_process(name, processes, accumulate, loss)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    assert any(g is not None and g.any() for g in own.values())
+    assert_close(grads, own)

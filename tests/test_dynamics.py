@@ -1,5 +1,6 @@
 """Probe sets, their measurement against plain full logits, the callback, monitor and guard."""
 
+import copy
 import functools
 import json
 
@@ -325,7 +326,7 @@ def test_callback_in_trl(tokenizer, tmp_path):
     callback = ProbeCallback(probes, tmp_path / "probe", every=2)
     run = trl.DPOTrainer(
         model, args=arguments, train_dataset=Dataset.from_list(rows()),
-        processing_class=tokenizer, callbacks=[callback],
+        ref_model=copy.deepcopy(model), processing_class=tokenizer, callbacks=[callback],
     )  # fmt: skip
     run.train()
     records = read_records(tmp_path / "probe")

@@ -8,9 +8,9 @@ import torch
 import ift_kernels
 from bench import naive_ift
 from ift.losses import IFTLoss, SFTLoss, ift_loss, sft_loss
-from ift_kernels import backends, discounted_cumsum
+from ift_kernels import discounted_cumsum
+from serving import BACKENDS
 
-BACKENDS = [row["name"] for row in backends.describe() if row["available"]]
 RELEASED = [
     {"propagation": kind, "side": side, "norm": norm}
     for kind, side, norm in itertools.product(

@@ -1,13 +1,15 @@
 """`linear_divergence` against the dense formula: values, gradients, every schedule, its budget."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 import dense
 import ift_kernels
-from ift_kernels import divergence_blocks
+from ift_kernels import divergence_plan, engine
+from ift_kernels.transform import LogitTransform
 
 KINDS = ["forward", "reverse", "jsd"]
 OPTIONS = {
@@ -59,17 +61,56 @@ def ours(student, teacher, mask, kind, **options):
     )
 
 
-@pytest.fixture(params=["whole", "blocks", "chunks"])
+# Workspace in elements of `inputs`, and the fewest rows of a block.
+SCHEDULES = {
+    "whole": (None, 64),  # everything at once
+    "held": (16000, 8),  # blocks of rows; in 16 bits all their gradients stay for dW
+    "blocks": (9000, 8),  # some of the gradients
+    "sweeps": (9000, 10**9),  # products formed anew for every look
+    "tiny": (1000, 64),  # and dh by rows, too
+}
+
+
+def shrink(monkeypatch, name):
+    """Sizes for `inputs` instead of for real heads; returns the workspace in elements."""
+    elements, least = SCHEDULES[name]
+    monkeypatch.setattr(divergence_plan, "MIN_BLOCK", least)
+    monkeypatch.setattr(divergence_plan, "ALIGN", 4)
+    monkeypatch.setattr(divergence_plan, "BLOCK_COST", 1)
+    monkeypatch.setattr(ift_kernels.plan, "ALIGN", 16)
+    return elements
+
+
+@pytest.fixture(params=SCHEDULES)
 def schedule(request, monkeypatch):
-    """Everything at once; several blocks of rows that keep their products; products formed anew."""
-    if request.param != "whole":
-        monkeypatch.setattr(
-            divergence_blocks, "MIN_BLOCK", 8 if request.param == "blocks" else 10**9
+    """Workspace, as a function of the dtype."""
+    elements = shrink(monkeypatch, request.param)
+    monkeypatch.setattr(ift_kernels.checks, "MIN_WORKSPACE", 1)
+    return lambda dtype: None if elements is None else elements * dtype.itemsize
+
+
+def layout(monkeypatch, name, dtype, n=29):
+    elements = shrink(monkeypatch, name)
+    heads = [
+        engine.Head(
+            ift_kernels.backends.get(torch.empty(0, dtype=dtype)), torch.empty(n, d, dtype=dtype),
+            torch.empty(300, d, dtype=dtype), None, LogitTransform(),
         )
-        monkeypatch.setattr(ift_kernels.plan, "TILE_BYTES", 30_000)
-        monkeypatch.setattr(ift_kernels.checks, "MIN_WORKSPACE", 1)
-        return 100_000
-    return None
+        for d in (12, 20)
+    ]  # fmt: skip
+    workspace = 1 << 28 if elements is None else elements * dtype.itemsize
+    return divergence_plan.layout(tuple(heads), workspace, True, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_schedules_are_what_they_are_called(monkeypatch, dtype):
+    whole, held, blocks, sweeps, tiny = (layout(monkeypatch, name, dtype) for name in SCHEDULES)
+    narrow = dtype.itemsize == 2
+    assert whole.block == 29 and whole.held == 300
+    assert 8 <= held.block < 29 and held.held == (300 if narrow else 0)
+    assert 8 <= blocks.block < 29 and (0 < blocks.held < 300 if narrow else blocks.held == 0)
+    assert sweeps.block == 0 and sweeps.hidden_rows == 29
+    assert tiny.block == 0 and tiny.hidden_rows < 29
 
 
 @pytest.mark.parametrize(("kind", "options"), list(itertools.product(KINDS, OPTIONS)))
@@ -79,7 +120,10 @@ def test_values_and_gradients(kind, options, schedule):
     upstream = torch.randn(37, dtype=torch.float64).masked_fill_(torch.arange(37) % 5 == 0, 0)
     dense_value = reference(student, teacher, mask, kind, **given)
     for reduction in ("none", "sum", "mean"):
-        value = ours(student, teacher, mask, kind, reduction=reduction, workspace=schedule, **given)
+        value = ours(
+            student, teacher, mask, kind, reduction=reduction, workspace=schedule(torch.float64),
+            **given,
+        )  # fmt: skip
         wanted = dense_value if reduction == "none" else dense_value.sum()
         wanted = wanted / mask.sum() if reduction == "mean" else wanted
         torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-12)
@@ -92,19 +136,72 @@ def test_values_and_gradients(kind, options, schedule):
             torch.testing.assert_close(c, a, rtol=1e-9, atol=1e-12)
 
 
+BACKENDS = [row["name"] for row in ift_kernels.backends.describe() if row["available"]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_as_accurate_as_dense(kind, dtype, schedule):
+def test_as_accurate_as_dense(kind, dtype, options, backend, schedule):
     student, teacher, mask = inputs(dtype=dtype)
+    given, workspace = OPTIONS[options], schedule(dtype)
+    upstream = torch.linspace(-1, 2, 37).masked_fill_(torch.arange(37) % 5 == 0, 0)
     exact_student = [t.detach().double().requires_grad_() for t in student]
-    exact = reference(exact_student, [t.double() for t in teacher], mask, kind).sum()
-    naive = reference(student, teacher, mask, kind).sum()
-    value = ours(student, teacher, mask, kind, reduction="sum", workspace=schedule)
-    grads = [torch.autograd.grad(x, s) for x, s in
-             ((value, student), (naive, student), (exact, exact_student))]  # fmt: skip
-    for name, a, b, c in zip(("hidden", "weight", "bias"), *grads, strict=True):
-        assert a.dtype == dtype
-        dense.assert_as_accurate(a, b, c, name)
+    exact = reference(exact_student, [t.double() for t in teacher], mask, kind, **given)
+    naive = reference(student, teacher, mask, kind, **given)
+    with ift_kernels.use_backend(backend):
+        for reduction in ("sum", "none"):
+            send = upstream if reduction == "none" else torch.ones(37)
+            value = ours(
+                student, teacher, mask, kind, reduction=reduction, workspace=workspace, **given
+            )
+            dense.assert_as_accurate(
+                value, *((x if reduction == "none" else x.sum()) for x in (naive, exact)), "value"
+            )
+            weighed = value if reduction == "sum" else (value * send).sum()
+            grads = [
+                torch.autograd.grad(x, s, retain_graph=True)
+                for x, s in (
+                    (weighed, student),
+                    ((naive * send).sum(), student),
+                    ((exact * send).sum(), exact_student),
+                )
+            ]
+            for name, a, b, c in zip(("hidden", "weight", "bias"), *grads, strict=True):
+                assert a.dtype == dtype
+                dense.assert_as_accurate(a, b, c, name)
+
+
+def test_a_row_with_nan_teaches_only_itself(schedule):
+    """Also in 16 bits, where products read beyond the rows of their first operand."""
+    for dtype, kind in itertools.product((torch.float32, torch.bfloat16), KINDS):
+        student, teacher, mask = inputs(dtype=dtype)
+        mask[:] = True
+        student[0].data[7] = torch.nan
+        value = ours(student, teacher, mask, kind, reduction="none", workspace=schedule(dtype))
+        assert value.isnan().nonzero()[:, 0].tolist() == [7]
+        (d_hidden,) = torch.autograd.grad(value.sum(), student[0], retain_graph=True)
+        assert d_hidden.isnan().any(1).nonzero()[:, 0].tolist() == [7]
+        upstream = torch.ones(37).index_fill_(0, torch.tensor([7]), 0)
+        assert all(g.isfinite().all() for g in torch.autograd.grad(value, student, upstream))
+        loss = ours(student, teacher, mask, kind, reduction="sum", workspace=schedule(dtype))
+        (d_hidden,) = torch.autograd.grad(loss, student[0])
+        assert d_hidden.isnan().any(1).nonzero()[:, 0].tolist() == [7]
+
+
+def test_teacher_in_another_dtype():
+    """Student and teacher may be served by different backends."""
+    student, teacher, mask = inputs()
+    exact = reference(student, teacher, mask, "jsd").sum()
+    wanted = torch.autograd.grad(exact, student)
+    for own, other in itertools.permutations((torch.float64, torch.float32, torch.bfloat16), 2):
+        mine = [t.detach().to(own).requires_grad_() for t in student]
+        value = ours(mine, [t.to(other) for t in teacher], mask, "jsd", reduction="sum")
+        tolerance = 0.03 if torch.bfloat16 in (own, other) else 1e-5
+        torch.testing.assert_close(value.double(), exact, rtol=tolerance, atol=0)
+        for a, b in zip(torch.autograd.grad(value, mine), wanted, strict=True):
+            assert (a - b).norm() < tolerance * b.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,6 +267,11 @@ def test_compiles_to_one_graph(reduction):
         ({"teacher_hidden": torch.zeros(3, 20)}, "teacher_hidden: expected shape"),
         ({"teacher_weight": torch.zeros(7, 20)}, "teacher_weight: .*V=300"),
         ({"mask": torch.ones(3)}, "mask: expected the shape"),
+        ({"teacher_weight": torch.ones(3)}, r"^teacher_weight: expected shape \(V, D\)"),
+        ({"teacher_bias": torch.ones(3)}, r"^teacher_bias: expected shape \(V,\)"),
+        ({"teacher_hidden": torch.ones(3, 0)}, r"^teacher_hidden: expected shape \(\.\.\., D\)"),
+        ({"teacher_softcap": -1.0}, "^teacher_softcap: expected None or"),
+        ({"teacher_logit_scale": math.inf}, "^teacher_logit_scale: expected a finite"),
     ],
 )
 def test_errors(change, said):
@@ -177,3 +279,11 @@ def test_errors(change, said):
     given = {"hidden": h, "weight": w, "teacher_hidden": th, "teacher_weight": tw, **change}
     with pytest.raises(ValueError, match=said):
         ift_kernels.linear_divergence(**given)
+
+
+def test_errors_of_dtypes_name_the_teachers_weight():
+    (h, w, _), (th, tw, _), _ = inputs(dtype=torch.float32)
+    with pytest.raises(TypeError, match="^teacher_weight: .* like teacher_hidden"):
+        ift_kernels.linear_divergence(h, w, th, tw.double())
+    with pytest.raises(TypeError, match="^teacher_weight: expected a floating point tensor"):
+        ift_kernels.linear_divergence(h, w, th, tw.long())

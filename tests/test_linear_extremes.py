@@ -5,9 +5,9 @@ import torch
 
 import dense
 import ift_kernels
-from ift_kernels import backends, linear_cross_entropy, linear_logprobs, plan
+from ift_kernels import linear_cross_entropy, linear_logprobs, plan
+from serving import BACKENDS
 
-BACKENDS = [row["name"] for row in backends.describe() if row["available"]]
 SMALL = 1 << 20
 NAN, INF = float("nan"), float("inf")
 HALF = [torch.float32, torch.bfloat16]

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 import dense
 import ift_kernels
-from ift_kernels import backends, linear_logprobs, plan
+from ift_kernels import linear_logprobs, plan
+from serving import BACKENDS
 
-BACKENDS = [row["name"] for row in backends.describe() if row["available"]]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # fp64 is served by the reference whatever the backend.
 SERVED = [(b, d) for b in BACKENDS for d in DTYPES] + [("reference", torch.float64)]

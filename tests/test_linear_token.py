@@ -7,10 +7,10 @@ import torch
 
 import dense
 import ift_kernels
-from ift_kernels import backends, linear_token
+from ift_kernels import linear_token
 from ift_kernels.backends import reference
+from serving import BACKENDS
 
-BACKENDS = [row["name"] for row in backends.describe() if row["available"]]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SERVED = [(b, d) for b in BACKENDS for d in DTYPES] + [("reference", torch.float64)]
 SMALL = 1 << 20

@@ -24,13 +24,15 @@ def logit_gradients(loss):
     return gradient, direction, logp.detach()
 
 
-BETA = 0.3
+BETA, EPS = 0.3, 0.1
 OLD = torch.tensor([[-2.0], [-2.4]], dtype=torch.float64).expand(2, 4)
 
 
 def two(chosen, rejected):
     """Factors (rows, tokens) from those of the two rows."""
-    return torch.stack([torch.as_tensor(x).double().expand(4) for x in (chosen, rejected)])
+    return torch.stack(
+        [torch.as_tensor(x, dtype=torch.float64).expand(4) for x in (chosen, rejected)]
+    )
 
 
 def ratio_factor(x, advantages=(1.0, -0.7)):
@@ -42,6 +44,16 @@ def ratio_factor(x, advantages=(1.0, -0.7)):
 
 def sigmoid(h):
     return 1 / (1 + math.e**-h)
+
+
+def slope(h):
+    return sigmoid(h) * sigmoid(-h)
+
+
+def discopop(h, tau=0.5):
+    m, logistic, exponential = sigmoid(h / tau), torch.log1p((-h).exp()), (-h).exp()
+    turning = m * (1 - m) * (logistic - exponential) / tau
+    return (1 - m) * sigmoid(-h) + m * exponential + turning
 
 
 def orpo_factor(x):
@@ -90,6 +102,56 @@ TABLE = {
     "IPO": (
         lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="ipo"),
         lambda x: 2 * (1 / (2 * BETA) - h(x) / BETA) * two(1.0, -1.0),
+    ),
+    "DPO conservative": (
+        lambda x, m: losses.dpo_loss(x, m, beta=BETA, label_smoothing=EPS),
+        lambda x: BETA * (sigmoid(-h(x)) - EPS) * two(1.0, -1.0),
+    ),
+    "DPO robust": (
+        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="robust", label_smoothing=EPS),
+        lambda x: BETA * ((1 - EPS) * sigmoid(-h(x)) + EPS * sigmoid(h(x))) / (1 - 2 * EPS)
+        * two(1.0, -1.0),
+    ),
+    "EXO": (
+        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="exo", label_smoothing=EPS),
+        lambda x: BETA * sigmoid(h(x)) * sigmoid(-h(x)) * (math.log((1 - EPS) / EPS) - h(x))
+        * two(1.0, -1.0),
+    ),
+    "NCA": (
+        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="nca"),
+        lambda x: two(
+            BETA * (sigmoid(-BETA * x.sum(1)[0]) - sigmoid(BETA * x.sum(1)[0]) / 2),
+            -BETA * sigmoid(BETA * x.sum(1)[1]) / 2,
+        ),
+    ),
+    "BCO": (
+        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="bco"),
+        lambda x: two(
+            BETA * sigmoid(-BETA * x.sum(1)[0]), -BETA * sigmoid(BETA * x.sum(1)[1])
+        ),
+    ),
+    "SPPO": (
+        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="sppo"),
+        lambda x: two(
+            2 * (1 / (2 * BETA) - x.sum(1)[0]), -2 * (1 / (2 * BETA) + x.sum(1)[1])
+        ),
+    ),
+    "APO-down": (
+        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="apo_down"),
+        lambda x: two(
+            BETA * (slope(h(x)) - slope(BETA * x.sum(1)[0])), -BETA * slope(h(x))
+        ),
+    ),
+    "DiscoPOP": (
+        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="discopop", discopop_tau=0.5),
+        lambda x: BETA * discopop(h(x)) * two(1.0, -1.0),
+    ),
+    "DPO with forward KL": (  # of u = -0.4 and 0.2
+        lambda x, m: losses.dpo_loss(
+            x, m, x.detach() + two(0.1, -0.05), beta=BETA, divergence="forward_kl"
+        ),
+        lambda x: BETA * sigmoid(-BETA * (math.exp(-0.2) - math.exp(0.4)))
+        * two(math.exp(0.4), -math.exp(-0.2)),
     ),
     "rejected-free": (
         lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="rejected_free"),
@@ -173,7 +235,7 @@ def test_quadrants_of_the_clip(advantage, ratio):
         (gradient,) = torch.autograd.grad(value, logprob)
         wanted = -advantage * ratio if on else 0.0
         assert gradient.item() == pytest.approx(wanted)
-        assert metrics["clip_fraction"] == (not active)
+        assert metrics["clip_fraction"] == (not on)
     dual = losses.ppo_loss(logprob, mask, a, old, dual_clip=2.0)
     torch.testing.assert_close(dual, value)
 

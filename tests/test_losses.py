@@ -106,7 +106,9 @@ def test_empty_responses_and_empty_batches(name):
 PAIRED = [name for name in LOSSES if name.startswith("dpo")] + ["cpo", "simpo", "orpo", "slic"]
 WHOLE = {  # the argument of the divisor over an optimizer step
     **dict.fromkeys([n for n in PAIRED if "aot" not in n], "num_pairs"),
-    **dict.fromkeys(["kto", "ift", "grpo", "gspo", "sapo", "luspo", "dr_grpo"], "num_rows"),
+    **dict.fromkeys(
+        ["kto", "ift", "grpo", "gspo", "sapo", "luspo", "dr_grpo", "reinforce"], "num_rows"
+    ),
     **dict.fromkeys(["sft", "dft", "bnpo", "dapo", "cispo", "ppo"], "num_items"),
 }
 
@@ -138,6 +140,63 @@ def test_accumulation(name):
     finally:
         module["ADVANTAGES"], module["DESIRABLE"] = advantages, desirable
     torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_accumulation_of_groups():
+    """RLOO compares the responses to a prompt, so that a piece of a step is whole groups."""
+    logprob, mask, old = batch(2)
+
+    def gradient(rows, **options):
+        value = losses.rloo_loss(
+            logprob[rows], mask[rows], REWARDS[rows], old[rows], group_size=3, **options
+        )
+        return torch.autograd.grad(value, logprob)[0]
+
+    parts = gradient([0, 1, 2], num_rows=6) + gradient([3, 4, 5], num_rows=6)
+    torch.testing.assert_close(parts, gradient([0, 1, 2, 3, 4, 5]), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["aot", "aot_unpaired"])
+def test_what_sorts_a_step_refuses_parts_of_it(kind):
+    logprob, _, _ = batch(2)
+    mask, reference = torch.ones(6, LENGTH), logprob.detach()[[1, 2, 0, 5, 3, 4]]
+    whole = losses.dpo_loss(logprob, mask, reference, kind=kind)
+    parts = [losses.dpo_loss(logprob[r], mask[r], reference[r], kind=kind) / PAIRS
+             for r in ([i, i + PAIRS] for i in range(PAIRS))]  # fmt: skip
+    assert abs(sum(parts) - whole) > 1e-4  # why it does
+    with pytest.raises(ValueError, match=f"num_pairs: expected None with kind '{kind}'"):
+        losses.dpo_loss(logprob, mask, reference, kind=kind, num_pairs=PAIRS)
+
+
+@pytest.mark.parametrize("desirable", [[1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
+def test_kto_of_unequal_numbers_of_rows(desirable):
+    """One desirable row to four others, and a reference point of more rows than the batch."""
+    logprob, mask, reference = (x[:5] for x in batch(5))
+    others, their_mask, their_reference = batch(6)
+    kl = losses.kto_kl(others, their_mask, their_reference)
+    ratio = ((others - their_reference) * their_mask).sum(1)
+    torch.testing.assert_close(kl, ratio.mean().clamp(min=0))
+    assert not kl.requires_grad
+    # A row without a response does not count, whatever the reference's sum of it.
+    padded = torch.cat([their_mask, torch.zeros(1, LENGTH, dtype=torch.bool)])
+    sums = torch.cat([(their_reference * their_mask).sum(1), torch.tensor([-50.0])])
+    same = losses.kto_kl(torch.cat([others, others[:1]]), padded, sums)
+    torch.testing.assert_close(same, kl)
+    metrics, wanted = {}, torch.tensor(desirable)
+    value = losses.kto_loss(
+        logprob, mask, wanted, reference, beta=0.3, kl=kl, undesirable_weight=0.5, metrics=metrics
+    )
+    u = ((logprob - reference) * mask).sum(1)
+    each = [1 - torch.sigmoid(0.3 * (x - kl)) if d else 0.5 * (1 - torch.sigmoid(0.3 * (kl - x)))
+            for x, d in zip(u, desirable, strict=True)]  # fmt: skip
+    torch.testing.assert_close(value, sum(each) / 5)
+    for name, kept in (("chosen", wanted == 1), ("rejected", wanted == 0)):
+        mean = 0.3 * u[kept].mean() if kept.any() else u.new_zeros(())
+        torch.testing.assert_close(metrics[f"reward_{name}"], mean.detach())
+    with pytest.raises(ValueError, match=r"reference: expected .*\(6,\), got \(5,\)"):
+        losses.kto_kl(others, their_mask, u.detach())
+    with pytest.raises(ValueError, match=r"desirable: expected shape \(5,\), got \(6,\)"):
+        losses.kto_loss(logprob, mask, DESIRABLE, reference)
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -222,61 +281,6 @@ def test_robust_is_an_unbiased_sigmoid():
     torch.testing.assert_close((1 - eps) * seen + eps * other, clean)
 
 
-def test_advantages():
-    rewards = torch.tensor([1.0, 2.0, 3.0, 5.0, 5.0, 5.0, torch.nan, 1.0, 3.0])
-    group = losses.group_advantages(rewards, 3)
-    torch.testing.assert_close(group[:3], torch.tensor([-1.0, 0.0, 1.0]) / 1.0001)
-    assert (group[3:7] == 0).all() and group[7] == -group[8]
-    none = losses.group_advantages(rewards, 3, scale="none")
-    assert none[:3].tolist() == [-1.0, 0.0, 1.0]
-    assert losses.rloo_advantages(rewards, 3).tolist() == [-1.5, 0, 1.5, 0, 0, 0, 0, -2, 2]
-    assert (losses.rloo_advantages(rewards[:2], 1) == 0).all()
-    mask = torch.tensor([[0, 1, 1, 1]])
-    r, v = torch.tensor([[9.0, 0.0, 0.0, 1.0]]), torch.tensor([[9.0, 0.5, 0.6, 0.7]])
-    advantages, returns = losses.gae_advantages(r, v, mask, gamma=0.9, lam=0.8)
-    d = [0.9 * 0.6 - 0.5, 0.9 * 0.7 - 0.6, 1 - 0.7]
-    wanted = [0, d[0] + 0.72 * d[1] + 0.72**2 * d[2], d[1] + 0.72 * d[2], d[2]]
-    torch.testing.assert_close(advantages, torch.tensor([wanted]))
-    torch.testing.assert_close(returns, torch.where(mask > 0, advantages + v, 0))
-    packed = losses.gae_advantages(
-        torch.cat([r[0], r[0]]), torch.cat([v[0], v[0]]), torch.cat([mask[0], mask[0]]),
-        gamma=0.9, lam=0.8, cu_seqlens=torch.tensor([0, 4, 8]),
-    )[0]  # fmt: skip
-    torch.testing.assert_close(packed, advantages[0].repeat(2))
-
-
-def test_value_loss_and_importance():
-    values = torch.tensor([[1.0, 2.0, 9.0]]).requires_grad_()
-    mask, returns = torch.tensor([[1, 1, 0]]), torch.tensor([[0.0, 3.0, 0.0]])
-    old = torch.tensor([[0.5, 2.0, 0.0]])
-    metrics = {}
-    loss = losses.value_loss(values, mask, returns, old, metrics=metrics)
-    # Clipped to 0.7 the first error would be smaller: the larger, unclipped one counts.
-    assert loss.item() == pytest.approx((1 + 1) / 2 / 2)
-    assert metrics["value_clip_fraction"] == 0
-    total = losses.ppo_loss(
-        torch.zeros(1, 3), mask, torch.ones(1), values=values, returns=returns, value_coef=0.5
-    )
-    assert total.item() == pytest.approx(-1 + 0.5 * 0.5)
-    weights = losses.importance_weights(
-        torch.log(torch.tensor([[0.5, 0.5]])), torch.log(torch.tensor([[0.4, 0.1]])),
-        torch.ones(1, 2),
-    )  # fmt: skip
-    torch.testing.assert_close(weights, torch.tensor([[1.25, 2.0]]))
-
-
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
-def test_kl_estimates(kind):
-    g = torch.Generator().manual_seed(0)
-    p, q = (torch.randn(8, generator=g, dtype=torch.float64).mul(0.3).log_softmax(-1) for _ in "pq")
-    exact = (p.exp() * (p - q)).sum()
-    estimate = (p.exp() * losses.kl_estimate(p, q, kind)).sum()
-    if kind == "k2":
-        assert estimate.item() == pytest.approx(exact.item(), rel=0.2)
-    else:
-        torch.testing.assert_close(estimate, exact)
-
-
 X = torch.zeros(2, 2)
 
 
@@ -330,3 +334,57 @@ def test_noisy_recipe():
     noisy = ift.IFTConfig.noisy(warmup_steps=10, seed=3)
     assert noisy.lam_noise and noisy.lambda_schedule == "linear" and noisy.lam == 0.2
     assert len({noisy.lam_at(step) for step in range(20)}) > 10
+
+
+@pytest.mark.parametrize("kind", ["aot", "aot_unpaired"])
+def test_sorting_leaves_empty_pairs_out(kind):
+    """A pair without tokens, anywhere in the batch, changes neither loss nor other gradients."""
+    logprob, mask, reference = batch()
+    one = losses.dpo_loss(logprob, mask, reference, kind=kind)
+    (wanted,) = torch.autograd.grad(one, logprob)
+    rows = torch.tensor([0, 6, 1, 2, 3, 6, 4, 5])  # pair 1 is the empty one
+    more = [torch.cat([x.detach(), x.new_zeros(1, LENGTH)])[rows] for x in (logprob, reference)]
+    wider = torch.cat([mask, mask.new_zeros(1, LENGTH)])[rows]
+    x = more[0].requires_grad_()
+    two = losses.dpo_loss(x, wider, more[1], kind=kind)
+    (found,) = torch.autograd.grad(two, x)
+    torch.testing.assert_close(two, one)
+    torch.testing.assert_close(found[rows != 6], wanted)
+    assert not found[rows == 6].any()
+
+
+def test_the_entropy_bonus_is_a_mean_over_the_step():
+    logprob, mask, reference = batch()
+    entropy = torch.rand_like(logprob).requires_grad_()
+    items = mask.sum()
+
+    def bonus(rows):
+        return losses.ppo_loss(
+            logprob[rows], mask[rows], ADVANTAGES[rows], reference[rows], entropy=entropy[rows],
+            entropy_coef=0.5, num_items=items,
+        )  # fmt: skip
+
+    (whole,) = torch.autograd.grad(bonus(slice(0, 6)), entropy)
+    (parts,) = torch.autograd.grad(sum(bonus(slice(i, i + 2)) for i in (0, 2, 4)), entropy)
+    torch.testing.assert_close(whole, torch.where(mask, -0.5 / items, 0).to(whole))
+    torch.testing.assert_close(parts, whole)
+
+
+def test_sums_per_row_are_not_taken_for_values_per_token():
+    logprob, mask, reference = batch()
+    with pytest.raises(ValueError, match="reference: expected"):
+        losses.grpo_loss(
+            logprob, mask, ADVANTAGES, reference, kl_coef=0.1, reference=reference.sum(1)
+        )
+    with pytest.raises(ValueError, match="old_logprob: expected"):
+        losses.ppo_loss(logprob, mask, ADVANTAGES, reference.sum(1))
+
+
+def test_options_that_a_kind_does_not_have():
+    logprob, mask, reference = batch()
+    with pytest.raises(ValueError, match="label_smoothing"):
+        losses.cpo_loss(logprob, mask, kind="hinge", label_smoothing=0.1)
+    with pytest.raises(ValueError, match="length_normalized"):
+        losses.dpo_loss(logprob, mask, reference, kind="aot", length_normalized=True)
+    with pytest.raises(ValueError, match="delta"):
+        losses.grpo_loss(logprob, mask, ADVANTAGES, reference, kind="cispo", delta=4.0)

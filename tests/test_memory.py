@@ -13,13 +13,14 @@ import ift_kernels
 from ift_kernels import (
     backends,
     linear_cross_entropy,
+    linear_divergence,
     linear_expected_embedding,
     linear_logprobs,
     linear_token,
     plan,
 )
+from serving import BACKENDS
 
-BACKENDS = [row["name"] for row in backends.describe() if row["available"]]
 MIB = 1 << 20
 
 
@@ -134,6 +135,32 @@ def test_peak_of_the_reference(operation, dtype):
         measure(operation, dense.head(1050, 12, 50257, dtype, ignored=0))
 
 
+# Rows of both heads that keep their products; a share of 16-bit gradients held; sweeps alone.
+@pytest.mark.parametrize("workspace", [40 * MIB, 24 * MIB, 2 * MIB], ids=lambda w: f"{w >> 20}MiB")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [12, 300])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_peak_of_divergence(workspace, dtype, width, reduction):
+    h = dense.head(264, width, 30000, dtype, ignored=0)  # 32 or 63 MB of products for the two
+    teacher = dense.head(264, 20, 30000, dtype, ignored=0, seed=1)
+    before = plan.ledger.held
+    with Allocations() as forward:
+        out = linear_divergence(
+            h.hidden, h.weight, teacher.hidden.detach(), teacher.weight.detach(),
+            reduction=reduction, workspace=workspace,
+        )  # fmt: skip
+    results = size(h.hidden, h.weight) if reduction == "sum" else 0
+    backend = backends.get(h.hidden).__name__
+    with ift_kernels.use_backend("cpu" if backend.endswith("cpu") else "reference"):
+        limit = allowed(h, workspace)
+    assert forward.peak - results <= limit, f"forward {forward.peak / MIB} MiB"
+    with Allocations() as backward:
+        out.sum().backward()
+    grads = 0 if reduction == "sum" else size(h.hidden.grad, h.weight.grad)
+    assert backward.peak - grads <= limit, f"backward {backward.peak / MIB} MiB"
+    assert plan.ledger.held == before
+
+
 @pytest.mark.parametrize("rule", ["greedy", "topk", "sample"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_peak_of_token_choice(name, rule):
@@ -214,3 +241,15 @@ def test_plan_says_what_is_true():
             with Allocations() as seen, ift_kernels.use_backend("cpu"):
                 linear_logprobs(h.hidden, h.weight, h.target, workspace=workspace)
             assert seen.peak <= explained.peak_bytes + 64 * 8 * 400 + MIB // 4
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backward_of_a_loss_formed_in_forward_takes_nothing(name):
+    """The gradients are there; autograd must not make zeros for the outputs that hold them."""
+    h = dense.head(300, 40, 9000)
+    with ift_kernels.use_backend(name), plan.use_schedule("forward"):
+        loss = linear_cross_entropy(h.hidden, h.weight, h.target)
+        with Allocations() as seen:
+            grads = torch.autograd.grad(loss, [h.hidden, h.weight])
+    assert seen.peak < MIB // 4, seen.peak / MIB
+    assert grads[1].any()

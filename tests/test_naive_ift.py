@@ -6,9 +6,9 @@ import torch
 import ift_kernels
 from bench import naive_ift
 from ift.losses import ift_loss
-from ift_kernels import backends, temporal_residual
+from ift_kernels import temporal_residual
+from serving import BACKENDS
 
-BACKENDS = [row["name"] for row in backends.describe() if row["available"]]
 OPTIONS = {
     "default": {},
     "softmax": {"norm": "softmax"},

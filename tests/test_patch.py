@@ -108,20 +108,6 @@ def test_labels_that_are_shifted_already():
     torch.testing.assert_close(alone.loss, plain.loss)
 
 
-def test_logits_to_keep_is_honoured_as_transformers_does():
-    model, inputs = make("llama"), batch()
-    shifted = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)[
-        :, -5:
-    ].contiguous()
-    plain, expected = loss_and_gradients(model, **inputs, shift_labels=shifted, logits_to_keep=5)
-    patch(model)
-    fused, got = loss_and_gradients(model, **inputs, shift_labels=shifted, logits_to_keep=5)
-    torch.testing.assert_close(fused.loss, plain.loss)
-    assert_close(got, expected)
-    with pytest.raises(ValueError, match="labels: expected one per hidden state"):
-        model(**inputs, logits_to_keep=5)
-
-
 def test_no_targets_at_all_give_a_zero_that_can_be_differentiated(name):
     model, inputs = patch(make(name)), batch()
     inputs["labels"].fill_(-100)

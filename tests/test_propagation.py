@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import ift_kernels
 from bench.naive_ift import naive_weights
-from ift_kernels import backends, discounted_cumsum, propagation_weights
+from ift_kernels import discounted_cumsum, propagation_weights
+from serving import BACKENDS
 
-BACKENDS = [row["name"] for row in backends.describe() if row["available"]]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = list(
     itertools.product(("loss", "logps", "mask"), ("left", "right"), ("L1", "L2", "softmax", "log"))
@@ -55,6 +55,29 @@ def test_cumsum_equals_dense(backend, length, side, gamma, dtype):
         # One rounding for half types; fp32 in the reference rounds at each of log2(T) steps.
         bound = {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps)
         assert ((got.double() - expected).abs() <= bound * scale + 1e-30).all()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("gamma", [0.0, 1e-3, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinity_and_nan_reach_the_end_of_their_document(backend, dtype, gamma, value):
+    """As ``y[t] = x[t] + gamma * y[t - 1]`` takes them, also where gamma's powers underflow."""
+    x, mask = batch(1, 3000, dtype)
+    x, mask = x[0], mask[0]
+    x[400], mask[400] = value, True
+    cu, position = torch.tensor([0, 10, 2900, 3000]), torch.arange(3000)
+    for m in (None, mask):
+        kept = torch.ones_like(mask) if m is None else m
+        for side in ("left", "right"):
+            got = discounted_cumsum(x, gamma, side, mask=m, cu_seqlens=cu)
+            reached = position <= 400 if side == "left" else position >= 400
+            reached &= (position >= 10) & (position < 2900) & kept
+            if gamma == 0:
+                reached = position == 400
+            torch.testing.assert_close(
+                got[reached], torch.full_like(got[reached], value), equal_nan=True
+            )
+            assert got[~reached].isfinite().all()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import ift_kernels
-from ift_kernels import backends, further_tokens, temporal_residual
+from ift_kernels import further_tokens, temporal_residual
+from serving import BACKENDS
 
-BACKENDS = [row["name"] for row in backends.describe() if row["available"]]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 V, E = 11, 5  # small: tokens repeat, so rows of the gradient have many parts; odd width
 

@@ -1,6 +1,7 @@
 """The schedules of the head are different ways to the same numbers, inside the same budget."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,31 @@ def test_forward_gradients_are_not_recomputed(monkeypatch):
         calls.clear()
         loss.backward()
     assert not calls
+
+
+def test_two_blocks_of_tokens_round_bfloat16_once_more_and_no_more():
+    hidden, weight, bias, target = head(512, 64, 8192, torch.bfloat16)
+    for workspace, blocks in ((64 << 20, 1), (8 << 20, 2)):
+        problem = plan.Problem(
+            439, 8192, 64, torch.bfloat16, workspace, True, True, True, scalar=True, transpose=True
+        )
+        made = plan.make(problem, schedule="forward")
+        assert (made.schedule, -(-439 // made.tile_rows)) == ("forward", blocks)
+    # Seven blocks would round seven times: recomputed instead.
+    tight = plan.make(replace(problem, workspace=3 << 20), schedule="forward")
+    assert tight.schedule != "forward"
+
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
+    dense = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T + exact[2], target)
+    wanted = torch.autograd.grad(dense, exact[:2])
+    errors = []
+    for workspace in (64 << 20, 8 << 20):
+        with K.use_schedule("forward"):
+            loss = K.linear_cross_entropy(hidden, weight, target, bias=bias, workspace=workspace)
+        got = torch.autograd.grad(loss, [hidden, weight])
+        errors.append([distance(a, b) for a, b in zip(got, wanted, strict=True)])
+    assert errors[1][0] <= 1.1 * errors[0][0]
+    assert errors[1][1] <= 1.5**0.5 * errors[0][1]
 
 
 def test_gradients_accumulate_over_calls():
@@ -164,6 +190,10 @@ def test_nan_stays_in_its_row(dtype, width, vocabulary):
             (d_hidden,) = torch.autograd.grad(stats.logprob.sum(), hidden)
         assert stats.logprob.isnan().nonzero().flatten().tolist() == [10]
         assert d_hidden.isnan().any(1).nonzero().flatten().tolist() == [10]
+        with K.use_schedule(schedule):
+            loss = K.linear_cross_entropy(hidden, weight, target, workspace=1 << 20)
+            (of_loss,) = torch.autograd.grad(loss, hidden)
+        assert of_loss.isnan().any(1).nonzero().flatten().tolist() == [10]
         soft = K.linear_expected_embedding(hidden, weight, weight)
         (d_hidden,) = torch.autograd.grad(soft.sum(), hidden)
         assert soft.isnan().any(1).nonzero().flatten().tolist() == [10]

@@ -8,10 +8,11 @@ import torch
 import transformers as hf
 from torch.utils.data import Dataset
 
-from causal_lms import V, assert_close, join, leave, make
+from causal_lms import V, assert_close, make
 from ift.config import IFTConfig
 from ift.integrations.transformers import IFTTrainer
 from ift.patching import patch
+from processes import join, leave, start
 
 # Response lengths differ, and one row has none: means over rows, tokens and batches all differ.
 LENGTHS = [3, 0, 7, 5]
@@ -102,7 +103,8 @@ def test_accumulated_rows_are_one_batch(tmp_path, config, size):
         per_device_train_batch_size=size,
         gradient_accumulation_steps=4 // size,
     )
-    assert_close(parts.gradients[0], whole.gradients[0], 1e-6)
+    # Rows of other lengths are aligned otherwise, so sums come in another order.
+    assert_close(parts.gradients[0], whole.gradients[0], 1e-5)
     loss = [t.state.log_history[0]["loss"] for t in (parts, whole)]
     assert loss[0] == pytest.approx(loss[1], rel=1e-5)
 
@@ -300,11 +302,10 @@ def test_a_forward_that_was_replaced_is_noticed(tmp_path):
         trainer.train()
 
 
-def two_processes(rank, directory):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+def two_processes(rank, processes, directory):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, not used
-    torch.set_num_threads(1)
-    join(rank, 2, directory)
+    join(rank, processes, directory)
     for name in ("sft", "ift"):
         trainer = trained(
             directory, CONFIGS[name], per_device_train_batch_size=1, gradient_accumulation_steps=2
@@ -318,7 +319,7 @@ def two_processes(rank, directory):
 
 def test_two_processes_are_one(tmp_path):
     """Rows 0 and 2 in one process, 1 (without response) and 3 in the other, one at a time."""
-    torch.multiprocessing.spawn(two_processes, (str(tmp_path),), nprocs=2)
+    start(two_processes, 2, tmp_path)
     for name in ("sft", "ift"):
         one = trained(tmp_path / "one", CONFIGS[name])
         assert_close(torch.load(tmp_path / f"{name}.pt"), one.gradients[0])

@@ -132,6 +132,36 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Release());
 
+  py::class_<ift::DivergenceRows>(m, "DivergenceRows")
+      .def(py::init([](int kind, float beta, uintptr_t norm, int64_t norm_ld, uintptr_t value,
+                       uintptr_t centre, uintptr_t upstream) {
+        return ift::DivergenceRows{kind,
+                                   beta,
+                                   at<const float>(norm),
+                                   norm_ld,
+                                   at<double>(value),
+                                   at<double>(centre),
+                                   at<const float>(upstream)};
+      }));
+  m.def(
+      "divergence_terms",
+      [](const Chunk& student, const Chunk& teacher, const ift::DivergenceRows& rows) {
+        ift::epilogues().divergence_terms(student, teacher, rows);
+      },
+      Release());
+  m.def(
+      "divergence_gradient",
+      [](const Chunk& student, const Chunk& teacher, const ift::DivergenceRows& rows) {
+        ift::epilogues().divergence_gradient(student, teacher, rows);
+      },
+      Release());
+  m.def(
+      "transpose",
+      [](const Chunk& c, uintptr_t out, int64_t out_ld) {
+        ift::epilogues().transpose(c, at<void>(out), out_ld);
+      },
+      Release());
+
   // Scans and the temporal residual: whole operations rather than epilogues.
   m.def(
       "scan",

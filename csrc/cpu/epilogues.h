@@ -54,6 +54,21 @@ struct ActiveRows {
   int64_t base_ld;
 };
 
+// The same order as ift_kernels/backends/reference_divergence.py.
+enum Divergence : int { kForwardKL, kReverseKL, kJensenShannon };
+
+// What the divergence of two heads needs to know of each row, or adds to it: norm (4, N), the
+// student's maximum and log-sum, then the teacher's.
+struct DivergenceRows {
+  int kind;
+  float beta;
+  const float* norm;
+  int64_t norm_ld;
+  double* value;          // summed; for the gradient null, or of kForwardKL
+  double* centre;         // summed with the value, read for the gradient; not of kForwardKL
+  const float* upstream;  // for the gradient
+};
+
 struct Epilogues {
   void (*stats)(const Chunk&, const int64_t* target, double* state, int64_t state_ld,
                 int64_t* argmax, int track);
@@ -76,6 +91,11 @@ struct Epilogues {
                        int out_dtype, void* out, bool accumulate, int threads);
   void (*tile_sums)(int dtype, const void* matrix, int64_t count, int64_t width, int64_t ld,
                     int64_t tile, float* sums, int threads);
+  // Two heads at once: see isa/divergence.cpp.
+  void (*divergence_terms)(const Chunk& student, const Chunk& teacher, const DivergenceRows&);
+  void (*divergence_gradient)(const Chunk& student, const Chunk& teacher, const DivergenceRows&);
+  // Of 16-bit elements, to (cols, out_ld >= rows).
+  void (*transpose)(const Chunk&, void* out, int64_t out_ld);
 };
 
 // The table for the best instruction set of this machine, or the one named by IFT_CPU_ISA.

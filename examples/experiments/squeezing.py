@@ -13,7 +13,8 @@ from examples.experiments.page import Page, main
 from ift import plotting
 from ift_kernels import influence
 
-V, D, STEPS, EPSILON = 50, 5, 50, 0.5
+# Together as long as takes the peaked case's argmax from .763 to near the published .986.
+V, D, STEPS, EPSILON = 50, 5, 50, 0.07
 
 
 def logits(kind: str, generator: torch.Generator) -> Tensor:

@@ -2,8 +2,9 @@
 
 A backend is a module that implements the same small set of epilogues and scans; the schedules that
 drive them (`ift_kernels.engine`) do not know which one they are talking to. The choice is by device
-first, then by what is available, and can be overridden with the environment variable
-``IFT_BACKEND`` or the context manager `use_backend`.
+first, then by what is available, then, operation by operation, by what was measured to be faster
+(`choice`). The environment variable ``IFT_BACKEND`` or the context manager `use_backend` overrides
+it.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels.backends import cpu, reference
+from ift_kernels.backends import choice, cpu, cuda, reference, triton
 
 # In order of preference; `reference` serves whatever nothing else does.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu, "triton": triton, "cuda": cuda, "reference": reference
+}  # fmt: skip
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("ift_backend", default=None)
 
@@ -68,10 +71,11 @@ def get(tensor: Tensor, dtype: torch.dtype | None = None) -> Any:
         if why_not and dtype != torch.float64:  # fp64 always goes through the reference
             raise RuntimeError(f"backend {name!r} was asked for but cannot serve: {why_not}")
         return reference if why_not else BACKENDS[name]
-    for backend in BACKENDS.values():
-        if not backend.why_not(tensor.device, dtype):
-            return backend
-    return reference
+    serving = ((n, b) for n, b in BACKENDS.items() if not b.why_not(tensor.device, dtype))
+    if not choice.FASTER:
+        return next(serving, ("", reference))[1]  # without asking the others
+    found = dict(serving)
+    return choice.faster(found, tensor.device) if found else reference
 
 
 def describe() -> list[dict[str, Any]]:

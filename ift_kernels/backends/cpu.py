@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels.backends import reference
+from ift_kernels.backends import cpu_memory, reference
 from ift_kernels.transform import LogitTransform
 
 try:
@@ -57,11 +57,14 @@ def wants_transpose(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2
 
 
-def fresh(tensor: Tensor) -> Tensor:
-    """`tensor`, just allocated and not yet touched: large ones get huge pages."""
-    if tensor.numel() * tensor.element_size() >= 1 << 22:
-        _cpu.advise_huge_pages(tensor.data_ptr(), tensor.untyped_storage().nbytes())
-    return tensor
+def scratch(like: Tensor, elements: int) -> Tensor:
+    """Work memory in the dtype of `like`; a later call may have it as soon as this one is done."""
+    memory, new = cpu_memory.empty(like, elements)
+    # Only where the pages stay: those given back come from the host of a virtual machine each time,
+    # and a huge one then takes ten times longer than the small ones in its place.
+    if new and memory.untyped_storage().nbytes() >= 1 << 22:
+        _cpu.advise_huge_pages(memory.data_ptr(), memory.untyped_storage().nbytes())
+    return memory
 
 
 def rows(matrix: Tensor, columns: int | None = None) -> None:
@@ -288,3 +291,4 @@ def _residual_tokens(
 
 
 from ift_kernels.backends.cpu_active import *  # noqa: E402,F403  the active set
+from ift_kernels.backends.cpu_divergence import *  # noqa: E402,F403  divergence of two heads

@@ -9,6 +9,45 @@ from ift_kernels.backends import cpu, reference_active
 from ift_kernels.transform import LogitTransform
 
 
+def collected(
+    x: Tensor, marks: Tensor, reference: Tensor, tile: int, store: Tensor, sums: Tensor
+) -> tuple[int, int, int]:
+    """Blocks, tail tiles and block of an `active_collect`, once its tensors are checked."""
+    cpu.vectors(x.shape[0], reference)
+    blocks, tiles, block = -(-x.shape[0] // store.shape[1]), -(-x.shape[1] // tile), store.shape[1]
+    if marks.shape != (blocks, x.shape[1]) or not marks.is_contiguous():
+        raise RuntimeError(f"marks: {tuple(marks.shape)} for {tuple(x.shape)}, blocks of {block}")
+    if not store.is_contiguous() or store.dtype != x.dtype or block % 32:
+        raise RuntimeError(f"store: {store.dtype} {tuple(store.shape)}")
+    if sums.shape != (3, tiles, x.shape[0]) or sums.dtype != torch.float32:
+        raise RuntimeError(f"sums: {sums.dtype} {tuple(sums.shape)}")
+    return blocks, tiles, block
+
+
+def stored(
+    store: Tensor,
+    pairs: Tensor,
+    rows: int,
+    bias: Tensor | None,
+    target: Tensor,
+    norm: Tensor,
+    coef: Tensor,
+    base: Tensor,
+) -> int:
+    """The block of an `active_gradient_`, once its tensors are checked."""
+    block, padded = store.shape[1], -(-rows // store.shape[1]) * store.shape[1]
+    for matrix in (norm, coef, base):
+        cpu.rows(matrix, padded)
+        if matrix.dtype != torch.float32:
+            raise RuntimeError(f"expected float32 rows, got {matrix.dtype}")
+    cpu.vectors(rows, target)
+    if bias is not None and not bias.is_contiguous():
+        raise RuntimeError("bias: expected contiguous")
+    if pairs.shape != (store.shape[0], 2) or not pairs.is_contiguous() or block % 32:
+        raise RuntimeError(f"pairs: {tuple(pairs.shape)} for a store of {tuple(store.shape)}")
+    return block
+
+
 def active_marks(
     x: Tensor,
     bias: Tensor | None,
@@ -39,14 +78,7 @@ def active_collect(
     sums: Tensor,
 ) -> None:
     reference = reference.float()
-    cpu.vectors(x.shape[0], reference)
-    blocks, tiles, block = -(-x.shape[0] // store.shape[1]), -(-x.shape[1] // tile), store.shape[1]
-    if marks.shape != (blocks, x.shape[1]) or not marks.is_contiguous():
-        raise RuntimeError(f"marks: {tuple(marks.shape)} for {tuple(x.shape)}, blocks of {block}")
-    if not store.is_contiguous() or store.dtype != x.dtype or block % 32:
-        raise RuntimeError(f"store: {store.dtype} {tuple(store.shape)}")
-    if sums.shape != (3, tiles, x.shape[0]) or sums.dtype != torch.float32:
-        raise RuntimeError(f"sums: {sums.dtype} {tuple(sums.shape)}")
+    _, _, block = collected(x, marks, reference, tile, store, sums)
     out = sums.contiguous()
     cpu.extension().active_collect(
         cpu.chunk(x, bias, transform, 0),
@@ -76,16 +108,7 @@ def active_gradient_(
     tile: int,
     row_major: Tensor | None = None,
 ) -> None:
-    block, padded = store.shape[1], -(-rows // store.shape[1]) * store.shape[1]
-    for matrix in (norm, coef, base):
-        cpu.rows(matrix, padded)
-        if matrix.dtype != torch.float32:
-            raise RuntimeError(f"expected float32 rows, got {matrix.dtype}")
-    cpu.vectors(rows, target)
-    if bias is not None and not bias.is_contiguous():
-        raise RuntimeError("bias: expected contiguous")
-    if pairs.shape != (store.shape[0], 2) or not pairs.is_contiguous() or block % 32:
-        raise RuntimeError(f"pairs: {tuple(pairs.shape)} for a store of {tuple(store.shape)}")
+    block = stored(store, pairs, rows, bias, target, norm, coef, base)
     if row_major is not None and not row_major.is_contiguous():
         raise RuntimeError("row_major: expected contiguous")
     cpu.extension().active_gradient(

@@ -37,9 +37,9 @@ def wants_transpose(dtype: torch.dtype) -> bool:
     return False
 
 
-def fresh(tensor: Tensor) -> Tensor:
-    """`tensor`, just allocated: what the backend wants done before it is first touched."""
-    return tensor
+def scratch(like: Tensor, elements: int) -> Tensor:
+    """Uninitialised work memory in the dtype and on the device of `like`."""
+    return like.new_empty(elements)
 
 
 def new_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -215,4 +215,5 @@ def probabilities_(x: Tensor, bias: Tensor | None, transform: LogitTransform, no
 
 
 from ift_kernels.backends.reference_active import *  # noqa: E402,F403  the active set
+from ift_kernels.backends.reference_divergence import *  # noqa: E402,F403  divergence of two heads
 from ift_kernels.backends.reference_scan import *  # noqa: E402,F403  scans, residual

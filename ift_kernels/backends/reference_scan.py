@@ -36,11 +36,12 @@ def scan(
         start, end = cu_seqlens[document - 1], cu_seqlens[document]
     ahead = end - 1 - position if left else position - start  # how many positions a sum may reach
     reach = 1
-    # γ^reach of 0 ends the sum early, and keeps γ = 0 the identity beside NaN or infinity.
-    while reach < length and (factor := gamma**reach) != 0.0:
+    while reach < length and gamma != 0.0:  # 0 is the identity, also beside NaN or infinity
         # The wrapped-around part of the roll is outside every document, as is a neighbour's.
         further = y.roll(-reach if left else reach, dims=1)
-        y = y + torch.where(ahead >= reach, factor * further, 0)
+        # γ^reach may underflow, and 0 · ∞ is NaN where the recurrence has ∞.
+        scaled = torch.where(further.isfinite(), gamma**reach * further, further)
+        y = y + torch.where(ahead >= reach, scaled, 0)
         reach *= 2
     if mask is not None:
         y = torch.where(mask, y, 0)

@@ -54,6 +54,8 @@ class IFTConfig:
         seed: of the λ noise and of rule "sample", a non-negative integer below 2**63.
         step: the optimizer step of this forward, at least 0; the trainer sets it with `replace`.
         num_rows: rows with response tokens in the whole optimizer step, as in `ift_loss`.
+        share_prompt: run prompts once for both passes where that gives the same; with less memory
+            and time. False: two full passes always.
         workspace: bytes of work memory of the head operations, from 1 MiB; None: their default.
 
     Raises:
@@ -78,12 +80,13 @@ class IFTConfig:
     seed: int = 0
     step: int = 0
     num_rows: float | Tensor | None = None
+    share_prompt: bool = True
     workspace: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("lam", "gamma", "min_lam"):
             checks.unit_interval(name, getattr(self, name))
-        for name in ("detach_weights", "embedding_grad", "lam_noise"):
+        for name in ("detach_weights", "embedding_grad", "lam_noise", "share_prompt"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
         check_objective(self.objective, self.propagation, self.side, self.norm)

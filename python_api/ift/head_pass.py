@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ift.documents import IGNORE_INDEX
-from ift_kernels import ActiveSet, TokenStats, linear_logprobs
+from ift_kernels import ActiveSet, TokenStats, linear_logprobs, vocab_parallel_logprobs
 from ift_kernels.transform import LogitTransform
+from ift_kernels.vocab_parallel import is_sharded, whole
 
 Answer = Callable[[Tensor, Tensor, "Tensor | None"], Any]  # (hidden, weight, bias) → anything
 
@@ -52,20 +53,33 @@ class HeadForward:
         if question is None or question.head is not self.head:
             return nn.Linear.forward(self.head, input)
         weight, bias = self.head.weight, self.head.bias
-        if hasattr(weight, "full_tensor"):
-            raise NotImplementedError(
-                f"head weight: expected a plain tensor inside the head's forward, got "
-                f"{type(weight).__name__}: tensor-parallel heads are not supported"
+        shape = getattr(weight, "ds_shape", None)
+        if shape is not None and weight.shape != shape:
+            raise RuntimeError(
+                f"{type(self.head).__name__}: its weight is partitioned by DeepSpeed "
+                f"ZeRO-3; expected its ds_shape {tuple(shape)} here, got {tuple(weight.shape)}"
             )
-        question.answers.append(question.answer(input, weight, bias))
+        hidden = whole(input, weight)
+        question.answers.append(question.answer(hidden, weight, bias))
         if question.stand_in is not None:
-            return question.stand_in.to(input.device)
+            return _like_logits(question.stand_in.to(hidden.device), weight)
         logprob: Tensor | None = getattr(question.answers[-1], "logprob", None)
         if logprob is None or not logprob.requires_grad:
-            return input.new_empty((*input.shape[:-1], 0))
+            return _like_logits(hidden.new_empty((*hidden.shape[:-1], 0)), weight)
         # Empty, but of the answer's graph: sharding gathers the weight for backward when a gradient
         # reaches the head's output, which therefore has to lie between the loss and the answer.
-        return logprob[..., None][..., :0].to(input.dtype)
+        return _like_logits(logprob[..., None][..., :0].to(hidden.dtype), weight)
+
+
+def _like_logits(stand_in: Tensor, weight: Tensor) -> Tensor:
+    """As the head returns it: a DTensor if its weight is one."""
+    if not is_sharded(weight):
+        return stand_in
+    from torch.distributed.tensor import DTensor, Replicate
+
+    sharded: Any = weight
+    made: Tensor = DTensor.from_local(stand_in, sharded.device_mesh, [Replicate()])
+    return made
 
 
 def plain_head(model: nn.Module) -> nn.Linear:
@@ -79,7 +93,8 @@ def plain_head(model: nn.Module) -> nn.Linear:
     head: Any = find() if callable(find) else None
     chosen = getattr(head, "modules_to_save", None)  # PEFT: a trained copy beside the original
     if chosen is not None:
-        head = chosen[next(iter(head.active_adapters))]
+        off = getattr(head, "disable_adapters", False)
+        head = head.original_module if off else chosen[next(iter(head.active_adapters))]
     if head is None:
         raise TypeError(f"model: expected a causal LM with an output head, {name} has none")
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
@@ -128,7 +143,9 @@ def head_pass(
         nonlocal losses
         losses += 1
         assert loss is not None
-        return loss(question.answers[-1]) + logits.sum()  # of nothing: see HeadForward
+        empty: Any = logits.sum()  # see HeadForward
+        nothing: Tensor = empty.full_tensor() if is_sharded(empty) else empty
+        return loss(question.answers[-1]) + nothing
 
     config = getattr(model, "config", None)
     if not kwargs.get("return_dict", getattr(config, "return_dict", True)):
@@ -184,6 +201,9 @@ def token_stats(
     transform: LogitTransform,
     gradient: str | ActiveSet = "auto",
     workspace: int | None = None,
+    *,
+    outputs: tuple[str, ...] = ("logprob", "entropy", "argmax"),
+    temperature: float = 1.0,
 ) -> Callable[[Tensor, Tensor, Tensor | None], TokenStats]:
     """The answer that losses are made of: each target's cost, and two statistics for the logs.
 
@@ -199,13 +219,15 @@ def token_stats(
             )
         frozen = not any(p is not None and p.requires_grad for p in (weight, bias))
         own = "active" if frozen else "exact"
-        return linear_logprobs(
+        operation = vocab_parallel_logprobs if is_sharded(weight) else linear_logprobs
+        return operation(
             hidden,
             weight,
             target.reshape(hidden.shape[:-1]).to(hidden.device),
             bias=bias,
             ignore_index=IGNORE_INDEX,
-            outputs=("logprob", "entropy", "argmax"),
+            temperature=temperature,
+            outputs=outputs,
             gradient=own if gradient == "auto" else gradient,
             workspace=workspace,
             **transform_options(transform),
@@ -255,7 +277,8 @@ def measure_transform(
         output, _ = head_pass(
             model, forward, kwargs, lambda *_: None, stand_in=values.view(1, 1, width)
         )
-    made = output.logits.detach().cpu()
+    made = output.logits.detach()
+    made = (made.full_tensor() if is_sharded(made) else made).cpu()
     if made.shape == (1, 1, width) and made.dtype in (torch.float32, torch.float64):
         made = made.flatten().double()
         top, small = made[:2].tolist()

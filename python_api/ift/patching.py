@@ -81,8 +81,13 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
         base.forward = _Forward(base)
     if gradient is not None:
         getattr(base, _STATE).gradient = gradient
-    if "forward" not in head.__dict__:
-        head.forward = HeadForward(head)  # type: ignore[method-assign]  # the point of patching
+    # PEFT's original beside its trained copy, too: adapters may be switched off.
+    wrapper: Any = base.get_output_embeddings()  # type: ignore[operator]  # plain_head has called it
+    other = getattr(wrapper, "original_module", head)
+    heads: tuple[Any, ...] = (head, other)
+    for each in heads:
+        if "forward" not in each.__dict__:
+            each.forward = HeadForward(each)
     return model
 
 
@@ -128,6 +133,8 @@ class _State:
     transform: LogitTransform | None = None  # measured at the first loss
     gradient: str | ActiveSet = "auto"  # of the head
     embeds_checked: bool = False
+    share: bool | None = None
+    told: set[str] = field(default_factory=set)
     draws: two_pass.Draws = field(default_factory=two_pass.Draws)
 
 
@@ -163,7 +170,7 @@ class _Forward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        original = inspect.signature(_original(self.model))
+        original = inspect.signature(original_forward(self.model))
         extra = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
             for name in ("ift", "skip_logits", "loss")
@@ -173,9 +180,22 @@ class _Forward:
         return original.replace(parameters=[*parameters[:at], *extra, *parameters[at:]])
 
 
-def _original(model: nn.Module) -> Callable[..., Any]:
+def original_forward(model: nn.Module) -> Callable[..., Any]:
+    """The forward that a patched model had before."""
     previous: Callable[..., Any] | None = getattr(model, _STATE).previous
     return MethodType(type(model).forward, model) if previous is None else previous
+
+
+def logit_transform(model: nn.Module, kwargs: dict[str, Any]) -> LogitTransform:
+    """What a patched model does to its logits, measured with the inputs in `kwargs` the first time.
+
+    Raises:
+        RuntimeError: it does something that `ift.patch` does not know.
+    """
+    state: _State = getattr(model, _STATE)
+    if state.transform is None:
+        state.transform = measure_transform(model, original_forward(model), _two_tokens(kwargs))
+    return state.transform
 
 
 def _forward(
@@ -190,7 +210,7 @@ def _forward(
         raise ValueError("loss: expected a function, without ift and without skip_logits=False")
     if not isinstance(ift, (IFTConfig, NoneType)):
         raise TypeError(f"ift: expected an ift.IFTConfig or None, got {type(ift).__name__}")
-    original = _original(model)
+    original = original_forward(model)
     names = inspect.signature(original).parameters
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     if kwargs.get("labels") is None and skip_logits and kwargs.get("shift_labels") is not None:
@@ -211,8 +231,7 @@ def _forward(
         raise ValueError(f"labels: expected (B, T) token ids with {asked}, got None")
 
     state = getattr(model, _STATE)
-    if state.transform is None:
-        state.transform = measure_transform(model, original, _two_tokens(kwargs))
+    logit_transform(model, kwargs)
     if ift is None:
         output, metrics = _one_pass(model, original, kwargs, state, loss)
     else:
@@ -232,6 +251,12 @@ def _one_pass(
     num_items_in_batch."""
     target = kwargs.get("shift_labels")
     if target is None:
+        # Of as many positions as there are labels, perhaps, but of others.
+        if isinstance(kwargs.get("logits_to_keep"), Tensor):
+            raise ValueError(
+                f"shift_labels: expected the targets of the positions that {type(model).__name__} "
+                "keeps with logits_to_keep, got None"
+            )
         target = shifted_targets(kwargs["labels"])
     num_items = kwargs.get("num_items_in_batch")
 

@@ -64,12 +64,19 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: str | Path, title: str 
         schedule.set(title="schedules", xlabel="step", ylim=(0, None))
         schedule.set_ylabel("learning rate", color=GREEN)
         if any(record.get("lam") is not None for record in records):
-            right = schedule.twinx()
-            draw(right, records, "lam", color=PURPLE)
-            right.set(ylim=(0, 1))
-            right.set_ylabel("λ", color=PURPLE)
-            right.grid(False)
-            right.spines.right.set_visible(True)
+            _right_axis(schedule, records, "lam", "λ", PURPLE, 1)
+
+
+def _right_axis(
+    axes: Any, records: Sequence[Mapping[str, Any]], key: str, label: str, color: str, top: float
+) -> None:
+    """`key` in the panel `axes`, on a second axis from 0 to `top`."""
+    right = axes.twinx()
+    draw(right, records, key, color=color)
+    right.set(ylim=(0, top))
+    right.set_ylabel(label, color=color)
+    right.grid(False)
+    right.spines.right.set_visible(True)
 
 
 def _draw_pairs(panels: Sequence[Any], records: Sequence[Mapping[str, Any]]) -> None:
@@ -87,12 +94,7 @@ def _draw_pairs(panels: Sequence[Any], records: Sequence[Mapping[str, Any]]) -> 
     margin.set(title="reward margin", xlabel="step")
     margin.set_ylabel("chosen less rejected", color=BLUE)
     if any(record.get("reward_accuracy") is not None for record in records):
-        right = margin.twinx()
-        draw(right, records, "reward_accuracy", color=GREEN)
-        right.set(ylim=(0, 1.02))
-        right.set_ylabel("share right", color=GREEN)
-        right.grid(False)
-        right.spines.right.set_visible(True)
+        _right_axis(margin, records, "reward_accuracy", "share right", GREEN, 1.02)
     for axes in panels:
         if axes.has_data() and axes.get_legend_handles_labels()[0]:
             axes.legend()

@@ -7,14 +7,17 @@ gradient: the same batch, whose input embeddings are a little of that. The loss 
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from ift import prefix
 from ift.documents import IGNORE_INDEX, boundaries, document_starts, shifted_targets
 from ift.head_pass import (
     evaluating,
@@ -24,6 +27,7 @@ from ift.head_pass import (
     token_stats,
     transform_options,
 )
+from ift.input_embeddings import embedding_table, is_bare_table, per_layer_inputs
 from ift.losses import ift_loss
 from ift_kernels import (
     ActiveSet,
@@ -32,12 +36,15 @@ from ift_kernels import (
     linear_expected_embedding,
     linear_token,
     temporal_residual,
+    vocab_parallel_logprobs,
 )
 from ift_kernels.transform import LogitTransform
+from ift_kernels.vocab_parallel import is_sharded
 
 if TYPE_CHECKING:
     from ift.config import IFTConfig
 
+logger = logging.getLogger(__name__)
 Forward = Callable[..., Any]
 
 
@@ -67,6 +74,8 @@ class State(Protocol):
     transform: LogitTransform | None
     gradient: str | ActiveSet  # of the head
     embeds_checked: bool  # once, that inputs_embeds serve this model
+    share: bool | None  # may its prompts be shared? None: not found out yet
+    told: set[str]  # what was said once
     draws: Draws
 
 
@@ -90,14 +99,20 @@ def ift_forward(
         state.embeds_checked = True
 
     lam = config.lam_at(config.step)
+    batch = (ids, labels, target)
+    shared = _shared_prompt(model, forward, kwargs, batch, lam, config, state)
+    if shared is not None:
+        batch, kwargs = shared.batch, shared.second
+        target = batch[2]
     predicted = None
     if lam > 0.0:  # else nothing would be mixed in
         answer = _prediction(model, target != IGNORE_INDEX, config, state)
-        given = {k: v for k, v in kwargs.items() if k not in _FIRST_PASS_DROPS}
+        given = kwargs if shared is None else shared.first
+        given = {k: v for k, v in given.items() if k not in _FIRST_PASS_DROPS}
         with torch.no_grad():
-            _, predicted = head_pass(model, forward, {**given, "input_ids": ids}, answer)
-    batch = (ids, labels, target)
+            _, predicted = head_pass(model, forward, {**given, "input_ids": batch[0]}, answer)
     kwargs["inputs_embeds"] = _mixed(model, batch, predicted, lam, config, cu_seqlens)
+    kwargs |= per_layer_inputs(model, batch[0])
 
     def loss(stats: TokenStats) -> Tensor:
         assert stats.logprob is not None
@@ -116,7 +131,67 @@ def ift_forward(
 
     ask = token_stats(target, transform, state.gradient, config.workspace)
     output, stats = head_pass(model, forward, kwargs, ask, loss=loss)
+    if shared is not None:  # its cache was a means
+        output = type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
     return output, token_metrics(stats, target)
+
+
+class _Shared(NamedTuple):
+    """What is left of both passes once the prompts have run."""
+
+    batch: tuple[Tensor, Tensor, Tensor]  # ids, labels, target of the columns that are left
+    first: dict[str, Any]  # arguments of pass 1, but for its ids
+    second: dict[str, Any]  # arguments of pass 2, but for its embeddings
+
+
+def _shared_prompt(
+    model: Any,
+    forward: Forward,
+    kwargs: dict[str, Any],
+    batch: tuple[Tensor, Tensor, Tensor],
+    lam: float,
+    config: IFTConfig,
+    state: State,
+) -> _Shared | None:
+    """Run the prompts once for both passes; None where that cannot serve, which is said once."""
+    if not config.share_prompt or lam == 0.0:
+        return None
+    reason = prefix.why_not(model, kwargs)
+    ids, labels, _ = batch
+    if not reason and state.share is None:
+        state.share = prefix.serves(model, forward, ids)
+    if not reason and not state.share:
+        reason = "it gives other results from a cache, or its cache is not one of keys and values"
+    if reason:
+        if reason not in state.told:
+            state.told.add(reason)
+            logger.warning(
+                "%s: IFT runs its prompts in both passes: %s", type(model).__name__, reason
+            )
+        return None
+    rows = prefix.aligned(ids, labels, kwargs.get("attention_mask"))
+    moved = rows is not None and rows.positions is not None
+    if rows is None or (moved and "position_ids" not in inspect.signature(forward).parameters):
+        return None  # this batch cannot, the next one may
+    start = rows.start
+    at: list[dict[str, Tensor]] = [{}, {}]
+    if rows.positions is not None:
+        at = [{"position_ids": p} for p in (rows.positions[:, :start], rows.positions[:, start:])]
+    given = {k: v for k, v in kwargs.items() if k != "labels"} | {"use_cache": True}
+    # The embeddings of prompts are as free of gradient as those that are mixed.
+    with torch.set_grad_enabled(config.embedding_grad and torch.is_grad_enabled()):
+        prompt = model.get_input_embeddings()(rows.ids[:, :start])
+    given |= {"inputs_embeds": prompt, "attention_mask": rows.mask[:, :start], **at[0]}
+    output, _ = head_pass(model, forward, given, lambda *_: None)
+    layers = prefix.cached_layers(output.get("past_key_values"))
+    assert layers is not None  # prefix.serves has seen one
+    target = shifted_targets(rows.labels)[:, start:]
+    left = {**kwargs, "labels": rows.labels[:, start:], "attention_mask": rows.mask, **at[1]}
+    first, second = (
+        {**left, "use_cache": True, "past_key_values": prefix.new_cache(layers, detached=detached)}
+        for detached in (True, False)
+    )
+    return _Shared((rows.ids[:, start:], left["labels"], target), first, second)
 
 
 # What pass 1 does not need of the caller's arguments.
@@ -163,8 +238,10 @@ def _prediction(
     def answer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         here = wanted.to(hidden.device)
         rows = hidden[here]
+        if is_sharded(weight):
+            return _greedy_of_shards(rows, weight, bias, here, config, options).to(wanted.device)
         if config.rule == "soft":
-            table, scale = _table(model)
+            table, scale = embedding_table(model)
             soft = linear_expected_embedding(
                 rows, weight, table, bias=bias, workspace=config.workspace, **options
             )
@@ -186,6 +263,28 @@ def _prediction(
         return ids.masked_scatter_(here, choice.ids).to(wanted.device)
 
     return answer
+
+
+def _greedy_of_shards(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    here: Tensor,
+    config: IFTConfig,
+    options: dict[str, Any],
+) -> Tensor:
+    """The predicted ids of a head whose vocabulary is spread over processes."""
+    if config.rule != "greedy":
+        raise ValueError(
+            f"rule: expected 'greedy' with a vocabulary-parallel head, got {config.rule!r}"
+        )
+    some = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
+    stats = vocab_parallel_logprobs(
+        rows, weight, some, bias=bias, outputs=("argmax",), workspace=config.workspace, **options
+    )
+    assert stats.argmax is not None
+    ids = torch.zeros(here.shape, dtype=torch.int64, device=here.device)
+    return ids.masked_scatter_(here, stats.argmax)
 
 
 def _mixed(
@@ -213,7 +312,7 @@ def _mixed(
             other = own.clone()
             other[F.pad(target != IGNORE_INDEX, (1, -1))] = predicted.to(own)
             mixed = torch.lerp(own, other, lam)
-        elif _is_bare_table(embedding, track):
+        elif is_bare_table(embedding, track):
             mixed = temporal_residual(
                 embedding.weight, ids, predicted, labels, lam, cu_seqlens=cu_seqlens
             )
@@ -232,43 +331,6 @@ def _mixed(
     return mixed
 
 
-def _is_bare_table(embedding: nn.Module, track: bool) -> bool:
-    """Is calling the module the same, in value and gradient, as indexing its weight?"""
-    hooks = (embedding._forward_hooks, embedding._forward_pre_hooks, embedding._backward_hooks)
-    return (
-        type(embedding).forward is nn.Embedding.forward
-        and "forward" not in embedding.__dict__
-        and type(embedding.weight) is nn.Parameter
-        and not any(hooks)
-        and embedding.max_norm is None
-        and not (track and (embedding.sparse or embedding.scale_grad_by_freq))
-        and not (track and embedding.padding_idx is not None)
-    )
-
-
-def _table(model: Any) -> tuple[Tensor, float]:
-    """The embedding table and the factor that its module applies to it, for mean embeddings.
-
-    Raises:
-        RuntimeError: the module does something else than scale rows of a table.
-    """
-    embedding = model.get_input_embeddings()
-    if _is_bare_table(embedding, track=False):
-        return embedding.weight, 1.0
-    weight = getattr(embedding, "weight", None)
-    if isinstance(weight, nn.Parameter) and not hasattr(weight, "full_tensor"):
-        probe = torch.arange(min(16, weight.shape[0]), device=weight.device)
-        with evaluating(embedding):
-            made, rows = embedding(probe).double(), weight[probe].double()
-        scale = float((made * rows).sum() / (rows * rows).sum())
-        if torch.allclose(made, scale * rows, rtol=4 * torch.finfo(weight.dtype).eps):
-            return weight, scale
-    raise RuntimeError(
-        f"{type(model).__name__}: rule 'soft' needs input embeddings that are scaled rows of one "
-        f"table; {type(embedding).__name__} does something else"
-    )
-
-
 def _check_embeds_path(model: Any, forward: Forward, ids: Tensor) -> None:
     """Refuse a model that does to token ids what it does not do to their embeddings.
 
@@ -279,7 +341,8 @@ def _check_embeds_path(model: Any, forward: Forward, ids: Tensor) -> None:
     reached = []
     with evaluating(model), torch.no_grad():
         embeds = model.get_input_embeddings()(few)
-        for given in ({"input_ids": few}, {"inputs_embeds": embeds}):
+        other = {"inputs_embeds": embeds, **per_layer_inputs(model, few)}
+        for given in ({"input_ids": few}, other):
             _, hidden = head_pass(
                 model, forward, {**given, "use_cache": False}, lambda hidden, *_: hidden
             )

@@ -17,11 +17,16 @@ void active_gradient(const Chunk&, const ActiveRows&, const int64_t*, int64_t, i
 void combine_rows(int, const void*, int64_t, int64_t, const int64_t*, const float*, int64_t,
                   int64_t, int, void*, bool, int);
 void tile_sums(int, const void*, int64_t, int64_t, int64_t, int64_t, float*, int);
+void divergence_terms(const Chunk&, const Chunk&, const DivergenceRows&);
+void divergence_gradient(const Chunk&, const Chunk&, const DivergenceRows&);
+void transpose_chunk(const Chunk&, void*, int64_t);
 
 const Epilogues& table() {
-  static const Epilogues epilogues{stats,        dlogits,      probabilities,  top_k,
-                                   gumbel,       active_marks, active_collect, active_gradient,
-                                   combine_rows, tile_sums};
+  static const Epilogues epilogues{stats,          dlogits,          probabilities,
+                                   top_k,          gumbel,           active_marks,
+                                   active_collect, active_gradient,  combine_rows,
+                                   tile_sums,      divergence_terms, divergence_gradient,
+                                   transpose_chunk};
   return epilogues;
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ift.cli import train
 from ift.cli.errors import CliError
+from ift.cli.processes import note
 from ift.data import FORMATS, DataError, parsed_lines
 
 SET, CURVES = "probes.jsonl", "dynamics"
@@ -104,7 +105,7 @@ def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokeni
         )  # fmt: skip
     except DataError as error:
         raise CliError(flag, error) from None
-    train.note(f"{len(probes)} probes, measured every {arguments.probe_every} steps")
+    note(f"{len(probes)} probes, measured every {arguments.probe_every} steps")
     return callback
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import os
@@ -14,10 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ift import losses
+from ift.cli import processes
+from ift.cli.errors import CliError
+from ift.cli.models import load_model
 from ift.cli.trainer import RunTrainer
 from ift.data import Collator
+from ift.documents import rows_with_targets
 from ift.head_pass import evaluating
+from ift.integrations.transformers import count_flags
 from ift.losses import Loss
+from ift.losses.dpo import SORTED
 from ift.patching import base_model, patch
 from ift.preference_data import EncodedPairs
 
@@ -53,6 +60,28 @@ METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy
            "logprob_chosen", "logprob_rejected", "kl")  # fmt: skip
 
 
+def pair_loss(arguments: argparse.Namespace) -> Any:
+    """The module of a preference loss, with the options given."""
+    kind = KINDS[arguments.loss]
+    if arguments.dpo_kind == "rejected_free":
+        problem = "got rejected_free, whose rows are all chosen ones; expected a kind of pairs"
+        raise CliError("--dpo-kind", problem)
+    names = {ours: name for name, ours in kind.options.items()}
+    given = {ours: getattr(arguments, name) for ours, name in names.items()}
+    parts = arguments.accumulate * processes.count()
+    if parts > 1 and arguments.dpo_kind in SORTED:
+        problem = (
+            f"got {arguments.dpo_kind}, which sorts all pairs of a step; expected --accumulate 1 "
+            f"and one process, got {parts} parts of a step"
+        )
+        raise CliError("--dpo-kind", problem)
+    try:
+        return kind.build(**{name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        name, _, problem = str(error).partition(": ")
+        raise CliError("--" + names.get(name, name).replace("_", "-"), problem) from None
+
+
 # ---- the reference -------------------------------------------------------------------------------
 
 
@@ -63,8 +92,13 @@ def sequence_logprobs(
     collate: Collator,
     batch_size: int,
     device: torch.device,
+    *,
+    bf16: bool = False,
 ) -> np.ndarray:
-    """Summed log-probability of the targets of each example, float32 (n,); no logits are held."""
+    """Summed log-probability of the targets of each example, float32 (n,); no logits are held.
+
+    With `bf16` under autocast, as the policy is computed.
+    """
     waiting, sums = list(examples), []
     order = sorted(range(len(waiting)), key=lambda i: len(waiting[i]["input_ids"]))
 
@@ -72,7 +106,7 @@ def sequence_logprobs(
         sums.append((logprob * mask).sum(1).float().cpu())
         return logprob.new_zeros(())
 
-    with evaluating(model):
+    with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for first in range(0, len(order), batch_size):
             batch = collate([waiting[i] for i in order[first : first + batch_size]])
             model(**{k: v.to(device) for k, v in batch.items()}, loss=keep)
@@ -81,9 +115,10 @@ def sequence_logprobs(
     return found
 
 
-def fingerprint(model: nn.Module, examples: Iterable[dict[str, np.ndarray]]) -> str:
-    """Hash of everything that the log-probabilities depend on: weights, structure, data."""
+def fingerprint(model: nn.Module, examples: Iterable[dict[str, np.ndarray]], bf16: bool) -> str:
+    """Hash of all that the log-probabilities depend on: weights, structure, data, precision."""
     digest = hashlib.sha256(repr(base_model(model)).encode())
+    digest.update(b"bf16" if bf16 else b"")
     config = getattr(base_model(model), "config", None)
     digest.update(b"" if config is None else config.to_json_string().encode())
     for name, tensor in model.state_dict().items():
@@ -102,19 +137,22 @@ def add_reference(
     batch_size: int,
     device: torch.device,
     cache: Path,
+    *,
+    bf16: bool = False,
 ) -> bool:
     """Give every pair the reference sums of its sequences; from `cache` where they are known.
+
+    A damaged file there is computed and written again.
 
     Returns:
         Were they found there?
     """
-    file = cache / f"{fingerprint(model, data.sides())}.npy"
-    known = file.exists()
-    if known:
-        sums = np.load(file)
-    else:
+    file = cache / f"{fingerprint(model, data.sides(), bf16)}.npy"
+    sums = _read_sums(file, sum(1 for _ in data.sides()))
+    known = sums is not None
+    if sums is None:
         patch(model)
-        sums = sequence_logprobs(model, data.sides(), collate, 2 * batch_size, device)
+        sums = sequence_logprobs(model, data.sides(), collate, 2 * batch_size, device, bf16=bf16)
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_name(f".{file.stem}.{os.getpid()}.npy")
         np.save(unfinished, sums)
@@ -123,6 +161,59 @@ def add_reference(
         for example, mine in zip(data.examples, sums.reshape(len(data.examples), -1), strict=True):
             example["reference"] = mine
     return known
+
+
+def _read_sums(file: Path, count: int) -> np.ndarray | None:
+    """The reference sums in a file of the cache; None if it is not there or not whole."""
+    try:
+        with file.open("rb") as stream:
+            sums: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+    except (OSError, EOFError, ValueError):
+        return None
+    return sums if sums.dtype == np.float32 and sums.shape == (count,) else None
+
+
+def refer(
+    arguments: argparse.Namespace,
+    policy: tuple[Any, Any],
+    rows: list[Any],
+    sets: tuple[Any, ...],
+    collator: Collator,
+    device: torch.device,
+) -> None:
+    """Add the reference's log-probabilities to the pairs: of a model loaded here, or the policy.
+
+    Args:
+        policy: the model before training, or None if it is that no more, and the tokenizer.
+    """
+    model, tokenizer = policy
+    if model is None:
+        named = argparse.Namespace(**vars(arguments))
+        named.model = arguments.reference or arguments.model
+        flag = "--model" if arguments.reference is None else "--reference"
+        model, own = load_model(named, rows, None, flag)
+        check_same_tokens(named.model, own.get_vocab(), tokenizer.get_vocab())
+    model.to(device)
+    cache = Path(arguments.output) / "reference"
+    for data in sets:
+        if data.examples and add_reference(
+            data, model, collator, arguments.batch_size, device, cache, bf16=arguments.bf16
+        ):
+            processes.note(
+                f"reference log-probabilities of {len(data.examples)} pairs read from {cache}"
+            )
+
+
+def check_same_tokens(reference: str, theirs: dict[str, int], ours: dict[str, int]) -> None:
+    """Refuse a reference model for which the ids of the data would be other tokens."""
+    for token in sorted(theirs.keys() | ours.keys()):
+        there, here = theirs.get(token), ours.get(token)
+        if there != here:
+            raise CliError(
+                "--reference",
+                f"{reference}: the token {token!r} is {there} in its tokenizer; expected {here} as "
+                "in that of --model",
+            )
 
 
 # ---- the trainer ---------------------------------------------------------------------------------
@@ -150,9 +241,8 @@ class PairTrainer(RunTrainer):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if count is None:
             return batches, None
-        flags = [{"labels": b["labels"][:, 0] * 0, "shift_labels": b["labels"][:, 0] * 0}
-                 for b in batches]  # fmt: skip
-        return batches, self._get_num_items_in_batch(flags, device)
+        flags = [torch.zeros_like(batch["labels"][:, 0]) for batch in batches]
+        return batches, count_flags(self, flags, device)
 
     def compute_loss(
         self,
@@ -166,7 +256,7 @@ class PairTrainer(RunTrainer):
         rows = batch["labels"].shape[0]
         call: dict[str, Any] = {}
         paired = not isinstance(self.pair_loss, losses.KTOLoss)
-        if num_items_in_batch is not None:
+        if num_items_in_batch is not None and self.pair_loss.options.get("kind") not in SORTED:
             name, share = ("num_pairs", 2) if paired else ("num_rows", 1)
             call[name] = torch.as_tensor(num_items_in_batch) / share
         if not paired:
@@ -184,8 +274,8 @@ class PairTrainer(RunTrainer):
         output = model(**batch, loss=loss)
         found = self.pair_loss.metrics
         tokens: Any = base_model(self.accelerator.unwrap_model(model)).ift_metrics
-        pairs = rows / 2
         zero = torch.zeros((), device=output.loss.device)
+        pairs = rows_with_targets(batch).sum().to(zero) / 2
         values = [found.get(name, zero).to(zero) * pairs for name in METRICS]
         values += [zero + pairs, *(tokens[k].to(zero) for k in ("correct", "entropy", "tokens"))]
         training = model.training
@@ -202,23 +292,24 @@ class PairTrainer(RunTrainer):
         found: list[Tensor] = []
 
         def estimate(logprob: Tensor, mask: Tensor) -> Tensor:
-            found.append(losses.kto_kl(logprob, mask, inputs["kl_reference"]))
+            own = ((logprob * mask).sum(1), inputs["kl_reference"], mask.any(1).to(logprob))
+            sums, reference, held = self.accelerator.gather(torch.stack(own, 1)).T
+            found.append(losses.kto_kl(sums[:, None], held[:, None], reference))
             return logprob.new_zeros(())
 
         names = ("input_ids", "attention_mask", "labels")
         with evaluating(self.accelerator.unwrap_model(model)):
             model(**{k: inputs[f"kl_{k}"] for k in names}, loss=estimate)
-        kl: Tensor = self.accelerator.gather(found[0]).mean()
-        return kl
+        return found[0]
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """The loss of a batch, and its share of the mean over all pairs."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._prepare_inputs(self._without_repeats(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs).detach()
-        pairs = torch.tensor(inputs["labels"].shape[0] / 2, device=loss.device).double()
+        pairs = rows_with_targets(inputs).sum().double() / 2
         batch = torch.stack([loss.double() * pairs, pairs])
         self._evaluated = self._evaluated.to(batch) + batch
         return loss, None, None

@@ -6,15 +6,15 @@ import argparse
 import functools
 import hashlib
 import json
-import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from ift import plotting
-from ift.cli import options
+from ift.cli import options, processes
 from ift.cli.errors import CliError
+from ift.cli.models import check_model_path, load_model, padding_id
+from ift.cli.processes import note
 from ift.data import Collator, DataError, Encoded, encode, read_jsonl, split_rows
 from ift.preference_data import EncodedPairs, PairCollator, encode_pairs, read_preferences
 
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     collator: Any = Collator(padding_id(tokenizer))
     build: Any = functools.partial(RunTrainer, ift_config=config)
     if arguments.loss in options.PAIR_LOSSES:
-        from ift.cli.preference import PairTrainer
+        from ift.cli.preference import PairTrainer, pair_loss, refer
 
         build = functools.partial(PairTrainer, loss=pair_loss(arguments))
     callbacks: list[Any] = [RunLog(log, eval_steps, title_of(arguments)), stop]
@@ -87,8 +87,9 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     try:
         if arguments.loss in options.PAIR_OPTIONS["reference"]:
             original = model if start is None and arguments.reference is None else None
-            refer(arguments, original, train_rows, (train_data, eval_data), collator,
-                  training_arguments.device)  # fmt: skip
+            with training_arguments.main_process_first(local=False):  # the others read its files
+                refer(arguments, (original, tokenizer), train_rows, (train_data, eval_data),
+                      collator, training_arguments.device)  # fmt: skip
         if arguments.loss in options.PAIR_LOSSES:
             collator = PairCollator(collator)
         trainer = build(
@@ -126,26 +127,7 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     return 0
 
 
-def note(text: str) -> None:
-    """Tell the user something that is no error."""
-    print(f"ift train: {text}", file=sys.stderr, flush=True)
-
-
 # ---- input, checked before anything slow ---------------------------------------------------------
-
-
-def check_model_path(model: str) -> None:
-    """Refuse what is meant as a path and is none; a hub id is `name` or `owner/name`."""
-    if model == "tiny":
-        return
-    if Path(model).exists():
-        if not (Path(model) / "config.json").is_file():
-            raise CliError("--model", f"no config.json in {model}; expected a model's directory")
-        return
-    if model.startswith((".", "/", "~", "\\")) or model.count("/") > 1 or model.endswith("/"):
-        raise CliError(
-            "--model", f"no directory {model}; expected a model's directory, a hub id or `tiny`"
-        )
 
 
 def read_rows(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
@@ -196,50 +178,10 @@ def ift_config(arguments: argparse.Namespace) -> Any:
         raise CliError("--" + name.replace("_", "-"), problem) from None
 
 
-def pair_loss(arguments: argparse.Namespace) -> Any:
-    """The module of a preference loss, with the options given."""
-    from ift.cli.preference import KINDS
-
-    kind = KINDS[arguments.loss]
-    if arguments.dpo_kind == "rejected_free":
-        problem = "got rejected_free, whose rows are all chosen ones; expected a kind of pairs"
-        raise CliError("--dpo-kind", problem)
-    names = {ours: name for name, ours in kind.options.items()}
-    given = {ours: getattr(arguments, name) for ours, name in names.items()}
-    try:
-        return kind.build(**{name: value for name, value in given.items() if value is not None})
-    except ValueError as error:
-        name, _, problem = str(error).partition(": ")
-        raise CliError("--" + names.get(name, name).replace("_", "-"), problem) from None
-
-
-def refer(
-    arguments: argparse.Namespace,
-    model: Any,
-    rows: list[Any],
-    sets: tuple[Any, ...],
-    collator: Collator,
-    device: Any,
-) -> None:
-    """Add the reference's log-probabilities to the pairs: of `model`, or of one loaded here."""
-    from ift.cli.preference import add_reference
-
-    if model is None:
-        named = argparse.Namespace(**vars(arguments))
-        named.model = arguments.reference or arguments.model
-        model, _ = load_model(named, rows, None)
-    model.to(device)
-    cache = Path(arguments.output) / "reference"
-    for data in sets:
-        if data.examples and add_reference(
-            data, model, collator, arguments.batch_size, device, cache
-        ):
-            note(f"reference log-probabilities of {len(data.examples)} pairs read from {cache}")
-
-
 def fingerprint(arguments: argparse.Namespace) -> dict[str, Any]:
     """What makes two runs the same: the arguments in FIXED and the bytes of the data."""
     found = {name: getattr(arguments, name) for name in FIXED}
+    found["processes"] = processes.count()
     for name in ("data", "eval_data"):
         path = getattr(arguments, name)
         found[f"{name}_sha256"] = path and hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -252,10 +194,12 @@ def check_same_run(arguments: argparse.Namespace, output: Path, *, started: bool
     if not (started and path.exists()):
         return
     before, now = json.loads(path.read_text(encoding="utf-8")), fingerprint(arguments)
+    before.setdefault("processes", 1)
     for name, value in now.items():
         # A run of a version without the option had its default.
         if before.get(name, options.DEFAULTS.get(name)) != value:
             flag = "--" + name.removesuffix("_sha256").replace("_", "-")
+            flag = "torchrun --nproc-per-node" if name == "processes" else flag
             if name.endswith("_sha256"):
                 raise CliError(flag, f"other contents than when the run in {output} was started")
             got, was = ("the default" if v is None else v for v in (value, before.get(name)))
@@ -269,40 +213,6 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 # ---- building ------------------------------------------------------------------------------------
-
-
-def load_model(
-    arguments: argparse.Namespace, rows: list[Any], checkpoint: Path | None
-) -> tuple[Any, Any]:
-    """Model (fp32 weights) and tokenizer: new, from a directory or hub id, or from a checkpoint."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ift import tiny
-    from ift.data import SIMPLE_CHAT_TEMPLATE
-
-    if arguments.model == "tiny" and checkpoint is None:
-        tokenizer = tiny.train_tokenizer(text for row in rows for text in row.texts)
-        length, seed = arguments.max_length, arguments.seed
-        return tiny.tiny_llama(tokenizer, max_length=length, seed=seed), tokenizer
-    name = os.fspath(checkpoint or arguments.model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except Exception as error:  # damaged files raise whatever their reader raises
-        first = str(error).strip().split("\n")[0].rstrip(".")
-        raise CliError(
-            "--model",
-            f"cannot load {name} ({type(error).__name__}: {first}); expected the directory or hub "
-            "id of a causal language model, or `tiny`",
-        ) from None
-    have = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > have:
-        tokens = f"the tokenizer has {len(tokenizer)} tokens"
-        raise CliError("--model", f"{name}: {tokens}; expected at most the model's {have}")
-    if tokenizer.chat_template is None and any(row.messages is not None for row in rows):
-        tokenizer.chat_template = SIMPLE_CHAT_TEMPLATE  # saved with the model that learns it
-    return model, tokenizer
 
 
 def tokenise(
@@ -327,12 +237,6 @@ def tokenise(
             f"token within --max-length {max_length} (first: {encoded.dropped[0]})"
         )
     return encoded
-
-
-def padding_id(tokenizer: Any) -> int:
-    """The pad token, or any other: padding is masked out."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(i for i in candidates if i is not None)
 
 
 def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -> Any:

@@ -135,15 +135,44 @@ class RunTrainer(IFTTrainer):
 
     # ---- evaluation ----
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As the parent's; in evaluation a mean over the tokens of this process's batch."""
+        count = num_items_in_batch if model.training else None
+        return super().compute_loss(model, inputs, return_outputs, count)
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """As the parent's, and sums what the mean over tokens needs."""
+        inputs = self._without_repeats(inputs)
         result = super().prediction_step(model, inputs, *args, **kwargs)
         tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         batch = torch.stack([result[0].double() * tokens, tokens.double()])
         self._evaluated = self._evaluated.to(batch) + batch
         return result
+
+    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch without targets where its examples only fill up the last one of the set.
+
+        In several processes every one gets as many batches of as many rows: the first examples
+        come a second time.
+        """
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        size = self.args.per_device_eval_batch_size
+        own = max(0, state.remainder - self.args.process_index * size)
+        masked = {k: v.clone() for k, v in inputs.items() if k.endswith("labels")}
+        for labels in masked.values():
+            for side in labels.split(size):  # chosen and rejected, or all there is
+                side[own:] = IGNORE_INDEX
+        return {**inputs, **masked}
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As the parent's, with the mean loss per token of the whole set."""

@@ -23,6 +23,30 @@ __all__ = ["IFTTrainer", "patch", "unpatch"]
 logger = logging.get_logger(__name__)
 
 
+def freeze_unreached_embedding(model: Any, config: IFTConfig) -> None:
+    """Freeze the input embedding of a causal LM where IFT sends it no gradient (DDP would wait)."""
+    embedding = model.get_input_embeddings()
+    tied = any(p is plain_head(model).weight for p in embedding.parameters())
+    if not config.embedding_grad and not tied:
+        embedding.requires_grad_(False)
+        logger.info("embedding_grad=False: the input embedding is frozen")
+
+
+def count_rows(trainer: Any, batches: list[Any], device: torch.device) -> Any:
+    """Rows with response tokens in `batches`: what the IFT loss is a mean over.
+
+    By the trainer's own count, across devices and all, of one label per row that has targets.
+    """
+    flags = [torch.where(rows_with_targets(batch), 0, IGNORE_INDEX) for batch in batches]
+    return count_flags(trainer, flags, device)
+
+
+def count_flags(trainer: Any, flags: list[Tensor], device: torch.device) -> Any:
+    """The trainer's own count of labels, with these (rows,) in their place."""
+    rows = [{"labels": flag, "shift_labels": flag} for flag in flags]
+    return trainer._get_num_items_in_batch(rows, device)
+
+
 class IFTTrainer(Trainer):
     """`transformers.Trainer` with SFT or IFT losses that never hold logits.
 
@@ -96,12 +120,8 @@ class IFTTrainer(Trainer):
         if not isinstance(model, nn.Module):
             return model  # None with model_init, or what the parent will complain about
         patch(model, gradient=self._head_gradient)
-        base: Any = base_model(model)
-        embedding = base.get_input_embeddings()
-        tied = any(p is plain_head(base).weight for p in embedding.parameters())
-        if self.ift_config is not None and not self.ift_config.embedding_grad and not tied:
-            embedding.requires_grad_(False)
-            logger.info("embedding_grad=False: the input embedding is frozen")
+        if self.ift_config is not None:
+            freeze_unreached_embedding(base_model(model), self.ift_config)
         return model
 
     def get_batch_samples(
@@ -111,10 +131,7 @@ class IFTTrainer(Trainer):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.ift_config is None or count is None:
             return batches, count
-        # The parent's own count, across devices and all, of one label per row that has targets.
-        flags = [torch.where(rows_with_targets(batch), 0, IGNORE_INDEX) for batch in batches]
-        rows = [{"labels": flag, "shift_labels": flag} for flag in flags]
-        return batches, self._get_num_items_in_batch(rows, device)
+        return batches, count_rows(self, batches, device)
 
     def compute_loss(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ift.documents import IGNORE_INDEX, boundaries, document_starts
 from ift.losses._tokens import Metrics, record
 from ift_kernels import ActiveSet, TokenStats, linear_logprobs
+from ift_kernels.rows import Rows
 
 # Keyword arguments that belong to a call, not to a loss.
 PER_CALL = frozenset(
@@ -156,6 +157,7 @@ class Loss(nn.Module):
 
     function: ClassVar[Callable[..., Tensor]]
     needs: ClassVar[int] = 0  # tensors per row after (logprob, mask)
+    pairs: ClassVar[bool] = False  # does the order of the rows make pairs?
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -194,7 +196,15 @@ class Loss(nn.Module):
         if position_ids is not None:
             if call.get("cu_seqlens") is not None:
                 raise ValueError("position_ids: expected None with cu_seqlens, got both")
-            call["cu_seqlens"] = documents(logprob, position_ids)
+            call["cu_seqlens"] = cu = documents(logprob, position_ids)
+            if self.pairs and cu is not None:
+                held = Rows(mask, cu).sum((mask != 0).to(torch.float32)) > 0
+                if not bool(held.all()):  # padding, or an empty response? it would shift the pairs
+                    raise ValueError(
+                        "position_ids: expected response tokens in every document, got "
+                        f"{int((~held).sum())} without any (padding?); leave position_ids out for "
+                        "padded rows, or give cu_seqlens"
+                    )
         found = call.pop("metrics", None)
         self.metrics = {} if found is None else found
         return self.function(logprob, mask, *args, metrics=self.metrics, **self.options, **call)

@@ -50,6 +50,12 @@ class Tokens:
         """Mean over all tokens, a scalar; 0 without any."""
         return torch.where(self.mask, x, 0).sum() / self.total.clamp(min=1)
 
+    def like(self, name: str, x: Tensor) -> Tensor:
+        """A second tensor of the batch that is per token and nothing else, checked and masked."""
+        checks.floating(name, x)
+        checks.same_shape(name, x, self.mask, "logprob")
+        return torch.where(self.mask, x.to(self.dtype), 0)
+
     def each(self, name: str, x: Tensor) -> Tensor:
         """A second tensor of the batch, per token, checked and masked; or (rows,), spread."""
         checks.floating(name, x)

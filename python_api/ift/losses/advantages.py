@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ift_kernels import checks, discounted_cumsum
 from ift_kernels.rows import Rows
@@ -31,7 +32,7 @@ def group_advantages(
         eps: added to the deviation, default 1e-4 as in TRL.
 
     Returns:
-        (rows,), without gradient; 0 in a group of one.
+        (rows,), float32 (float64 for float64), without gradient; 0 in a group of one.
 
     Raises:
         ValueError: unknown scale, rows that are no multiple of `group_size`.
@@ -52,7 +53,7 @@ def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
         rewards, group_size: as in `group_advantages`.
 
     Returns:
-        (rows,), without gradient; 0 in a group of one.
+        As `group_advantages`.
     """
     groups = _groups(rewards, group_size)
     others = (~groups.isnan()).sum(1, keepdim=True) - 1
@@ -72,7 +73,8 @@ def gae_advantages(
     """Generalized advantage estimation (arXiv 1506.02438) over the tokens of each row.
 
     ``δ_t = r_t + gamma · V_{t+1} - V_t``, ``A_t = Σ_k (gamma · lam)^k δ_{t+k}``; behind a row's
-    last token the value is 0. Response tokens of a row have to be contiguous.
+    last token the value is 0. t counts response tokens alone: over a gap, such as what a tool
+    answered, the next response token is the next state, and nothing is discounted.
 
     Args:
         rewards: per token, (B, T) or packed (T,).
@@ -87,17 +89,17 @@ def gae_advantages(
     mask = checks.as_bool_mask(mask, rewards, "rewards")
     checks.same_shape("values", values, rewards, "rewards")
     gamma, lam = checks.unit_interval("gamma", gamma), checks.unit_interval("lam", lam)
-    value = torch.where(mask, values.detach().float(), 0)
-    rows = Rows(rewards, cu_seqlens)
-    last = torch.ones_like(value, dtype=torch.bool)  # of its row
-    if rows.document is None:
-        last.view(rows.padded)[:, :-1] = False
-    else:
-        last.view(-1)[:-1] = rows.document[:-1] != rows.document[1:]
-    follows = torch.where(last, 0, value.flatten().roll(-1).view_as(value))
-    delta = torch.where(mask, rewards.detach().float() + gamma * follows - value, 0)
-    advantages = discounted_cumsum(delta, gamma * lam, mask=mask, cu_seqlens=cu_seqlens)
-    return advantages, torch.where(mask, advantages + value, 0)
+    counts = Rows(rewards, cu_seqlens).sum(mask.long())
+    # Response tokens behind one another: gaps and padding are gone.
+    reward, value = rewards.detach().float()[mask], values.detach().float()[mask]
+    ends = counts.cumsum(0)
+    follows = torch.cat([value[1:], value[:1]])
+    follows[ends[counts > 0] - 1] = 0
+    packed = F.pad(ends, (1, 0))
+    delta = reward + gamma * follows - value
+    found = discounted_cumsum(delta, gamma * lam, cu_seqlens=packed)
+    nothing = torch.zeros_like(rewards, dtype=torch.float32)
+    return nothing.masked_scatter(mask, found), nothing.masked_scatter(mask, found + value)
 
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
@@ -108,7 +110,9 @@ def _groups(rewards: Tensor, group_size: int) -> Tensor:
             f"group_size: expected a divisor of the rows of rewards (rows,), got {size} with shape "
             f"{tuple(rewards.shape)}"
         )
-    return rewards.detach().view(-1, size)
+    # In bf16 a mean of 100.5 and 101 would be neither.
+    wide = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    return rewards.detach().to(wide).reshape(-1, size)
 
 
 def _nanstd(groups: Tensor) -> Tensor:

@@ -81,6 +81,8 @@ FORMULAS: dict[str, Callable[[Ratios], Tensor]] = {
 # Which formulas take which option; an option given to another would silently do nothing.
 SMOOTHED = ("sigmoid", "robust", "exo", "aot", "aot_unpaired")
 OF_SCORES = ("sigmoid", "robust", "hinge", "exo", "discopop")
+# Kinds that compare the pairs of a batch with each other.
+SORTED = ("aot", "aot_unpaired")
 
 
 def dpo_loss(
@@ -137,6 +139,7 @@ def dpo_loss(
         discopop_tau: τ in (0, 1], default 0.05 as published.
         cu_seqlens: (2 · pairs + 1,): the rows are packed documents.
         num_pairs: divide by this instead of by the pairs here: those of the whole optimizer step.
+            Not with "aot" and "aot_unpaired": sorting parts is not sorting the whole.
         reduction: "mean" over pairs, or "none".
         metrics: a dict that gets rewards (βu), their margin and accuracy, log-probabilities.
 
@@ -148,6 +151,13 @@ def dpo_loss(
             match, an odd number of rows.
     """
     _check(kind, label_smoothing, divergence, alpha, discopop_tau)
+    if length_normalized and kind == "aot":
+        raise ValueError("length_normalized: expected False with kind 'aot', got True")
+    if num_pairs is not None and kind in SORTED:
+        raise ValueError(
+            f"num_pairs: expected None with kind {kind!r}, which sorts all pairs of a step: parts "
+            "of a step do not add up to it"
+        )
     check_pairs(beta, label_smoothing, reduction)
     tokens = PairTokens(logprob, mask, cu_seqlens) if kind != "rejected_free" else _Chosen(
         logprob, mask, cu_seqlens
@@ -155,7 +165,7 @@ def dpo_loss(
     policy = tokens.pair_sums(tokens.logprob)
     frozen = Pairs(torch.zeros_like(policy.chosen), torch.zeros_like(policy.rejected))
     if reference is not None:
-        frozen = tokens.halves(tokens.sums_of("reference", reference.detach()))
+        frozen = tokens.halves(tokens.sums_of("reference", reference).detach())
     ratios = Pairs(policy.chosen - frozen.chosen, policy.rejected - frozen.rejected)
     scores = Pairs(*(_score(u, divergence, alpha) for u in ratios))
     if length_normalized:
@@ -164,9 +174,10 @@ def dpo_loss(
         scores = Pairs(*(s / n for s, n in zip(scores, lengths, strict=True)))
     margin = scores.chosen - scores.rejected
     if kind == "aot":
-        margin = _sorted(policy.chosen - policy.rejected) - _sorted(frozen.chosen - frozen.rejected)
+        sides = (policy.chosen - policy.rejected, frozen.chosen - frozen.rejected)
+        margin = torch.sub(*(_sorted(x, tokens.counted) for x in sides))
     elif kind == "aot_unpaired":
-        margin = _sorted(ratios.chosen) - _sorted(ratios.rejected)
+        margin = torch.sub(*(_sorted(x, tokens.counted) for x in ratios))
     loss = FORMULAS[kind](Ratios(*ratios, beta * margin, beta, label_smoothing, discopop_tau))
     record_rewards(metrics, tokens, Pairs(beta * ratios.chosen, beta * ratios.rejected))
     return tokens.reduce(loss, reduction, num_pairs)
@@ -180,8 +191,11 @@ class _Chosen(PairTokens):
         return Pairs(values, torch.zeros_like(values))
 
 
-def _sorted(x: Tensor) -> Tensor:
-    return x.sort().values
+def _sorted(x: Tensor, counted: Tensor) -> Tensor:
+    """The values that count, ascending, at the places that count; the others behave as absent."""
+    order = torch.where(counted, x.detach(), torch.inf).argsort(stable=True)
+    places = (~counted).to(torch.int8).argsort(stable=True)
+    return x[order][places.argsort()]
 
 
 def _score(u: Tensor, divergence: str, alpha: float) -> Tensor:
@@ -225,3 +239,4 @@ class DPOLoss(Loss):
     """`dpo_loss` with its options held by a module; call it on ``(logprob, mask, reference)``."""
 
     function = staticmethod(dpo_loss)
+    pairs = True

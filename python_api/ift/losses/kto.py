@@ -71,7 +71,7 @@ def kto_loss(
     wanted = desirable != 0
     ratio = tokens.sums(tokens.logprob)
     if reference is not None:
-        ratio = ratio - tokens.sums_of("reference", reference.detach())
+        ratio = ratio - tokens.sums_of("reference", reference).detach()
     point = torch.as_tensor(kl if kind == "kto" else 0.0, device=ratio.device).to(ratio).detach()
     if point.numel() != 1:
         raise ValueError(f"kl: expected one number, got shape {tuple(point.shape)}")
@@ -110,6 +110,7 @@ def kto_kl(
     """
     tokens = Tokens(logprob, mask, cu_seqlens)
     ratio = tokens.sums(tokens.logprob) - tokens.sums_of("reference", reference)
+    ratio = torch.where(tokens.counts > 0, ratio, 0)
     return mean_over_rows(ratio, tokens.counts, None).clamp(min=0)
 
 

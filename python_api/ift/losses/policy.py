@@ -98,12 +98,14 @@ def grpo_loss(
             see `importance_weights`.
         entropy: per token, from `ift_kernels.linear_logprobs`.
         cu_seqlens: (rows + 1,): the rows are packed documents.
-        num_items: for means over tokens: the tokens of the whole optimizer step.
+        num_items: for means over tokens, the entropy's among them: the tokens of the whole
+            optimizer step. With an entropy bonus `num_rows` needs it too.
         num_rows: for means over rows: the rows of the whole optimizer step; default those here that
             have tokens.
-        metrics: a dict that gets ``ratio``, ``clip_low``, ``clip_high``, ``clip_fraction`` (shares
-            of tokens whose gradient is clipped away), ``approx_kl`` (k3 of the step), ``kl`` and
-            ``perplexity``.
+        metrics: a dict that gets ``ratio``, ``clip_low``, ``clip_high`` and, with `delta`,
+            ``clip_delta``, and ``clip_fraction`` of them all (shares of tokens whose gradient is
+            clipped away; of "cispo" of those whose ratio is), ``approx_kl`` (k3 of the step),
+            ``kl`` and ``perplexity``.
 
     Returns:
         Scalar.
@@ -121,9 +123,11 @@ def grpo_loss(
         positive("temperatures", temperature)
     if delta is not None and not checks.number("delta", delta) > 1 + high:
         raise ValueError(f"delta: expected above 1 + epsilon_high = {1 + high}, got {delta}")
+    if delta is not None and surrogate != "clip":
+        raise ValueError(f"delta: expected None with kind {kind!r}, got {delta}")
     tokens = Tokens(logprob, mask, cu_seqlens)
     advantage = tokens.each("advantages", advantages).detach()
-    old = tokens.logprob if old_logprob is None else tokens.each("old_logprob", old_logprob)
+    old = tokens.logprob if old_logprob is None else tokens.like("old_logprob", old_logprob)
     log_ratio = tokens.logprob - old.detach()
     if level == "sequence":
         log_ratio = tokens.rows.spread(tokens.means(log_ratio))
@@ -139,13 +143,15 @@ def grpo_loss(
     if kl_coef:
         if reference is None:
             raise ValueError("reference: expected log-probabilities with kl_coef, got None")
-        penalty = kl_estimate(tokens.logprob, tokens.each("reference", reference), kl_kind)
+        penalty = kl_estimate(tokens.logprob, tokens.like("reference", reference), kl_kind)
         record(metrics, kl=tokens.mean(penalty))
         loss = loss + kl_coef * (penalty * ratio if kl_correction else penalty)
     low = 0.0 if surrogate == "sapo" else epsilon
-    record_ratio(metrics, tokens, log_ratio, advantage, low, high, surrogate)
-    mean = average(tokens, loss, over, num_items, num_rows, max_length)
-    return mean - entropy_bonus(tokens, entropy, entropy_coef)
+    record_ratio(metrics, tokens, log_ratio, advantage, low, high, surrogate, delta)
+    bonus = entropy_bonus(tokens, entropy, entropy_coef, num_items, num_rows)
+    if entropy_coef and over != "token":
+        num_items = None  # the bonus alone is a mean over tokens
+    return average(tokens, loss, over, num_items, num_rows, max_length) - bonus
 
 
 def average(
@@ -175,13 +181,23 @@ def average(
     return mean_over_rows(tokens.sums(loss) / max_length, tokens.counts, num_rows)
 
 
-def entropy_bonus(tokens: Tokens, entropy: Tensor | None, entropy_coef: float) -> Tensor | float:
-    """What the entropy takes off a loss: its mean over tokens, weighed."""
+def entropy_bonus(
+    tokens: Tokens,
+    entropy: Tensor | None,
+    entropy_coef: float,
+    num_items: float | Tensor | None,
+    num_rows: float | Tensor | None,
+) -> Tensor | float:
+    """What the entropy takes off a loss: its mean over tokens (of the whole step), weighed."""
     if not entropy_coef:
         return 0.0
     if entropy is None:
         raise ValueError("entropy: expected a tensor with entropy_coef, got None")
-    return entropy_coef * tokens.mean(tokens.each("entropy", entropy))
+    if num_rows is not None and num_items is None:
+        raise ValueError("num_items: expected with num_rows and entropy_coef, got None")
+    total = tokens.like("entropy", entropy).sum()
+    count = tokens.total if num_items is None else num_items
+    return entropy_coef * divide(total, "num_items", count)
 
 
 class GRPOLoss(Loss):

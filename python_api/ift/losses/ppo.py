@@ -43,7 +43,7 @@ def ppo_loss(
         value_coef, value_clip, values, old_values, returns: as `value_loss`; without `values` there
             is no such term.
         entropy_coef, entropy: as `grpo_loss`.
-        num_items: tokens of the whole optimizer step, of all three means but the entropy's.
+        num_items: tokens of the whole optimizer step, of all three means.
         The rest: as `grpo_loss`, of which the policy term is ``kind="dapo"``.
     """
     loss = grpo_loss(
@@ -87,12 +87,12 @@ def value_loss(
         metrics: a dict that gets ``value_loss`` and ``value_clip_fraction``.
     """
     tokens = Tokens(values, mask)  # not log-probabilities, but masked and widened alike
-    target = tokens.each("returns", returns).detach()
+    target = tokens.like("returns", returns).detach()
     error = (tokens.logprob - target).square()
     share = torch.zeros_like(error)
     if old_values is not None and clip is not None:
         not_negative("clip", clip)
-        old = tokens.each("old_values", old_values).detach()
+        old = tokens.like("old_values", old_values).detach()
         kept = (torch.clamp(tokens.logprob, old - clip, old + clip) - target).square()
         share = (kept > error).to(error.dtype)
         error = torch.max(error, kept)

@@ -173,6 +173,8 @@ def cpo_loss(
     checks.one_of("kind", kind, ("sigmoid", "hinge", "ipo", "simpo"))
     check_pairs(beta, label_smoothing, reduction)
     not_negative("nll_weight", nll_weight)
+    if label_smoothing and kind in ("hinge", "ipo"):
+        raise ValueError(f"label_smoothing: expected 0 with kind {kind!r}, got {label_smoothing}")
     tokens = PairTokens(logprob, mask, cu_seqlens)
     rewards = Pairs(*(beta * score for score in tokens.pair_sums(tokens.logprob)))
     if kind == "simpo":
@@ -312,21 +314,25 @@ class CPOLoss(Loss):
     """`cpo_loss` with its options held by a module; call it on ``(logprob, mask)``."""
 
     function = staticmethod(cpo_loss)
+    pairs = True
 
 
 class SimPOLoss(Loss):
     """`simpo_loss` with its options held by a module; call it on ``(logprob, mask)``."""
 
     function = staticmethod(simpo_loss)
+    pairs = True
 
 
 class ORPOLoss(Loss):
     """`orpo_loss` with its options held by a module; call it on ``(logprob, mask)``."""
 
     function = staticmethod(orpo_loss)
+    pairs = True
 
 
 class SLiCLoss(Loss):
     """`slic_loss` with its options held by a module; call it on ``(logprob, mask)``."""
 
     function = staticmethod(slic_loss)
+    pairs = True

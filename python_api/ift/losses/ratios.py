@@ -77,7 +77,7 @@ def importance_weights(
     positive("cap", cap)
     checks.one_of("level", level, ("token", "sequence"))
     tokens = Tokens(logprob, mask, cu_seqlens)
-    log_ratio = tokens.logprob - tokens.each("sampler_logprob", sampler_logprob)
+    log_ratio = tokens.logprob - tokens.like("sampler_logprob", sampler_logprob)
     return ratio_of(tokens.sums(log_ratio) if level == "sequence" else log_ratio).clamp(max=cap)
 
 
@@ -89,8 +89,9 @@ def record_ratio(
     low: float,
     high: float,
     surrogate: str,
+    most: float | None = None,
 ) -> None:
-    """How far the policy has moved, and how much of that was clipped away."""
+    """How far the policy has moved, and how much of that was clipped away; options of `clipped`."""
     if metrics is None:
         return
     log_ratio = log_ratio.detach()
@@ -103,6 +104,9 @@ def record_ratio(
     if surrogate == "clip":
         below, above = (ratio < 1 - low) & (advantage < 0), (ratio > 1 + high) & (advantage > 0)
         found |= {"clip_low": below, "clip_high": above, "clip_fraction": below | above}
+        if most is not None:
+            capped = (ratio > most) & (advantage < 0)
+            found |= {"clip_delta": capped, "clip_fraction": below | above | capped}
     elif surrogate == "cispo":
         found["clip_fraction"] = ratio > 1 + high
     record(metrics, **{k: tokens.mean(v.to(tokens.dtype)) for k, v in found.items()})

@@ -22,6 +22,7 @@ def reinforce_loss(
     entropy_coef: float = 0.0,
     entropy: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    num_items: float | Tensor | None = None,
     num_rows: float | Tensor | None = None,
     metrics: Metrics | None = None,
 ) -> Tensor:
@@ -34,7 +35,9 @@ def reinforce_loss(
     advantage = tokens.each("advantages", advantages).detach()
     record_tokens(metrics, tokens)
     loss = average(tokens, -advantage * tokens.logprob, "row_sum", None, num_rows, None)
-    return loss - entropy_bonus(tokens, entropy, entropy_coef)
+    if num_items is not None and not entropy_coef:
+        raise ValueError(f"num_items: expected None without entropy_coef, got {num_items}")
+    return loss - entropy_bonus(tokens, entropy, entropy_coef, num_items, num_rows)
 
 
 def rloo_loss(

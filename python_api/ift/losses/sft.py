@@ -86,11 +86,11 @@ def sft_loss(
     if label_smoothing or z_loss:
         if lse is None:
             raise ValueError("lse: expected a tensor with label_smoothing or z_loss, got None")
-        lse = tokens.each("lse", lse)
+        lse = tokens.like("lse", lse)
     if label_smoothing and lse is not None:
         if mean_logit is None:
             raise ValueError("mean_logit: expected a tensor with label_smoothing, got None")
-        flat = lse - tokens.each("mean_logit", mean_logit)
+        flat = lse - tokens.like("mean_logit", mean_logit)
         loss = (1 - label_smoothing) * loss + label_smoothing * flat
     if z_loss and lse is not None:
         loss = loss + z_loss * lse.square()

@@ -1,0 +1,170 @@
+// Python sees raw addresses, sizes, dtype codes, a device index and a stream handle: no link to
+// torch, so one build serves every torch. Compiled by the C++ compiler alone.
+#include <pybind11/pybind11.h>
+
+#include "kernels.h"
+#include "records.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  namespace gpu = ift::gpu;
+  using gpu::Products;
+  using gpu::Queue;
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.doc() = "Epilogues on NVIDIA GPUs; see csrc/cuda/kernels.h. Addresses are integers.";
+  // Types are local: tests load these sources a second time, compiled for the CPU.
+  py::register_local_exception<gpu::CudaError>(m, "CudaError", PyExc_RuntimeError);
+  m.def("built_with", gpu::built_with);
+  m.def("driver_version", gpu::driver_version);
+  m.def("row_parts", gpu::row_parts);
+  m.attr("STATS_BYTES") = gpu::stats_bytes();
+  m.attr("MOST_TOP_K") = gpu::most_top_k();
+
+  py::class_<Queue>(m, "Queue", py::module_local()).def(py::init([](int device, uintptr_t stream) {
+    return Queue{device, stream};
+  }));
+  py::class_<Products>(m, "Products", py::module_local())
+      .def(py::init([](uintptr_t x, int dtype, int64_t rows, int64_t cols, int64_t ld,
+                       uintptr_t bias, float scale, float softcap, float temperature,
+                       int64_t offset) {
+        return Products{at<void>(x),           dtype, rows,    cols,        ld,
+                        at<const float>(bias), scale, softcap, temperature, offset};
+      }));
+
+  m.def(
+      "stats",
+      [](const Queue& q, const Products& p, uintptr_t target, uintptr_t state, int64_t state_ld,
+         uintptr_t argmax, bool more, uintptr_t partials) {
+        gpu::stats(q, p, at<int64_t>(target), at<double>(state), state_ld, at<int64_t>(argmax),
+                   more, at<void>(partials));
+      },
+      Release());
+  m.def(
+      "dlogits",
+      [](const Queue& q, const Products& p, uintptr_t target, uintptr_t norm, int64_t norm_ld,
+         uintptr_t coef, int64_t coef_ld) {
+        gpu::dlogits(q, p, at<int64_t>(target), at<float>(norm), norm_ld, at<float>(coef), coef_ld);
+      },
+      Release());
+  m.def(
+      "probabilities",
+      [](const Queue& q, const Products& p, uintptr_t norm, int64_t norm_ld) {
+        gpu::probabilities(q, p, at<float>(norm), norm_ld);
+      },
+      Release());
+  m.def(
+      "gumbel",
+      [](const Queue& q, const Products& p, uint64_t seed, uintptr_t rows, uintptr_t best,
+         uintptr_t logit, uintptr_t ids, uintptr_t keys) {
+        gpu::gumbel(q, p, seed, at<int64_t>(rows), at<float>(best), at<float>(logit),
+                    at<int64_t>(ids), at<void>(keys));
+      },
+      Release());
+  m.def(
+      "top_k",
+      [](const Queue& q, const Products& p, uintptr_t values, uintptr_t ids, int64_t k) {
+        gpu::top_k(q, p, at<float>(values), at<int64_t>(ids), k);
+      },
+      Release());
+
+  m.def(
+      "active_marks",
+      [](const Queue& q, const Products& p, uintptr_t target, uintptr_t level, int64_t block,
+         uintptr_t marks) {
+        gpu::active_marks(q, p, at<int64_t>(target), at<float>(level), block, at<uint8_t>(marks));
+      },
+      Release());
+  m.def(
+      "mark_counts",
+      [](const Queue& q, uintptr_t marks, int64_t blocks, int64_t cols, int64_t tile,
+         uintptr_t counts) {
+        gpu::mark_counts(q, at<uint8_t>(marks), blocks, cols, tile, at<int64_t>(counts));
+      },
+      Release());
+  m.def(
+      "active_collect",
+      [](const Queue& q, const Products& p, uintptr_t marks, uintptr_t starts, uintptr_t reference,
+         int64_t block, int64_t tile, uintptr_t store, uintptr_t sums) {
+        gpu::active_collect(q, p, at<uint8_t>(marks), at<int64_t>(starts), at<float>(reference),
+                            block, tile, at<void>(store), at<float>(sums));
+      },
+      Release());
+  m.def(
+      "active_gradient",
+      [](const Queue& q, const Products& p, uintptr_t target, uintptr_t norm, int64_t norm_ld,
+         uintptr_t coef, int64_t coef_ld, uintptr_t base, int64_t base_ld, uintptr_t pairs,
+         int64_t count, int64_t block, int64_t tile) {
+        gpu::active_gradient(q, p, at<int64_t>(target), at<float>(norm), norm_ld, at<float>(coef),
+                             coef_ld, at<float>(base), base_ld, at<int64_t>(pairs), count, block,
+                             tile);
+      },
+      Release());
+
+  py::class_<gpu::ResidualTokens>(m, "ResidualTokens", py::module_local())
+      .def(py::init([](uintptr_t ids, uintptr_t predicted, uintptr_t labels, uintptr_t offsets,
+                       int64_t documents, int64_t tokens, int64_t row_length, int64_t ignore_index,
+                       int64_t vocabulary) {
+        return gpu::ResidualTokens{at<int64_t>(ids),    at<int64_t>(predicted),
+                                   at<int64_t>(labels), at<int64_t>(offsets),
+                                   documents,           tokens,
+                                   row_length,          ignore_index,
+                                   vocabulary};
+      }));
+  m.def(
+      "residual",
+      [](const Queue& q, int dtype, uintptr_t table, const gpu::ResidualTokens& tokens,
+         uintptr_t out, int64_t width, double lam) {
+        gpu::residual(q, dtype, at<void>(table), tokens, at<void>(out), width, lam);
+      },
+      Release());
+  m.def(
+      "residual_keys",
+      [](const Queue& q, const gpu::ResidualTokens& tokens, uintptr_t keys) {
+        gpu::residual_keys(q, tokens, at<int64_t>(keys));
+      },
+      Release());
+  py::class_<gpu::Parts>(m, "Parts", py::module_local())
+      .def(py::init([](uintptr_t order, uintptr_t first, uintptr_t keys, int64_t tokens,
+                       int64_t vocabulary, double lam) {
+        return gpu::Parts{at<int64_t>(order),
+                          at<int64_t>(first),
+                          at<int64_t>(keys),
+                          tokens,
+                          vocabulary,
+                          static_cast<float>(1.0 - lam),
+                          static_cast<float>(lam)};
+      }));
+  m.def(
+      "sum_rows",
+      [](const Queue& q, int dtype, uintptr_t parts, const gpu::Parts& in, uintptr_t common,
+         int out_dtype, uintptr_t out, int64_t rows, int64_t width, int64_t tile, bool accumulate) {
+        gpu::sum_rows(q, dtype, at<void>(parts), in, at<float>(common), out_dtype, at<void>(out),
+                      rows, width, tile, accumulate);
+      },
+      Release());
+  m.def(
+      "tile_sums",
+      [](const Queue& q, int dtype, uintptr_t matrix, int64_t rows, int64_t width, int64_t ld,
+         int64_t tile, uintptr_t sums) {
+        gpu::tile_sums(q, dtype, at<void>(matrix), rows, width, ld, tile, at<float>(sums));
+      },
+      Release());
+  m.def(
+      "scan",
+      [](const Queue& q, int dtype, uintptr_t x, uintptr_t mask, uintptr_t offsets, uintptr_t out,
+         int64_t rows, int64_t length, double gamma, bool left) {
+        gpu::scan(q, dtype, at<void>(x), at<uint8_t>(mask), at<int64_t>(offsets), at<void>(out),
+                  rows, length, gamma, left);
+      },
+      Release());
+}

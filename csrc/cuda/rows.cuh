@@ -1,0 +1,205 @@
+// Rows of tables: the temporal residual, its adjoint, and the sums of head rows that the active set
+// needs.
+//
+// Bytes: mixing reads one or two table rows per token and writes one; the adjoint and combine_rows
+// read every part once and write every row of the table once, in its final type: no atomics, no
+// float32 copy of the table, the same sum in the same order every time. tile_sums reads the matrix
+// once. Roof of all: the bandwidth of memory.
+#pragma once
+#include <cassert>
+
+#include "common.cuh"
+#include "records.h"
+
+namespace ift {
+namespace gpu {
+
+__device__ inline int64_t further(const ResidualTokens& in, int64_t t) {
+  if (t % in.row_length == 0 || in.labels[t] == in.ignore_index) return in.ids[t];
+  if (in.offsets) {
+    int64_t low = 0, high = in.documents + 1;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (in.offsets[middle] < t)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    if (low <= in.documents && in.offsets[low] == t) return in.ids[t];
+  }
+  return in.predicted[t - 1];
+}
+
+// Both must lie inside the table: like torch's own gather, this stops the device otherwise.
+__device__ inline void check_tokens(const ResidualTokens& in, int64_t own, int64_t other) {
+  assert(own >= 0 && own < in.vocabulary && "ids: token outside the table");
+  assert(other >= 0 && other < in.vocabulary && "predicted: token outside the table");
+  (void)own, (void)other, (void)in;
+}
+
+// out[t] = keep * table[ids[t]] + share * table[further(t)], a warp per token. `units`: groups of
+// eight elements at the start of every row, 0 where rows are not aligned.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    residual_kernel(const T* table, ResidualTokens in, T* out, int64_t width, int64_t units,
+                    float keep, float share) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (t >= in.tokens) return;
+  const int64_t own_id = in.ids[t], other_id = further(in, t);
+  check_tokens(in, own_id, other_id);
+  const T* const own = table + own_id * width;
+  const T* const other = table + other_id * width;
+  T* const to = out + t * width;
+  const bool alone = own_id == other_id;  // then bit for bit, whatever share is
+#pragma unroll 2
+  for (int64_t u = lane; u < units; u += kWarp) {
+    float a[8], b[8];
+    load8(own + 8 * u, a);
+    if (!alone) {
+      load8(other + 8 * u, b);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) a[i] = keep * a[i] + share * b[i];
+    }
+    store8(to + 8 * u, a);
+  }
+  for (int64_t e = 8 * units + lane; e < width; e += kWarp) {
+    if (alone)
+      to[e] = own[e];
+    else
+      put(to + e, keep * to_float(own[e]) + share * to_float(other[e]));
+  }
+}
+
+// keys (2, tokens): the table row that each token's gradient goes to, and the row that it is mixed
+// with; `vocabulary`, which sorts behind all rows, where it is not mixed.
+static __global__ void __launch_bounds__(kThreads)
+    residual_keys_kernel(ResidualTokens in, int64_t* keys) {
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (t >= in.tokens) return;
+  const int64_t own = in.ids[t], other = further(in, t);
+  check_tokens(in, own, other);
+  keys[t] = own;
+  keys[in.tokens + t] = other == own ? in.vocabulary : other;
+}
+
+template <int kCount, class T>
+__device__ inline void load_some(const T* from, float (&v)[kCount]) {
+  if constexpr (kCount == 8)
+    load8(from, v);
+  else
+    v[0] = to_float(*from);
+}
+
+// `kCount` columns of one row of the sum, by one thread.
+template <int kCount, class T, class O>
+__device__ inline void sum_row(const T* parts, const Parts& in, const float* common, O* out,
+                               int64_t row, int64_t width, int64_t tile, bool accumulate,
+                               int64_t column) {
+  float total[kCount];
+  O* const to = out + row * width + column;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) total[i] = 0.0f;
+  if (accumulate) load_some<kCount>(to, total);
+  if (common) {
+    float base[kCount];
+    load_some<kCount>(common + row / tile * width + column, base);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) total[i] += base[i];
+  }
+  const int64_t last = in.first[row + 1];
+#pragma unroll 4
+  for (int64_t entry = in.first[row]; entry < last; ++entry) {
+    int64_t part = in.order[entry];
+    float weight = 1.0f;
+    if (in.keys) {
+      if (part >= in.tokens) {
+        part -= in.tokens;
+        weight = in.share;
+      } else if (in.keys[in.tokens + part] != in.vocabulary) {
+        weight = in.keep;
+      }
+    }
+    float v[kCount];
+    load_some<kCount>(parts + part * width + column, v);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) total[i] += weight * v[i];
+  }
+  if constexpr (kCount == 8)
+    store8(to, total);
+  else
+    put(to, total[0]);
+}
+
+// out[v] = common[v / tile] + sum of the parts of v, plus what is there if `accumulate`. `lanes`
+// threads, a power of two, share a row.
+template <class T, class O>
+__global__ void __launch_bounds__(kThreads)
+    sum_rows_kernel(const T* parts, Parts in, const float* common, O* out, int64_t rows,
+                    int64_t width, int64_t units, int64_t tile, bool accumulate, int lanes) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  if (row >= rows) return;
+  for (int64_t u = lane; u < units; u += lanes)
+    sum_row<8>(parts, in, common, out, row, width, tile, accumulate, 8 * u);
+  for (int64_t e = 8 * units + lane; e < width; e += lanes)
+    sum_row<1>(parts, in, common, out, row, width, tile, accumulate, e);
+}
+
+constexpr int kTileRows = kThreads / kWarp;
+
+// One thread's columns of a tile, every kTileRows-th row, then over the threads of the block.
+template <int kCount, class T>
+__device__ inline void sum_tile(const T* matrix, int64_t begin, int64_t end, int64_t ld,
+                                int64_t column, bool inside, float* out,
+                                float (&part)[kTileRows][8 * kWarp]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  float total[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) total[i] = 0.0f;
+  if (inside) {
+#pragma unroll 4
+    for (int64_t r = begin + warp; r < end; r += kTileRows) {
+      float v[kCount];
+      load_some<kCount>(matrix + r * ld + column, v);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) total[i] += v[i];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) part[warp][i * kWarp + lane] = total[i];
+  __syncthreads();
+  if (warp != 0 || !inside) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    float sum = 0.0f;
+    for (int w = 0; w < kTileRows; ++w) sum += part[w][i * kWarp + lane];
+    out[column + i] = sum;
+  }
+}
+
+// sums (tiles, width) of every `tile` rows of a matrix (rows, width); a block per tile and kWarp
+// groups of columns: eight each for the first `units` of them, then single ones.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    tile_sums_kernel(const T* matrix, int64_t rows, int64_t width, int64_t ld, int64_t tile,
+                     int64_t units, float* sums) {
+  __shared__ float part[kTileRows][8 * kWarp];
+  const int64_t wide = (units + kWarp - 1) / kWarp;
+  const int64_t single = (width - 8 * units + kWarp - 1) / kWarp;
+  const int64_t t = blockIdx.x / (wide + single), job = blockIdx.x % (wide + single);
+  const int64_t begin = t * tile, end = begin + tile < rows ? begin + tile : rows;
+  const int64_t lane = threadIdx.x % kWarp;
+  float* const out = sums + t * width;
+  if (job < wide) {
+    const int64_t unit = job * kWarp + lane;
+    sum_tile<8>(matrix, begin, end, ld, 8 * unit, unit < units, out, part);
+  } else {
+    const int64_t column = 8 * units + (job - wide) * kWarp + lane;
+    sum_tile<1>(matrix, begin, end, ld, column, column < width, out, part);
+  }
+}
+
+}  // namespace gpu
+}  // namespace ift

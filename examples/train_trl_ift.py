@@ -1,0 +1,48 @@
+"""Intuitive Fine-Tuning in TRL: `IFTTrainer` in place of `SFTTrainer`, its options beside SFT's.
+
+``python -m examples.train_trl_ift``
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from datasets import Dataset
+
+from examples import toy
+from ift.integrations.trl import IFTConfig, IFTTrainer
+
+
+def main(arguments: list[str] | None = None) -> list[float]:
+    """Train, and return the logged losses."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--output", default="ift-output")
+    options = parser.parse_args(arguments)
+
+    words = toy.tokenizer()
+    rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in toy.rows()]
+    trainer = IFTTrainer(
+        model=toy.model(words),
+        args=IFTConfig(
+            ift={"lam": 0.2, "gamma": 0.95},
+            output_dir=options.output,
+            max_steps=options.steps,
+            per_device_train_batch_size=16,
+            learning_rate=2e-3,
+            logging_steps=1,
+            gradient_checkpointing=False,  # with it, prompts run twice
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=words,
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Where several backends serve a device, which of them is faster, operation by operation."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+
+# By architecture ("sm_90") and function of a backend, the backend that measured faster on it; what
+# does not stand here goes to the first available one. Not measured: no entries.
+FASTER: dict[str, dict[str, str]] = {}
+
+
+class Mixed:
+    """A backend whose functions come from several."""
+
+    def __init__(self, first: ModuleType, others: dict[str, Any]) -> None:
+        self.__name__ = first.__name__
+        self._first = first
+        self.__dict__.update(others)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._first, name)
+
+
+def faster(serving: dict[str, ModuleType], device: torch.device) -> Any:
+    """The first of `serving`, but for the functions of which another is known to be faster."""
+    first = next(iter(serving.values()))
+    if device.type != "cuda" or not FASTER:
+        return first
+    table = FASTER.get(_architecture(device.index or 0), {})
+    others = {op: getattr(serving[name], op) for op, name in table.items() if name in serving}
+    return Mixed(first, others) if others else first
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))

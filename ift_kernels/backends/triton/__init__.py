@@ -1,0 +1,116 @@
+"""The epilogues as Triton kernels for GPUs: float32, bfloat16 and float16.
+
+Same functions as `reference`. Triton itself is imported when a first tensor is served: it is not
+installed everywhere, and importing it takes a while. Under ``TRITON_INTERPRET=1``, set before that,
+the kernels run in Triton's interpreter on CPU tensors, which is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from ift_kernels.backends import reference
+
+OLDEST = (3, 4)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+new_state = reference.new_state
+wants_transpose = reference.wants_transpose  # cuBLAS reads either operand transposed
+scratch = reference.scratch
+# In plain torch so far.
+divergence_terms = reference.divergence_terms
+divergence_gradient_ = reference.divergence_gradient_
+transpose = reference.transpose
+
+# Where the functions of the contract are; see reference.py for what they do.
+_MODULES = {
+    "stats": ("stats_update",),
+    "dlogits": ("dlogits_", "probabilities_"),
+    "choice": ("top_k_update", "gumbel_update"),
+    "marks": ("active_marks", "active_collect"),
+    "gradient": ("active_gradient_",),
+    "segments": ("combine_rows", "tile_sums"),
+    "scans": ("scan",),
+    "mixing": ("residual", "residual_grad"),  # no module may have the name of a function
+    # Beyond the contract: what a schedule may use where a backend has it.
+    "fused": ("fused_statistics", "prefers_fused"),
+    "active_schedule": ("active_serves", "active_form", "active_gradients"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # found directly from now on
+    return value
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: decided when they are first imported."""
+    from ift_kernels.backends.triton import launch
+
+    return launch.INTERPRETED
+
+
+@functools.cache
+def _unavailable() -> str:
+    """Why Triton cannot be used in this process, or ""."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        import triton
+    except Exception as error:  # a broken installation must not take the other backends along
+        return f"triton does not load ({error})"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < OLDEST:
+        return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
+    return ""
+
+
+@functools.cache
+def _device_too_old(index: int) -> str:
+    if torch.version.hip is not None:
+        return ""
+    major, minor = torch.cuda.get_device_capability(index)
+    return "" if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type not in ("cuda", "cpu"):
+        return f"device {device.type} is not cuda"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return "device cpu is not cuda, and TRITON_INTERPRET=1 is not set"
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is served by the reference backend"
+    if reason := _unavailable():
+        return reason
+    if device.type == "cpu":
+        late = "TRITON_INTERPRET=1 was set after the kernels had been loaded"
+        return "" if interpreted() else late
+    if interpreted():
+        return ""  # copied to the CPU and back by the interpreter: slow, but right
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _device_too_old(index)
+
+
+def describe() -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    reason = why_not(device, torch.float32)
+    if reason and not cuda:
+        reason = _unavailable() or "torch sees no GPU"
+    detail = ""
+    if not reason:
+        import triton
+
+        where = torch.cuda.get_device_name(device) if cuda else "interpreter"
+        detail = f"triton {triton.__version__}, {where}"
+    return {"available": not reason, "reason": reason, "detail": detail}

@@ -1,0 +1,195 @@
+"""A tile of products to the k best logits, or to a Gumbel-max draw: one read.
+
+Floors per element: 2 bytes read (bf16). Top-k: a comparison, and a merge for each of the
+O(k·log(V / k)) elements that enter the best so far. Gumbel: a quarter of ten Philox rounds (some 20
+integer operations) and two logarithms, more than the read on most devices. Distances: not measured.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ift_kernels.backends.triton.common import logits, transform_arguments
+from ift_kernels.backends.triton.launch import (
+    check_rows,
+    check_vectors,
+    config,
+    launch,
+    power_of_two,
+    shape_class,
+)
+from ift_kernels.transform import LogitTransform
+
+LEAST = tl.constexpr(-(2**63))
+NO_ID = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def key_of(z, ids):
+    """int64 that orders by logit, then by lowest id; a NaN is above all, −0 equals 0."""
+    bits = (z + 0.0).to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ordered = tl.where(z != z, 0x7FFFFFFF, ordered)
+    return (ordered.to(tl.int64) << 32) | (ids ^ 0x7FFFFFFF).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["offset", "k"])
+def top_k_kernel(
+    x, bias, values, ids,
+    columns, stride, offset, k,
+    gain, height, rate,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    x += row * stride
+    slot = tl.arange(0, K).to(tl.int64)
+    used = slot < k
+    value = tl.load(values + row * k + slot, mask=used, other=0.0)
+    chosen = tl.load(ids + row * k + slot, mask=used, other=0)
+    # Slots not in use lie above everything and are never replaced; placeholders below everything,
+    # all different, so that one of them is replaced at a time.
+    best = tl.where(chosen < 0, slot + LEAST, key_of(value, chosen.to(tl.int32)))
+    best = tl.where(used, best, 0x7FFFFFFFFFFFFFFF - slot)
+    worst = tl.min(best)
+    lane = tl.arange(0, BLOCK)
+    for start in range(0, columns, BLOCK):
+        column = start + lane
+        inside = column < columns
+        raw = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        b = 0.0
+        if HAS_BIAS:
+            b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        z = logits(raw, b, gain, height, HAS_BIAS, HAS_CAP)
+        key = tl.where(inside, key_of(z, column + offset), LEAST)
+        top = tl.max(key)
+        while top > worst:
+            best = tl.where(best == worst, top, best)
+            worst = tl.min(best)
+            key = tl.where(key == top, LEAST, key)
+            top = tl.max(key)
+    # Keys are unique, so the number of larger ones is the place in descending order.
+    real = tl.where(used, best, LEAST)
+    place = tl.sum(tl.where(real[None, :] > best[:, None], 1, 0), axis=1)
+    ordered = (best >> 32).to(tl.int32)
+    bits = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
+    logit = bits.to(tl.float32, bitcast=True)  # of 0x7FFFFFFF: a NaN
+    found = (best & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
+    # Fewer columns than k, so far: still a placeholder.
+    empty = best < LEAST + 64  # = the largest K
+    tl.store(values + row * k + place, tl.where(empty, float("-inf"), logit), mask=used)
+    tl.store(ids + row * k + place, tl.where(empty, -1, found.to(tl.int64)), mask=used)
+
+
+@triton.jit
+def minus_log_exponential(bits):
+    """−log(−log1p(−u)) of the uniform numbers u = (bits + ½)·2⁻³²: Gumbel noise.
+
+    Not −log(−log u): log1p of a small −u keeps its digits, so the largest is 22.9, not 16.6.
+    """
+    u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    u = tl.minimum(u, 0.99999994)
+    # log1p(−u) = log(w)·(−u)/(w − 1) with w = 1 − u rounded: the errors of w cancel.
+    w = 1.0 - u
+    exponential = tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
+    return -tl.log(exponential)
+
+
+@triton.jit(do_not_specialize=["offset", "seed_low", "seed_high"])
+def gumbel_kernel(
+    x, bias, rows, best, logit, ids,
+    columns, stride, best_stride, ids_stride, offset, seed_low, seed_high,
+    gain, height, rate,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, SKIPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    x += row * stride
+    number = tl.load(rows + row).to(tl.int64)
+    seed = (seed_high.to(tl.int64) << 32) | seed_low.to(tl.int64)
+    low = (number & 0xFFFFFFFF).to(tl.uint32)
+    high = ((number >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    lane = tl.arange(0, BLOCK)
+    quarter = tl.arange(0, BLOCK // 4)
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    top_logit = top
+    top_at = tl.full((BLOCK,), NO_ID, tl.int32)
+    # Four ids share a counter, so blocks start at multiples of four ids.
+    for start in range(-SKIPPED, columns, BLOCK):
+        column = start + lane
+        inside = (column >= 0) & (column < columns)
+        raw = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        b = 0.0
+        if HAS_BIAS:
+            b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        z = logits(raw, b, gain, height, HAS_BIAS, HAS_CAP)
+        counter = ((start + offset) // 4 + quarter).to(tl.uint32)
+        blank = tl.zeros_like(counter)
+        w0, w1, w2, w3 = tl.philox(seed, counter, blank + low, blank + high, blank)
+        bits = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+        score = z + minus_log_exponential(bits)
+        score = tl.where(inside, score, float("-inf"))
+        better = (score > top) | ((score != score) & (top == top))
+        top = tl.where(better, score, top)
+        top_logit = tl.where(better, z, top_logit)
+        top_at = tl.where(better, column, top_at)
+    nan_at = tl.min(tl.where(top != top, top_at, NO_ID))
+    score = tl.max(tl.where(top == top, top, float("-inf")))
+    at = tl.where(nan_at != NO_ID, nan_at, tl.min(tl.where(top == score, top_at, NO_ID)))
+    score = tl.where(nan_at != NO_ID, float("nan"), score)
+    # One lane has it, or none where all is −inf.
+    is_nan = tl.max(tl.where((top_at == at) & (top_logit != top_logit), 1, 0)) > 0
+    found = tl.max(tl.where((top_at == at) & (top_logit == top_logit), top_logit, float("-inf")))
+    found = tl.where(is_nan, float("nan"), found)
+    old = tl.load(best + row * best_stride)
+    beaten = (score > old) | ((score != score) & (old == old))
+    tl.store(best + row * best_stride, score, mask=beaten)
+    tl.store(logit + row, found, mask=beaten)
+    tl.store(ids + row * ids_stride, at.to(tl.int64) + offset, mask=beaten)
+
+
+def top_k_update(
+    x: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    offset: int,
+    values: Tensor,
+    ids: Tensor,
+) -> None:
+    rows, columns = x.shape
+    check_rows("x", x)
+    check_vectors(columns, bias=bias)
+    if not (values.shape == ids.shape and values.is_contiguous() and ids.is_contiguous()):
+        raise RuntimeError("values and ids: expected contiguous (N, k)")
+    if values.shape[0] != rows:
+        raise RuntimeError(f"values: {tuple(values.shape)} for {rows} rows")
+    k = values.shape[1]
+    launch(
+        top_k_kernel, (rows,), x,
+        x, bias, values, ids, columns, x.stride(0), offset, k,
+        **transform_arguments(bias, transform), K=power_of_two(max(k, 2)),
+        **config("top_k", shape_class(columns), x.device),
+    )  # fmt: skip
+
+
+def gumbel_update(
+    x: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    offset: int,
+    seed: int,
+    rows: Tensor,
+    best: Tensor,
+    logit: Tensor,
+    ids: Tensor,
+) -> None:
+    check_rows("x", x)
+    check_vectors(x.shape[1], bias=bias)
+    check_vectors(x.shape[0], rows=rows, logit=logit)
+    launch(
+        gumbel_kernel, (x.shape[0],), x,
+        x, bias, rows, best, logit, ids, x.shape[1], x.stride(0), best.stride(0),
+        ids.stride(0), offset, seed % 2**32, seed // 2**32 % 2**32,
+        **transform_arguments(bias, transform), SKIPPED=offset % 4,
+        **config("gumbel", shape_class(x.shape[1]), x.device),
+    )  # fmt: skip

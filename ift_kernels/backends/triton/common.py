@@ -1,0 +1,128 @@
+"""What kernels share: from raw product to logit, its slope, and the merge of running statistics."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ift_kernels.backends.triton.launch import INTERPRETED
+from ift_kernels.transform import LogitTransform
+
+
+def transform_arguments(bias: Tensor | None, transform: LogitTransform) -> dict[str, object]:
+    """The arguments of a kernel that stand for the transform, and for whether there is a bias.
+
+    Without a softcap ``z = gain·(x + bias)``, with one ``z = height·tanh(gain·(x + bias))``; here
+    divisions cost nothing. `rate` is the derivative at 0.
+    """
+    rate, cap = transform.scale / transform.temperature, transform.softcap
+    return {
+        "gain": transform.scale / cap if cap else rate,
+        "height": cap / transform.temperature if cap else 1.0,
+        "rate": rate,
+        "HAS_BIAS": bias is not None,
+        "HAS_CAP": bool(cap),
+    }
+
+
+@triton.jit
+def tanh(u):
+    """Good to a few units in the last place: 1 − exp(−2u) alone would cancel where u is small."""
+    a = tl.abs(u)
+    e = tl.exp(-2.0 * a)
+    s = u * u
+    # The next term, 1382/155925·u¹¹, is 1e-8 of tanh(u) at u = 0.25.
+    series = 1.0 + s * (-0.33333334 + s * (0.13333334 + s * (-0.053968254 + s * 0.021869488)))
+    large = (1.0 - e) / (1.0 + e)
+    return tl.where(a < 0.25, u * series, tl.where(u < 0, -large, large))
+
+
+@triton.jit
+def logits(x, bias, gain, height, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+    """Logits of float32 products; `bias` may be anything without HAS_BIAS."""
+    z = x
+    if HAS_BIAS:
+        z = z + bias
+    z = z * gain
+    if HAS_CAP:
+        z = height * tanh(z)
+    return z
+
+
+@triton.jit
+def slope(z, height, rate, HAS_CAP: tl.constexpr):
+    """∂z/∂x from the logits."""
+    s = tl.zeros_like(z) + rate
+    if HAS_CAP:
+        part = z * (1.0 / height)
+        s = rate * (1.0 - part * part)
+    return s
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of products in kernels: float32 is not to be rounded to TF32."""
+    if INTERPRETED:
+        return "widened"
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def product(a, b, total, PRECISION: tl.constexpr):
+    """``total + a @ b``."""
+    if PRECISION == "widened":  # the interpreter multiplies the bits of bfloat16 as integers
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def row_gradient(z, norm_0, norm_1, one, per_log_p, flat):
+    """``p·(one + log_p·log p) + flat`` of `dlogits_`, without the term of the target."""
+    log_p = (z - norm_0) - norm_1
+    p = tl.exp(log_p)
+    # 0 · (−inf) of a token that is masked out would be NaN.
+    return p * (one + per_log_p * tl.where(p == 0.0, 0.0, log_p)) + flat
+
+
+@triton.jit
+def merge_into(
+    state, argmax, stride,  # of this row: rows of float64 `stride` apart, and an int64
+    top, total, picked, has_target, e_z, e_sq, z_sum, second, at,  # float64 scalars; int64
+    TRACK: tl.constexpr,
+):  # fmt: skip
+    """Fold statistics of further columns, relative to their own maximum, into a running state.
+
+    The rows are MAX, SUM, TARGET, E_Z, E_SQ, Z_SUM and SECOND of reference.py.
+    """
+    old = tl.load(state)
+    old_total = tl.load(state + stride)
+    beaten = (top > old) | ((top != top) & (old == old))
+    new = tl.where(beaten, top, old)
+    # A row of −inf only has no finite reference point.
+    m = tl.where(new == float("-inf"), 0.0, new)
+    moved = tl.where(old == float("-inf"), 0.0, old - m)
+    shrink = tl.where(old == float("-inf"), 0.0, tl.exp(moved))
+    moved_here = tl.where(top == float("-inf"), 0.0, top - m)
+    shrink_here = tl.exp(moved_here)
+    if TRACK & 2:
+        before = tl.load(state + 3 * stride)
+        both = shrink * (before + moved * old_total) + shrink_here * (e_z + moved_here * total)
+        tl.store(state + 3 * stride, both)
+    if TRACK & 4:
+        before = tl.load(state + 4 * stride)
+        tl.store(state + 4 * stride, shrink * shrink * before + shrink_here * shrink_here * e_sq)
+    if TRACK & 8:
+        tl.store(state + 5 * stride, tl.load(state + 5 * stride) + z_sum)
+    if TRACK & 16:
+        before = tl.load(state + 6 * stride)
+        least = tl.where(top > old, old, top)
+        best = tl.where(second > before, second, before)
+        tl.store(state + 6 * stride, tl.where(least > best, least, best))
+    if TRACK & 1:
+        tl.store(argmax, tl.where(beaten, at, tl.load(argmax)))
+    tl.store(state + stride, shrink * old_total + shrink_here * total)
+    tl.store(state, new)
+    tl.store(state + 2 * stride, tl.where(has_target, picked, tl.load(state + 2 * stride)))

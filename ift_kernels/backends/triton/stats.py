@@ -1,0 +1,208 @@
+"""A tile of products to running row statistics: one read.
+
+Floors per element: 2 bytes read (bf16), 4 (fp32); about 10 float operations and one exponential,
+which at 4 exponentials a cycle and quarter of a multiprocessor hide behind the read. Distance from
+them: not measured.
+
+A program owns a row, or where rows are few a part of one; parts go to states of their own, which a
+second kernel folds in order of the columns, so that results do not depend on timing.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ift_kernels.backends import reference as ref
+from ift_kernels.backends.triton.common import logits, merge_into, transform_arguments
+from ift_kernels.backends.triton.launch import (
+    blocks,
+    check_rows,
+    check_vectors,
+    config,
+    launch,
+    multiprocessors,
+    shape_class,
+)
+from ift_kernels.transform import LogitTransform
+
+NO_COLUMN = tl.constexpr(2**31 - 1)  # larger than any
+MAX_PARTS = 64
+
+
+@triton.jit(do_not_specialize=["offset", "parts", "length"])
+def stats_kernel(
+    x, bias, target, state, argmax,
+    columns, stride, state_stride, part_stride, argmax_stride, offset, parts, length,
+    gain, height, rate,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TRACK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    row, part = program // parts, program % parts
+    state += part * part_stride + row
+    argmax += part * argmax_stride + row
+    x += row * stride
+    lane = tl.arange(0, BLOCK)
+    low = tl.full((BLOCK,), float("-inf"), tl.float32)
+    zero = tl.zeros((BLOCK,), tl.float32)
+    best, second = low, low
+    best_at = tl.full((BLOCK,), NO_COLUMN, tl.int32)
+    total, e_z, e_sq, z_sum = zero, zero, zero, zero
+    top = tl.max(low)
+    first = part.to(tl.int32) * length * BLOCK
+    last = tl.minimum(first + length * BLOCK, columns)
+    for start in range(first, last, BLOCK):
+        column = start + lane
+        inside = column < columns  # of a part before the last: always
+        raw = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        b = 0.0
+        if HAS_BIAS:
+            b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        z = logits(raw, b, gain, height, HAS_BIAS, HAS_CAP)
+        if TRACK & 8:
+            z_sum += tl.where(inside, z, 0.0)
+        z = tl.where(inside, z, float("-inf"))
+        known = tl.where(z == z, z, float("-inf"))
+        new = tl.maximum(top, tl.max(known))
+        m = tl.where(new == float("-inf"), 0.0, new)
+        moved = tl.where(top == float("-inf"), 0.0, top - m)
+        shrink = tl.where(top == float("-inf"), 0.0, tl.exp(moved))
+        centred = z - m
+        e = tl.exp(centred)
+        if TRACK & 2:
+            e_z = shrink * (e_z + moved * total) + tl.where(e == 0.0, 0.0, e * centred)
+        if TRACK & 4:
+            e_sq = shrink * shrink * e_sq + e * e
+        total = shrink * total + e
+        top = new
+        if TRACK & 16:
+            second = tl.maximum(second, tl.minimum(best, known))
+        if (TRACK & 1) | (TRACK & 16):
+            # A NaN wins, as it does in torch.argmax, and what came first stays.
+            better = (z > best) | ((z != z) & (best == best))
+            best = tl.where(better, z, best)
+            best_at = tl.where(better, column, best_at)
+    top_64 = top.to(tl.float64)
+    at = tl.zeros((), tl.int32)
+    runner_up = top
+    if (TRACK & 1) | (TRACK & 16):
+        nan_at = tl.min(tl.where(best != best, best_at, NO_COLUMN))
+        found = tl.min(tl.where(best == top, best_at, NO_COLUMN))
+        at = tl.where(nan_at != NO_COLUMN, nan_at, found)
+        # All −inf: no lane has beaten its start.
+        at = tl.where(at == NO_COLUMN, first, at)
+        top_64 = tl.where(nan_at != NO_COLUMN, float("nan"), top_64)
+        if TRACK & 16:
+            others = tl.where((best_at == at) | (best != best), second, tl.maximum(best, second))
+            runner_up = tl.max(others)
+    local = tl.load(target + row) - offset
+    has_target = (local >= first) & (local < last)
+    picked = tl.load(x + local, mask=has_target, other=0.0).to(tl.float32)
+    b = 0.0
+    if HAS_BIAS:
+        b = tl.load(bias + local, mask=has_target, other=0.0).to(tl.float32)
+    picked = logits(picked, b, gain, height, HAS_BIAS, HAS_CAP)
+    merge_into(
+        state, argmax, state_stride,
+        top_64, tl.sum(total.to(tl.float64)), picked.to(tl.float64), has_target,
+        tl.sum(e_z.to(tl.float64)), tl.sum(e_sq.to(tl.float64)), tl.sum(z_sum.to(tl.float64)),
+        runner_up.to(tl.float64), at.to(tl.int64) + offset,
+        TRACK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["parts", "length", "columns", "offset"])
+def merge_kernel(
+    source, source_argmax, target, state, argmax,
+    parts, source_stride, part_stride, argmax_stride, state_stride, length, columns, offset,
+    TRACK: tl.constexpr,
+):  # fmt: skip
+    """Fold `parts` states of a row, each of `length` columns, in order into the running one."""
+    row = tl.program_id(0).to(tl.int64)
+    source += row
+    source_argmax += row
+    state += row
+    argmax += row
+    local = tl.load(target + row) - offset
+    for part in range(parts):
+        here = source + part * part_stride
+        first = part * length
+        last = tl.minimum(first + length, columns)
+        second = tl.load(here + 6 * source_stride)
+        merge_into(
+            state, argmax, state_stride,
+            tl.load(here), tl.load(here + source_stride), tl.load(here + 2 * source_stride),
+            (local >= first) & (local < last), tl.load(here + 3 * source_stride),
+            tl.load(here + 4 * source_stride), tl.load(here + 5 * source_stride), second,
+            tl.load(source_argmax + part * argmax_stride),
+            TRACK,
+        )  # fmt: skip
+
+
+def stats_update(
+    x: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    target: Tensor,
+    offset: int,
+    state: Tensor,
+    argmax: Tensor,
+    track: int,
+) -> None:
+    rows, columns = x.shape
+    check_rows("x", x)
+    check_rows("state", state, rows)
+    check_vectors(rows, target=target, argmax=argmax)
+    check_vectors(columns, bias=bias)
+    kind = shape_class(columns)
+    if track not in (0, ref.TRACK_ARGMAX):
+        kind += "-all"  # more to hold in registers
+    chosen = config("stats", kind, x.device)
+    parts = parts_of(rows, columns, chosen["BLOCK"], x.device)
+    length = blocks(blocks(columns, parts), chosen["BLOCK"])  # in blocks
+    whole = (state, argmax) if parts == 1 else part_states(parts, rows, x.device)
+    launch(
+        stats_kernel, (rows * parts,), x,
+        x, bias, target, *whole, columns, x.stride(0), whole[0].stride(-2),
+        whole[0].stride(0), whole[1].stride(0), offset, parts, length,
+        **transform_arguments(bias, transform), TRACK=track, **chosen,
+    )  # fmt: skip
+    if parts > 1:
+        merge_parts(whole, target, state, argmax, length * chosen["BLOCK"], columns, offset, track)
+
+
+def parts_of(rows: int, columns: int, block: int, device: torch.device) -> int:
+    """In how many parts a row is cut, so that few rows still fill the device."""
+    index = device.index if device.type == "cuda" else None
+    return max(
+        1, min(4 * multiprocessors(index) // max(rows, 1), blocks(columns, block), MAX_PARTS)
+    )
+
+
+def part_states(parts: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Empty states (parts, STATE_ROWS, N) and arg maxima (parts, N)."""
+    state = torch.zeros((parts, ref.STATE_ROWS, rows), dtype=torch.float64, device=device)
+    state[:, ref.MAX] = -torch.inf
+    state[:, ref.SECOND] = -torch.inf
+    return state, torch.zeros((parts, rows), dtype=torch.int64, device=device)
+
+
+def merge_parts(
+    parts: tuple[Tensor, Tensor],
+    target: Tensor,
+    state: Tensor,
+    argmax: Tensor,
+    length: int,
+    columns: int,
+    offset: int,
+    track: int,
+) -> None:
+    """Fold the states of parts of `length` columns, together `columns`, into the running one."""
+    states, maxima = parts
+    launch(
+        merge_kernel, (state.shape[1],), state,
+        states, maxima, target, state, argmax, len(states), states.stride(1), states.stride(0),
+        maxima.stride(0), state.stride(0), length, columns, offset, TRACK=track, num_warps=1,
+    )  # fmt: skip

@@ -1,0 +1,281 @@
+"""`linear_logprobs` of a head whose vocabulary is spread over processes; no process gathers it.
+
+Each process runs the ordinary operators on its own rows of the head. Their statistics are summed
+over the processes, per token, and autograd carries the gradient of those sums back into the local
+operators: every schedule, exact or active, serves a shard as it serves a whole head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ift_kernels import checks, linear, linear_ops
+from ift_kernels.active_set import ActiveSet
+from ift_kernels.active_set import options as active_options
+from ift_kernels.backends import reference as ref
+from ift_kernels.linear import OUTPUTS, TokenStats
+from ift_kernels.transform import LogitTransform
+
+_LITTLE = -1e30  # a logit
+_IGNORE = -100  # of the local calls, whatever the caller's is: their ids are the shard's own
+
+
+def vocab_parallel_logprobs(
+    hidden: Tensor,  # (..., D), the same in every process of the group
+    weight: Tensor,  # (V / processes, D), or a DTensor (V, D) with Shard(0)
+    target: Tensor,  # (...), ids of the whole vocabulary
+    *,
+    group: Any = None,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    outputs: tuple[str, ...] = ("logprob",),
+    gradient: str | ActiveSet = "exact",
+    workspace: int | None = None,
+) -> TokenStats:
+    """`linear_logprobs` of a head whose rows are spread over the processes of a group.
+
+    Equals ``linear_logprobs(hidden, torch.cat(weights of all processes), target, ...)``, with the
+    same results in every process, the gradient of its own rows in each, and the whole gradient of
+    `hidden` in all. Every process of the group must call it, run backward through it, and compute
+    the same loss from the results, as in tensor parallelism generally. Per token the processes
+    exchange a handful of sums; of `hidden`'s gradient, its size.
+
+    Args:
+        hidden: (..., D), the same everywhere; a DTensor is gathered if it is sharded (sequence
+            parallelism), and then gets its gradient back sharded.
+        weight: this process's rows, which follow those of the process before it in `group`; their
+            number may differ. Or a DTensor sharded along dimension 0, and `group` None.
+        target: (...) int64 or int32 ids in [0, V), the same everywhere.
+        group: a `torch.distributed` process group; None for the default one, or the DTensor's.
+        bias: this process's part of the bias, sharded as `weight`.
+        The rest: as `linear_logprobs`. The workspace is that of each process.
+
+    Returns:
+        TokenStats, as `linear_logprobs`.
+
+    Raises:
+        As `linear_logprobs`; TypeError, ValueError for a DTensor that is not sharded along
+            dimension 0 of one mesh dimension, or whose bias or hidden do not fit.
+        RuntimeError: torch.distributed is not initialised.
+
+    >>> # logprob = vocab_parallel_logprobs(hidden, lm_head.weight, target).logprob
+    """
+    shard = _Shard.of(weight, bias, group)
+    hidden = whole(hidden, weight)
+    ignore_index = checks.integer("ignore_index", ignore_index)
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs: expected a tuple of names, got {outputs!r}")
+    track = 0
+    for name in outputs:
+        checks.one_of("outputs", name, OUTPUTS)
+        track |= OUTPUTS[name]
+    if track & ref.TRACK_SECOND:
+        track |= ref.TRACK_ARGMAX  # says whose second it is
+    active = active_options(gradient)
+    transform = LogitTransform.checked(logit_scale, softcap, temperature)
+    target = checks.token_ids("target", target, hidden.shape[:-1], hidden.device)
+    valid = target != ignore_index
+    linear_ops.check_targets(target.flatten(), valid.flatten(), shard.vocabulary)
+
+    hidden = _to_shards(hidden, shard.group)
+    here = valid & (target >= shard.start) & (target < shard.start + shard.weight.shape[0])
+    # Targets of other shards become any id: nothing is made of that log-probability.
+    own = torch.where(here, target - shard.start, 0).masked_fill(~valid, _IGNORE)
+    local = _local(hidden, shard, own, transform, workspace, track, active)
+    stats = _combined(local, here, shard, track)
+    kept = {"argmax_logprob" if name == "argmax" else name for name in outputs} | set(outputs)
+    return TokenStats(
+        *(
+            torch.where(valid, value, 0) if name in kept and value is not None else None
+            for name, value in stats._asdict().items()
+        )
+    )
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Is this a DTensor, whose rows `vocab_parallel_logprobs` may find in other processes?"""
+    return hasattr(weight, "device_mesh")
+
+
+def whole(hidden: Tensor, weight: Tensor) -> Tensor:
+    """`hidden`, if a DTensor, as a plain tensor that every process of its mesh has all of."""
+    if not is_sharded(hidden):
+        return hidden
+    from torch.distributed.tensor import Replicate
+
+    sharded: Any = hidden
+    if sharded.device_mesh != getattr(weight, "device_mesh", None):
+        raise ValueError("hidden: expected a DTensor on the mesh of weight, or a plain tensor")
+    plain: Tensor = sharded.redistribute(placements=[Replicate()]).to_local()
+    return plain
+
+
+class _Shard(NamedTuple):
+    """This process's part of the head, and where it stands in the vocabulary."""
+
+    weight: Tensor
+    bias: Tensor | None
+    group: Any
+    start: int
+    vocabulary: int
+
+    @staticmethod
+    def of(weight: Tensor, bias: Tensor | None, group: Any) -> _Shard:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "vocab_parallel_logprobs: expected torch.distributed to be initialised"
+            )
+        if is_sharded(weight):
+            return _Shard._of_dtensor(weight, bias, group)
+        checks.floating("weight", weight)
+        if bias is not None and is_sharded(bias):
+            raise TypeError("bias: expected this process's part of it, like weight, got a DTensor")
+        # Asked, not assumed: shards taken to be even that are not would be silently wrong.
+        size = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=weight.device)
+        rank = dist.get_rank(group)
+        size[rank] = weight.shape[0]
+        dist.all_reduce(size, group=group)
+        sizes = size.tolist()
+        return _Shard(weight, bias, group, sum(sizes[:rank]), sum(sizes))
+
+    @staticmethod
+    def _of_dtensor(weight: Any, bias: Any, group: Any) -> _Shard:
+        from torch.distributed.tensor import Shard
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        if group is not None:
+            raise ValueError("group: expected None for a DTensor weight, which has its own mesh")
+        mesh, placements = weight.device_mesh, tuple(weight.placements)
+        if mesh.ndim != 1 or placements != (Shard(0),):
+            raise ValueError(
+                f"weight: expected a DTensor with placements (Shard(0),) on a mesh of one "
+                f"dimension, got {placements} on {mesh.ndim}"
+            )
+        if bias is not None and not (
+            is_sharded(bias) and bias.device_mesh == mesh and tuple(bias.placements) == placements
+        ):
+            raise ValueError("bias: expected a DTensor sharded like weight")
+        _, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
+        part = None if bias is None else bias.to_local()
+        return _Shard(weight.to_local(), part, mesh.get_group(), offset[0], weight.shape[0])
+
+
+class _ToShards(torch.autograd.Function):
+    """The same tensor for every shard; backward, the sum of what the shards make of it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = grads
+        # At least float32: a sum of 16-bit values would be rounded once per process.
+        total = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+        dist.all_reduce(total, group=ctx.group)
+        return total.to(gradient.dtype), None
+
+
+class _FromShards(torch.autograd.Function):
+    """The sum over the shards. Its gradient is each shard's own: all compute the same loss."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
+        total = part.detach().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+_to_shards: Any = _ToShards.apply
+_sum_of_shards: Any = _FromShards.apply
+
+
+class _Local(NamedTuple):
+    """What one shard knows of each token; `top` and `log_sum` make up `lse`, without gradient."""
+
+    stats: Any  # TokenStats, mean_logit less lse
+    top: Tensor
+    log_sum: Tensor
+
+
+def _local(
+    hidden: Tensor,
+    shard: _Shard,
+    target: Tensor,
+    transform: LogitTransform,
+    workspace: int | None,
+    track: int,
+    active: ActiveSet | None,
+) -> _Local:
+    if shard.weight.shape[0]:
+        call = linear._Call(hidden, shard.weight, target, shard.bias, _IGNORE, transform, workspace)
+        stats, norm = call.stats_and_norm(track, active)
+        return _Local(stats, *(part.view(target.shape) for part in norm))
+    # No rows: next to no probability, by a finite number, so that 0 times it is 0. An edge of the
+    # graph all the same, or this process would be missing where hidden's gradient is summed.
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    zero = hidden.new_zeros(target.shape, dtype=dtype) + hidden[..., :0].sum(-1)
+    for part in (shard.weight, shard.bias):
+        zero = zero if part is None else zero + part.sum()  # of nothing
+    ids, fixed = torch.zeros_like(target), zero.detach()
+    stats = TokenStats(zero, zero, zero, ids, fixed, fixed, fixed, zero)
+    return _Local(stats, fixed + _LITTLE, fixed)
+
+
+def _combined(local: _Local, here: Tensor, shard: _Shard, track: int) -> TokenStats:
+    """Statistics of the whole vocabulary from those of the shards."""
+    stats, group = local.stats, shard.group
+    out: Any
+
+    def extreme(value: Tensor, op: Any) -> Tensor:
+        value = value.contiguous().clone()
+        dist.all_reduce(value, op=op, group=group)
+        return value
+
+    most = extreme(local.top, dist.ReduceOp.MAX)
+    # Relative to the largest logit, since a common one would cost digits; and in double, or nearly
+    # certain tokens would lose theirs to the 1 of the sum.
+    edge = stats.lse - stats.lse.detach()  # 0, for its gradient
+    relative = (local.top - most).double() + local.log_sum + edge
+    # Each shard's parts depend on that shard alone: only of the sums do all make the same loss.
+    parts = [relative.exp(), torch.where(here, stats.logprob + relative, 0)]
+    if track & ref.TRACK_ENTROPY:
+        parts.append(relative.exp() * (stats.entropy - relative))
+    if track & ref.TRACK_SQ:
+        parts.append((2 * relative.detach()).exp() * stats.sum_sq)
+    if track & ref.TRACK_MEAN:  # comes less lse
+        parts.append((stats.mean_logit + relative) * (shard.weight.shape[0] / shard.vocabulary))
+    sums = iter(_sum_of_shards(torch.stack(parts), group))
+    log_sum = next(sums).log()
+    dtype = stats.lse.dtype
+    out = TokenStats((next(sums) - log_sum).to(dtype), (most + log_sum).to(dtype))
+    if track & ref.TRACK_ENTROPY:
+        out = out._replace(entropy=(next(sums) * (-log_sum).exp() + log_sum).to(dtype))
+    if track & ref.TRACK_SQ:
+        out = out._replace(sum_sq=(next(sums) * (-2 * log_sum).exp()).detach().to(dtype))
+    if track & ref.TRACK_MEAN:
+        out = out._replace(mean_logit=(next(sums) + most).to(dtype))
+    if not track & ref.TRACK_ARGMAX:
+        return cast(TokenStats, out)
+    rest = log_sum.detach().to(dtype)
+    # Ties go to the lowest id; with NaN alone, to the last.
+    mine = torch.where(local.top == most, stats.argmax + shard.start, shard.vocabulary - 1)
+    argmax = extreme(mine, dist.ReduceOp.MIN)
+    out = out._replace(argmax=argmax, argmax_logprob=(most - most) - rest)
+    if track & ref.TRACK_SECOND:
+        inside = (argmax >= shard.start) & (argmax < shard.start + shard.weight.shape[0])
+        second = torch.where(inside, stats.second_logprob + local.log_sum, 0) + (local.top - most)
+        out = out._replace(second_logprob=extreme(second, dist.ReduceOp.MAX) - rest)
+    return cast(TokenStats, out)

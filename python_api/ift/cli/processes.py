@@ -1,0 +1,17 @@
+"""The processes of a run: how many there are, and which of them speaks."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def count() -> int:
+    """How many processes torchrun, accelerate or another launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def note(text: str) -> None:
+    """Tell the user something that is no error, once and not by every process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"ift train: {text}", file=sys.stderr, flush=True)

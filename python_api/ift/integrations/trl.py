@@ -1,0 +1,110 @@
+"""TRL: Intuitive Fine-Tuning as an `SFTTrainer`, and TRL's own trainers on our log-probabilities.
+
+TRL's trainers ask their model for ``model(..., labels=..., fused_lm_head=True)`` and make every
+loss from the log-probabilities in the answer. `use_ift_kernels` gives that answer; the formulas of
+the losses stay TRL's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ImportError as error:
+    raise ImportError(
+        f'ift.integrations.trl needs TRL 1.16 or later ({error}): pip install "ift-kernels[trl]"'
+    ) from error
+
+from ift.config import IFTConfig as Options
+from ift.integrations.fused_head import use_ift_kernels
+from ift.integrations.transformers import count_rows, freeze_unreached_embedding
+from ift.patching import base_model
+
+__all__ = ["IFTConfig", "IFTTrainer", "use_ift_kernels"]
+
+
+@dataclass
+class IFTConfig(SFTConfig):
+    """`trl.SFTConfig` with the options of Intuitive Fine-Tuning.
+
+    Args:
+        ift: options of `ift.IFTConfig` by name, ``{"lam": 0.1}``; `step` and `num_rows` are the
+            trainer's to set.
+        head_gradient: as the `gradient` of `ift.patch`.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "ift"]
+
+    ift: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "options of ift.IFTConfig, as JSON"}
+    )
+    head_gradient: str | None = field(
+        default=None, metadata={"help": "gradient of the head: auto, exact or active"}
+    )
+
+
+class IFTTrainer(SFTTrainer):
+    """`trl.SFTTrainer` whose training loss is that of Intuitive Fine-Tuning.
+
+    Data, chat templates, packing, completion masks and PEFT are those of `SFTTrainer`; evaluation
+    measures its cross-entropy. λ, rows and the frozen input embedding are as in `ift.IFTTrainer`.
+
+    Args:
+        As `trl.SFTTrainer`; `args` an `IFTConfig` or None.
+
+    Raises:
+        TypeError: `args` is something else. ValueError: ``loss_type``, label smoothing or a
+            ``compute_loss_func``, which would be another loss than IFT's.
+    """
+
+    def __init__(self, model: Any = None, args: IFTConfig | None = None, **kwargs: Any) -> None:
+        if args is None:
+            args = IFTConfig(output_dir="ift-output")
+        if not isinstance(args, IFTConfig):
+            raise TypeError(f"args: expected an IFTConfig or None, got {type(args).__name__}")
+        if args.loss_type != "nll" or args.label_smoothing_factor:
+            raise ValueError("loss_type, label_smoothing_factor: expected 'nll' and 0 with IFT")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func: expected None, the loss is that of IFT")
+        self.ift_config = Options(**(args.ift or {}))  # type: ignore[arg-type]  # a dict by now
+        super().__init__(model, args, **kwargs)
+        use_ift_kernels(self, gradient=args.head_gradient)
+        freeze_unreached_embedding(base_model(self.model), self.ift_config)
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: Any
+    ) -> tuple[list[Any], Any]:
+        """As the parent's, counting rows with response tokens instead of tokens."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, count if count is None else count_rows(self, batches, device)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Both passes in training; in evaluation the parent's cross-entropy."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        config = self.ift_config.replace(step=self.state.global_step, num_rows=num_items_in_batch)
+        # Past SFTTrainer: the model makes this loss, and Trainer scales it over processes.
+        loss, outputs = super(SFTTrainer, self).compute_loss(
+            model, {**inputs, "ift": config}, True, num_items_in_batch
+        )
+        metrics: Any = base_model(self.accelerator.unwrap_model(model)).ift_metrics
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        sums = (metrics["tokens"], metrics["entropy"], metrics["correct"], mask.sum())
+        reduced = self.accelerator.reduce(torch.stack([s.double() for s in sums]), "sum")
+        tokens, entropy, correct, seen = reduced.tolist()
+        log = self._metrics["train"]
+        log["entropy"].append(entropy / max(tokens, 1))
+        log["mean_token_accuracy"].append(correct / max(tokens, 1))
+        self._total_train_tokens += int(seen)
+        log["num_tokens"] = [self._total_train_tokens]
+        return (loss, outputs) if return_outputs else loss

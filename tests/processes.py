@@ -1,0 +1,35 @@
+"""Tests in several processes: what starts them, and where they meet."""
+
+import multiprocessing
+from datetime import timedelta
+
+import torch
+
+# Imported once, in the process that all others are forked from: that is most of their time.
+PRELOADED = ["ift.integrations.transformers", "torch.distributed.tensor", "torch.distributed.fsdp"]
+
+
+def start(worker, processes, directory):
+    """Run ``worker(rank, processes, directory)`` in so many processes and wait for all."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    torch.multiprocessing.start_processes(
+        worker, (processes, str(directory)), nprocs=processes, start_method="forkserver"
+    )
+
+
+def join(rank, processes, directory):
+    """Enter a process group on this machine; it meets in a file, since ports can be taken."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/rendezvous",
+        rank=rank,
+        world_size=processes,
+        timeout=timedelta(seconds=60),
+    )
+
+
+def leave():
+    """Leave the process group together: a process that is gone cannot answer the others."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,221 @@
+"""Each emulated CUDA kernel against the reference, at layouts and values that the engine avoids."""
+
+import math
+import sys
+
+import pytest
+import torch
+
+import cuda_emulator
+from ift_kernels.backends import cuda, reference
+from ift_kernels.transform import LogitTransform
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux")
+INF, NAN = math.inf, math.nan
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PLAIN, CAPPED = LogitTransform(1.3), LogitTransform(1.3, 20.0, 0.7)
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch):
+    cuda_emulator.serve(monkeypatch.setattr)
+
+
+def chunk(rows, cols, dtype, start=0, gap=0, spread=4.0):
+    """Products whose rows begin `start` elements into memory and stand `gap` elements apart."""
+    storage = torch.full((start + rows * (cols + gap),), NAN, dtype=dtype)
+    x = storage[start:].view(rows, cols + gap)[:, :cols]
+    return x.copy_(torch.randn(rows, cols) * spread), storage
+
+
+def close(ours, theirs, dtype, what=""):
+    # In the dtype's own rounding where results have it, else float32's over sums of some thousand.
+    tolerance = max(2e-5, torch.finfo(ours.dtype).eps * 2 if ours.is_floating_point() else 0)
+    scale = max(1.0, theirs.double().nan_to_num(0, 0, 0).abs().max().item())
+    torch.testing.assert_close(
+        ours, theirs, rtol=tolerance, atol=tolerance * scale * 0.1, equal_nan=True, msg=what or None
+    )
+
+
+# Rows on 16 bytes or not; a warp, a block and several blocks per row; no whole pack.
+LAYOUTS = [(3, 5, 0, 0), (9, 2048, 0, 8), (9, 2047, 3, 0), (2, 5000, 1, 1), (1, 40000, 0, 0)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transform", [PLAIN, CAPPED], ids=["plain", "capped"])
+def test_statistics_and_gradients(layout, dtype, transform):
+    rows, cols, start, gap = layout
+    x, storage = chunk(rows, cols, dtype, start, gap)
+    bias = None if transform is PLAIN else torch.randn(cols)
+    target = torch.randint(2 * cols, (rows,))
+    states = []
+    for backend in (cuda, reference):
+        state, argmax = backend.new_state(rows, x.device)
+        for offset in (0, cols):  # the same products twice: equal values, so the first id stays
+            backend.stats_update(x, bias, transform, target, offset, state, argmax, 31)
+        states.append((state, argmax))
+    (ours, at), (theirs, their_at) = states
+    assert torch.equal(at, their_at)
+    for row in range(7):
+        close(ours[row], theirs[row], dtype, f"state {row}")
+    norm = torch.stack([theirs[0], theirs[1].log()]).float()
+    coef = torch.randn(4, rows)
+    coef[2, ::2] = 0
+    coef[:, -1] = 0
+    for function in ("dlogits_", "probabilities_"):
+        results = []
+        for backend in (cuda, reference):
+            memory = storage.clone()
+            product = memory[start:].view(rows, cols + gap)[:, :cols]
+            if function == "dlogits_":
+                backend.dlogits_(product, bias, transform, target, cols, norm, coef)
+            else:
+                backend.probabilities_(product, bias, transform, norm)
+            results.append((product, memory))
+        close(results[0][0], results[1][0], dtype, function)
+        outside = torch.ones(rows, cols + gap, dtype=torch.bool)
+        outside[:, :cols] = False
+        assert results[0][1][start:].view(rows, -1)[outside].isnan().all()  # nothing beside
+
+
+@pytest.mark.parametrize("cols", [40, 3000, 9000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values(cols, dtype):
+    """NaN, infinities, rows of -inf, ties: state and argmax as the reference has them."""
+    x, _ = chunk(9, cols, dtype)
+    x[0, 7] = NAN
+    x[1, 5] = x[1, 30] = NAN
+    x[2, cols - 1] = INF
+    x[3] = -INF
+    x[4, ::2] = -INF
+    x[5, 3] = x[5, 9] = x[5, 39] = 50.0
+    x[6, 0] = -INF
+    x[7] = 0.0
+    x[8] = -INF
+    x[8, 11] = NAN
+    target = torch.arange(9)
+    bias = torch.zeros(cols)
+    for some_bias in (None, bias):
+        states = []
+        for backend in (cuda, reference):
+            state, argmax = backend.new_state(9, x.device)
+            for offset in (0, cols):
+                backend.stats_update(x, some_bias, PLAIN, target, offset, state, argmax, 31)
+            states.append((state, argmax))
+        (ours, at), (theirs, their_at) = states
+        assert torch.equal(at, their_at)
+        for row in range(7):
+            if row == 6:  # a second largest beside infinity or NaN has no use
+                keep = [3, 4, 5, 6, 7]
+                close(ours[row, keep], theirs[row, keep], dtype, "second")
+            else:
+                close(ours[row], theirs[row], dtype, f"state {row}")
+
+
+@pytest.mark.parametrize("cols", [9, 700, 5000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_token_choice(cols, dtype):
+    x, _ = chunk(7, cols, dtype, start=1, gap=2)
+    x[3] = x[3].round()  # many equal values
+    x[4, 5:] = -INF
+    bias = torch.randn(cols)
+    numbers = torch.arange(7) + 2**33
+    k = 5
+    results = []
+    for backend in (cuda, reference):
+        values = torch.full((7, k), -INF)
+        ids = torch.full((7, k), -1)
+        best, logit = torch.full((7,), -INF), torch.full((7,), -INF)
+        drawn = torch.zeros(7, dtype=torch.int64)
+        # Offsets that are no multiple of 4 cut through a group of random words.
+        for part, offset in ((x, 0), (x[:, :6], cols), (x, cols + 6)):
+            some = bias[: part.shape[1]]
+            backend.top_k_update(part, some, CAPPED, offset, values, ids)
+            backend.gumbel_update(part, some, CAPPED, offset, -3, numbers, best, logit, drawn)
+        results.append((values, ids, best, logit, drawn))
+    for ours, theirs in zip(*results, strict=True):
+        if theirs.is_floating_point():
+            close(ours, theirs, dtype)
+        else:
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "block", "tile"),
+    [(70, 300, 32, 64), (200, 5003, 96, 2048), (130, 2500, 128, 4096), (40, 520, 4096, 64)],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transform", [PLAIN, CAPPED], ids=["plain", "capped"])
+def test_active_set(rows, cols, block, tile, dtype, transform):
+    x, _ = chunk(rows, cols, dtype, gap=-cols % 64)
+    x[3, 17] = NAN
+    bias = None
+    if transform is CAPPED:
+        bias = torch.randn(cols)
+        bias[::7] = -INF
+    target = torch.randint(-cols, 2 * cols, (rows,))
+    level = torch.randn(rows) * 0.1 + (6.0 if transform is PLAIN else 8.0)
+    marks = [
+        backend.active_marks(x, bias, transform, target, 5, level, block)
+        for backend in (cuda, reference)
+    ]
+    assert torch.equal(*marks)
+    count, blocks, tiles = int(marks[0].sum()), -(-rows // block), -(-cols // tile)
+    assert 0 < count < marks[0].numel()
+    stores, sums = [], []
+    for backend in (cuda, reference):
+        store = torch.empty(count, block, dtype=dtype)
+        sum_ = torch.empty(3, tiles, rows)
+        backend.active_collect(x, bias, transform, marks[0], level - 6, tile, store, sum_)
+        stores.append(store)
+        sums.append(sum_)
+    assert torch.equal(stores[0].nan_to_num(9.0), stores[1].nan_to_num(9.0))
+    close(sums[0], sums[1], dtype, "sums")
+    padded = blocks * block
+    norm, coef = torch.randn(2, padded) + 5, torch.randn(4, padded)
+    coef[:, rows:] = 0
+    coef[:, 3] = 0  # where the NaN is
+    base = torch.randn(tiles, padded)
+    pairs = marks[0].nonzero().contiguous()
+    for backend, store in zip((cuda, reference), stores, strict=True):
+        backend.active_gradient_(
+            store, pairs, rows, bias, transform, target, 5, norm, coef, base, tile
+        )
+    close(stores[0], stores[1], dtype, "gradient")
+
+
+@pytest.mark.parametrize("width", [1, 24, 300])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+def test_sums_of_rows(width, accumulate, out_dtype):
+    for dtype in DTYPES:
+        parts, at = torch.randn(50, width).to(dtype), torch.randint(20, (50,))
+        common = torch.randn(5, width)
+        start = torch.randn(20, width).to(out_dtype)
+        ours, theirs = start.clone(), start.clone()
+        cuda.combine_rows(parts, at, common, 4, ours, accumulate)
+        reference.combine_rows(parts, at, common, 4, theirs, accumulate)
+        close(ours, theirs, out_dtype)
+        matrix = torch.randn(45, width + 3).to(dtype)[:, :width]
+        close(cuda.tile_sums(matrix, 20), reference.tile_sums(matrix, 20), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.95, 1.0])
+def test_scan(dtype, left, gamma):
+    """Rows that begin anywhere, longer than a block; documents; infinity stays what it is."""
+    for rows, length in ((3, 7), (2, 5001), (5, 64)):
+        x = torch.randn(rows, length).to(dtype)
+        mask = torch.rand(rows, length) < 0.7
+        for some in (None, mask):
+            ours = cuda.scan(x, some, None, gamma, left)
+            close(ours, reference.scan(x, some, None, gamma, left), dtype)
+    x = torch.randn(1, 3000).to(dtype)
+    cu = torch.tensor([0, 1, 1, 9, 700, 2900, 3000])
+    close(cuda.scan(x, None, cu, gamma, left), reference.scan(x, None, cu, gamma, left), dtype)
+    # Over more positions than gamma's powers have exponents, and than a block has values.
+    x = torch.randn(3, 5000).to(dtype)
+    x[0, 2500], x[1, 2400], x[2, 2321] = INF, -INF, NAN
+    close(cuda.scan(x, None, None, gamma, left), reference.scan(x, None, None, gamma, left), dtype)

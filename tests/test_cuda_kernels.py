@@ -1,0 +1,126 @@
+"""The kernels of csrc/cuda without a GPU: on the emulator, and what the compiler makes of them.
+
+The emulator (tests/cuda_emulator) runs the sources as they are, with every thread of every block,
+behind the real Python backend. It has no approximate instructions and no timing: those need a GPU.
+"""
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import cuda_emulator
+
+TESTS = Path(__file__).parent
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux")
+
+# In both orders of a block's threads, so that a missing barrier shows in one of them.
+CHECK = """
+import sys, torch, cuda_emulator
+cuda_emulator.serve()
+import ift_kernels, test_backends as t
+torch.set_num_threads(1)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    torch.manual_seed(0)
+    with ift_kernels.use_backend("cuda"):
+        ours = t.results(dtype)
+    torch.manual_seed(0)
+    t.assert_same(ours, t.of_the_reference(dtype), dtype)
+print("the same")
+"""
+
+
+def run_python(*arguments, **env):
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env},
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_emulated_kernels_equal_the_reference(order):
+    done = run_python("-c", CHECK, IFT_EMULATOR_ORDER=order)
+    assert done.stdout.strip() == "the same", done.stdout + done.stderr
+
+
+def test_operations_on_the_emulator():
+    """Tests of the operations that any backend must pass, with the kernels serving them."""
+    files = [str(TESTS / name) for name in ("test_active_set.py", "test_residual.py")]
+    # Not what names another backend, nor what a backend has no part in and takes long: torch's own
+    # checks of an operator.
+    few = "not contract and not compile and not workspace and not cpu and not reference"
+    done = run_python("-m", "pytest", "-p", "cuda_emulator", *files, "-k", few)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """The extension, with CPU tensors served by its kernels."""
+    return cuda_emulator.serve(monkeypatch.setattr)
+
+
+def test_errors_carry_the_name_of_cuda(emulated):
+    x = torch.zeros(4, 8)
+    with pytest.raises(emulated.CudaError, match=r"cudaErrorInvalidDevice \(101\): invalid device"):
+        emulated.scan(emulated.Queue(7, 0), 0, x.data_ptr(), 0, 0, x.data_ptr(), 4, 8, 0.5, True)
+    with pytest.raises(RuntimeError, match=r"cudaErrorInvalidConfiguration: scan_kernel needs"):
+        emulated.scan(emulated.Queue(0, 0), 0, 0, 0, 0, 0, 2**31, 8, 0.5, True)
+    with pytest.raises(emulated.CudaError, match="unknown dtype code 9"):
+        emulated.scan(emulated.Queue(0, 0), 9, 0, 0, 0, 0, 4, 8, 0.5, True)
+
+
+def test_the_current_device_is_restored(emulated):
+    """Work of a tensor on device 1 runs there; the thread's device stays what it was."""
+    library = ctypes.CDLL(emulated.__file__)
+    x, out = torch.ones(2, 8), torch.empty(2, 8)
+    queue = emulated.Queue(1, 0)
+    emulated.scan(queue, 0, x.data_ptr(), 0, 0, out.data_ptr(), 2, 8, 1.0, False)
+    assert library.emulated_last_device() == 1
+    assert library.emulated_current_device() == 0
+    torch.testing.assert_close(out, torch.arange(1.0, 9.0).expand(2, 8))
+
+
+def test_two_threads_at_once(emulated):
+    x = torch.rand(64, 100, dtype=torch.float32)
+    outs = [torch.empty_like(x) for _ in range(4)]
+
+    def work(out):
+        for _ in range(5):
+            emulated.scan(
+                emulated.Queue(0, 0), 0, x.data_ptr(), 0, 0, out.data_ptr(), 64, 100, 1.0, False
+            )
+
+    threads = [threading.Thread(target=work, args=(out,)) for out in outs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for out in outs:
+        torch.testing.assert_close(out, x.cumsum(1))
+
+
+def test_the_faster_backend_serves_function_by_function(monkeypatch):
+    from ift_kernels.backends import choice, cpu, reference
+
+    device, serving = torch.device("cuda:0"), {"cpu": cpu, "reference": reference}
+    assert choice.faster(serving, device) is cpu  # nothing is measured
+    table = {"sm_90": {"scan": "reference", "dlogits_": "absent"}}
+    monkeypatch.setattr(choice, "FASTER", table)
+    monkeypatch.setattr(choice, "_architecture", lambda index: "sm_90")
+    mixed = choice.faster(serving, device)
+    assert mixed.scan is reference.scan
+    assert mixed.dlogits_ is cpu.dlogits_ and mixed.__name__ == cpu.__name__
+    monkeypatch.setattr(choice, "_architecture", lambda index: "sm_80")
+    assert choice.faster(serving, device) is cpu
+    assert choice.faster(serving, torch.device("cpu")) is cpu

@@ -1,0 +1,135 @@
+"""The Triton backend without a GPU: interpreted in another process, compiled for GPUs elsewhere."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ift_kernels
+from ift_kernels import backends
+
+pytest.importorskip("triton")
+
+TESTS = Path(__file__).parent
+
+
+def python(*arguments, **env):
+    """Runs Python in a new process without this one's settings of pytest and Triton."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON", "IFT_"))}
+    return subprocess.run(
+        [sys.executable, *arguments], env={**kept, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_interpreted():
+    """TRITON_INTERPRET decides when kernels are imported, so it needs its own process."""
+    files = map(str, sorted(TESTS.glob("test_triton_interpreted*.py")))
+    quiet = "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"
+    done = python("-m", "pytest", "-n", "0", *quiet, *files, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with (
+        ift_kernels.use_backend("triton"),
+        pytest.raises(RuntimeError, match="backend 'triton' .* TRITON_INTERPRET=1 is not set"),
+    ):
+        backends.get(torch.ones(1))
+    assert backends.get(torch.ones(1)).__name__ != "ift_kernels.backends.triton"
+
+
+def test_the_interpreter_is_chosen_before_kernels_load():
+    code = (
+        "import os, torch, ift_kernels as k\n"
+        "from ift_kernels.backends import triton\n"
+        "from ift_kernels.backends.triton import launch\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\n"
+        "print(triton.why_not(torch.device('cpu'), torch.float32))\n"
+    )
+    assert "after the kernels had been loaded" in python("-c", code).stdout
+
+
+def test_triton_is_not_imported_with_the_package():
+    code = "import sys, ift_kernels; print('triton' in sys.modules)"
+    assert python("-c", code).stdout.strip() == "False"
+
+
+def test_an_absent_triton(monkeypatch):
+    from ift_kernels.backends import triton as backend
+
+    backend._unavailable.cache_clear()
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    try:
+        assert backend.why_not(torch.device("cuda"), torch.float32) == "triton is not installed"
+        row = backend.describe()
+        assert not row["available"] and row["reason"] == "triton is not installed"
+    finally:
+        backend._unavailable.cache_clear()
+
+
+# What the schedules hand to `dlogits_`, and the rest, comes with rows on cache lines: so do these.
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_committed_sources_compile(architecture):
+    """Every kernel in every configuration was compiled as it is, and nothing was wrong with it.
+
+    The digest is of all sources, constants and configurations. Where it differs,
+    ``python -m bench static --write`` compiles everything, which takes minutes.
+    """
+    from bench import static
+
+    known = static.committed()
+    if static.triton.__version__ != known["triton"]:
+        pytest.skip(f"the committed digests are of Triton {known['triton']}")
+    assert known["digest"][architecture] == static.digest(
+        architecture, static.variants(architecture)
+    ), "kernels or configurations have changed: run python -m bench static --write"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_90"])
+def test_compiled_kernels_stay_within_their_limits(architecture):
+    """A quarter of the variants, compiled for certain; `test_committed_sources_compile` has all."""
+    from bench import offline, static
+
+    limits = static.committed()["registers"][architecture]
+    some = static.variants(architecture, (torch.bfloat16,), (False,))
+    assert {v.name for v in some} == set(limits)
+    for which in dict(reversed([(v.name, v) for v in some])).values():  # one of each kernel
+        found = offline.compile_for(which, architecture)
+        wrong = static.complaints(which, found, architecture, limits.get(which.name))
+        assert not wrong, f"{which.name} {which.about}: {'; '.join(wrong)}"
+
+
+def test_complaints():
+    """The check of the table finds what it is there to find."""
+    from dataclasses import replace
+
+    from bench import offline, static, traffic
+
+    which = next(v for v in static.variants("sm_90", (torch.bfloat16,)) if v.name == "fused")
+    good = offline.Resources(90, 0, 1024, 8, 2, 0.25, 4, 2, "wgmma")
+    assert static.complaints(which, good, "sm_90", 100) == []
+    for change, word in (
+        ({"spills": 8}, "spills"), ({"registers": 101}, "limit 100"), ({"programs": 0}, "fit"),
+        ({"wide_loads": 0}, "16-byte"), ({"matrix": ""}, "matrix"),
+        ({"matrix": "mma"}, "mma, not wgmma"),
+    ):  # fmt: skip
+        assert word in "".join(static.complaints(which, replace(good, **change), "sm_90", 100))
+    assert "no committed limit" in static.complaints(which, good, "sm_90", None)
+    streaming = next(v for v in static.variants("sm_90", (torch.bfloat16,)) if v.name == "dlogits")
+    for bytes_, wanted in (((4.4, 4.0), []), ((6.0, 4.0), ["1.50 of the least bytes"])):
+        assert static.complaints(streaming, good, "sm_90", 100, traffic.Bytes(*bytes_)) == wanted
+
+
+def test_no_module_has_the_name_of_a_function():
+    """Importing a submodule sets it on the package, where the function of that name should be."""
+    backend = backends.BACKENDS["triton"]
+    folder = Path(backend.__file__).parent
+    assert not {path.stem for path in folder.glob("*.py")} & set(backend._HOME)

@@ -1,0 +1,362 @@
+"""The Triton backend in Triton's interpreter, on small shapes: run by test_triton.py.
+
+Every function of the contract against the reference, every operation against fp64.
+"""
+
+import contextlib
+import math
+
+import pytest
+import torch
+import triton
+
+import dense
+import ift_kernels as K
+import interpreter
+import test_backends
+from ift_kernels import backends, linear_ops
+from ift_kernels.backends import reference as ref
+from ift_kernels.backends import triton as backend
+from ift_kernels.backends.triton import choice, launch
+from ift_kernels.transform import LogitTransform
+
+interpreter.round_to_nearest()
+
+PLAIN, FULL = LogitTransform(), LogitTransform(0.7, 5.0, 1.3)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Blocks much smaller than the rows, so that every loop goes round several times.
+SMALL = {
+    "stats": {"BLOCK": 64, "num_warps": 1},
+    "dlogits": {"BLOCK": 128, "num_warps": 1},
+    "top_k": {"BLOCK": 64, "num_warps": 1},
+    "gumbel": {"BLOCK": 64, "num_warps": 1},
+    "marks": {"ROWS": 16, "BLOCK": 64, "num_warps": 1},
+    "collect": {"ROWS": 16, "BLOCK": 32, "num_warps": 1},
+    "gradient": {"ITEMS": 8, "ROWS": 16, "num_warps": 1},
+    "segments": {"ITEMS": 4, "BLOCK": 16, "num_warps": 1},
+    "scan": {"BLOCK": 16, "num_warps": 1},
+    "residual": {"BLOCK": 16, "num_warps": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def served_by_triton():
+    with K.use_backend("triton"):
+        yield
+
+
+@pytest.fixture(params=["small", "committed"])
+def blocks(request):
+    """Both the committed block sizes and ones that make every loop go round."""
+    with contextlib.ExitStack() as stack:
+        if request.param == "small":
+            for kernel, values in SMALL.items():
+                stack.enter_context(launch.use_config(kernel, values))
+        yield
+
+
+def chunk(n, c, dtype, bias, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    padded = torch.full((n, c + 5), torch.nan, dtype=dtype)  # what lies between rows is not read
+    x = padded[:, :c]
+    x.copy_(torch.randn(n, c, generator=generator) * 3)
+    x[0, :3] = torch.tensor([float("nan"), 1.0, float("inf")])
+    if n > 3:
+        x[1] = -torch.inf
+        x[2, 1] = torch.inf
+        x[3] = 1.5  # all equal: the lowest id wins
+    target = torch.randint(-20, c + 40, (n,), generator=generator)
+    return x, torch.randn(c, generator=generator) if bias else None, target
+
+
+def close(ours, wanted, dtype=torch.float32):
+    eps = max(torch.finfo(dtype).eps, 2**-22)
+    torch.testing.assert_close(ours, wanted, rtol=8 * eps, atol=8 * eps, equal_nan=True)
+
+
+CASES = [
+    pytest.param(dtype, transform, bias, id=f"{dtype}-{'full' if bias else 'plain'}")
+    for dtype, transform, bias in (
+        (torch.float32, FULL, True), (torch.float16, PLAIN, False), (torch.bfloat16, FULL, True)
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "transform", "bias"), CASES)
+@pytest.mark.parametrize("track", [0, 31])
+def test_statistics(dtype, transform, bias, track, blocks):
+    ours, theirs = (b.new_state(7, torch.device("cpu")) for b in (backend, ref))
+    for seed, (offset, c) in enumerate(((0, 131), (131, 64), (195, 1))):
+        x, b, target = chunk(7, c, dtype, bias, seed) if c > 2 else (
+            torch.zeros(7, c, dtype=dtype), None, torch.full((7,), 195))  # fmt: skip
+        arguments = x, b, transform, target, offset
+        before = x.clone()
+        backend.stats_update(*arguments, *ours, track)
+        ref.stats_update(*arguments, *theirs, track)
+        assert torch.equal(x.isnan(), before.isnan()) and torch.equal(
+            x.nan_to_num(), before.nan_to_num()
+        )
+    values = linear_ops.row_values(*ours, 196), linear_ops.row_values(*theirs, 196)
+    for i, (a, b) in enumerate(zip(*values, strict=True)):
+        if linear_ops.tracked(track)[i] and i != 8:
+            close(a, b)
+
+
+@pytest.mark.parametrize(("dtype", "transform", "bias"), CASES)
+def test_gradient_and_probabilities(dtype, transform, bias, blocks):
+    x, b, target = chunk(7, 300, dtype, bias)
+    norm = torch.stack([x.float().nan_to_num(0, 9, -9).amax(1), torch.rand(7) + 3])
+    coef = torch.randn(4, 7)
+    coef[:, 0] = coef[:, 5] = 0  # row 0 has a NaN and no upstream gradient
+    theirs, flipped = x.clone(), x.new_empty(300, 7)
+    ours = x.clone()
+    ref.dlogits_(theirs, b, transform, target, 100, norm, coef)
+    backend.dlogits_(ours, b, transform, target, 100, norm, coef, flipped)
+    close(ours, theirs, dtype)
+    assert not ours[0].any() and torch.equal(flipped.isnan(), ours.T.isnan())
+    close(flipped, ours.T)
+    ours, theirs = x.clone(), x.clone()
+    ref.probabilities_(theirs, b, transform, norm)
+    backend.probabilities_(ours, b, transform, norm)
+    close(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "transform", "bias"), CASES[:2])
+@pytest.mark.parametrize("k", [1, 5])
+def test_top_k(dtype, transform, bias, k, blocks):
+    both = []
+    for b in (backend, ref):
+        values, ids = torch.full((7, k), -torch.inf), torch.full((7, k), -1)
+        for seed, (offset, c) in enumerate(((0, 131), (131, 70))):
+            x, extra, _ = chunk(7, c, dtype, bias, seed)
+            b.top_k_update(x, extra, transform, offset, values, ids)
+        both.append((values, ids))
+    close(both[0][0], both[1][0])
+    assert torch.equal(both[0][1], both[1][1])
+
+
+@pytest.mark.parametrize(("offset", "seed"), [(0, -1), (3, 0), (64, 2**63 - 5)])
+def test_gumbel(offset, seed, blocks):
+    x, bias, _ = chunk(7, 201, torch.float32, True)
+    rows = torch.tensor([0, 1, 2, 2**31, 2**32 + 7, 2**40, 6])
+    both = []
+    for b in (backend, ref):
+        best, logit = torch.full((2, 7), -torch.inf)
+        ids = torch.zeros(7, dtype=torch.int64)
+        b.gumbel_update(x, bias, FULL, offset, seed, rows, best, logit, ids)
+        both.append((best, logit, ids))
+    for a, b in zip(*both, strict=True):
+        close(a, b) if a.is_floating_point() else torch.testing.assert_close(a, b)
+
+
+def test_gumbel_noise_is_that_of_its_formula():
+    """In fp64, at both ends of the range and in between."""
+    bits = torch.tensor([0, 1, 2, 1 << 8, 1 << 20, 1 << 31, (1 << 32) - 300, (1 << 32) - 1])
+
+    @triton.jit
+    def kernel(bits, out):
+        at = triton.language.arange(0, 8)
+        words = triton.language.load(bits + at).to(triton.language.uint32)
+        triton.language.store(out + at, choice.minus_log_exponential(words))
+
+    out = torch.empty(8)
+    kernel[(1,)](bits, out)
+    u = ((bits.double() + 0.5) * 2.0**-32).float().clamp(max=1 - 2.0**-24).double()
+    torch.testing.assert_close(out.double(), -torch.log(-torch.log1p(-u)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "transform", "bias"), CASES)
+def test_active_set(dtype, transform, bias, blocks):
+    n, c, block, tile = 70, 200, 32, 64
+    x, b, target = chunk(n, c, dtype, bias)
+    x[1:4] = torch.randn(3, c)
+    if b is not None:
+        b[[3, 150]] = -torch.inf
+    level = x.float().nan_to_num(0, 9, -9).amax(1).double() - 2.0
+    level[7] = torch.nan
+    marks = backend.active_marks(x, b, transform, target, 30, level, block)
+    assert torch.equal(marks, ref.active_marks(x, b, transform, target, 30, level, block))
+    marks[1] = 0  # a block without active columns
+    count, results = int(marks.sum()), []
+    for side in (backend, ref):
+        store = torch.empty(count, block, dtype=dtype)
+        sums = torch.empty(4, -(-c // tile), n)[1:]
+        side.active_collect(x, b, transform, marks, level.nan_to_num().float(), tile, store, sums)
+        results.append((store, sums))
+    assert torch.equal(results[0][0].nan_to_num(5), results[1][0].nan_to_num(5))
+    for ours, theirs in zip(results[0][1], results[1][1], strict=True):
+        dense_scale = theirs.nan_to_num(0, 0, 0).abs().max()
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-5, atol=1e-5 * float(dense_scale), equal_nan=True
+        )
+    padded = -(-n // block) * block
+    norm, coef, base = torch.rand(2, padded) + 2, torch.randn(4, padded), torch.randn(4, padded)
+    coef[:, n:] = coef[:, 5] = 0
+    pairs = marks.nonzero().contiguous()
+    for side, (store, _) in zip((backend, ref), results, strict=True):
+        side.active_gradient_(
+            store, pairs, n, b, transform, target, 30, norm, coef, base, tile
+        )  # fmt: skip
+    close(results[0][0], results[1][0], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_sums_of_rows(dtype, accumulate, blocks):
+    parts, at = torch.randn(37, 21).to(dtype), torch.randint(0, 50, (37,))
+    at[:9] = 4
+    common, start = torch.randn(4, 21), torch.randn(50, 21).to(dtype)
+    ours, theirs = start.clone(), start.clone()
+    backend.combine_rows(parts, at, common, 16, ours, accumulate)
+    ref.combine_rows(parts, at, common, 16, theirs, accumulate)
+    close(ours, theirs, dtype)
+    close(backend.tile_sums(start, 16), ref.tile_sums(start, 16))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.95, 1.0])
+@pytest.mark.parametrize("left", [True, False])
+def test_scan(gamma, left, blocks):
+    dtype = {0.0: torch.bfloat16, 0.95: torch.float32, 1.0: torch.float16}[gamma]
+    x, mask = torch.randn(3, 53).to(dtype), torch.rand(3, 53) < 0.7
+    x[~mask] = torch.nan
+    for arguments in (
+        (x, mask, None),
+        (x.nan_to_num(1), None, None),
+        (x.view(1, -1), mask.view(1, -1), torch.tensor([0, 0, 17, 18, 100, 159])),
+    ):
+        ours, theirs = (b.scan(*arguments, gamma, left) for b in (backend, ref))
+        close(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize("gamma", [1e-60, 1e-3])
+@pytest.mark.parametrize("left", [True, False])
+def test_infinity_where_powers_of_gamma_underflow(gamma, left, blocks):
+    """It reaches the end of its document as the recurrence takes it, and goes no further."""
+    x, mask = torch.randn(3, 400), torch.rand(3, 400) < 0.7
+    at = 380 if left else 20
+    x[0, at], x[1, at], x[2, at] = torch.inf, -torch.inf, torch.nan
+    mask[:, at] = True
+    for some in (None, mask):
+        close(*(b.scan(x, some, None, gamma, left) for b in (backend, ref)))
+    packed = x.view(1, -1), mask.view(1, -1), torch.tensor([0, 5, 398, 398, 400, 800, 1200])
+    close(*(b.scan(*packed, gamma, left) for b in (backend, ref)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_residual(dtype, packed, blocks):
+    rows, length, vocabulary, width = (1, 60, 11, 19) if packed else (4, 15, 11, 19)
+    table = torch.randn(vocabulary, width).to(dtype)
+    ids, predicted = torch.randint(0, vocabulary, (2, rows, length))
+    labels = torch.where(torch.rand(rows, length) < 0.4, -100, ids)
+    predicted[0, 3] = ids[0, 4]
+    cu = torch.tensor([0, 7, 7, 30, 60]) if packed else None
+    arguments = ids, predicted, labels, cu, 0.2, -100
+    close(backend.residual(table, *arguments), ref.residual(table, *arguments), dtype)
+    grad = torch.randn(rows, length, width).to(dtype)
+    ours, theirs = (b.residual_grad(grad, *arguments, vocabulary) for b in (backend, ref))
+    close(ours, theirs, dtype)
+
+
+def test_every_operation_equals_the_reference(monkeypatch):
+    monkeypatch.setattr(test_backends, "SHAPES", ((2, 3, 1), (4, 5, 131)))
+    dtype = torch.float32
+    test_backends.assert_same(
+        test_backends.results(dtype), test_backends.of_the_reference(dtype), dtype
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [(dense.TRANSFORM, torch.float32), ({}, torch.bfloat16), (dense.TRANSFORM, torch.float16)],
+    ids=["float32", "bfloat16", "float16"],
+)
+def test_against_fp64(options, dtype):
+    h = dense.head(9, 17, 131, dtype, bias=bool(options), **options)
+    stats = K.linear_logprobs(h.hidden, h.weight, h.target, outputs=dense.OUTPUTS, **h.kwargs)
+    dense.assert_stats(stats, h)
+    up = dense.upstream(h)
+    double = h.double()
+    ours = dense.gradients(dense.send(stats, up), h.inputs)
+    wanted = dense.send(dense.stats(double), up)
+    dense.assert_gradients(ours, h, dense.send(dense.stats(h), up), wanted, double.inputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [(dense.TRANSFORM, torch.float32), ({}, torch.bfloat16), (dense.TRANSFORM, torch.float16)],
+    ids=["float32", "bfloat16", "float16"],
+)
+def test_fused_statistics(options, dtype):
+    h = dense.head(19, 20, 291, dtype, bias=bool(options), **options)
+    small = {"ROWS": 16, "COLUMNS": 32, "INNER": 16, "num_warps": 1}
+    for name, values in (("none", {}), ("fused", small)):
+        with (
+            torch.no_grad(),
+            launch.use_config("forward", {"FUSED": 1}),
+            launch.use_config(name, values),
+        ):
+            for outputs in (dense.OUTPUTS, ("logprob", "argmax")):
+                stats = K.linear_logprobs(h.hidden, h.weight, h.target, outputs=outputs, **h.kwargs)
+                dense.assert_stats(stats, h)
+
+
+def test_fused_statistics_of_rows_that_are_not_finite():
+    h = dense.head(20, 20, 300)
+    hidden = h.hidden.detach().clone()
+    hidden[1, 0], hidden[2, 0] = torch.nan, torch.inf
+    bias = torch.zeros(300)
+    bias[7] = -torch.inf
+    results = []
+    for fused in (0, 1):
+        with torch.no_grad(), launch.use_config("forward", {"FUSED": fused}):
+            results.append(
+                K.linear_logprobs(hidden, h.weight, h.target, bias=bias, outputs=dense.OUTPUTS)
+            )
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and a.is_floating_point():
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
+        elif a is not None:
+            assert torch.equal(a, b)
+
+
+def test_the_interpreter_rounds_as_a_gpu():
+    @triton.jit
+    def kernel(x, out):
+        at = triton.language.arange(0, 1024)
+        triton.language.store(out + at, triton.language.load(x + at))
+
+    x, out = torch.randn(1024) * 1e3, torch.empty(1024, dtype=torch.bfloat16)
+    x[:3] = torch.tensor([torch.inf, -torch.inf, 3.4e38])
+    kernel[(1,)](x, out)
+    assert torch.equal(out, x.bfloat16())
+
+
+def test_greedy_and_the_rest():
+    h = dense.head(11, 8, 400, torch.bfloat16)
+    z = dense.logits(h)
+    chosen = K.linear_token(h.hidden, h.weight)
+    assert torch.equal(chosen.ids, z.argmax(-1)) and math.isfinite(float(chosen.logprob.sum()))
+    assert backends.get(h.hidden) is backend
+
+
+def test_bytes_that_kernels_ask_for():
+    """bench.traffic: an address once per access of a program, against once at all."""
+    from bench import traffic
+
+    x, target = torch.randn(8, 1024).bfloat16(), torch.zeros(8, dtype=torch.int64)
+    norm, coef = torch.zeros(2, 8), torch.ones(4, 8)
+
+    def work():
+        backend.dlogits_(x, None, PLAIN, target, 0, norm, coef)
+        backend.dlogits_(x, torch.zeros(1024), PLAIN, target, 0, norm, coef)
+
+    found = traffic.count("sm_90", work)
+    plain, biased = (found[f"dlogits BLOCK=1024 {b}bf16"] for b in ("", "HAS_BIAS "))
+    assert 4 < plain.least <= plain.requested < 4.1  # two bytes each way, and a few per row
+    # Float32, read by every row.
+    assert biased.requested == plain.requested + 4
+    assert biased.least == plain.least + 4 / 8
+    about = "bf16 argmax_stride=1 HAS_BIAS PRECISION=tf32 BLOCK=1024 num_warps=4"
+    assert traffic.key("dlogits", about) in found

@@ -1,0 +1,293 @@
+"""TRL's trainers on our log-probabilities, and `IFTTrainer` on TRL's data."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from datasets import Dataset
+from peft import LoraConfig
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.trainer.kto_trainer import KTOConfig, KTOTrainer
+
+from bench.naive_ift import frozen_embedding, naive_ift_loss, refresh
+from causal_lms import assert_close, make
+from ift.integrations import trl as integration
+from ift.tiny import train_tokenizer
+
+WORDS = [f"word{n}" for n in range(12)]
+
+
+def sentence(number, length):
+    return " ".join(WORDS[(number * 5 + 3 * i) % len(WORDS)] for i in range(length))
+
+
+PAIRS = [
+    {
+        "prompt": sentence(n, 4 + n % 3),
+        "chosen": " " + sentence(n + 1, 3 + n % 4),
+        "rejected": " " + sentence(n + 2, 5 - n % 3),
+    }
+    for n in range(8)
+]
+KTO = [
+    {"prompt": p["prompt"], "completion": p["chosen" if n % 2 else "rejected"], "label": n % 2 == 1}
+    for n, p in enumerate(PAIRS)
+]
+COMPLETIONS = [{"prompt": p["prompt"], "completion": p["chosen"]} for p in PAIRS]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([sentence(n, 12) for n in range(12)], 300)
+
+
+def arguments(kind, directory, **changes):
+    options = {
+        "output_dir": str(directory),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+    return kind(**{**options, **changes})
+
+
+def length_reward(completions, **_):
+    return [float(len(text)) for text in completions]
+
+
+TRAINERS = {
+    "sft": (SFTTrainer, SFTConfig, COMPLETIONS, {}),
+    "sft dft": (SFTTrainer, SFTConfig, COMPLETIONS, {"loss_type": "dft"}),
+    "sft padding free": (SFTTrainer, SFTConfig, COMPLETIONS, {"packing": True, "max_length": 32}),
+    "dpo": (DPOTrainer, DPOConfig, PAIRS, {}),
+    "dpo weighted": (DPOTrainer, DPOConfig, PAIRS, {"use_weighting": True}),
+    "kto": (KTOTrainer, KTOConfig, KTO, {}),
+    "grpo": (
+        GRPOTrainer,
+        GRPOConfig,
+        COMPLETIONS,
+        {"num_generations": 2, "max_completion_length": 6, "temperature": 0.8},
+    ),
+    "orpo": (ORPOTrainer, ORPOConfig, PAIRS, {"max_length": 32}),
+    "cpo": (CPOTrainer, CPOConfig, PAIRS, {"max_length": 32}),
+    "simpo": (
+        CPOTrainer,
+        CPOConfig,
+        PAIRS,
+        {"max_length": 32, "loss_type": "simpo", "cpo_alpha": 0},
+    ),
+}
+
+
+def trainer_of(name, tokenizer, directory, architecture="llama", **more):
+    kind, config, rows, options = TRAINERS[name]
+    model = make(architecture, vocab_size=len(tokenizer), initializer_range=0.1)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    if name == "grpo":
+        more["reward_funcs"] = length_reward
+    if name.startswith(("dpo", "kto")):
+        more["ref_model"] = copy.deepcopy(model)
+    args = arguments(config, directory, **options)
+    return kind(
+        model=model, args=args, train_dataset=Dataset.from_list(rows),
+        processing_class=copy.deepcopy(tokenizer), **more,
+    )  # fmt: skip
+
+
+def trained(trainer):
+    torch.manual_seed(0)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return logs, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+
+# Of the optimizer step, not of the loss; and means over other tokens than TRL's, as documented.
+UNLIKE = {"orpo": ("logits/",), "cpo": ("logits/",), "simpo": ("logits/",)}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainer_learns_the_same_on_our_kernels(name, tokenizer, tmp_path, monkeypatch):
+    theirs, expected = trained(trainer_of(name, tokenizer, tmp_path))
+    trainer = trainer_of(name, tokenizer, tmp_path)
+    assert integration.use_ift_kernels(trainer, gradient="exact") is trainer
+    calls = []
+    original = trainer.model.lm_head.forward.__class__.__call__
+
+    def counted(self, *args):
+        out = original(self, *args)
+        calls.append(out.shape[-1])
+        return out
+
+    monkeypatch.setattr(trainer.model.lm_head.forward.__class__, "__call__", counted)
+    ours, got = trained(trainer)
+    assert calls.count(0) >= 2, "no forward was ours"
+    if name != "grpo":  # which generates with logits; else one measurement of each model
+        assert set(calls) <= {0, len(tokenizer)} and calls.count(len(tokenizer)) <= 2
+    skip = ("time", "runtime", "per_second", "total_flos", *UNLIKE.get(name, ()))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            if not any(part in key for part in skip):
+                assert a[key] == pytest.approx(b[key], rel=2e-4, abs=1e-5), key
+    assert_close(got, expected, 2e-3)  # two steps of Adam: signs of tiny gradients
+
+
+def test_gradients_of_the_losses_are_the_same(tokenizer, tmp_path):
+    for name in ("sft", "dpo", "kto", "orpo", "cpo"):
+        grads = []
+        for ours in (False, True):
+            trainer = trainer_of(name, tokenizer, tmp_path)
+            if ours:
+                integration.use_ift_kernels(trainer, gradient="exact")
+            batch = next(iter(trainer.get_train_dataloader()))
+            loss = trainer.compute_loss(trainer.model, batch)
+            loss.backward()
+            grads.append({n: p.grad for n, p in trainer.model.named_parameters()})
+        assert_close(grads[1], grads[0], 2e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "granite", "mixtral", "cohere"])
+def test_scales_caps_and_auxiliary_losses_are_those_of_the_model(architecture, tokenizer, tmp_path):
+    losses = []
+    for ours in (False, True):
+        trainer = trainer_of("sft", tokenizer, tmp_path, architecture)
+        if ours:
+            integration.use_ift_kernels(trainer, gradient="exact")
+        batch = next(iter(trainer.get_train_dataloader()))
+        losses.append(trainer.compute_loss(trainer.model, batch).detach())
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+
+
+# --- IFTTrainer ----------------------------------------------------------------------------------
+
+
+def policy(tokenizer):
+    return make("gpt2", vocab_size=len(tokenizer), pad_token_id=0)
+
+
+def ift_trainer(tokenizer, directory, rows=COMPLETIONS, peft_config=None, ift=None, **changes):
+    return integration.IFTTrainer(
+        policy(tokenizer),
+        arguments(integration.IFTConfig, directory, ift=ift, **changes),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=copy.deepcopy(tokenizer),
+        peft_config=peft_config,
+    )
+
+
+def test_twenty_steps_are_those_of_the_released_algorithm(tokenizer, tmp_path):
+    options = {"per_device_train_batch_size": 2, "max_steps": 20, "max_grad_norm": 0.0}
+    options |= {"optim": "sgd", "learning_rate": 0.05}
+    trainer = ift_trainer(tokenizer, tmp_path, **options)
+    reference = policy(tokenizer)
+    batches = []
+    step = trainer.training_step
+
+    def keep(model, inputs, *rest):
+        batches.append({k: v.clone() for k, v in inputs.items() if torch.is_tensor(v)})
+        return step(model, inputs, *rest)
+
+    trainer.training_step = keep
+    logs, got = trained(trainer)
+    embedding = frozen_embedding(reference)
+    losses = []
+    optimizer = torch.optim.SGD(reference.parameters(), 0.05)
+    for inputs in batches:
+        loss = naive_ift_loss(
+            reference, inputs["input_ids"], inputs["labels"], inputs["attention_mask"],
+            embedding=embedding,
+        )  # fmt: skip
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        refresh(embedding, reference)
+        losses.append(float(loss))
+    assert [entry["loss"] for entry in logs] == pytest.approx(losses, rel=1e-4)
+    assert losses[-1] != pytest.approx(losses[0], rel=1e-2)
+    assert_close(got, {n: p.detach() for n, p in reference.named_parameters()}, 1e-4)
+    assert all({"entropy", "mean_token_accuracy", "num_tokens"} <= entry.keys() for entry in logs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"packing": True, "max_length": 32},
+        {"padding_free": True, "max_length": None},
+        {"gradient_accumulation_steps": 2},
+    ],
+    ids=str,
+)
+def test_packed_and_accumulated_rows_are_rows(changes, tokenizer, tmp_path):
+    """The first step's loss and gradient are those of one padded batch of all rows."""
+    options = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
+    plain = ift_trainer(tokenizer, tmp_path, per_device_train_batch_size=8, **options)
+    start = {n: p.detach().clone() for n, p in plain.model.named_parameters()}
+    _, expected = trained(plain)
+    size = 4 if "gradient_accumulation_steps" in changes else 8
+    other = ift_trainer(tokenizer, tmp_path, per_device_train_batch_size=size, **options, **changes)
+    _, got = trained(other)
+    moved = [{n: p[n] - start[n] for n in start} for p in (got, expected)]
+    assert_close(*moved, 1e-3)
+
+
+def test_chat_rows_with_lora(tokenizer, tmp_path):
+    chat = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+        for row in COMPLETIONS
+    ]
+    lora = LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+    trainer = ift_trainer(tokenizer, tmp_path, chat, peft_config=lora)
+    head = trainer.model.get_base_model().lm_head.weight.detach().clone()
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    logs, after = trained(trainer)
+    moved = {n for n in after if not torch.equal(after[n], before[n])}
+    assert moved and all("lora" in n for n in moved)
+    assert torch.equal(head, trainer.model.get_base_model().lm_head.weight)
+    assert all(entry["loss"] > 0 for entry in logs)
+
+
+def test_evaluation_is_cross_entropy(tokenizer, tmp_path):
+    trainer = ift_trainer(tokenizer, tmp_path)
+    plain = SFTTrainer(
+        policy(tokenizer),
+        arguments(SFTConfig, tmp_path),
+        train_dataset=Dataset.from_list(COMPLETIONS),
+        eval_dataset=Dataset.from_list(COMPLETIONS),
+        processing_class=copy.deepcopy(tokenizer),
+    )
+    rows = plain.eval_dataset
+    ours, theirs = trainer.evaluate(rows), plain.evaluate(rows)
+    for key in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+
+
+def test_what_cannot_serve_is_refused(tokenizer, tmp_path):
+    class Other:
+        args = None
+
+    with pytest.raises(TypeError, match="trainer: expected one of TRL's"):
+        integration.use_ift_kernels(Other())
+    with pytest.raises(TypeError, match="args: expected an IFTConfig"):
+        integration.IFTTrainer(make("llama"), arguments(SFTConfig, tmp_path))
+    with pytest.raises(ValueError, match="loss_type"):
+        ift_trainer(tokenizer, tmp_path, loss_type="dft")
+    with pytest.raises(ValueError, match="lam: expected"):
+        ift_trainer(tokenizer, tmp_path, ift={"lam": 2})

@@ -1,0 +1,157 @@
+"""A head whose vocabulary is spread over 2 and 4 processes gives what one process gives."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from ift_kernels import ActiveSet, linear_logprobs, vocab_parallel_logprobs
+from processes import join, leave, start
+
+V, D, SHAPE = 131, 24, (3, 9)  # odd: the shards are not of one size
+OUTPUTS = ("logprob", "lse", "entropy", "argmax", "second_logprob", "sum_sq", "mean_logit")
+CASES = {
+    "plain": {},
+    "softcap": {"softcap": 3.0, "logit_scale": 0.7, "temperature": 1.3},
+    "recompute": {"workspace": 1 << 20},
+    # A threshold that no probability of any shard passes: the set is the whole vocabulary.
+    "active": {"gradient": ActiveSet(threshold=0.0, block=32, tail_tile=64, dW="active")},
+    "active head exact": {"gradient": ActiveSet(threshold=2.0**-10, dW="dense")},
+    "tokens -1 ignored": {"ignore_index": -1},
+    "few rows": {"vocabulary": 5},  # of four processes, one then has no row
+    "certain": {"scale": 40.0},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+FORMS = ("group", "dtensor", "sequence")
+
+
+def problem(vocabulary=V, scale=1.0, dtype=torch.float32, ignore_index=-100, **options):
+    g = torch.Generator().manual_seed(3)
+    hidden = scale * torch.randn(*SHAPE, D, generator=g)
+    weight, bias = torch.randn(vocabulary, D, generator=g), torch.randn(vocabulary, generator=g)
+    if vocabulary == V:
+        weight[100], bias[100] = weight[7], bias[7]  # an exact tie between shards
+        hidden[0, 0] = 3 * weight[7]
+    target = torch.randint(vocabulary, SHAPE, generator=g)
+    target[1, 3:7] = ignore_index
+    upstream = {k: torch.randn(SHAPE, generator=g) for k in ("logprob", "lse", "entropy")}
+    upstream["mean_logit"] = torch.randn(SHAPE, generator=g)
+    upstream["logprob"][2] = 0.0
+    tensors = [t.to(dtype) for t in (hidden, weight, bias)]
+    return tensors, target, upstream, {"ignore_index": ignore_index, **options}
+
+
+def loss_of(stats, upstream):
+    return sum((getattr(stats, name) * factor).sum() for name, factor in upstream.items())
+
+
+def run(case, form, mesh):
+    """Statistics and gradients; those of the head joined, as the one process has them."""
+    (hidden, weight, bias), target, upstream, options = problem(**CASES[case])
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    if form == "group":
+        first = V // processes + 3 if len(weight) == V else 1 + len(weight) // processes
+        parts = [first] * (processes - 1)  # uneven: the last process has what is left
+        parts = [*parts, max(0, len(weight) - sum(parts))]
+        if sum(parts) != len(weight):
+            parts = [2, 2, 1, 0]
+        weight, bias = (t.split(parts)[rank].clone().requires_grad_() for t in (weight, bias))
+        hidden.requires_grad_()
+    else:
+        weight, bias = (
+            distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in (weight, bias)
+        )
+        if form == "sequence":
+            hidden = distribute_tensor(hidden, mesh, [Shard(1)])
+        hidden.requires_grad_()
+    stats = vocab_parallel_logprobs(hidden, weight, target, bias=bias, outputs=OUTPUTS, **options)
+    loss_of(stats, upstream).backward(retain_graph=True)
+    first = hidden.grad.clone()
+    loss_of(stats, upstream).backward()  # nothing was consumed that a second backward needs
+    grads = []
+    for tensor in (hidden, weight, bias):
+        grad = tensor.grad / 2
+        if isinstance(grad, DTensor):
+            grad = grad.full_tensor()
+        elif tensor is not hidden:
+            pieces = [None] * processes
+            dist.all_gather_object(pieces, grad)
+            grad = torch.cat(pieces)
+        grads.append(grad)
+    full = first.full_tensor() if isinstance(first, DTensor) else first
+    assert torch.allclose(full, grads[0], rtol=1e-2, atol=1e-4)
+    return [s.detach() for s in stats], grads
+
+
+def worker(rank, processes, directory):
+    join(rank, processes, directory)
+    mesh = init_device_mesh("cpu", (processes,))
+    results = {(c, f): run(c, f, mesh) for c in CASES for f in FORMS}
+    (hidden, weight, bias), target, *_ = problem()
+    sharded = distribute_tensor(weight, mesh, [Shard(0)])
+    wrong = {
+        "placements": lambda: vocab_parallel_logprobs(
+            hidden, distribute_tensor(weight, mesh, [Replicate()]), target
+        ),
+        "bias": lambda: vocab_parallel_logprobs(hidden, sharded, target, bias=bias),
+        "group": lambda: vocab_parallel_logprobs(hidden, sharded, target, group=dist.group.WORLD),
+        "target": lambda: vocab_parallel_logprobs(hidden, sharded, target.clamp(min=0) + 1000),
+        "plain": lambda: linear_logprobs(hidden, sharded, target),
+    }
+    for name, call in wrong.items():
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        results[name] = str(error.value)
+    torch.save(results, f"{directory}/{rank}.pt")
+    leave()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def results(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("processes")
+    start(worker, request.param, directory)
+    return [torch.load(directory / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES)
+def test_shards_are_one_head(results, case, form):
+    tensors, target, upstream, options = problem(**CASES[case])
+    options.pop("gradient", None)
+    for tensor in tensors:
+        tensor.requires_grad_()
+    hidden, weight, bias = tensors
+    stats = linear_logprobs(hidden, weight, target, bias=bias, outputs=OUTPUTS, **options)
+    loss_of(stats, upstream).backward()
+    tolerance = 2e-2 if case == "bfloat16" else 1e-5
+    tolerance = 5e-3 if case == "active head exact" else tolerance  # dh is approximate
+    for got, grads in (result[case, form] for result in results):
+        for name, a, b in zip(stats._fields, got, stats, strict=True):
+            if a.dtype == torch.int64:
+                assert torch.equal(a, b), name
+            else:
+                limit = 1e-5 * (40.0 if case == "certain" else 1.0)
+                torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=limit, msg=name)
+        for grad, tensor in zip(grads, tensors, strict=True):
+            largest = tensor.grad.float().abs().max()
+            assert (grad.float() - tensor.grad.float()).abs().max() <= tolerance * largest
+
+
+def test_a_tie_between_shards_goes_to_the_lowest_id(results):
+    got, _ = results[0]["plain", "group"]
+    assert got[3][0, 0] == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    {
+        "placements": "weight: expected a DTensor with placements",
+        "bias": "bias: expected a DTensor sharded like weight",
+        "group": "group: expected None for a DTensor weight",
+        "target": "target: expected ids in",
+        "plain": "weight: expected a plain tensor, got a DTensor",
+    }.items(),
+)
+def test_what_cannot_serve_is_refused(results, name, match):
+    assert match in results[0][name]
