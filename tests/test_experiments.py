@@ -1,18 +1,53 @@
 """The experiments run, and their claims that hold at any size are checked."""
 
+import itertools
 import json
 
 import pytest
 
 from examples import docstrings
-from examples.experiments import digits, frozen_lake, preference, probe_cost, squeezing
+from examples.experiments import (
+    clip,
+    digits,
+    frozen_lake,
+    instructions,
+    preference,
+    probe_cost,
+    squeezing,
+)
 
 
 def test_squeezing_lemma_on_5000_draws():
     assert squeezing.lemma(5000) == {"p_y rose": 0, "argmax fell": 0, "sign of another token": 0}
 
 
-@pytest.mark.parametrize("module", [squeezing, probe_cost], ids=lambda m: m.__name__)
+# Moved by two orders of magnitude in the step, so that a wrong sign or factor cannot pass.
+def test_first_order_error_falls_a_hundredfold():
+    errors = [error for _, error in squeezing.first_order()]
+    assert all(50 <= a / b <= 200 for a, b in itertools.pairwise(errors)), errors
+
+
+def test_published_directions_of_squeezing(tmp_path):
+    """Valley of a peaked distribution: the argmax alone rises; flat: next to all others do."""
+    squeezing.run(tmp_path, True)
+    text = (tmp_path / "squeezing" / "result.json").read_text(encoding="utf-8")
+    cases = {row[0]: row[1:] for row in json.loads(text)["cases"]}
+    low, low_after, top, top_after, others = cases["negative, valley token, peaked"]
+    assert low_after < 1e-2 * low and others == "0 of 48"
+    assert f"{top:.3f}" == "0.763" and f"{top_after:.2f}" == "0.99"
+    _, _, top, top_after, others = cases["negative, any token, flat"]
+    assert top < top_after < 1.2 * top and others in ("47 of 48", "48 of 48")
+
+
+def test_quadrants_of_clipping():
+    assert clip.quadrants(clip.min_clip) == [True, True, False, False, True, True]
+    assert clip.quadrants(clip.pure_clip) == [False, True, False] * 2
+    assert clip.quadrants(clip.no_clip) == [True] * 6
+
+
+@pytest.mark.parametrize(
+    "module", [clip, instructions, probe_cost], ids=lambda m: m.__name__.split(".")[-1]
+)
 def test_runs(module, tmp_path):
     module.run(tmp_path, True)
     (place,) = tmp_path.iterdir()

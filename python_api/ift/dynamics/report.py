@@ -83,6 +83,7 @@ def plot_comparison(runs: Mapping[str, Records], path: str | Path) -> None:
         path: the PNG; it is replaced in one step.
     """
     types = ordered_types([record for records in runs.values() for record in records])
+    colors = list(dict.fromkeys(style["color"] for style in STYLES))  # dots are taken
     columns = min(3, len(types))
     rows = math.ceil(len(types) / columns)
     with plotting.picture(path, rows, columns, width=4.2 * columns, height=3.2 * rows) as made:
@@ -90,7 +91,7 @@ def plot_comparison(runs: Mapping[str, Records], path: str | Path) -> None:
         panels = list(getattr(axes, "flat", [axes]))
         for panel, type_ in zip(panels, types, strict=False):
             for i, (name, records) in enumerate(runs.items()):
-                color = STYLES[i % len(STYLES)]["color"]
+                color = colors[i % len(colors)]
                 points = _points(records, type_, "mean_logprob")
                 plotting.draw(panel, points, "mean_logprob", label=name, color=color)
                 greedy = _points(records, type_, "greedy_logprob")
