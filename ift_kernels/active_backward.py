@@ -149,11 +149,11 @@ class _Totals:
             return
         if self.flipped is None and self.needs[1] and self.flip:  # 32 more: see engine.Gradients
             size = at.columns, min(at.rows, head.hidden.shape[0]) + 32
-            self.flipped = product.new_zeros(size)
+            self.flipped = self._room("flipped", size[0] * size[1]).view(size)
         flipped = None
         if self.flipped is not None:
             flipped = self.flipped[: product.shape[1], : product.shape[0]]
-            self.flipped[:, product.shape[0] :][:, :32] = 0  # see engine.new_rows
+            self.flipped[:, product.shape[0] :][:, : -product.shape[0] % 32] = 0  # see new_rows
         head.backend.dlogits_(
             product, head.bias_chunk(columns), head.transform, self.target[rows], columns.start,
             self.norm[:, rows], self.coef[:, rows], flipped,

@@ -108,7 +108,8 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
     """The cheapest plan that fits; `schedule` forces one (as far as it can serve the call)."""
     p = problem
     n, itemsize = max(p.rows, 1), p.dtype.itemsize
-    budget = p.workspace
+    # Beside the products: what is known of every row, and what the vendor's products take.
+    budget = p.workspace - min(256 * n, p.workspace // 32)
     # Where the weight is of another dtype: its chunk cast, its gradient summed before the cast.
     cast = 0 if p.same_dtype else p.width * itemsize
     if not p.any_gradient:
