@@ -124,15 +124,16 @@ def run(output: Path, quick: bool) -> None:
          ["correlation of |Δlogπ| with ‖K‖ over the 100 cells", correlation],
          ["largest relative error of the prediction of a real step", error]],
     )  # fmt: skip
+    alike = int((kernel.argmax(0) == torch.arange(10)).sum())
     own = int((influence.argmax(0) == torch.arange(10)).sum())
     page.text(
         "Verdict",
         f"The diagonal {'stands' if diagonal > off.max() else 'does not stand'} above every other "
         f"cell on average; {own} of 10 classes influence themselves most. The eNTK norm "
         f"{'follows' if correlation > 0.5 else 'does not follow'} the influence "
-        f"(correlation {correlation:.2f}): the gradient G, small for images that are already "
-        "right, "
-        "is the other factor.",
+        f"(correlation {correlation:.2f}), though it is largest on the diagonal for {alike} of 10 "
+        "classes: the other factors are A, next to 0 where π(y_u) is near 1 already, as on the "
+        "diagonal, and G, small for training images that are already right.",
     )
     page.numbers |= {"accuracy": accuracy, "correlation": correlation, "error": error}
     page.numbers |= {"influence": influence.tolist(), "ntk": kernel.tolist()}
