@@ -6,7 +6,14 @@ import json
 import pytest
 
 from examples import docstrings
-from examples.experiments import digits, frozen_lake, preference, probe_cost, squeezing
+from examples.experiments import (
+    clip,
+    digits,
+    frozen_lake,
+    preference,
+    probe_cost,
+    squeezing,
+)
 
 
 def test_squeezing_lemma_on_5000_draws():
@@ -31,10 +38,17 @@ def test_published_directions_of_squeezing(tmp_path):
     assert top < top_after < 1.2 * top and others in ("47 of 48", "48 of 48")
 
 
-def test_probe_cost_runs(tmp_path):
-    probe_cost.run(tmp_path, True)
+def test_quadrants_of_clipping():
+    assert clip.quadrants(clip.min_clip) == [True, True, False, False, True, True]
+    assert clip.quadrants(clip.pure_clip) == [False, True, False] * 2
+    assert clip.quadrants(clip.no_clip) == [True] * 6
+
+
+@pytest.mark.parametrize("module", [clip, probe_cost], ids=lambda m: m.__name__.split(".")[-1])
+def test_runs(module, tmp_path):
+    module.run(tmp_path, True)
     (place,) = tmp_path.iterdir()
-    assert json.loads((place / "result.json").read_text(encoding="utf-8"))["ratio"] > 0
+    assert json.loads((place / "result.json").read_text(encoding="utf-8"))
     assert "## Verdict" in (place / "README.md").read_text(encoding="utf-8")
 
 
