@@ -18,7 +18,7 @@ demo: $(VENV)/train.stamp
 
 # Writes examples/experiments/results again.
 experiments: $(VENV)/experiments.stamp
-	for name in squeezing digits frozen_lake clip preference probe_cost; do \
+	for name in squeezing digits frozen_lake clip preference instructions probe_cost; do \
 	  $(BIN)/python -m examples.experiments.$$name || exit 1; done
 
 test: $(VENV)/dev.stamp

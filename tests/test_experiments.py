@@ -10,6 +10,7 @@ from examples.experiments import (
     clip,
     digits,
     frozen_lake,
+    instructions,
     preference,
     probe_cost,
     squeezing,
@@ -44,7 +45,9 @@ def test_quadrants_of_clipping():
     assert clip.quadrants(clip.no_clip) == [True] * 6
 
 
-@pytest.mark.parametrize("module", [clip, probe_cost], ids=lambda m: m.__name__.split(".")[-1])
+@pytest.mark.parametrize(
+    "module", [clip, instructions, probe_cost], ids=lambda m: m.__name__.split(".")[-1]
+)
 def test_runs(module, tmp_path):
     module.run(tmp_path, True)
     (place,) = tmp_path.iterdir()
