@@ -10,11 +10,16 @@ INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp
 # Without a GPU the CUDA extension would cost minutes and serve nothing; its tests compile it anyway.
 WITH_CUDA := $(or $(IFT_BUILD_CUDA),$(if $(shell command -v nvidia-smi),auto,0))
 
-.PHONY: demo test bench gpu lint wheel cuda-versions clean
+.PHONY: demo experiments test bench gpu lint wheel cuda-versions clean
 .SECONDARY:
 
 demo: $(VENV)/train.stamp
 	$(BIN)/python -m examples.demo $(ARGS)
+
+# Writes examples/experiments/results again.
+experiments: $(VENV)/experiments.stamp
+	for name in squeezing digits frozen_lake clip preference instructions probe_cost; do \
+	  $(BIN)/python -m examples.experiments.$$name || exit 1; done
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -10,6 +10,7 @@ from ift_kernels.active_set import ActiveSet, ActiveSetStats, record_active_sets
 from ift_kernels.backends import use_backend
 from ift_kernels.divergence import linear_divergence
 from ift_kernels.expected_embedding import linear_expected_embedding
+from ift_kernels.influence import exact_influence, influence
 from ift_kernels.linear import TokenStats, linear_cross_entropy, linear_logprobs
 from ift_kernels.plan import Plan, explain, use_schedule
 from ift_kernels.propagation import discounted_cumsum, propagation_weights
@@ -26,8 +27,10 @@ __all__ = [
     "TokenChoice",
     "TokenStats",
     "discounted_cumsum",
+    "exact_influence",
     "explain",
     "further_tokens",
+    "influence",
     "linear_cross_entropy",
     "linear_divergence",
     "linear_expected_embedding",

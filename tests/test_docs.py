@@ -71,6 +71,7 @@ def test_the_index_has_every_public_name():
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     wanted = [f"ift_kernels.{name}" for name in ift_kernels.__all__]
     wanted += [f"ift.{name}" for name in ift.__all__ if name != "losses"]
+    wanted += [f"ift.dynamics.{name}" for name in ift.dynamics.__all__]
     wanted += [f"ift.losses.{name}" for name in ift.losses.__all__]
     assert not [name for name in wanted if f"`{name}`" not in text]
 

@@ -10,17 +10,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ift import losses
+    from ift import dynamics, losses
     from ift.config import IFTConfig
     from ift.integrations.transformers import IFTTrainer, patch, unpatch
     from ift_kernels import __version__
 
-__all__ = ["IFTConfig", "IFTTrainer", "__version__", "losses", "patch", "unpatch"]
+__all__ = ["IFTConfig", "IFTTrainer", "__version__", "dynamics", "losses", "patch", "unpatch"]
 
 _LAZY = {
     "IFTConfig": "ift.config",
     "IFTTrainer": "ift.integrations.transformers",
     "__version__": "ift_kernels",
+    "dynamics": "ift.dynamics",
     "losses": "ift.losses",
     "patch": "ift.integrations.transformers",
     "unpatch": "ift.integrations.transformers",
@@ -39,7 +40,7 @@ def __getattr__(name: str) -> Any:
             f"ift.{name} needs {error.name!r}, which is not installed: "
             'pip install "ift-kernels[train]"'
         ) from error
-    # `losses` is its module. Found without this function from now on.
+    # `losses` and `dynamics` are their modules. Found without this function from now on.
     value = globals()[name] = getattr(module, name, module)
     return value
 

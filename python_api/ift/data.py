@@ -75,7 +75,7 @@ def read_jsonl(path: str | Path) -> list[Row]:
     Raises:
         DataError: the file is missing, unreadable or empty, or a row is malformed.
     """
-    return [Row(where, _checked(row, where)) for row, where in parsed_lines(Path(path), FORMATS)]
+    return [Row(where, checked_row(row, where)) for row, where in parsed_lines(Path(path), FORMATS)]
 
 
 def parsed_lines(path: Path, formats: str) -> list[tuple[Any, str]]:
@@ -107,7 +107,8 @@ def _parsed(line: bytes, where: str, first: bool, formats: str) -> Any:
         raise DataError(f"{where}: nested too deeply; expected {formats}") from None
 
 
-def _checked(row: Any, where: str) -> dict[str, Any]:
+def checked_row(row: Any, where: str) -> dict[str, Any]:
+    """`row`, a valid one; of a preference the chosen response as a row."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: got a JSON {json_type(row)}; expected {FORMATS}")
     if "chosen" in row:  # of a preference, what is learned is the chosen response

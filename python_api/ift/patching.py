@@ -245,7 +245,7 @@ def _one_pass(
     original: Callable[..., Any],
     kwargs: dict[str, Any],
     state: _State,
-    own: Callable[[Tensor, Tensor], Tensor] | None,
+    own: Callable[..., Tensor] | None,
 ) -> tuple[Any, dict[str, Tensor]]:
     """The loss `own`; or as transformers' ForCausalLMLoss: mean over targets, or their sum over
     num_items_in_batch."""
@@ -263,8 +263,8 @@ def _one_pass(
     def loss(stats: TokenStats) -> Tensor:
         assert stats.logprob is not None
         mask = (target != IGNORE_INDEX).reshape(stats.logprob.shape).to(stats.logprob.device)
-        if own is not None:
-            return own(stats.logprob, mask)
+        if own is not None:  # one of this package's own may want to know how peaked p is
+            return own(stats if getattr(own, "takes_stats", False) else stats.logprob, mask)
         return sft_loss(stats.logprob, mask, num_items=num_items)
 
     # As transformers' Trainer does: a cache costs memory and hides packed rows from the mask.

@@ -1,4 +1,4 @@
-"""The command line: ``ift train`` and ``ift doctor``.
+"""The command line: ``ift train``, ``ift dynamics`` and ``ift doctor``.
 
 A mistake of the user ends in one line on stderr and exit code 2.  torch and transformers are
 imported only once a command needs them, so ``ift --help`` and argument errors are immediate.
@@ -28,10 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser.parse(argv)
         if arguments.command == "train":
-            from ift.cli.train import run
-        else:
-            from ift.cli.doctor import run
-        return run(arguments)
+            from ift.cli import train
+
+            return train.run(arguments)
+        if arguments.command == "dynamics":
+            from ift.cli import dynamics
+
+            return dynamics.run(arguments)
+        from ift.cli import doctor
+
+        return doctor.run(arguments)
     except CliError as error:
         print(f"ift: {error}", file=sys.stderr)
         return 2

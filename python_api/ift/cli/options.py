@@ -35,6 +35,9 @@ DEFAULTS: dict[str, Any] = {
     "log_steps": 10,
     "resume": False,
     "cpu": False,
+    "probe_every": 25,
+    "probe_size": 64,
+    "probe_sample": 32,
 }
 
 # Options of the IFT loss; their defaults are those of ift.IFTConfig, which checks combinations.
@@ -88,12 +91,18 @@ class Parser(argparse.ArgumentParser):
         """As `parse_args`, but an unknown option is reported with the closest known ones."""
         parsed, unknown = self.parse_known_args(args)
         if unknown:
-            raise CliError(unknown[0], f"unknown option; {self._closest(parsed.command, unknown)}")
+            command = " ".join(filter(None, (parsed.command, getattr(parsed, "action", None))))
+            raise CliError(unknown[0], f"unknown option; {self._closest(command, unknown)}")
         return parsed
 
     def _closest(self, command: str, unknown: Sequence[str]) -> str:
-        subparsers = next(a for a in self._actions if isinstance(a, argparse._SubParsersAction))
-        known = list(subparsers.choices[command]._option_string_actions)
+        parser: argparse.ArgumentParser = self
+        for name in command.split():
+            subparsers = next(
+                a for a in parser._actions if isinstance(a, argparse._SubParsersAction)
+            )
+            parser = subparsers.choices[name]
+        known = list(parser._option_string_actions)
         close = difflib.get_close_matches(unknown[0].split("=")[0], known)
         return f"expected one of those that `ift {command} --help` lists" + (
             f", did you mean {' or '.join(close)}?" if close else ""
@@ -149,11 +158,36 @@ def build_parser() -> Parser:
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     train = commands.add_parser("train", help="fine-tune a causal language model on a JSONL file")
-    _add_run(train)
-    _add_training(train)
-    _add_ift(train)
-    _add_pairs(train)
+    _add_train(train)
+    _add_dynamics(commands.add_parser("dynamics", help="watch what training does to other answers"))
     return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    _add_training(parser)
+    _add_ift(parser)
+    _add_pairs(parser)
+
+
+def _add_dynamics(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="action")
+    run = actions.add_parser("run", help="train as `ift train`, measuring a probe set on the way")
+    _add_train(run)
+    add = _Group(run, "probes; into DIR/probes.jsonl and DIR/dynamics")
+    add("--probes", str, "probe set to use (default: made from --data)", "FILE")
+    add("--probe-every", positive_int, "measure every N steps", "N")
+    add("--probe-size", positive_int, "prompts of the set that is made", "N")
+    add("--probe-test", str, "JSONL of rows not trained on, for the type `unrelated` "
+        "(default: the rows held out)", "FILE")  # fmt: skip
+    add("--probe-sample", natural, "tokens of a sample of the model before training, for the type "
+        "`sample`; 0: none", "N")  # fmt: skip
+    plot = actions.add_parser("plot", help="draw the curves of a run again")
+    plot.add_argument("run", metavar="DIR", help="output of `ift dynamics run`, or of the callback")
+    plot.add_argument("--title", default="", help="above the picture")
+    compare = actions.add_parser("compare", help="draw runs over one another, and print a table")
+    compare.add_argument("runs", nargs="+", metavar="DIR", help="outputs of `ift dynamics run`")
+    compare.add_argument("--output", default="compare.png", metavar="PNG")
 
 
 class _Group:

@@ -28,8 +28,12 @@ FIXED = (
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd", "adafactor": "adafactor"}
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     """Train.
+
+    Args:
+        arguments: of the command line.
+        watch: (arguments, held-out rows, model, tokenizer) → one more callback of the trainer.
 
     Returns:
         0 when the run is complete, 130 when it was interrupted (with a checkpoint).
@@ -77,6 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
         from ift.cli.preference import PairTrainer, pair_loss, refer
 
         build = functools.partial(PairTrainer, loss=pair_loss(arguments))
+    callbacks: list[Any] = [RunLog(log, eval_steps, title_of(arguments)), stop]
+    if watch is not None:
+        callbacks.append(watch(arguments, eval_rows, model, tokenizer))
     try:
         if arguments.loss in options.PAIR_OPTIONS["reference"]:
             original = model if start is None and arguments.reference is None else None
@@ -93,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
             train_dataset=train_data.examples,
             eval_dataset=eval_data.examples or None,
             processing_class=tokenizer,
-            callbacks=[RunLog(log, eval_steps, title_of(arguments)), stop],
+            callbacks=callbacks,
         )
     except TypeError as error:  # a head that ift.patch cannot serve
         raise CliError("--model", error) from None

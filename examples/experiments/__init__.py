@@ -1,0 +1,1 @@
+"""Published experiments on learning dynamics and IFT, small enough for two CPU cores."""

@@ -1,0 +1,258 @@
+"""What a training step does to the log-probability of other tokens, to first order.
+
+`influence` for a step on the head alone, from hidden states and without logits; `exact_influence`
+for a step on all parameters of a small model, by forward-mode differentiation. The derivation is in
+docs/dynamics.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ift_kernels import checks, engine, linear_ops, plan
+from ift_kernels.backends import reference as ref
+from ift_kernels.transform import LogitTransform
+
+Parameters = Mapping[str, Tensor]
+
+
+@torch.no_grad()
+def influence(
+    probe_hidden: Tensor,  # (P, D)
+    probe_target: Tensor,  # (P,)
+    hidden: Tensor,  # (N, D)
+    target: Tensor,  # (N,)
+    weight: Tensor,  # (V, D)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    d_logprob: Tensor | None = None,  # (N,)
+    d_entropy: Tensor | None = None,  # (N,)
+    d_lse: Tensor | None = None,  # (N,)
+    lr: float = 1.0,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    workspace: int | None = None,
+) -> Tensor:
+    """Predicted change of each probe token's log-probability by each training token.
+
+    The first-order change when the head takes one SGD step of size `lr` on a loss whose gradients
+    by the training tokens' log-probability, entropy and lse are given. Entry (o, u) is the share of
+    training token u; a row's sum is the change by the whole batch. Equals, without ever holding
+    logits::
+
+        x = hidden @ weight.T + bias;  z = transform(x)                    # as in linear_logprobs
+        L = (d_logprob * logp.gather(target) + d_entropy * entropy + d_lse * lse).sum()
+        E = grad(L, x)                                                     # (N, V)
+        A = grad(probe_logp.gather(probe_target).sum(), probe_x)           # (P, V)
+        K = probe_hidden @ hidden.T + (0 if bias is None else 1)           # (P, N)
+        return -lr * K * (A @ E.T)
+
+    For the default loss, the negative log-likelihood, and no transform, that is the last-layer form
+    of the decomposition of *Learning Dynamics of LLM Finetuning* (arXiv 2407.10490).
+
+    Args:
+        probe_hidden, probe_target: (P, D) and (P,): what is watched. To watch several tokens at one
+            position, repeat its hidden state.
+        hidden, target: (N, D) and (N,): what is trained on.
+        weight: (V, D), the dtype of both hidden states.
+        bias: (V,), trained along; None: there is none, or it is frozen at 0.
+        d_logprob, d_entropy, d_lse: (N,) upstream gradients of any loss. With none of them given
+            d_logprob is -1 (supervised fine-tuning, summed); else those not given are 0. A loss to
+            be *minimised* has d_logprob < 0 where it trains a token up.
+        lr: η, default 1.
+        ignore_index: rows and columns of these targets are 0.
+        logit_scale, softcap, temperature: as in `linear_logprobs`.
+        workspace: bytes of work memory beside the result, default 256 MiB on CPU, 512 MiB on GPU.
+            With so many tokens that 16 columns for each do not fit, it takes those 16.
+
+    Returns:
+        (P, N) float32, float64 for float64 inputs; 16-bit inputs are computed in float32. Never
+        differentiable.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or options that do not fit; a target outside
+            [0, V) that is not `ignore_index`.
+
+    >>> probe, train, weight = torch.randn(3, 8), torch.randn(5, 8), torch.randn(50, 8)
+    >>> y_o, y_u = torch.randint(50, (3,)), torch.randint(50, (5,))
+    >>> predicted = influence(probe, y_o, train, y_u, weight, lr=1e-4)
+    >>> before = (probe @ weight.T).log_softmax(-1).gather(-1, y_o[:, None])[:, 0]
+    >>> e = (train @ weight.T).softmax(-1) - torch.nn.functional.one_hot(y_u, 50)
+    >>> after = (probe @ (weight - 1e-4 * e.T @ train).T).log_softmax(-1)
+    >>> change = after.gather(-1, y_o[:, None])[:, 0] - before
+    >>> torch.allclose(predicted.sum(1), change, atol=1e-5)
+    True
+    """
+    transform = LogitTransform.checked(logit_scale, softcap, temperature)
+    ignore_index = checks.integer("ignore_index", ignore_index)
+    lr = checks.number("lr", lr)
+    sides = []
+    for prefix, states, ids in (("probe_", probe_hidden, probe_target), ("", hidden, target)):
+        checks.floating(f"{prefix}hidden", states)
+        if states.dim() != 2:
+            name = f"{prefix}hidden"
+            raise ValueError(f"{name}: expected shape (tokens, D), got {tuple(states.shape)}")
+        checks.head_arguments(states, weight, bias)
+        if states.dtype != weight.dtype:
+            raise TypeError(
+                f"{prefix}hidden: expected {weight.dtype} like weight, got {states.dtype}"
+            )
+        ids = checks.token_ids(f"{prefix}target", ids, states.shape[:1], states.device)
+        sides.append((states.detach(), ids.contiguous()))
+    given = {"d_logprob": d_logprob, "d_entropy": d_entropy, "d_lse": d_lse}
+    for name, value in given.items():
+        if value is not None:
+            checks.floating(name, value)
+            checks.same_shape(name, value, target, "target")
+    if all(value is None for value in given.values()):
+        d_logprob = -torch.ones(target.shape, dtype=torch.float64, device=target.device)
+    budget = checks.workspace_bytes(workspace, hidden.device)
+    dtype = engine.wide(weight.dtype)
+    options = (
+        ignore_index,
+        transform.scale,
+        transform.softcap,
+        transform.temperature,
+        budget,
+        dtype,
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        up = torch.ones(probe_target.shape, dtype=torch.float64, device=hidden.device)
+        probe = _Side(*sides[0], weight, bias, options, (up, None, None))
+        train = _Side(*sides[1], weight, bias, options, (d_logprob, d_lse, d_entropy))
+        overlap = _overlap(probe, train, budget)
+        kernel = probe.call.head.hidden @ train.call.head.hidden.T
+        if bias is not None:
+            kernel += 1
+        part = overlap.mul_(kernel).mul_(-lr)
+        return train.call.scatter(probe.call.scatter(part.T, dtype).T, dtype)
+
+
+class _Side:
+    """One of the two sets of tokens: its logits' gradient, chunk by chunk."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: linear_ops.Options,
+        upstream: tuple[Tensor | None, Tensor | None, Tensor | None],  # logprob, lse, entropy
+    ) -> None:
+        d_logprob, d_lse, d_entropy = (None if g is None else g.double() for g in upstream)
+        track = 0 if d_entropy is None else ref.TRACK_ENTROPY
+        values = torch.ops.ift_kernels.linear_stats(
+            hidden, weight, bias, target, *options, track, [False] * 3, ""
+        )
+        norm, entropy = values[8], values[2]
+        valid = target != options[0]
+        self.call = linear_ops.Call(hidden, weight, bias, valid, options, (False, False, False))
+        coef = linear_ops.row_coefficients(
+            norm, entropy, weight.shape[0], d_logprob, d_lse, d_entropy, None
+        )
+        self.target = self.call.select(target).contiguous()
+        self.norm = self.call.select(norm).contiguous()
+        self.coef = self.call.select(coef).contiguous()
+
+    @property
+    def rows(self) -> int:
+        return self.call.head.hidden.shape[0]
+
+    def buffer(self, columns: int) -> Tensor:
+        head = self.call.head
+        return engine.new_rows(head.backend, head.hidden, self.rows, columns)
+
+    def gradient(self, columns: slice, weight: Tensor, buffer: Tensor) -> Tensor:
+        """∂L/∂x of these columns, (rows, columns)."""
+        head = self.call.head
+        product = torch.mm(head.hidden, weight.T, out=buffer[:, : weight.shape[0]])
+        head.backend.dlogits_(
+            product, head.bias_chunk(columns), head.transform, self.target, columns.start,
+            self.norm, self.coef,
+        )  # fmt: skip
+        return product
+
+
+def _overlap(probe: _Side, train: _Side, budget: int) -> Tensor:
+    """Σ_j A_oj E_uj, (P, N): the vocabulary outermost."""
+    head = probe.call.head
+    total = head.hidden.new_zeros((probe.rows, train.rows))
+    if not total.numel():
+        return total
+    # Products of both sides, what the reference's epilogue makes of the larger, and cast weights.
+    cast = 0 if head.weight.dtype == head.hidden.dtype else head.hidden.shape[1]
+    wide = max(probe.rows, train.rows) if head.backend is ref else 0
+    per_column = head.hidden.element_size() * (probe.rows + train.rows + 10 * wide + cast)
+    fit = min(budget, plan.TILE_BYTES * 8) // per_column
+    columns = min(head.vocabulary, max(16, fit))
+    buffers = probe.buffer(columns), train.buffer(columns)
+    for chunk in engine.slices(0, head.vocabulary, columns):
+        weight = head.weight_chunk(chunk)
+        a = probe.gradient(chunk, weight, buffers[0])
+        e = train.gradient(chunk, weight, buffers[1])
+        total.addmm_(a, e.T)
+    return total
+
+
+def exact_influence(
+    probe: Callable[[Parameters], Tensor],
+    loss: Callable[[Parameters], Tensor],
+    parameters: Parameters,
+    *,
+    lr: float = 1.0,
+) -> Tensor:
+    """First-order change of what `probe` computes, by an SGD step on all `parameters`.
+
+    With g_u the gradient of entry u of `loss`, the derivative of `probe` along -lr·g_u::
+
+        exact[..., u] = torch.func.jvp(probe, (parameters,), (-lr * grad(loss[u]),))[1]
+
+    One backward and one forward pass per entry of `loss`: for small models. Where only the head is
+    in `parameters` it equals `influence`.
+
+    Args:
+        probe: parameters → a tensor, say log-probabilities of some tokens. It and `loss` must be
+            differentiable in forward mode: plain torch, ``attn_implementation="eager"``, no
+            operator of this package.
+        loss: parameters → a scalar, or (N,), one loss per training token.
+        parameters: name → tensor, those that the step trains. `torch.func.functional_call` runs a
+            module on them.
+        lr: η, default 1.
+
+    Returns:
+        Shaped like `probe`'s value, then like `loss`'s.
+
+    Raises:
+        ValueError: `loss` gives more than one dimension, or there are no parameters.
+
+    >>> weight, x, o = torch.randn(7, 4), torch.randn(3, 4), torch.randn(2, 4)
+    >>> y = torch.tensor([1, 5, 2])
+    >>> change = exact_influence(
+    ...     lambda p: (o @ p["w"].T).log_softmax(-1)[:, 1],
+    ...     lambda p: torch.nn.functional.cross_entropy(x @ p["w"].T, y, reduction="none"),
+    ...     {"w": weight},
+    ... )
+    >>> torch.allclose(change, influence(o, torch.tensor([1, 1]), x, y, weight), atol=1e-5)
+    True
+    """
+    if not parameters:
+        raise ValueError("parameters: expected at least one tensor, got none")
+    lr = checks.number("lr", lr)
+    held = {name: value.detach() for name, value in parameters.items()}
+    made: Any = torch.func.vjp(loss, held)
+    value, pull = made
+    if value.dim() > 1:
+        raise ValueError(f"loss: expected a scalar or shape (N,), got {tuple(value.shape)}")
+    columns = []
+    for one in torch.eye(value.numel(), dtype=value.dtype, device=value.device):
+        (gradient,) = pull(one.reshape(value.shape))
+        step = {name: -lr * g for name, g in gradient.items()}
+        columns.append(torch.func.jvp(probe, (held,), (step,))[1])
+    return torch.stack(columns, -1) if value.dim() else columns[0]

@@ -1,0 +1,120 @@
+"""``ift dynamics``: a run with a probe set, its pictures, and runs over one another."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+from ift.cli import train
+from ift.cli.errors import CliError
+from ift.cli.processes import note
+from ift.data import FORMATS, DataError, parsed_lines
+
+SET, CURVES = "probes.jsonl", "dynamics"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """One of the actions.
+
+    Returns:
+        The exit code: 0 done, 130 interrupted.
+
+    Raises:
+        CliError: bad input.
+    """
+    if arguments.action == "run":
+        for name in ("probes", "probe_test"):
+            path = getattr(arguments, name)
+            if path is not None and not Path(path).is_file():
+                flag = "--" + name.replace("_", "-")
+                raise CliError(flag, f"no file {path}; expected a JSONL file")
+        return train.run(arguments, watch)
+    from ift.dynamics import report
+    from ift.dynamics.monitor import before_and_after
+
+    if arguments.action == "plot":
+        directory, records = _records(arguments.run, "DIR")
+        image = directory / "curves.png"
+        report.plot_curves(records, image, arguments.title)
+        report.write_html(records, directory / "curves.html", image, arguments.title)
+        print(_text(report.table(records)))
+        print(before_and_after(records))
+        return 0
+    runs = {}
+    for path in arguments.runs:
+        directory, records = _records(path, "DIR")
+        if path in runs:
+            raise CliError("DIR", f"got {path} twice; expected different runs")
+        runs[str(path)] = records
+    output = Path(arguments.output)
+    if not output.absolute().parent.is_dir():
+        raise CliError("--output", f"no directory {output.parent}; expected one that exists")
+    report.plot_comparison(runs, output)
+    for name, records in runs.items():
+        print(f"{name}\n{_text(report.table(records))}\n{before_and_after(records)}\n")
+    return 0
+
+
+def _records(path: str, flag: str) -> tuple[Path, list[dict[str, Any]]]:
+    """The evaluations of a run, and the directory that they are in."""
+    from ift.dynamics.callback import read_records
+
+    for directory in (Path(path) / CURVES, Path(path)):
+        records = read_records(directory)
+        if records:
+            return directory, records
+    raise CliError(flag, f"no evaluations in {path}; expected the output of `ift dynamics run`")
+
+
+def _text(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                  for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )  # fmt: skip
+    return "\n".join(lines)
+
+
+def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokenizer: Any) -> Any:
+    """The callback of the run; its probe set is written once and read by a resumed run."""
+    from ift.dynamics import ProbeCallback, build_probe_set, read_probes, sampler, write_probes
+
+    output = Path(arguments.output)
+    saved = output / SET
+    flag = "--probes"
+    try:
+        if arguments.resume and saved.exists():
+            probes = read_probes(saved)
+        elif arguments.probes is not None:
+            probes = read_probes(arguments.probes)
+        else:
+            flag = "--data" if arguments.probe_test is None else "--probe-test"
+            test: Any = arguments.probe_test or _contents(held_out) or None
+            tokens = arguments.probe_sample
+            sample = sampler(model, tokenizer, max_new_tokens=tokens) if tokens else None
+            build = functools.partial(build_probe_set, size=arguments.probe_size, test=test)
+            probes = build(_trained(arguments.data, held_out), sample=sample, seed=arguments.seed)
+        if not (arguments.resume and saved.exists()):
+            write_probes(probes, saved)
+        callback = ProbeCallback(
+            probes, output / CURVES, every=arguments.probe_every, tokenizer=tokenizer,
+            max_length=arguments.max_length,
+        )  # fmt: skip
+    except DataError as error:
+        raise CliError(flag, error) from None
+    note(f"{len(probes)} probes, measured every {arguments.probe_every} steps")
+    return callback
+
+
+def _trained(path: str, held_out: list[Any]) -> list[dict[str, Any]]:
+    """The rows of a file as they stand, but those that are held out."""
+    apart = {row.where for row in held_out}
+    return [row for row, where in parsed_lines(Path(path), FORMATS) if where not in apart]
+
+
+def _contents(rows: list[Any]) -> list[dict[str, Any]]:
+    """The rows that a split has set aside, of a preference the chosen side."""
+    return [getattr(row, "chosen", row).content for row in rows]

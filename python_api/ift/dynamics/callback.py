@@ -1,0 +1,204 @@
+"""`ProbeCallback`: a probe set measured every few updates of a transformers trainer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ift import plotting
+from ift.dynamics import report
+from ift.dynamics.evaluate import Measurement, ProbeEvaluator
+from ift.dynamics.monitor import SqueezeMonitor
+from ift.dynamics.probes import Probe, read_probes
+
+CURVES, TOKENS = "curves.jsonl", "tokens.jsonl"
+REDRAW_SECONDS = 30.0  # a picture takes half a second; the last one is always drawn
+
+
+class ProbeCallback(TrainerCallback):
+    """Measures a probe set before training, every `every` updates, and at the end.
+
+    Into `output` go ``curves.jsonl`` (a line per evaluation: means over the probes by type, and
+    what the squeezing monitor says), ``tokens.jsonl`` (a line per evaluation and response, with
+    every token), ``curves.png`` and ``curves.html``. A run resumed from a checkpoint continues the
+    files where that checkpoint was. Training is not touched: same random state, no gradients.
+
+    With several processes each measures (models may be sharded) and the first writes.
+
+    Args:
+        probes: the set, or its JSONL file.
+        output: a directory; it is made.
+        every: updates between evaluations, default 25.
+        tokenizer: default: the trainer's.
+        max_length: cut sequences at so many tokens, default 1024.
+        tokens_per_forward: as `ProbeEvaluator`.
+        monitor: default: a `SqueezeMonitor` with its defaults.
+        token_log: whether to write ``tokens.jsonl``, default True.
+
+    Raises:
+        ValueError: `every` below 1; no tokenizer here and none with the trainer.
+    """
+
+    def __init__(
+        self,
+        probes: Sequence[Probe] | str | os.PathLike[str],
+        output: str | os.PathLike[str],
+        *,
+        every: int = 25,
+        tokenizer: Any = None,
+        max_length: int = 1024,
+        tokens_per_forward: int = 512,
+        monitor: SqueezeMonitor | None = None,
+        token_log: bool = True,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every: expected at least 1, got {every}")
+        self.probes: Sequence[Probe]
+        if isinstance(probes, (str, os.PathLike)):
+            self.probes = read_probes(Path(probes))
+        else:
+            self.probes = list(probes)
+        self.output, self.every, self.tokenizer = Path(output), every, tokenizer
+        self.options = {"max_length": max_length, "tokens_per_forward": tokens_per_forward}
+        self.monitor = SqueezeMonitor() if monitor is None else monitor
+        self.token_log = token_log
+        self.evaluator: ProbeEvaluator | None = None
+        if tokenizer is not None:  # what is wrong with the set shows here
+            self._prepare(tokenizer)
+        self._drawn = 0.0
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any
+    ) -> None:
+        """Prepare; continue the files of a resumed run; measure the model before training."""
+        tokenizer = self.tokenizer or rest.get("processing_class")
+        if tokenizer is None:
+            raise ValueError("tokenizer: expected one, as the trainer has no processing_class")
+        if self.evaluator is None:
+            self._prepare(tokenizer)
+        if state.is_world_process_zero:
+            self.output.mkdir(parents=True, exist_ok=True)
+            for name in (CURVES, TOKENS):
+                _rewind(self.output / name, state.global_step)
+        if state.global_step == 0:
+            self.measure(model, state)
+        else:
+            records = read_records(self.output)
+            self.monitor.restore([r for r in records if r["step"] <= state.global_step])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Measure when it is due."""
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+            self.measure(model, state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Draw the last picture."""
+        if state.is_world_process_zero:
+            self._draw()
+
+    def _prepare(self, tokenizer: Any) -> None:
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+        self.evaluator = ProbeEvaluator(self.probes, tokenizer, **self.options)
+
+    def measure(self, model: Any, state: Any) -> dict[str, Any]:
+        """Measure now and write; `state` has the step. Returns the record."""
+        assert self.evaluator is not None
+        inner = getattr(model, "module", model)  # what DDP wraps
+        started = time.perf_counter()
+        found = self.evaluator(inner)
+        seconds = time.perf_counter() - started
+        types = by_type(found)
+        record: dict[str, Any] = {"step": state.global_step}
+        if state.epoch is not None:
+            record["epoch"] = state.epoch
+        record |= {"seconds": seconds, "types": types}
+        record["squeeze"] = self.monitor.update(state.global_step, types, found)
+        if state.is_world_process_zero:
+            if self.token_log:
+                lines = (token_record(state.global_step, one) for one in found)
+                _append(self.output / TOKENS, lines)
+            _append(self.output / CURVES, [record])
+            if time.monotonic() - self._drawn > REDRAW_SECONDS:
+                self._draw()
+        return record
+
+    def _draw(self) -> None:
+        records = read_records(self.output)
+        if records and plotting.available():
+            report.plot_curves(records, self.output / "curves.png")
+            report.write_html(records, self.output / "curves.html", self.output / "curves.png")
+        self._drawn = time.monotonic()
+
+
+def by_type(found: Sequence[Measurement]) -> dict[str, dict[str, float]]:
+    """Type → means over its probes of `Measurement.summary`, and their ``count``."""
+    sums: dict[str, dict[str, float]] = {}
+    for one in found:
+        mine = sums.setdefault(one.type, {})
+        for name, value in {**one.summary(), "count": 1.0}.items():
+            mine[name] = mine.get(name, 0.0) + value
+    return {
+        type_: {k: v if k == "count" else v / mine["count"] for k, v in mine.items()}
+        for type_, mine in sums.items()
+    }
+
+
+def token_record(step: int, one: Measurement) -> dict[str, Any]:
+    """A line of ``tokens.jsonl``."""
+    each = {
+        "logprob": one.logprob,
+        "greedy_logprob": one.argmax_logprob,
+        "entropy": one.entropy,
+        "distance": one.distance,
+        "sum_sq": one.sum_sq,
+    }
+    rounded = {k: [float(f"{x:.7g}") for x in v.tolist()] for k, v in each.items()}
+    ids = {"ids": one.ids.tolist(), "greedy": one.argmax.tolist()}
+    return {"step": step, "probe": one.probe, "type": one.type, **one.summary(), **ids, **rounded}
+
+
+def read_records(output: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The evaluations in a directory, by step; a last line that a kill tore is none."""
+    return _whole_lines(Path(output) / CURVES)
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _append(path: Path, records: Any) -> None:
+    text = "".join(json.dumps(_finite(record)) + "\n" for record in records)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _rewind(path: Path, step: int) -> None:
+    """Forget what was measured after `step`; a new run, at step 0, forgets all."""
+    if not path.exists():
+        return
+    if step == 0:
+        path.unlink()
+        return
+    kept: list[Mapping[str, Any]] = [r for r in _whole_lines(path) if r["step"] <= step]
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    unfinished.replace(path)

@@ -1,0 +1,382 @@
+"""One pass over a probe set: no padding, every prompt run once for all its responses, no logits.
+
+A group is a prompt and its responses, laid out behind one another. A mask lets each response see
+the prompt and itself, and positions go on from the prompt in each, so every token's hidden state is
+what it would be in a sequence of its own. Groups are packed until a forward is full.
+
+Not every model takes such a mask. The first evaluation compares one group with plain sequences; a
+model that disagrees gets plain rows from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ift.data import IGNORE_INDEX, DataError, Row, encode
+from ift.dynamics.probes import Probe, Prompt
+from ift.head_pass import (
+    HeadForward,
+    evaluating,
+    head_pass,
+    measure_transform,
+    plain_head,
+    transform_options,
+)
+from ift.patching import base_model
+from ift_kernels import TokenStats, linear_logprobs
+from ift_kernels.transform import LogitTransform
+
+logger = logging.getLogger(__name__)
+
+OUTPUTS = ("logprob", "entropy", "argmax", "sum_sq")
+SHARED_ATTENTION = ("eager", "sdpa")  # those that take any mask
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One response under one model: per token, (T,) on the CPU."""
+
+    probe: int  # its index in the set
+    type: str
+    ids: Tensor  # int64
+    logprob: Tensor  # float32, like the rest
+    argmax: Tensor  # int64, the greedy token
+    argmax_logprob: Tensor
+    entropy: Tensor
+    sum_sq: Tensor  # Σp²
+
+    @property
+    def distance(self) -> Tensor:
+        """‖p − e_y‖ per token, the norm of the logits' gradient under supervised fine-tuning."""
+        return (self.sum_sq - 2 * self.logprob.exp() + 1).clamp(min=0).sqrt()
+
+    @property
+    def off_argmax(self) -> Tensor:
+        """1 − p of the greedy token."""
+        return -torch.expm1(self.argmax_logprob)
+
+    def summary(self) -> dict[str, float]:
+        """Sum of the log-probabilities, and means over the tokens."""
+        means = {
+            "mean_logprob": self.logprob,
+            "greedy_logprob": self.argmax_logprob,
+            "entropy": self.entropy,
+            "off_argmax": self.off_argmax,
+            "distance": self.distance,
+            "sum_sq": self.sum_sq,
+        }
+        found = {name: value.double().mean().item() for name, value in means.items()}
+        return {"sum_logprob": self.logprob.double().sum().item(), **found}
+
+
+@dataclass(frozen=True)
+class EncodedResponse:
+    """A response in tokens, and what comes before it."""
+
+    probe: int
+    type: str
+    prefix: tuple[int, ...]  # at least one token
+    ids: tuple[int, ...]  # from the first target to the last
+    target: tuple[int, ...]  # the same, IGNORE_INDEX where a template put something between
+
+
+class _Batch:
+    """The tensors of one forward and where its targets are predicted."""
+
+    def __init__(
+        self, inputs: dict[str, Tensor], rows: Tensor, responses: list[EncodedResponse]
+    ) -> None:
+        self.inputs = inputs
+        self.rows = rows  # into the flattened positions, one per entry of every response's ids
+        self.responses = responses
+        self.target = torch.tensor([t for r in responses for t in r.target])
+
+    @classmethod
+    def shared(cls, groups: list[list[EncodedResponse]], dtype: torch.dtype) -> _Batch:
+        """Groups behind one another in one row."""
+        ids: list[int] = []
+        position: list[int] = []
+        group: list[int] = []
+        branch: list[int] = []
+        rows: list[int] = []
+        for number, responses in enumerate(groups):
+            prefix = responses[0].prefix
+            last = len(ids) + len(prefix) - 1
+            parts = [prefix, *(r.ids[:-1] for r in responses)]
+            for index, part in enumerate(parts):
+                if index:
+                    rows += [last, *range(len(ids), len(ids) + len(part))]
+                start = len(prefix) if index else 0
+                position += range(start, start + len(part))
+                group += [number] * len(part)
+                branch += [index] * len(part)
+                ids += part
+        g, b = torch.tensor(group), torch.tensor(branch)
+        order = torch.arange(len(ids))
+        sees = (g[:, None] == g) & (order[:, None] >= order)
+        sees &= (b == 0) | (b[:, None] == b)
+        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+        inputs = {
+            "input_ids": torch.tensor([ids]),
+            "attention_mask": mask[None, None],
+            "position_ids": torch.tensor([position]),
+        }
+        return cls(inputs, torch.tensor(rows), [r for rs in groups for r in rs])
+
+    @classmethod
+    def plain(cls, responses: list[EncodedResponse]) -> _Batch:
+        """A row for each response, padded on the right."""
+        whole = [[*r.prefix, *r.ids[:-1]] for r in responses]
+        width = max(map(len, whole))
+        ids = torch.zeros((len(whole), width), dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        rows: list[int] = []
+        for i, (row, response) in enumerate(zip(whole, responses, strict=True)):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+            first = i * width + len(response.prefix) - 1
+            rows += range(first, first + len(response.ids))
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        return cls(inputs, torch.tensor(rows), responses)
+
+    @property
+    def tokens(self) -> int:
+        return self.inputs["input_ids"].numel()
+
+
+class ProbeEvaluator:
+    """Measures a probe set under a model, as often as asked.
+
+    Args:
+        probes: the set. It is tokenised here, once, as `ift train` tokenises: a prompt given as
+            messages goes through the chat template.
+        tokenizer: of the model.
+        max_length: cut sequences at so many tokens; a response that is wholly cut off is left out.
+        tokens_per_forward: pack groups up to so many tokens, default 512. The mask makes attention
+            cost the square of it.
+
+    Raises:
+        DataError: no response has a token left.
+    """
+
+    def __init__(
+        self,
+        probes: Sequence[Probe],
+        tokenizer: Any,
+        *,
+        max_length: int = 1024,
+        tokens_per_forward: int = 512,
+    ) -> None:
+        self.tokens_per_forward = tokens_per_forward
+        self.responses = _responses(probes, tokenizer, max_length)
+        self.shares_prompts: bool | None = None  # not known before the first evaluation
+        self._transform: LogitTransform | None = None
+        self._batches: list[_Batch] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Distinct tokens of a pass: each prompt once, each response but its last token."""
+        groups = groups_of(self.responses)
+        return sum(_size(group) for group in groups)
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> list[Measurement]:
+        """Measure. The model's mode, gradients and the random state stay as they are.
+
+        Args:
+            model: a transformers causal LM with a plain linear head, patched or not, or a PEFT
+                model around one.
+
+        Returns:
+            One `Measurement` per response, in the order of the set.
+
+        Raises:
+            TypeError, RuntimeError: as `ift.patch`.
+        """
+        base: Any = base_model(model)
+        with evaluating(base), _asking(base):
+            if self._transform is None:
+                self._transform = measure_transform(base, base, self._two_tokens(base))
+            if self._batches is None:
+                self._batches = self._plan(base)
+            found = [m for batch in self._batches for m in self._measure(base, batch)]
+        order = {(r.probe, r.type): i for i, r in enumerate(self.responses)}
+        return sorted(found, key=lambda m: order[m.probe, m.type])
+
+    def _two_tokens(self, model: Any) -> dict[str, Any]:
+        first = self.responses[0]
+        ids = torch.tensor([[*first.prefix, *first.ids][:2]], device=_device(model))
+        return {"input_ids": ids, "use_cache": False}
+
+    def _plan(self, model: Any) -> list[_Batch]:
+        """The batches of all passes to come: shared, if the model computes the same that way."""
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        groups = groups_of(self.responses)
+        self.shares_prompts = self._may_share(model, groups, dtype)
+        if self.shares_prompts:
+            packs = _packed(groups, self.tokens_per_forward)
+            return [_Batch.shared(pack, dtype) for pack in packs]
+        logger.warning(
+            "%s: computes something else with prompts shared; probes run as rows of their own",
+            type(model).__name__,
+        )
+        rows = sorted(self.responses, key=lambda r: len(r.prefix) + len(r.ids))
+        batches: list[_Batch] = []
+        waiting: list[EncodedResponse] = []
+        for response in rows:
+            width = len(response.prefix) + len(response.ids) - 1
+            if waiting and (len(waiting) + 1) * width > self.tokens_per_forward:
+                batches.append(_Batch.plain(waiting))
+                waiting = []
+            waiting.append(response)
+        return [*batches, _Batch.plain(waiting)]
+
+    def _may_share(
+        self, model: Any, groups: list[list[EncodedResponse]], dtype: torch.dtype
+    ) -> bool:
+        config = getattr(model, "config", None)
+        if getattr(config, "_attn_implementation", "eager") not in SHARED_ATTENTION:
+            return False
+        longest = max(len(r.prefix) + len(r.ids) for r in self.responses)
+        if (getattr(config, "sliding_window", None) or longest) < longest:
+            return False
+        # Two groups, so that what leaks between groups shows too; such as have something to leak.
+        telling = sorted(groups, key=lambda g: (min(len(g), 2) < 2, max(len(r.ids) for r in g) < 3,
+                                                _size(g)))[:2]  # fmt: skip
+        try:
+            shared = self._hidden(model, _Batch.shared(telling, dtype))
+        except (ValueError, RuntimeError, TypeError, IndexError) as error:
+            logger.warning("%s: refuses the mask: %s", type(model).__name__, error)
+            return False
+        plain = [self._hidden(model, _Batch.plain([r])) for group in telling for r in group]
+        wanted = torch.cat(plain)
+        tolerance = 1e-3 if shared.dtype in (torch.float32, torch.float64) else 5e-2
+        scale = wanted.abs().max().clamp(min=1e-6)
+        return bool((shared - wanted).abs().max() <= tolerance * scale)
+
+    def _hidden(self, model: Any, batch: _Batch) -> Tensor:
+        """What reaches the head at the rows of the batch."""
+        hidden: Tensor = self._run(model, batch, lambda hidden, *_: hidden)
+        return hidden
+
+    def _measure(self, model: Any, batch: _Batch) -> Iterator[Measurement]:
+        target = batch.target.to(_device(model))
+
+        def answer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStats:
+            assert self._transform is not None
+            return linear_logprobs(
+                hidden, weight, target.to(hidden.device), bias=bias, outputs=OUTPUTS,
+                **transform_options(self._transform),
+            )  # fmt: skip
+
+        stats = self._run(model, batch, answer)
+        at = 0
+        values = {name: getattr(stats, name).cpu() for name in (*OUTPUTS, "argmax_logprob")}
+        for response in batch.responses:
+            count = len(response.ids)
+            kept = batch.target[at : at + count] != IGNORE_INDEX
+            mine = {name: value[at : at + count][kept] for name, value in values.items()}
+            ids = batch.target[at : at + count][kept]
+            yield Measurement(response.probe, response.type, ids, **mine)
+            at += count
+
+    def _run(self, model: Any, batch: _Batch, answer: Any) -> Any:
+        """One forward, whose head answers for the rows of the batch."""
+        device = _device(model)
+        inputs: dict[str, Any] = {k: v.to(device) for k, v in batch.inputs.items()}
+        if getattr(getattr(model, "config", None), "output_router_logits", False):
+            # The auxiliary loss of experts is not asked for, and takes no mask of this shape.
+            inputs["output_router_logits"] = False
+        rows = batch.rows.to(device)
+
+        def chosen(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            return answer(flat.index_select(0, rows.to(flat.device)), weight, bias)
+
+        return head_pass(model, model, {**inputs, "use_cache": False}, chosen)[1]
+
+
+@contextlib.contextmanager
+def _asking(model: Any) -> Iterator[None]:
+    """Let the head of a model that is not patched answer, and leave no trace."""
+    head: Any = plain_head(model)
+    patched = "forward" in head.__dict__
+    if not patched:
+        head.forward = HeadForward(head)
+    try:
+        yield
+    finally:
+        if not patched:
+            del head.forward
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
+def as_row(where: str, prompt: Prompt, response: str) -> Row:
+    """The training row that has `response` as its one target."""
+    if isinstance(prompt, str):
+        return Row(where, {"prompt": prompt, "completion": response})
+    messages = [*prompt, {"role": "assistant", "content": response}]
+    return Row(where, {"messages": messages}, last_turn=True)
+
+
+def _responses(probes: Sequence[Probe], tokenizer: Any, max_length: int) -> list[EncodedResponse]:
+    named = [
+        (i, t, p.prompt, text) for i, p in enumerate(probes) for t, text in p.responses.items()
+    ]
+    if not named:
+        raise DataError("probes: expected at least one response, got none")
+    rows = [as_row(f"probe {i} {t}", prompt, text) for i, t, prompt, text in named]
+    encoded = encode(rows, tokenizer, max_length)
+    if encoded.dropped:
+        logger.warning("probes: %d of %d responses are beyond max_length %d and left out",
+                       len(encoded.dropped), len(rows), max_length)  # fmt: skip
+    missing, examples, found = set(encoded.dropped), iter(encoded.examples), []
+    for row, (probe, type_, *_) in zip(rows, named, strict=True):
+        if row.where in missing:
+            continue
+        example = next(examples)
+        ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
+        targets = [t for t, label in enumerate(labels) if label != IGNORE_INDEX and t > 0]
+        part = slice(targets[0], targets[-1] + 1)
+        found.append(EncodedResponse(probe, type_, tuple(ids[: part.start]), tuple(ids[part]),
+                               tuple(labels[part])))  # fmt: skip
+    return found
+
+
+def groups_of(responses: list[EncodedResponse]) -> list[list[EncodedResponse]]:
+    """Responses of one probe whose tokens before the response are the same."""
+    groups: dict[tuple[int, tuple[int, ...]], list[EncodedResponse]] = {}
+    for response in responses:
+        groups.setdefault((response.probe, response.prefix), []).append(response)
+    return list(groups.values())
+
+
+def _size(group: list[EncodedResponse]) -> int:
+    return len(group[0].prefix) + sum(len(r.ids) - 1 for r in group)
+
+
+def _packed(groups: list[list[EncodedResponse]], budget: int) -> list[list[list[EncodedResponse]]]:
+    """As many groups behind one another as fit the budget, always one: first fit, largest first."""
+    packs: list[list[list[EncodedResponse]]] = []
+    sizes: list[int] = []
+    for group in sorted(groups, key=_size, reverse=True):
+        size = _size(group)
+        place = next((i for i, used in enumerate(sizes) if used + size <= budget), None)
+        if place is None:
+            packs.append([group])
+            sizes.append(size)
+        else:
+            packs[place].append(group)
+            sizes[place] += size
+    return packs

@@ -1,0 +1,118 @@
+"""`ift dynamics run|plot|compare`: what they leave, resumption, errors."""
+
+import shutil
+
+import pytest
+
+from ift.cli import main
+from ift.dynamics import read_probes
+from ift.dynamics.callback import read_records
+from test_cli_preference import rows, write
+
+SMALL = [
+    "--model",
+    "tiny",
+    "--cpu",
+    "--batch-size",
+    "4",
+    "--probe-size",
+    "3",
+    "--probe-sample",
+    "4",
+]
+
+
+def same(a, b):
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in a] == [
+        {k: v for k, v in r.items() if k != "seconds"} for r in b
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A DPO run of 6 steps, probed every 2."""
+    place = tmp_path_factory.mktemp("dynamics")
+    data = write(place / "p.jsonl", rows(20))
+    arguments = ["--data", data, "--loss", "dpo", "--max-steps", "6", "--save-steps", "3",
+                 "--eval-split", "0.2", "--probe-every", "2", "--lr", "1e-3"]  # fmt: skip
+    command = ["dynamics", "run", *SMALL, *arguments, "--output"]
+    assert main([*command, str(place / "run")]) == 0
+    return place, command
+
+
+def test_run_leaves_curves(trained):
+    place, _ = trained
+    probes = read_probes(place / "run" / "probes.jsonl")
+    assert len(probes) == 3
+    wanted = {"chosen", "rejected", "other_train", "unrelated", "permuted", "random_words"}
+    assert all(set(p.responses) - {"sample"} == wanted for p in probes)
+    given = [{k: p.responses[k] for k in ("chosen", "rejected")} | {"prompt": p.prompt}
+             for p in probes]  # fmt: skip
+    assert all(row in rows(20) for row in given)
+    records = read_records(place / "run" / "dynamics")
+    assert [r["step"] for r in records] == [0, 2, 4, 6]
+    assert records[0]["types"]["chosen"] != records[-1]["types"]["chosen"]
+    assert records[-1]["squeeze"]["negative_tokens"] > 0
+    for name in ("tokens.jsonl", "curves.png", "curves.html"):
+        assert (place / "run" / "dynamics" / name).stat().st_size > 500
+    assert (place / "run" / "model" / "config.json").exists()
+
+
+def test_resumed_run_is_the_same(trained, tmp_path):
+    place, command = trained
+    shutil.copytree(place / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert main([*command, str(tmp_path / "run"), "--resume"]) == 0
+    ours, wanted = (read_records(p / "run" / "dynamics") for p in (tmp_path, place))
+    assert same(ours, wanted)
+
+
+def test_plot_and_compare(trained, tmp_path, capsys):
+    place, _ = trained
+    shutil.copytree(place / "run" / "dynamics", tmp_path / "other")
+    (tmp_path / "other" / "curves.png").unlink()
+    assert main(["dynamics", "plot", str(tmp_path / "other"), "--title", "again"]) == 0
+    assert (tmp_path / "other" / "curves.png").stat().st_size > 10000
+    assert "again" in (tmp_path / "other" / "curves.html").read_text(encoding="utf-8")
+    assert "steps 0 → 6" in capsys.readouterr().out
+    output = tmp_path / "compare.png"
+    runs = [str(place / "run"), str(tmp_path / "other")]
+    assert main(["dynamics", "compare", *runs, "--output", str(output)]) == 0
+    assert output.stat().st_size > 10000
+    assert all(run in capsys.readouterr().out for run in runs[:1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plot", "nowhere"], "DIR: no evaluations in nowhere"),
+        (["compare", "nowhere"], "DIR: no evaluations in nowhere"),
+        (["run", "--prob-size", "3"], "--model"),
+        (
+            ["run", *SMALL, "--data", "x", "--output", "y", "--probe-sizes", "3"],
+            "did you mean --probe-size or",
+        ),
+        (["run", *SMALL, "--data", "x", "--output", "y", "--probes", "z"], "--probes: no file z"),
+        (
+            ["run", *SMALL, "--data", "x", "--output", "y", "--probe-every", "0"],
+            "--probe-every: got",
+        ),
+        ([], "dynamics: the following arguments are required: action"),
+    ],
+)
+def test_errors(arguments, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["dynamics", *arguments]) == 2
+    text = capsys.readouterr().err
+    assert says in text and text.count("\n") == 1
+
+
+def test_damaged_probes(tmp_path, capsys):
+    data = write(tmp_path / "p.jsonl", rows(8))
+    (tmp_path / "bad.jsonl").write_text("{}\n", encoding="utf-8")
+    arguments = ["--data", data, "--loss", "dpo", "--output", str(tmp_path / "run")]
+    assert (
+        main(["dynamics", "run", *SMALL, *arguments, "--probes", str(tmp_path / "bad.jsonl")]) == 2
+    )
+    assert "--probes: " in capsys.readouterr().err
