@@ -23,7 +23,8 @@ def test_every_part_has_a_dry_run(part, tmp_path):
     for step in gpu.steps(part, tmp_path, True):
         assert step.command[0] in (sys.executable, step.needs)
         assert "cuda" not in step.command
-        assert str(ROOT) not in " ".join(step.command[1:])  # results stay out of the checkout
+        written = [word for word in step.command if word != sys.executable]
+        assert str(ROOT) not in " ".join(written)  # results stay out of the checkout
 
 
 @pytest.mark.parametrize("dry", [True, False])
