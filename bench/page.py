@@ -207,12 +207,13 @@ $body
 
 def page(sources: Sequence[Source]) -> str:
     """The HTML page, with its pictures inside."""
-    suites = [suite for suite in ORDER if tables(sources, suite)]
+    found = {suite: tables(sources, suite) for suite in ORDER}
+    suites = [suite for suite in ORDER if found[suite]]
     nav = "".join(f'<a href="#{suite}">{suite}</a>' for suite in [*suites, "provenance"])
     parts = []
     for suite in suites:
         parts.append(f'<h2 id="{suite}">{suite}</h2><p>{_text(ABOUT[suite])}</p>')
-        parts += [_table(table) for table in tables(sources, suite)]
+        parts += [_table(table) for table in found[suite]]
         for source in sources:
             if source.report["suite"] == suite:
                 parts += pictures(source)

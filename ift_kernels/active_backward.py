@@ -26,7 +26,7 @@ from ift_kernels.active import (
     Formed,
     Tiling,
 )
-from ift_kernels.engine import Head, Results, RowGradient, Sum, Tile
+from ift_kernels.engine import Head, Results, RowGradient, Sum, Tile, Transposed
 
 
 def gradients(
@@ -108,7 +108,7 @@ class _Totals:
         # Vendor products of 16-bit matrices want plain operands and make a new kernel, in
         # milliseconds, for every new size: numbers of columns go in steps of 32.
         self.flip = head.backend.wants_transpose(like.dtype)
-        self.flipped: Tensor | None = None
+        self.transposed: Transposed | None = None
         # (columns, D): the sum of dW over tiles of some columns, where there is more than one.
         self.chunk: Tensor | None = None
         self.fresh = True  # nothing is in `chunk` yet
@@ -147,13 +147,9 @@ class _Totals:
             self.add_sparse(rows, columns, marks, store, tails)
         if sparse and not self.dense_weight:
             return
-        if self.flipped is None and self.needs[1] and self.flip:  # 32 more: see engine.Gradients
-            size = at.columns, min(at.rows, head.hidden.shape[0]) + 32
-            self.flipped = self._room("flipped", size[0] * size[1]).view(size)
-        flipped = None
-        if self.flipped is not None:
-            flipped = self.flipped[: product.shape[1], : product.shape[0]]
-            self.flipped[:, product.shape[0] :][:, : -product.shape[0] % 32] = 0  # see new_rows
+        if self.transposed is None and self.needs[1] and self.flip:
+            self.transposed = Transposed(head, at.columns, min(at.rows, head.hidden.shape[0]))
+        flipped = None if self.transposed is None else self.transposed.of(product)
         head.backend.dlogits_(
             product, head.bias_chunk(columns), head.transform, self.target[rows], columns.start,
             self.norm[:, rows], self.coef[:, rows], flipped,

@@ -263,7 +263,7 @@ class Divergence:
     def _add_weight(
         self, total: engine.Gradients, rows: slice, columns: slice, gradient: Tensor
     ) -> None:
-        flipped = total.room_for_transpose(gradient)
+        flipped = None if total.transposed is None else total.transposed.of(gradient)
         if flipped is None:
             flipped = gradient.T
         else:

@@ -188,6 +188,22 @@ class Sum:
             self.total[rows].add_(torch.mm(a, b, out=self.part[rows]))
 
 
+class Transposed:
+    """Where a backend that wants it writes a tile's gradient transposed, tile after tile."""
+
+    def __init__(self, head: Head, columns: int, rows: int) -> None:
+        # 32 more than needed keeps the row length off powers of two, whose rows would all fall into
+        # the same cache sets.
+        room = head.backend.scratch(head.hidden, columns * (rows + 32))
+        self._room: Tensor = room.view(columns, rows + 32)
+
+    def of(self, product: Tensor) -> Tensor:
+        """(columns, rows) for this tile, with zeros where a product reads on: see new_rows."""
+        rows, columns = product.shape
+        self._room[:, rows:][:, : -rows % 32] = 0
+        return self._room[:columns, :rows]
+
+
 class Gradients:
     """Accumulates the gradients of hidden, weight and bias, tile by tile."""
 
@@ -212,18 +228,15 @@ class Gradients:
         if needs[2]:
             self.bias = torch.zeros(head.vocabulary, dtype=wide(like.dtype), device=like.device)
         self.chunk_sum: Sum | None = None
-        self.transposed: Tensor | None = None
+        self.transposed: Transposed | None = None
         if needs[1] and head.backend.wants_transpose(like.dtype):
-            # 32 more than needed keeps the row length off powers of two, whose rows would all fall
-            # into the same cache sets.
-            room = head.backend.scratch(like, tile_columns * (tile_rows + 32))
-            self.transposed = room.view(tile_columns, tile_rows + 32)
+            self.transposed = Transposed(head, tile_columns, tile_rows)
 
     def add(self, tile: Tile, row_gradient: RowGradient, hidden_too: bool = True) -> None:
         """Turn the tile into its gradient, in place, and add its share of every sum."""
         head, (rows, columns, product) = self.head, tile
         target, norm, coef = row_gradient
-        flipped = self.room_for_transpose(product)
+        flipped = None if self.transposed is None else self.transposed.of(product)
         head.backend.dlogits_(
             product,
             head.bias_chunk(columns),
@@ -252,13 +265,6 @@ class Gradients:
             self.add(tile, row_gradient, hidden_too=not whole)
         if self.hidden is not None and whole:
             self.hidden.add(rows, kept, self.head.weight[:first])
-
-    def room_for_transpose(self, product: Tensor) -> Tensor | None:
-        """Where to write the product's transpose; None where that is not wanted."""
-        if self.transposed is None:
-            return None
-        self.transposed[:, product.shape[0] :][:, : -product.shape[0] % 32] = 0  # see new_rows
-        return self.transposed[: product.shape[1], : product.shape[0]]
 
     def add_weight(self, rows: slice, columns: slice, flipped: Tensor) -> None:
         """DW of these columns: written once if the tile holds all rows, else summed over tiles."""
