@@ -345,17 +345,17 @@ def _hidden_by_blocks(
 def forward_gradients(
     head: Head,
     target: Tensor,
-    coefficients: Callable[[Tensor], RowGradient],
+    coefficients: Callable[[Tensor, Tensor], RowGradient],
     needs: tuple[bool, bool, bool],
     hidden_dtype: torch.dtype,
     plan: Plan,
     track: int,
 ) -> Results:
-    """Gradients of a loss whose upstream gradient is known, without recomputing any product.
+    """Gradients whose coefficients are known in forward, without recomputing any product.
 
     One block of tokens at a time against the whole vocabulary: products, statistics, and through
-    `coefficients` (the block's running state → its row gradient) the gradients. dW is summed in
-    place.
+    `coefficients` (the block's final state and argmax → its row gradient) the gradients. dW is
+    summed in place.
     """
     (n, width), vocabulary = head.hidden.shape, head.vocabulary
     d_hidden = head.hidden.new_empty((n, width), dtype=hidden_dtype) if needs[0] else None
@@ -367,8 +367,8 @@ def forward_gradients(
     for rows in slices(0, n, plan.tile_rows):
         part = head.rows(rows)
         kept = buffer[: part.hidden.shape[0]]
-        state, _ = statistics(part, target[rows], track, plan, kept)
-        row_gradient = coefficients(state)._replace(target=target[rows])
+        state, argmax = statistics(part, target[rows], track, plan, kept)
+        row_gradient = coefficients(state, argmax)._replace(target=target[rows])
         total = Gradients(part, needs, hidden_dtype, plan.tile_columns, len(kept), onto=d_weight)
         total.consume(kept, row_gradient, plan.tile_columns)
         block_hidden, d_weight, block_bias = total.results()

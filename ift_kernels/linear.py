@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ift_kernels import active_op as _active_op  # noqa: F401  registers an operator
-from ift_kernels import backends, checks, linear_ops, plan
+from ift_kernels import backends, checks, frozen_op, linear_ops, plan
 from ift_kernels import loss_op as _loss_op  # noqa: F401  registers an operator
 from ift_kernels.active_set import ActiveSet
 from ift_kernels.active_set import options as active_options
@@ -190,7 +190,7 @@ def linear_cross_entropy(
         # A step of accumulation without any target teaches nothing: 0, not 0/0.
         factor = torch.where(items == 0, 0.0, 1.0 / items)
     early = reduction != "none" and active is None and call.schedule != "recompute"
-    if early and call.plan(scalar=True).schedule == "forward":
+    if early and call.plan().schedule == "forward":
         results = torch.ops.ift_kernels.linear_loss(
             *call.tensors, factor, *call.options, label_smoothing, z_loss, call.needs
         )
@@ -238,17 +238,17 @@ class _Call:
         ]
         self.schedule = plan.forced_or_safe()
 
-    def plan(self, scalar: bool) -> plan.Plan:
-        """The plan for this call if no target is ignored."""
+    def plan(self) -> plan.Plan:
+        """The plan for this call if no target is ignored and gradients can be formed early."""
         hidden, weight, *_ = self.tensors
         *_, budget, dtype = self.options
         problem = plan.Problem(
             hidden.shape[0], weight.shape[0], weight.shape[1], dtype, budget,
             need_hidden=self.needs[0], need_weight=self.needs[1], need_bias=self.needs[2],
-            scalar=scalar, same_dtype=weight.dtype == dtype,
+            early=True, same_dtype=weight.dtype == dtype,
             transpose=backends.get(hidden, dtype).wants_transpose(dtype),
         )  # fmt: skip
-        return plan.make(problem, 0, self.schedule or None)
+        return plan.make(problem, plan.ledger.held, self.schedule or None)
 
     def stats(self, track: int, active: ActiveSet | None) -> Any:
         """All of TokenStats that `track` asks for, mean_logit less lse; the others are empty."""
@@ -256,7 +256,10 @@ class _Call:
 
     def stats_and_norm(self, track: int, active: ActiveSet | None) -> tuple[Any, Tensor]:
         """The same, and what lse is the sum of: largest logit and the rest, (2, tokens)."""
-        if active is None or not any(self.needs):
+        early = self.schedule != "recompute" and frozen_op.serves(self.needs, track)
+        if active is None and early and self.plan().schedule == "forward":
+            values = torch.ops.ift_kernels.linear_frozen(*self.tensors, *self.options, track)
+        elif active is None or not any(self.needs):
             values = torch.ops.ift_kernels.linear_stats(
                 *self.tensors, *self.options, track, self.needs, self.schedule
             )

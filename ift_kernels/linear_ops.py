@@ -75,7 +75,7 @@ class Call:
         keep: Tensor,  # (N,) bool
         options: Options,
         needs: Needs,
-        scalar: bool = False,
+        early: bool = False,
     ) -> None:
         _, scale, softcap, temperature, workspace, dtype = options
         self.dtype = dtype
@@ -102,7 +102,7 @@ class Call:
         )
         self.problem = plan.Problem(
             hidden.shape[0], weight.shape[0], weight.shape[1], dtype, workspace, *needs,
-            scalar, weight.dtype == dtype, backend.wants_transpose(dtype),
+            early, weight.dtype == dtype, backend.wants_transpose(dtype),
         )  # fmt: skip
 
     def select(self, value: Tensor) -> Tensor:

@@ -28,17 +28,17 @@ def _loss(
     *options, smoothing, z_loss, needs = rest
     valid = target != options[0]
     linear_ops.check_targets(target, valid, weight.shape[0])
-    call = linear_ops.Call(hidden, weight, bias, valid, tuple(options), tuple(needs), scalar=True)
-    chosen = plan.make(call.problem, 0, "forward")
+    call = linear_ops.Call(hidden, weight, bias, valid, tuple(options), tuple(needs), early=True)
+    chosen = plan.make(call.problem, plan.ledger.held, "forward")
     # Gradients that earlier calls hold, or too few rows a block: backward recomputes instead.
     # So it does where nothing may wait for the device: rows that do not count are still there.
-    early = chosen.schedule == "forward" and plan.ledger.held == 0 and call.keep is None
+    early = chosen.schedule == "forward" and call.keep is None
     vocabulary, dtype = weight.shape[0], engine.wide(call.dtype)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     norms = []
 
-    def coefficients(state: Tensor) -> engine.RowGradient:
-        logprob, lse, *_, mean, norm = linear_ops.row_values(state, state, vocabulary)
+    def coefficients(state: Tensor, argmax: Tensor) -> engine.RowGradient:
+        logprob, lse, *_, mean, norm = linear_ops.row_values(state, argmax, vocabulary)
         if call.keep is not None:
             logprob, lse, mean = (v.masked_fill(~call.keep, 0) for v in (logprob, lse, mean))
         loss = z_loss * lse.square() - (1 - smoothing) * logprob
@@ -60,7 +60,7 @@ def _loss(
             )
         else:
             chosen = plan.make(call.problem, 0, "recompute")
-            coefficients(engine.statistics(call.head, rows, track, chosen)[0])
+            coefficients(*engine.statistics(call.head, rows, track, chosen))
     norm = torch.cat(norms, 1) if norms else hidden.new_empty((2, 0), dtype=dtype)
     return (
         (total * factor).to(dtype),

@@ -7,11 +7,12 @@ first wherever they fit:
 * ``statistics``: no gradient asked for. 1 product.
 * ``keep``: products stay in the workspace until backward as far as they fit, a share s of the
   vocabulary; the rest is recomputed. 1 + (1 − s) products, +1 for each of dh and dW.
-* ``forward``: scalar losses whose upstream gradient is known: gradients are formed in forward, one
-  block of tokens at a time, so nothing is recomputed. 1 product, +1 for each of dh and dW. Sums
-  over blocks go straight into dW, which must have the dtype of the products. In bfloat16 that
-  rounds dW once more for every block after the first, so there two blocks are the most: their
-  rounding errs by at most sqrt(1.5) of a single rounding.
+* ``forward``: gradients are formed in forward, one block of tokens at a time, so nothing is
+  recomputed: of scalar losses, whose upstream gradient is known, and of a frozen head, where it is
+  two factors a row, applied in backward. 1 product, +1 for each of dh and dW. Sums over blocks go
+  straight into dW, which must have the dtype of the products. In bfloat16 that rounds dW once more
+  for every block after the first, so there two blocks are the most: their rounding errs by at most
+  sqrt(1.5) of a single rounding.
 * ``recompute``: ``keep`` with s = 0.
 """
 
@@ -53,7 +54,7 @@ class Problem:
     need_hidden: bool = False
     need_weight: bool = False
     need_bias: bool = False
-    scalar: bool = False
+    early: bool = False  # gradients can be formed in forward
     same_dtype: bool = True  # head weight (and its gradient) in the dtype of the products
     transpose: bool = False  # the backend wants the gradient of a tile transposed as well
 
@@ -136,7 +137,8 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
         keep = p.vocabulary if keep >= p.vocabulary else keep // columns * columns
         keep = 0 if keep < min(MIN_KEEP, p.vocabulary) else keep
     if (
-        p.scalar
+        p.early
+        and held_elsewhere == 0
         # Its sums over blocks cost more than recomputing a tenth of the vocabulary.
         and (schedule == "forward" or (schedule is None and keep < 0.9 * p.vocabulary))
         # Gradients would be rounded to float16 before a loss scale lifts them off its underflow.
@@ -224,7 +226,7 @@ def explain(
     Args:
         rows, vocabulary, width: N (targets that are not ignored), V, D.
         dtype: of hidden and weight.
-        need_hidden, need_weight: which inputs require gradients.
+        need_hidden, need_weight: which inputs require gradients, not through entropy or mean_logit.
         scalar: the loss is `linear_cross_entropy` with reduction "mean" or "sum".
         workspace, device: as the operations.
 
@@ -234,7 +236,8 @@ def explain(
     device = torch.device(device)
     budget = checks.workspace_bytes(workspace, device)
     problem = Problem(
-        rows, vocabulary, width, dtype, budget, need_hidden, need_weight, False, scalar,
+        rows, vocabulary, width, dtype, budget, need_hidden, need_weight, False,
+        scalar or not need_weight,
         transpose=device.type == "cpu" and dtype.itemsize == 2,
     )  # fmt: skip
     return make(problem, ledger.held, forced())

@@ -73,7 +73,7 @@ def test_two_blocks_of_tokens_round_bfloat16_once_more_and_no_more():
     hidden, weight, bias, target = head(512, 64, 8192, torch.bfloat16)
     for workspace, blocks in ((64 << 20, 1), (8 << 20, 2)):
         problem = plan.Problem(
-            439, 8192, 64, torch.bfloat16, workspace, True, True, True, scalar=True, transpose=True
+            439, 8192, 64, torch.bfloat16, workspace, True, True, True, early=True, transpose=True
         )
         made = plan.make(problem, schedule="forward")
         assert (made.schedule, -(-439 // made.tile_rows)) == ("forward", blocks)

@@ -1,0 +1,144 @@
+"""The operator behind per-token results of a frozen head: dh is all but formed in forward.
+
+Of a row with target t, upstream gradients a of logp_t and c of lse, and slopes s_j = ∂z_j/∂x_j,
+
+    dh = (a·(1 − p_t) + c·p_t)·s_t·W_t + (c − a)·Σ_{j≠t} p_j·s_j·W_j
+
+The sum is known in forward, whatever a and c will be, and is as small as dh: products are formed
+once, not twice, and what waits for backward is (N, D). The target stands apart because 1 − p_t
+cannot be had from a sum that p_t was rounded into. Gradients of entropy and of the mean logit would
+each need a sum of their own: such calls go through `linear_stats`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ift_kernels import engine, linear_ops, plan, syncfree
+from ift_kernels.backends import reference as ref
+from ift_kernels.transform import LogitTransform
+
+linear_ops.LIB.define(
+    f"linear_frozen({linear_ops.HEAD}, {linear_ops.OPTIONS}, int track)"
+    f" -> ({linear_ops.STATS}, Tensor norm, Tensor others)"
+)
+NEEDS = (True, False, False)
+ROWS = 512  # of head rows gathered at once
+
+
+def serves(needs: list[bool], track: int) -> bool:
+    """Whether this is a call whose gradient can wait for no more than two factors a row."""
+    # In sync-free mode rows that do not count are still there: 0 times their NaN would not be 0.
+    return (
+        tuple(needs) == NEEDS
+        and not track & (ref.TRACK_ENTROPY | ref.TRACK_MEAN)
+        and not syncfree.on()
+    )
+
+
+def _frozen(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, track = rest
+    valid, vocabulary = target != options[0], weight.shape[0]
+    linear_ops.check_targets(target, valid, vocabulary)
+    call = linear_ops.Call(hidden, weight, bias, valid, tuple(options), NEEDS, early=True)
+    chosen = plan.make(call.problem, plan.ledger.held, "forward")
+    rows, wide = call.select(target), engine.wide(call.dtype)
+    state, argmax = call.head.backend.new_state(len(rows), hidden.device)
+    done = 0
+
+    def coefficients(part: Tensor, ids: Tensor) -> engine.RowGradient:
+        nonlocal done
+        here = slice(done, done := done + len(ids))
+        state[:, here], argmax[here] = part, ids
+        logprob, *_, norm = linear_ops.row_values(part, ids, vocabulary)
+        one = torch.ones_like(logprob)  # times p_j, and p_t less at the target
+        coef = torch.stack([-logprob.exp(), one, 0 * one, 0 * one])
+        return engine.RowGradient(rows, norm.to(wide), coef.to(wide))
+
+    others = hidden.new_empty((0, hidden.shape[1]))
+    with torch.autocast(hidden.device.type, enabled=False):
+        if chosen.schedule == "forward":
+            formed = engine.forward_gradients(
+                call.head, rows, coefficients, NEEDS, hidden.dtype, chosen, track
+            )
+            assert formed[0] is not None  # asked for by NEEDS
+            others = formed[0]
+        else:  # what earlier calls hold, or copies of the rows that count, left too little room
+            chosen = plan.make(call.problem, 0, "recompute")
+            state, argmax = engine.statistics(call.head, rows, track, chosen)
+    return (*linear_ops.outputs(call, state, argmax, track), others)
+
+
+def _frozen_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, track = rest
+    out = linear_ops.outputs_fake(hidden, options[-1], track)
+    return (*out, hidden.new_empty((0, hidden.shape[1])))
+
+
+def _d_hidden(
+    others: Tensor,
+    tensors: tuple[Tensor, ...],
+    d_logprob: Tensor | None,
+    d_lse: Tensor | None,
+    options: linear_ops.Options,
+) -> Tensor:
+    """The gradient of hidden, in place of `others` where every row counts."""
+    _, weight, _, target, norm, logprob = tensors
+    ignore_index, scale, softcap, temperature, _, dtype = options
+    zero = torch.zeros_like(logprob)
+    upstream = (zero if gradient is None else gradient for gradient in (d_logprob, d_lse))
+    columns = (target, *norm, logprob, *upstream)
+    rows = None if len(others) == len(target) else (target != ignore_index).nonzero()[:, 0]
+    if rows is not None:
+        columns = tuple(value.index_select(0, rows) for value in columns)
+    ids, top, log_sum, logp, a, c = columns
+    slope = LogitTransform(scale, softcap, temperature).derivative(top + (log_sum + logp))
+    near, far = (c * logp.exp() - a * logp.expm1()) * slope, c - a
+    silent = (a == 0) & (c == 0)  # there 0 times a NaN is 0, as with every schedule
+    for part in engine.slices(0, len(others), ROWS):
+        nearest = weight.index_select(0, ids[part]).to(dtype).to(far.dtype)
+        total = nearest.mul_(near[part, None]).addcmul_(others[part].to(far.dtype), far[part, None])
+        others[part] = total.masked_fill_(silent[part, None], 0)
+    if rows is None:
+        return others
+    return others.new_zeros((len(target), others.shape[1])).index_copy_(0, rows, others)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, target, *options, _ = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, target, output[8], output[0])
+    ctx.options = tuple(options)
+    # Not saved: consumed by the first backward, in place; a second one forms the products again.
+    ctx.others = linear_ops.Held(output[9:]) if output[9].shape[0] else None
+
+
+def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing: tuple[None, ...] = (None,) * 10
+    d_logprob, d_lse = grads[:2]
+    if d_logprob is None and d_lse is None:
+        return (None, *nothing)
+    if ctx.others is None or torch.is_grad_enabled():
+        *saved, norm, _ = ctx.saved_tensors
+        unused = norm.new_empty(0)  # entropy
+        upstream = d_logprob, d_lse, None, None
+        d_hidden, *_ = torch.ops.ift_kernels.linear_stats_backward(
+            *saved, norm, unused, *upstream, *ctx.options, list(NEEDS)
+        )
+    else:
+        held, ctx.others = ctx.others, None
+        held.release()
+        (others,) = held.tensors
+        d_hidden = _d_hidden(others, ctx.saved_tensors, d_logprob, d_lse, ctx.options)
+    return (d_hidden, *nothing)
+
+
+linear_ops.register("linear_frozen", _frozen, _frozen_fake, _autograd, _setup)
