@@ -113,9 +113,9 @@ def linear_divergence(
         items = checks.item_count("num_items", num_items, hidden.device)
         factor = torch.where(items == 0, 0.0, 1.0 / items)
     dtype = checks.compute_dtype(hidden, weight)
-    # Gradients formed in forward are consumed once, which graphs and hooks cannot have; and float16
-    # would round them before a loss scale lifts them off its underflow.
+    # Gradients formed in forward are consumed once, which graphs and hooks cannot have.
     early = factor is not None and dtype != torch.float16 and plan.forced_or_safe() != "recompute"
+    early = early and not linear_ops.gives_half((hidden, weight, bias), needs)
     each, total, *_ = torch.ops.ift_kernels.linear_divergence(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias,
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]), teacher_weight.detach(),

@@ -177,15 +177,30 @@ class Sum:
     rounded once; their sum is not.
     """
 
-    def __init__(self, shape: tuple[int, int], like: Tensor) -> None:
-        self.total = torch.zeros(shape, dtype=wide(like.dtype), device=like.device)
+    def __init__(self, shape: tuple[int, int], like: Tensor, into: Tensor | None = None) -> None:
+        """`into`: where the sum is to be, of this shape and in the dtype of sums."""
+        if into is None:
+            into = torch.empty(shape, dtype=wide(like.dtype), device=like.device)
+        self.total = into.zero_()
         self.part = None if like.dtype == self.total.dtype else like.new_empty(shape)
+
+    def restart(self, rows: int, into: Tensor | None = None) -> None:
+        """The sum of other rows, no more than before, in the same memory or `into`."""
+        self.total = (self.total[:rows] if into is None else into).zero_()
+        self.part = None if self.part is None else self.part[:rows]
 
     def add(self, rows: slice, a: Tensor, b: Tensor) -> None:
         if self.part is None:
             self.total[rows].addmm_(a, b)
         else:
-            self.total[rows].add_(torch.mm(a, b, out=self.part[rows]))
+            add_wide(self.total[rows], torch.mm(a, b, out=self.part[rows]))
+
+
+def add_wide(total: Tensor, part: Tensor) -> None:
+    """``total += part``, a 16-bit `part` piece by piece: torch casts all that it adds at once."""
+    step = len(part) if part.device.type != "cpu" else 64
+    for at in slices(0, len(part), max(step, 1)):
+        total[at] += part[at]
 
 
 class Transposed:
@@ -214,15 +229,15 @@ class Gradients:
         hidden_dtype: torch.dtype,
         tile_columns: int,
         tile_rows: int,
-        onto: Tensor | None = None,
+        into: Tensor | None = None,
     ) -> None:
-        """`onto`: the weight's gradient of other rows, to which that of these is added."""
+        """`into`: where the sum of hidden's gradient is to be, see `Sum`."""
         self.head, self.hidden_dtype = head, hidden_dtype
         n, width = head.hidden.shape
         like = head.hidden
-        self.hidden = Sum((n, width), like) if needs[0] else None
-        self.weight, self.adds = onto, onto is not None
-        if needs[1] and onto is None:
+        self.hidden = Sum((n, width), like, into) if needs[0] else None
+        self.weight, self.adds = None, False
+        if needs[1]:
             self.weight = head.weight.new_empty((head.vocabulary, width))
         self.bias = None
         if needs[2]:
@@ -231,6 +246,12 @@ class Gradients:
         self.transposed: Transposed | None = None
         if needs[1] and head.backend.wants_transpose(like.dtype):
             self.transposed = Transposed(head, tile_columns, tile_rows)
+
+    def restart(self, head: Head, into: Tensor | None) -> None:
+        """The same for other rows: hidden's begins anew, those of weight and bias are added to."""
+        self.head, self.adds = head, True
+        if self.hidden is not None:
+            self.hidden.restart(head.hidden.shape[0], into)
 
     def add(self, tile: Tile, row_gradient: RowGradient, hidden_too: bool = True) -> None:
         """Turn the tile into its gradient, in place, and add its share of every sum."""
@@ -277,6 +298,7 @@ class Gradients:
             else:
                 torch.mm(flipped, hidden, out=out)
             return
+        assert not self.adds  # blocks of rows come with dW in the dtype of the products, see `plan`
         if rows.start == 0:
             self.chunk_sum = Sum((out.shape[0], out.shape[1]), self.head.hidden)
         assert self.chunk_sum is not None
@@ -299,14 +321,9 @@ def gradients(
     kept: Tensor | None = None,
 ) -> Results:
     """Gradients of hidden (in `hidden_dtype`), weight and bias; `kept` products are consumed."""
-    n, width = head.hidden.shape
-    if n == 0:  # every row was dropped
-        zeros = head.hidden.new_zeros
-        return (
-            zeros((0, width), dtype=hidden_dtype) if needs[0] else None,
-            head.weight.new_zeros((head.vocabulary, width)) if needs[1] else None,
-            zeros(head.vocabulary, dtype=wide(head.hidden.dtype)) if needs[2] else None,
-        )
+    n = head.hidden.shape[0]
+    if n == 0:
+        return _nothing(head, needs, hidden_dtype)
     if needs[0] and plan.hidden_rows < n:
         hidden = _hidden_by_blocks(head, row_gradient, hidden_dtype, plan)
         if not any(needs[1:]):
@@ -357,23 +374,36 @@ def forward_gradients(
     `coefficients` (the block's final state and argmax → its row gradient) the gradients. dW is
     summed in place.
     """
-    (n, width), vocabulary = head.hidden.shape, head.vocabulary
+    n, width = head.hidden.shape
+    if n == 0:
+        return _nothing(head, needs, hidden_dtype)
     d_hidden = head.hidden.new_empty((n, width), dtype=hidden_dtype) if needs[0] else None
-    d_weight = head.weight.new_zeros((vocabulary, width)) if needs[1] and n == 0 else None
-    d_bias = None
-    if needs[2]:
-        d_bias = head.hidden.new_zeros(vocabulary, dtype=wide(head.hidden.dtype))
-    buffer = new_rows(head.backend, head.hidden, min(plan.tile_rows, n), vocabulary)
+    in_place = hidden_dtype == wide(head.hidden.dtype)  # the sums of dh are dh itself
+    buffer = new_rows(head.backend, head.hidden, min(plan.tile_rows, n), head.vocabulary)
+    total: Gradients | None = None
     for rows in slices(0, n, plan.tile_rows):
-        part = head.rows(rows)
+        part, into = head.rows(rows), None
+        if d_hidden is not None and in_place:
+            into = d_hidden[rows]
         kept = buffer[: part.hidden.shape[0]]
         state, argmax = statistics(part, target[rows], track, plan, kept)
         row_gradient = coefficients(state, argmax)._replace(target=target[rows])
-        total = Gradients(part, needs, hidden_dtype, plan.tile_columns, len(kept), onto=d_weight)
+        if total is None:
+            total = Gradients(part, needs, hidden_dtype, plan.tile_columns, len(kept), into)
+        else:
+            total.restart(part, into)
         total.consume(kept, row_gradient, plan.tile_columns)
-        block_hidden, d_weight, block_bias = total.results()
-        if d_hidden is not None and block_hidden is not None:
-            d_hidden[rows] = block_hidden
-        if d_bias is not None and block_bias is not None:
-            d_bias += block_bias
-    return d_hidden, d_weight, d_bias
+        if d_hidden is not None and into is None and total.hidden is not None:
+            d_hidden[rows] = total.hidden.total
+    assert total is not None
+    return d_hidden, total.weight, total.bias
+
+
+def _nothing(head: Head, needs: tuple[bool, bool, bool], hidden_dtype: torch.dtype) -> Results:
+    """Gradients where every row was dropped."""
+    width, zeros = head.hidden.shape[1], head.hidden.new_zeros
+    return (
+        zeros((0, width), dtype=hidden_dtype) if needs[0] else None,
+        head.weight.new_zeros((head.vocabulary, width)) if needs[1] else None,
+        zeros(head.vocabulary, dtype=wide(head.hidden.dtype)) if needs[2] else None,
+    )

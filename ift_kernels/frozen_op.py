@@ -26,7 +26,7 @@ linear_ops.LIB.define(
     f" -> ({linear_ops.STATS}, Tensor norm, Tensor others)"
 )
 NEEDS = (True, False, False)
-ROWS = 512  # of head rows gathered at once
+GATHERED = 1 << 20  # elements of head rows at once, at most 10 bytes each
 
 
 def serves(needs: list[bool], track: int) -> bool:
@@ -102,7 +102,8 @@ def _d_hidden(
     slope = LogitTransform(scale, softcap, temperature).derivative(top + (log_sum + logp))
     near, far = (c * logp.exp() - a * logp.expm1()) * slope, c - a
     silent = (a == 0) & (c == 0)  # there 0 times a NaN is 0, as with every schedule
-    for part in engine.slices(0, len(others), ROWS):
+    step = max(GATHERED // others.shape[1], 16)
+    for part in engine.slices(0, len(others), step):
         nearest = weight.index_select(0, ids[part]).to(dtype).to(far.dtype)
         total = nearest.mul_(near[part, None]).addcmul_(others[part].to(far.dtype), far[part, None])
         others[part] = total.masked_fill_(silent[part, None], 0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ift_kernels import active_op as _active_op  # noqa: F401  registers an operator
-from ift_kernels import backends, checks, frozen_op, linear_ops, plan
+from ift_kernels import checks, frozen_op, linear_ops, plan
 from ift_kernels import loss_op as _loss_op  # noqa: F401  registers an operator
 from ift_kernels.active_set import ActiveSet
 from ift_kernels.active_set import options as active_options
@@ -240,14 +240,10 @@ class _Call:
 
     def plan(self) -> plan.Plan:
         """The plan for this call if no target is ignored and gradients can be formed early."""
-        hidden, weight, *_ = self.tensors
+        hidden, weight, bias, _ = self.tensors
         *_, budget, dtype = self.options
-        problem = plan.Problem(
-            hidden.shape[0], weight.shape[0], weight.shape[1], dtype, budget,
-            need_hidden=self.needs[0], need_weight=self.needs[1], need_bias=self.needs[2],
-            early=True, same_dtype=weight.dtype == dtype,
-            transpose=backends.get(hidden, dtype).wants_transpose(dtype),
-        )  # fmt: skip
+        needs = self.needs[0], self.needs[1], self.needs[2]
+        problem = linear_ops.problem(hidden, weight, bias, dtype, budget, needs, early=True)
         return plan.make(problem, plan.ledger.held, self.schedule or None)
 
     def stats(self, track: int, active: ActiveSet | None) -> Any:

@@ -91,19 +91,17 @@ class Call:
         # Copies count, but the products keep a quarter of the budget: less would crawl.
         copies = (self.rows is not None) * hidden.element_size()
         copies += (hidden.dtype != dtype) * dtype.itemsize
-        workspace = max(workspace - hidden.numel() * copies, workspace // 4)
-        backend = backends.get(hidden, dtype)
+        padded = engine.padded_rows(plain := hidden.to(dtype))
+        copies += (padded is not plain) * dtype.itemsize
         self.head = engine.Head(
-            backend,
-            engine.padded_rows(hidden.to(dtype)),
+            backends.get(hidden, dtype),
+            padded,
             weight,
             None if bias is None else bias.to(engine.wide(dtype)).contiguous(),
             LogitTransform(scale, softcap, temperature),
         )
-        self.problem = plan.Problem(
-            hidden.shape[0], weight.shape[0], weight.shape[1], dtype, workspace, *needs,
-            early, weight.dtype == dtype, backend.wants_transpose(dtype),
-        )  # fmt: skip
+        workspace = max(workspace - hidden.numel() * copies, workspace // 4)
+        self.problem = problem(hidden, weight, bias, dtype, workspace, needs, early)
 
     def select(self, value: Tensor) -> Tensor:
         """The rows that count of (..., N)."""
@@ -125,6 +123,35 @@ class Call:
             return d_hidden
         out = d_hidden.new_zeros((self.all_rows, d_hidden.shape[1]))
         return out.index_copy_(0, self.rows, d_hidden)
+
+
+def problem(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    workspace: int,
+    needs: Needs,
+    early: bool,
+) -> plan.Problem:
+    """What `plan` has to know of a call in which all these rows of hidden count.
+
+    `early`: its gradients are known in forward, up to factors.
+    """
+    half = gives_half((hidden, weight, bias), needs)
+    transpose = backends.get(hidden, dtype).wants_transpose(dtype)
+    return plan.Problem(
+        hidden.shape[0], weight.shape[0], weight.shape[1], dtype, workspace, *needs,
+        early and not half, weight.dtype == dtype, transpose,
+    )  # fmt: skip
+
+
+def gives_half(tensors: tuple[Tensor | None, ...], needs: Needs | list[bool]) -> bool:
+    """Whether a gradient has to be float16: formed in forward, before a loss scale lifts it off its
+    underflow, it would be rounded to nothing.
+    """
+    pairs = zip(tensors, needs, strict=True)
+    return any(need and t is not None and t.dtype == torch.float16 for t, need in pairs)
 
 
 def check_targets(target: Tensor, valid: Tensor, vocabulary: int) -> None:

@@ -127,10 +127,9 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
     sums = hidden_rows * per_row
     # A tile, its transpose, and what goes with each column.
     copies = 2 if p.transpose and p.need_weight else 1
-    if cast and p.need_weight:
-        cast += p.width * (itemsize + 4)
-    rows, columns = tile(n, p.vocabulary, itemsize * copies, (budget - sums) // 2, cast)
-    work = sums + columns * (rows * itemsize * copies + cast)
+    per_column = cast + p.width * (itemsize + 4) if cast and p.need_weight else cast
+    rows, columns = tile(n, p.vocabulary, itemsize * copies, (budget - sums) // 2, per_column)
+    work = sums + columns * (rows * itemsize * copies + per_column)
     keep = 0
     if schedule != "recompute" and hidden_rows == n and rows == n:
         keep = max(0, budget - held_elsewhere - work) // (n * itemsize)
@@ -145,17 +144,18 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
         and p.dtype != torch.float16
         and (not p.need_weight or p.same_dtype)
     ):
-        _, across = tile(min(n, 1024), p.vocabulary, itemsize, budget // 4)
+        _, across = tile(min(n, 1024), p.vocabulary, itemsize, budget // 4, cast)
         flipped = across * itemsize * (copies - 1)  # per token: a tile's transpose, 32 rows wider
+        beside = across * cast + 32 * flipped
         per_token = p.vocabulary * itemsize + per_row + flipped
         most = MAX_ROUNDED if p.need_weight and itemsize < 4 else n
         # The last quarter of the workspace buys a pass or two less over dW: not worth having.
         for room in (budget // 4 * 3, budget):
-            block = max(0, room - 32 * flipped) // per_token
+            block = max(0, room - beside) // per_token
             blocks = -(-n // max(block, 1))
             if block >= min(n, 128) and blocks <= most:
                 block = -(-n // blocks)  # of even size: a small last one would be slow
-                peak = block * per_token + 32 * flipped
+                peak = block * per_token + beside
                 return Plan("forward", block, across, p.vocabulary, 1.0 + per_gradient, n, 0, peak)
     held = keep * n * itemsize
     share = keep / p.vocabulary

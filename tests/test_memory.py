@@ -127,6 +127,46 @@ def test_peak_with_one_side_frozen(case, frozen):
         measure(OPERATIONS["logprobs"], h)
 
 
+# Gradients formed in forward where D is large beside V: sums, casts and transposes weigh as much as
+# products. (rows, D, V, hidden, head, whether the head is trained, workspace in MiB)
+WIDE = {
+    "bf16": (600, 1024, 4000, torch.bfloat16, torch.bfloat16, True, 5),
+    "bf16-two-blocks": (1000, 1024, 8000, torch.bfloat16, torch.bfloat16, True, 16),
+    "fp32": (1000, 2048, 4000, torch.float32, torch.float32, True, 8),
+    "autocast": (600, 2048, 8000, torch.float32, torch.float32, False, 24),
+    "odd-width": (4000, 100, 4000, torch.bfloat16, torch.bfloat16, False, 5),
+}
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+@pytest.mark.parametrize("case", WIDE.values(), ids=WIDE)
+def test_peak_of_gradients_formed_in_forward(case):
+    rows, width, vocabulary, dtype, head, trained, mib = case
+
+    def operation(h, workspace):
+        call = linear_cross_entropy if trained else linear_logprobs
+        out = call(h.hidden, h.weight, h.target, workspace=workspace)
+        return out if trained else out.logprob
+
+    hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, width, dtype=head, requires_grad=trained)
+    target = torch.randint(vocabulary, (rows,))
+    h = dense.Head(hidden, weight, target)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32 and not trained)
+    with ift_kernels.use_backend("cpu"), ift_kernels.use_schedule("forward"), autocast:
+        operation(h, mib * MIB).sum().backward()  # the vendor's own memory, once
+        hidden.grad = weight.grad = None
+        start = plan.ledger.held
+        with Allocations() as forward:
+            out = operation(h, mib * MIB)
+        formed = plan.ledger.held - start
+        assert formed == size(hidden, weight if trained else None)
+        assert forward.peak - formed <= mib * MIB + 64 * 8 * rows + MIB // 4
+        with Allocations() as backward:
+            out.sum().backward()
+    assert backward.peak <= 64 * 8 * rows + 10 * MIB  # some head rows, where it is frozen
+
+
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_peak_of_the_reference(operation, dtype):

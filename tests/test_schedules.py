@@ -214,3 +214,24 @@ def test_plans_fit_the_workspace(rows, vocabulary, dtype, scalar, need_weight):
 def test_forced_schedule_must_exist():
     with pytest.raises(ValueError, match=r"name: expected one of .* got 'fast'"):
         K.use_schedule("fast").__enter__()
+
+
+@pytest.mark.parametrize("kind", ["loss", "logprob"])
+def test_float16_gradients_wait_for_the_loss_scale(kind):
+    # The products are bfloat16, but hidden's gradient is float16: formed in forward it would be
+    # rounded to nothing before the scale arrives.
+    torch.manual_seed(0)
+    hidden = torch.randn(256, 32).half().requires_grad_()
+    weight = (torch.randn(2000, 32) / 6).bfloat16()
+    target = torch.randint(2000, (256,))
+    scale, items = 2.0**16, 2.0**20
+    with torch.autocast("cpu", torch.bfloat16), K.use_schedule("forward"):
+        if kind == "loss":
+            loss = K.linear_cross_entropy(hidden, weight, target, num_items=int(items))
+        else:
+            loss = -K.linear_logprobs(hidden, weight, target).logprob.sum() / items
+    (got,) = torch.autograd.grad(loss * scale, hidden)
+    exact = hidden.detach().double().requires_grad_()
+    dense = torch.nn.functional.cross_entropy(exact @ weight.double().T, target, reduction="sum")
+    (wanted,) = torch.autograd.grad(dense * (scale / items), exact)
+    assert distance(got, wanted) < 5e-3
