@@ -126,7 +126,7 @@ def seqlens(cu_seqlens: Tensor, like: Tensor) -> Tensor:
 
 
 MIN_WORKSPACE = 1 << 20
-DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 512 << 20}
+DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 512 << 20}  # for products in 16 bits
 
 
 def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None, of: str = "") -> None:
@@ -193,10 +193,12 @@ def token_ids(name: str, value: Tensor, shape: torch.Size, device: torch.device)
     return value.long()
 
 
-def workspace_bytes(workspace: int | None, device: torch.device) -> int:
-    """The budget of work memory in bytes."""
+def workspace_bytes(workspace: int | None, device: torch.device, dtype: torch.dtype) -> int:
+    """The budget of work memory in bytes for products in `dtype`."""
     if workspace is None:
-        return DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cuda"])
+        default = DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cuda"])
+        # Products take twice the room of 16-bit ones, and what does not fit is formed twice.
+        return default * 3 // 2 if dtype.itemsize > 2 else default
     budget = integer("workspace", workspace)
     if not MIN_WORKSPACE <= budget < 2**60:
         raise ValueError(f"workspace: expected at least {MIN_WORKSPACE} bytes, got {workspace}")

@@ -122,7 +122,7 @@ def linear_divergence(
         None if teacher_bias is None else teacher_bias.detach(), valid.reshape(-1).contiguous(),
         factor if early else None, KINDS.index(kind), beta, student.scale, student.softcap,
         teacher.scale, teacher.softcap, temperature,
-        checks.workspace_bytes(workspace, hidden.device), dtype,
+        checks.workspace_bytes(workspace, hidden.device, dtype), dtype,
         checks.compute_dtype(teacher_hidden, teacher_weight, "teacher_"), needs,
     )  # fmt: skip
     if factor is not None:

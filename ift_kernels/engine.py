@@ -207,10 +207,11 @@ class Transposed:
     """Where a backend that wants it writes a tile's gradient transposed, tile after tile."""
 
     def __init__(self, head: Head, columns: int, rows: int) -> None:
-        # 32 more than needed keeps the row length off powers of two, whose rows would all fall into
-        # the same cache sets.
-        room = head.backend.scratch(head.hidden, columns * (rows + 32))
-        self._room: Tensor = room.view(columns, rows + 32)
+        # Whole cache lines. One more keeps long rows off powers of two, where all of them would fall
+        # into the same cache sets.
+        width = -(-rows // 32) * 32 + (32 if rows >= 256 else 0)
+        room = head.backend.scratch(head.hidden, columns * width)
+        self._room: Tensor = room.view(columns, width)
 
     def of(self, product: Tensor) -> Tensor:
         """(columns, rows) for this tile, with zeros where a product reads on: see new_rows."""

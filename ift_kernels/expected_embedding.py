@@ -59,6 +59,7 @@ def linear_expected_embedding(
             f"embedding: expected on {hidden.device} like hidden, got {embedding.device}"
         )
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
+    dtype = checks.compute_dtype(hidden, weight)
     soft, _ = torch.ops.ift_kernels.linear_expected_embedding(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -67,8 +68,8 @@ def linear_expected_embedding(
         transform.scale,
         transform.softcap,
         transform.temperature,
-        checks.workspace_bytes(workspace, hidden.device),
-        checks.compute_dtype(hidden, weight),
+        checks.workspace_bytes(workspace, hidden.device, dtype),
+        dtype,
     )
     return cast(Tensor, soft.view(*hidden.shape[:-1], embedding.shape[1]).to(embedding.dtype))
 

@@ -68,7 +68,7 @@ def influence(
         lr: η, default 1.
         ignore_index: rows and columns of these targets are 0.
         logit_scale, softcap, temperature: as in `linear_logprobs`.
-        workspace: bytes of work memory beside the result, default 256 MiB on CPU, 512 MiB on GPU.
+        workspace: bytes of work memory beside the result, default 384 MiB on CPU, 768 MiB on GPU.
             With so many tokens that 16 columns for each do not fit, it takes those 16.
 
     Returns:
@@ -112,8 +112,8 @@ def influence(
             checks.same_shape(name, value, target, "target")
     if all(value is None for value in given.values()):
         d_logprob = -torch.ones(target.shape, dtype=torch.float64, device=target.device)
-    budget = checks.workspace_bytes(workspace, hidden.device)
     dtype = engine.wide(weight.dtype)
+    budget = checks.workspace_bytes(workspace, hidden.device, dtype)
     options = (
         ignore_index,
         transform.scale,

@@ -88,7 +88,8 @@ def linear_logprobs(
             columns that matter to a block of tokens and treats the rest as uniform. Gradients flow
             from logprob, lse, entropy and mean_logit to hidden, weight and bias, for any upstream
             gradient; rows where it is all 0 may be skipped.
-        workspace: bytes of work memory, default 256 MiB on CPU and 512 MiB on GPU.
+        workspace: bytes of work memory, default 256 MiB on CPU and 512 MiB on GPU,
+            half as much again where the products are float32 and so twice as large.
 
     Returns:
         TokenStats of float32 tensors shaped like `target`.
@@ -222,7 +223,7 @@ class _Call:
         dtype = checks.compute_dtype(hidden, weight)
         self.shape = hidden.shape[:-1]
         target = checks.token_ids("target", target, self.shape, hidden.device)
-        budget = checks.workspace_bytes(workspace, hidden.device)
+        budget = checks.workspace_bytes(workspace, hidden.device, dtype)
         self.tensors = (
             hidden.reshape(-1, hidden.shape[-1]),
             weight,

@@ -145,8 +145,8 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
         and (not p.need_weight or p.same_dtype)
     ):
         _, across = tile(min(n, 1024), p.vocabulary, itemsize, budget // 4, cast)
-        flipped = across * itemsize * (copies - 1)  # per token: a tile's transpose, 32 rows wider
-        beside = across * cast + 32 * flipped
+        flipped = across * itemsize * (copies - 1)  # per token: a tile's transpose, 64 rows wider
+        beside = across * cast + 64 * flipped
         per_token = p.vocabulary * itemsize + per_row + flipped
         most = MAX_ROUNDED if p.need_weight and itemsize < 4 else n
         # The last quarter of the workspace buys a pass or two less over dW: not worth having.
@@ -234,7 +234,7 @@ def explain(
     keep
     """
     device = torch.device(device)
-    budget = checks.workspace_bytes(workspace, device)
+    budget = checks.workspace_bytes(workspace, device, dtype)
     problem = Problem(
         rows, vocabulary, width, dtype, budget, need_hidden, need_weight, False,
         scalar or not need_weight,

@@ -73,6 +73,7 @@ def linear_token(
     if not 0 <= row_offset < 2**62:
         raise ValueError(f"row_offset: expected in [0, 2**62), got {row_offset}")
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
+    dtype = checks.compute_dtype(hidden, weight)
     ids, logprob = torch.ops.ift_kernels.linear_token(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -84,8 +85,8 @@ def linear_token(
         rule == "sample",
         seed - 2**64 if seed >= 2**63 else seed,
         row_offset,
-        checks.workspace_bytes(workspace, hidden.device),
-        checks.compute_dtype(hidden, weight),
+        checks.workspace_bytes(workspace, hidden.device, dtype),
+        dtype,
     )
     shape = hidden.shape[:-1]
     return TokenChoice(ids.view(shape), logprob.view(shape))

@@ -207,7 +207,7 @@ def test_nan_stays_in_its_row(dtype, width, vocabulary):
 @pytest.mark.parametrize("vocabulary", [1000, 151936, 256000])
 def test_plans_fit_the_workspace(rows, vocabulary, dtype, scalar, need_weight):
     made = K.explain(rows, vocabulary, 2304, dtype, scalar=scalar, need_weight=need_weight)
-    assert made.peak_bytes <= plan.checks.DEFAULT_WORKSPACE["cpu"]
+    assert made.peak_bytes <= plan.checks.workspace_bytes(None, torch.device("cpu"), dtype)
     assert 2.0 <= made.products <= 5.0
 
 

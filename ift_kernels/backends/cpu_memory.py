@@ -4,7 +4,7 @@ The C library gives large blocks back to the system when they are freed, and the
 for every page again: a fault, and zeros that nobody reads. For the workspace of a head that is a
 tenth of the time of its products, several times more where a virtual machine returns free memory to
 its host. torch caches memory on other devices, not here. What is kept stays within `LIMIT`, the
-workspace that a call has by default.
+largest workspace that a call has by default.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LIMIT = 256 << 20  # bytes that may be kept
+LIMIT = 384 << 20  # bytes that may be kept
 SMALL = 1 << 20  # bytes: less than this the C library keeps by itself
 _use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 _blocks: list[torch.UntypedStorage] = []
