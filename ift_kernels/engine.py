@@ -207,8 +207,8 @@ class Transposed:
     """Where a backend that wants it writes a tile's gradient transposed, tile after tile."""
 
     def __init__(self, head: Head, columns: int, rows: int) -> None:
-        # Whole cache lines. One more keeps long rows off powers of two, where all of them would fall
-        # into the same cache sets.
+        # Whole cache lines; one more keeps long rows off powers of two, where all would fall into
+        # the same cache sets.
         width = -(-rows // 32) * 32 + (32 if rows >= 256 else 0)
         room = head.backend.scratch(head.hidden, columns * width)
         self._room: Tensor = room.view(columns, width)
