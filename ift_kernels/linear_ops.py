@@ -127,7 +127,7 @@ class Call:
         return out.index_copy_(0, self.rows, d_hidden)
 
 
-def check_targets(target: Tensor, valid: Tensor, vocabulary: int) -> None:
+def check_targets(target: Tensor, valid: Tensor, vocabulary: int, name: str = "target") -> None:
     """Raise a ValueError for a target outside the vocabulary, where looking costs no stall."""
     if target.device.type != "cpu" or not target.numel():
         return  # elsewhere a check would stall the device's queue
@@ -135,7 +135,7 @@ def check_targets(target: Tensor, valid: Tensor, vocabulary: int) -> None:
     if bool(bad.any()):
         at = int(bad.nonzero()[0, 0])
         raise ValueError(
-            f"target: expected ids in [0, {vocabulary}) or ignore_index, got {int(target[at])} "
+            f"{name}: expected ids in [0, {vocabulary}) or ignore_index, got {int(target[at])} "
             f"at flat position {at}"
         )
 
