@@ -93,7 +93,7 @@ def test_names_are_shown_as_they_are(tmp_path, monkeypatch):
 
     monkeypatch.setattr(report.plotting, "draw", noted)
     stats = dict.fromkeys(report.PANELS, -1.0)
-    types = {name: stats for name in ("_own", "5 $ or $\\frac$")}
+    types = dict.fromkeys(("_own", "5 $ or $\\frac$"), stats)
     records = [{"step": step, "types": types} for step in (0, 1)]
     report.plot_comparison({"_a": records, "b": records}, tmp_path / "c.png")
     report.plot_curves(records, tmp_path / "d.png", "a $\\frac$ title")
