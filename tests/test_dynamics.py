@@ -336,9 +336,10 @@ def test_accumulation_and_mixed_precision(tokenizer, tmp_path):
     options = {"steps": 3, "gradient_accumulation_steps": 2, "bf16": True}
     without = trainer(tokenizer, tmp_path / "none", [], **options)
     without.train()
-    callback = ProbeCallback(probes, tmp_path / "probe", every=2)
+    callback = ProbeCallback(probes, tmp_path / "probe", every=2, pictures=False, token_log=False)
     run = trainer(tokenizer, tmp_path / "run", [callback], **options)
     run.train()
+    assert [p.name for p in (tmp_path / "probe").iterdir()] == ["curves.jsonl"]
     for a, b in zip(run.model.parameters(), without.model.parameters(), strict=True):
         assert torch.equal(a, b)
     records = read_records(tmp_path / "probe")

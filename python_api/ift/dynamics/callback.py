@@ -42,6 +42,7 @@ class ProbeCallback(TrainerCallback):
         tokens_per_forward: as `ProbeEvaluator`.
         monitor: default: a `SqueezeMonitor` with its defaults.
         token_log: whether to write ``tokens.jsonl``, default True.
+        pictures: whether to draw ``curves.png`` and ``curves.html``, default True.
 
     Raises:
         TypeError, ValueError: `every` is no whole number of at least 1; no tokenizer here and none
@@ -59,6 +60,7 @@ class ProbeCallback(TrainerCallback):
         tokens_per_forward: int = 512,
         monitor: SqueezeMonitor | None = None,
         token_log: bool = True,
+        pictures: bool = True,
     ) -> None:
         if checks.integer("every", every) < 1:
             raise ValueError(f"every: expected at least 1, got {every}")
@@ -70,7 +72,7 @@ class ProbeCallback(TrainerCallback):
         self.output, self.every, self.tokenizer = Path(output), every, tokenizer
         self.options = {"max_length": max_length, "tokens_per_forward": tokens_per_forward}
         self.monitor = SqueezeMonitor() if monitor is None else monitor
-        self.token_log = token_log
+        self.token_log, self.pictures = token_log, pictures
         self.evaluator: ProbeEvaluator | None = None
         if tokenizer is not None:  # what is wrong with the set shows here
             self._prepare(tokenizer)
@@ -141,6 +143,8 @@ class ProbeCallback(TrainerCallback):
         return record
 
     def _draw(self) -> None:
+        if not self.pictures:
+            return
         records = read_records(self.output)
         if records and plotting.available():
             report.plot_curves(records, self.output / "curves.png")
