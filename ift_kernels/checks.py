@@ -125,6 +125,20 @@ def seqlens(cu_seqlens: Tensor, like: Tensor) -> Tensor:
     return cu
 
 
+def plain_floating(name: str, value: Tensor) -> None:
+    """Raise a TypeError unless `value` is dense, not sharded, and of 16-bit floats or wider."""
+    floating(name, value)
+    if hasattr(value, "device_mesh"):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor: gather it, or see "
+            "ift_kernels.vocab_parallel_logprobs for a head sharded along its vocabulary"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    if value.dtype.itemsize < 2:
+        raise TypeError(f"{name}: expected 16-bit floats or wider, got {value.dtype}")
+
+
 MIN_WORKSPACE = 1 << 20
 DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 512 << 20}  # for products in 16 bits
 
@@ -138,16 +152,7 @@ def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None, of: str 
     if bias is not None:
         named.append((f"{of}bias", bias))
     for name, value in named:
-        floating(name, value)
-        if hasattr(value, "device_mesh"):
-            raise TypeError(
-                f"{name}: expected a plain tensor, got a DTensor: gather it, or see "
-                "ift_kernels.vocab_parallel_logprobs for a head sharded along its vocabulary"
-            )
-        if value.layout != torch.strided:
-            raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
-        if value.dtype.itemsize < 2:
-            raise TypeError(f"{name}: expected 16-bit floats or wider, got {value.dtype}")
+        plain_floating(name, value)
         if value.device != hidden.device:
             raise ValueError(
                 f"{name}: expected on {hidden.device} like {of}hidden, got {value.device}"

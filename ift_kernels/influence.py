@@ -68,8 +68,9 @@ def influence(
         lr: η, default 1.
         ignore_index: rows and columns of these targets are 0.
         logit_scale, softcap, temperature: as in `linear_logprobs`.
-        workspace: bytes of work memory beside the result, default 384 MiB on CPU, 768 MiB on GPU.
-            With so many tokens that 16 columns for each do not fit, it takes those 16.
+        workspace: bytes of work memory beside the result, which is held twice where there are
+            ignored tokens; default 384 MiB on CPU, 768 MiB on GPU. With so many tokens that 16
+            columns for each do not fit, it takes those 16.
 
     Returns:
         (P, N) float32, float64 for float64 inputs; 16-bit inputs are computed in float32. Never
@@ -92,18 +93,24 @@ def influence(
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
     ignore_index = checks.integer("ignore_index", ignore_index)
     lr = checks.number("lr", lr)
+    checks.head_arguments(hidden, weight, bias)
     sides = []
     for prefix, states, ids in (("probe_", probe_hidden, probe_target), ("", hidden, target)):
-        checks.floating(f"{prefix}hidden", states)
-        if states.dim() != 2:
-            name = f"{prefix}hidden"
-            raise ValueError(f"{name}: expected shape (tokens, D), got {tuple(states.shape)}")
-        checks.head_arguments(states, weight, bias)
-        if states.dtype != weight.dtype:
-            raise TypeError(
-                f"{prefix}hidden: expected {weight.dtype} like weight, got {states.dtype}"
+        name = f"{prefix}hidden"
+        checks.plain_floating(name, states)
+        if states.dim() != 2 or states.shape[1] != weight.shape[1]:
+            raise ValueError(
+                f"{name}: expected shape (tokens, D) with D={weight.shape[1]} like weight, "
+                f"got {tuple(states.shape)}"
             )
+        if states.device != weight.device:
+            raise ValueError(
+                f"{name}: expected on {weight.device} like weight, got {states.device}"
+            )
+        if states.dtype != weight.dtype:
+            raise TypeError(f"{name}: expected {weight.dtype} like weight, got {states.dtype}")
         ids = checks.token_ids(f"{prefix}target", ids, states.shape[:1], states.device)
+        linear_ops.check_targets(ids, ids != ignore_index, weight.shape[0], f"{prefix}target")
         sides.append((states.detach(), ids.contiguous()))
     given = {"d_logprob": d_logprob, "d_entropy": d_entropy, "d_lse": d_lse}
     for name, value in given.items():
@@ -126,12 +133,9 @@ def influence(
         up = torch.ones(probe_target.shape, dtype=torch.float64, device=hidden.device)
         probe = _Side(*sides[0], weight, bias, options, (up, None, None))
         train = _Side(*sides[1], weight, bias, options, (d_logprob, d_lse, d_entropy))
-        overlap = _overlap(probe, train, budget)
-        kernel = probe.call.head.hidden @ train.call.head.hidden.T
-        if bias is not None:
-            kernel += 1
-        part = overlap.mul_(kernel).mul_(-lr)
-        return train.call.scatter(probe.call.scatter(part.T, dtype).T, dtype)
+        part = _overlap(probe, train, budget).mul_(-lr)
+        _times_kernel_(part, probe.call.head, train.call.head, budget)
+        return _at_all_tokens(part, probe.call, train.call, dtype)
 
 
 class _Side:
@@ -199,6 +203,35 @@ def _overlap(probe: _Side, train: _Side, budget: int) -> Tensor:
         e = train.gradient(chunk, weight, buffers[1])
         total.addmm_(a, e.T)
     return total
+
+
+def _times_kernel_(part: Tensor, probe: engine.Head, train: engine.Head, budget: int) -> None:
+    """`part` times K_ou, in place and by rows: K is as large as the result."""
+    rows = max(1, min(budget, plan.TILE_BYTES) // max(1, part.shape[1] * part.element_size()))
+    for block in engine.slices(0, part.shape[0], rows):
+        kernel = probe.hidden[block] @ train.hidden.T
+        if train.bias is not None:
+            kernel += 1
+        part[block].mul_(kernel)
+
+
+def _at_all_tokens(
+    part: Tensor, probe: linear_ops.Call, train: linear_ops.Call, dtype: torch.dtype
+) -> Tensor:
+    """`part` in its place among the ignored tokens, whose entries are 0."""
+    part = part.to(dtype)
+    if probe.keep is not None and train.keep is not None:  # in sync-free mode every row is there
+        return part.masked_fill_(~probe.keep[:, None], 0).masked_fill_(~train.keep, 0)
+    if probe.rows is None and train.rows is None:
+        return part
+    out = part.new_zeros((probe.all_rows, train.all_rows))
+    if probe.rows is None:
+        out[:, train.rows] = part
+    elif train.rows is None:
+        out[probe.rows] = part
+    else:
+        out[probe.rows[:, None], train.rows] = part
+    return out
 
 
 def exact_influence(

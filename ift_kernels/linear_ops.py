@@ -154,7 +154,7 @@ def gives_half(tensors: tuple[Tensor | None, ...], needs: Needs | list[bool]) ->
     return any(need and t is not None and t.dtype == torch.float16 for t, need in pairs)
 
 
-def check_targets(target: Tensor, valid: Tensor, vocabulary: int) -> None:
+def check_targets(target: Tensor, valid: Tensor, vocabulary: int, name: str = "target") -> None:
     """Raise a ValueError for a target outside the vocabulary, where looking costs no stall."""
     if target.device.type != "cpu" or not target.numel():
         return  # elsewhere a check would stall the device's queue
@@ -162,7 +162,7 @@ def check_targets(target: Tensor, valid: Tensor, vocabulary: int) -> None:
     if bool(bad.any()):
         at = int(bad.nonzero()[0, 0])
         raise ValueError(
-            f"target: expected ids in [0, {vocabulary}) or ignore_index, got {int(target[at])} "
+            f"{name}: expected ids in [0, {vocabulary}) or ignore_index, got {int(target[at])} "
             f"at flat position {at}"
         )
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from ift.cli import main
-from ift.dynamics import read_probes
+from ift.dynamics import read_probes, report
 from ift.dynamics.callback import read_records
 from test_cli_preference import rows, write
 
@@ -81,6 +81,62 @@ def test_plot_and_compare(trained, tmp_path, capsys):
     assert main(["dynamics", "compare", *runs, "--output", str(output)]) == 0
     assert output.stat().st_size > 10000
     assert all(run in capsys.readouterr().out for run in runs[:1])
+
+
+# Matplotlib hides labels that start with "_", and fails on a formula that is none.
+def test_names_are_shown_as_they_are(tmp_path, monkeypatch):
+    drawn, draw = [], report.plotting.draw
+
+    def noted(axes, *given, **style):
+        draw(axes, *given, **style)
+        drawn.extend(axes.get_legend_handles_labels()[1])
+
+    monkeypatch.setattr(report.plotting, "draw", noted)
+    stats = dict.fromkeys(report.PANELS, -1.0)
+    types = dict.fromkeys(("_own", "5 $ or $\\frac$"), stats)
+    records = [{"step": step, "types": types} for step in (0, 1)]
+    report.plot_comparison({"_a": records, "b": records}, tmp_path / "c.png")
+    report.plot_curves(records, tmp_path / "d.png", "a $\\frac$ title")
+    assert {" _a", "b", " _own", r"5 \$ or \$\frac\$"} <= set(drawn)
+
+
+def test_compare_refuses_one_run_twice_and_what_it_cannot_write(trained, tmp_path, capsys):
+    place, _ = trained
+    run = str(place / "run")
+    assert main(["dynamics", "compare", run, run + "/dynamics"]) == 2
+    assert "twice; expected different runs" in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    assert main(["dynamics", "compare", run, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "--output: cannot write" in error and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # no half picture is left
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("garbage\n", "curves.jsonl line 1: Expecting value"),
+        ('{"step": 0, "types": {"a": {}}}\n{"a": 1}\n', "curves.jsonl line 2: expected an object"),
+        ('{"step": 0, "types": {}}\n', "curves.jsonl line 1: expected an evaluation"),
+    ],
+)
+@pytest.mark.parametrize("action", ["plot", "compare"])
+def test_damaged_curves(action, text, says, tmp_path, capsys):
+    (tmp_path / "curves.jsonl").write_text(text, encoding="utf-8")
+    assert main(["dynamics", action, str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_resumed_run_refuses_other_probes(trained, tmp_path, capsys):
+    place, command = trained
+    shutil.copytree(place / "run", tmp_path / "run")
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "a", "responses": {"chosen": "b"}}\n', encoding="utf-8")
+    resumed = [*command, str(tmp_path / "run"), "--resume", "--probes"]
+    assert main([*resumed, str(other)]) == 2
+    assert "--probes: other probes than the run in" in capsys.readouterr().err
+    assert main([*resumed, str(tmp_path / "run" / "probes.jsonl")]) == 0
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+import torch
 
 from examples import docstrings
 from examples.experiments import (
@@ -60,6 +61,19 @@ def test_preference_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(docstrings, "stdlib_files", lambda: few)
     preference.run(tmp_path, True)
     assert (tmp_path / "preference" / "dpo.png").stat().st_size > 10000
+
+
+# A verdict may not rest on one lucky seed.
+def test_a_trend_appears_in_every_seed_and_beyond_the_spread():
+    judged = {
+        (1.0, 1.1, 0.9): "yes",
+        (-1.0, -1.1, -0.9): "no, the opposite",
+        (3.0, 3.1, -0.1): "not clear",
+        (0.1, 0.1, 9.0): "not clear",
+        (0.0, 0.0, 0.0): "not clear",
+    }
+    for each, says in judged.items():
+        assert preference.judged(torch.tensor(each)) == says
 
 
 def test_digits_runs(tmp_path):

@@ -143,6 +143,21 @@ def test_peak_memory_and_error_at_a_real_vocabulary():
     assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_memory_beside_a_large_result(ignored):
+    """⟨h_o, h_u⟩ is as large as the result, and is never there as a whole."""
+    probe, train = case(p=1500, n=2000, d=8, v=64, dtype=torch.float32)
+    y_o, y_u = probe.target, train.target
+    assert (y_o == -100).any() and (y_u == -100).any()
+    if not ignored:
+        y_o, y_u = y_o.clamp(min=0), y_u.clamp(min=0)
+    workspace, result = 1 << 20, 4 * 1500 * 2000
+    with ift_kernels.use_backend("cpu"), Allocations() as seen:
+        influence(probe.hidden, y_o, train.hidden, y_u, train.weight, workspace=workspace)
+    assert seen.peak <= (2 if ignored else 1) * result + 4 * workspace, seen.peak
+
+
 def _gradient(h):
     """e_y − p, fp64, with ignored rows 0."""
     with torch.no_grad():
@@ -156,6 +171,26 @@ def _gradient(h):
     ("change", "error", "match"),
     [
         ({"probe_hidden": torch.zeros(2, 3, 4)}, ValueError, "probe_hidden: expected shape"),
+        (
+            {"probe_hidden": torch.zeros(2, 5)},
+            ValueError,
+            r"^probe_hidden: .* D=4 like weight, got \(2, 5\)",
+        ),
+        (
+            {"probe_hidden": torch.zeros(2, 4).to_sparse()},
+            TypeError,
+            "^probe_hidden: expected a dense tensor",
+        ),
+        (
+            {"probe_hidden": torch.zeros(2, 4, device="meta")},
+            ValueError,
+            "^probe_hidden: expected on cpu like weight, got meta",
+        ),
+        (
+            {"probe_target": torch.tensor([0, 9])},
+            ValueError,
+            r"^probe_target: expected ids in \[0, 9\)",
+        ),
         ({"probe_target": torch.zeros(2)}, TypeError, "probe_target: expected int64"),
         ({"target": torch.tensor([0, 1, 99])}, ValueError, r"target: expected ids in \[0, 9\)"),
         ({"hidden": torch.zeros(3, 4).double()}, TypeError, "hidden: expected torch.float32"),

@@ -128,8 +128,9 @@ def run(output: Path, quick: bool) -> None:
     own = int((influence.argmax(0) == torch.arange(10)).sum())
     page.text(
         "Verdict",
-        f"The diagonal {'stands' if diagonal > off.max() else 'does not stand'} above every other "
-        f"cell on average; {own} of 10 classes influence themselves most. The eNTK norm "
+        f"The expected map {'appears' if diagonal > off.mean() else 'does not appear'}: on average "
+        f"a class influences itself {'more' if diagonal > off.mean() else 'less'} than others do "
+        f"({diagonal:.4f} against {off.mean():.4f}), and {own} of 10 most of all. The eNTK norm "
         f"{'follows' if correlation > 0.5 else 'does not follow'} the influence "
         f"(correlation {correlation:.2f}), though it is largest on the diagonal for {alike} of 10 "
         "classes: the other factors are A, next to 0 where π(y_u) is near 1 already, as on the "

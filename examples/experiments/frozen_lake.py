@@ -160,10 +160,11 @@ def run(output: Path, quick: bool) -> None:
     page.picture("curves.png", "distance from the optimal transitions over the steps")
     with plotting.picture(page.output / "curves.png", 1, 2, width=9, height=3.4) as (_, axes):
         colors = (plotting.BLUE, plotting.ORANGE, plotting.GREEN, plotting.PURPLE)
+        dashes = {"IFT": "-", "SFT": "--", "ORPO": ":", "DPO": "-"}  # some lie on one another
         for i, name in enumerate(("all states", "states of the optimal trajectory")):
             for (method, curve), color in zip(curves.items(), colors, strict=True):
                 mean, error = curve[..., i].mean(0), curve[..., i].std(0) / seeds**0.5
-                axes[i].plot(mean, color=color, label=method)
+                axes[i].plot(mean, dashes[method], color=color, label=method)
                 span = range(len(mean))
                 axes[i].fill_between(span, mean - error, mean + error, color=color, alpha=0.2)
             axes[i].set(title=name, xlabel="step", ylabel="MSE of transitions", ylim=(0, None))

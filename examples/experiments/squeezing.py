@@ -118,7 +118,7 @@ def run(output: Path, quick: bool) -> None:
     page.text("Measured", f"{STEPS} steps of ε = η‖x‖² = {EPSILON} on the logits, fp64, seed 0; ε "
               "was chosen to take the peaked argmax near the published .986.")  # fmt: skip
     page.table(["case", "p_y before", "after", "argmax before", "after", "others that rise"], rows)
-    page.picture("curves.png", "probabilities over the steps, and before and after")
+    page.picture("curves.png", "probabilities before and after, by case")
     with plotting.picture(page.output / "curves.png", 2, 3, width=12, height=6) as (_, axes):
         for axis, (name, p), (_, _, y, _) in zip(axes.flat, traces.items(), cases, strict=True):
             order = p[0].argsort(descending=True)

@@ -131,22 +131,28 @@ class Lab:
         name: str = "dpo",
     ) -> ValleyGuard:
         """DPO of a copy of `model` against itself; what its guard counted."""
-        reference, policy = ift.patch(copy.deepcopy(model)), copy.deepcopy(model)
+        policy = ift.patch(copy.deepcopy(model)).eval()
         counter = ValleyGuard(dpo_loss, mask=guard)
 
-        def loss(policy: Any, pairs: Rows, _: list[int]) -> Tensor:
-            sides = [{"prompt": r["prompt"], "completion": r[k]} for k in ("chosen", "rejected")
-                     for r in pairs]  # fmt: skip
-            batch, kept = self.batch(sides), []
+        def sides(pairs: Rows) -> dict[str, Tensor]:
+            return self.batch([{"prompt": r["prompt"], "completion": r[k]}
+                               for k in ("chosen", "rejected") for r in pairs])  # fmt: skip
 
-            def keep(logprob: Tensor, mask: Tensor) -> Tensor:
-                kept.append((logprob * mask).sum(1))
-                return logprob.new_zeros(())
+        kept: list[Tensor] = []
 
-            with torch.no_grad():
-                reference(**batch, loss=keep)
-            counter.loss = functools.partial(dpo_loss, reference=kept[0], beta=beta)
-            value: Tensor = policy(**batch, loss=counter).loss
+        def keep(logprob: Tensor, mask: Tensor) -> Tensor:
+            kept.append((logprob * mask).sum(1).view(2, -1))
+            return logprob.new_zeros(())
+
+        with torch.no_grad():
+            for at in range(0, len(rows), 8):
+                policy(**sides(rows[at : at + 8]), loss=keep)
+        reference = torch.cat(kept, 1)  # (2, pairs): of chosen and rejected, before training
+
+        def loss(policy: Any, pairs: Rows, chosen: list[int]) -> Tensor:
+            before = reference[:, chosen].flatten()
+            counter.loss = functools.partial(dpo_loss, reference=before, beta=beta)
+            value: Tensor = policy(**sides(pairs), loss=counter).loss
             return value
 
         self.fit(policy, rows, steps, lr, 8, loss, callback, name)
@@ -154,5 +160,6 @@ class Lab:
 
 
 def callback(probes: list[Probe], output: Path, every: int) -> ProbeCallback:
-    """A callback without the log of tokens, which would be large."""
-    return ProbeCallback(probes, output, every=every, max_length=LENGTH, token_log=False)
+    """A callback without the log of tokens, which would be large, and without pictures."""
+    return ProbeCallback(probes, output, every=every, max_length=LENGTH, token_log=False,
+                         pictures=False)  # fmt: skip

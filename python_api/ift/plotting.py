@@ -125,5 +125,9 @@ def picture(
         FigureCanvasAgg(figure)
         yield figure, figure.subplots(rows, columns)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        figure.savefig(unfinished, format="png")
-        unfinished.replace(path)
+        try:
+            figure.savefig(unfinished, format="png")
+            unfinished.replace(path)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +37,53 @@ def run(arguments: argparse.Namespace) -> int:
     from ift.dynamics.monitor import before_and_after
 
     if arguments.action == "plot":
-        directory, records = _records(arguments.run, "DIR")
+        directory, records = _records(arguments.run)
         image = directory / "curves.png"
-        report.plot_curves(records, image, arguments.title)
-        report.write_html(records, directory / "curves.html", image, arguments.title)
+        with _writing("DIR", directory):
+            report.plot_curves(records, image, arguments.title)
+            report.write_html(records, directory / "curves.html", image, arguments.title)
         print(_text(report.table(records)))
         print(before_and_after(records))
         return 0
-    runs = {}
+    runs, places = {}, set()
     for path in arguments.runs:
-        directory, records = _records(path, "DIR")
-        if path in runs:
+        directory, records = _records(path)
+        if directory.resolve() in places:
             raise CliError("DIR", f"got {path} twice; expected different runs")
+        places.add(directory.resolve())
         runs[str(path)] = records
     output = Path(arguments.output)
     if not output.absolute().parent.is_dir():
         raise CliError("--output", f"no directory {output.parent}; expected one that exists")
-    report.plot_comparison(runs, output)
+    with _writing("--output", output):
+        report.plot_comparison(runs, output)
     for name, records in runs.items():
         print(f"{name}\n{_text(report.table(records))}\n{before_and_after(records)}\n")
     return 0
 
 
-def _records(path: str, flag: str) -> tuple[Path, list[dict[str, Any]]]:
+@contextlib.contextmanager
+def _writing(flag: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CliError(flag, f"cannot write {path} ({error.strerror})") from None
+
+
+def _records(path: str) -> tuple[Path, list[dict[str, Any]]]:
     """The evaluations of a run, and the directory that they are in."""
     from ift.dynamics.callback import read_records
 
     for directory in (Path(path) / CURVES, Path(path)):
-        records = read_records(directory)
+        try:
+            records = read_records(directory)
+        except NotADirectoryError:
+            continue
+        except (OSError, ValueError) as error:
+            raise CliError("DIR", f"cannot read the evaluations in {directory}: {error}") from None
         if records:
             return directory, records
-    raise CliError(flag, f"no evaluations in {path}; expected the output of `ift dynamics run`")
+    raise CliError("DIR", f"no evaluations in {path}; expected the output of `ift dynamics run`")
 
 
 def _text(rows: list[list[str]]) -> str:
@@ -88,6 +106,8 @@ def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokeni
     try:
         if arguments.resume and saved.exists():
             probes = read_probes(saved)
+            if arguments.probes is not None and read_probes(arguments.probes) != probes:
+                raise DataError(f"other probes than the run in {output} was started with, {saved}")
         elif arguments.probes is not None:
             probes = read_probes(arguments.probes)
         else:

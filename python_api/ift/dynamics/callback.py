@@ -17,6 +17,7 @@ from ift.dynamics import report
 from ift.dynamics.evaluate import Measurement, ProbeEvaluator
 from ift.dynamics.monitor import SqueezeMonitor
 from ift.dynamics.probes import Probe, read_probes
+from ift_kernels import checks
 
 CURVES, TOKENS = "curves.jsonl", "tokens.jsonl"
 REDRAW_SECONDS = 30.0  # a picture takes half a second; the last one is always drawn
@@ -41,9 +42,11 @@ class ProbeCallback(TrainerCallback):
         tokens_per_forward: as `ProbeEvaluator`.
         monitor: default: a `SqueezeMonitor` with its defaults.
         token_log: whether to write ``tokens.jsonl``, default True.
+        pictures: whether to draw ``curves.png`` and ``curves.html``, default True.
 
     Raises:
-        ValueError: `every` below 1; no tokenizer here and none with the trainer.
+        TypeError, ValueError: `every` is no whole number of at least 1; no tokenizer here and none
+            with the trainer; what `ProbeEvaluator` refuses.
     """
 
     def __init__(
@@ -57,8 +60,9 @@ class ProbeCallback(TrainerCallback):
         tokens_per_forward: int = 512,
         monitor: SqueezeMonitor | None = None,
         token_log: bool = True,
+        pictures: bool = True,
     ) -> None:
-        if every < 1:
+        if checks.integer("every", every) < 1:
             raise ValueError(f"every: expected at least 1, got {every}")
         self.probes: Sequence[Probe]
         if isinstance(probes, (str, os.PathLike)):
@@ -68,11 +72,12 @@ class ProbeCallback(TrainerCallback):
         self.output, self.every, self.tokenizer = Path(output), every, tokenizer
         self.options = {"max_length": max_length, "tokens_per_forward": tokens_per_forward}
         self.monitor = SqueezeMonitor() if monitor is None else monitor
-        self.token_log = token_log
+        self.token_log, self.pictures = token_log, pictures
         self.evaluator: ProbeEvaluator | None = None
         if tokenizer is not None:  # what is wrong with the set shows here
             self._prepare(tokenizer)
         self._drawn = 0.0
+        self._measured: int | None = None  # the step of the last evaluation
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any
@@ -87,15 +92,22 @@ class ProbeCallback(TrainerCallback):
             self.output.mkdir(parents=True, exist_ok=True)
             for name in (CURVES, TOKENS):
                 _rewind(self.output / name, state.global_step)
+        records = read_records(self.output) if state.global_step else []
+        self.monitor.restore([r for r in records if r["step"] <= state.global_step])
+        self._measured = None
         if state.global_step == 0:
             self.measure(model, state)
-        else:
-            records = read_records(self.output)
-            self.monitor.restore([r for r in records if r["step"] <= state.global_step])
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Measure when it is due."""
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+            self.measure(model, state)
+
+    def on_epoch_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        """Measure the end of a run that stops before its last step."""
+        if control.should_training_stop and self._measured != state.global_step:
             self.measure(model, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -111,6 +123,7 @@ class ProbeCallback(TrainerCallback):
         """Measure now and write; `state` has the step. Returns the record."""
         assert self.evaluator is not None
         inner = getattr(model, "module", model)  # what DDP wraps
+        self._measured = state.global_step
         started = time.perf_counter()
         found = self.evaluator(inner)
         seconds = time.perf_counter() - started
@@ -130,6 +143,8 @@ class ProbeCallback(TrainerCallback):
         return record
 
     def _draw(self) -> None:
+        if not self.pictures:
+            return
         records = read_records(self.output)
         if records and plotting.available():
             report.plot_curves(records, self.output / "curves.png")
@@ -165,15 +180,32 @@ def token_record(step: int, one: Measurement) -> dict[str, Any]:
 
 
 def read_records(output: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The evaluations in a directory, by step; a last line that a kill tore is none."""
-    return _whole_lines(Path(output) / CURVES)
+    """The evaluations in a directory, by step; a last line that a kill tore is none.
+
+    Raises:
+        ValueError: a line is no evaluation.
+    """
+    records = _whole_lines(Path(output) / CURVES)
+    for number, record in enumerate(records, 1):
+        if not (isinstance(record.get("types"), dict) and record["types"]):
+            raise ValueError(f"{CURVES} line {number}: expected an evaluation of ProbeCallback")
+    return records
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = []
+    # By "\n" alone: `splitlines` also parts at characters that JSON may hold.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path.name} line {number}: {error}") from None
+        if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+            raise ValueError(f"{path.name} line {number}: expected an object with a step")
+        found.append(record)
+    return found
 
 
 def _finite(value: Any) -> Any:

@@ -4,14 +4,15 @@ A group is a prompt and its responses, laid out behind one another. A mask lets 
 the prompt and itself, and positions go on from the prompt in each, so every token's hidden state is
 what it would be in a sequence of its own. Groups are packed until a forward is full.
 
-Not every model takes such a mask. The first evaluation compares one group with plain sequences; a
-model that disagrees gets plain rows from then on.
+Not every model takes such a mask. The first evaluation of a model compares some groups with plain
+sequences; a model that disagrees gets plain rows from then on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from ift.head_pass import (
     transform_options,
 )
 from ift.patching import base_model
-from ift_kernels import TokenStats, linear_logprobs
+from ift_kernels import TokenStats, checks, linear_logprobs
 from ift_kernels.transform import LogitTransform
 
 logger = logging.getLogger(__name__)
@@ -91,15 +92,20 @@ class _Batch:
     """The tensors of one forward and where its targets are predicted."""
 
     def __init__(
-        self, inputs: dict[str, Tensor], rows: Tensor, responses: list[EncodedResponse]
+        self,
+        inputs: dict[str, Tensor],
+        rows: Tensor,
+        responses: list[EncodedResponse],
+        parts: Tensor | None = None,
     ) -> None:
-        self.inputs = inputs
+        self._inputs = inputs
+        self._parts = parts  # (2, T), of shared prompts: each position's group, and its response
         self.rows = rows  # into the flattened positions, one per entry of every response's ids
         self.responses = responses
         self.target = torch.tensor([t for r in responses for t in r.target])
 
     @classmethod
-    def shared(cls, groups: list[list[EncodedResponse]], dtype: torch.dtype) -> _Batch:
+    def shared(cls, groups: list[list[EncodedResponse]]) -> _Batch:
         """Groups behind one another in one row."""
         ids: list[int] = []
         position: list[int] = []
@@ -109,8 +115,7 @@ class _Batch:
         for number, responses in enumerate(groups):
             prefix = responses[0].prefix
             last = len(ids) + len(prefix) - 1
-            parts = [prefix, *(r.ids[:-1] for r in responses)]
-            for index, part in enumerate(parts):
+            for index, part in enumerate([prefix, *(r.ids[:-1] for r in responses)]):
                 if index:
                     rows += [last, *range(len(ids), len(ids) + len(part))]
                 start = len(prefix) if index else 0
@@ -118,17 +123,9 @@ class _Batch:
                 group += [number] * len(part)
                 branch += [index] * len(part)
                 ids += part
-        g, b = torch.tensor(group), torch.tensor(branch)
-        order = torch.arange(len(ids))
-        sees = (g[:, None] == g) & (order[:, None] >= order)
-        sees &= (b == 0) | (b[:, None] == b)
-        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
-        inputs = {
-            "input_ids": torch.tensor([ids]),
-            "attention_mask": mask[None, None],
-            "position_ids": torch.tensor([position]),
-        }
-        return cls(inputs, torch.tensor(rows), [r for rs in groups for r in rs])
+        inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([position])}
+        parts = torch.tensor([group, branch])
+        return cls(inputs, torch.tensor(rows), [r for rs in groups for r in rs], parts)
 
     @classmethod
     def plain(cls, responses: list[EncodedResponse]) -> _Batch:
@@ -146,9 +143,18 @@ class _Batch:
         inputs = {"input_ids": ids, "attention_mask": mask}
         return cls(inputs, torch.tensor(rows), responses)
 
-    @property
-    def tokens(self) -> int:
-        return self.inputs["input_ids"].numel()
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the model is called with; `dtype` is the mask's, which no batch keeps: it is T²."""
+        inputs = {name: value.to(device) for name, value in self._inputs.items()}
+        if self._parts is not None:
+            group, branch = self._parts.to(device)
+            order = torch.arange(group.numel(), device=device)
+            sees = (group[:, None] == group) & (order[:, None] >= order)
+            sees &= (branch == 0) | (branch[:, None] == branch)
+            mask = torch.zeros(sees.shape, dtype=dtype, device=device)
+            mask.masked_fill_(~sees, torch.finfo(dtype).min)
+            inputs["attention_mask"] = mask[None, None]
+        return inputs
 
 
 class ProbeEvaluator:
@@ -164,6 +170,7 @@ class ProbeEvaluator:
 
     Raises:
         DataError: no response has a token left.
+        TypeError, ValueError: probes or options of another kind.
     """
 
     def __init__(
@@ -174,9 +181,12 @@ class ProbeEvaluator:
         max_length: int = 1024,
         tokens_per_forward: int = 512,
     ) -> None:
-        self.tokens_per_forward = tokens_per_forward
+        self.tokens_per_forward = checks.integer("tokens_per_forward", tokens_per_forward)
+        if checks.integer("max_length", max_length) < 1:
+            raise ValueError(f"max_length: expected at least 1, got {max_length}")
         self.responses = _responses(probes, tokenizer, max_length)
         self.shares_prompts: bool | None = None  # not known before the first evaluation
+        self._seen: weakref.ref[nn.Module] | None = None  # the model that these two belong to
         self._transform: LogitTransform | None = None
         self._batches: list[_Batch] | None = None
 
@@ -201,6 +211,8 @@ class ProbeEvaluator:
             TypeError, RuntimeError: as `ift.patch`.
         """
         base: Any = base_model(model)
+        if self._seen is None or self._seen() is not base:
+            self._seen, self._transform, self._batches = weakref.ref(base), None, None
         with evaluating(base), _asking(base):
             if self._transform is None:
                 self._transform = measure_transform(base, base, self._two_tokens(base))
@@ -217,12 +229,10 @@ class ProbeEvaluator:
 
     def _plan(self, model: Any) -> list[_Batch]:
         """The batches of all passes to come: shared, if the model computes the same that way."""
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        groups = groups_of(self.responses)
-        self.shares_prompts = self._may_share(model, groups, dtype)
+        packs = _packed(groups_of(self.responses), self.tokens_per_forward)
+        self.shares_prompts = self._may_share(model, packs)
         if self.shares_prompts:
-            packs = _packed(groups, self.tokens_per_forward)
-            return [_Batch.shared(pack, dtype) for pack in packs]
+            return [_Batch.shared(pack) for pack in packs]
         logger.warning(
             "%s: computes something else with prompts shared; probes run as rows of their own",
             type(model).__name__,
@@ -238,25 +248,29 @@ class ProbeEvaluator:
             waiting.append(response)
         return [*batches, _Batch.plain(waiting)]
 
-    def _may_share(
-        self, model: Any, groups: list[list[EncodedResponse]], dtype: torch.dtype
-    ) -> bool:
+    def _may_share(self, model: Any, packs: list[list[list[EncodedResponse]]]) -> bool:
         config = getattr(model, "config", None)
         if getattr(config, "_attn_implementation", "eager") not in SHARED_ATTENTION:
             return False
         longest = max(len(r.prefix) + len(r.ids) for r in self.responses)
         if (getattr(config, "sliding_window", None) or longest) < longest:
             return False
-        # Two groups, so that what leaks between groups shows too; such as have something to leak.
+        # Two short groups, so that what leaks between groups shows too, of such as have something
+        # to leak; and the fullest forward: some models go by a token's place in the row.
+        groups = [group for pack in packs for group in pack]
         telling = sorted(groups, key=lambda g: (min(len(g), 2) < 2, max(len(r.ids) for r in g) < 3,
                                                 _size(g)))[:2]  # fmt: skip
+        fullest = max(packs, key=lambda pack: sum(map(_size, pack)))
+        return all(self._agrees(model, pack) for pack in (telling, fullest))
+
+    def _agrees(self, model: Any, pack: list[list[EncodedResponse]]) -> bool:
+        """Does the model make of these groups in one row what it makes of plain sequences?"""
         try:
-            shared = self._hidden(model, _Batch.shared(telling, dtype))
+            shared = self._hidden(model, _Batch.shared(pack))
         except (ValueError, RuntimeError, TypeError, IndexError) as error:
             logger.warning("%s: refuses the mask: %s", type(model).__name__, error)
             return False
-        plain = [self._hidden(model, _Batch.plain([r])) for group in telling for r in group]
-        wanted = torch.cat(plain)
+        wanted = torch.cat([self._hidden(model, _Batch.plain([r])) for g in pack for r in g])
         tolerance = 1e-3 if shared.dtype in (torch.float32, torch.float64) else 5e-2
         scale = wanted.abs().max().clamp(min=1e-6)
         return bool((shared - wanted).abs().max() <= tolerance * scale)
@@ -290,7 +304,8 @@ class ProbeEvaluator:
     def _run(self, model: Any, batch: _Batch, answer: Any) -> Any:
         """One forward, whose head answers for the rows of the batch."""
         device = _device(model)
-        inputs: dict[str, Any] = {k: v.to(device) for k, v in batch.inputs.items()}
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        inputs: dict[str, Any] = {**batch.inputs(device, dtype)}
         if getattr(getattr(model, "config", None), "output_router_logits", False):
             # The auxiliary loss of experts is not asked for, and takes no mask of this shape.
             inputs["output_router_logits"] = False
@@ -331,6 +346,13 @@ def as_row(where: str, prompt: Prompt, response: str) -> Row:
 
 
 def _responses(probes: Sequence[Probe], tokenizer: Any, max_length: int) -> list[EncodedResponse]:
+    for i, each in enumerate(probes):
+        if not isinstance(each, Probe):
+            raise TypeError(f"probes[{i}]: expected a Probe, got {type(each).__name__}")
+        for name, text in each.responses.items():
+            if not isinstance(text, str):
+                came = type(text).__name__
+                raise TypeError(f"probes[{i}]: expected text as response {name!r}, got {came}")
     named = [
         (i, t, p.prompt, text) for i, p in enumerate(probes) for t, text in p.responses.items()
     ]

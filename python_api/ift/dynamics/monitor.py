@@ -47,6 +47,7 @@ class SqueezeMonitor:
             with p ≥ `peak` (default 0.5).
 
     Raises:
+        TypeError: `negative` is one text and not several.
         ValueError: a tolerance below 0, a valley or peak outside [0, 1].
     """
 
@@ -59,6 +60,8 @@ class SqueezeMonitor:
     flagged: int | None = field(default=None, init=False)  # the step of the first flag
 
     def __post_init__(self) -> None:
+        if isinstance(self.negative, str):  # whose parts would count as types
+            raise TypeError(f"negative: expected a tuple of types, got {self.negative!r}")
         checks.unit_interval("valley", self.valley)
         checks.unit_interval("peak", self.peak)
         if not checks.number("tolerance", self.tolerance) >= 0:
@@ -101,7 +104,8 @@ class SqueezeMonitor:
         return told
 
     def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Take up the first evaluation and the first flag of a log."""
+        """Take up the first evaluation and the first flag of a log, and forget any other's."""
+        self.first = self.flagged = None
         for record in records:
             chosen = record["types"].get(self.chosen)
             known = chosen is not None and chosen["mean_logprob"] is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from ift.data import (
     parsed_lines,
 )
 from ift.preference_data import pair_row
+from ift_kernels import checks
 
 Prompt = Any  # text, or a list of messages
 Source = str | os.PathLike[str] | Sequence[Mapping[str, Any]]
@@ -84,7 +86,7 @@ def build_probe_set(
     >>> sorted(probes[0].responses)
     ['chosen', 'other_train', 'permuted', 'random_words']
     """
-    if size < 1:
+    if checks.integer("size", size) < 1:
         raise ValueError(f"size: expected at least 1, got {size}")
     rows = _rows("data", data)
     other = [] if test is None else _rows("test", test)
@@ -95,8 +97,7 @@ def build_probe_set(
     for index in chosen:
         row = rows[index]
         responses = {k: row[k] for k in TYPES if row.get(k)}
-        others = [r["chosen"] for r in draw.sample(rows, min(8, len(rows)))]
-        responses["other_train"] = next((a for a in others if a != row["chosen"]), "")
+        responses["other_train"] = _other_answer(row, rows, draw)
         responses["unrelated"] = draw.choice(other)["chosen"] if other else ""
         own = row["chosen"].split()
         responses["permuted"] = _permuted(own, draw)
@@ -108,6 +109,15 @@ def build_probe_set(
     return [
         Probe(p.prompt, {k: p.responses[k] for k in TYPES if p.responses.get(k)}) for p in probes
     ]
+
+
+def _other_answer(row: dict[str, Any], rows: list[dict[str, Any]], draw: random.Random) -> str:
+    """The chosen answer to another prompt, not the same one; "" where there is none."""
+    for other in itertools.chain(draw.choices(rows, k=64), rows):  # seldom are all looked at
+        if other["prompt"] != row["prompt"] and other["chosen"] != row["chosen"]:
+            answer: str = other["chosen"]
+            return answer
+    return ""
 
 
 def _permuted(words: list[str], draw: random.Random) -> str:
@@ -199,10 +209,18 @@ def sampler(
     """Prompts → answers of `model` as it is now, for `build_probe_set`.
 
     Args:
-        max_new_tokens: longest answer, default 64.
+        max_new_tokens: longest answer, default 64; less where the model's positions end before. A
+            prompt that leaves none gets no answer, "".
         temperature: of sampling, default 1; 0 is greedy.
         seed: of sampling; the state of torch's generator is left as it was.
+
+    Raises:
+        TypeError, ValueError: `max_new_tokens` below 1, a negative temperature.
     """
+    if checks.integer("max_new_tokens", max_new_tokens) < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    if not checks.number("temperature", temperature) >= 0:
+        raise ValueError(f"temperature: expected a number ≥ 0, got {temperature}")
 
     def answer(prompts: list[Prompt]) -> list[str]:
         import torch
@@ -212,14 +230,19 @@ def sampler(
         options: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        answers = []
+        answers: list[str] = []
+        positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
             torch.manual_seed(seed)
             for prompt in prompts:
                 ids = torch.tensor([_prompt_ids(prompt, tokenizer)], device=model.device)
+                room = min(max_new_tokens, positions - ids.shape[1])
+                if room < 1:
+                    answers.append("")
+                    continue
                 made = model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options,
+                    max_new_tokens=room, pad_token_id=tokenizer.pad_token_id, **options,
                 )  # fmt: skip
                 text = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
                 answers.append(text.encode("utf-8", "replace").decode())

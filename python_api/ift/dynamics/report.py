@@ -31,6 +31,11 @@ PANELS = {
 }
 
 
+def label(name: str) -> str:
+    """A name as matplotlib shows it: no formula between dollars, no entry hidden for its "_"."""
+    return (" " * name.startswith("_")) + name.replace("$", r"\$")
+
+
 def ordered_types(records: Records) -> list[str]:
     """The types of a log, known ones in their usual order."""
     seen = dict.fromkeys(type_ for record in records for type_ in record["types"])
@@ -53,12 +58,12 @@ def plot_curves(records: Records, path: str | Path, title: str = "") -> None:
     """
     types = ordered_types(records)
     with plotting.picture(path, 2, 3, width=12.5, height=6.6) as (figure, axes):
-        figure.suptitle(title)
+        figure.suptitle(label(title))
         panels = [axes[i, j] for i in range(2) for j in range(3)]
         for panel, (key, name) in zip(panels, PANELS.items(), strict=False):
             for i, type_ in enumerate(types):
                 style = STYLES[i % len(STYLES)]
-                plotting.draw(panel, _points(records, type_, key), key, label=type_, **style)
+                plotting.draw(panel, _points(records, type_, key), key, label=label(type_), **style)
             panel.set(title=name, xlabel="step")
         flags = [r["step"] for r in records if r.get("squeeze", {}).get("flag")]
         squeeze = [{"step": r["step"], **r.get("squeeze", {})} for r in records]
@@ -93,10 +98,10 @@ def plot_comparison(runs: Mapping[str, Records], path: str | Path) -> None:
             for i, (name, records) in enumerate(runs.items()):
                 color = colors[i % len(colors)]
                 points = _points(records, type_, "mean_logprob")
-                plotting.draw(panel, points, "mean_logprob", label=name, color=color)
+                plotting.draw(panel, points, "mean_logprob", label=label(name), color=color)
                 greedy = _points(records, type_, "greedy_logprob")
                 plotting.draw(panel, greedy, "greedy_logprob", color=color, linestyle=":")
-            panel.set(title=type_, xlabel="step")
+            panel.set(title=label(type_), xlabel="step")
         for panel in panels[len(types) :]:
             panel.remove()
         handles, labels = panels[0].get_legend_handles_labels()
