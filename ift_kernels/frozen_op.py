@@ -6,12 +6,13 @@ Of a row with target t, upstream gradients a of logp_t and c of lse, and slopes 
 
 The sum is known in forward, whatever a and c will be, and is as small as dh: products are formed
 once, not twice, and what waits for backward is (N, D). The target stands apart because 1 − p_t
-cannot be had from a sum that p_t was rounded into. Gradients of entropy and of the mean logit would
+would be lost in a 16-bit sum that p_t is part of. Gradients of entropy and of the mean logit would
 each need a sum of their own: such calls go through `linear_stats`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,14 +20,13 @@ from torch import Tensor
 
 from ift_kernels import engine, linear_ops, plan, syncfree
 from ift_kernels.backends import reference as ref
-from ift_kernels.transform import LogitTransform
 
 linear_ops.LIB.define(
     f"linear_frozen({linear_ops.HEAD}, {linear_ops.OPTIONS}, int track)"
-    f" -> ({linear_ops.STATS}, Tensor norm, Tensor others)"
+    f" -> ({linear_ops.STATS}, Tensor norm, Tensor near, Tensor others)"
 )
 NEEDS = (True, False, False)
-GATHERED = 1 << 20  # elements of head rows at once, at most 10 bytes each
+GATHERED = 1 << 20  # elements of head rows at once
 
 
 def serves(needs: list[bool], track: int) -> bool:
@@ -56,8 +56,8 @@ def _frozen(
         here = slice(done, done := done + len(ids))
         state[:, here], argmax[here] = part, ids
         logprob, *_, norm = linear_ops.row_values(part, ids, vocabulary)
-        one = torch.ones_like(logprob)  # times p_j, and p_t less at the target
-        coef = torch.stack([-logprob.exp(), one, 0 * one, 0 * one])
+        zero, p = torch.zeros_like(logprob), logprob.exp()
+        coef = torch.stack([-p, zero + 1, zero, zero])  # p_j times 1, and p_t less at the target
         return engine.RowGradient(rows, norm.to(wide), coef.to(wide))
 
     others = hidden.new_empty((0, hidden.shape[1]))
@@ -71,7 +71,36 @@ def _frozen(
         else:  # what earlier calls hold, or copies of the rows that count, left too little room
             chosen = plan.make(call.problem, 0, "recompute")
             state, argmax = engine.statistics(call.head, rows, track, chosen)
-    return (*linear_ops.outputs(call, state, argmax, track), others)
+        logprob, slope = linear_ops.row_values(state, argmax, vocabulary)[0], _slopes(call, rows)
+    near = torch.stack([-logprob.expm1() * slope, logprob.exp() * slope])
+    outputs = linear_ops.outputs(call, state, argmax, track)
+    return (*outputs, call.scatter(near, wide), others)
+
+
+def _slopes(call: linear_ops.Call, target: Tensor) -> Tensor | float:
+    """∂z/∂x at every row's target; from products in float64 under a softcap.
+
+    Next to the cap it is what is left of 1 - 1: the rounding of a float32 logit would show.
+    """
+    head = call.head
+    if not head.transform.softcap:
+        return head.transform.derivative(target)
+    slope = torch.empty(len(target), dtype=torch.float64, device=target.device)
+    room = call.problem.workspace // 32
+    for part, nearest in _target_rows(head.weight, target, call.dtype, room):
+        x = (head.hidden[part].double() * nearest.double()).sum(1)
+        bias = None if head.bias is None else head.bias[target[part]]
+        slope[part] = head.transform.derivative(head.transform.apply(x, bias))
+    return slope
+
+
+def _target_rows(
+    weight: Tensor, target: Tensor, dtype: torch.dtype, elements: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Head rows of the targets in the dtype of the products, at most `elements` at a time."""
+    step = max(min(elements, GATHERED) // weight.shape[1], 1)
+    for part in engine.slices(0, len(target), step):
+        yield part, weight.index_select(0, target[part]).to(dtype)
 
 
 def _frozen_fake(
@@ -79,33 +108,32 @@ def _frozen_fake(
 ) -> tuple[Tensor, ...]:
     *options, track = rest
     out = linear_ops.outputs_fake(hidden, options[-1], track)
-    return (*out, hidden.new_empty((0, hidden.shape[1])))
+    return (*out, torch.empty_like(out[8]), hidden.new_empty((0, hidden.shape[1])))
 
 
 def _d_hidden(
     others: Tensor,
-    tensors: tuple[Tensor, ...],
+    weight: Tensor,
+    target: Tensor,
+    near: Tensor,  # (2, N): how much of the target's head row a unit of a and of c takes
     d_logprob: Tensor | None,
     d_lse: Tensor | None,
     options: linear_ops.Options,
 ) -> Tensor:
     """The gradient of hidden, in place of `others` where every row counts."""
-    _, weight, _, target, norm, logprob = tensors
-    ignore_index, scale, softcap, temperature, _, dtype = options
-    zero = torch.zeros_like(logprob)
+    ignore_index, *_, workspace, dtype = options
+    zero = torch.zeros_like(near[0])
     upstream = (zero if gradient is None else gradient for gradient in (d_logprob, d_lse))
-    columns = (target, *norm, logprob, *upstream)
+    columns = (target, *near, *upstream)
     rows = None if len(others) == len(target) else (target != ignore_index).nonzero()[:, 0]
     if rows is not None:
         columns = tuple(value.index_select(0, rows) for value in columns)
-    ids, top, log_sum, logp, a, c = columns
-    slope = LogitTransform(scale, softcap, temperature).derivative(top + (log_sum + logp))
-    near, far = (c * logp.exp() - a * logp.expm1()) * slope, c - a
+    ids, of_logprob, of_lse, a, c = columns
+    nearest, rest = a * of_logprob + c * of_lse, c - a
     silent = (a == 0) & (c == 0)  # there 0 times a NaN is 0, as with every schedule
-    step = max(GATHERED // others.shape[1], 16)
-    for part in engine.slices(0, len(others), step):
-        nearest = weight.index_select(0, ids[part]).to(dtype).to(far.dtype)
-        total = nearest.mul_(near[part, None]).addcmul_(others[part].to(far.dtype), far[part, None])
+    for part, head_rows in _target_rows(weight, ids, dtype, workspace // 10):
+        total = head_rows.to(rest.dtype) * nearest[part, None]
+        total.addcmul_(others[part].to(rest.dtype), rest[part, None])
         others[part] = total.masked_fill_(silent[part, None], 0)
     if rows is None:
         return others
@@ -116,10 +144,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     hidden, weight, bias, target, *options, _ = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, target, output[8], output[0])
+    ctx.save_for_backward(hidden, weight, bias, target, *output[8:10])  # norm, near
     ctx.options = tuple(options)
     # Not saved: consumed by the first backward, in place; a second one forms the products again.
-    ctx.others = linear_ops.Held(output[9:]) if output[9].shape[0] else None
+    ctx.others = linear_ops.Held(output[10:]) if output[10].shape[0] else None
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -127,18 +155,18 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     d_logprob, d_lse = grads[:2]
     if d_logprob is None and d_lse is None:
         return (None, *nothing)
-    if ctx.others is None or torch.is_grad_enabled():
-        *saved, norm, _ = ctx.saved_tensors
+    hidden, weight, bias, target, norm, near = ctx.saved_tensors
+    if ctx.others is None or torch.is_grad_enabled() or syncfree.on():
         unused = norm.new_empty(0)  # entropy
-        upstream = d_logprob, d_lse, None, None
         d_hidden, *_ = torch.ops.ift_kernels.linear_stats_backward(
-            *saved, norm, unused, *upstream, *ctx.options, list(NEEDS)
-        )
+            hidden, weight, bias, target, norm, unused, d_logprob, d_lse, None, None,
+            *ctx.options, list(NEEDS),
+        )  # fmt: skip
     else:
         held, ctx.others = ctx.others, None
         held.release()
         (others,) = held.tensors
-        d_hidden = _d_hidden(others, ctx.saved_tensors, d_logprob, d_lse, ctx.options)
+        d_hidden = _d_hidden(others, weight, target, near, d_logprob, d_lse, ctx.options)
     return (d_hidden, *nothing)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ift_kernels as K
-from ift_kernels import engine, frozen_op, plan
+from ift_kernels import engine, frozen_op, plan, syncfree
 
 ROWS, WIDTH, VOCABULARY = 300, 24, 3001
 ROOM = {torch.float32: 2 << 20, torch.float64: 4 << 20, torch.bfloat16: 1 << 20}
@@ -131,6 +131,46 @@ def test_a_row_that_teaches_nothing_may_hold_nan():
     others = torch.ones(ROWS, dtype=torch.bool)
     others[100] = False
     assert got[others].isfinite().all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_targets_next_to_the_softcap(sign):
+    # Their slope is what is left of 1 - 1.
+    hidden, weight, bias, target, upstream = problem(torch.float32, False)
+    with torch.no_grad():
+        hidden[:] = 8 * sign * weight[target] / weight[target].norm(dim=1, keepdim=True)
+    errors = []
+    for schedule in ("forward", "recompute"):
+        with K.use_schedule(schedule):
+            stats = K.linear_logprobs(
+                hidden, weight, target, bias=bias, softcap=5.0, workspace=2 << 20
+            )
+        (got,) = torch.autograd.grad(stats.logprob, hidden, upstream[0])
+        only = upstream * torch.tensor([[1.0], [0.0]])
+        errors.append(distance(got, dense(hidden, weight, bias, target, only, softcap=5.0)))
+    assert errors[0] <= max(1e-6, 1.5 * errors[1])
+
+
+def test_the_result_may_be_edited_in_place():
+    hidden, weight, _, target, upstream = problem(torch.float32, False)
+    with K.use_schedule("forward"):
+        stats = K.linear_logprobs(hidden, weight, target, workspace=2 << 20)
+        stats.logprob[::2] = 0
+        (got,) = torch.autograd.grad(stats.logprob, hidden, upstream[0])
+        other = K.linear_logprobs(hidden, weight, target, workspace=2 << 20).logprob
+        (wanted,) = torch.autograd.grad(other[1::2], hidden, upstream[0][1::2])
+    assert torch.equal(got, wanted)
+
+
+def test_backward_without_waiting_for_the_device():
+    hidden, weight, bias, target, upstream = problem(torch.float32, True)
+    with K.use_schedule("forward"):
+        stats = K.linear_logprobs(hidden, weight, target, bias=bias, workspace=2 << 20)
+    assert plan.ledger.held
+    with syncfree.sync_free():
+        (got,) = torch.autograd.grad(stats.logprob, hidden, upstream[0])
+    only = upstream * torch.tensor([[1.0], [0.0]])
+    assert distance(got, dense(hidden, weight, bias, target, only)) <= 1e-6
 
 
 def test_a_second_call_before_the_first_backward():

@@ -164,7 +164,7 @@ def test_peak_of_gradients_formed_in_forward(case):
         assert forward.peak - formed <= mib * MIB + 64 * 8 * rows + MIB // 4
         with Allocations() as backward:
             out.sum().backward()
-    assert backward.peak <= 64 * 8 * rows + 10 * MIB  # some head rows, where it is frozen
+    assert backward.peak <= mib * MIB + 64 * 8 * rows  # some head rows, where it is frozen
 
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
