@@ -29,12 +29,12 @@ NEEDS = (True, False, False)
 GATHERED = 1 << 20  # elements of head rows at once
 
 
-def serves(needs: list[bool], track: int) -> bool:
+def serves(needs: list[bool], differentiable: int) -> bool:
     """Whether this is a call whose gradient can wait for no more than two factors a row."""
     # In sync-free mode rows that do not count are still there: 0 times their NaN would not be 0.
     return (
         tuple(needs) == NEEDS
-        and not track & (ref.TRACK_ENTROPY | ref.TRACK_MEAN)
+        and not differentiable & (ref.TRACK_ENTROPY | ref.TRACK_MEAN)
         and not syncfree.on()
     )
 

@@ -59,6 +59,7 @@ def linear_logprobs(
     softcap: float | None = None,
     temperature: float = 1.0,
     outputs: tuple[str, ...] = ("logprob",),
+    detached: tuple[str, ...] = (),
     gradient: str | ActiveSet = "exact",
     workspace: int | None = None,
 ) -> TokenStats:
@@ -84,6 +85,8 @@ def linear_logprobs(
         logit_scale, softcap, temperature: the transform above; by default logits stay as they are.
         outputs: any of "logprob", "lse", "entropy", "argmax" (with its log-probability),
             "second_logprob", "sum_sq", "mean_logit". Beyond the first two each costs a little.
+        detached: those of `outputs` that come without gradient, such as an entropy that is only
+            logged. With a frozen head, a gradient through entropy or mean_logit can cost a product.
         gradient: "exact", or "active" (an `ActiveSet` for its options): backward works on the
             columns that matter to a block of tokens and treats the rest as uniform. Gradients flow
             from logprob, lse, entropy and mean_logit to hidden, weight and bias, for any upstream
@@ -108,19 +111,30 @@ def linear_logprobs(
     """
     active = active_options(gradient)
     ignore_index = checks.integer("ignore_index", ignore_index)
-    if isinstance(outputs, str) or not isinstance(outputs, Collection):
-        raise TypeError(f"outputs: expected a tuple of names, got {outputs!r}")
-    track = 0
+    track, differentiable = tracks(outputs, detached)
+    transform = LogitTransform.checked(logit_scale, softcap, temperature)
+    call = _Call(hidden, weight, target, bias, ignore_index, transform, workspace)
+    stats = call.stats_and_norm(track, active, differentiable)[0]
+    if track & ref.TRACK_MEAN:
+        stats = stats._replace(mean_logit=stats.mean_logit + stats.lse)
+    stats = stats._replace(**{name: getattr(stats, name).detach() for name in detached})
+    kept = {"argmax_logprob" if name == "argmax" else name for name in outputs} | set(outputs)
+    return TokenStats(*(v if k in kept else None for k, v in stats._asdict().items()))
+
+
+def tracks(outputs: Collection[str], detached: Collection[str]) -> tuple[int, int]:
+    """What the epilogue must track for these outputs, and for those of them with a gradient."""
+    track = differentiable = 0
+    for argument, names in (("outputs", outputs), ("detached", detached)):
+        if isinstance(names, str) or not isinstance(names, Collection):
+            raise TypeError(f"{argument}: expected a tuple of names, got {names!r}")
     for name in outputs:
         checks.one_of("outputs", name, OUTPUTS)
         track |= OUTPUTS[name]
-    transform = LogitTransform.checked(logit_scale, softcap, temperature)
-    call = _Call(hidden, weight, target, bias, ignore_index, transform, workspace)
-    stats = call.stats(track, active)
-    if track & ref.TRACK_MEAN:
-        stats = stats._replace(mean_logit=stats.mean_logit + stats.lse)
-    kept = {"argmax_logprob" if name == "argmax" else name for name in outputs} | set(outputs)
-    return TokenStats(*(v if k in kept else None for k, v in stats._asdict().items()))
+        differentiable |= 0 if name in detached else OUTPUTS[name]
+    for name in detached:
+        checks.one_of("detached", name, outputs)
+    return track, differentiable
 
 
 def linear_cross_entropy(
@@ -249,11 +263,16 @@ class _Call:
 
     def stats(self, track: int, active: ActiveSet | None) -> Any:
         """All of TokenStats that `track` asks for, mean_logit less lse; the others are empty."""
-        return self.stats_and_norm(track, active)[0]
+        return self.stats_and_norm(track, active, track)[0]
 
-    def stats_and_norm(self, track: int, active: ActiveSet | None) -> tuple[Any, Tensor]:
-        """The same, and what lse is the sum of: largest logit and the rest, (2, tokens)."""
-        early = self.schedule != "recompute" and frozen_op.serves(self.needs, track)
+    def stats_and_norm(
+        self, track: int, active: ActiveSet | None, differentiable: int
+    ) -> tuple[Any, Tensor]:
+        """The same, and what lse is the sum of: largest logit and the rest, (2, tokens).
+
+        `differentiable`: what of `track` may get a gradient.
+        """
+        early = self.schedule != "recompute" and frozen_op.serves(self.needs, differentiable)
         if active is None and early and self.plan().schedule == "forward":
             values = torch.ops.ift_kernels.linear_frozen(*self.tensors, *self.options, track)
         elif active is None or not any(self.needs):

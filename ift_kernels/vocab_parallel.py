@@ -17,7 +17,7 @@ from ift_kernels import checks, linear, linear_ops
 from ift_kernels.active_set import ActiveSet
 from ift_kernels.active_set import options as active_options
 from ift_kernels.backends import reference as ref
-from ift_kernels.linear import OUTPUTS, TokenStats
+from ift_kernels.linear import TokenStats
 from ift_kernels.transform import LogitTransform
 
 _LITTLE = -1e30  # a logit
@@ -36,6 +36,7 @@ def vocab_parallel_logprobs(
     softcap: float | None = None,
     temperature: float = 1.0,
     outputs: tuple[str, ...] = ("logprob",),
+    detached: tuple[str, ...] = (),
     gradient: str | ActiveSet = "exact",
     workspace: int | None = None,
 ) -> TokenStats:
@@ -70,12 +71,7 @@ def vocab_parallel_logprobs(
     shard = _Shard.of(weight, bias, group)
     hidden = whole(hidden, weight)
     ignore_index = checks.integer("ignore_index", ignore_index)
-    if isinstance(outputs, str):
-        raise TypeError(f"outputs: expected a tuple of names, got {outputs!r}")
-    track = 0
-    for name in outputs:
-        checks.one_of("outputs", name, OUTPUTS)
-        track |= OUTPUTS[name]
+    track, differentiable = linear.tracks(outputs, detached)
     if track & ref.TRACK_SECOND:
         track |= ref.TRACK_ARGMAX  # says whose second it is
     active = active_options(gradient)
@@ -88,8 +84,9 @@ def vocab_parallel_logprobs(
     here = valid & (target >= shard.start) & (target < shard.start + shard.weight.shape[0])
     # Targets of other shards become any id: nothing is made of that log-probability.
     own = torch.where(here, target - shard.start, 0).masked_fill(~valid, _IGNORE)
-    local = _local(hidden, shard, own, transform, workspace, track, active)
+    local = _local(hidden, shard, own, transform, workspace, track, active, differentiable)
     stats = _combined(local, here, shard, track)
+    stats = stats._replace(**{name: getattr(stats, name).detach() for name in detached})
     kept = {"argmax_logprob" if name == "argmax" else name for name in outputs} | set(outputs)
     return TokenStats(
         *(
@@ -218,10 +215,11 @@ def _local(
     workspace: int | None,
     track: int,
     active: ActiveSet | None,
+    differentiable: int,
 ) -> _Local:
     if shard.weight.shape[0]:
         call = linear._Call(hidden, shard.weight, target, shard.bias, _IGNORE, transform, workspace)
-        stats, norm = call.stats_and_norm(track, active)
+        stats, norm = call.stats_and_norm(track, active, differentiable)
         return _Local(stats, *(part.view(target.shape) for part in norm))
     # No rows: next to no probability, by a finite number, so that 0 times it is 0. An edge of the
     # graph all the same, or this process would be missing where hidden's gradient is summed.

@@ -118,6 +118,50 @@ def test_who_is_served():
     assert not frozen_op.serves([False, False, False], 0)
 
 
+@pytest.mark.parametrize("name", ["entropy", "mean_logit"])
+def test_what_is_only_logged_comes_detached(name):
+    hidden, weight, _, target, upstream = problem(torch.float32, True)
+    with K.use_schedule("forward"):
+        stats = K.linear_logprobs(
+            hidden, weight, target, outputs=("logprob", name), detached=(name,), workspace=2 << 20
+        )
+        assert plan.ledger.held == (target != -100).sum() * WIDTH * 4
+        assert not getattr(stats, name).requires_grad
+        (got,) = torch.autograd.grad(stats.logprob, hidden, upstream[0])
+        plain = K.linear_logprobs(
+            hidden, weight, target, outputs=("logprob", name), workspace=2 << 20
+        )
+    (wanted,) = torch.autograd.grad(plain.logprob, hidden, upstream[0])
+    torch.testing.assert_close(getattr(stats, name), getattr(plain, name).detach())
+    assert distance(got, wanted.double()) <= 1e-6
+
+
+def test_only_outputs_can_be_detached():
+    hidden, weight, _, target, _ = problem(torch.float32, False)
+    with pytest.raises(ValueError, match=r"detached: expected one of \['logprob'\], got 'entropy'"):
+        K.linear_logprobs(hidden, weight, target, detached=("entropy",))
+    with pytest.raises(TypeError, match="detached: expected a tuple of names, got 'lse'"):
+        K.linear_logprobs(hidden, weight, target, detached="lse")
+
+
+def test_losses_from_hidden_states_form_it_in_forward():
+    import ift
+
+    hidden, weight, _, target, _ = problem(torch.float32, True)
+    metrics = {}
+    with K.use_schedule("forward"):
+        loss = ift.losses.from_hidden(
+            ift.losses.sft_loss, hidden[None], weight, target[None], metrics=metrics,
+            workspace=2 << 20,
+        )  # fmt: skip
+    assert plan.ledger.held == (target != -100).sum() * WIDTH * 4
+    assert metrics["entropy"] > 0
+    (got,) = torch.autograd.grad(loss, hidden)
+    exact = hidden.detach().double().requires_grad_()
+    mean = torch.nn.functional.cross_entropy(exact @ weight.double().T, target)
+    assert distance(got, torch.autograd.grad(mean, exact)[0]) <= 1e-6
+
+
 def test_a_row_that_teaches_nothing_may_hold_nan():
     hidden, weight, _, target, upstream = problem(torch.float32, False)
     with torch.no_grad():

@@ -203,6 +203,7 @@ def token_stats(
     workspace: int | None = None,
     *,
     outputs: tuple[str, ...] = ("logprob", "entropy", "argmax"),
+    detached: tuple[str, ...] = ("entropy",),
     temperature: float = 1.0,
 ) -> Callable[[Tensor, Tensor, Tensor | None], TokenStats]:
     """The answer that losses are made of: each target's cost, and two statistics for the logs.
@@ -228,6 +229,7 @@ def token_stats(
             ignore_index=IGNORE_INDEX,
             temperature=temperature,
             outputs=outputs,
+            detached=detached,
             gradient=own if gradient == "auto" else gradient,
             workspace=workspace,
             **transform_options(transform),

@@ -109,7 +109,10 @@ def _fused(
         target = shifted_targets(labels)
     transform = logit_transform(model, kwargs)
     gradient = model._ift_patch.gradient
-    ask = token_stats(target, transform, gradient, outputs=outputs, temperature=temperature)
+    ask = token_stats(
+        target, transform, gradient,
+        outputs=outputs, detached=("mean_logit",), temperature=temperature,
+    )  # fmt: skip
     output, stats = head_pass(model, original_forward(model), kwargs, ask)
 
     def columns(value: Tensor | None) -> Tensor | None:

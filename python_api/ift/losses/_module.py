@@ -107,7 +107,10 @@ def from_hidden(
         if name in taken and any(given.get(user) for user in users)
     )  # fmt: skip
     outputs = ("logprob", "entropy", "argmax", *(n for n in wanted if n != "entropy"))
-    stats = linear_logprobs(hidden, weight, target, outputs=outputs, gradient=gradient, **head)
+    detached = () if "entropy" in wanted else ("entropy",)  # for the metrics alone
+    stats = linear_logprobs(
+        hidden, weight, target, outputs=outputs, detached=detached, gradient=gradient, **head
+    )
     mask = target != ignore_index
     if isinstance(reference, Head):
         own = reference._asdict()
