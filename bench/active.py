@@ -228,7 +228,7 @@ def without_sweeps(report: dict[str, Any]) -> dict[str, Any]:
     return {**report, "groups": groups}
 
 
-def draw(report: dict[str, Any], path: str | Path) -> list[Path]:
+def draw(report: dict[str, Any], path: str | Path, columns: int = 2) -> list[Path]:
     """Time against active share, and error against threshold, of every group that has sweeps."""
     groups = [g for g in report["groups"] if any(c["case"] in SWEEPS for c in g["cells"])]
     if not groups:
@@ -239,9 +239,10 @@ def draw(report: dict[str, Any], path: str | Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     with rc_context({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(9.5, 3.1 * len(groups)), dpi=120, layout="constrained")
+        deep = len(groups) * 2 // columns
+        figure = Figure(figsize=(4.75 * columns, 3.1 * deep), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(len(groups), 2, squeeze=False)
+        panels = figure.subplots(deep, columns, squeeze=False).reshape(-1, 2)
         for (left, right), group in zip(panels, groups, strict=True):
             _time_panel(left, group)
             _error_panel(right, group)

@@ -15,8 +15,8 @@ QUANTITIES = {"seconds": ("time, ms", 1e3), "extra_bytes": ("peak memory, MiB", 
 Line = list[tuple[float, float]]
 
 
-def draw(report: Report, path: str | Path) -> list[Path]:
-    """Draw every group that has axes: one row for each axis, time beside memory.
+def draw(report: Report, path: str | Path, columns: int = 2) -> list[Path]:
+    """Draw every group that has axes: of each axis time beside memory, or in one column below.
 
     Returns:
         What was written: `path`, or nothing where no group has axes.
@@ -34,9 +34,10 @@ def draw(report: Report, path: str | Path) -> list[Path]:
 
     path = Path(path)
     with rc_context({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(9.5, 3.0 * len(rows)), dpi=120, layout="constrained")
+        deep = len(rows) * 2 // columns
+        figure = Figure(figsize=(4.75 * columns, 3.0 * deep), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(len(rows), 2, squeeze=False)
+        panels = figure.subplots(deep, columns, squeeze=False).reshape(-1, 2)
         for (left, right), (group, axis) in zip(panels, rows, strict=True):
             _panel(left, group, axis, "seconds", report["names"])
             _panel(right, group, axis, "extra_bytes", report["names"])

@@ -13,6 +13,7 @@ CLOSE = 1.03  # times the fastest: within the noise of most machines
 # Peers that give the gradient of a sum over tokens alone.
 SUMS = tuple(name for name, peer in PEERS.items() if "logprob" in peer.lacks)
 OURS = ("ours", "active", "active-dense", "shared")
+ERRORS_ALONE = ("dropped",)  # nobody would train with it
 
 
 class Source(NamedTuple):
@@ -66,8 +67,8 @@ class Case(NamedTuple):
     def _verdict(self, quantity: str, without: tuple[str, ...]) -> str:
         others = [
             c for c in self.cells
-            if c["implementation"] not in (*OURS, *without) and (c[quantity] or 0) > 0
-            and not c["implementation"].startswith("floor")
+            if c["implementation"] not in (*OURS, *ERRORS_ALONE, *without)
+            and (c[quantity] or 0) > 0 and not c["implementation"].startswith("floor")
         ]  # fmt: skip
         if self.ours is None or not others or self.ours[quantity] is None:
             return "–"

@@ -85,7 +85,7 @@ class Checker(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "source"):
             self.open.append(tag)
         self.images += [attrs["src"]] if tag == "img" else []
         self.links += [attrs["href"]] if "href" in attrs else []
