@@ -21,6 +21,7 @@ import ift_kernels
 from bench import head
 from bench.harness import Cell, Settings, Subject, measure
 from bench.peers import PEERS, Active, ActiveDense, Peer
+from bench.plots import WIDE, Layout
 from bench.worker import Worker
 from ift_kernels import ActiveSet
 
@@ -228,7 +229,7 @@ def without_sweeps(report: dict[str, Any]) -> dict[str, Any]:
     return {**report, "groups": groups}
 
 
-def draw(report: dict[str, Any], path: str | Path, columns: int = 2) -> list[Path]:
+def draw(report: dict[str, Any], path: str | Path, layout: Layout = WIDE) -> list[Path]:
     """Time against active share, and error against threshold, of every group that has sweeps."""
     groups = [g for g in report["groups"] if any(c["case"] in SWEEPS for c in g["cells"])]
     if not groups:
@@ -239,8 +240,10 @@ def draw(report: dict[str, Any], path: str | Path, columns: int = 2) -> list[Pat
     from matplotlib.figure import Figure
 
     with rc_context({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}):
+        columns = min(layout.columns, 2)
         deep = len(groups) * 2 // columns
-        figure = Figure(figsize=(4.75 * columns, 3.1 * deep), dpi=120, layout="constrained")
+        figure = Figure(figsize=(layout.diagram * columns, 3.1 * deep), dpi=layout.dpi,
+                        layout="constrained")  # fmt: skip
         FigureCanvasAgg(figure)
         panels = figure.subplots(deep, columns, squeeze=False).reshape(-1, 2)
         for (left, right), group in zip(panels, groups, strict=True):

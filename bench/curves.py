@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.plots import COLOURS
+from bench.plots import COLOURS, WIDE, Layout
 from bench.report import Report
 
 GREY = "#66717D"
@@ -15,7 +15,7 @@ QUANTITIES = {"seconds": ("time, ms", 1e3), "extra_bytes": ("peak memory, MiB", 
 Line = list[tuple[float, float]]
 
 
-def draw(report: Report, path: str | Path, columns: int = 2) -> list[Path]:
+def draw(report: Report, path: str | Path, layout: Layout = WIDE) -> list[Path]:
     """Draw every group that has axes: of each axis time beside memory, or in one column below.
 
     Returns:
@@ -34,8 +34,10 @@ def draw(report: Report, path: str | Path, columns: int = 2) -> list[Path]:
 
     path = Path(path)
     with rc_context({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}):
+        columns = min(layout.columns, 2)
         deep = len(rows) * 2 // columns
-        figure = Figure(figsize=(4.75 * columns, 3.0 * deep), dpi=120, layout="constrained")
+        figure = Figure(figsize=(layout.diagram * columns, 3.0 * deep), dpi=layout.dpi,
+                        layout="constrained")  # fmt: skip
         FigureCanvasAgg(figure)
         panels = figure.subplots(deep, columns, squeeze=False).reshape(-1, 2)
         for (left, right), (group, axis) in zip(panels, rows, strict=True):

@@ -39,12 +39,13 @@ class Layout(NamedTuple):
     names: float  # inches on the left
     letters: int  # of a name, in a line
     bar: float  # inches
+    diagram: float  # inches of one with curves; two are side by side, at most
     dpi: int
 
 
-WIDE = Layout(columns=4, names=2.1, letters=40, bar=0.2, dpi=120)
+WIDE = Layout(columns=4, names=2.1, letters=40, bar=0.2, diagram=4.75, dpi=120)
 # Shown at the width of a phone, where letters of a wide picture would be too small.
-NARROW = Layout(columns=1, names=1.4, letters=23, bar=0.25, dpi=170)
+NARROW = Layout(columns=1, names=1.4, letters=23, bar=0.25, diagram=3.9, dpi=170)
 
 
 class Row(NamedTuple):
@@ -108,7 +109,7 @@ def _picture(report: Report, path: Path, quantity: str, layout: Layout) -> bool:
                 place = ((layout.names + PANEL * column) / width, bottom / height,
                          (PANEL - 0.12) / width, bars / height)  # fmt: skip
                 axes = figure.add_axes(place)
-                _panel(axes, row, case, quantity, None if column else names)
+                _panel(axes, row, case, quantity, names, named=not column)
             if row.first:
                 top = (bottom + bars + 0.3) / height
                 figure.text(0.1 / width, top, row.group["name"], weight="bold", fontsize=9.5)
@@ -141,20 +142,28 @@ def _rows(group: Report, quantity: str, names: dict[str, str], columns: int) -> 
     return rows
 
 
-def _panel(axes: Any, row: Row, case: str, quantity: str, names: dict[str, str] | None) -> None:
-    """Bars of one case, in bare GEMMs; memory, and time without a floor, in naive forms."""
+def _panel(
+    axes: Any, row: Row, case: str, quantity: str, names: dict[str, str], *, named: bool
+) -> None:
+    """Bars of one case, in bare GEMMs; memory, and time without a floor, in naive forms.
+
+    Where there is no naive form either, in ours.
+    """
     cells = _cells(row.group, case, quantity)
     ratio, unit = "of_floor", "bare GEMMs"
     if quantity == "extra_bytes" or not any(cell["of_floor"] for cell in cells.values()):
         ratio, unit = "memory_of_naive" if quantity == "extra_bytes" else "of_naive", "naive"
-    known = [cell[ratio] for cell in cells.values() if cell[ratio] is not None]
-    cut = min(CUT, max([*known, 1.5]))
+    values = {name: cell[ratio] for name, cell in cells.items() if cell[ratio] is not None}
+    if not values and "ours" in cells and cells["ours"][quantity] > 0:
+        unit, one = names["ours"], cells["ours"][quantity]
+        values = {name: max(cell[quantity], 0) / one for name, cell in cells.items()}
+    cut = min(CUT, max([*values.values(), 1.5]))
     for y, implementation in enumerate(row.implementations):
         cell = cells.get(implementation)
         if cell is None:
             axes.text(0.02, y, "–", va="center", color="#888888")
             continue
-        value = cell[ratio]
+        value = values.get(implementation)
         label = duration(cell["seconds"]) if quantity == "seconds" else size(cell["extra_bytes"])
         if value is None:
             axes.text(0.02 * cut, y, label, va="center", fontsize=7.5)
@@ -178,6 +187,6 @@ def _panel(axes: Any, row: Row, case: str, quantity: str, names: dict[str, str] 
     axes.set_xticks([x for x in (0, 1, 2, 3, 4) if x <= cut])
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=7)
-    titles = [] if names is None else [names[name] for name in row.implementations]
-    axes.set_yticks(range(len(row.implementations)), titles or [""] * len(row.implementations))
+    titles = [names[name] if named else "" for name in row.implementations]
+    axes.set_yticks(range(len(titles)), titles)
     axes.set_title(f"{case}  (1 = {unit})", loc="left", fontsize=8, pad=3)

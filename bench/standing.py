@@ -82,22 +82,26 @@ class Case(NamedTuple):
 def by_group(sources: Sequence[Source], suite: str) -> dict[str, dict[str, dict[str, Case]]]:
     """Group → case → device → the case; of several files with it the newest.
 
-    Where they are of the same second, it is the one with most samples of ours.
+    Where they are of the same second, it is the one with most samples of ours. The order is that
+    of the file with most cases.
     """
     found: dict[str, dict[str, dict[str, Case]]] = {}
-    for source in sources:
-        if source.report["suite"] != suite:
-            continue
+    here = [source for source in sources if source.report["suite"] == suite]
+    for source in sorted(here, key=_cases, reverse=True):
         for group in source.report["groups"]:
             for name in group["titles"]:
                 case = Case(name, group, source)
                 if not case.cells:
                     continue
-                here = found.setdefault(group["name"], {}).setdefault(name, {})
-                known = here.get(source.device)
+                devices = found.setdefault(group["name"], {}).setdefault(name, {})
+                known = devices.get(source.device)
                 if known is None or _rank(case) > _rank(known):
-                    here[source.device] = case
+                    devices[source.device] = case
     return found
+
+
+def _cases(source: Source) -> int:
+    return sum(len(group["titles"]) for group in source.report["groups"])
 
 
 def _rank(case: Case) -> tuple[str, int]:

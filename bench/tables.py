@@ -29,7 +29,8 @@ ABOUT = {
     "masked": "Time and memory against the share of targets that are ignored.",
     "head": "Log-probabilities, statistics, token choice and cross-entropy of a linear head. "
     "A heading names tokens x width x vocabulary, and dtype.",
-    "active": "The active-set backward, whose gradients are approximate, against exact ones.",
+    "active": "The active-set backward, whose gradients are approximate, against exact ones. The "
+    "tables have ours with exact gradients, where there is no sweep; the pictures have both.",
     "scaling": "Cost against rows, width and vocabulary, with fitted exponents.",
     "ops": "Token choice, expected embedding, temporal residual and scans.",
     "overhead": "What a call costs where there is next to nothing to compute.",
@@ -155,16 +156,16 @@ def not_run(sources: Sequence[Source], suite: str) -> Table:
         for device, case in by_device.items()
         for cell in case.cells
     }
-    found: dict[tuple[str, str, str], list[str]] = {}
+    found: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
     for source in sources:
         for group in source.report["groups"] if source.report["suite"] == suite else ():
             for name, implementation, reason in _reasons(group):
                 if (group["name"], name, source.device, implementation) not in timed:
                     title = source.report["names"].get(implementation, implementation)
-                    cases = found.setdefault((title, reason, source.device), [])
-                    cases += [name] if name not in cases else []
-    rows = [[who, why, ", ".join(cases), device] for (who, why, device), cases in found.items()]
-    return Table("Not run, and why", ["", "reason", "cases", "device"], rows)
+                    cases, devices = found.setdefault((title, reason), ({}, {}))
+                    cases[name] = devices[source.device] = None
+    rows = [[who, why, *map(", ".join, where)] for (who, why), where in found.items()]
+    return Table("Not run, and why", ["", "reason", "cases", "devices"], rows)
 
 
 def _reasons(group: Report) -> Iterator[tuple[str, str, str]]:

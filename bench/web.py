@@ -53,7 +53,7 @@ figcaption, summary { color: var(--dim); font-size: 14px; }
 summary { padding: 4px 0; overflow-wrap: anywhere; }
 pre { font-size: 13px; overflow-x: auto; background: var(--stripe); padding: 8px; }
 @media (max-width: 700px) { body { padding: 0 12px 32px; } td small { width: 110px; }
-  img { width: 100%; } }
+  img { width: 100%; } td.yes, td.no { white-space: nowrap; } }
 </style></head><body>
 <h1>ift-kernels: benchmarks</h1>
 $read
@@ -123,9 +123,9 @@ def pictures(group: str, cases: dict[str, dict[str, Case]], sources: Sequence[So
         report = source.report | {"groups": groups}
         with tempfile.TemporaryDirectory() as folder:
             wide, narrow = (
-                active.draw(report, Path(folder, f"sweeps-{columns}.png"), columns)
-                + curves.draw(report, Path(folder, f"curves-{columns}.png"), columns)
-                for columns in (2, 1)
+                active.draw(report, Path(folder, f"sweeps-{layout.columns}.png"), layout)
+                + curves.draw(report, Path(folder, f"curves-{layout.columns}.png"), layout)
+                for layout in (plots.WIDE, plots.NARROW)
             )
             found += _figures(wide, narrow, f"{group}, from {_label(source)}")
     return found
@@ -158,11 +158,12 @@ def _figures(wide: Sequence[Path], narrow: Sequence[Path], label: str) -> list[s
 
 
 def _data(file: Path) -> str:
-    """With a palette: a third of the bytes, and flat colours look the same."""
+    """With a palette: a third of the bytes. The octree keeps rare colours, of a line or a mark."""
     from PIL import Image  # comes with matplotlib
 
     small = io.BytesIO()
-    Image.open(file).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "png")
+    image = Image.open(file).convert("RGB")
+    image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(small, "png")
     return f"data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}"
 
 
