@@ -292,7 +292,7 @@ def _time_panel(axes: Any, group: dict[str, Any]) -> None:
     axes.axhline(1, color="#222222", linewidth=1, linestyle=":", label="three bare GEMMs")
     axes.set(xlabel="active share k", ylabel="time / three bare GEMMs", ylim=(0, None))
     axes.set_title(f"{group['name']}: time", loc="left", fontsize=9, weight="bold")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, framealpha=0.85, edgecolor="none")
 
 
 def _error_panel(axes: Any, group: dict[str, Any]) -> None:
@@ -312,5 +312,5 @@ def _error_panel(axes: Any, group: dict[str, Any]) -> None:
                   markersize=4, linewidth=1.2, label=label)  # fmt: skip
     axes.set(yscale="log", xlabel="log₂ threshold", ylabel="relative error against fp64")
     axes.set_title(f"{group['name']}: error", loc="left", fontsize=9, weight="bold")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, framealpha=0.85, edgecolor="none")
     axes.grid(alpha=0.25)

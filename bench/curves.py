@@ -88,4 +88,4 @@ def _panel(axes: Any, group: Report, axis: Report, quantity: str, names: dict[st
     axes.set(xlabel=axis["unit"], ylabel=label)
     axes.set_title(f"{group['name']}: {axis['case']}", loc="left", fontsize=9, weight="bold")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, framealpha=0.85, edgecolor="none")

@@ -53,6 +53,8 @@ figcaption, summary { color: var(--dim); font-size: 14px; }
 summary { padding: 4px 0; overflow-wrap: anywhere; }
 pre { font-size: 13px; overflow-x: auto; background: var(--stripe); padding: 8px; }
 @media (max-width: 700px) { body { padding: 0 12px 32px; } td small { width: 110px; }
+  td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 110px;
+    max-width: 130px; }
   img { width: 100%; } td.yes, td.no { white-space: nowrap; } }
 </style></head><body>
 <h1>ift-kernels: benchmarks</h1>
@@ -175,11 +177,13 @@ def _everything(source: Source) -> str:
         rows = []
         for cell in group["cells"]:
             if cell["samples"]:
-                values = [duration(cell["seconds"]), f"{cell['spread']:.0%}",
+                spread = f"{cell['spread']:.0%}" if len(cell["samples"]) > 1 else ""
+                values = [duration(cell["seconds"]), spread,
                           times(cell.get("of_floor")), times(cell.get("of_naive")),
                           size(cell["extra_bytes"]), str(len(cell["samples"])),
                           ", ".join(f"{k} {v:.1e}" for k, v in cell["errors"].items())]  # fmt: skip
-                rows.append([f"{cell['case']}: {names[cell['implementation']]}", *values])
+                title = f"{cell['case']}: {names[cell['implementation']]}"
+                rows.append([title, *(value or "–" for value in values)])
         head = ["", "time", "±", "of floor", "of naive", "memory", "samples", "errors against fp64"]
         parts.append(_table(Table(group["name"], head, rows)))
     return f"<details><summary>all of {_label(source)}</summary>{''.join(parts)}</details>"
