@@ -21,6 +21,7 @@ import ift_kernels
 from bench import head
 from bench.harness import Cell, Settings, Subject, measure
 from bench.peers import PEERS, Active, ActiveDense, Peer
+from bench.plots import WIDE, Layout
 from bench.worker import Worker
 from ift_kernels import ActiveSet
 
@@ -228,7 +229,7 @@ def without_sweeps(report: dict[str, Any]) -> dict[str, Any]:
     return {**report, "groups": groups}
 
 
-def draw(report: dict[str, Any], path: str | Path) -> list[Path]:
+def draw(report: dict[str, Any], path: str | Path, layout: Layout = WIDE) -> list[Path]:
     """Time against active share, and error against threshold, of every group that has sweeps."""
     groups = [g for g in report["groups"] if any(c["case"] in SWEEPS for c in g["cells"])]
     if not groups:
@@ -239,9 +240,12 @@ def draw(report: dict[str, Any], path: str | Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     with rc_context({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(9.5, 3.1 * len(groups)), dpi=120, layout="constrained")
+        columns = min(layout.columns, 2)
+        deep = len(groups) * 2 // columns
+        figure = Figure(figsize=(layout.diagram * columns, 3.1 * deep), dpi=layout.dpi,
+                        layout="constrained")  # fmt: skip
         FigureCanvasAgg(figure)
-        panels = figure.subplots(len(groups), 2, squeeze=False)
+        panels = figure.subplots(deep, columns, squeeze=False).reshape(-1, 2)
         for (left, right), group in zip(panels, groups, strict=True):
             _time_panel(left, group)
             _error_panel(right, group)
@@ -288,7 +292,7 @@ def _time_panel(axes: Any, group: dict[str, Any]) -> None:
     axes.axhline(1, color="#222222", linewidth=1, linestyle=":", label="three bare GEMMs")
     axes.set(xlabel="active share k", ylabel="time / three bare GEMMs", ylim=(0, None))
     axes.set_title(f"{group['name']}: time", loc="left", fontsize=9, weight="bold")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, framealpha=0.85, edgecolor="none")
 
 
 def _error_panel(axes: Any, group: dict[str, Any]) -> None:
@@ -308,5 +312,5 @@ def _error_panel(axes: Any, group: dict[str, Any]) -> None:
                   markersize=4, linewidth=1.2, label=label)  # fmt: skip
     axes.set(yscale="log", xlabel="log₂ threshold", ylabel="relative error against fp64")
     axes.set_title(f"{group['name']}: error", loc="left", fontsize=9, weight="bold")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, framealpha=0.85, edgecolor="none")
     axes.grid(alpha=0.25)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.plots import COLOURS
+from bench.plots import COLOURS, WIDE, Layout
 from bench.report import Report
 
 GREY = "#66717D"
@@ -15,8 +15,8 @@ QUANTITIES = {"seconds": ("time, ms", 1e3), "extra_bytes": ("peak memory, MiB", 
 Line = list[tuple[float, float]]
 
 
-def draw(report: Report, path: str | Path) -> list[Path]:
-    """Draw every group that has axes: one row for each axis, time beside memory.
+def draw(report: Report, path: str | Path, layout: Layout = WIDE) -> list[Path]:
+    """Draw every group that has axes: of each axis time beside memory, or in one column below.
 
     Returns:
         What was written: `path`, or nothing where no group has axes.
@@ -34,9 +34,12 @@ def draw(report: Report, path: str | Path) -> list[Path]:
 
     path = Path(path)
     with rc_context({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(9.5, 3.0 * len(rows)), dpi=120, layout="constrained")
+        columns = min(layout.columns, 2)
+        deep = len(rows) * 2 // columns
+        figure = Figure(figsize=(layout.diagram * columns, 3.0 * deep), dpi=layout.dpi,
+                        layout="constrained")  # fmt: skip
         FigureCanvasAgg(figure)
-        panels = figure.subplots(len(rows), 2, squeeze=False)
+        panels = figure.subplots(deep, columns, squeeze=False).reshape(-1, 2)
         for (left, right), (group, axis) in zip(panels, rows, strict=True):
             _panel(left, group, axis, "seconds", report["names"])
             _panel(right, group, axis, "extra_bytes", report["names"])
@@ -85,4 +88,4 @@ def _panel(axes: Any, group: Report, axis: Report, quantity: str, names: dict[st
     axes.set(xlabel=axis["unit"], ylabel=label)
     axes.set_title(f"{group['name']}: {axis['case']}", loc="left", fontsize=9, weight="bold")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, framealpha=0.85, edgecolor="none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import textwrap
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +26,26 @@ STYLE: Any = {
     "axes.axisbelow": True,
 }
 CUT = 4.0  # a bar longer than this many units is cut, and says how long it is
-BEHIND: Any = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}  # of text
-COLUMNS = 6  # panels side by side, at most
-# Inches: names on the left, a panel, a bar, and what stands above and below a row of panels.
-NAMES, PANEL, BAR, ABOVE, BELOW, HEAD = 2.1, 2.15, 0.2, 0.5, 0.3, 0.5
+WHOLE = 1.85  # a panel is so many times as wide as its longest bar: there is text on the right
+BEHIND: Any = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # of text
+# Inches: a panel, what stands below and above a row of panels, a heading, and that of all of them.
+PANEL, BELOW, ABOVE, NAME, HEAD = 2.15, 0.26, 0.24, 0.26, 0.5
+
+
+class Layout(NamedTuple):
+    """How wide a picture may be."""
+
+    columns: int  # panels side by side, at most
+    names: float  # inches on the left
+    letters: int  # of a name, in a line
+    bar: float  # inches
+    diagram: float  # inches of one with curves; two are side by side, at most
+    dpi: int
+
+
+WIDE = Layout(columns=4, names=2.1, letters=40, bar=0.2, diagram=4.75, dpi=120)
+# Shown at the width of a phone, where letters of a wide picture would be too small.
+NARROW = Layout(columns=1, names=1.4, letters=23, bar=0.25, diagram=3.9, dpi=170)
 
 
 class Row(NamedTuple):
@@ -37,11 +54,11 @@ class Row(NamedTuple):
     group: Report
     cases: list[str]
     implementations: list[str]
+    first: bool  # of its group: has a heading
 
-    @property
-    def height(self) -> float:
-        """Inches of its bars."""
-        return BAR * len(self.implementations)
+    def above(self) -> float:
+        """Inches."""
+        return ABOVE + (NAME if self.first else 0)
 
 
 def available() -> bool:
@@ -49,7 +66,7 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw(report: Report, path: str | Path) -> list[Path]:
+def draw(report: Report, path: str | Path, layout: Layout = WIDE) -> list[Path]:
     """Draw times to `path` and, where memory was measured, that to ``…-memory.png`` beside it.
 
     Returns:
@@ -57,12 +74,15 @@ def draw(report: Report, path: str | Path) -> list[Path]:
     """
     path = Path(path)
     pictures = {path: "seconds", path.with_name(f"{path.stem}-memory.png"): "extra_bytes"}
-    return [file for file, quantity in pictures.items() if _picture(report, file, quantity)]
+    return [file for file, quantity in pictures.items() if _picture(report, file, quantity, layout)]
 
 
-def _picture(report: Report, path: Path, quantity: str) -> bool:
+def _picture(report: Report, path: Path, quantity: str, layout: Layout) -> bool:
     """One PNG; False if there is nothing to show."""
-    rows = [row for group in report["groups"] for row in _rows(group, quantity, report["names"])]
+    names = {name: textwrap.fill(title, layout.letters, break_long_words=False,
+                                 break_on_hyphens=False)
+             for name, title in report["names"].items()}  # fmt: skip
+    rows = [row for g in report["groups"] for row in _rows(g, quantity, names, layout.columns)]
     if not rows:
         return False
 
@@ -70,9 +90,10 @@ def _picture(report: Report, path: Path, quantity: str) -> bool:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    width = NAMES + PANEL * max(3, *(len(row.cases) for row in rows)) + 0.1
-    height = HEAD + sum(ABOVE + row.height + BELOW for row in rows)
-    with rc_context(STYLE):
+    most = max(min(3, layout.columns), *(len(row.cases) for row in rows))
+    width = layout.names + PANEL * most + 0.1
+    height = HEAD + sum(r.above() + layout.bar * len(r.implementations) + BELOW for r in rows)
+    with rc_context(STYLE | {"figure.dpi": layout.dpi}):
         figure = Figure(figsize=(width, height))
         FigureCanvasAgg(figure)
         about, what = report["provenance"], {"seconds": "Time", "extra_bytes": "Peak memory"}
@@ -82,14 +103,16 @@ def _picture(report: Report, path: Path, quantity: str) -> bool:
         figure.text(0.1 / width, 1 - 0.42 / height, where, fontsize=8, va="center", color="#555555")
         bottom = height - HEAD
         for row in rows:
-            bottom -= ABOVE + row.height
+            bars = layout.bar * len(row.implementations)
+            bottom -= row.above() + bars
             for column, case in enumerate(row.cases):
-                place = ((NAMES + PANEL * column) / width, bottom / height,
-                         (PANEL - 0.12) / width, row.height / height)  # fmt: skip
-                names = report["names"] if column == 0 else None
-                _panel(figure.add_axes(place), row, case, quantity, names)
-            top = (bottom + row.height + 0.3) / height
-            figure.text(0.1 / width, top, row.group["name"], weight="bold", fontsize=9.5)
+                place = ((layout.names + PANEL * column) / width, bottom / height,
+                         (PANEL - 0.12) / width, bars / height)  # fmt: skip
+                axes = figure.add_axes(place)
+                _panel(axes, row, case, quantity, names, named=not column)
+            if row.first:
+                top = (bottom + bars + 0.3) / height
+                figure.text(0.1 / width, top, row.group["name"], weight="bold", fontsize=9.5)
             bottom -= BELOW
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         figure.savefig(unfinished, format="png")
@@ -106,33 +129,41 @@ def _cells(group: Report, case: str, quantity: str) -> dict[str, Report]:
     }  # fmt: skip
 
 
-def _rows(group: Report, quantity: str, names: dict[str, str]) -> list[Row]:
+def _rows(group: Report, quantity: str, names: dict[str, str], columns: int) -> list[Row]:
     """The cases of a group; those of many implementations and of few do not share a row."""
     shown = {case: _cells(group, case, quantity) for case in group["titles"]}
     rows = []
     for _, cases in groupby((c for c in shown if shown[c]), key=lambda c: len(shown[c]) > 2):
         every = list(cases)
-        for at in range(0, len(every), COLUMNS):
-            some = every[at : at + COLUMNS]
+        for at in range(0, len(every), columns):
+            some = every[at : at + columns]
             has = [name for name in names if any(name in shown[case] for case in some)]
-            rows.append(Row(group, some, has))
+            rows.append(Row(group, some, has, not rows))
     return rows
 
 
-def _panel(axes: Any, row: Row, case: str, quantity: str, names: dict[str, str] | None) -> None:
-    """Bars of one case, in bare GEMMs; memory, and time without a floor, in naive forms."""
+def _panel(
+    axes: Any, row: Row, case: str, quantity: str, names: dict[str, str], *, named: bool
+) -> None:
+    """Bars of one case, in bare GEMMs; memory, and time without a floor, in naive forms.
+
+    Where there is no naive form either, in ours.
+    """
     cells = _cells(row.group, case, quantity)
     ratio, unit = "of_floor", "bare GEMMs"
     if quantity == "extra_bytes" or not any(cell["of_floor"] for cell in cells.values()):
         ratio, unit = "memory_of_naive" if quantity == "extra_bytes" else "of_naive", "naive"
-    known = [cell[ratio] for cell in cells.values() if cell[ratio] is not None]
-    cut = min(CUT, max([*known, 1.5]))
+    values = {name: cell[ratio] for name, cell in cells.items() if cell[ratio] is not None}
+    if not values and "ours" in cells and cells["ours"][quantity] > 0:
+        unit, one = names["ours"], cells["ours"][quantity]
+        values = {name: max(cell[quantity], 0) / one for name, cell in cells.items()}
+    cut = min(CUT, max([*values.values(), 1.5]))
     for y, implementation in enumerate(row.implementations):
         cell = cells.get(implementation)
         if cell is None:
             axes.text(0.02, y, "–", va="center", color="#888888")
             continue
-        value = cell[ratio]
+        value = values.get(implementation)
         label = duration(cell["seconds"]) if quantity == "seconds" else size(cell["extra_bytes"])
         if value is None:
             axes.text(0.02 * cut, y, label, va="center", fontsize=7.5)
@@ -141,24 +172,21 @@ def _panel(axes: Any, row: Row, case: str, quantity: str, names: dict[str, str] 
         axes.barh(y, min(value, cut), color=colour, height=0.74)
         text = times(value)
         cut_off = value > cut
-        end = (1.03 if cut_off else 0.03) * cut + (0 if cut_off else value)
         if cut_off:
             axes.text(
                 0.97 * cut, y, f"{text} ▸", va="center", ha="right", fontsize=7.5, weight="bold",
                 color="white" if colour != OTHER else "black",
             )  # fmt: skip
         else:
-            axes.text(end, y, text, va="center", fontsize=7.5, weight="bold", bbox=BEHIND)
-        axes.annotate(
-            label, (end, y), xytext=(0 if cut_off else 32, 0), textcoords="offset points",
-            va="center", fontsize=7.5, color="#555555", bbox=BEHIND,
-        )  # fmt: skip
+            axes.text(value + 0.03 * cut, y, text, va="center", fontsize=7.5, weight="bold",
+                      bbox=BEHIND)  # fmt: skip
+        axes.text(WHOLE * cut, y, label, va="center", ha="right", fontsize=7.5, color="#555555")
     axes.axvline(1, color=LINE, linewidth=1.1, linestyle="-" if ratio == "of_floor" else ":")
-    axes.set_xlim(0, cut * 1.72)
+    axes.set_xlim(0, cut * WHOLE)
     axes.set_ylim(len(row.implementations) - 0.5, -0.5)
     axes.set_xticks([x for x in (0, 1, 2, 3, 4) if x <= cut])
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=7)
-    titles = [] if names is None else [names[name] for name in row.implementations]
-    axes.set_yticks(range(len(row.implementations)), titles or [""] * len(row.implementations))
+    titles = [names[name] if named else "" for name in row.implementations]
+    axes.set_yticks(range(len(titles)), titles)
     axes.set_title(f"{case}  (1 = {unit})", loc="left", fontsize=8, pad=3)

@@ -13,6 +13,7 @@ CLOSE = 1.03  # times the fastest: within the noise of most machines
 # Peers that give the gradient of a sum over tokens alone.
 SUMS = tuple(name for name, peer in PEERS.items() if "logprob" in peer.lacks)
 OURS = ("ours", "active", "active-dense", "shared")
+ERRORS_ALONE = ("dropped",)  # nobody would train with it
 
 
 class Source(NamedTuple):
@@ -66,8 +67,8 @@ class Case(NamedTuple):
     def _verdict(self, quantity: str, without: tuple[str, ...]) -> str:
         others = [
             c for c in self.cells
-            if c["implementation"] not in (*OURS, *without) and (c[quantity] or 0) > 0
-            and not c["implementation"].startswith("floor")
+            if c["implementation"] not in (*OURS, *ERRORS_ALONE, *without)
+            and (c[quantity] or 0) > 0 and not c["implementation"].startswith("floor")
         ]  # fmt: skip
         if self.ours is None or not others or self.ours[quantity] is None:
             return "–"
@@ -81,22 +82,26 @@ class Case(NamedTuple):
 def by_group(sources: Sequence[Source], suite: str) -> dict[str, dict[str, dict[str, Case]]]:
     """Group → case → device → the case; of several files with it the newest.
 
-    Where they are of the same second, it is the one with most samples of ours.
+    Where they are of the same second, it is the one with most samples of ours. The order is that
+    of the file with most cases.
     """
     found: dict[str, dict[str, dict[str, Case]]] = {}
-    for source in sources:
-        if source.report["suite"] != suite:
-            continue
+    here = [source for source in sources if source.report["suite"] == suite]
+    for source in sorted(here, key=_cases, reverse=True):
         for group in source.report["groups"]:
             for name in group["titles"]:
                 case = Case(name, group, source)
                 if not case.cells:
                     continue
-                here = found.setdefault(group["name"], {}).setdefault(name, {})
-                known = here.get(source.device)
+                devices = found.setdefault(group["name"], {}).setdefault(name, {})
+                known = devices.get(source.device)
                 if known is None or _rank(case) > _rank(known):
-                    here[source.device] = case
+                    devices[source.device] = case
     return found
+
+
+def _cases(source: Source) -> int:
+    return sum(len(group["titles"]) for group in source.report["groups"])
 
 
 def _rank(case: Case) -> tuple[str, int]:

@@ -1,12 +1,15 @@
 """``python -m bench tour``: every suite in short, with nine minutes to share, and the page of it.
 
 Enough to see where the package stands on this machine; samples are few, so read ratios and not
-digits. A suite that fails is named, and the rest goes on.
+digits. A suite that fails is named, and the rest goes on. A suite measures every case once, however
+small its share: on a slow machine what the time did not suffice for is named, and the page is of
+the rest. Ctrl-C ends in that page too.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +24,9 @@ from bench.provenance import ROOT
 
 OUTPUT = ROOT / "build" / "bench"
 SHARE = 0.85  # of the minutes: processes start, data is made, pages are drawn
+LAST = 0.95  # of the minutes: what is not measured by then is left out
+PATIENCE = 20.0  # seconds for a suite that is interrupted to write what it has
+INTERRUPTED = (130, -signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -51,16 +57,25 @@ STOPS = (
 )  # fmt: skip
 
 
-def run(stops: tuple[Stop, ...], out: Path, minutes: float, threads: int) -> list[str]:
-    """Measure all stops into `out`, and write the page; the suites that failed."""
+def run(stops: tuple[Stop, ...], out: Path, minutes: float, threads: int) -> dict[str, str]:
+    """Measure all stops into `out`, and write the page.
+
+    Returns:
+        Suites that are not whole, each with the reason: failed, out of time, interrupted.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.json"):
         old.unlink()  # of another tour: the page has one
-    failed = []
-    end = time.monotonic() + 60 * SHARE * minutes
+    missing: dict[str, str] = {}
+    start = time.monotonic()
+    end, last = start + 60 * SHARE * minutes, start + 60 * LAST * minutes
     for at, stop in enumerate(stops):
+        now = time.monotonic()
+        if now >= last:
+            missing[stop.suite] = "out of time"
+            continue
         left = sum(later.share for later in stops[at:])
-        budget = max(end - time.monotonic(), 0.0) * stop.share / left
+        budget = max(end - now, 0.0) * stop.share / left
         file = out / f"{stop.suite}.json"
         command = [sys.executable, "-m", "bench", stop.suite, *stop.options, "--rounds", "3",
                    "--threads", str(threads), "--minutes", f"{budget / 60:.3f}",
@@ -68,14 +83,32 @@ def run(stops: tuple[Stop, ...], out: Path, minutes: float, threads: int) -> lis
         if plots.available():
             command += ["--plot", str(file.with_suffix(".png"))]
         print(f"{stop.suite}, about {budget:.0f} s", flush=True)
-        done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL)
-        if done.returncode:
-            failed.append(stop.suite)
-            if done.returncode in (130, -2):  # Ctrl-C: the page of what is there
-                break
+        code = measure(command, last - now)
+        if code in INTERRUPTED and time.monotonic() < last:
+            missing |= dict.fromkeys((later.suite for later in stops[at:]), "interrupted")
+            break
+        if code:
+            missing[stop.suite] = "out of time" if code in INTERRUPTED else "failed"
     if page.collect(out):
         page.main(["--results", str(out), "--html", str(out / "report.html")])
-    return failed
+    return missing
+
+
+def measure(command: list[str], seconds: float) -> int:
+    """The exit code of a suite; after `seconds` it is interrupted, and reports complete groups."""
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        pass  # a terminal interrupts both
+    try:
+        process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return INTERRUPTED[0]
 
 
 def main(arguments: list[str]) -> int:
@@ -90,7 +123,7 @@ def main(arguments: list[str]) -> int:
     if options.minutes <= 0:
         parser.error(f"--minutes: expected more than 0, got {options.minutes}")
     stops = tuple(s for s in STOPS if not options.suites or s.suite in options.suites)
-    failed = run(stops, options.output.resolve(), options.minutes, options.threads)
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    missing = run(stops, options.output.resolve(), options.minutes, options.threads)
+    for suite, reason in missing.items():
+        print(f"{suite}: {reason}", file=sys.stderr)
+    return 130 if "interrupted" in missing.values() else int("failed" in missing.values())

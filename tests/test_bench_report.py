@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bench import page, regress, report, standing
+from bench import page, plots, regress, report, standing, tables, web
 from bench.__main__ import main
 
 
@@ -82,11 +82,16 @@ class Checker(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()
         self.open, self.images, self.links, self.ids = [], [], [], set()
+        self.narrow, self.scrolls, self.last = [], [], None
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "source"):
             self.open.append(tag)
+        if tag == "table":
+            self.scrolls.append(self.last == ("div", "wide"))
+        self.last = tag, attrs.get("class")
+        self.narrow += [attrs["srcset"]] if tag == "source" else []
         self.images += [attrs["src"]] if tag == "img" else []
         self.links += [attrs["href"]] if "href" in attrs else []
         self.ids |= {attrs["id"]} if "id" in attrs else set()
@@ -110,11 +115,75 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path, capsys):
         "head", "provenance"
     }  # fmt: skip
     assert len(checker.images) == 4  # time and memory of both
-    assert all(image.startswith("data:image/png;base64,iVBORw0KGgo") for image in checker.images)
+    assert len(checker.narrow) == 4  # the same for phones
+    pictures = checker.images + checker.narrow
+    assert all(picture.startswith("data:image/png;base64,iVBORw0KGgo") for picture in pictures)
+    assert checker.scrolls and all(checker.scrolls)  # a table may be wider than the page
     assert 'name="viewport"' in found and "<link" not in found and "<script" not in found
     assert "&lt;CCE&gt;, by 1.10×" in found and "took too long" not in found
     row = next(r for r in text.read_text(encoding="utf-8").splitlines() if r.startswith("| scalar"))
     assert row.count("1.10 s") == 2  # devices side by side
+
+
+def test_who_did_not_run_is_told_once(tmp_path):
+    """For all devices, without who has a time in the file that is shown, or is timed elsewhere."""
+    older = made_up(*BASE, cell("cce", []), date="2025-01-01")
+    older["groups"][0]["absent"] = {"scalar": {"trl": "not <here>", "naive": "broken then"}}
+    other = made_up(*BASE)
+    other["groups"][0]["absent"] = {"scalar": {"trl": "not <here>"}}
+    sources = [
+        standing.Source(tmp_path / "one" / "a.json", older),
+        standing.Source(tmp_path / "one" / "b.json", made_up(*BASE)),
+        standing.Source(tmp_path / "two" / "c.json", other),
+    ]
+    assert tables.not_run(sources, "head").rows == [
+        ["trl", "not <here>", "scalar", "one, two"],
+        ["<CCE>", "took too long", "scalar", "one"],
+    ]
+    assert "| trl | not <here> | scalar | one, two |" in page.markdown(sources)
+    assert "<td>not &lt;here&gt;</td>" in web.page(sources)
+
+
+def test_the_summary_counts_what_the_tables_say(tmp_path):
+    lost = made_up(*BASE, cell("cce", [0.5]), cell("ours", [1.0], case="per-token"),
+                   cell("naive", [3.0], case="per-token"))  # fmt: skip
+    rows = tables.summary([standing.Source(tmp_path / "one" / "a.json", lost)]).rows
+    assert rows[tables.ORDER.index("head")] == ["head", "1 of 2", "–"]
+    assert rows[tables.ORDER.index("e2e")] == ["e2e", "–", "–"]
+    alone = made_up(cell("ours", [1.0]), cell("dropped", [9.0]))
+    rows = tables.summary([standing.Source(tmp_path / "one" / "a.json", alone)]).rows
+    assert rows[tables.ORDER.index("head")][1] == "–"  # nobody would train with what is dropped
+
+
+def test_pictures_are_of_the_cells_in_the_table(tmp_path, monkeypatch):
+    """Of several files of a device those that are shown, and not older ones of the same case."""
+    drawn = []
+    monkeypatch.setattr(plots, "draw", lambda report, *_: drawn.append(report) or [])
+    old = made_up(*BASE, cell("ours", [7.0], case="few"), date="2025-01-01")
+    sources = [
+        standing.Source(tmp_path / "one" / "a.json", old),
+        standing.Source(tmp_path / "one" / "b.json", made_up(cell("ours", [4.0]))),
+    ]
+    web.page(sources)
+    assert len(drawn) == 2  # wide and narrow
+    (group,) = drawn[0]["groups"]
+    assert [(c["case"], c["seconds"]) for c in group["cells"]] == [("scalar", 4.0), ("few", 7.0)]
+    assert drawn[0]["provenance"]["date"] == "2026-01-01"
+
+
+def test_a_picture_for_phones_is_narrow(tmp_path):
+    """At the width of a phone its letters are larger than those of the wide one."""
+    from PIL import Image
+
+    cells = [cell("ours", [1.0], case=f"case {i}") for i in range(6)]
+    found = made_up(*cells, *(cell("naive", [2.0], case=c["case"]) for c in cells))
+    inches = {}
+    for layout in (plots.WIDE, plots.NARROW):
+        (file,) = plots.draw(found, tmp_path / "a.png", layout)
+        with Image.open(file) as image:
+            inches[layout] = image.width / layout.dpi
+    assert inches[plots.NARROW] < 3.8  # 366 pixels: 8 points are 10 of them or more
+    assert inches[plots.WIDE] < 1240 / 110
 
 
 def test_steps_and_exponents_have_tables(tmp_path):

@@ -4,6 +4,8 @@ import argparse
 import functools
 import json
 import math
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -270,24 +272,53 @@ def test_the_tour_has_every_suite_within_its_time():
 
 
 def test_the_tour_ends_in_a_page_and_names_what_failed(tmp_path, monkeypatch, capsys):
-    elsewhere = tour.subprocess.run
-
-    def here(command, **options):  # a process of its own would import everything again
-        if command[1:3] != ["-m", "bench"]:
-            return elsewhere(command, **options)
+    def here(command, seconds):  # a process of its own would import everything again
         try:
-            return argparse.Namespace(returncode=main(command[3:]))
+            return main(command[3:])
         except SystemExit as end:
-            return argparse.Namespace(returncode=end.code)
+            return end.code
 
-    monkeypatch.setattr(tour.subprocess, "run", here)
+    monkeypatch.setattr(tour, "measure", here)
     options = ("--kinds", "greedy", "--implementations", "ours", "naive", "--dtype", "fp32")
     stops = (tour.Stop("overhead", 0.9, options), tour.Stop("head", 0.1, ("--shapes", "1")))
     (tmp_path / "old.json").write_text("{}")
-    assert tour.run(stops, tmp_path, 0.2, 1) == ["head"]
+    assert tour.run(stops, tmp_path, 0.2, 1) == {"head": "failed"}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "greedy N=16" in page and page.count("data:image/png;base64,") >= 1
     assert not (tmp_path / "old.json").exists()
+
+
+def test_the_tour_keeps_its_time(tmp_path, monkeypatch):
+    """A suite that takes all of it is interrupted, and those after it are not begun."""
+    called = []
+
+    def slow(command, seconds):
+        called.append((command[3], seconds))
+        time.sleep(max(seconds, 0))
+        return 130
+
+    monkeypatch.setattr(tour, "measure", slow)
+    missing = tour.run(tour.STOPS, tmp_path, 0.01, 1)
+    assert missing == {stop.suite: "out of time" for stop in tour.STOPS}
+    assert [name for name, _ in called] == [tour.STOPS[0].suite]
+    assert called[0][1] == pytest.approx(tour.LAST * 0.6, abs=0.1)
+
+
+def test_the_tour_ends_when_it_is_interrupted(tmp_path, monkeypatch):
+    monkeypatch.setattr(tour, "measure", lambda command, seconds: 130)
+    first, second, *_ = tour.STOPS
+    assert tour.run((first, second), tmp_path, 1.0, 1) == {
+        first.suite: "interrupted", second.suite: "interrupted"
+    }  # fmt: skip
+    assert tour.main(["--output", str(tmp_path)]) == 130
+
+
+def test_a_suite_is_interrupted_when_its_time_is_over():
+    report = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: raise SystemExit(0)"
+    started = time.monotonic()
+    assert tour.measure([sys.executable, "-c", report], 1.0) in tour.INTERRUPTED
+    assert time.monotonic() - started < 15
+    assert tour.measure([sys.executable, "-c", "raise SystemExit(3)"], 30.0) == 3
 
 
 def test_largest_is_asked_for_rows_of_the_same_setting():
