@@ -200,7 +200,7 @@ def add_wide(total: Tensor, part: Tensor) -> None:
     """``total += part``, a 16-bit `part` piece by piece: torch casts all that it adds at once."""
     step = len(part)
     if part.device.type == "cpu":
-        step = min(step, max((1 << 18) // part.shape[1], 1))
+        step = min(step, max((1 << 16) // part.shape[1], 1))
     for rows in slices(0, len(part), max(step, 1)):
         total[rows].add_(part[rows])  # += would also assign, a copy
 

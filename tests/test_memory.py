@@ -257,7 +257,7 @@ def test_copies_do_not_starve_the_tiles(some_ignored, dtype):
         linear_logprobs(h.hidden, h.weight, h.target, workspace=MIB).logprob.sum().backward()
     # Tiles of a quarter of the workspace, and four products for each, would be 183 to 367 products.
     ideal = 4 * 2000 * 3000 * dtype.itemsize / (MIB / 4)
-    assert seen.products <= 12 * ideal, seen.products
+    assert seen.products <= 14 * ideal, seen.products  # 13 with the copy that odd widths take
 
 
 def test_the_copy_of_rows_that_count_is_inside_the_workspace():
