@@ -49,6 +49,7 @@ def _frozen(
     chosen = plan.make(call.problem, plan.ledger.held, "forward")
     rows, wide = call.select(target), engine.wide(call.dtype)
     state, argmax = call.head.backend.new_state(len(rows), hidden.device)
+    near = state.new_zeros((2, len(rows)))
     done = 0
 
     def coefficients(part: Tensor, ids: Tensor) -> engine.RowGradient:
@@ -57,6 +58,7 @@ def _frozen(
         state[:, here], argmax[here] = part, ids
         logprob, *_, norm = linear_ops.row_values(part, ids, vocabulary)
         zero, p = torch.zeros_like(logprob), logprob.exp()
+        near[0, here], near[1, here] = -logprob.expm1(), p
         coef = torch.stack([-p, zero + 1, zero, zero])  # p_j times 1, and p_t less at the target
         return engine.RowGradient(rows, norm.to(wide), coef.to(wide))
 
@@ -68,11 +70,10 @@ def _frozen(
             )
             assert formed[0] is not None  # asked for by NEEDS
             others = formed[0]
+            near *= _slopes(call, rows)
         else:  # what earlier calls hold, or copies of the rows that count, left too little room
             chosen = plan.make(call.problem, 0, "recompute")
             state, argmax = engine.statistics(call.head, rows, track, chosen)
-        logprob, slope = linear_ops.row_values(state, argmax, vocabulary)[0], _slopes(call, rows)
-    near = torch.stack([-logprob.expm1() * slope, logprob.exp() * slope])
     outputs = linear_ops.outputs(call, state, argmax, track)
     return (*outputs, call.scatter(near, wide), others)
 
