@@ -21,7 +21,7 @@ import ift_kernels
 from bench import head
 from bench.harness import Cell, Settings, Subject, measure
 from bench.peers import PEERS, Active, ActiveDense, Peer
-from bench.plots import WIDE, Layout
+from bench.plots import WIDE, Layout, pairs
 from bench.worker import Worker
 from ift_kernels import ActiveSet
 
@@ -235,22 +235,11 @@ def draw(report: dict[str, Any], path: str | Path, layout: Layout = WIDE) -> lis
     if not groups:
         return []
 
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}):
-        columns = min(layout.columns, 2)
-        deep = len(groups) * 2 // columns
-        figure = Figure(figsize=(layout.diagram * columns, 3.1 * deep), dpi=layout.dpi,
-                        layout="constrained")  # fmt: skip
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(deep, columns, squeeze=False).reshape(-1, 2)
+    path = Path(path)
+    with pairs(path, len(groups), 3.1, layout) as panels:
         for (left, right), group in zip(panels, groups, strict=True):
             _time_panel(left, group)
             _error_panel(right, group)
-        path = Path(path)
-        figure.savefig(path, format="png")
     return [path]
 
 

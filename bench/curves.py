@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.plots import COLOURS, WIDE, Layout
+from bench.plots import COLOURS, WIDE, Layout, pairs
 from bench.report import Report
 
 GREY = "#66717D"
@@ -28,22 +28,11 @@ def draw(report: Report, path: str | Path, layout: Layout = WIDE) -> list[Path]:
     if not rows:
         return []
 
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     path = Path(path)
-    with rc_context({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}):
-        columns = min(layout.columns, 2)
-        deep = len(rows) * 2 // columns
-        figure = Figure(figsize=(layout.diagram * columns, 3.0 * deep), dpi=layout.dpi,
-                        layout="constrained")  # fmt: skip
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(deep, columns, squeeze=False).reshape(-1, 2)
+    with pairs(path, len(rows), 3.0, layout) as panels:
         for (left, right), (group, axis) in zip(panels, rows, strict=True):
             _panel(left, group, axis, "seconds", report["names"])
             _panel(right, group, axis, "extra_bytes", report["names"])
-        figure.savefig(path, format="png")
     return [path]
 
 

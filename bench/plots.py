@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import textwrap
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,6 +120,23 @@ def _picture(report: Report, path: Path, quantity: str, layout: Layout) -> bool:
         figure.savefig(unfinished, format="png")
         unfinished.replace(path)
     return True
+
+
+@contextlib.contextmanager
+def pairs(path: Path, count: int, height: float, layout: Layout) -> Iterator[Any]:
+    """Room for `count` pairs of panels, side by side or one below the other; saved at the end."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}):
+        columns = min(layout.columns, 2)
+        deep = count * 2 // columns
+        figure = Figure(figsize=(layout.diagram * columns, height * deep), dpi=layout.dpi,
+                        layout="constrained")  # fmt: skip
+        FigureCanvasAgg(figure)
+        yield figure.subplots(deep, columns, squeeze=False).reshape(-1, 2)
+        figure.savefig(path, format="png")
 
 
 def _cells(group: Report, case: str, quantity: str) -> dict[str, Report]:
