@@ -174,26 +174,52 @@ class Sum:
     """``total[rows] += a @ b`` over tiles, in float32 whatever the dtype of the products.
 
     torch's CPU product of two bfloat16 matrices is rounded to bfloat16, so every partial product is
-    rounded once; their sum is not.
+    rounded once; their sum is not. A first product of all rows is the sum so far, as it is: often
+    there is no other.
     """
 
     def __init__(self, shape: tuple[int, int], like: Tensor, into: Tensor | None = None) -> None:
-        """`into`: where the sum is to be, of this shape and in the dtype of sums."""
-        if into is None:
-            into = torch.empty(shape, dtype=wide(like.dtype), device=like.device)
-        self.total = into.zero_()
-        self.part = None if like.dtype == self.total.dtype else like.new_empty(shape)
+        """`into`: where the sum is best formed, of this shape; `result` says whether it was."""
+        self._width, self._like = shape[1], like
+        self.restart(shape[0], into)
 
     def restart(self, rows: int, into: Tensor | None = None) -> None:
-        """The sum of other rows, no more than before, in the same memory or `into`."""
-        self.total = (self.total[:rows] if into is None else into).zero_()
-        self.part = None if self.part is None else self.part[:rows]
+        """The sum of other rows."""
+        self._shape, self._into = (rows, self._width), into
+        self._first: Tensor | None = None
+        self._total: Tensor | None = None
+        self._part: Tensor | None = None
+
+    def _room(self, dtype: torch.dtype) -> Tensor:
+        if self._into is not None and self._into.dtype == dtype:
+            return self._into
+        return self._like.new_empty(self._shape, dtype=dtype)
+
+    @property
+    def total(self) -> Tensor:
+        """The sum so far, to be added to in place."""
+        if self._total is None:
+            dtype = wide(self._like.dtype)
+            if self._first is None:
+                self._total = self._room(dtype).zero_()
+            else:
+                self._total = self._first.to(dtype)
+        return self._total
 
     def add(self, rows: slice, a: Tensor, b: Tensor) -> None:
-        if self.part is None:
+        if self._first is None and self._total is None and len(a) == self._shape[0]:
+            self._first = torch.mm(a, b, out=self._room(a.dtype))
+        elif self.total.dtype == a.dtype:
             self.total[rows].addmm_(a, b)
         else:
-            add_wide(self.total[rows], torch.mm(a, b, out=self.part[rows]))
+            if self._part is None:
+                self._part = a.new_empty(self._shape) if self._first is None else self._first
+            add_wide(self.total[rows], torch.mm(a, b, out=self._part[rows]))
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        """The whole sum in `dtype`."""
+        only = self._first if self._total is None else None
+        return (self.total if only is None else only).to(dtype)
 
 
 def add_wide(total: Tensor, part: Tensor) -> None:
@@ -234,7 +260,7 @@ class Gradients:
         tile_rows: int,
         into: Tensor | None = None,
     ) -> None:
-        """`into`: where the sum of hidden's gradient is to be, see `Sum`."""
+        """`into`: where the gradient of hidden is best summed, see `Sum`."""
         self.head, self.hidden_dtype = head, hidden_dtype
         n, width = head.hidden.shape
         like = head.hidden
@@ -307,11 +333,11 @@ class Gradients:
         assert self.chunk_sum is not None
         self.chunk_sum.add(slice(None), flipped, hidden)
         if rows.stop == n:
-            out.copy_(self.chunk_sum.total)
+            out.copy_(self.chunk_sum.result(out.dtype))
             self.chunk_sum = None
 
     def results(self) -> Results:
-        hidden = None if self.hidden is None else self.hidden.total.to(self.hidden_dtype)
+        hidden = None if self.hidden is None else self.hidden.result(self.hidden_dtype)
         return hidden, self.weight, self.bias
 
 
@@ -381,13 +407,10 @@ def forward_gradients(
     if n == 0:
         return _nothing(head, needs, hidden_dtype)
     d_hidden = head.hidden.new_empty((n, width), dtype=hidden_dtype) if needs[0] else None
-    in_place = hidden_dtype == wide(head.hidden.dtype)  # the sums of dh are dh itself
     buffer = new_rows(head.backend, head.hidden, min(plan.tile_rows, n), head.vocabulary)
     total: Gradients | None = None
     for rows in slices(0, n, plan.tile_rows):
-        part, into = head.rows(rows), None
-        if d_hidden is not None and in_place:
-            into = d_hidden[rows]
+        part, into = head.rows(rows), None if d_hidden is None else d_hidden[rows]
         kept = buffer[: part.hidden.shape[0]]
         state, argmax = statistics(part, target[rows], track, plan, kept)
         row_gradient = coefficients(state, argmax)._replace(target=target[rows])
@@ -396,8 +419,10 @@ def forward_gradients(
         else:
             total.restart(part, into)
         total.consume(kept, row_gradient, plan.tile_columns)
-        if d_hidden is not None and into is None and total.hidden is not None:
-            d_hidden[rows] = total.hidden.total
+        if into is not None and total.hidden is not None:
+            formed = total.hidden.result(hidden_dtype)
+            if formed is not into:
+                into.copy_(formed)
     assert total is not None
     return d_hidden, total.weight, total.bias
 

@@ -56,7 +56,7 @@ def _frozen(
         nonlocal done
         here = slice(done, done := done + len(ids))
         state[:, here], argmax[here] = part, ids
-        logprob, *_, norm = linear_ops.row_values(part, ids, vocabulary)
+        logprob, *_, norm = linear_ops.row_values(part, ids, vocabulary, 0)
         zero, p = torch.zeros_like(logprob), logprob.exp()
         near[0, here], near[1, here] = -logprob.expm1(), p
         coef = torch.stack([-p, zero + 1, zero, zero])  # p_j times 1, and p_t less at the target

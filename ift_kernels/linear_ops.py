@@ -6,6 +6,7 @@ Read downward: schemas, what a call needs to know, then `linear_stats` forward a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -158,6 +159,9 @@ def check_targets(target: Tensor, valid: Tensor, vocabulary: int, name: str = "t
     """Raise a ValueError for a target outside the vocabulary, where looking costs no stall."""
     if target.device.type != "cpu" or not target.numel():
         return  # elsewhere a check would stall the device's queue
+    low, high = target.aminmax()
+    if int(low) >= 0 and int(high) < vocabulary:
+        return
     bad = valid & ((target < 0) | (target >= vocabulary))
     if bool(bad.any()):
         at = int(bad.nonzero()[0, 0])
@@ -167,22 +171,27 @@ def check_targets(target: Tensor, valid: Tensor, vocabulary: int, name: str = "t
         )
 
 
-def row_values(state: Tensor, argmax: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
-    """The outputs of `linear_stats` up to `norm`, from the final running state; float64."""
+def row_values(state: Tensor, argmax: Tensor, vocabulary: int, track: int) -> tuple[Tensor, ...]:
+    """The outputs of `linear_stats` up to `norm`, from the final running state; float64.
+
+    What `track` does not ask for is empty: beside few tokens every operation counts.
+    """
     top, total = state[ref.MAX], state[ref.SUM]
     log_sum = total.log()
-    return (
-        (state[ref.TARGET] - top) - log_sum,
-        top + log_sum,
-        log_sum - state[ref.E_Z] / total,
-        argmax,
-        (top - top) - log_sum,  # NaN, not +inf, where every token is masked out
-        (state[ref.SECOND] - top) - log_sum,
-        state[ref.E_SQ] / total.square(),
+    values: tuple[Callable[[], Tensor], ...] = (
+        lambda: (state[ref.TARGET] - top) - log_sum,
+        lambda: top + log_sum,
+        lambda: log_sum - state[ref.E_Z] / total,
+        lambda: argmax,
+        lambda: (top - top) - log_sum,  # NaN, not +inf, where every token is masked out
+        lambda: (state[ref.SECOND] - top) - log_sum,
+        lambda: state[ref.E_SQ] / total.square(),
         # Relative to lse while still in float64: a large common logit would cost digits later.
-        (state[ref.Z_SUM] / vocabulary - top) - log_sum,
-        torch.stack([top, log_sum]),
+        lambda: (state[ref.Z_SUM] / vocabulary - top) - log_sum,
+        lambda: torch.stack([top, log_sum]),
     )
+    pairs = zip(values, tracked(track), strict=True)
+    return tuple(value() if asked else state.new_empty(0) for value, asked in pairs)
 
 
 def row_coefficients(
@@ -218,12 +227,10 @@ def tracked(track: int) -> tuple[int, ...]:
 
 def outputs(call: Call, state: Tensor, argmax: Tensor, track: int) -> tuple[Tensor, ...]:
     """What `linear_stats` returns up to `norm`: all rows, empty where not asked for."""
-    values = row_values(state, argmax, call.head.vocabulary)
+    values = row_values(state, argmax, call.head.vocabulary, track)
     dtype = engine.wide(call.dtype)
     return tuple(
-        call.scatter(v, v.dtype if v.dtype == torch.int64 else dtype)
-        if asked
-        else call.head.hidden.new_empty(0, dtype=dtype)
+        call.scatter(v, v.dtype if v.dtype == torch.int64 else dtype) if asked else v.to(dtype)
         for v, asked in zip(values, tracked(track), strict=True)
     )
 

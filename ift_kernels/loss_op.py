@@ -35,15 +35,15 @@ def _loss(
     early = chosen.schedule == "forward" and call.keep is None
     vocabulary, dtype = weight.shape[0], engine.wide(call.dtype)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    norms = []
+    norms: list[Tensor] = []
 
     def coefficients(state: Tensor, argmax: Tensor) -> engine.RowGradient:
-        logprob, lse, *_, mean, norm = linear_ops.row_values(state, argmax, vocabulary)
-        if call.keep is not None:
-            logprob, lse, mean = (v.masked_fill(~call.keep, 0) for v in (logprob, lse, mean))
+        logprob, lse, *_, mean, norm = linear_ops.row_values(state, argmax, vocabulary, track)
         loss = z_loss * lse.square() - (1 - smoothing) * logprob
         if smoothing:
             loss = loss - smoothing * mean
+        if call.keep is not None:
+            loss = loss.masked_fill(~call.keep, 0)
         total.add_(loss.sum())
         norms.append(norm.to(dtype))
         upstream = loss_upstream(norm, factor, smoothing, z_loss)

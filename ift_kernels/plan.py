@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -105,6 +106,7 @@ def tile(
     return tile_rows, min(tile_columns, columns)
 
 
+@functools.lru_cache(maxsize=256)  # a training step asks for the same plans again and again
 def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None) -> Plan:
     """The cheapest plan that fits; `schedule` forces one (as far as it can serve the call)."""
     p = problem

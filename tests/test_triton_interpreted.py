@@ -96,7 +96,7 @@ def test_statistics(dtype, transform, bias, track, blocks):
         assert torch.equal(x.isnan(), before.isnan()) and torch.equal(
             x.nan_to_num(), before.nan_to_num()
         )
-    values = linear_ops.row_values(*ours, 196), linear_ops.row_values(*theirs, 196)
+    values = (linear_ops.row_values(*state, 196, track) for state in (ours, theirs))
     for i, (a, b) in enumerate(zip(*values, strict=True)):
         if linear_ops.tracked(track)[i] and i != 8:
             close(a, b)

@@ -83,15 +83,26 @@ void dlogits(const Chunk& c, const DlogitsRows& rows) {
       if (rows.transposed) {
         auto* out = static_cast<uint16_t*>(rows.transposed);
         const int64_t groups = (c.rows + kRowGroup - 1) / kRowGroup;
-#pragma omp parallel for schedule(static) num_threads(c.threads) if (groups > 1 && c.threads > 1)
-        for (int64_t group = 0; group < groups; ++group) {
-          const int64_t first = group * kRowGroup;
+        const int64_t blocks = (c.cols + kColumnBlock - 1) / kColumnBlock;
+        // Few rows: their columns are split among the threads as well.
+        const int64_t spans = groups < 4 * c.threads ? std::min<int64_t>(c.threads, blocks) : 1;
+        const int64_t parts = groups * spans;
+#pragma omp parallel for schedule(static) num_threads(c.threads) if (parts > 1 && c.threads > 1)
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t first = part / spans * kRowGroup, span = part % spans;
           const int count = static_cast<int>(std::min<int64_t>(kRowGroup, c.rows - first));
           T* x = static_cast<T*>(c.x) + first * c.ld;
-          for (int64_t begin = 0; begin < c.cols; begin += kColumnBlock) {
+          for (int64_t block = blocks * span / spans; block < blocks * (span + 1) / spans;
+               ++block) {
+            const int64_t begin = block * kColumnBlock;
             const int64_t end = std::min<int64_t>(begin + kColumnBlock, c.cols);
-            for (int i = 0; i < count; ++i)
+            for (int i = 0; i < count; ++i) {
+              // The lines that the transpose writes, far apart, a share with each row: waiting for
+              // them, one after another, would cost as much as the gradient itself.
+              for (int64_t j = begin + i; j < end; j += kRowGroup)
+                __builtin_prefetch(out + j * rows.transposed_ld + first, 1, 2);
               gradient_block(x + i * c.ld, c, f, first + i, rows, begin, end);
+            }
             transpose(reinterpret_cast<const uint16_t*>(x) + begin, c.ld, count, end - begin,
                       out + begin * rows.transposed_ld + first, rows.transposed_ld);
           }

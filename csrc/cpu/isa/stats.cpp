@@ -134,6 +134,11 @@ void stats_rows(const Chunk& c, const int64_t* target, double* state, int64_t ld
                at[kZSum * ld], at[kSecond * ld], argmax[r]};
     for (int64_t begin = 0; begin < c.cols; begin += kBlock) {
       int n = static_cast<int>(std::min<int64_t>(kBlock, c.cols - begin));
+      const int64_t next = begin + kBlock;
+      if (next < c.cols)
+        prefetch(row + next, std::min<int64_t>(kBlock, c.cols - next) * sizeof(T));
+      else if (r + 1 < c.rows)
+        prefetch(row + c.ld, std::min<int64_t>(kBlock, c.cols) * sizeof(T));
       if (fast && n == kBlock &&
           fold_plain<(kTrack & kEntropy) != 0>(s, row + begin, n, f.pre, c.offset + begin, track))
         continue;

@@ -76,7 +76,7 @@ def active_gradients(
     if not formed.marks.shape[0]:  # nothing was kept
         state, argmax, formed = active_form(head, row_gradient.target, 0, at)
         # That of forward may be of products that the vendor had rounded.
-        norm = linear_ops.row_values(state, argmax, head.vocabulary)[-1]
+        norm = linear_ops.row_values(state, argmax, head.vocabulary, 0)[-1]
         row_gradient = row_gradient._replace(norm=norm.to(row_gradient.norm.dtype))
     n, v, block = formed.layout[0].tolist()
     at = replace(at, rows=n, columns=v, block=block)
