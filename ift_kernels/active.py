@@ -31,6 +31,7 @@ from ift_kernels.active_set import ActiveSet
 from ift_kernels.backends import reference as ref
 from ift_kernels.engine import Head, Tile, slices
 from ift_kernels.plan import TILE_BYTES, Problem
+from ift_kernels.sums import wide_dtype
 
 SPARSE, DENSE, AGAIN = range(3)  # how a tile was left: active columns, all products, nothing
 # Above this share of active columns two dense products cost no more than gathering the columns.
@@ -71,19 +72,14 @@ def tiling(problem: Problem, options: ActiveSet, held_elsewhere: int = 0) -> Til
     p, n, itemsize = problem, max(problem.rows, 1), problem.dtype.itemsize
     block = min(options.block, -(-n // 32) * 32)
     tails, blocks = -(-p.vocabulary // options.tail_tile), -(-n // block)
-    whole = keeps_whole(options, p.need_weight, p.need_bias)
     fixed = tails * p.width * 4 + blocks * p.vocabulary + 5 * tails * n * 4
     if p.need_hidden:
         fixed += n * p.width * (4 + (itemsize if itemsize < 4 else 0))
     parts = min(PARTS, p.workspace // 16 // itemsize)
-    if p.need_weight and not whole:
+    if p.need_weight:
         fixed += parts * itemsize + (n * p.width * 4 if itemsize < 4 else 0)
     best = None
-    # What is kept whole wants the room, and a small tile with all rows costs the products little.
-    first = TILE_BYTES
-    if whole:
-        first = min(TILE_BYTES, max(TILE_BYTES >> 2, n * options.tail_tile * itemsize))
-    for bytes_of_tile in (first >> shift for shift in range(8)):
+    for bytes_of_tile in (TILE_BYTES >> shift for shift in range(8)):
         fit = bytes_of_tile // (n * itemsize) // options.tail_tile
         columns = min(max(fit, 1) * options.tail_tile, p.vocabulary)
         rows = max(bytes_of_tile // (columns * itemsize) // block, 1) * block
@@ -103,11 +99,6 @@ def tiling(problem: Problem, options: ActiveSet, held_elsewhere: int = 0) -> Til
         if 2 * work <= p.workspace:
             break
     return best
-
-
-def keeps_whole(options: ActiveSet, need_weight: bool, need_bias: bool) -> bool:
-    """Whether the head is trained by its exact gradient, which needs all products."""
-    return options.dW == "dense" and (need_weight or need_bias)
 
 
 class Formed(NamedTuple):
@@ -134,24 +125,15 @@ def tiles(head: Head, at: Tiling) -> list[tuple[slice, slice]]:
     ]
 
 
-def products(
-    head: Head, at: Tiling, order: list[tuple[slice, slice]], store: Tensor | None = None
-) -> Iterator[Tile]:
-    """The products of these tiles, in `store` as far as they fit, then in one scratch buffer."""
-    scratch, used = None, 0
+def products(head: Head, at: Tiling, order: list[tuple[slice, slice]]) -> Iterator[Tile]:
+    """The products of these tiles, in one scratch buffer."""
+    scratch = None
     for rows, columns in order:
         size = rows.stop - rows.start, columns.stop - columns.start
-        elements = whole_elements(head.hidden, *size)
-        if store is not None and used + elements <= store.numel():
-            padded = store[used : used + elements].view(size[0], -1)
-            padded[:, size[1] :] = 0  # as in engine.new_rows
-            used += whole_lines(elements)
-            product = padded[:, : size[1]]
-        else:
-            if scratch is None or size[1] > scratch.shape[1]:
-                scratch = engine.new_rows(head.backend, head.hidden, at.rows, size[1])
-            scratch[:, size[1] :] = 0
-            product = scratch[: size[0], : size[1]]
+        if scratch is None or size[1] > scratch.shape[1]:
+            scratch = engine.new_rows(head.backend, head.hidden, at.rows, size[1])
+        scratch[:, size[1] :] = 0  # as in engine.new_rows
+        product = scratch[: size[0], : size[1]]
         weight = head.weight_chunk(columns)
         yield Tile(rows, columns, torch.mm(head.hidden[rows], weight.T, out=product))
 
@@ -191,26 +173,24 @@ def collect(
     )  # fmt: skip
 
 
-def form(
-    head: Head, target: Tensor, track: int, at: Tiling, whole: bool
-) -> tuple[Tensor, Tensor, Formed]:
+def form(head: Head, target: Tensor, track: int, at: Tiling) -> tuple[Tensor, Tensor, Formed]:
     """Running state and argmax as `engine.statistics`, and the active set of every tile that fits.
 
     Columns are marked against the log-sum-exp so far, which is at most the final one: what it marks
-    is a superset. With `whole` all products are kept as they are, for an exact dW.
+    is a superset.
     """
     n, backend, like = head.hidden.shape[0], head.backend, head.hidden
     state, argmax = backend.new_state(n, like.device)
     order = tiles(head, at)
     layout = nothing_kept(at, len(order))
     store = backend.scratch(like, at.capacity // like.element_size() if n else 0)
-    sets = store.numel() > 0 and not whole
+    sets = store.numel() > 0
     rows_of_blocks = at.blocks(slice(0, n)).stop if sets else 0
     tail_tiles = at.tails(slice(0, head.vocabulary)).stop if sets else 0
     marks = like.new_zeros((rows_of_blocks, head.vocabulary), dtype=torch.uint8)
-    tails = like.new_zeros((4, tail_tiles, n), dtype=engine.wide(like.dtype))
+    tails = like.new_zeros((4, tail_tiles, n), dtype=wide_dtype(like.dtype))
     used = 0
-    for number, tile in enumerate(products(head, at, order, store if whole else None)):
+    for number, tile in enumerate(products(head, at, order)):
         engine.fold(head, tile, target, state, argmax, track)
         rows, columns, product = tile
         size, here = whole_elements(like, *product.shape), None
@@ -231,7 +211,7 @@ def form(
             room = store[used : used + size].view(count, at.block)
             collect(head, at, tile, here, room, tails_here)
             tails[:, at.tails(columns), rows] = tails_here
-        elif not whole:
+        else:
             kept = store[used : used + size].view(product.shape[0], -1)
             kept[:, : product.shape[1]] = product
             kept[:, product.shape[1] :] = 0

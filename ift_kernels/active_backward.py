@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ift_kernels import active, engine
+from ift_kernels import active
 from ift_kernels.active import (
     AGAIN,
     DENSE_SHARE,
@@ -26,7 +26,8 @@ from ift_kernels.active import (
     Formed,
     Tiling,
 )
-from ift_kernels.engine import Head, Results, RowGradient, Sum, Tile, Transposed
+from ift_kernels.engine import Head, Results, RowGradient, Tile, Transposed
+from ift_kernels.sums import Sum, wide_dtype
 
 
 def gradients(
@@ -58,7 +59,7 @@ def gradients(
             size = rows.stop - rows.start, columns.stop - columns.start
             end = start + active.whole_elements(formed.store, *size)
             product = formed.store[start:end].view(size[0], -1)[:, : size[1]]
-            total.add_whole(Tile(rows, columns, product), mark=total.dense_weight)
+            total.add_whole(Tile(rows, columns, product), mark=False)
         if rows.stop == n:
             total.finish(columns)
     return total.results(hidden_dtype)
@@ -90,15 +91,13 @@ class _Totals:
     ) -> None:
         self.head, self.at, self.needs = head, at, needs
         n, width = head.hidden.shape
-        like, self.wide = head.hidden, engine.wide(head.hidden.dtype)
+        like, self.wide = head.hidden, wide_dtype(head.hidden.dtype)
         self.target = row_gradient.target
         self.norm, self.coef = row_gradient.norm, row_gradient.coef
         self.dead = (self.coef == 0).all(0)  # rows without upstream gradient
-        self.dense_weight = active.keeps_whole(at.options, needs[1], needs[2])
-        self.sparse_weight = needs[1] and not self.dense_weight
         self.hidden = Sum((n, width), like) if needs[0] else None
         self.base = like.new_zeros((at.tails(slice(0, head.vocabulary)).stop, n), dtype=self.wide)
-        self.wide_hidden = like.to(self.wide) if self.sparse_weight else None
+        self.wide_hidden = like.to(self.wide) if needs[1] else None
         self.weight = self.bias = None
         if needs[1]:
             self.weight = head.weight.new_empty((head.vocabulary, width))
@@ -133,20 +132,17 @@ class _Totals:
     def add_whole(self, tile: Tile, mark: bool) -> None:
         """A tile of products, which it consumes; by active columns if `mark` and they are few."""
         head, at, (rows, columns, product) = self.head, self.at, tile
-        sparse = False
-        if mark and (self.hidden is not None or not self.dense_weight):
+        if mark:
             norm = self.norm[:, rows]
             reference, marks = active.mark(head, at, tile, self.target, norm[0], norm[1])
             count = int(marks.sum())
-            sparse = count < DENSE_SHARE * marks.numel()
-        if sparse:
-            store = self._room("store", count * at.block).view(count, at.block)
-            tails = self.base.new_empty((4, *self.base[at.tails(columns), rows].shape))
-            tails[REFERENCE] = reference
-            active.collect(head, at, tile, marks, store, tails)
-            self.add_sparse(rows, columns, marks, store, tails)
-        if sparse and not self.dense_weight:
-            return
+            if count < DENSE_SHARE * marks.numel():
+                store = self._room("store", count * at.block).view(count, at.block)
+                tails = self.base.new_empty((4, *self.base[at.tails(columns), rows].shape))
+                tails[REFERENCE] = reference
+                active.collect(head, at, tile, marks, store, tails)
+                self.add_sparse(rows, columns, marks, store, tails)
+                return
         if self.transposed is None and self.needs[1] and self.flip:
             self.transposed = Transposed(head, at.columns, min(at.rows, head.hidden.shape[0]))
         flipped = None if self.transposed is None else self.transposed.of(product)
@@ -154,7 +150,7 @@ class _Totals:
             product, head.bias_chunk(columns), head.transform, self.target[rows], columns.start,
             self.norm[:, rows], self.coef[:, rows], flipped,
         )  # fmt: skip
-        if self.hidden is not None and not sparse:
+        if self.hidden is not None:
             self.hidden.add(rows, product, head.weight_chunk(columns))
         if self.weight is not None:
             self._add_dense_weight(rows, columns, product.T if flipped is None else flipped)
@@ -226,9 +222,9 @@ class _Totals:
                     ids = torch.cat([ids, ids[-1:].expand(width - count)])
                 gathered = self._room("head", len(ids) * weight.shape[1]).view(len(ids), -1)
                 self.hidden.add(block, dz, torch.index_select(weight, 0, ids, out=gathered))
-        if self.sparse_weight:
+        if self.weight is not None:
             self._add_sparse_weight(rows, columns, pairs, store)
-        if self.bias is not None and not self.dense_weight:
+        if self.bias is not None:
             sums = store.sum(1, dtype=self.bias.dtype)
             self.bias[columns].index_add_(0, pairs[:, 1], sums)
 
@@ -238,7 +234,7 @@ class _Totals:
         where = at.tails(columns)
         base = self._mean_gradient(rows, columns, marks, tails)
         self.base[where, rows] = base
-        if self.bias is not None and not self.dense_weight:
+        if self.bias is not None:
             width = columns.stop - columns.start
             self.bias[columns] += base.sum(1).repeat_interleave(at.tail)[:width]
 

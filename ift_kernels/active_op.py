@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels import active, active_backward, engine, linear_ops, plan, syncfree
+from ift_kernels import active, active_backward, engine, head_call, linear_ops, plan, syncfree
 from ift_kernels.active_set import ActiveSet, ActiveSetStats, recording
 from ift_kernels.backends import reference as ref
+from ift_kernels.sums import wide_dtype
 
-_SET = "float threshold, int block, int tail_tile, bool dense"
+_SET = "float threshold, int block, int tail_tile"
 _FORMED = "Tensor marks, Tensor tails, Tensor layout, Tensor{} store"
 _BACKWARD = (
     f"{linear_ops.HEAD}, Tensor norm, Tensor entropy, {linear_ops.UPSTREAM}, {linear_ops.OPTIONS},"
@@ -30,16 +31,11 @@ linear_ops.LIB.define(
 )
 
 
-def _active_set(arguments: tuple[Any, ...]) -> ActiveSet:
-    threshold, block, tail_tile, dense = arguments
-    return ActiveSet(threshold, block, tail_tile, "dense" if dense else "active")
-
-
 def _nothing(like: Tensor, dtype: torch.dtype) -> active.Formed:
     """No set at all."""
     return active.Formed(
         like.new_empty((0, 0), dtype=torch.uint8),
-        like.new_empty((4, 0, 0), dtype=engine.wide(dtype)),
+        like.new_empty((4, 0, 0), dtype=wide_dtype(dtype)),
         torch.empty((0, 3), dtype=torch.int64),
         like.new_empty(0, dtype=dtype),
     )
@@ -48,21 +44,20 @@ def _nothing(like: Tensor, dtype: torch.dtype) -> active.Formed:
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *options, track, needs, keep, threshold, block, tail_tile, dense = rest
+    *options, track, needs, keep, threshold, block, tail_tile = rest
     valid = target != options[0]
-    linear_ops.check_targets(target, valid, weight.shape[0])
-    call = linear_ops.Call(hidden, weight, bias, valid, tuple(options), tuple(needs))
-    chosen = _active_set((threshold, block, tail_tile, dense))
+    head_call.check_targets(target, valid, weight.shape[0])
+    call = head_call.Call(hidden, weight, bias, valid, tuple(options), tuple(needs))
+    chosen = ActiveSet(threshold, block, tail_tile, "active")
     at = active.tiling(call.problem, chosen, plan.ledger.held)
     rows, formed = call.select(target), _nothing(hidden, call.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        whole = active.keeps_whole(chosen, needs[1], needs[2])
-        if at is not None and keep and _own_schedule(call.head, at, whole):
+        if at is not None and keep and _own_schedule(call.head, at):
             size = call.problem.rows, weight.shape[0]
             at = replace(at, rows=size[0], columns=size[1], block=chosen.block)
             state, argmax, formed = call.head.backend.active_form(call.head, rows, track, at)
         elif at is not None and keep and not syncfree.on():  # this one asks how many are active
-            state, argmax, formed = active.form(call.head, rows, track, at, whole)
+            state, argmax, formed = active.form(call.head, rows, track, at)
         else:
             exact = plan.make(call.problem, plan.ledger.held, "recompute")
             state, argmax = engine.statistics(call.head, rows, track, exact)
@@ -72,13 +67,10 @@ def _forward(
     return (*linear_ops.outputs(call, state, argmax, track), *formed)
 
 
-def _own_schedule(head: engine.Head, at: active.Tiling, whole: bool) -> bool:
-    """Whether the backend brings a schedule of its own for the active set, and it can serve.
-
-    It keeps no products, which an exact gradient of the head needs as they were in forward.
-    """
+def _own_schedule(head: engine.Head, at: active.Tiling) -> bool:
+    """Whether the backend brings a schedule of its own for the active set, and it can serve."""
     serves = getattr(head.backend, "active_serves", None)
-    return serves is not None and not whole and bool(serves(head, at))
+    return serves is not None and bool(serves(head, at))
 
 
 def _made_by_own_schedule(formed: active.Formed) -> bool:
@@ -115,7 +107,7 @@ def _stats_of(
 def _forward_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *options, track, _, _, _, _, _, _ = rest
+    *options, track, _, _, _, _, _ = rest
     shapes = linear_ops.outputs_fake(hidden, options[-1], track)
     return (*shapes, *_nothing(hidden, options[-1]))
 
@@ -134,7 +126,7 @@ def _backward(
     *rest: Any,
     formed: active.Formed | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *options, needs, threshold, block, tail_tile, dense = rest
+    *options, needs, threshold, block, tail_tile = rest
     upstream = d_logprob, d_lse, d_entropy, d_mean
     coef = linear_ops.row_coefficients(norm, entropy, weight.shape[0], *upstream)
     count = valid = target != options[0]
@@ -143,17 +135,16 @@ def _backward(
         count = valid & teaches  # nothing is kept, so other rows need not be looked at
     elif syncfree.on() or bool((valid & ~teaches).any()):
         hidden = hidden.masked_fill((valid & ~teaches)[:, None], 0)  # 0 times a NaN would not be 0
-    call = linear_ops.Call(hidden, weight, bias, count, tuple(options), tuple(needs))
+    call = head_call.Call(hidden, weight, bias, count, tuple(options), tuple(needs))
     if syncfree.on():
         coef = coef.masked_fill(~(valid & teaches), 0)
-    chosen = _active_set((threshold, block, tail_tile, dense))
+    chosen = ActiveSet(threshold, block, tail_tile, "active")
     at = active.tiling(call.problem, chosen)
     row_gradient = engine.RowGradient(call.select(target), call.select(norm), call.select(coef))
     arguments = call.head, row_gradient, tuple(needs), hidden.dtype
     with torch.autocast(hidden.device.type, enabled=False):
-        whole = active.keeps_whole(chosen, needs[1], needs[2])
         # One schedule cannot go on from what the other left.
-        own = at is not None and _own_schedule(call.head, at, whole)
+        own = at is not None and _own_schedule(call.head, at)
         own = own and (formed is None or _made_by_own_schedule(formed))
         if at is None or call.problem.rows == 0 or (syncfree.on() and not own):
             exact = plan.make(call.problem, 0, "recompute")
@@ -173,10 +164,6 @@ def _backward_kept(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _backward(*arguments[:-4], formed=active.Formed(*arguments[-4:]))
 
 
-def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return linear_ops.gradients_fake(*arguments[:3], arguments[16])
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, *options = inputs
     ctx.mark_non_differentiable(*(output[i] for i in (3, 4, 5, 6, *range(8, 13))))
@@ -184,11 +171,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(hidden, weight, bias, target, output[8], output[2])
     ctx.options, ctx.track, ctx.set = options[:6], options[6], options[9:]
     # Not saved: consumed by the first backward, in place; a second one forms everything again.
-    ctx.formed = linear_ops.Held(output[9:]) if output[11].shape[0] else None
+    ctx.formed = head_call.Held(output[9:]) if output[11].shape[0] else None
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing: tuple[None, ...] = (None,) * 14
+    nothing: tuple[None, ...] = (None,) * 13
     upstream = linear_ops.asked_upstream(ctx.track, grads)
     if all(gradient is None for gradient in upstream):
         return (None, None, None, *nothing)
@@ -207,7 +194,7 @@ linear_ops.register("linear_active", _forward, _forward_fake, _autograd, _setup)
 linear_ops.register(
     "linear_active_backward",
     _backward,
-    _backward_fake,
+    linear_ops.backward_fake,
     engine.no_double_backward("linear_logprobs"),
 )
-linear_ops.register("linear_active_backward_kept", _backward_kept, _backward_fake)
+linear_ops.register("linear_active_backward_kept", _backward_kept, linear_ops.backward_fake)

@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ift_kernels import checks, engine, linear_ops, plan
+from ift_kernels import checks, engine, head_call, linear_ops, plan
 from ift_kernels.backends.reference import KINDS
 from ift_kernels.divergence_blocks import Divergence, Rows
+from ift_kernels.sums import wide_dtype
 from ift_kernels.transform import LogitTransform
 
 
@@ -115,7 +116,7 @@ def linear_divergence(
     dtype = checks.compute_dtype(hidden, weight)
     # Gradients formed in forward are consumed once, which graphs and hooks cannot have.
     early = factor is not None and dtype != torch.float16 and plan.forced_or_safe() != "recompute"
-    early = early and not linear_ops.gives_half((hidden, weight, bias), needs)
+    early = early and not head_call.gives_half((hidden, weight, bias), needs)
     each, total, *_ = torch.ops.ift_kernels.linear_divergence(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias,
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]), teacher_weight.detach(),
@@ -157,11 +158,11 @@ class _Call:
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, valid = tensors
         kind, beta, scale, softcap, t_scale, t_softcap, temperature, workspace, *dtypes = options
         self.bias = bias
-        student = linear_ops.Call(
+        student = head_call.Call(
             hidden, weight, bias, valid,
             (0, scale, softcap, temperature, workspace, dtypes[0]), (False, False, False),
         )  # fmt: skip
-        teacher = linear_ops.Call(
+        teacher = head_call.Call(
             teacher_hidden, teacher_weight, teacher_bias, valid,
             (0, t_scale, t_softcap, temperature, workspace, dtypes[1]), (False, False, False),
         )  # fmt: skip
@@ -181,7 +182,7 @@ def _divergence(*arguments: Any) -> tuple[Tensor, ...]:
     early = factor is not None and any(needs)
     with torch.autocast(hidden.device.type, enabled=False):
         call = _Call(tuple(tensors), tuple(options), needs if early else [False] * 3)
-        n, dtype = call.student.head.hidden.shape[0], engine.wide(call.student.dtype)
+        n, dtype = call.student.head.hidden.shape[0], wide_dtype(call.student.dtype)
         upstream = None if factor is None else factor.to(dtype).repeat(n)
         given = Rows(
             torch.zeros(n, dtype=torch.float64, device=hidden.device),
@@ -221,7 +222,7 @@ def _divergence_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _divergence_fake(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, weight, bias, *_, factor = arguments[:8]
-    needs, dtype = arguments[-1], engine.wide(arguments[-3])
+    needs, dtype = arguments[-1], wide_dtype(arguments[-3])
     n = hidden.shape[0]
     early = factor is not None
     return (
@@ -233,8 +234,10 @@ def _divergence_fake(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return linear_ops.gradients_fake(*arguments[:3], arguments[-1])
+def _backward_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return linear_ops.gradients_fake(hidden, weight, bias, rest[-1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -243,7 +246,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(*inputs[:8], *output[2:4])
     ctx.options = inputs[8:-1]
     formed = any(gradient.numel() for gradient in output[4:])
-    ctx.gradients = linear_ops.Held(output[4:]) if formed else None
+    ctx.gradients = head_call.Held(output[4:]) if formed else None
 
 
 def _autograd(ctx: Any, d_each: Tensor | None, d_total: Tensor | None, *_: Any) -> Any:

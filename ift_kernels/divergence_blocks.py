@@ -11,6 +11,7 @@ from torch import Tensor
 from ift_kernels import engine
 from ift_kernels.backends import reference as ref
 from ift_kernels.divergence_plan import Heads, Layout, Needs, in_place, layout
+from ift_kernels.sums import Sum, wide_dtype
 
 Pair = tuple[Tensor, Tensor]  # products of student and teacher
 
@@ -116,7 +117,7 @@ class Norm:
     def result(self) -> Tensor:
         """Maximum and log of the sum of exponentials, (2 heads, 2, rows)."""
         both = [torch.stack([state[ref.MAX], state[ref.SUM].log()]) for state, _ in self.states]
-        return torch.stack(both).to(engine.wide(self.heads[0].hidden.dtype))
+        return torch.stack(both).to(wide_dtype(self.heads[0].hidden.dtype))
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ class Divergence:
         parts = self.products.gradients(rows)
         if self.head.weight.dtype != self.head.hidden.dtype:  # cast by tiles
             parts = [(columns, pair[0]) for columns, pair in self.products.tiles(rows)]
-        total = engine.Sum((rows.stop - rows.start, self.head.hidden.shape[1]), self.head.hidden)
+        total = Sum((rows.stop - rows.start, self.head.hidden.shape[1]), self.head.hidden)
         for columns, part in parts:
             total.add(slice(None), part, self.head.weight_chunk(columns))
         return total.total

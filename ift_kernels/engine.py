@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ift_kernels.backends import reference
 from ift_kernels.plan import Plan
+from ift_kernels.sums import Sum, wide_dtype
 from ift_kernels.transform import LogitTransform
 
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of results, of sums over chunks and of a bias, for products in `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+if TYPE_CHECKING:
+    from ift_kernels.active_hidden import ActiveHidden
 
 
 def no_double_backward(operation: str) -> Callable[..., None]:
@@ -170,67 +169,6 @@ class RowGradient(NamedTuple):
     coef: Tensor  # (4, N)
 
 
-class Sum:
-    """``total[rows] += a @ b`` over tiles, in float32 whatever the dtype of the products.
-
-    torch's CPU product of two bfloat16 matrices is rounded to bfloat16, so every partial product is
-    rounded once; their sum is not. A first product of all rows is the sum so far, as it is: often
-    there is no other.
-    """
-
-    def __init__(self, shape: tuple[int, int], like: Tensor, into: Tensor | None = None) -> None:
-        """`into`: where the sum is best formed, of this shape; `result` says whether it was."""
-        self._width, self._like = shape[1], like
-        self.restart(shape[0], into)
-
-    def restart(self, rows: int, into: Tensor | None = None) -> None:
-        """The sum of other rows."""
-        self._shape, self._into = (rows, self._width), into
-        self._first: Tensor | None = None
-        self._total: Tensor | None = None
-        self._part: Tensor | None = None
-
-    def _room(self, dtype: torch.dtype) -> Tensor:
-        if self._into is not None and self._into.dtype == dtype:
-            return self._into
-        return self._like.new_empty(self._shape, dtype=dtype)
-
-    @property
-    def total(self) -> Tensor:
-        """The sum so far, to be added to in place."""
-        if self._total is None:
-            dtype = wide(self._like.dtype)
-            if self._first is None:
-                self._total = self._room(dtype).zero_()
-            else:
-                self._total = self._first.to(dtype)
-        return self._total
-
-    def add(self, rows: slice, a: Tensor, b: Tensor) -> None:
-        if self._first is None and self._total is None and len(a) == self._shape[0]:
-            self._first = torch.mm(a, b, out=self._room(a.dtype))
-        elif self.total.dtype == a.dtype:
-            self.total[rows].addmm_(a, b)
-        else:
-            if self._part is None:
-                self._part = a.new_empty(self._shape) if self._first is None else self._first
-            add_wide(self.total[rows], torch.mm(a, b, out=self._part[rows]))
-
-    def result(self, dtype: torch.dtype) -> Tensor:
-        """The whole sum in `dtype`."""
-        only = self._first if self._total is None else None
-        return (self.total if only is None else only).to(dtype)
-
-
-def add_wide(total: Tensor, part: Tensor) -> None:
-    """``total += part``, a 16-bit `part` piece by piece: torch casts all that it adds at once."""
-    step = len(part)
-    if part.device.type == "cpu":
-        step = min(step, max((1 << 16) // part.shape[1], 1))
-    for rows in slices(0, len(part), max(step, 1)):
-        total[rows].add_(part[rows])  # += would also assign, a copy
-
-
 class Transposed:
     """Where a backend that wants it writes a tile's gradient transposed, tile after tile."""
 
@@ -259,9 +197,13 @@ class Gradients:
         tile_columns: int,
         tile_rows: int,
         into: Tensor | None = None,
+        active: ActiveHidden | None = None,
     ) -> None:
-        """`into`: where the gradient of hidden is best summed, see `Sum`."""
+        """`into`: where the gradient of hidden is best summed, see `Sum`; `active`: from which
+        columns alone, none for all.
+        """
         self.head, self.hidden_dtype = head, hidden_dtype
+        self.active = active if needs[0] else None
         n, width = head.hidden.shape
         like = head.hidden
         self.hidden = Sum((n, width), like, into) if needs[0] else None
@@ -270,7 +212,7 @@ class Gradients:
             self.weight = head.weight.new_empty((head.vocabulary, width))
         self.bias = None
         if needs[2]:
-            self.bias = torch.zeros(head.vocabulary, dtype=wide(like.dtype), device=like.device)
+            self.bias = like.new_zeros(head.vocabulary, dtype=wide_dtype(like.dtype))
         self.chunk_sum: Sum | None = None
         self.transposed: Transposed | None = None
         if needs[1] and head.backend.wants_transpose(like.dtype):
@@ -286,6 +228,9 @@ class Gradients:
         """Turn the tile into its gradient, in place, and add its share of every sum."""
         head, (rows, columns, product) = self.head, tile
         target, norm, coef = row_gradient
+        marked = None
+        if self.active is not None:  # while the products are there
+            marked = self.active.mark(head, tile, row_gradient)
         flipped = None if self.transposed is None else self.transposed.of(product)
         head.backend.dlogits_(
             product,
@@ -298,7 +243,10 @@ class Gradients:
             flipped,
         )
         if self.hidden is not None and hidden_too:
-            self.hidden.add(rows, product, head.weight_chunk(columns))
+            if self.active is None or marked is None:
+                self.hidden.add(rows, product, head.weight_chunk(columns))
+            else:
+                self.active.add(head, tile, marked, self.hidden)
         if self.weight is not None:
             self.add_weight(rows, columns, product.T if flipped is None else flipped)
         if self.bias is not None:
@@ -309,7 +257,7 @@ class Gradients:
         rows, first = slice(0, kept.shape[0]), kept.shape[1]
         # dh from all of them in one product: vendor GEMMs want a long inner size (oneDNN is twice
         # as fast from 16k on as at 4k), and it is rounded once. Not where that means a cast.
-        whole = self.head.weight.dtype == kept.dtype
+        whole = self.head.weight.dtype == kept.dtype and self.active is None
         for columns in slices(0, first, tile_columns):
             tile = Tile(rows, columns, kept[:, columns])
             self.add(tile, row_gradient, hidden_too=not whole)
@@ -336,9 +284,16 @@ class Gradients:
             out.copy_(self.chunk_sum.result(out.dtype))
             self.chunk_sum = None
 
+    def hidden_result(self) -> Tensor | None:
+        """The gradient of hidden, once all tiles are added."""
+        if self.hidden is None:
+            return None
+        if self.active is not None:
+            self.active.finish(self.head, self.hidden)
+        return self.hidden.result(self.hidden_dtype)
+
     def results(self) -> Results:
-        hidden = None if self.hidden is None else self.hidden.result(self.hidden_dtype)
-        return hidden, self.weight, self.bias
+        return self.hidden_result(), self.weight, self.bias
 
 
 def gradients(
@@ -348,6 +303,7 @@ def gradients(
     hidden_dtype: torch.dtype,
     plan: Plan,
     kept: Tensor | None = None,
+    active: ActiveHidden | None = None,
 ) -> Results:
     """Gradients of hidden (in `hidden_dtype`), weight and bias; `kept` products are consumed."""
     n = head.hidden.shape[0]
@@ -365,6 +321,7 @@ def gradients(
         hidden_dtype,
         plan.tile_columns,
         n if kept is not None else min(plan.tile_rows, n),
+        active=active,
     )
     if kept is not None:
         total.consume(kept, row_gradient, plan.tile_columns)
@@ -396,6 +353,7 @@ def forward_gradients(
     hidden_dtype: torch.dtype,
     plan: Plan,
     track: int,
+    active: ActiveHidden | None = None,
 ) -> Results:
     """Gradients whose coefficients are known in forward, without recomputing any product.
 
@@ -415,14 +373,14 @@ def forward_gradients(
         state, argmax = statistics(part, target[rows], track, plan, kept)
         row_gradient = coefficients(state, argmax)._replace(target=target[rows])
         if total is None:
-            total = Gradients(part, needs, hidden_dtype, plan.tile_columns, len(kept), into)
+            size = plan.tile_columns, len(kept)
+            total = Gradients(part, needs, hidden_dtype, *size, into, active)
         else:
             total.restart(part, into)
         total.consume(kept, row_gradient, plan.tile_columns)
-        if into is not None and total.hidden is not None:
-            formed = total.hidden.result(hidden_dtype)
-            if formed is not into:
-                into.copy_(formed)
+        formed = total.hidden_result()
+        if into is not None and formed is not None and formed is not into:
+            into.copy_(formed)
     assert total is not None
     return d_hidden, total.weight, total.bias
 
@@ -433,5 +391,5 @@ def _nothing(head: Head, needs: tuple[bool, bool, bool], hidden_dtype: torch.dty
     return (
         zeros((0, width), dtype=hidden_dtype) if needs[0] else None,
         head.weight.new_zeros((head.vocabulary, width)) if needs[1] else None,
-        zeros(head.vocabulary, dtype=wide(head.hidden.dtype)) if needs[2] else None,
+        zeros(head.vocabulary, dtype=wide_dtype(head.hidden.dtype)) if needs[2] else None,
     )

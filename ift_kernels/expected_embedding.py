@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ift_kernels import backends, checks, engine, plan
 from ift_kernels.backends import reference as ref
+from ift_kernels.sums import wide_dtype
 from ift_kernels.transform import LogitTransform
 
 
@@ -91,7 +92,7 @@ def _head(
     options: tuple[float, float, float, int, torch.dtype],
 ) -> engine.Head:
     scale, softcap, temperature, _, dtype = options
-    bias = None if bias is None else bias.to(engine.wide(dtype)).contiguous()
+    bias = None if bias is None else bias.to(wide_dtype(dtype)).contiguous()
     backend = backends.get(hidden, dtype)
     transform = LogitTransform(scale, softcap, temperature)
     return engine.Head(backend, engine.padded_rows(hidden.to(dtype)), weight, bias, transform)
@@ -102,7 +103,7 @@ def _plan(
 ) -> plan.Plan:
     """Tiles for `temporaries` matrices of a tile's size, and `sums` columns of either table."""
     (n, width), dtype = head.hidden.shape, head.hidden.dtype
-    itemsize = engine.wide(dtype).itemsize
+    itemsize = wide_dtype(dtype).itemsize
     whole = plan.make(plan.Problem(n, head.vocabulary, width, dtype, workspace))
     per_column = (width + embedding.shape[1]) * (
         dtype.itemsize + sums * (itemsize + dtype.itemsize)
@@ -120,7 +121,7 @@ def _forward(
     n, dtype = hidden.shape[0], head.hidden.dtype
     state, argmax = head.backend.new_state(n, hidden.device)
     target = torch.full((n,), -1, dtype=torch.int64, device=hidden.device)
-    total = torch.zeros((n, embedding.shape[1]), dtype=engine.wide(dtype), device=hidden.device)
+    total = torch.zeros((n, embedding.shape[1]), dtype=wide_dtype(dtype), device=hidden.device)
     reference_point = torch.zeros((2, n), dtype=total.dtype, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for tile in engine.products(head, _plan(head, embedding, options[3], 0, 0)):
@@ -143,7 +144,7 @@ def _forward_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
     n = hidden.shape[0]
-    dtype = engine.wide(options[-1])
+    dtype = wide_dtype(options[-1])
     soft = embedding.new_empty((n, embedding.shape[1]), dtype=dtype)
     return soft, hidden.new_empty((2, n), dtype=dtype)
 
@@ -161,7 +162,7 @@ def _backward_op(
     *options, needs = rest
     head = _head(hidden, weight, bias, tuple(options))
     dtype, n = head.hidden.dtype, hidden.shape[0]
-    sums = engine.wide(dtype)
+    sums = wide_dtype(dtype)
     d_hidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=sums)
     d_weight = _ColumnSums(weight, n) if needs[1] else None
     d_bias = torch.zeros_like(bias, dtype=sums) if bias is not None and needs[2] else None
@@ -208,7 +209,7 @@ class _ColumnSums:
     def add(self, rows: slice, columns: slice, a: Tensor, b: Tensor) -> None:
         part = torch.mm(a, b)
         if self.total is None:
-            self.total = part.to(engine.wide(part.dtype))
+            self.total = part.to(wide_dtype(part.dtype))
         else:
             self.total += part
         if rows.stop == self.rows:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels import engine, linear_ops, plan, syncfree
+from ift_kernels import engine, head_call, linear_ops, plan, syncfree
 from ift_kernels.backends import reference as ref
+from ift_kernels.sums import wide_dtype
 
 linear_ops.LIB.define(
     f"linear_frozen({linear_ops.HEAD}, {linear_ops.OPTIONS}, int track)"
@@ -44,10 +45,10 @@ def _frozen(
 ) -> tuple[Tensor, ...]:
     *options, track = rest
     valid, vocabulary = target != options[0], weight.shape[0]
-    linear_ops.check_targets(target, valid, vocabulary)
-    call = linear_ops.Call(hidden, weight, bias, valid, tuple(options), NEEDS, early=True)
+    head_call.check_targets(target, valid, vocabulary)
+    call = head_call.Call(hidden, weight, bias, valid, tuple(options), NEEDS, early=True)
     chosen = plan.make(call.problem, plan.ledger.held, "forward")
-    rows, wide = call.select(target), engine.wide(call.dtype)
+    rows, wide = call.select(target), wide_dtype(call.dtype)
     state, argmax = call.head.backend.new_state(len(rows), hidden.device)
     near = state.new_zeros((2, len(rows)))
     done = 0
@@ -78,7 +79,7 @@ def _frozen(
     return (*outputs, call.scatter(near, wide), others)
 
 
-def _slopes(call: linear_ops.Call, target: Tensor) -> Tensor | float:
+def _slopes(call: head_call.Call, target: Tensor) -> Tensor | float:
     """∂z/∂x at every row's target; from products in float64 under a softcap.
 
     Next to the cap it is what is left of 1 - 1: the rounding of a float32 logit would show.
@@ -119,7 +120,7 @@ def _d_hidden(
     near: Tensor,  # (2, N): how much of the target's head row a unit of a and of c takes
     d_logprob: Tensor | None,
     d_lse: Tensor | None,
-    options: linear_ops.Options,
+    options: head_call.Options,
 ) -> Tensor:
     """The gradient of hidden, in place of `others` where every row counts."""
     ignore_index, *_, workspace, dtype = options
@@ -148,7 +149,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(hidden, weight, bias, target, *output[8:10])  # norm, near
     ctx.options = tuple(options)
     # Not saved: consumed by the first backward, in place; a second one forms the products again.
-    ctx.others = linear_ops.Held(output[10:]) if output[10].shape[0] else None
+    ctx.others = head_call.Held(output[10:]) if output[10].shape[0] else None
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -161,7 +162,7 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         unused = norm.new_empty(0)  # entropy
         d_hidden, *_ = torch.ops.ift_kernels.linear_stats_backward(
             hidden, weight, bias, target, norm, unused, d_logprob, d_lse, None, None,
-            *ctx.options, list(NEEDS),
+            *ctx.options, list(NEEDS), [],
         )  # fmt: skip
     else:
         held, ctx.others = ctx.others, None

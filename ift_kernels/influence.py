@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels import checks, engine, linear_ops, plan
+from ift_kernels import checks, engine, head_call, linear_ops, plan
 from ift_kernels.backends import reference as ref
+from ift_kernels.sums import wide_dtype
 from ift_kernels.transform import LogitTransform
 
 Parameters = Mapping[str, Tensor]
@@ -110,7 +111,7 @@ def influence(
         if states.dtype != weight.dtype:
             raise TypeError(f"{name}: expected {weight.dtype} like weight, got {states.dtype}")
         ids = checks.token_ids(f"{prefix}target", ids, states.shape[:1], states.device)
-        linear_ops.check_targets(ids, ids != ignore_index, weight.shape[0], f"{prefix}target")
+        head_call.check_targets(ids, ids != ignore_index, weight.shape[0], f"{prefix}target")
         sides.append((states.detach(), ids.contiguous()))
     given = {"d_logprob": d_logprob, "d_entropy": d_entropy, "d_lse": d_lse}
     for name, value in given.items():
@@ -119,7 +120,7 @@ def influence(
             checks.same_shape(name, value, target, "target")
     if all(value is None for value in given.values()):
         d_logprob = -torch.ones(target.shape, dtype=torch.float64, device=target.device)
-    dtype = engine.wide(weight.dtype)
+    dtype = wide_dtype(weight.dtype)
     budget = checks.workspace_bytes(workspace, hidden.device, dtype)
     options = (
         ignore_index,
@@ -147,17 +148,17 @@ class _Side:
         target: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        options: linear_ops.Options,
+        options: head_call.Options,
         upstream: tuple[Tensor | None, Tensor | None, Tensor | None],  # logprob, lse, entropy
     ) -> None:
         d_logprob, d_lse, d_entropy = (None if g is None else g.double() for g in upstream)
         track = 0 if d_entropy is None else ref.TRACK_ENTROPY
         values = torch.ops.ift_kernels.linear_stats(
-            hidden, weight, bias, target, *options, track, [False] * 3, ""
+            hidden, weight, bias, target, *options, track, [False] * 3, "", []
         )
         norm, entropy = values[8], values[2]
         valid = target != options[0]
-        self.call = linear_ops.Call(hidden, weight, bias, valid, options, (False, False, False))
+        self.call = head_call.Call(hidden, weight, bias, valid, options, (False, False, False))
         coef = linear_ops.row_coefficients(
             norm, entropy, weight.shape[0], d_logprob, d_lse, d_entropy, None
         )
@@ -216,7 +217,7 @@ def _times_kernel_(part: Tensor, probe: engine.Head, train: engine.Head, budget:
 
 
 def _at_all_tokens(
-    part: Tensor, probe: linear_ops.Call, train: linear_ops.Call, dtype: torch.dtype
+    part: Tensor, probe: head_call.Call, train: head_call.Call, dtype: torch.dtype
 ) -> Tensor:
     """`part` in its place among the ignored tokens, whose entries are 0."""
     part = part.to(dtype)

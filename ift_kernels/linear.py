@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ift_kernels import active_op as _active_op  # noqa: F401  registers an operator
-from ift_kernels import checks, frozen_op, linear_ops, plan
+from ift_kernels import checks, frozen_op, head_call, linear_ops, plan
 from ift_kernels import loss_op as _loss_op  # noqa: F401  registers an operator
 from ift_kernels.active_set import ActiveSet
 from ift_kernels.active_set import options as active_options
@@ -204,11 +204,13 @@ def linear_cross_entropy(
         items = checks.item_count("num_items", num_items, hidden.device)
         # A step of accumulation without any target teaches nothing: 0, not 0/0.
         factor = torch.where(items == 0, 0.0, 1.0 / items)
-    early = reduction != "none" and active is None and call.schedule != "recompute"
-    if early and call.plan().schedule == "forward":
+    exact = active is None or call.exact_weight(active)
+    early = exact and reduction != "none" and call.schedule != "recompute"
+    if early and call.plan(active).schedule == "forward":
         results = torch.ops.ift_kernels.linear_loss(
-            *call.tensors, factor, *call.options, label_smoothing, z_loss, call.needs
-        )
+            *call.tensors, factor, *call.options, label_smoothing, z_loss, call.needs,
+            call.for_hidden(active),
+        )  # fmt: skip
         return cast(Tensor, results[0])
     track = ref.TRACK_MEAN if label_smoothing else 0
     stats = call.stats(track, active)  # mean_logit relative to lse
@@ -253,12 +255,23 @@ class _Call:
         ]
         self.schedule = plan.forced_or_safe()
 
-    def plan(self) -> plan.Plan:
+    def exact_weight(self, active: ActiveSet) -> bool:
+        """Whether the head is trained by its exact gradient: the active set is for dh alone."""
+        return active.dW == "dense" and any(self.needs[1:])
+
+    def for_hidden(self, active: ActiveSet | None) -> list[float]:
+        """What operators with an exact gradient of the head take: the set that dh is from."""
+        if active is None or not self.needs[0]:
+            return []
+        return [active.threshold, active.block, active.tail_tile]
+
+    def plan(self, active: ActiveSet | None = None) -> plan.Plan:
         """The plan for this call if no target is ignored and gradients can be formed early."""
         hidden, weight, bias, _ = self.tensors
         *_, budget, dtype = self.options
         needs = self.needs[0], self.needs[1], self.needs[2]
-        problem = linear_ops.problem(hidden, weight, bias, dtype, budget, needs, early=True)
+        of_hidden = head_call.active_hidden(self.for_hidden(active))
+        problem = head_call.problem(hidden, weight, bias, dtype, budget, needs, True, of_hidden)
         return plan.make(problem, plan.ledger.held, self.schedule or None)
 
     def stats(self, track: int, active: ActiveSet | None) -> Any:
@@ -275,14 +288,15 @@ class _Call:
         early = self.schedule != "recompute" and frozen_op.serves(self.needs, differentiable)
         if active is None and early and self.plan().schedule == "forward":
             values = torch.ops.ift_kernels.linear_frozen(*self.tensors, *self.options, track)
-        elif active is None or not any(self.needs):
+        elif active is None or not any(self.needs) or self.exact_weight(active):
             values = torch.ops.ift_kernels.linear_stats(
-                *self.tensors, *self.options, track, self.needs, self.schedule
-            )
+                *self.tensors, *self.options, track, self.needs, self.schedule,
+                self.for_hidden(active),
+            )  # fmt: skip
         else:
             values = torch.ops.ift_kernels.linear_active(
                 *self.tensors, *self.options, track, self.needs, self.schedule != "recompute",
-                active.threshold, active.block, active.tail_tile, active.dW == "dense",
+                active.threshold, active.block, active.tail_tile,
             )  # fmt: skip
         pairs = zip(values[:8], linear_ops.tracked(track)[:8], strict=True)
         return TokenStats(*(v.view(self.shape) if asked else v for v, asked in pairs)), values[8]

@@ -1,7 +1,7 @@
 """The operators behind `linear`: what torch's dispatcher, autograd and compiler see.
 
-Read downward: schemas, what a call needs to know, then `linear_stats` forward and backward over
-`engine`, and its autograd formula.
+Read downward: schemas, then `linear_stats` forward and backward over `engine`, and its autograd
+formula. What a call needs to know is in `head_call`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels import backends, engine, plan, syncfree
+from ift_kernels import engine, plan, syncfree
 from ift_kernels.backends import reference as ref
-from ift_kernels.transform import LogitTransform
+from ift_kernels.head_call import Call, Held, active_hidden, check_targets, report_active
+from ift_kernels.sums import wide_dtype
 
 LIB: torch.library.Library = torch.library.Library("ift_kernels", "FRAGMENT")
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
@@ -29,146 +30,18 @@ STATS = (
 )
 GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
 LIB.define(
-    f"linear_stats({HEAD}, {OPTIONS}, int track, bool[] needs, str schedule)"
+    f"linear_stats({HEAD}, {OPTIONS}, int track, bool[] needs, str schedule, float[] active)"
     f" -> ({STATS}, Tensor norm, Tensor kept)"
 )
 LIB.define(
     f"linear_stats_backward({HEAD}, Tensor norm, Tensor entropy, {UPSTREAM}, {OPTIONS},"
-    f" bool[] needs) -> ({GRADIENTS})"
+    f" bool[] needs, float[] active) -> ({GRADIENTS})"
 )
 # The same with products kept since forward, which it consumes.
 LIB.define(
     f"linear_stats_backward_kept({HEAD}, Tensor norm, Tensor entropy, {UPSTREAM}, {OPTIONS},"
-    f" bool[] needs, Tensor(a!) kept) -> ({GRADIENTS})"
+    f" bool[] needs, float[] active, Tensor(a!) kept) -> ({GRADIENTS})"
 )
-Options = tuple[int, float, float, float, int, torch.dtype]
-Needs = tuple[bool, bool, bool]
-
-
-class Held:
-    """Tensors kept from forward to the first backward, counted against later calls' workspace."""
-
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self.tensors = tensors
-        self._leave = [plan.ledger.enter(tensor) for tensor in tensors]
-
-    def release(self) -> None:
-        for leave in self._leave:
-            leave()
-
-    def gradients(self, upstream: Tensor) -> tuple[Tensor, ...]:
-        """What is held, gradients formed in forward, times `upstream`, in place; releases them."""
-        self.release()
-        if not (upstream.device.type == "cpu" and float(upstream) == 1.0):
-            for gradient in self.tensors:
-                gradient.mul_(upstream)
-        return self.tensors
-
-
-class Call:
-    """One call's rows that count, its head and its problem, whichever operator it came through."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        keep: Tensor,  # (N,) bool
-        options: Options,
-        needs: Needs,
-        early: bool = False,
-    ) -> None:
-        _, scale, softcap, temperature, workspace, dtype = options
-        self.dtype = dtype
-        self.all_rows = hidden.shape[0]
-        self.keep: Tensor | None = None  # in sync-free mode, where every row stays
-        self.rows: Tensor | None = None
-        if syncfree.on():
-            self.keep, hidden = keep, syncfree.masked_rows(keep, hidden)
-        elif not bool(keep.all()):
-            self.rows = keep.nonzero()[:, 0]
-        if self.rows is not None:
-            hidden = hidden.index_select(0, self.rows)
-        # Copies count, but the products keep a quarter of the budget: less would crawl.
-        copies = (self.rows is not None) * hidden.element_size()
-        copies += (hidden.dtype != dtype) * dtype.itemsize
-        padded = engine.padded_rows(plain := hidden.to(dtype))
-        copies += (padded is not plain) * dtype.itemsize
-        self.head = engine.Head(
-            backends.get(hidden, dtype),
-            padded,
-            weight,
-            None if bias is None else bias.to(engine.wide(dtype)).contiguous(),
-            LogitTransform(scale, softcap, temperature),
-        )
-        workspace = max(workspace - hidden.numel() * copies, workspace // 4)
-        self.problem = problem(hidden, weight, bias, dtype, workspace, needs, early)
-
-    def select(self, value: Tensor) -> Tensor:
-        """The rows that count of (..., N)."""
-        return value if self.rows is None else value.index_select(-1, self.rows)
-
-    def scatter(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """(..., n) back to all rows, 0 elsewhere."""
-        if self.keep is not None:
-            value = value.masked_fill(~self.keep, 0)
-        if self.rows is None:
-            return value.to(dtype)
-        out = torch.zeros((*value.shape[:-1], self.all_rows), dtype=dtype, device=value.device)
-        return out.index_copy_(-1, self.rows, value.to(dtype))
-
-    def scatter_hidden(self, d_hidden: Tensor) -> Tensor:
-        if self.keep is not None:
-            return syncfree.masked_rows(self.keep, d_hidden)
-        if self.rows is None:
-            return d_hidden
-        out = d_hidden.new_zeros((self.all_rows, d_hidden.shape[1]))
-        return out.index_copy_(0, self.rows, d_hidden)
-
-
-def problem(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    workspace: int,
-    needs: Needs,
-    early: bool,
-) -> plan.Problem:
-    """What `plan` has to know of a call in which all these rows of hidden count.
-
-    `early`: its gradients are known in forward, up to factors.
-    """
-    half = gives_half((hidden, weight, bias), needs)
-    transpose = backends.get(hidden, dtype).wants_transpose(dtype)
-    return plan.Problem(
-        hidden.shape[0], weight.shape[0], weight.shape[1], dtype, workspace, *needs,
-        early and not half, weight.dtype == dtype, transpose,
-    )  # fmt: skip
-
-
-def gives_half(tensors: tuple[Tensor | None, ...], needs: Needs | list[bool]) -> bool:
-    """Whether a gradient has to be float16: formed in forward, before a loss scale lifts it off its
-    underflow, it would be rounded to nothing.
-    """
-    pairs = zip(tensors, needs, strict=True)
-    return any(need and t is not None and t.dtype == torch.float16 for t, need in pairs)
-
-
-def check_targets(target: Tensor, valid: Tensor, vocabulary: int, name: str = "target") -> None:
-    """Raise a ValueError for a target outside the vocabulary, where looking costs no stall."""
-    if target.device.type != "cpu" or not target.numel():
-        return  # elsewhere a check would stall the device's queue
-    low, high = target.aminmax()
-    if int(low) >= 0 and int(high) < vocabulary:
-        return
-    bad = valid & ((target < 0) | (target >= vocabulary))
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0, 0])
-        raise ValueError(
-            f"{name}: expected ids in [0, {vocabulary}) or ignore_index, got {int(target[at])} "
-            f"at flat position {at}"
-        )
 
 
 def row_values(state: Tensor, argmax: Tensor, vocabulary: int, track: int) -> tuple[Tensor, ...]:
@@ -228,7 +101,7 @@ def tracked(track: int) -> tuple[int, ...]:
 def outputs(call: Call, state: Tensor, argmax: Tensor, track: int) -> tuple[Tensor, ...]:
     """What `linear_stats` returns up to `norm`: all rows, empty where not asked for."""
     values = row_values(state, argmax, call.head.vocabulary, track)
-    dtype = engine.wide(call.dtype)
+    dtype = wide_dtype(call.dtype)
     return tuple(
         call.scatter(v, v.dtype if v.dtype == torch.int64 else dtype) if asked else v.to(dtype)
         for v, asked in zip(values, tracked(track), strict=True)
@@ -237,7 +110,7 @@ def outputs(call: Call, state: Tensor, argmax: Tensor, track: int) -> tuple[Tens
 
 def outputs_fake(hidden: Tensor, compute: torch.dtype, track: int) -> tuple[Tensor, ...]:
     """Shapes of `outputs` for products in the dtype `compute`."""
-    n, dtype = hidden.shape[0], engine.wide(compute)
+    n, dtype = hidden.shape[0], wide_dtype(compute)
     out = [
         hidden.new_empty(n if asked else 0, dtype=torch.int64 if i == 3 and asked else dtype)
         for i, asked in enumerate(tracked(track))
@@ -270,11 +143,13 @@ def asked_upstream(track: int, grads: tuple[Tensor | None, ...]) -> tuple[Tensor
 def _stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *options, track, needs, schedule = rest
+    *options, track, needs, schedule, numbers = rest
     valid = target != options[0]
     check_targets(target, valid, weight.shape[0])
-    call = Call(hidden, weight, bias, valid, tuple(options), tuple(needs))
+    active = active_hidden(numbers)
+    call = Call(hidden, weight, bias, valid, tuple(options), tuple(needs), active=active)
     chosen = plan.make(call.problem, plan.ledger.held, schedule or None)
+    report_active(active, call, chosen)
     kept_rows = call.problem.rows if chosen.keep_columns else 0
     kept = engine.new_rows(call.head.backend, call.head.hidden, kept_rows, chosen.keep_columns)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -288,7 +163,7 @@ def _stats(
 def _stats_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *options, track, _, _ = rest
+    *options, track, _, _, _ = rest
     out = outputs_fake(hidden, options[-1], track)
     return (*out, hidden.new_empty((0, 0), dtype=options[-1]))
 
@@ -307,7 +182,8 @@ def _stats_backward(
     *rest: Any,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *options, needs = rest
+    *options, needs, numbers = rest
+    active = active_hidden(numbers)
     coef = row_coefficients(norm, entropy, weight.shape[0], d_logprob, d_lse, d_entropy, d_mean)
     valid = target != options[0]
     # Rows without upstream gradient teach nothing. A NaN upstream is not 0 and so stays in.
@@ -324,7 +200,7 @@ def _stats_backward(
             else hidden
         )
         count = valid
-    call = Call(hidden, weight, bias, count, tuple(options), tuple(needs))
+    call = Call(hidden, weight, bias, count, tuple(options), tuple(needs), active=active)
     # Of the same problem, so that with `kept` beside it everything fits as forward has planned.
     chosen = plan.make(call.problem, 0, "recompute")
     with torch.autocast(hidden.device.type, enabled=False):
@@ -335,6 +211,7 @@ def _stats_backward(
             hidden.dtype,
             chosen,
             kept,
+            active,
         )
     return gradient_outputs(call, results, bias)
 
@@ -344,10 +221,9 @@ def _stats_backward_kept(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gradients_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes of the gradients; the last non-tensor argument says which are asked for."""
-    needs = next(value for value in reversed(rest) if not isinstance(value, Tensor))
+    """Shapes of the gradients that are asked for."""
     return (
         hidden.new_empty(hidden.shape) if needs[0] else hidden.new_empty(0),
         weight.new_empty(weight.shape) if needs[1] else hidden.new_empty(0),
@@ -355,23 +231,30 @@ def gradients_fake(
     )
 
 
+def backward_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of what a backward operator returns, from its arguments."""
+    return gradients_fake(hidden, weight, bias, rest[13])
+
+
 def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, *options = inputs
     ctx.mark_non_differentiable(*(output[i] for i in (3, 4, 5, 6, 8, 9)))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, target, output[8], output[2])
-    ctx.options, ctx.track = options[:6], options[6]
+    ctx.options, ctx.track, ctx.active = options[:6], options[6], options[9]
     # Not saved: consumed by the first backward, in place; a second one recomputes.
     ctx.kept = Held(output[9:]) if output[9].shape[0] else None
 
 
 def _stats_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing: tuple[None, ...] = (None,) * 10
+    nothing: tuple[None, ...] = (None,) * 11
     upstream = asked_upstream(ctx.track, grads)
     if all(gradient is None for gradient in upstream):
         return (None, None, None, *nothing)
     needs = list(ctx.needs_input_grad[:3])
-    args = (*ctx.saved_tensors, *upstream, *ctx.options, needs)
+    args = (*ctx.saved_tensors, *upstream, *ctx.options, needs, ctx.active)
     if (
         ctx.kept is None or torch.is_grad_enabled()
     ):  # create_graph: the plain operator refuses clearly
@@ -399,7 +282,7 @@ register("linear_stats", _stats, _stats_fake, _stats_autograd, _stats_setup)
 register(
     "linear_stats_backward",
     _stats_backward,
-    gradients_fake,
+    backward_fake,
     engine.no_double_backward("linear_logprobs"),
 )
-register("linear_stats_backward_kept", _stats_backward_kept, gradients_fake)
+register("linear_stats_backward_kept", _stats_backward_kept, backward_fake)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels import engine, linear_ops, plan
+from ift_kernels import engine, head_call, linear_ops, plan
 from ift_kernels.backends import reference as ref
+from ift_kernels.sums import wide_dtype
 
 linear_ops.LIB.define(
     f"linear_loss({linear_ops.HEAD}, Tensor factor, {linear_ops.OPTIONS}, float smoothing,"
-    " float z_loss, bool[] needs)"
+    " float z_loss, bool[] needs, float[] active)"
     f" -> (Tensor loss, Tensor norm, {linear_ops.GRADIENTS})"
 )
 
@@ -25,15 +26,18 @@ linear_ops.LIB.define(
 def _loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, factor: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *options, smoothing, z_loss, needs = rest
+    *options, smoothing, z_loss, needs, numbers = rest
+    active = head_call.active_hidden(numbers)
     valid = target != options[0]
-    linear_ops.check_targets(target, valid, weight.shape[0])
-    call = linear_ops.Call(hidden, weight, bias, valid, tuple(options), tuple(needs), early=True)
+    head_call.check_targets(target, valid, weight.shape[0])
+    arguments = hidden, weight, bias, valid, tuple(options), tuple(needs), True, active
+    call = head_call.Call(*arguments)
     chosen = plan.make(call.problem, plan.ledger.held, "forward")
+    head_call.report_active(active, call, chosen)
     # Gradients that earlier calls hold, or too few rows a block: backward recomputes instead.
     # So it does where nothing may wait for the device: rows that do not count are still there.
     early = chosen.schedule == "forward" and call.keep is None
-    vocabulary, dtype = weight.shape[0], engine.wide(call.dtype)
+    vocabulary, dtype = weight.shape[0], wide_dtype(call.dtype)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     norms: list[Tensor] = []
 
@@ -56,7 +60,7 @@ def _loss(
     with torch.autocast(hidden.device.type, enabled=False):
         if early:
             results = engine.forward_gradients(
-                call.head, rows, coefficients, tuple(needs), hidden.dtype, chosen, track
+                call.head, rows, coefficients, tuple(needs), hidden.dtype, chosen, track, active
             )
         else:
             chosen = plan.make(call.problem, 0, "recompute")
@@ -81,8 +85,8 @@ def loss_upstream(
 def _loss_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, factor: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *options, _, _, needs = rest
-    dtype = engine.wide(options[-1])
+    *options, _, _, needs, _ = rest
+    dtype = wide_dtype(options[-1])
     gradients = linear_ops.gradients_fake(hidden, weight, bias, needs)
     norm = hidden.new_empty((2, hidden.shape[0]), dtype=dtype)
     return hidden.new_empty((), dtype=dtype), norm, *gradients
@@ -95,20 +99,20 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.save_for_backward(hidden, weight, bias, target, factor, output[1])
     ctx.options = options
     formed = any(gradient.numel() for gradient in output[2:])
-    ctx.gradients = linear_ops.Held(output[2:]) if formed else None
+    ctx.gradients = head_call.Held(output[2:]) if formed else None
 
 
 def _loss_autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nothing: tuple[None, ...] = (None,) * 11
+    nothing: tuple[None, ...] = (None,) * 12
     if upstream is None:
         return (None, None, None, *nothing)
     hidden, weight, bias, target, factor, norm = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     if ctx.gradients is None or torch.is_grad_enabled():
-        *options, smoothing, z_loss, _ = ctx.options
+        *options, smoothing, z_loss, _, active = ctx.options
         rows = loss_upstream(norm, factor * upstream, smoothing, z_loss)
         results = torch.ops.ift_kernels.linear_stats_backward(
-            hidden, weight, bias, target, norm, norm[0], *rows, *options, needs
+            hidden, weight, bias, target, norm, norm[0], *rows, *options, needs, active
         )
     else:
         held, ctx.gradients = ctx.gradients, None

@@ -58,6 +58,7 @@ class Problem:
     early: bool = False  # gradients can be formed in forward
     same_dtype: bool = True  # head weight (and its gradient) in the dtype of the products
     transpose: bool = False  # the backend wants the gradient of a tile transposed as well
+    tail_tile: int = 0  # of an active set that dh is formed from, beside an exact dW
 
     @property
     def any_gradient(self) -> bool:
@@ -120,6 +121,12 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
         peak = columns * (rows * itemsize + cast)
         return Plan("statistics", rows, columns, 0, 1.0, n, 0, peak)
     per_gradient = p.need_hidden + (p.need_weight or p.need_bias)
+    # Of a tile's gradient its active columns once more, marks, and their head rows; means of tails.
+    again, marks, gathered = 0, 0, 0
+    if p.tail_tile:
+        again, marks, gathered = itemsize, -(-n // 32), p.width * itemsize
+        tails = -(-p.vocabulary // p.tail_tile)
+        budget -= min(8 * tails * (n + p.width), budget // 8)
     # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it.
     per_row = p.width * (4 + itemsize) if p.need_hidden and itemsize < 4 else 0
     hidden_rows = n
@@ -130,6 +137,7 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
     # A tile, its transpose, and what goes with each column.
     copies = 2 if p.transpose and p.need_weight else 1
     per_column = cast + p.width * (itemsize + 4) if cast and p.need_weight else cast
+    per_column += gathered + marks + n * again
     rows, columns = tile(n, p.vocabulary, itemsize * copies, (budget - sums) // 2, per_column)
     work = sums + columns * (rows * itemsize * copies + per_column)
     keep = 0
@@ -148,8 +156,8 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
     ):
         _, across = tile(min(n, 1024), p.vocabulary, itemsize, budget // 4, cast)
         flipped = across * itemsize * (copies - 1)  # per token: a tile's transpose, 64 rows wider
-        beside = across * cast + 64 * flipped
-        per_token = p.vocabulary * itemsize + per_row + flipped
+        beside = across * (cast + gathered + marks) + 64 * flipped
+        per_token = p.vocabulary * itemsize + per_row + flipped + across * again
         most = MAX_ROUNDED if p.need_weight and itemsize < 4 else n
         # The last quarter of the workspace buys a pass or two less over dW: not worth having.
         for room in (budget // 4 * 3, budget):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ift_kernels import backends, checks, engine, plan
 from ift_kernels.backends import reference as ref
+from ift_kernels.sums import wide_dtype
 from ift_kernels.transform import LogitTransform
 
 RULES = ("greedy", "topk", "sample")
@@ -117,7 +118,7 @@ def _linear_token_fake(
     n = hidden.shape[0]
     return (
         hidden.new_empty(n, dtype=torch.int64),
-        hidden.new_empty(n, dtype=engine.wide(dtype)),
+        hidden.new_empty(n, dtype=wide_dtype(dtype)),
     )
 
 
@@ -137,7 +138,7 @@ def _linear_token(
 ) -> tuple[Tensor, Tensor]:
     n, device = hidden.shape[0], hidden.device
     backend = backends.get(hidden, dtype)
-    wide = engine.wide(dtype)
+    wide = wide_dtype(dtype)
     head = engine.Head(
         backend,
         engine.padded_rows(hidden.to(dtype)),

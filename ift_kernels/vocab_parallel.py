@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ift_kernels import checks, linear, linear_ops
+from ift_kernels import checks, head_call, linear
 from ift_kernels.active_set import ActiveSet
 from ift_kernels.active_set import options as active_options
 from ift_kernels.backends import reference as ref
@@ -78,7 +78,7 @@ def vocab_parallel_logprobs(
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
     target = checks.token_ids("target", target, hidden.shape[:-1], hidden.device)
     valid = target != ignore_index
-    linear_ops.check_targets(target.flatten(), valid.flatten(), shard.vocabulary)
+    head_call.check_targets(target.flatten(), valid.flatten(), shard.vocabulary)
 
     hidden = _to_shards(hidden, shard.group)
     here = valid & (target >= shard.start) & (target < shard.start + shard.weight.shape[0])

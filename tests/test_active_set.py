@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import dense
 import ift_kernels as K
 from bench import lmlike
-from ift_kernels import active, active_backward
+from ift_kernels import active, active_backward, active_hidden
 from ift_kernels.active_set import ActiveSet
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -23,6 +23,7 @@ def sparse(monkeypatch):
     """No tile is left dense, however many of its columns are active."""
     monkeypatch.setattr(active, "DENSE_SHARE", 2.0)
     monkeypatch.setattr(active_backward, "DENSE_SHARE", 2.0)
+    monkeypatch.setattr(active_hidden, "DENSE_SHARE", 2.0)
 
 
 def upstream(n, outputs, seed=3):
@@ -199,7 +200,8 @@ def test_kept_within_the_workspace():
 
 def test_too_small_a_workspace_is_exact():
     h = lm(v=4000)
-    found = gradients(h, ActiveSet(block=4096, tail_tile=8192), workspace=1 << 20)
+    options = ActiveSet(block=4096, tail_tile=8192, dW="active")
+    found = gradients(h, options, workspace=1 << 20)
     for mine, true in zip(found, gradients(h, "exact"), strict=True):
         assert distance(mine, true) <= 1e-6
 

@@ -155,7 +155,7 @@ def test_errors_are_the_same():
 
 def stats_args(h, track):
     options = (-100, 1.0, 0.0, 1.0, SMALL, h.hidden.dtype)
-    return (h.hidden, h.weight, h.bias, h.target, *options, track, [True] * 3, "recompute")
+    return (h.hidden, h.weight, h.bias, h.target, *options, track, [True] * 3, "recompute", [])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -114,6 +114,16 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Release());
   m.def(
+      "active_rows",
+      [](const Chunk& c, uintptr_t marks, int64_t block, int64_t tile, uintptr_t mean,
+         uintptr_t active, int64_t room) {
+        if (!ift::epilogues().active_rows(c, at<uint8_t>(marks), block, tile, at<float>(mean),
+                                          at<void>(active), room))
+          throw std::runtime_error("active: too few elements for what is marked, got " +
+                                   std::to_string(room));
+      },
+      Release());
+  m.def(
       "combine_rows",
       [](int dtype, uintptr_t parts, int64_t count, int64_t width, uintptr_t where,
          uintptr_t common, int64_t tile, int64_t columns, int out_dtype, uintptr_t out,

@@ -86,6 +86,8 @@ struct Epilogues {
                          int64_t tile, void* store, float* sums, int64_t sums_ld);
   void (*active_gradient)(const Chunk&, const ActiveRows&, const int64_t* pairs, int64_t count,
                           int64_t block, int64_t tile, void* row_major);
+  bool (*active_rows)(const Chunk& gradients, const uint8_t* marks, int64_t block, int64_t tile,
+                      float* mean, void* active, int64_t room);
   void (*combine_rows)(int dtype, const void* parts, int64_t count, int64_t width,
                        const int64_t* at, const float* common, int64_t tile, int64_t columns,
                        int out_dtype, void* out, bool accumulate, int threads);

@@ -8,6 +8,8 @@ from torch import Tensor
 from ift_kernels.backends import cpu, reference_active
 from ift_kernels.transform import LogitTransform
 
+PLAIN = LogitTransform()  # of gradients, which are no logits any more
+
 
 def collected(
     x: Tensor, marks: Tensor, reference: Tensor, tile: int, store: Tensor, sums: Tensor
@@ -125,6 +127,27 @@ def active_gradient_(
         block,
         tile,
         0 if row_major is None else row_major.data_ptr(),
+    )
+
+
+def active_rows(
+    dz: Tensor, marks: Tensor, block: int, tile: int, mean: Tensor, active: Tensor
+) -> None:
+    rows, columns = dz.shape
+    if marks.shape != (-(-rows // block), columns) or not marks.is_contiguous():
+        raise RuntimeError(f"marks: {tuple(marks.shape)} for {tuple(dz.shape)}, blocks of {block}")
+    if mean.shape != (-(-columns // tile), rows) or not mean.is_contiguous():
+        raise RuntimeError(f"mean: {tuple(mean.shape)}, strides {mean.stride()}")
+    if mean.dtype != torch.float32 or active.dtype != dz.dtype or not active.is_contiguous():
+        raise RuntimeError(f"mean: {mean.dtype}, active: {active.dtype}")
+    cpu.extension().active_rows(
+        cpu.chunk(dz, None, PLAIN, 0),
+        marks.data_ptr(),
+        block,
+        tile,
+        mean.data_ptr(),
+        active.data_ptr(),
+        active.numel(),
     )
 
 

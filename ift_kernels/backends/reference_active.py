@@ -116,6 +116,34 @@ def active_gradient_(
         start, written = start + count, written + block * width
 
 
+def active_rows(
+    dz: Tensor, marks: Tensor, block: int, tile: int, mean: Tensor, active: Tensor
+) -> None:
+    """Take a tile of gradients (N, C) apart, for dh: both results are written completely.
+
+    `mean` (tiles, N): of each row over the columns of a tile that are not marked, 0 without any.
+    `active`, flat, receives each block's marked columns, less the mean of their tile, as (block,
+    their number rounded up to 32), zeros beyond, one after another; rows beyond N stay as they are.
+    """
+    rows, columns = dz.shape
+    tail = (marks == 0).repeat_interleave(block, 0)[:rows]
+    zero = torch.zeros((), dtype=mean.dtype, device=dz.device)
+    of_tail = torch.where(tail, dz.to(mean.dtype), zero)
+    total, count = (F.pad(x, (0, -columns % tile)).view(rows, -1, tile).sum(2)
+                    for x in (of_tail, tail))  # fmt: skip
+    mean.copy_((total / count.clamp(min=1)).T)
+    written = 0
+    for number, marked in enumerate(marks):
+        ids = marked.nonzero()[:, 0]
+        width = -(-len(ids) // 32) * 32
+        here = slice(number * block, min(rows, (number + 1) * block))
+        out = active[written : written + block * width].view(block, width)
+        out = out[: here.stop - here.start]
+        out[:, : len(ids)] = dz[here][:, ids].to(mean.dtype) - mean.T[here][:, ids // tile]
+        out[:, len(ids) :] = 0
+        written += block * width
+
+
 def combine_rows(
     parts: Tensor, at: Tensor, common: Tensor, tile: int, out: Tensor, accumulate: bool
 ) -> None:

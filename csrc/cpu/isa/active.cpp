@@ -9,9 +9,9 @@
 // Floors: marking reads the chunk once, a compare per vector; collecting reads it once more from
 // the second-level cache, an exp per vector; the gradient reads and writes what is stored, twice
 // with the copy.
-#include <cstdlib>
 #include <type_traits>
 
+#include "buffer.h"
 #include "logits.h"
 #include "transpose.h"
 
@@ -20,19 +20,6 @@ namespace IFT_ISA {
 
 constexpr int kRowGroup = 16;     // rows gathered before they are turned into columns
 constexpr int kColumnGroup = 32;  // stored columns that share a cache line of the row-major copy
-
-// Not std::vector: its functions are shared between files, and this one is compiled for machines
-// that others must not need.
-template <class T>
-struct Buffer {
-  T* data;
-  explicit Buffer(int64_t n) : data(static_cast<T*>(std::malloc((n + 1) * sizeof(T)))) {
-    if (!data) std::abort();
-  }
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-  T& operator[](int64_t i) { return data[i]; }
-};
 
 template <class T, bool kCapped, bool kBiased>
 void mark_strip(const Chunk& c, const Transform<kCapped, kBiased>& f, const float* level,

@@ -14,6 +14,7 @@ void active_collect(const Chunk&, const uint8_t*, const float*, int64_t, int64_t
                     int64_t);
 void active_gradient(const Chunk&, const ActiveRows&, const int64_t*, int64_t, int64_t, int64_t,
                      void*);
+bool active_rows(const Chunk&, const uint8_t*, int64_t, int64_t, float*, void*, int64_t);
 void combine_rows(int, const void*, int64_t, int64_t, const int64_t*, const float*, int64_t,
                   int64_t, int, void*, bool, int);
 void tile_sums(int, const void*, int64_t, int64_t, int64_t, int64_t, float*, int);
@@ -22,11 +23,10 @@ void divergence_gradient(const Chunk&, const Chunk&, const DivergenceRows&);
 void transpose_chunk(const Chunk&, void*, int64_t);
 
 const Epilogues& table() {
-  static const Epilogues epilogues{stats,          dlogits,          probabilities,
-                                   top_k,          gumbel,           active_marks,
-                                   active_collect, active_gradient,  combine_rows,
-                                   tile_sums,      divergence_terms, divergence_gradient,
-                                   transpose_chunk};
+  static const Epilogues epilogues{
+      stats,        dlogits,          probabilities,       top_k,          gumbel,
+      active_marks, active_collect,   active_gradient,     active_rows,    combine_rows,
+      tile_sums,    divergence_terms, divergence_gradient, transpose_chunk};
   return epilogues;
 }
 

@@ -1,0 +1,114 @@
+"""dh from the columns that matter, where the head is trained by its exact gradient.
+
+``gradient="active"`` with ``dW="dense"``. The schedule is the exact one of `engine`: dW and db need
+the gradient dz of every product, so a tile of them is there whole. dh does not; with u[r, t] the
+mean of dz[r, v] over those ids v of tail tile t that are not active in r's block,
+
+    dh[r] ≈ Σ_t u[r, t]·Σ_{v in t} W[v] + Σ_{v active} (dz[r, v] − u[r, tile of v])·W[v]
+
+`ift_kernels.active` has the reasons and the words. Blocks count from the first row of a tile, tail
+tiles from its first column.
+
+Floor per tile of N × C products, k the active share: (4 + 2k)·N·C·D flops against 6 dense; bytes
+beyond the exact schedule: two more reads of the tile, k·N·C elements written and read, and
+k·N·C·D / block elements of W gathered.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ift_kernels.active import DENSE_SHARE
+from ift_kernels.active_set import ActiveSet
+from ift_kernels.engine import Head, RowGradient, Tile
+from ift_kernels.sums import Sum, wide_dtype
+
+
+class Marked(NamedTuple):
+    """The active columns of a tile."""
+
+    marks: Tensor  # uint8 (blocks, C)
+    counts: list[int]  # of each block
+    block: int
+
+
+class _Tail(NamedTuple):
+    rows: slice
+    columns: slice
+    mean: Tensor  # (tail tiles, rows)
+
+
+class ActiveHidden:
+    """What `engine.Gradients` asks, tile by tile, for its gradient of hidden."""
+
+    def __init__(self, options: ActiveSet) -> None:
+        self.options = options
+        self._tails: list[_Tail] = []
+        self._head_sums: dict[int, Tensor] = {}  # of a tile's tail tiles, by its first column
+        self._rooms: dict[str, Tensor] = {}
+
+    def mark(self, head: Head, tile: Tile, row_gradient: RowGradient) -> Marked | None:
+        """The active columns of products; None where a dense product costs no more."""
+        (rows, columns, product), (target, norm, _) = tile, row_gradient
+        threshold = self.options.threshold
+        level = norm[:, rows].sum(0) + (math.log(threshold) if threshold else -math.inf)
+        block = min(self.options.block, -(-len(product) // 32) * 32)
+        marks = head.backend.active_marks(
+            product, head.bias_chunk(columns), head.transform, target[rows], columns.start, level,
+            block,
+        )  # fmt: skip
+        counts = marks.sum(1).tolist()
+        return Marked(marks, counts, block) if sum(counts) < DENSE_SHARE * marks.numel() else None
+
+    def add(self, head: Head, tile: Tile, marked: Marked, total: Sum) -> None:
+        """Add the active columns of a tile of gradients to `total`; the tail waits for `finish`."""
+        (rows, columns, dz), (marks, counts, block) = tile, marked
+        tail = self.options.tail_tile
+        mean = dz.new_empty((-(-dz.shape[1] // tail), len(dz)), dtype=wide_dtype(dz.dtype))
+        widths = [-(-count // 32) * 32 for count in counts]  # vendor products want few sizes
+        active = self._room("active", head, block * sum(widths))
+        head.backend.active_rows(dz, marks, block, tail, mean, active)
+        self._tails.append(_Tail(rows, columns, mean))
+        weight, ids = head.weight_chunk(columns), marks.nonzero()[:, 1].split(counts)
+        start = 0
+        for number, (some, width) in enumerate(zip(ids, widths, strict=True)):
+            if not width:
+                continue
+            first = rows.start + number * block
+            here = slice(first, min(first + block, rows.stop))
+            part = active[start : start + block * width].view(block, width)
+            start += block * width
+            # Columns of zeros up to `width`, against a head row that is active anyway.
+            some = torch.cat([some, some[-1:].expand(width - len(some))])
+            gathered = self._room("head", head, width * weight.shape[1]).view(width, -1)
+            torch.index_select(weight, 0, some, out=gathered)
+            total.add(here, part[: here.stop - here.start], gathered)
+
+    def finish(self, head: Head, total: Sum) -> None:
+        """Add the tails of all tiles, and begin anew."""
+        tails, self._tails = self._tails, []
+        for start in sorted({tail.rows.start for tail in tails}):
+            some = [tail for tail in tails if tail.rows.start == start]
+            mean = torch.cat([tail.mean for tail in some])
+            sums = torch.cat([self._sums(head, tail.columns) for tail in some])
+            total.total[some[0].rows].addmm_(mean.T, sums)
+
+    def _sums(self, head: Head, columns: slice) -> Tensor:
+        """(tail tiles, D): sums of the head's rows."""
+        found = self._head_sums.get(columns.start)
+        if found is None:
+            found = head.backend.tile_sums(head.weight[columns], self.options.tail_tile)
+            found = self._head_sums[columns.start] = found.to(wide_dtype(head.hidden.dtype))
+        return found
+
+    def _room(self, name: str, head: Head, elements: int) -> Tensor:
+        """Work memory, the same every time: what is freed and taken again costs page faults."""
+        room = self._rooms.get(name)
+        if room is None or room.numel() < elements:
+            self._rooms.pop(name, None)  # before the larger one is taken
+            room = self._rooms[name] = head.backend.scratch(head.hidden, elements)
+        return room[:elements]
