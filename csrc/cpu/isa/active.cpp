@@ -35,6 +35,7 @@ void mark_strip(const Chunk& c, const Transform<kCapped, kBiased>& f, const floa
   const float* b = kBiased ? c.bias + begin : nullptr;
   for (int64_t r = first; r < last; ++r) {
     const T* x = static_cast<const T*>(c.x) + r * c.ld + begin;
+    if (r + 1 < last) prefetch(x + c.ld, n * sizeof(T));
     const vf bar = splat(level[r]);
     int i = 0;
     for (; i + W <= n; i += W) fold(i, f.logit(load(x + i), kBiased ? load(b + i) : (vf){}), bar);
@@ -167,6 +168,7 @@ void active_collect(const Chunk& c, const uint8_t* marks, const float* reference
         const T* x = static_cast<const T*>(c.x) + first * c.ld + begin;
         for (int64_t r = 0; r < count; ++r) {
           float* out = sums + at * sums_ld + first + r;
+          if (r + 1 < count) prefetch(x + (r + 1) * c.ld, n * sizeof(T));
           tail_sums(x + r * c.ld, kBiased ? c.bias + begin : nullptr, f, tail.data,
                     static_cast<int>(n), reference[first + r], out, tiles * sums_ld);
           if (!kCapped) out[2 * tiles * sums_ld] = static_cast<float>(n - marked);
