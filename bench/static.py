@@ -78,6 +78,9 @@ def _epilogues(dtype: torch.dtype, full: bool, c: int) -> None:
     marks = backend.active_marks(*here, target, 0, best, 32).zero_()
     store = torch.zeros(48, 32, dtype=dtype)
     backend.active_collect(*here, marks, best, 64, store, torch.zeros(3, c // 64, n))
+    marks[:, ::20] = 1
+    active = torch.zeros(n * (c // 16), dtype=dtype)
+    backend.active_rows(x, marks, 32, 2048, torch.zeros(-(-c // 2048), n), active)
     pairs, base = torch.zeros(48, 2, dtype=torch.int64), torch.zeros(c // 64, n)
     backend.active_gradient_(store, pairs, n, *here[1:], target, 0, norm, coef, base, 64)
 

@@ -51,6 +51,7 @@ CANDIDATES: dict[str, Configs] = {
     "stats": ROWWISE, "dlogits": ROWWISE, "top_k": ROWWISE, "gumbel": ROWWISE, "scan": ROWWISE,
     "residual": ROWWISE, "marks": SQUARE,
     "collect": grid(ROWS=(16, 32), BLOCK=(32, 64), num_warps=(2, 4, 8)),
+    "rows": grid(ROWS=(8, 16, 32), BLOCK=(64, 128, 256), num_warps=(4, 8)),
     "segments": grid(ITEMS=(4, 8, 16), BLOCK=(128, 256, 512), num_warps=(2, 4)),
     "gradient": grid(ITEMS=(8, 16, 32), ROWS=(32, 64), num_warps=(4, 8)),
     "fused": grid(ROWS=(64, 128), **TILE), "fused-mark": grid(**TILE),
@@ -115,6 +116,13 @@ def subjects(dry: bool, device: torch.device) -> Iterator[tuple[str, str, Call]]
             backend.active_collect(*here, found, level, 64, store, sums)
             return [store, sums]
 
+        def apart(x: Tensor = x, found: Tensor = found) -> list[Tensor]:
+            mean = torch.empty(-(-x.shape[1] // 64), len(x), device=device)
+            widths = (found.sum(1) + 31) // 32 * 32
+            active = x.new_zeros(32 * int(widths.sum()))  # rows beyond the last stay as they are
+            backend.active_rows(x, found, 32, 64, mean, active)
+            return [mean, active]
+
         def scan(x: Tensor = x) -> list[Tensor]:
             return [backend.scan(x, None, None, 0.95, True)]
 
@@ -126,6 +134,7 @@ def subjects(dry: bool, device: torch.device) -> Iterator[tuple[str, str, Call]]
         def segments(x: Tensor = x) -> list[Tensor]:
             return [backend.tile_sums(x, 64)]
 
+        yield "rows", kind, apart
         yield "stats", kind, functools.partial(stats, 1)
         yield "stats", f"{kind}-all", functools.partial(stats, 31)
         for call in (dlogits, top_k, gumbel, marks, collect, scan, residual, segments):

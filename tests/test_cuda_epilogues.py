@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import cuda_emulator
+import taken_apart
 from ift_kernels.backends import cuda, reference
 from ift_kernels.transform import LogitTransform
 
@@ -183,6 +184,41 @@ def test_active_set(rows, cols, block, tile, dtype, transform):
             store, pairs, rows, bias, transform, target, 5, norm, coef, base, tile
         )
     close(stores[0], stores[1], dtype, "gradient")
+
+
+# Rows on 16 bytes or not; tiles of a strip of 2048 columns, of several, and of part of one.
+@pytest.mark.parametrize(
+    ("rows", "cols", "block", "tile", "start", "gap"),
+    [
+        (70, 300, 32, 64, 0, 20),
+        (200, 5003, 96, 2048, 0, 5),
+        (130, 4500, 64, 4096, 3, 4),
+        (70, 5000, 32, 4352, 0, 8),
+        (40, 520, 4096, 192, 0, 0),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_active_rows(rows, cols, block, tile, start, gap, dtype):
+    dz, marks = taken_apart.example(rows, cols, dtype, block, tile, start, gap)
+    results = []
+    for backend in (cuda, reference):
+        mean, active = taken_apart.outputs(dz, marks, block, tile)
+        backend.active_rows(dz, marks, block, tile, mean, active)
+        results.append((mean, active))
+    taken_apart.close(*results, dtype)
+
+
+def test_active_rows_refuses_other_layouts():
+    dz, marks = taken_apart.example(70, 200, torch.float32, 32, 64)
+    mean, active = taken_apart.outputs(dz, marks, 32, 64)
+    for change, word in (
+        ({"marks": marks[:2]}, "marks"), ({"mean": mean.double()}, "mean"),
+        ({"active": active.half()}, "active"), ({"active": active[::2]}, "active"),
+        ({"marks": marks[:2], "block": 40}, "blocks of 40"),
+    ):  # fmt: skip
+        arguments = {"dz": dz, "marks": marks, "mean": mean, "active": active, "block": 32}
+        with pytest.raises(RuntimeError, match=word):
+            cuda.active_rows(tile=64, **(arguments | change))
 
 
 @pytest.mark.parametrize("width", [1, 24, 300])

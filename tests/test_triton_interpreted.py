@@ -32,6 +32,7 @@ SMALL = {
     "gumbel": {"BLOCK": 64, "num_warps": 1},
     "marks": {"ROWS": 16, "BLOCK": 64, "num_warps": 1},
     "collect": {"ROWS": 16, "BLOCK": 32, "num_warps": 1},
+    "rows": {"ROWS": 8, "BLOCK": 32, "num_warps": 1},
     "gradient": {"ITEMS": 8, "ROWS": 16, "num_warps": 1},
     "segments": {"ITEMS": 4, "BLOCK": 16, "num_warps": 1},
     "scan": {"BLOCK": 16, "num_warps": 1},

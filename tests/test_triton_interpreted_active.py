@@ -1,5 +1,6 @@
 """The active set and the sync-free mode of the Triton backend in Triton's interpreter."""
 
+import contextlib
 import functools
 
 import pytest
@@ -8,14 +9,18 @@ import torch
 import dense
 import ift_kernels as K
 import interpreter
-from ift_kernels import active_op, linear_ops, syncfree
+import taken_apart
+from ift_kernels import active_hidden, active_op, head_call, linear_ops, syncfree
+from ift_kernels.backends import reference
+from ift_kernels.backends import triton as backend
 from ift_kernels.backends.triton import active_schedule, launch
 
 interpreter.round_to_nearest()
 
 
 @pytest.fixture(autouse=True)
-def served_by_triton():
+def served_by_triton(monkeypatch):
+    monkeypatch.setattr(active_hidden, "DENSE_SHARE", 2.0)  # no tile is left dense
     small = {"COLUMNS": 64, "INNER": 16, "num_warps": 1}  # each step costs, however small
     with K.use_backend("triton"), launch.use_config("fused", small):
         yield
@@ -159,7 +164,8 @@ def test_sync_free(gradient, monkeypatch):
     with monkeypatch.context() as patch:
         for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero"):
             patch.setattr(torch.Tensor, name, refuse_on_data(getattr(torch.Tensor, name)))
-        patch.setattr(linear_ops, "check_targets", lambda *_: None)  # looks on the CPU alone
+        for module in (linear_ops, head_call):  # it looks on the CPU alone
+            patch.setattr(module, "check_targets", lambda *_: None)
         ours = gradients(h, gradient, sync_free=True)
     for a, b in zip(ours, wanted, strict=True):
         assert distance(a, b) < 2e-6
@@ -203,3 +209,38 @@ def test_sync_free_loss():
                 results.append([loss, *torch.autograd.grad(loss, h.inputs)])
         for a, b in zip(*results, strict=True):
             assert distance(a, b) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("small", [True, False], ids=["small", "committed"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "block", "tile", "gap"),
+    [(70, 200, 32, 64, 5), (96, 128, 32, 128, 0), (40, 300, 64, 192, 20), (70, 150, 32, 2048, 2)],
+)
+def test_active_rows(rows, columns, block, tile, gap, small, dtype):
+    dz, marks = taken_apart.example(rows, columns, dtype, block, tile, gap=gap)
+    results = []
+    with contextlib.ExitStack() as stack:
+        if small:  # every loop goes round, and a tile may end within a block of columns
+            values = {"ROWS": 8, "BLOCK": 128 if tile == 64 else 32, "num_warps": 1}
+            stack.enter_context(launch.use_config("rows", values))
+        for side in (backend, reference):
+            mean, active = taken_apart.outputs(dz, marks, block, tile)
+            side.active_rows(dz, marks, block, tile, mean, active)
+            results.append((mean, active))
+    taken_apart.close(*results, dtype)
+
+
+def test_active_rows_refuses_other_layouts():
+    dz, marks = taken_apart.example(70, 200, torch.float32, 32, 64)
+    mean, active = taken_apart.outputs(dz, marks, 32, 64)
+    for change, word in (
+        ({"marks": marks[:2]}, "marks"), ({"mean": mean.double()}, "mean"),
+        ({"mean": mean.T.contiguous().T}, "mean"), ({"active": active.half()}, "active"),
+        ({"active": active[::2]}, "active"), ({"dz": dz.T.contiguous().T}, "dz"),
+    ):  # fmt: skip
+        arguments = {"dz": dz, "marks": marks, "mean": mean, "active": active, **change}
+        with pytest.raises(RuntimeError, match=word):
+            backend.active_rows(block=32, tile=64, **arguments)
+    with pytest.raises(RuntimeError, match="block: expected a multiple of 16, got 40"):
+        backend.active_rows(dz, marks[:2], 40, 64, mean, active)

@@ -1,6 +1,7 @@
-// Launches of the active set: marks, collection, gradient.
+// Launches of the active set: marks, collection, gradient, rows.
 #include "active.cuh"
 
+#include "active_rows.cuh"
 #include "launch.h"
 
 namespace ift {
@@ -55,6 +56,18 @@ void active_gradient(const Queue& queue, const Products& p, const int64_t* targe
     launch(queue, "active_gradient_kernel", active_gradient_kernel<T, decltype(plain)::value>,
            ceil_div(count, kColumnsPerBlock) * slices, c, rows, pairs, count, block, tile, across,
            aligned, slices);
+  });
+}
+
+void active_rows(const Queue& queue, const Products& p, const uint8_t* marks, const int64_t* ends,
+                 const int64_t* starts, int64_t block, int64_t tile, float* mean, void* active) {
+  const Chunk c = chunk_of(p);
+  each_dtype(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    const bool aligned = aligned_to(16, {p.x}) && p.ld % kPack<T> == 0 && tile % kPack<T> == 0;
+    const Apart in{marks, ends, starts, block, tile, mean, aligned};
+    launch(queue, "active_rows_kernel", active_rows_kernel<T>,
+           ceil_div(p.rows, kSide) * ceil_div(p.cols, tile), c, in, static_cast<T*>(active));
   });
 }
 

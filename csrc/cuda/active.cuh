@@ -80,6 +80,36 @@ static __global__ void __launch_bounds__(kThreads)
 constexpr int kStrip = kThreads * 8;  // columns whose marks a block holds at once
 constexpr int kSide = 32;             // of the squares in which columns are transposed
 
+// The marks of this thread's eight columns of a strip of n, as bits; `valid`: columns that exist.
+__device__ inline unsigned eight_marks(const uint8_t* marks, int n, unsigned& valid) {
+  const int first = static_cast<int>(threadIdx.x) * 8;
+  unsigned marked = 0;
+  valid = 0;
+  for (int i = 0; i < 8; ++i) {
+    if (first + i >= n) continue;
+    valid |= 1u << i;
+    marked |= marks[first + i] ? 1u << i : 0u;
+  }
+  return marked;
+}
+
+// Writes which of its columns a thread has marked, from place `at` of a list on.
+__device__ inline void list_marks(unsigned marked, int at, uint16_t* ids) {
+  for (int i = 0; i < 8; ++i)
+    if (marked >> i & 1u) ids[at++] = static_cast<uint16_t>(threadIdx.x * 8 + i);
+}
+
+// A pack of a strip of n columns, zeros beyond them.
+template <class T, int kSize>
+__device__ inline void load_strip(const T* x, int at, int n, bool aligned, float (&v)[kSize]) {
+  if (aligned && at + kSize <= n) {
+    unpack<T>(load16(x + at), v);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) v[i] = at + i < n ? to_float(x[at + i]) : 0.0f;
+  }
+}
+
 // What collecting needs beside the chunk. starts (blocks, tiles): where the columns of a tile
 // begin.
 struct Collect {
@@ -101,12 +131,7 @@ __device__ inline void tail_sums(const Chunk& c, const T* x, int64_t begin, int 
   for (int at = lane * kSize; at < n; at += kWarp * kSize) {
     const unsigned in = tail[at / 8] >> at % 8;
     float v[kSize];
-    if (aligned && at + kSize <= n) {
-      unpack<T>(load16(x + at), v);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) v[i] = at + i < n ? to_float(x[at + i]) : 0.0f;
-    }
+    load_strip(x, at, n, aligned, v);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       if (!(in >> i & 1u)) continue;
@@ -138,18 +163,12 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(Chunk c, Collect in, 
   int64_t start = in.starts[blockIdx.x];
   for (int64_t begin = t * in.tile; begin < end; begin += kStrip) {
     const int n = static_cast<int>(end - begin < kStrip ? end - begin : kStrip);
-    const uint8_t* const marks = in.marks + b * c.cols + begin;
-    unsigned marked = 0, valid = 0;
-    for (int i = 0; i < 8; ++i) {
-      if (thread * 8 + i >= n) continue;
-      valid |= 1u << i;
-      marked |= marks[thread * 8 + i] ? 1u << i : 0u;
-    }
+    unsigned valid;
+    const unsigned marked = eight_marks(in.marks + b * c.cols + begin, n, valid);
     int before, count;
     Scan(scan).ExclusiveSum(__popc(marked), before, count);
     tail[thread] = static_cast<uint8_t>(valid & ~marked);
-    for (int i = 0; i < 8; ++i)
-      if (marked >> i & 1u) ids[before++] = static_cast<uint16_t>(thread * 8 + i);
+    list_marks(marked, before, ids);
     __syncthreads();
 
     const T* const x = static_cast<const T*>(c.x) + first * c.ld + begin;

@@ -109,6 +109,14 @@ PYBIND11_MODULE(_cuda, m) {
                              tile);
       },
       Release());
+  m.def(
+      "active_rows",
+      [](const Queue& q, const Products& p, uintptr_t marks, uintptr_t ends, uintptr_t starts,
+         int64_t block, int64_t tile, uintptr_t mean, uintptr_t active) {
+        gpu::active_rows(q, p, at<uint8_t>(marks), at<int64_t>(ends), at<int64_t>(starts), block,
+                         tile, at<float>(mean), at<void>(active));
+      },
+      Release());
 
   py::class_<gpu::ResidualTokens>(m, "ResidualTokens", py::module_local())
       .def(py::init([](uintptr_t ids, uintptr_t predicted, uintptr_t labels, uintptr_t offsets,

@@ -60,6 +60,9 @@ void active_gradient(const Queue&, const Products&, const int64_t* target, const
                      int64_t norm_ld, const float* coef, int64_t coef_ld, const float* base,
                      int64_t base_ld, const int64_t* pairs, int64_t count, int64_t block,
                      int64_t tile);
+// `x` of the products is a tile of gradients; ends (blocks, tiles), starts (blocks): see `Apart`.
+void active_rows(const Queue&, const Products&, const uint8_t* marks, const int64_t* ends,
+                 const int64_t* starts, int64_t block, int64_t tile, float* mean, void* active);
 
 void residual(const Queue&, int dtype, const void* table, const ResidualTokens&, void* out,
               int64_t width, double lam);

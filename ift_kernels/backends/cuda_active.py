@@ -1,4 +1,4 @@
-"""The epilogues of the active set in CUDA C++: csrc/cuda/active.cuh. See reference_active.py."""
+"""The epilogues of the active set in CUDA C++: csrc/cuda/active*.cuh. See reference_active.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from ift_kernels.backends.cpu import DTYPES, vectors
 from ift_kernels.backends.cpu_active import collected, stored
 from ift_kernels.transform import LogitTransform
 
-__all__ = ["active_collect", "active_gradient_", "active_marks", "combine_rows", "tile_sums"]
+__all__ = [
+    "active_collect",
+    "active_gradient_",
+    "active_marks",
+    "active_rows",
+    "combine_rows",
+    "tile_sums",
+]
 
 
 def active_marks(
@@ -112,6 +119,36 @@ def active_gradient_(
         store.shape[0],
         block,
         tile,
+    )
+
+
+def active_rows(
+    dz: Tensor, marks: Tensor, block: int, tile: int, mean: Tensor, active: Tensor
+) -> None:
+    rows, columns = dz.shape
+    blocks, tiles = -(-rows // block), -(-columns // tile)
+    if marks.shape != (blocks, columns) or not marks.is_contiguous() or block % 32:
+        raise RuntimeError(f"marks: {tuple(marks.shape)} for {tuple(dz.shape)}, blocks of {block}")
+    if mean.shape != (tiles, rows) or mean.dtype != torch.float32 or not mean.is_contiguous():
+        raise RuntimeError(f"mean: {mean.dtype} {tuple(mean.shape)}, strides {mean.stride()}")
+    if active.dtype != dz.dtype or not active.is_contiguous():
+        raise RuntimeError(f"active: {active.dtype}, strides {active.stride()}, for {dz.dtype}")
+    queue, gradients = cuda._products(dz, None, LogitTransform(), 0)
+    counts = torch.empty((blocks, tiles), dtype=torch.int64, device=dz.device)
+    cuda.extension().mark_counts(queue, marks.data_ptr(), blocks, columns, tile, counts.data_ptr())
+    ends = counts.cumsum(1)
+    elements = (ends[:, -1] + 31) // 32 * 32 * block
+    starts = elements.cumsum(0) - elements
+    cuda.extension().active_rows(
+        queue,
+        gradients,
+        marks.data_ptr(),
+        ends.data_ptr(),
+        starts.data_ptr(),
+        block,
+        tile,
+        mean.data_ptr(),
+        active.data_ptr(),
     )
 
 

@@ -35,6 +35,7 @@ _MODULES = {
     "choice": ("top_k_update", "gumbel_update"),
     "marks": ("active_marks", "active_collect"),
     "gradient": ("active_gradient_",),
+    "rows": ("active_rows",),
     "segments": ("combine_rows", "tile_sums"),
     "scans": ("scan",),
     "mixing": ("residual", "residual_grad"),  # no module may have the name of a function
