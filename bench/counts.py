@@ -36,7 +36,8 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddb
 EPILOGUES = (
     "stats_update", "dlogits_", "probabilities_", "top_k_update", "gumbel_update", "scan",
     "residual", "residual_grad", "fused_statistics", "tile_sums", "active_marks", "active_collect",
-    "active_form", "active_gradient_", "active_gradients", "combine_rows", "transpose",
+    "active_form", "active_gradient_", "active_gradients", "active_rows", "combine_rows",
+    "transpose",
 )  # fmt: skip
 READS = ("aten::_local_scalar_dense", "aten::nonzero")
 # Views and bookkeeping launch nothing.
@@ -76,15 +77,21 @@ def operations() -> dict[str, Callable[[], Any]]:
         with torch.no_grad():
             return logprobs(outputs=("logprob", "entropy", "argmax"))
 
+    def sparse(head: Tensor) -> Tensor:
+        found = ift_kernels.linear_logprobs(
+            peaked, head, target, gradient="active", workspace=wide
+        ).logprob
+        assert found is not None
+        return found
+
     return {
         "linear_logprobs": forward,
         "linear_logprobs, backward": lambda: gradients(logprobs(), upstream),
         "linear_logprobs, active": lambda: torch.autograd.grad(
-            ift_kernels.linear_logprobs(
-                peaked, weight.detach(), target, gradient="active", workspace=wide
-            ).logprob,
-            peaked,
-            upstream,
+            sparse(weight.detach()), peaked, upstream
+        ),
+        "linear_logprobs, active, head trained": lambda: torch.autograd.grad(
+            sparse(weight), (peaked, weight), upstream
         ),
         "linear_cross_entropy, backward": lambda: gradients(
             ift_kernels.linear_cross_entropy(hidden, weight, target, **size)

@@ -40,6 +40,7 @@ def test_every_operation_is_committed_and_costs_its_products():
             assert backend[what]["flops"] == products * 2 * n * d * v
         for what in ("linear_logprobs, backward", "linear_cross_entropy, backward"):
             assert 3 * 2 * n * d * v <= backend[what]["flops"] <= 4 * 2 * n * d * v
+        assert backend["linear_logprobs, active, head trained"]["flops"] < 2.8 * 2 * n * d * v
         # With the head frozen, in so small a workspace: a dense product has to be formed again.
         assert backend["linear_logprobs, active"]["flops"] < 2.5 * 2 * n * d * v
 
