@@ -47,6 +47,7 @@ class ActiveHidden:
 
     def __init__(self, options: ActiveSet) -> None:
         self.options = options
+        self.room = 0  # bytes, see `plan.tail_room`
         self._tails: list[_Tail] = []
         self._head_sums: dict[int, Tensor] = {}  # of a tile's tail tiles, by its first column
         self._rooms: dict[str, Tensor] = {}
@@ -87,6 +88,11 @@ class ActiveHidden:
             gathered = self._room("head", head, width * weight.shape[1]).view(width, -1)
             torch.index_select(weight, 0, some, out=gathered)
             total.add(here, part[: here.stop - here.start], gathered)
+        self._sums(head, columns)
+        waiting = [tail.mean for tail in self._tails] + list(self._head_sums.values())
+        if 2 * sum(x.numel() * x.element_size() for x in waiting) > self.room:
+            self.finish(head, total)
+            self._head_sums.clear()
 
     def finish(self, head: Head, total: Sum) -> None:
         """Add the tails of all tiles, and begin anew."""

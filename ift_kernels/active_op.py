@@ -170,6 +170,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, target, output[8], output[2])
     ctx.options, ctx.track, ctx.set = options[:6], options[6], options[9:]
+    ctx.sync_free = syncfree.on()
     # Not saved: consumed by the first backward, in place; a second one forms everything again.
     ctx.formed = head_call.Held(output[9:]) if output[11].shape[0] else None
 
@@ -181,12 +182,14 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, None, None, *nothing)
     needs = list(ctx.needs_input_grad[:3])
     arguments = (*ctx.saved_tensors, *upstream, *ctx.options, needs, *ctx.set)
-    if ctx.formed is None or torch.is_grad_enabled():
-        results = torch.ops.ift_kernels.linear_active_backward(*arguments)
-    else:
-        held, ctx.formed = ctx.formed, None
-        results = torch.ops.ift_kernels.linear_active_backward_kept(*arguments, *held.tensors)
-        held.release()
+    with syncfree.as_in_forward(ctx.sync_free):
+        same = ctx.sync_free == syncfree.on()  # as for `linear_stats`
+        if ctx.formed is None or not same or torch.is_grad_enabled():
+            results = torch.ops.ift_kernels.linear_active_backward(*arguments)
+        else:
+            held, ctx.formed = ctx.formed, None
+            results = torch.ops.ift_kernels.linear_active_backward_kept(*arguments, *held.tensors)
+            held.release()
     return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from ift_kernels import checks
 
+MOST = 1 << 20  # tokens of a block and ids of a tail tile: kernels have buffers of their size
+
 
 @dataclass(frozen=True)
 class ActiveSet:
@@ -37,8 +39,10 @@ class ActiveSet:
             raise ValueError(f"threshold: expected in [0, 1), got {threshold}")
         for name, step in (("block", 32), ("tail_tile", 64)):
             value = checks.integer(name, getattr(self, name))
-            if value < step or value % step:
-                raise ValueError(f"{name}: expected a positive multiple of {step}, got {value}")
+            if not step <= value <= MOST or value % step:
+                raise ValueError(
+                    f"{name}: expected a positive multiple of {step} up to {MOST}, got {value}"
+                )
         checks.one_of("dW", self.dW, ("dense", "active"))
 
 

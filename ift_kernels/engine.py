@@ -307,6 +307,8 @@ def gradients(
 ) -> Results:
     """Gradients of hidden (in `hidden_dtype`), weight and bias; `kept` products are consumed."""
     n = head.hidden.shape[0]
+    if kept is not None and len(kept) != n:
+        raise RuntimeError(f"kept: expected products of {n} rows, got {len(kept)}")
     if n == 0:
         return _nothing(head, needs, hidden_dtype)
     if needs[0] and plan.hidden_rows < n:

@@ -74,6 +74,8 @@ class Call:
         )
         workspace = max(workspace - hidden.numel() * copies, workspace // 4)
         self.problem = problem(hidden, weight, bias, dtype, workspace, needs, early, active)
+        if active is not None:
+            active.room = plan.tail_room(self.problem)
 
     def select(self, value: Tensor) -> Tensor:
         """The rows that count of (..., N)."""

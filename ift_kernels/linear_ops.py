@@ -244,6 +244,7 @@ def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, target, output[8], output[2])
     ctx.options, ctx.track, ctx.active = options[:6], options[6], options[9]
+    ctx.sync_free = syncfree.on()
     # Not saved: consumed by the first backward, in place; a second one recomputes.
     ctx.kept = Held(output[9:]) if output[9].shape[0] else None
 
@@ -255,14 +256,16 @@ def _stats_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
         return (None, None, None, *nothing)
     needs = list(ctx.needs_input_grad[:3])
     args = (*ctx.saved_tensors, *upstream, *ctx.options, needs, ctx.active)
-    if (
-        ctx.kept is None or torch.is_grad_enabled()
-    ):  # create_graph: the plain operator refuses clearly
-        results = torch.ops.ift_kernels.linear_stats_backward(*args)
-    else:
-        held, ctx.kept = ctx.kept, None
-        results = torch.ops.ift_kernels.linear_stats_backward_kept(*args, held.tensors[0])
-        held.release()
+    with syncfree.as_in_forward(ctx.sync_free):
+        # What forward kept has other rows than a backward that may not wait, where it did. And with
+        # create_graph the plain operator refuses clearly.
+        same = ctx.sync_free == syncfree.on()
+        if ctx.kept is None or not same or torch.is_grad_enabled():
+            results = torch.ops.ift_kernels.linear_stats_backward(*args)
+        else:
+            held, ctx.kept = ctx.kept, None
+            results = torch.ops.ift_kernels.linear_stats_backward_kept(*args, held.tensors[0])
+            held.release()
     return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
 
 

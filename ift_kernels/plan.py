@@ -107,6 +107,16 @@ def tile(
     return tile_rows, min(tile_columns, columns)
 
 
+def tail_room(problem: Problem) -> int:
+    """Bytes for means of tails and the sums of the head that they are multiplied with.
+
+    Two of each: they are gathered at the end. Tail tiles begin anew with every tile of products.
+    """
+    p = problem
+    tails = -(-p.vocabulary // min(p.tail_tile, 512))
+    return min(8 * tails * (p.rows + p.width), p.workspace // 16)
+
+
 @functools.lru_cache(maxsize=256)  # a training step asks for the same plans again and again
 def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None) -> Plan:
     """The cheapest plan that fits; `schedule` forces one (as far as it can serve the call)."""
@@ -125,8 +135,7 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
     again, marks, gathered = 0, 0, 0
     if p.tail_tile:
         again, marks, gathered = itemsize, -(-n // 32), p.width * itemsize
-        tails = -(-p.vocabulary // p.tail_tile)
-        budget -= min(8 * tails * (n + p.width), budget // 8)
+        budget -= tail_room(p)
     # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it.
     per_row = p.width * (4 + itemsize) if p.need_hidden and itemsize < 4 else 0
     hidden_rows = n

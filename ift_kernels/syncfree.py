@@ -35,6 +35,16 @@ def on() -> bool:
     return _asked.get() or (in_use and torch.cuda.is_current_stream_capturing())
 
 
+@contextlib.contextmanager
+def as_in_forward(mode: bool) -> Iterator[None]:
+    """For a backward whose forward did not wait: on GPUs it runs in another thread."""
+    token = _asked.set(_asked.get() or mode)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
 def masked_rows(keep: Tensor, value: Tensor) -> Tensor:
     """`value` (N, D) with zeros in rows outside `keep`, NaN or not."""
     return torch.where(

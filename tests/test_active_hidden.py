@@ -218,14 +218,18 @@ def test_deterministic(threads):
         (300, 300, 20000, torch.bfloat16, 16 * MIB),
         (300, 300, 20000, torch.bfloat16, 4 * MIB),
         (3, 300, 50000, torch.bfloat16, 4 * MIB),
+        (512, 300, 50000, torch.float32, 4 * MIB),
+        (512, 64, 30000, torch.float32, MIB),
+        (512, 64, 30000, torch.bfloat16, MIB),
     ],
     ids=str,
 )
-def test_peak(n, d, v, dtype, workspace, scalar, sparse):
+@pytest.mark.parametrize("tail_tile", [64, 2048])
+def test_peak(n, d, v, dtype, workspace, tail_tile, scalar, sparse):
     h = lm(n=n, d=d, v=v, dtype=dtype)
     operation = K.linear_cross_entropy if scalar else K.linear_logprobs
     start = plan.ledger.held
-    options = ActiveSet(threshold=2.0**-9)
+    options = ActiveSet(threshold=2.0**-9, tail_tile=tail_tile)
     with K.use_backend("cpu"):
         with Allocations() as forward:
             out = operation(h.hidden, h.weight, h.target, workspace=workspace, gradient=options)

@@ -1,6 +1,8 @@
 """The schedules of the head are different ways to the same numbers, inside the same budget."""
 
 import gc
+import threading
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import ift_kernels as K
-from ift_kernels import plan
+from ift_kernels import plan, syncfree
 
 SCHEDULES = ("recompute", "keep", "forward")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -235,3 +237,36 @@ def test_float16_gradients_wait_for_the_loss_scale(kind):
     dense = torch.nn.functional.cross_entropy(exact @ weight.double().T, target, reduction="sum")
     (wanted,) = torch.autograd.grad(dense * (scale / items), exact)
     assert distance(got, wanted) < 5e-3
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "another thread"])
+@pytest.mark.parametrize("gradient", ["exact", "active"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("scalar", [False, True], ids=["per-token", "scalar"])
+def test_a_mode_that_changes_before_backward(scalar, frozen, gradient, where):
+    """What forward kept has the rows of its mode; autograd's threads for GPUs know of none."""
+    hidden, weight, _, target = head(100, 33, 3000, torch.float32, frozen)
+    inputs = [hidden] if frozen else [hidden, weight]
+
+    def value():
+        if scalar:
+            return K.linear_cross_entropy(hidden, weight, target, gradient=gradient)
+        return K.linear_logprobs(hidden, weight, target, gradient=gradient).logprob.sum()
+
+    def backward():
+        with syncfree.sync_free() if where == "backward" else nullcontext():
+            found.extend(torch.autograd.grad(out, inputs))
+
+    found = []
+    exact = [g.clone() for g in torch.autograd.grad(value(), inputs)]
+    with syncfree.sync_free() if where != "backward" else nullcontext():
+        out = value()
+        if where == "another thread":
+            thread = threading.Thread(target=backward)
+            thread.start()
+            thread.join()
+    if where != "another thread":
+        backward()
+    assert len(found) == len(exact)
+    for mine, true in zip(found, exact, strict=True):
+        assert distance(mine, true) <= (1e-5 if gradient == "exact" else 0.015)
