@@ -27,6 +27,8 @@ TIMES = ("| N × D × V, dtype | k | exact | active | head frozen: exact | activ
          "| frozen |")  # fmt: skip
 COSTS = ("| N × D × V, dtype | exact dW | the same, scalar | memory of naive | frozen "
          "| error of dh | error of dW |")  # fmt: skip
+SIZES = "| N × D × V, dtype | k | exact | active | active of exact |"
+FLAT = "| flat data, N × D × V, dtype | exact | active | exact dW | active of exact | exact dW |"
 DROPPED = ("| head | k | tail mass | dh | tail dropped | dW | tail dropped | rows without gradient "
            "| tail dropped |")  # fmt: skip
 LOSSES = "| | exact | spread | active | active dW |"
@@ -34,7 +36,7 @@ TAILS = ("| tail | products beyond the active ones | error of dW | first update 
          "| its rarest tenth of ids |")  # fmt: skip
 HOW = "docs/benchmarking.md"
 LOOKS = "| | published | 1024 × 896 |"
-TABLES = {ACTIVE: (TIMES, COSTS, DROPPED, LOSSES, TAILS), HOW: (LOOKS,)}
+TABLES = {ACTIVE: (TIMES, COSTS, SIZES, FLAT, DROPPED, LOSSES, TAILS), HOW: (LOOKS,)}
 
 # What may have been measured: a decimal fraction, a number with a unit, a share in words.
 FIGURE = re.compile(
@@ -200,17 +202,17 @@ def test_what_is_none_is_not(text):
     assert not FIGURE.search(outside_tables(ACTIVE, text))
 
 
-def active_runs():
-    """Cells of each run of the active set by row name, as {(case, implementation): cell}."""
-    names = [cells(line)[0] for line in table(ACTIVE, TIMES)]
-    assert len(names) == len(set(names)) == 4
+def active_runs(heading=TIMES, of="active-"):
+    """Cells of each run in a table by row name, as {(case, implementation): cell}."""
+    names = [cells(line)[0] for line in table(ACTIVE, heading)]
     runs = {}
-    for report in linked(ACTIVE, "active-"):
+    for report in linked(ACTIVE, of):
         for group in report["groups"]:
             name = " × ".join(map(str, group["shape"])) + ", " + group["dtype"]
             assert name not in runs, f"{ACTIVE} links to two runs of {name}"
             runs[name] = {(c["case"], c["implementation"]): c for c in group["cells"]
                           if c["samples"]}  # fmt: skip
+    assert sorted(names) == sorted(runs), f"{ACTIVE}: rows of {heading}"
     return {name: runs[name] for name in names}
 
 
@@ -248,6 +250,25 @@ def test_exact_dw_memory_and_errors_of_the_active_set():
         errors = run["per-token", "active"]["errors"]
         measured[name] = *dense, *memory, errors["d hidden"], errors["d weight"]
     compare(ACTIVE, COSTS, measured)
+
+
+def test_other_sizes():
+    measured = {}
+    for name, run in active_runs(SIZES, "sizes").items():
+        exact, active = (run["per-token", who]["seconds"] for who in ("ours", "active"))
+        bare, share = floor(run, "per-token"), run["per-token", "active"]["errors"]["share"]
+        measured[name] = share, exact / bare, active / bare, active / exact
+    compare(ACTIVE, SIZES, measured)
+
+
+def test_flat_data():
+    measured = {}
+    for name, run in active_runs(FLAT, "flat").items():
+        exact, *ours = (run["per-token", who]["seconds"]
+                        for who in ("ours", "active", "active-dense"))  # fmt: skip
+        over = [seconds / floor(run, "per-token") for seconds in (exact, *ours)]
+        measured[name] = *over, *(seconds / exact for seconds in ours)
+    compare(ACTIVE, FLAT, measured)
 
 
 def test_dropping_the_tail():

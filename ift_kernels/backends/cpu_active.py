@@ -50,6 +50,20 @@ def stored(
     return block
 
 
+def taken_apart(
+    dz: Tensor, marks: Tensor, block: int, tile: int, mean: Tensor, active: Tensor
+) -> tuple[int, int]:
+    """Blocks and tail tiles of an `active_rows`, once its tensors are checked."""
+    (rows, columns), blocks, tiles = dz.shape, -(-dz.shape[0] // block), -(-dz.shape[1] // tile)
+    if marks.shape != (blocks, columns) or not marks.is_contiguous() or block % 32:
+        raise RuntimeError(f"marks: {tuple(marks.shape)} for {tuple(dz.shape)}, blocks of {block}")
+    if mean.shape != (tiles, rows) or mean.dtype != torch.float32 or not mean.is_contiguous():
+        raise RuntimeError(f"mean: {mean.dtype} {tuple(mean.shape)}, strides {mean.stride()}")
+    if active.dtype != dz.dtype or not active.is_contiguous():
+        raise RuntimeError(f"active: {active.dtype}, strides {active.stride()}, for {dz.dtype}")
+    return blocks, tiles
+
+
 def active_marks(
     x: Tensor,
     bias: Tensor | None,
@@ -133,13 +147,7 @@ def active_gradient_(
 def active_rows(
     dz: Tensor, marks: Tensor, block: int, tile: int, mean: Tensor, active: Tensor
 ) -> None:
-    rows, columns = dz.shape
-    if marks.shape != (-(-rows // block), columns) or not marks.is_contiguous():
-        raise RuntimeError(f"marks: {tuple(marks.shape)} for {tuple(dz.shape)}, blocks of {block}")
-    if mean.shape != (-(-columns // tile), rows) or not mean.is_contiguous():
-        raise RuntimeError(f"mean: {tuple(mean.shape)}, strides {mean.stride()}")
-    if mean.dtype != torch.float32 or active.dtype != dz.dtype or not active.is_contiguous():
-        raise RuntimeError(f"mean: {mean.dtype}, active: {active.dtype}")
+    taken_apart(dz, marks, block, tile, mean, active)
     cpu.extension().active_rows(
         cpu.chunk(dz, None, PLAIN, 0),
         marks.data_ptr(),

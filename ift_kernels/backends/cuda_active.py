@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ift_kernels.backends import cuda, reference_active
 from ift_kernels.backends.cpu import DTYPES, vectors
-from ift_kernels.backends.cpu_active import collected, stored
+from ift_kernels.backends.cpu_active import collected, stored, taken_apart
 from ift_kernels.transform import LogitTransform
 
 __all__ = [
@@ -125,17 +125,12 @@ def active_gradient_(
 def active_rows(
     dz: Tensor, marks: Tensor, block: int, tile: int, mean: Tensor, active: Tensor
 ) -> None:
-    rows, columns = dz.shape
-    blocks, tiles = -(-rows // block), -(-columns // tile)
-    if marks.shape != (blocks, columns) or not marks.is_contiguous() or block % 32:
-        raise RuntimeError(f"marks: {tuple(marks.shape)} for {tuple(dz.shape)}, blocks of {block}")
-    if mean.shape != (tiles, rows) or mean.dtype != torch.float32 or not mean.is_contiguous():
-        raise RuntimeError(f"mean: {mean.dtype} {tuple(mean.shape)}, strides {mean.stride()}")
-    if active.dtype != dz.dtype or not active.is_contiguous():
-        raise RuntimeError(f"active: {active.dtype}, strides {active.stride()}, for {dz.dtype}")
+    blocks, tiles = taken_apart(dz, marks, block, tile, mean, active)
     queue, gradients = cuda._products(dz, None, LogitTransform(), 0)
     counts = torch.empty((blocks, tiles), dtype=torch.int64, device=dz.device)
-    cuda.extension().mark_counts(queue, marks.data_ptr(), blocks, columns, tile, counts.data_ptr())
+    cuda.extension().mark_counts(
+        queue, marks.data_ptr(), blocks, dz.shape[1], tile, counts.data_ptr()
+    )
     ends = counts.cumsum(1)
     elements = (ends[:, -1] + 31) // 32 * 32 * block
     starts = elements.cumsum(0) - elements
