@@ -17,6 +17,7 @@ k·N·C·D / block elements of W gathered.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -26,14 +27,6 @@ from ift_kernels.active import DENSE_SHARE
 from ift_kernels.active_set import ActiveSet
 from ift_kernels.engine import Head, RowGradient, Tile
 from ift_kernels.sums import Sum, wide_dtype
-
-
-class Marked(NamedTuple):
-    """The active columns of a tile."""
-
-    marks: Tensor  # uint8 (blocks, C)
-    counts: list[int]  # of each block
-    block: int
 
 
 class _Tail(NamedTuple):
@@ -49,32 +42,40 @@ class ActiveHidden:
         self.options = options
         self.room = 0  # bytes, see `plan.tail_room`
         self._tails: list[_Tail] = []
-        self._head_sums: dict[int, Tensor] = {}  # of a tile's tail tiles, by its first column
+        self._head_sums: dict[tuple[int, int], Tensor] = {}  # of tail tiles, by their columns
         self._rooms: dict[str, Tensor] = {}
 
-    def mark(self, head: Head, tile: Tile, row_gradient: RowGradient) -> Marked | None:
-        """The active columns of products; None where a dense product costs no more."""
+    def mark(self, head: Head, tile: Tile, row_gradient: RowGradient) -> Tensor:
+        """Which columns of products are active in which block: uint8 (blocks, C)."""
         (rows, columns, product), (target, norm, _) = tile, row_gradient
         threshold = self.options.threshold
         level = norm[:, rows].sum(0) + (math.log(threshold) if threshold else -math.inf)
-        block = min(self.options.block, -(-len(product) // 32) * 32)
-        marks = head.backend.active_marks(
+        marks: Tensor = head.backend.active_marks(
             product, head.bias_chunk(columns), head.transform, target[rows], columns.start, level,
-            block,
+            self._block(product),
         )  # fmt: skip
-        counts = marks.sum(1).tolist()
-        return Marked(marks, counts, block) if sum(counts) < DENSE_SHARE * marks.numel() else None
+        return marks
 
-    def add(self, head: Head, tile: Tile, marked: Marked, total: Sum) -> None:
-        """Add the active columns of a tile of gradients to `total`; the tail waits for `finish`."""
-        (rows, columns, dz), (marks, counts, block) = tile, marked
-        tail = self.options.tail_tile
+    def _block(self, product: Tensor) -> int:
+        return min(self.options.block, -(-len(product) // 32) * 32)
+
+    def add(self, head: Head, tile: Tile, marks: Tensor, total: Sum) -> None:
+        """Add a tile of gradients to `total`: its active columns, the tail waits for `finish`.
+
+        All of it where a dense product costs no more.
+        """
+        (rows, columns, dz), weight = tile, head.weight_chunk(tile.columns)
+        counts = marks.sum(1).tolist()
+        if sum(counts) >= DENSE_SHARE * marks.numel():
+            total.add(rows, dz, weight)
+            return
+        block, tail = self._block(dz), self.options.tail_tile
         mean = dz.new_empty((-(-dz.shape[1] // tail), len(dz)), dtype=wide_dtype(dz.dtype))
         widths = [-(-count // 32) * 32 for count in counts]  # vendor products want few sizes
         active = self._room("active", head, block * sum(widths))
         head.backend.active_rows(dz, marks, block, tail, mean, active)
         self._tails.append(_Tail(rows, columns, mean))
-        weight, ids = head.weight_chunk(columns), marks.nonzero()[:, 1].split(counts)
+        ids = marks.nonzero()[:, 1].split(counts)
         start = 0
         for number, (some, width) in enumerate(zip(ids, widths, strict=True)):
             if not width:
@@ -94,6 +95,34 @@ class ActiveHidden:
             self.finish(head, total)
             self._head_sums.clear()
 
+    def add_kept(
+        self,
+        head: Head,
+        kept: Tensor,
+        tiles: Iterable[tuple[slice, Tensor | None]],
+        limit: int,
+        total: Sum,
+    ) -> None:
+        """Tiles of `kept`, gradients of all rows, given by their columns and marks.
+
+        As many at once as have no more active columns in a block than `limit`, those of one tile:
+        vendor products want a long inner size.
+        """
+        rows, waiting = slice(0, len(kept)), list[Tensor]()
+        start = most = 0
+        for columns, marks in tiles:
+            assert marks is not None  # made as this set asks for
+            more = int(marks.sum(1).amax())
+            if waiting and most + more > limit:
+                some = slice(start, columns.start)
+                self.add(head, Tile(rows, some, kept[:, some]), torch.cat(waiting, 1), total)
+                waiting, start, most = [], columns.start, 0
+            waiting.append(marks)
+            most += more
+        if waiting:
+            some = slice(start, kept.shape[1])
+            self.add(head, Tile(rows, some, kept[:, some]), torch.cat(waiting, 1), total)
+
     def finish(self, head: Head, total: Sum) -> None:
         """Add the tails of all tiles, and begin anew."""
         tails, self._tails = self._tails, []
@@ -105,10 +134,11 @@ class ActiveHidden:
 
     def _sums(self, head: Head, columns: slice) -> Tensor:
         """(tail tiles, D): sums of the head's rows."""
-        found = self._head_sums.get(columns.start)
+        key = columns.start, columns.stop
+        found = self._head_sums.get(key)
         if found is None:
             found = head.backend.tile_sums(head.weight[columns], self.options.tail_tile)
-            found = self._head_sums[columns.start] = found.to(wide_dtype(head.hidden.dtype))
+            found = self._head_sums[key] = found.to(wide_dtype(head.hidden.dtype))
         return found
 
     def _room(self, name: str, head: Head, elements: int) -> Tensor:

@@ -224,13 +224,16 @@ class Gradients:
         if self.hidden is not None:
             self.hidden.restart(head.hidden.shape[0], into)
 
-    def add(self, tile: Tile, row_gradient: RowGradient, hidden_too: bool = True) -> None:
-        """Turn the tile into its gradient, in place, and add its share of every sum."""
+    def add(self, tile: Tile, row_gradient: RowGradient, hidden_too: bool = True) -> Tensor | None:
+        """Turn the tile into its gradient, in place, and add its share of every sum.
+
+        Returns its active columns, where hidden's gradient is from them.
+        """
         head, (rows, columns, product) = self.head, tile
         target, norm, coef = row_gradient
-        marked = None
+        marks = None
         if self.active is not None:  # while the products are there
-            marked = self.active.mark(head, tile, row_gradient)
+            marks = self.active.mark(head, tile, row_gradient)
         flipped = None if self.transposed is None else self.transposed.of(product)
         head.backend.dlogits_(
             product,
@@ -243,24 +246,31 @@ class Gradients:
             flipped,
         )
         if self.hidden is not None and hidden_too:
-            if self.active is None or marked is None:
+            if self.active is None or marks is None:
                 self.hidden.add(rows, product, head.weight_chunk(columns))
             else:
-                self.active.add(head, tile, marked, self.hidden)
+                self.active.add(head, tile, marks, self.hidden)
         if self.weight is not None:
             self.add_weight(rows, columns, product.T if flipped is None else flipped)
         if self.bias is not None:
             self.bias[columns] += product.sum(0, dtype=self.bias.dtype)
+        return marks
 
     def consume(self, kept: Tensor, row_gradient: RowGradient, tile_columns: int) -> None:
         """The same for the first columns, whose products of all rows are `kept`."""
         rows, first = slice(0, kept.shape[0]), kept.shape[1]
         # dh from all of them in one product: vendor GEMMs want a long inner size (oneDNN is twice
         # as fast from 16k on as at 4k), and it is rounded once. Not where that means a cast.
-        whole = self.head.weight.dtype == kept.dtype and self.active is None
-        for columns in slices(0, first, tile_columns):
-            tile = Tile(rows, columns, kept[:, columns])
-            self.add(tile, row_gradient, hidden_too=not whole)
+        whole = self.head.weight.dtype == kept.dtype
+        tiles = (
+            (columns, self.add(Tile(rows, columns, kept[:, columns]), row_gradient, not whole))
+            for columns in slices(0, first, tile_columns)
+        )
+        if self.active is not None and self.hidden is not None and whole:
+            self.active.add_kept(self.head, kept, tiles, tile_columns, self.hidden)
+            return
+        for _ in tiles:
+            pass
         if self.hidden is not None and whole:
             self.hidden.add(rows, kept, self.head.weight[:first])
 
