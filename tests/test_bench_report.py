@@ -3,6 +3,7 @@
 import copy
 import html.parser
 import json
+import re
 import subprocess
 import sys
 
@@ -203,6 +204,12 @@ def test_docs_are_what_the_committed_json_says():
     sources = page.collect(page.RESULTS)
     assert len(sources) > 5
     assert page.MARKDOWN.read_text(encoding="utf-8") == page.markdown(sources)
+
+
+def test_results_name_no_place_of_the_machine_they_are_from():
+    for file in sorted(page.RESULTS.rglob("*.json")):
+        found = re.search(r"[\"\s(](/[a-z]+/[^\"\s]+)", file.read_text(encoding="utf-8"))
+        assert not found, f"{file.name}: {found[1]}"
 
 
 def test_nothing_to_report(tmp_path, capsys):

@@ -6,6 +6,7 @@ checked here for the layout that the C++ code assumes.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from typing import Any
 
@@ -15,13 +16,21 @@ from torch import Tensor
 from ift_kernels.backends import cpu_memory, reference
 from ift_kernels.transform import LogitTransform
 
+
+def extension_error(what: str, module: str, error: ImportError) -> str:
+    """Why a compiled module of this package is not there."""
+    if importlib.util.find_spec(f"ift_kernels.{module}") is None:
+        return f"{what} was not built"
+    return f"{what} does not load ({error})"
+
+
 try:
     from ift_kernels import _cpu  # type: ignore[attr-defined]  # compiled, may be absent
 
     _import_error = ""
 except ImportError as error:
     _cpu = None
-    _import_error = f"the C++ extension was not built or does not load ({error})"
+    _import_error = extension_error("the C++ extension", "_cpu", error)
     warnings.warn(
         f"ift_kernels: {_import_error}; CPU tensors are served by the reference backend, which is "
         "slow. Install a C++17 compiler and Python's headers, then reinstall ift-kernels.",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ift_kernels.backends import reference
-from ift_kernels.backends.cpu import DTYPES, rows, vectors
+from ift_kernels.backends.cpu import DTYPES, extension_error, rows, vectors
 from ift_kernels.transform import LogitTransform
 
 try:
@@ -22,7 +22,7 @@ try:
     _import_error = ""
 except ImportError as error:
     _cuda = None
-    _import_error = f"the CUDA extension was not built or does not load ({error})"
+    _import_error = extension_error("the CUDA extension", "_cuda", error)
 
 DEVICE = "cuda"  # the type of the devices that are served
 
