@@ -315,9 +315,9 @@ def test_the_tour_ends_when_it_is_interrupted(tmp_path, monkeypatch):
 
 def test_a_suite_is_interrupted_when_its_time_is_over():
     report = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: raise SystemExit(0)"
-    started = time.monotonic()
-    assert tour.measure([sys.executable, "-c", report], 1.0) in tour.INTERRUPTED
-    assert time.monotonic() - started < 15
+    started, seconds = time.monotonic(), 4.0  # on a busy machine Python is not up after one
+    assert tour.measure([sys.executable, "-c", report], seconds) in tour.INTERRUPTED
+    assert time.monotonic() - started < seconds + tour.PATIENCE  # it was not killed
     assert tour.measure([sys.executable, "-c", "raise SystemExit(3)"], 30.0) == 3
 
 
