@@ -149,16 +149,38 @@ def whole_elements(like: Tensor, rows: int, columns: int) -> int:
     return rows * (-(-columns // line) * line)
 
 
+class Rooms:
+    """Work memory, the same every time: what is freed and taken again costs page faults."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[str, Tensor] = {}
+
+    def take(self, name: str, head: Head, elements: int) -> Tensor:
+        """Uninitialised, in the dtype of the products, until `name` is taken again."""
+        room = self._rooms.get(name)
+        if room is None or room.numel() < elements:
+            self._rooms.pop(name, None)  # before the larger one is taken
+            room = self._rooms[name] = head.backend.scratch(head.hidden, elements)
+        return room[:elements]
+
+
+def marks_of(
+    head: Head, tile: Tile, target: Tensor, log_sum_exp: Tensor, threshold: float, block: int
+) -> Tensor:
+    """Which columns of products are active in which block, uint8 (blocks, C)."""
+    level = log_sum_exp + (math.log(threshold) if threshold else -math.inf)
+    marks: Tensor = head.backend.active_marks(
+        tile.product, head.bias_chunk(tile.columns), head.transform, target[tile.rows],
+        tile.columns.start, level, block,
+    )  # fmt: skip
+    return marks
+
+
 def mark(
     head: Head, at: Tiling, tile: Tile, target: Tensor, top: Tensor, log_sum: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Marks of a tile against the log-sum-exp ``top + log_sum``, and the reference of its sums."""
-    threshold = at.options.threshold
-    level = top + log_sum + (math.log(threshold) if threshold else -math.inf)
-    marks = head.backend.active_marks(
-        tile.product, head.bias_chunk(tile.columns), head.transform, target[tile.rows],
-        tile.columns.start, level, at.block,
-    )  # fmt: skip
+    marks = marks_of(head, tile, target, top + log_sum, at.options.threshold, at.block)
     # A row of −inf only has no finite reference point; with 0 its sums are 0.
     return torch.where(top == -torch.inf, 0.0, top), marks
 

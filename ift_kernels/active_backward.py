@@ -103,7 +103,7 @@ class _Totals:
             self.weight = head.weight.new_empty((head.vocabulary, width))
         if needs[2]:
             self.bias = like.new_zeros(head.vocabulary, dtype=self.wide)
-        self.rooms: dict[str, Tensor] = {}
+        self.rooms = active.Rooms()
         # Vendor products of 16-bit matrices want plain operands and make a new kernel, in
         # milliseconds, for every new size: numbers of columns go in steps of 32.
         self.flip = head.backend.wants_transpose(like.dtype)
@@ -112,15 +112,6 @@ class _Totals:
         self.chunk: Tensor | None = None
         self.fresh = True  # nothing is in `chunk` yet
         self.written = False  # these columns of `weight` were written as a whole
-
-    def _room(self, name: str, elements: int) -> Tensor:
-        """Work memory, the same every time: what is freed and taken again costs page faults."""
-        room = self.rooms.get(name)
-        if room is None or room.numel() < elements:
-            self.rooms.pop(name, None)  # before the larger one is taken
-            room = self.head.backend.scratch(self.head.hidden, elements)
-            self.rooms[name] = room
-        return room[:elements]
 
     def _rows_of(self, rows: slice, block: int) -> slice:
         """The rows of a block, counted from the first row of its tile."""
@@ -137,7 +128,7 @@ class _Totals:
             reference, marks = active.mark(head, at, tile, self.target, norm[0], norm[1])
             count = int(marks.sum())
             if count < DENSE_SHARE * marks.numel():
-                store = self._room("store", count * at.block).view(count, at.block)
+                store = self.rooms.take("store", head, count * at.block).view(count, at.block)
                 tails = self.base.new_empty((4, *self.base[at.tails(columns), rows].shape))
                 tails[REFERENCE] = reference
                 active.collect(head, at, tile, marks, store, tails)
@@ -197,7 +188,9 @@ class _Totals:
         counts = marks.sum(1).tolist()
         row_major = None
         if self.flip and self.hidden is not None:
-            row_major = self._room("rows", at.block * sum(-(-c // 32) * 32 for c in counts))
+            row_major = self.rooms.take(
+                "rows", head, at.block * sum(-(-c // 32) * 32 for c in counts)
+            )
         pairs = marks.nonzero().contiguous()
         head.backend.active_gradient_(
             store, pairs, size, head.bias_chunk(columns), head.transform, self.target[rows],
@@ -220,7 +213,9 @@ class _Totals:
                     written += at.block * width
                     # Columns of zeros up to `width`, against a head row that is active anyway.
                     ids = torch.cat([ids, ids[-1:].expand(width - count)])
-                gathered = self._room("head", len(ids) * weight.shape[1]).view(len(ids), -1)
+                gathered = self.rooms.take("head", head, len(ids) * weight.shape[1]).view(
+                    len(ids), -1
+                )
                 self.hidden.add(block, dz, torch.index_select(weight, 0, ids, out=gathered))
         if self.weight is not None:
             self._add_sparse_weight(rows, columns, pairs, store)
@@ -250,7 +245,7 @@ class _Totals:
         number, ids = pairs.T.contiguous()
         for some in _ranges(ids, size, at.tail, at.parts // width):
             inside = ((ids >= some.start) & (ids < some.stop)).nonzero()[:, 0]
-            parts = self._room("parts", (inside.shape[0] + 31) * width).view(-1, width)
+            parts = self.rooms.take("parts", head, (inside.shape[0] + 31) * width).view(-1, width)
             done = 0
             counts = torch.bincount(number[inside], minlength=1).tolist()
             for block, count in enumerate(counts):

@@ -16,14 +16,13 @@ k·N·C·D / block elements of W gathered.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ift_kernels.active import DENSE_SHARE
+from ift_kernels.active import DENSE_SHARE, Rooms, marks_of
 from ift_kernels.active_set import ActiveSet
 from ift_kernels.engine import Head, RowGradient, Tile
 from ift_kernels.sums import Sum, wide_dtype
@@ -43,18 +42,13 @@ class ActiveHidden:
         self.room = 0  # bytes, see `plan.tail_room`
         self._tails: list[_Tail] = []
         self._head_sums: dict[tuple[int, int], Tensor] = {}  # of tail tiles, by their columns
-        self._rooms: dict[str, Tensor] = {}
+        self._rooms = Rooms()
 
     def mark(self, head: Head, tile: Tile, row_gradient: RowGradient) -> Tensor:
-        """Which columns of products are active in which block: uint8 (blocks, C)."""
-        (rows, columns, product), (target, norm, _) = tile, row_gradient
-        threshold = self.options.threshold
-        level = norm[:, rows].sum(0) + (math.log(threshold) if threshold else -math.inf)
-        marks: Tensor = head.backend.active_marks(
-            product, head.bias_chunk(columns), head.transform, target[rows], columns.start, level,
-            self._block(product),
-        )  # fmt: skip
-        return marks
+        """The marks of a tile of products."""
+        target, norm, _ = row_gradient
+        log_sum_exp, block = norm[:, tile.rows].sum(0), self._block(tile.product)
+        return marks_of(head, tile, target, log_sum_exp, self.options.threshold, block)
 
     def _block(self, product: Tensor) -> int:
         return min(self.options.block, -(-len(product) // 32) * 32)
@@ -72,7 +66,7 @@ class ActiveHidden:
         block, tail = self._block(dz), self.options.tail_tile
         mean = dz.new_empty((-(-dz.shape[1] // tail), len(dz)), dtype=wide_dtype(dz.dtype))
         widths = [-(-count // 32) * 32 for count in counts]  # vendor products want few sizes
-        active = self._room("active", head, block * sum(widths))
+        active = self._rooms.take("active", head, block * sum(widths))
         head.backend.active_rows(dz, marks, block, tail, mean, active)
         self._tails.append(_Tail(rows, columns, mean))
         ids = marks.nonzero()[:, 1].split(counts)
@@ -86,7 +80,7 @@ class ActiveHidden:
             start += block * width
             # Columns of zeros up to `width`, against a head row that is active anyway.
             some = torch.cat([some, some[-1:].expand(width - len(some))])
-            gathered = self._room("head", head, width * weight.shape[1]).view(width, -1)
+            gathered = self._rooms.take("head", head, width * weight.shape[1]).view(width, -1)
             torch.index_select(weight, 0, some, out=gathered)
             total.add(here, part[: here.stop - here.start], gathered)
         self._sums(head, columns)
@@ -140,11 +134,3 @@ class ActiveHidden:
             found = head.backend.tile_sums(head.weight[columns], self.options.tail_tile)
             found = self._head_sums[key] = found.to(wide_dtype(head.hidden.dtype))
         return found
-
-    def _room(self, name: str, head: Head, elements: int) -> Tensor:
-        """Work memory, the same every time: what is freed and taken again costs page faults."""
-        room = self._rooms.get(name)
-        if room is None or room.numel() < elements:
-            self._rooms.pop(name, None)  # before the larger one is taken
-            room = self._rooms[name] = head.backend.scratch(head.hidden, elements)
-        return room[:elements]

@@ -11,7 +11,17 @@ from ift_kernels import active_hidden, backends, plan
 from ift_kernels.active_set import ActiveSet
 from ift_kernels.backends import reference_active
 from serving import BACKENDS
-from test_active_set import DTYPES, OUTPUTS, ROUNDING, SMALL, distance, exact, gradients, lm
+from test_active_set import (
+    DTYPES,
+    OUTPUTS,
+    ROUNDING,
+    SMALL,
+    distance,
+    exact,
+    gradients,
+    lm,
+    with_a_constant_column,
+)
 from test_memory import Allocations, allowed, size
 
 MIB = 1 << 20
@@ -177,10 +187,7 @@ def test_error_bound_of_a_row(sparse):
 
 @pytest.mark.parametrize("outputs", [OUTPUTS, ("logprob",), ("entropy",)], ids=str)
 def test_rows_keep_their_sum(outputs, sparse):
-    h = lm()
-    weight = torch.cat([h.weight.detach(), torch.ones(4000, 1)], 1).requires_grad_()
-    hidden = torch.cat([h.hidden.detach(), torch.zeros(256, 1)], 1).requires_grad_()
-    h = dense.Head(hidden, weight, h.target)
+    h = with_a_constant_column(lm())
     found, true = gradients(h, ActiveSet(threshold=2.0**-6), outputs)[0], exact(h, outputs)[0]
     assert (found[:, -1].double() - true[:, -1]).abs().max() <= 2e-5
 

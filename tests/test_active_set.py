@@ -117,13 +117,16 @@ def test_error_on_other_data(gamma):
     assert distance(found[1], true[1]) <= 0.01
 
 
+def with_a_constant_column(h):
+    """What that column of the head receives is the sum of a row's gradient."""
+    weight = torch.cat([h.weight.detach(), torch.ones(len(h.weight), 1)], 1).requires_grad_()
+    hidden = torch.cat([h.hidden.detach(), torch.zeros(len(h.hidden), 1)], 1).requires_grad_()
+    return dense.Head(hidden, weight, h.target)
+
+
 @pytest.mark.parametrize("outputs", [OUTPUTS, ("logprob",), ("entropy",)], ids=str)
 def test_rows_keep_their_sum(outputs, sparse):
-    # What a constant column of the head receives is the sum of a row's gradient.
-    h = lm()
-    weight = torch.cat([h.weight.detach(), torch.ones(4000, 1)], 1).requires_grad_()
-    hidden = torch.cat([h.hidden.detach(), torch.zeros(256, 1)], 1).requires_grad_()
-    h = dense.Head(hidden, weight, h.target)
+    h = with_a_constant_column(lm())
     found = gradients(h, ActiveSet(threshold=2.0**-6, dW="active"), outputs)[0]
     true = exact(h, outputs)[0]
     scale = upstream(256, outputs).abs().sum(0)

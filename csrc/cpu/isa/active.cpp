@@ -13,6 +13,7 @@
 
 #include "buffer.h"
 #include "logits.h"
+#include "marks.h"
 #include "transpose.h"
 
 namespace ift {
@@ -157,14 +158,7 @@ void active_collect(const Chunk& c, const uint8_t* marks, const float* reference
         const int64_t b = job / tiles, at = job % tiles, first = b * block;
         const int64_t begin = at * tile, n = std::min(c.cols, begin + tile) - begin;
         const int64_t count = std::min(c.rows - first, block);
-        const uint8_t* of = marks + b * c.cols + begin;
-        int64_t marked = 0;
-        for (int64_t j = 0; j < n; ++j) {
-          tail[j] = of[j] ? 0 : -1;
-          ids[marked] = static_cast<int32_t>(j);
-          marked += of[j];
-        }
-        for (int64_t j = n; j < n + W; ++j) tail[j] = 0;
+        const int64_t marked = split_marks(marks + b * c.cols + begin, n, ids.data, tail.data);
         const T* x = static_cast<const T*>(c.x) + first * c.ld + begin;
         for (int64_t r = 0; r < count; ++r) {
           float* out = sums + at * sums_ld + first + r;

@@ -5,6 +5,7 @@
 // first-level cache and written.
 #include "buffer.h"
 #include "logits.h"
+#include "marks.h"
 
 namespace ift {
 namespace IFT_ISA {
@@ -48,14 +49,7 @@ bool active_rows(const Chunk& c, const uint8_t* marks, int64_t block, int64_t ti
         const int64_t b = job / tiles, at = job % tiles, first = b * block;
         const int64_t begin = at * tile, n = std::min(c.cols, begin + tile) - begin;
         const int64_t count = std::min(c.rows - first, block), width = of_block[b].width;
-        const uint8_t* of = marks + b * c.cols + begin;
-        int64_t marked = 0;
-        for (int64_t j = 0; j < n; ++j) {
-          tail[j] = of[j] ? 0 : -1;
-          ids[marked] = static_cast<int32_t>(j);
-          marked += of[j];
-        }
-        for (int64_t j = n; j < n + W; ++j) tail[j] = 0;
+        const int64_t marked = split_marks(marks + b * c.cols + begin, n, ids.data, tail.data);
         for (int64_t r = 0; r < count; ++r) {
           const T* x = static_cast<const T*>(c.x) + (first + r) * c.ld + begin;
           if (r + 1 < count) prefetch(x + c.ld, n * sizeof(T));
