@@ -139,8 +139,11 @@ def products(head: Head, at: Tiling, order: list[tuple[slice, slice]]) -> Iterat
 
 
 def whole_lines(elements: int) -> int:
-    """Rounded up, so that what comes next in the store starts on a cache line."""
-    return -(-elements // 64) * 64
+    """Rounded up, so that what comes next in the store starts on a cache line.
+
+    The active columns of a tile are whole lines as they are: blocks are multiples of 32.
+    """
+    return -(-elements // 32) * 32
 
 
 def whole_elements(like: Tensor, rows: int, columns: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,10 @@ from ift_kernels.active import (
     Formed,
     Tiling,
 )
-from ift_kernels.engine import Head, Results, RowGradient, Tile, Transposed
+from ift_kernels.engine import Head, Results, RowGradient, Tile, Transposed, slices
 from ift_kernels.sums import Sum, wide_dtype
+
+TAIL_ELEMENTS = 1 << 18  # sums over tails, of rows and tail tiles, that are worked on at once
 
 
 def gradients(
@@ -46,13 +49,17 @@ def gradients(
     order = active.tiles(head, at)
     again = [where for where, tile in zip(order, layout, strict=True) if tile[0] == AGAIN]
     recomputed = active.products(head, at, again) if again else iter(())
-    for (rows, columns), (kind, start, _) in zip(order, layout, strict=True):
+    if len(formed.marks):
+        total.add_tails(slice(0, n), slice(0, head.vocabulary), formed.marks, formed.tails)
+    # A cast of the head's rows is made tile by tile.
+    limit = at.columns if total.flip and head.weight.dtype == head.hidden.dtype else -1
+    for some, counts in _together(order, layout, formed.marks, at, limit):
+        (rows, columns), (kind, start, _) = order[some.start], layout[some.start]
+        columns = slice(columns.start, order[some.stop - 1][1].stop)
         if kind == SPARSE:
-            marks = formed.marks[at.blocks(rows), columns]
-            count = int(marks.sum())
+            marks, count = formed.marks[at.blocks(rows), columns], sum(map(sum, counts))
             store = formed.store[start : start + count * at.block].view(count, at.block)
-            tails = formed.tails[:, at.tails(columns), rows]
-            total.add_sparse(rows, columns, marks, store, tails)
+            total.add_sparse(rows, [where[1] for where in order[some]], counts, marks, store)
         elif kind == AGAIN:
             total.add_whole(next(recomputed), mark=True)
         else:
@@ -63,6 +70,29 @@ def gradients(
         if rows.stop == n:
             total.finish(columns)
     return total.results(hidden_dtype)
+
+
+def _together(
+    order: list[tuple[slice, slice]], layout: list[list[int]], marks: Tensor, at: Tiling, limit: int
+) -> Iterator[tuple[slice, list[list[int]]]]:
+    """The tiles in runs: of active columns, the same rows, and side by side in the store.
+
+    With at most `limit` active columns in a block, those of one tile: vendor products want a long
+    inner size, and every product is added to the sum of dh. Other tiles are alone. With each run
+    the numbers of active columns, by tile and block.
+    """
+    counts: list[list[int]] = []
+    first = most = end = 0
+    for number, ((rows, columns), (kind, start, _)) in enumerate(zip(order, layout, strict=True)):
+        here = marks[at.blocks(rows), columns].sum(1).tolist() if kind == SPARSE else []
+        more = max(here, default=limit + 1)
+        joins = most + more <= limit and start == end and rows == order[first][0]
+        if number > first and not joins:
+            yield slice(first, number), counts
+            first, most, counts = number, 0, []
+        most, end = most + more, start + sum(here) * at.block
+        counts.append(here)
+    yield slice(first, len(order)), counts
 
 
 def _ranges(ids: Tensor, size: int, tail: int, limit: int) -> Iterator[slice]:
@@ -126,13 +156,14 @@ class _Totals:
         if mark:
             norm = self.norm[:, rows]
             reference, marks = active.mark(head, at, tile, self.target, norm[0], norm[1])
-            count = int(marks.sum())
-            if count < DENSE_SHARE * marks.numel():
-                store = self.rooms.take("store", head, count * at.block).view(count, at.block)
+            counts = marks.sum(1).tolist()
+            if sum(counts) < DENSE_SHARE * marks.numel():
+                store = self.rooms.take("store", head, sum(counts) * at.block).view(-1, at.block)
                 tails = self.base.new_empty((4, *self.base[at.tails(columns), rows].shape))
                 tails[REFERENCE] = reference
                 active.collect(head, at, tile, marks, store, tails)
-                self.add_sparse(rows, columns, marks, store, tails)
+                self.add_tails(rows, columns, marks, tails)
+                self.add_sparse(rows, [columns], [counts], marks, store)
                 return
         if self.transposed is None and self.needs[1] and self.flip:
             self.transposed = Transposed(head, at.columns, min(at.rows, head.hidden.shape[0]))
@@ -175,91 +206,126 @@ class _Totals:
 
     # --- tiles of which active columns are there --------------------------------------------------
 
+    def add_tails(self, rows: slice, columns: slice, marks: Tensor, tails: Tensor) -> None:
+        """The mean gradient over every tail tile of these columns, and its share of db.
+
+        Before the active columns, and for tiles that have none: their sums in `tails` are 0.
+        """
+        at, many = self.at, max(TAIL_ELEMENTS // (rows.stop - rows.start), 1)
+        for part in slices(columns.start, columns.stop, many * at.tail):
+            where = at.tails(part)
+            here = slice(part.start - columns.start, part.stop - columns.start)
+            base = self._mean_gradient(rows, part, marks[:, here], tails[:, at.tails(here)])
+            self.base[where, rows] = base
+            if self.bias is not None:
+                width = part.stop - part.start
+                self.bias[part] += base.sum(1).repeat_interleave(at.tail)[:width]
+
     def add_sparse(
-        self, rows: slice, columns: slice, marks: Tensor, store: Tensor, tails: Tensor
+        self,
+        rows: slice,
+        tiles: list[slice],
+        counts: list[list[int]],
+        marks: Tensor,
+        store: Tensor,
     ) -> None:
-        """Active columns `store` of a tile, which it consumes, and the sums of its tail."""
+        """Active columns `store`, which it consumes, of a run of tiles, see `_together`.
+
+        `marks` of all their columns; the mean gradient of their tails is there already.
+        """
         head, at = self.head, self.at
-        size = rows.stop - rows.start
-        self._add_base(rows, columns, marks, tails)
+        size, columns = rows.stop - rows.start, slice(tiles[0].start, tiles[-1].stop)
+        inside = [slice(t.start - columns.start, t.stop - columns.start) for t in tiles]
         padding = (0, -size % at.block)
         norm, coef = (F.pad(v[:, rows], padding) for v in (self.norm, self.coef))
         base = F.pad(self.base[at.tails(columns), rows], padding)
-        counts = marks.sum(1).tolist()
+        of_blocks = [sum(of_tiles) for of_tiles in zip(*counts, strict=True)]
+        widths = [-(-count // 32) * 32 for count in of_blocks]
         row_major = None
         if self.flip and self.hidden is not None:
-            row_major = self.rooms.take(
-                "rows", head, at.block * sum(-(-c // 32) * 32 for c in counts)
-            )
-        pairs = marks.nonzero().contiguous()
+            row_major = self.rooms.take("rows", head, at.block * sum(widths))
+        # In the order of the store: tile after tile, then block after block.
+        found = [marks[:, some].nonzero() for some in inside]
+        for pairs, some in zip(found, inside, strict=True):
+            pairs[:, 1] += some.start
+        pairs = torch.cat(found)
         head.backend.active_gradient_(
             store, pairs, size, head.bias_chunk(columns), head.transform, self.target[rows],
             columns.start, norm, coef, base, at.tail, row_major,
         )  # fmt: skip
-        weight = head.weight_chunk(columns)
-        first = written = 0
-        for number, count in enumerate(counts):
-            if not count:
-                continue
-            block = self._rows_of(rows, number)
-            ids = pairs[first : first + count, 1].contiguous()
-            dz = store[first : first + count, : block.stop - block.start].T
-            first += count
-            if self.hidden is not None:
-                if row_major is not None:
-                    width = -(-count // 32) * 32
-                    dz = row_major[written : written + at.block * width].view(at.block, width)
-                    dz = dz[: block.stop - block.start]
-                    written += at.block * width
-                    # Columns of zeros up to `width`, against a head row that is active anyway.
-                    ids = torch.cat([ids, ids[-1:].expand(width - count)])
-                gathered = self.rooms.take("head", head, len(ids) * weight.shape[1]).view(
-                    len(ids), -1
-                )
-                self.hidden.add(block, dz, torch.index_select(weight, 0, ids, out=gathered))
         if self.weight is not None:
-            self._add_sparse_weight(rows, columns, pairs, store)
+            assert self.wide_hidden is not None
+            common = self.base[at.tails(columns), rows] @ self.wide_hidden[rows]
+            first = 0
+            for tile, some, here in zip(tiles, inside, counts, strict=True):
+                ids = pairs[first : first + sum(here), 1] - some.start
+                self._add_sparse_weight(
+                    rows, tile, here, marks[:, some], ids, store[first:], common[at.tails(some)]
+                )
+                first += sum(here)
         if self.bias is not None:
             sums = store.sum(1, dtype=self.bias.dtype)
             self.bias[columns].index_add_(0, pairs[:, 1], sums)
+        if self.hidden is None:
+            return
+        weight, first, written = head.weight_chunk(columns), 0, 0
+        of_run = pairs if len(tiles) == 1 else marks.nonzero()  # block after block
+        for number, ids in enumerate(of_run[:, 1].split(of_blocks)):
+            if not len(ids):
+                continue
+            block, width = self._rows_of(rows, number), len(ids)
+            dz = store[first : first + width, : block.stop - block.start].T
+            first += width
+            if row_major is not None:
+                width = widths[number]
+                dz = row_major[written : written + at.block * width].view(at.block, width)
+                dz = dz[: block.stop - block.start]
+                written += at.block * width
+                # Columns of zeros up to `width`, against a head row that is active anyway.
+                ids = torch.cat([ids, ids[-1:].expand(width - len(ids))])
+            gathered = self.rooms.take("head", head, width * weight.shape[1]).view(width, -1)
+            self.hidden.add(block, dz, torch.index_select(weight, 0, ids, out=gathered))
 
-    def _add_base(self, rows: slice, columns: slice, marks: Tensor, tails: Tensor) -> None:
-        """The mean gradient over the tail of each tail tile, and its share of dW and db."""
-        at = self.at
-        where = at.tails(columns)
-        base = self._mean_gradient(rows, columns, marks, tails)
-        self.base[where, rows] = base
-        if self.bias is not None:
-            width = columns.stop - columns.start
-            self.bias[columns] += base.sum(1).repeat_interleave(at.tail)[:width]
+    def _add_sparse_weight(
+        self,
+        rows: slice,
+        columns: slice,
+        counts: list[int],
+        marks: Tensor,
+        ids: Tensor,
+        store: Tensor,
+        common: Tensor,
+    ) -> None:
+        """DW of a tile: by ranges of ids, so that the products of a range stay in cache.
 
-    def _add_sparse_weight(self, rows: slice, columns: slice, pairs: Tensor, store: Tensor) -> None:
-        """DW of these columns: by ranges of ids, so that the products of a range stay in cache."""
+        What follows in `store` is that of other tiles.
+        """
         head, at = self.head, self.at
-        assert self.wide_hidden is not None and self.weight is not None
-        common = self.base[at.tails(columns), rows] @ self.wide_hidden[rows]
+        assert self.weight is not None
         whole = rows == slice(0, head.hidden.shape[0])
         out = self.weight[columns] if whole else self._started(columns)
         self.written = self.written or whole
         size, width = columns.stop - columns.start, common.shape[1]
-        number, ids = pairs.T.contiguous()
+        starts = [0, *accumulate(counts)]  # of what is left of each block
         for some in _ranges(ids, size, at.tail, at.parts // width):
-            inside = ((ids >= some.start) & (ids < some.stop)).nonzero()[:, 0]
-            parts = self.rooms.take("parts", head, (inside.shape[0] + 31) * width).view(-1, width)
-            done = 0
-            counts = torch.bincount(number[inside], minlength=1).tolist()
+            if some != slice(0, size):
+                counts = marks[:, some].sum(1).tolist()
+            parts = self.rooms.take("parts", head, (sum(counts) + 31) * width).view(-1, width)
+            done, of_parts = 0, [ids[:0]]
             for block, count in enumerate(counts):
-                if count:
-                    first = int(inside[done])
-                    at_rows = self._rows_of(rows, block)
-                    # Columns that follow are overwritten or left out; see `self.flip`.
-                    more = -(-count // 32) * 32 if self.flip else count
-                    more = min(more, store.shape[0] - first)
-                    dz = store[first : first + more, : at_rows.stop - at_rows.start]
-                    torch.mm(dz, head.hidden[at_rows], out=parts[done : done + more])
-                    done += count
+                if not count:
+                    continue
+                at_rows, first = self._rows_of(rows, block), starts[block]
+                # Columns that follow are overwritten or left out; see `self.flip`.
+                more = -(-count // 32) * 32 if self.flip else count
+                more = min(more, store.shape[0] - first)
+                dz = store[first : first + more, : at_rows.stop - at_rows.start]
+                torch.mm(dz, head.hidden[at_rows], out=parts[done : done + more])
+                of_parts.append(ids[first : first + count])
+                starts[block] += count
+                done += count
             head.backend.combine_rows(
-                parts[:done], ids[inside] - some.start,
+                parts[:done], torch.cat(of_parts) - some.start,
                 common[some.start // at.tail : -(-some.stop // at.tail)], at.tail, out[some],
                 not whole,
             )  # fmt: skip
@@ -275,8 +341,10 @@ class _Totals:
         nothing = mass == 0  # 0 times an overflow of exp(shift) must stay 0
         gradient = torch.where(nothing, 0.0, shift.exp() * (one * mass + log_mass))
         gradient = gradient + torch.where(flat == 0, 0.0, flat * tails[SLOPES])
-        inactive = F.pad(marks == 0, (0, -marks.shape[1] % at.tail)) \
-            .view(marks.shape[0], -1, at.tail).sum(2)  # fmt: skip
+        # Of whole bytes first: torch casts all that it sums to the dtype of the result.
+        sets = F.pad(marks, (0, -marks.shape[1] % at.tail)).view(len(marks), -1, at.tail // 64, 64)
+        inactive = at.tail - sets.sum(3, dtype=torch.uint8).sum(2)
+        inactive[:, -1] -= sets[0, 0].numel() * sets.shape[1] - marks.shape[1]
         inactive = inactive.T.repeat_interleave(at.block, 1)[:, : shift.shape[1]]
         gradient = gradient * (transform.scale / transform.temperature) / inactive.clamp(min=1)
         return torch.where(self.dead[rows] | (inactive == 0), 0.0, gradient)

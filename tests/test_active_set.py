@@ -378,18 +378,3 @@ def test_few_rows_stay_within_the_workspace():
     assert report[0].kept_bytes <= 16 << 20
     (true,) = gradients(h, "exact", inputs=[hidden])
     assert distance(found, true) <= 1e-5
-
-
-@pytest.mark.parametrize("limit", [1, 7, 40, 1000])
-def test_ranges_of_ids(limit):
-    generator = torch.Generator().manual_seed(limit)
-    for size, tail in ((300, 64), (64, 64), (1, 64), (640, 128)):
-        ids = torch.randint(size, (200,), generator=generator).square() // size
-        found = list(active_backward._ranges(ids, size, tail, limit))
-        assert [f.start for f in found] == [0, *(f.stop for f in found[:-1])]
-        assert found[-1].stop == size
-        counts = torch.bincount(ids, minlength=size)
-        for f in found:
-            inside = f.start // tail == (f.stop - 1) // tail
-            assert inside or (f.start % tail == 0 and (f.stop % tail == 0 or f.stop == size))
-            assert counts[f].sum() <= limit or f.stop - f.start == 1

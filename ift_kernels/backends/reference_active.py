@@ -89,9 +89,10 @@ def active_gradient_(
 ) -> None:
     """Overwrite stored products with their gradient, as `dlogits_`, less `base` of tile and row.
 
-    `pairs` (marked, 2) is ``marks.nonzero()``; norm, coef (…, padded N) and base (tiles, padded N)
-    come in whole blocks, coef 0 beyond `rows`. `row_major`, flat, receives each block as
-    (block, its columns rounded up to 32, zeros beyond), one after another.
+    `pairs` (marked, 2) is ``marks.nonzero()``, or that of several tiles one after another; norm,
+    coef (…, padded N) and base (tiles, padded N) come in whole blocks, coef 0 beyond `rows`.
+    `row_major`, flat, receives each block as (block, its columns rounded up to 32, zeros beyond),
+    one after another.
     """
     number, column = pairs.T
     block = store.shape[1]
@@ -107,13 +108,15 @@ def active_gradient_(
     store.copy_(torch.where((coef == 0).all(0)[at], 0.0, grad))
     if row_major is None:
         return
-    start = written = 0
-    for count in number.unique_consecutive(return_counts=True)[1].tolist():
+    written = 0
+    for some in number.unique():
+        of_block = store[number == some].T
+        count = of_block.shape[1]
         width = -(-count // 32) * 32
         out = row_major[written : written + block * width].view(block, width)
-        out[:, :count] = store[start : start + count].T
+        out[:, :count] = of_block
         out[:, count:] = 0
-        start, written = start + count, written + block * width
+        written += block * width
 
 
 def active_rows(

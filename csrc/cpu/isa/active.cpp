@@ -199,22 +199,46 @@ struct RowVectors {
 };
 
 // Stored products overwritten by their gradient less base[tile of the column, row]; the gradient of
-// the target is in it. `pairs` (count, 2): block and column of each stored column. `row_major`, if
-// not null, receives each block as (block, its columns rounded up to 32), one after another.
+// the target is in it. `pairs` (count, 2): block and column of each stored column. Those of a block
+// may stand in several runs, tile after tile. `row_major`, if not null, receives each block as
+// (block, its columns, run after run, zeros up to a multiple of 32), one after another.
 void active_gradient(const Chunk& c, const ActiveRows& rows, const int64_t* pairs, int64_t count,
                      int64_t block, int64_t tile, void* row_major) {
+  struct Run {
+    int64_t number, first, end;  // stored columns [first, end) of this block
+    int64_t at, ld, zeros;       // where in row_major; columns of zeros that follow
+  };
+  auto ends = [&](int64_t j) { return j + 1 == count || pairs[2 * j] != pairs[2 * j + 2]; };
+  int64_t stored = 0;
+  for (int64_t j = 0; j < count; ++j) stored += ends(j);
+  Buffer<Run> runs(stored);
   struct Block {
-    int64_t number, first, end, at, ld;  // stored columns [first, end); where in row_major
+    int64_t columns, at, last;  // its stored columns, where in row_major, its last run
   };
   Buffer<Block> blocks((c.rows + block - 1) / block);
-  int64_t stored = 0, written = 0, groups = 0;
-  for (int64_t first = 0; first < count; first = blocks[stored++].end) {
-    int64_t end = first;
-    while (end < count && pairs[2 * end] == pairs[2 * first]) ++end;
-    const int64_t of_block = (end - first + kColumnGroup - 1) / kColumnGroup;
-    blocks[stored] = {pairs[2 * first], first, end, written, of_block * kColumnGroup};
-    written += of_block * kColumnGroup * block;
-    groups += of_block;
+  for (int64_t b = 0; b * block < c.rows; ++b) blocks[b] = {0, 0, -1};
+  for (int64_t j = 0, s = 0, first = 0; j < count; ++j) {
+    if (!ends(j)) continue;
+    Block& of = blocks[pairs[2 * j]];
+    runs[s] = {pairs[2 * j], first, j + 1, of.columns, 0, 0};
+    of.columns += j + 1 - first;
+    of.last = s++;
+    first = j + 1;
+  }
+  auto padded = [](int64_t columns) {
+    return (columns + kColumnGroup - 1) / kColumnGroup * kColumnGroup;
+  };
+  for (int64_t b = 0, written = 0; b * block < c.rows; ++b) {
+    blocks[b].at = written;
+    written += padded(blocks[b].columns) * block;
+  }
+  int64_t groups = 0;
+  for (int64_t s = 0; s < stored; ++s) {
+    const Block& of = blocks[runs[s].number];
+    runs[s].at += of.at;
+    runs[s].ld = padded(of.columns);
+    runs[s].zeros = of.last == s ? runs[s].ld - of.columns : 0;
+    groups += padded(runs[s].end - runs[s].first) / kColumnGroup;
   }
   struct Group {
     int64_t in, first;
@@ -222,8 +246,7 @@ void active_gradient(const Chunk& c, const ActiveRows& rows, const int64_t* pair
   Buffer<Group> group_of(groups);
   groups = 0;
   for (int64_t s = 0; s < stored; ++s)
-    for (int64_t j = blocks[s].first; j < blocks[s].end; j += kColumnGroup)
-      group_of[groups++] = {s, j};
+    for (int64_t j = runs[s].first; j < runs[s].end; j += kColumnGroup) group_of[groups++] = {s, j};
   struct Hit {
     int64_t column, copy;
     float gradient;
@@ -243,7 +266,7 @@ void active_gradient(const Chunk& c, const ActiveRows& rows, const int64_t* pair
       // Targets first, while the products are there, and kept in float32 until the end.
 #pragma omp for schedule(static)
       for (int64_t s = 0; s < stored; ++s) {
-        const Block& in = blocks[s];
+        const Run& in = runs[s];
         const int64_t top = in.number * block;
         for (int64_t r = top; r < std::min(c.rows, top + block); ++r) {
           const int64_t wanted = rows.target[r] - c.offset;
@@ -266,7 +289,7 @@ void active_gradient(const Chunk& c, const ActiveRows& rows, const int64_t* pair
       }
 #pragma omp for schedule(dynamic, 4)
       for (int64_t g = 0; g < groups; ++g) {
-        const Block& in = blocks[group_of[g].in];
+        const Run& in = runs[group_of[g].in];
         const int64_t first = group_of[g].first, top = in.number * block;
         const int64_t size = std::min<int64_t>(kColumnGroup, in.end - first);
         T* const columns = x + first * block;
@@ -284,8 +307,9 @@ void active_gradient(const Chunk& c, const ActiveRows& rows, const int64_t* pair
           T* const out = copy + in.at + (first - in.first);
           transpose(reinterpret_cast<const uint16_t*>(columns), block, static_cast<int>(size),
                     block, reinterpret_cast<uint16_t*>(out), in.ld);
+          const int64_t zeros = first + size == in.end ? in.zeros : 0;
           for (int64_t i = 0; i < block; ++i)
-            for (int64_t k = size; k < kColumnGroup; ++k) out[i * in.ld + k] = T{};
+            for (int64_t k = size; k < size + zeros; ++k) out[i * in.ld + k] = T{};
         }
       }
 #pragma omp for schedule(static)

@@ -94,7 +94,7 @@ def _add_items(
     """Add tail and active columns to the sums; a flag that is set if they did not fit."""
     head, at = total.head, total.at
     n, block = at.rows, at.block
-    total._add_base(slice(0, n), slice(0, at.columns), formed.marks, formed.tails)
+    total.add_tails(slice(0, n), slice(0, at.columns), formed.marks, formed.tails)
     padding = (0, -n % block)
     norm, coef, base = (F.pad(x, padding) for x in (total.norm, total.coef, total.base))
     # Of a store and its pairs.
