@@ -2,7 +2,7 @@
 
 The cases of a head that is trained or frozen are those of ``python -m bench head`` with two more
 implementations. The sweeps change one option of the active set at a time; beside the error of each
-threshold stands that of dropping the tail instead of treating it as uniform.
+threshold stands that of dropping the tail instead of making up for it.
 """
 
 from __future__ import annotations
@@ -294,9 +294,8 @@ def _error_panel(axes: Any, group: dict[str, Any]) -> None:
             (int(c["case"].split("-")[1]), c["errors"][error])
             for c in _cells(group, "threshold", name)
         )
-        label = (
-            f"{'tail uniform' if name == 'active' else 'tail dropped'}, {error.replace(' ', '')}"
-        )
+        tail = "tail as sums" if name == "active" else "tail dropped"
+        label = f"{tail}, {error.replace(' ', '')}"
         axes.plot([-p for p, _ in points], [e for _, e in points], style, color=colour,
                   markersize=4, linewidth=1.2, label=label)  # fmt: skip
     axes.set(yscale="log", xlabel="log₂ threshold", ylabel="relative error against fp64")

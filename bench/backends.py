@@ -56,6 +56,7 @@ def calls(backend: Any, device: torch.device, rows: int, columns: int) -> dict[s
     ids = torch.full((rows, 2), -1, device=device)
     best, logit = torch.full((2, rows), -torch.inf, device=device)
     drawn = torch.zeros_like(target)
+    profile = torch.rand(rows, generator=generator).to(device)
     sequence = torch.randn(rows, columns, generator=generator).to(device)
     table = x[: max(rows // 4, 1)]
     tokens = torch.arange(rows, device=device)[None] % len(table)
@@ -90,7 +91,8 @@ def calls(backend: Any, device: torch.device, rows: int, columns: int) -> dict[s
             lambda: [kept["marks"]],
         ),
         "tile_sums": (
-            moved, lambda: keep("sums", backend.tile_sums(x, 64)), lambda: [kept["sums"]],
+            moved, lambda: keep("sums", backend.tile_sums(x, 64, profile)),
+            lambda: [kept["sums"]],
         ),
         "scan": (
             4 * moved, lambda: keep("scan", backend.scan(sequence, None, None, 0.95, True)),

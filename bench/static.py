@@ -80,17 +80,20 @@ def _epilogues(dtype: torch.dtype, full: bool, c: int) -> None:
     backend.active_collect(*here, marks, best, 64, store, torch.zeros(3, c // 64, n))
     marks[:, ::20] = 1
     active = torch.zeros(n * (c // 16), dtype=dtype)
-    backend.active_rows(x, marks, 32, 2048, torch.zeros(-(-c // 2048), n), active)
+    profile = torch.zeros(c)
+    backend.active_rows(x, marks, 32, 2048, profile, torch.zeros(-(-c // 2048), n), active)
     pairs, base = torch.zeros(48, 2, dtype=torch.int64), torch.zeros(c // 64, n)
-    backend.active_gradient_(store, pairs, n, *here[1:], target, 0, norm, coef, base, 64)
+    gradient = target, 0, norm, coef, base, 64, profile
+    backend.active_gradient_(store, pairs, n, *here[1:], *gradient)
 
 
 def _whole_operations(dtype: torch.dtype, width: int) -> None:
     at = torch.zeros(48, dtype=torch.int64)
-    table = torch.zeros(128, width, dtype=dtype)
+    table, profile = torch.zeros(128, width, dtype=dtype), torch.zeros(128)
     for accumulate in (False, True):
-        backend.combine_rows(table[:48], at, torch.zeros(2, width), 64, table, accumulate)
-    backend.tile_sums(table, 64)
+        common = torch.zeros(2, width)
+        backend.combine_rows(table[:48], at, common, 64, profile, table, accumulate)
+    backend.tile_sums(table, 64, profile)
     values = torch.zeros(4, width, dtype=dtype)
     ids = torch.arange(64).view(4, 16)
     predicted = ids + 64
@@ -115,9 +118,10 @@ def _products(dtype: torch.dtype, full: bool, n: int, v: int, d: int) -> None:
     marks[:, ::100] = 1
     items = gathered.Items.of(marks, 96, 128)
     rows = torch.zeros(2, n), torch.zeros(4, n), torch.zeros(2, n)
-    store = items.gradients(hidden, weight, bias, transform, target, 0, *rows, 2048)
+    tile, profile = 2048, torch.zeros(v)
+    store = items.gradients(hidden, weight, bias, transform, target, 0, *rows, tile, profile)
     items.add_to_hidden(store, weight, torch.zeros(n, d))
-    items.weight_gradient(store, hidden, torch.zeros(2, d), 2048, weight)
+    items.weight_gradient(store, hidden, torch.zeros(2, d), tile, profile, weight)
     active_schedule._add_bias(torch.zeros(v), store, items)
 
 

@@ -108,6 +108,7 @@ def subjects(dry: bool, device: torch.device) -> Iterator[tuple[str, str, Call]]
             return [backend.active_marks(*here, target, 0, level, 32)]
 
         found = marks()[0]
+        spread = torch.rand(x.shape[1], generator=generator).to(device)
 
         def collect(here: Any = here, found: Tensor = found, level: Tensor = level) -> list[Tensor]:
             n, c = here[0].shape
@@ -116,11 +117,11 @@ def subjects(dry: bool, device: torch.device) -> Iterator[tuple[str, str, Call]]
             backend.active_collect(*here, found, level, 64, store, sums)
             return [store, sums]
 
-        def apart(x: Tensor = x, found: Tensor = found) -> list[Tensor]:
+        def apart(x: Tensor = x, found: Tensor = found, spread: Tensor = spread) -> list[Tensor]:
             mean = torch.empty(-(-x.shape[1] // 64), len(x), device=device)
             widths = (found.sum(1) + 31) // 32 * 32
             active = x.new_zeros(32 * int(widths.sum()))  # rows beyond the last stay as they are
-            backend.active_rows(x, found, 32, 64, mean, active)
+            backend.active_rows(x, found, 32, 64, spread, mean, active)
             return [mean, active]
 
         def scan(x: Tensor = x) -> list[Tensor]:
@@ -131,8 +132,10 @@ def subjects(dry: bool, device: torch.device) -> Iterator[tuple[str, str, Call]]
         def residual(x: Tensor = x, ids: Tensor = ids) -> list[Tensor]:
             return [backend.residual(x, ids, ids, ids, None, 0.2, -100)]
 
-        def segments(x: Tensor = x) -> list[Tensor]:
-            return [backend.tile_sums(x, 64)]
+        share = torch.rand(len(x), generator=generator).to(device)
+
+        def segments(x: Tensor = x, share: Tensor = share) -> list[Tensor]:
+            return [backend.tile_sums(x, 64, share)]
 
         yield "rows", kind, apart
         yield "stats", kind, functools.partial(stats, 1)
@@ -179,16 +182,17 @@ def _products(
     norm = torch.stack([torch.zeros(padded), torch.full((padded,), 10.0)]).to(device)
     coef = torch.ones(4, padded, device=device)
     base = torch.zeros(-(-v // tile), padded, device=device)
+    profile = torch.rand(v, generator=generator).to(device)
 
     def products() -> list[Tensor]:
         rows = norm, coef, base
-        return [items.gradients(hidden, weight, None, plain, at, 0, *rows, tile)]
+        return [items.gradients(hidden, weight, None, plain, at, 0, *rows, tile, profile)]
 
     store = products()[0]
 
     def gradient() -> list[Tensor]:
         again = store.clone()
-        rest = at, 0, norm, coef, base, tile
+        rest = at, 0, norm, coef, base, tile, profile
         backend.active_gradient_(again, items.pairs, n, None, plain, *rest)
         return [again]
 
@@ -199,7 +203,7 @@ def _products(
 
     def to_weight() -> list[Tensor]:
         out, common = torch.empty_like(weight), torch.zeros(-(-v // tile), d, device=device)
-        items.weight_gradient(store, hidden, common, tile, out)
+        items.weight_gradient(store, hidden, common, tile, profile, out)
         return [out]
 
     yield "products", kind, products

@@ -119,9 +119,10 @@ class Study(Demo):
                 lambda a, b: ift_kernels.linear_logprobs(a, b, t, gradient=options).logprob
             )
         dropped = both(lambda a, b: Dropped(options).logprob(a, b, t))
+        uniform = _uniform_tail(h.double(), w.double(), t, upstream.double(), options)
         errors = {
             f"{name} {what}": float((g - e).norm() / e.norm())
-            for name, found in (("active", active), ("dropped", dropped))
+            for name, found in (("active", active), ("uniform", uniform), ("dropped", dropped))
             for what, g, e in zip(("d hidden", "d weight"), found, exact, strict=True)
         }
         rows = [float((g.abs().amax(1) == 0).double().mean()) for g in (active[1], dropped[1])]
@@ -135,6 +136,23 @@ class Study(Demo):
 def _dense_gradients(h: Tensor, w: Tensor, t: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
     dz = -(h @ w.T).softmax(1) * upstream[:, None]
     dz[torch.arange(len(t)), t] += upstream
+    return dz @ w, dz.T @ h
+
+
+def _uniform_tail(
+    h: Tensor, w: Tensor, t: Tensor, upstream: Tensor, options: ActiveSet
+) -> tuple[Tensor, Tensor]:
+    """The same where the tail of a tile is spread evenly over its ids."""
+    (n, v), rows = (len(h), len(w)), torch.arange(len(t))
+    p = (h @ w.T).softmax(1)
+    active = p > options.threshold
+    active[rows, t] = True
+    active = active.view(-1, options.block, v).any(1).repeat_interleave(options.block, 0)
+    dz = -p * upstream[:, None]
+    dz[rows, t] += upstream
+    tail = torch.where(active, 0.0, dz).view(n, -1, options.tail_tile)
+    mean = tail.sum(2) / (~active).view(n, -1, options.tail_tile).sum(2).clamp(min=1)
+    dz = torch.where(active, dz, mean.repeat_interleave(options.tail_tile, 1))
     return dz @ w, dz.T @ h
 
 

@@ -6,7 +6,8 @@ tenths of the vocabulary, most frequent first. The columns of the active set are
 differ in what stands for the rest, the tail:
 
 * ``dropped``: nothing (the rule of filters that skip small probabilities).
-* ``uniform``: what `ift_kernels` does: the mass of the tail spread evenly over each tail tile.
+* ``uniform``: the mass of the tail spread evenly over each tail tile.
+* ``profile``: what `ift_kernels` does: spread as what the mean hidden state gives each id.
 * ``marginal``: spread over a tile as the batch's own mean tail probability of each id.
 * ``sampled``: one id of each (token, tail tile) drawn in proportion, with all its mass: unbiased.
 * ``half``: the exact tail of every second token, doubled: unbiased, half of the products.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +27,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import lmlike
+from ift_kernels.tail_profile import CAP, RANGE
 
-TAILS = ("dropped", "uniform", "marginal", "sampled", "half", "int8")
+TAILS = ("dropped", "uniform", "profile", "marginal", "sampled", "half", "int8")
 BETAS, EPS, BLOCK, TILE, THRESHOLD = (0.9, 0.999), 1e-8, 128, 2048, 2.0**-12
 # Products with the head in units of N·V·D beyond those on active columns.
 COST = {
-    "dropped": "0", "uniform": "1/tile", "marginal": "1/tile, and a sum per id",
+    "dropped": "0", "uniform": "1/tile", "profile": "1/tile + 1/N",
+    "marginal": "1/tile, and a sum per id",
     "sampled": "1/tile, scattered", "half": "1/2", "int8": "1, in 8 bits",
 }  # fmt: skip
 
 
 def approximations(
-    p: Tensor, h: Tensor, target: Tensor, upstream: Tensor, generator: torch.Generator
+    z: Tensor, h: Tensor, target: Tensor, upstream: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, Tensor], float]:
     """The exact dW (V, D), the approximate ones by name, and the active share."""
-    n, v = p.shape
+    (n, v), log_sum_exp = z.shape, z.logsumexp(1)
+    p = (z - log_sum_exp[:, None]).exp()
     active = (p > THRESHOLD).view(-1, BLOCK, v).any(1).repeat_interleave(BLOCK, 0)
     rows = torch.arange(n)
     active[rows, target] = True
@@ -50,17 +55,24 @@ def approximations(
     tiles = tail.view(n, -1, TILE)
     sums = tiles.sum(2)  # (N, tiles)
     free = (~active).view(n, -1, TILE)
-    uniform = (sums / free.sum(2).clamp(min=1))[..., None] * free
-    mean = torch.where(active, 0.0, p).sum(0).view(1, -1, TILE) * free
-    marginal = sums[..., None] * mean / mean.sum(2, keepdim=True).clamp(min=1e-30)
+
+    def spread(weights: Tensor) -> Tensor:
+        """The sums of the tails, in proportion to `weights` (V,) of ids."""
+        share = weights.view(1, -1, TILE) * free
+        return sums[..., None] * share / share.sum(2, keepdim=True).clamp(min=1e-30)
+
+    # Logits are linear in the hidden state: their mean is what its mean gives.
+    top = log_sum_exp.mean() + math.log(CAP * THRESHOLD)
+    profile = (z.mean(0) - top).clamp(-math.log(RANGE), 0)
     drawn = torch.multinomial(tiles.abs().reshape(-1, TILE) + 1e-30, 1, generator=generator).view(
         n, -1, 1
     )
     sampled = torch.zeros_like(tiles).scatter_(2, drawn, sums[..., None])
     found = {
         "dropped": core,
-        "uniform": core + uniform.reshape(n, v).T @ h,
-        "marginal": core + marginal.reshape(n, v).T @ h,
+        "uniform": core + spread(torch.ones(v)).reshape(n, v).T @ h,
+        "profile": core + spread(profile.exp()).reshape(n, v).T @ h,
+        "marginal": core + spread(torch.where(active, 0.0, p).sum(0)).reshape(n, v).T @ h,
         "sampled": core + sampled.reshape(n, v).T @ h,
         "half": core + 2 * tail[::2].T @ h[::2],
         "int8": core + _int8(tail).T @ _int8(h),
@@ -110,10 +122,10 @@ def study(rows: int, width: int, vocabulary: int, steps: int, scale: float) -> d
     for step in tqdm(range(steps), unit="batch"):
         some = slice(step * rows, (step + 1) * rows)
         h, target = data.hidden[some], data.target[some]
-        p = (h @ data.weight.T).softmax(1)
-        frequency += p.sum(0)
+        z = h @ data.weight.T
+        frequency += z.softmax(1).sum(0)
         exact, found, share = approximations(
-            p, h, target, torch.full((rows,), scale / rows), generator
+            z, h, target, torch.full((rows,), scale / rows), generator
         )
         shares.append(share)
         updates = {"exact": streams["exact"].update(exact)}

@@ -1,4 +1,4 @@
-"""The active-set backward: gradients from the columns that matter, the rest as a uniform tail.
+"""The active-set backward: gradients from the columns that matter, the rest as a tail.
 
 In a trained model a block of tokens gives real probability to a few percent of the vocabulary.
 Forward, tile by tile while the products are in cache, marks the columns to which any row of a block
@@ -72,7 +72,7 @@ def tiling(problem: Problem, options: ActiveSet, held_elsewhere: int = 0) -> Til
     p, n, itemsize = problem, max(problem.rows, 1), problem.dtype.itemsize
     block = min(options.block, -(-n // 32) * 32)
     tails, blocks = -(-p.vocabulary // options.tail_tile), -(-n // block)
-    fixed = tails * p.width * 4 + blocks * p.vocabulary + 5 * tails * n * 4
+    fixed = tails * p.width * 4 + (blocks + 4) * p.vocabulary + 6 * tails * n * 4
     if p.need_hidden:
         fixed += n * p.width * (4 + (itemsize if itemsize < 4 else 0))
     parts = min(PARTS, p.workspace // 16 // itemsize)
@@ -90,7 +90,8 @@ def tiling(problem: Problem, options: ActiveSet, held_elsewhere: int = 0) -> Til
         # Head rows gathered and cast, and sums of dW over tiles of rows or in another dtype.
         summed = p.need_weight and (rows < n or not p.same_dtype)
         per_column = itemsize * (1 + (not p.same_dtype)) + (4 + itemsize) * summed
-        work = fixed + copies * tile + columns * p.width * per_column
+        pairs = 48 * tile // itemsize // block  # of the columns that backward takes together
+        work = fixed + copies * tile + pairs + columns * p.width * per_column
         if work > p.workspace:
             continue
         best = Tiling(
@@ -141,7 +142,8 @@ def products(head: Head, at: Tiling, order: list[tuple[slice, slice]]) -> Iterat
 def whole_lines(elements: int) -> int:
     """Rounded up, so that what comes next in the store starts on a cache line.
 
-    The active columns of a tile are whole lines as they are: blocks are multiples of 32.
+    The active columns of a tile are whole lines as they are, blocks being multiples of 32, so that
+    those of the next tile follow at once: `active_backward` takes them together then.
     """
     return -(-elements // 32) * 32
 

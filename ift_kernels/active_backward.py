@@ -29,8 +29,7 @@ from ift_kernels.active import (
 )
 from ift_kernels.engine import Head, Results, RowGradient, Tile, Transposed, slices
 from ift_kernels.sums import Sum, wide_dtype
-
-TAIL_ELEMENTS = 1 << 18  # sums over tails, of rows and tail tiles, that are worked on at once
+from ift_kernels.tail_profile import TailProfile
 
 
 def gradients(
@@ -51,8 +50,10 @@ def gradients(
     recomputed = active.products(head, at, again) if again else iter(())
     if len(formed.marks):
         total.add_tails(slice(0, n), slice(0, head.vocabulary), formed.marks, formed.tails)
-    # A cast of the head's rows is made tile by tile.
-    limit = at.columns if total.flip and head.weight.dtype == head.hidden.dtype else -1
+    # Together where their active columns are copied anyway, see `_Totals.flip`; and not where the
+    # head's rows are cast, which is done tile by tile.
+    together = total.flip and head.weight.dtype == head.hidden.dtype
+    limit = at.columns if together else -1
     for some, counts in _together(order, layout, formed.marks, at, limit):
         (rows, columns), (kind, start, _) = order[some.start], layout[some.start]
         columns = slice(columns.start, order[some.stop - 1][1].stop)
@@ -85,8 +86,9 @@ def _together(
     first = most = end = 0
     for number, ((rows, columns), (kind, start, _)) in enumerate(zip(order, layout, strict=True)):
         here = marks[at.blocks(rows), columns].sum(1).tolist() if kind == SPARSE else []
-        more = max(here, default=limit + 1)
-        joins = most + more <= limit and start == end and rows == order[first][0]
+        more = max(here, default=limit + 1)  # a tile that is not SPARSE is alone
+        fits = kind == SPARSE and most + more <= limit
+        joins = fits and start == end and rows == order[first][0]
         if number > first and not joins:
             yield slice(first, number), counts
             first, most, counts = number, 0, []
@@ -125,6 +127,8 @@ class _Totals:
         self.target = row_gradient.target
         self.norm, self.coef = row_gradient.norm, row_gradient.coef
         self.dead = (self.coef == 0).all(0)  # rows without upstream gradient
+        profile = TailProfile(head, row_gradient, at.options.threshold)
+        self.profile = profile.of(head, slice(0, head.vocabulary))
         self.hidden = Sum((n, width), like) if needs[0] else None
         self.base = like.new_zeros((at.tails(slice(0, head.vocabulary)).stop, n), dtype=self.wide)
         self.wide_hidden = like.to(self.wide) if needs[1] else None
@@ -207,19 +211,22 @@ class _Totals:
     # --- tiles of which active columns are there --------------------------------------------------
 
     def add_tails(self, rows: slice, columns: slice, marks: Tensor, tails: Tensor) -> None:
-        """The mean gradient over every tail tile of these columns, and its share of db.
+        """The gradient of every tail tile of these columns over its profile, and its share of db.
 
-        Before the active columns, and for tiles that have none: their sums in `tails` are 0.
+        Before the active columns are added. Of tiles that left nothing, or everything, the sums in
+        `tails` are 0; those that are formed again have theirs added then.
         """
-        at, many = self.at, max(TAIL_ELEMENTS // (rows.stop - rows.start), 1)
-        for part in slices(columns.start, columns.stop, many * at.tail):
+        at = self.at
+        at_once = max(at.parts // 256 // (rows.stop - rows.start), 1)
+        for part in slices(columns.start, columns.stop, at_once * at.tail):
             where = at.tails(part)
             here = slice(part.start - columns.start, part.stop - columns.start)
-            base = self._mean_gradient(rows, part, marks[:, here], tails[:, at.tails(here)])
+            base = self._tail_gradient(rows, part, marks[:, here], tails[:, at.tails(here)])
             self.base[where, rows] = base
             if self.bias is not None:
                 width = part.stop - part.start
-                self.bias[part] += base.sum(1).repeat_interleave(at.tail)[:width]
+                spread = base.sum(1).repeat_interleave(at.tail)[:width]
+                self.bias[part] += spread * self.profile[part]
 
     def add_sparse(
         self,
@@ -231,7 +238,7 @@ class _Totals:
     ) -> None:
         """Active columns `store`, which it consumes, of a run of tiles, see `_together`.
 
-        `marks` of all their columns; the mean gradient of their tails is there already.
+        `marks` of all their columns; the gradient of their tails is there already.
         """
         head, at = self.head, self.at
         size, columns = rows.stop - rows.start, slice(tiles[0].start, tiles[-1].stop)
@@ -246,12 +253,13 @@ class _Totals:
             row_major = self.rooms.take("rows", head, at.block * sum(widths))
         # In the order of the store: tile after tile, then block after block.
         found = [marks[:, some].nonzero() for some in inside]
-        for pairs, some in zip(found, inside, strict=True):
-            pairs[:, 1] += some.start
+        for of_tile, some in zip(found, inside, strict=True):
+            of_tile[:, 1] += some.start
         pairs = torch.cat(found)
+        del found, of_tile
         head.backend.active_gradient_(
             store, pairs, size, head.bias_chunk(columns), head.transform, self.target[rows],
-            columns.start, norm, coef, base, at.tail, row_major,
+            columns.start, norm, coef, base, at.tail, self.profile[columns], row_major,
         )  # fmt: skip
         if self.weight is not None:
             assert self.wide_hidden is not None
@@ -326,12 +334,12 @@ class _Totals:
                 done += count
             head.backend.combine_rows(
                 parts[:done], torch.cat(of_parts) - some.start,
-                common[some.start // at.tail : -(-some.stop // at.tail)], at.tail, out[some],
-                not whole,
+                common[some.start // at.tail : -(-some.stop // at.tail)], at.tail,
+                self.profile[columns][some], out[some], not whole,
             )  # fmt: skip
 
-    def _mean_gradient(self, rows: slice, columns: slice, marks: Tensor, tails: Tensor) -> Tensor:
-        """(tail tiles, rows): the mean gradient of products in the tail of each tail tile."""
+    def _tail_gradient(self, rows: slice, columns: slice, marks: Tensor, tails: Tensor) -> Tensor:
+        """(tail tiles, rows): the gradient of each tail, over the sum of its profile."""
         transform, at = self.head.transform, self.at
         norm, (_, one, per_log_p, flat) = self.norm[:, rows], self.coef[:, rows]
         # Sums relative to a reference → sums of p and p·log p.
@@ -341,13 +349,11 @@ class _Totals:
         nothing = mass == 0  # 0 times an overflow of exp(shift) must stay 0
         gradient = torch.where(nothing, 0.0, shift.exp() * (one * mass + log_mass))
         gradient = gradient + torch.where(flat == 0, 0.0, flat * tails[SLOPES])
-        # Of whole bytes first: torch casts all that it sums to the dtype of the result.
-        sets = F.pad(marks, (0, -marks.shape[1] % at.tail)).view(len(marks), -1, at.tail // 64, 64)
-        inactive = at.tail - sets.sum(3, dtype=torch.uint8).sum(2)
-        inactive[:, -1] -= sets[0, 0].numel() * sets.shape[1] - marks.shape[1]
-        inactive = inactive.T.repeat_interleave(at.block, 1)[:, : shift.shape[1]]
-        gradient = gradient * (transform.scale / transform.temperature) / inactive.clamp(min=1)
-        return torch.where(self.dead[rows] | (inactive == 0), 0.0, gradient)
+        inactive = torch.where(marks == 0, self.profile[columns], 0.0)
+        inactive = F.pad(inactive, (0, -marks.shape[1] % at.tail)).view(len(marks), -1, at.tail)
+        spread = inactive.sum(2).T.repeat_interleave(at.block, 1)[:, : shift.shape[1]]
+        gradient = gradient * (transform.scale / transform.temperature) / spread
+        return torch.where(self.dead[rows] | (spread == 0), 0.0, gradient)
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -360,6 +366,6 @@ class _Totals:
     def results(self, hidden_dtype: torch.dtype) -> Results:
         hidden = None
         if self.hidden is not None:
-            sums = self.head.backend.tile_sums(self.head.weight, self.at.tail)
+            sums = self.head.backend.tile_sums(self.head.weight, self.at.tail, self.profile)
             hidden = self.hidden.total.addmm_(self.base.T, sums.to(self.wide)).to(hidden_dtype)
         return hidden, self.weight, self.bias

@@ -1,10 +1,11 @@
 """dh from the columns that matter, where the head is trained by its exact gradient.
 
 ``gradient="active"`` with ``dW="dense"``. The schedule is the exact one of `engine`: dW and db need
-the gradient dz of every product, so a tile of them is there whole. dh does not; with u[r, t] the
-mean of dz[r, v] over those ids v of tail tile t that are not active in r's block,
+the gradient dz of every product, so a tile of them is there whole. dh does not; with q the profile
+of the tail and u[r, t] the sum of dz[r, v], over that of q[v], over those ids v of tail tile t that
+are not active in r's block,
 
-    dh[r] ≈ Σ_t u[r, t]·Σ_{v in t} W[v] + Σ_{v active} (dz[r, v] − u[r, tile of v])·W[v]
+    dh[r] ≈ Σ_t u[r, t]·Σ_{v in t} q[v]·W[v] + Σ_{v active} (dz[r, v] − u[r, tile of v]·q[v])·W[v]
 
 `ift_kernels.active` has the reasons and the words. Blocks count from the first row of a tile, tail
 tiles from its first column.
@@ -26,12 +27,20 @@ from ift_kernels.active import DENSE_SHARE, Rooms, marks_of
 from ift_kernels.active_set import ActiveSet
 from ift_kernels.engine import Head, RowGradient, Tile
 from ift_kernels.sums import Sum, wide_dtype
+from ift_kernels.tail_profile import TailProfile
 
 
 class _Tail(NamedTuple):
     rows: slice
     columns: slice
     mean: Tensor  # (tail tiles, rows)
+
+
+class _Spread(NamedTuple):
+    """How the tails of some columns are spread, and what comes of it."""
+
+    profile: Tensor  # (columns,)
+    sums: Tensor  # (tail tiles, D): of the head's rows times the profile
 
 
 class ActiveHidden:
@@ -41,12 +50,20 @@ class ActiveHidden:
         self.options = options
         self.room = 0  # bytes, see `plan.tail_room`
         self._tails: list[_Tail] = []
-        self._head_sums: dict[tuple[int, int], Tensor] = {}  # of tail tiles, by their columns
+        self._spreads: dict[tuple[int, int], _Spread] = {}  # by their columns
         self._rooms = Rooms()
+        # The rows at work, told apart by their row gradient.
+        self._of: RowGradient | None = None
+        self._profile: TailProfile | None = None
 
     def mark(self, head: Head, tile: Tile, row_gradient: RowGradient) -> Tensor:
         """The marks of a tile of products."""
         target, norm, _ = row_gradient
+        if self._of is not row_gradient:
+            assert not self._tails  # those of the rows before are added with their own profile
+            self._spreads.clear()
+            self._of = row_gradient
+            self._profile = TailProfile(head, row_gradient, self.options.threshold)
         log_sum_exp, block = norm[:, tile.rows].sum(0), self._block(tile.product)
         return marks_of(head, tile, target, log_sum_exp, self.options.threshold, block)
 
@@ -67,7 +84,8 @@ class ActiveHidden:
         mean = dz.new_empty((-(-dz.shape[1] // tail), len(dz)), dtype=wide_dtype(dz.dtype))
         widths = [-(-count // 32) * 32 for count in counts]  # vendor products want few sizes
         active = self._rooms.take("active", head, block * sum(widths))
-        head.backend.active_rows(dz, marks, block, tail, mean, active)
+        profile = self._spread(head, columns).profile
+        head.backend.active_rows(dz, marks, block, tail, profile, mean, active)
         self._tails.append(_Tail(rows, columns, mean))
         ids = marks.nonzero()[:, 1].split(counts)
         start = 0
@@ -83,11 +101,11 @@ class ActiveHidden:
             gathered = self._rooms.take("head", head, width * weight.shape[1]).view(width, -1)
             torch.index_select(weight, 0, some, out=gathered)
             total.add(here, part[: here.stop - here.start], gathered)
-        self._sums(head, columns)
-        waiting = [tail.mean for tail in self._tails] + list(self._head_sums.values())
+        waiting = [tail.mean for tail in self._tails]
+        waiting += [x for spread in self._spreads.values() for x in spread]
         if 2 * sum(x.numel() * x.element_size() for x in waiting) > self.room:
             self.finish(head, total)
-            self._head_sums.clear()
+            self._spreads.clear()
 
     def add_kept(
         self,
@@ -123,14 +141,16 @@ class ActiveHidden:
         for start in sorted({tail.rows.start for tail in tails}):
             some = [tail for tail in tails if tail.rows.start == start]
             mean = torch.cat([tail.mean for tail in some])
-            sums = torch.cat([self._sums(head, tail.columns) for tail in some])
+            sums = torch.cat([self._spread(head, tail.columns).sums for tail in some])
             total.total[some[0].rows].addmm_(mean.T, sums)
 
-    def _sums(self, head: Head, columns: slice) -> Tensor:
-        """(tail tiles, D): sums of the head's rows."""
+    def _spread(self, head: Head, columns: slice) -> _Spread:
         key = columns.start, columns.stop
-        found = self._head_sums.get(key)
+        found = self._spreads.get(key)
         if found is None:
-            found = head.backend.tile_sums(head.weight[columns], self.options.tail_tile)
-            found = self._head_sums[key] = found.to(wide_dtype(head.hidden.dtype))
+            assert self._profile is not None  # by `mark`
+            profile = self._profile.of(head, columns)
+            sums = head.backend.tile_sums(head.weight[columns], self.options.tail_tile, profile)
+            found = _Spread(profile, sums.to(wide_dtype(head.hidden.dtype)))
+            self._spreads[key] = found
         return found

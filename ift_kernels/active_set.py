@@ -20,7 +20,7 @@ class ActiveSet:
         threshold: a vocabulary id is active in a block of tokens if any of them gives it more than
             this probability, or has it as its target. 0: all are.
         block: tokens that share an active set, a multiple of 32.
-        tail_tile: ids whose inactive share is treated as uniform, a multiple of 64.
+        tail_tile: ids whose inactive share is known as one sum per token, a multiple of 64.
         dW: of a head that is trained, "dense" (the default) for its exact gradient, "active" for
             the cheaper one, close in norm but not row by row: not for Adam, see docs/active_set.md.
 

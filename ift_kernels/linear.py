@@ -88,7 +88,7 @@ def linear_logprobs(
         detached: those of `outputs` that come without gradient, such as an entropy that is only
             logged. With a frozen head, a gradient through entropy or mean_logit can cost a product.
         gradient: "exact", or "active" (an `ActiveSet` for its options): backward works on the
-            columns that matter to a block of tokens and treats the rest as uniform. Gradients flow
+            columns that matter to a block of tokens and the sums of the rest. Gradients flow
             from logprob, lse, entropy and mean_logit to hidden, weight and bias, for any upstream
             gradient; rows where it is all 0 may be skipped.
         workspace: bytes of work memory, default 256 MiB on CPU and 512 MiB on GPU,

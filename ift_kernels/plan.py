@@ -108,13 +108,13 @@ def tile(
 
 
 def tail_room(problem: Problem) -> int:
-    """Bytes for means of tails and the sums of the head that they are multiplied with.
+    """Bytes for means of tails, profiles and the sums of the head that they are multiplied with.
 
     Two of each: they are gathered at the end. Tail tiles begin anew with every tile of products.
     """
     p = problem
     tails = -(-p.vocabulary // min(p.tail_tile, 512))
-    return min(8 * tails * (p.rows + p.width), p.workspace // 16)
+    return min(8 * tails * (p.rows + p.width) + 8 * p.vocabulary, p.workspace // 16)
 
 
 @functools.lru_cache(maxsize=256)  # a training step asks for the same plans again and again

@@ -23,6 +23,13 @@ def example(rows, columns, dtype, block, tile, start=0, gap=5):
     return dz, marks.to(torch.uint8)
 
 
+def profile(columns):
+    """How the tail is spread: what differs from id to id, 0 for some."""
+    values = torch.rand(columns, generator=torch.Generator().manual_seed(columns)) + 0.1
+    values[::5] = 0
+    return values
+
+
 def outputs(dz, marks, block, tile):
     """Where `active_rows` writes: the means, and room for the active columns and a few more."""
     widths = (marks.sum(1) + 31) // 32 * 32

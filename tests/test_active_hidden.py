@@ -36,7 +36,7 @@ def sparse(monkeypatch):
 # --- the epilogue --------------------------------------------------------------------------------
 
 
-def by_the_definition(dz, marks, block, tile):
+def by_the_definition(dz, marks, block, tile, profile):
     """Means of tails and active columns, entry by entry in float64."""
     rows, columns = dz.shape
     mean = torch.zeros(-(-columns // tile), rows, dtype=torch.float64)
@@ -47,10 +47,11 @@ def by_the_definition(dz, marks, block, tile):
         for r in range(number * block, min(rows, (number + 1) * block)):
             for t in range(len(mean)):
                 tail = [v for v in range(t * tile, min((t + 1) * tile, columns)) if not marked[v]]
-                if tail:
-                    mean[t, r] = dz[r, tail].double().mean()
+                if tail and profile[tail].any():
+                    mean[t, r] = dz[r, tail].double().sum() / profile[tail].double().sum()
             for k, v in enumerate(ids):
-                part[r - number * block, k] = dz[r, v].double() - mean[v // tile, r]
+                of_tail = mean[v // tile, r] * profile[v].double()
+                part[r - number * block, k] = dz[r, v].double() - of_tail
         parts.append(part)
     return mean, parts
 
@@ -73,11 +74,13 @@ def test_rows_and_means(backend, dtype, rows, columns, tile, share):
         dz[0, at] = math.nan  # active: it must not reach the mean
         dz[rows - 1, int((marks[-1] == 0).nonzero()[0])] = math.nan  # of the tail: it must
     before = wide.clone()
-    mean, parts = by_the_definition(dz, marks, block, tile)
+    profile = torch.rand(columns, generator=generator)
+    profile[::7] = profile[64:128] = 0  # a tile of zeros, where there are more
+    mean, parts = by_the_definition(dz, marks, block, tile, profile)
     found = torch.full(mean.shape, 7.0)
     active = torch.full((sum(p.numel() for p in parts) + 40,), 7.0, dtype=dtype)
     with K.use_backend(backend):
-        backends.get(dz).active_rows(dz, marks, block, tile, found, active)
+        backends.get(dz).active_rows(dz, marks, block, tile, profile, found, active)
     assert torch.equal(wide.nan_to_num(9), before.nan_to_num(9))
     rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     torch.testing.assert_close(found.double(), mean, rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -94,7 +97,9 @@ def test_rows_and_means(backend, dtype, rows, columns, tile, share):
 def test_too_little_room_is_refused():
     dz, marks = torch.randn(64, 64), torch.ones(2, 64, dtype=torch.uint8)
     with K.use_backend("cpu"), pytest.raises(RuntimeError, match="active: too few elements"):
-        backends.get(dz).active_rows(dz, marks, 32, 64, torch.empty(1, 64), torch.empty(4095))
+        backends.get(dz).active_rows(
+            dz, marks, 32, 64, torch.ones(64), torch.empty(1, 64), torch.empty(4095)
+        )
 
 
 # --- gradients -----------------------------------------------------------------------------------
@@ -257,7 +262,8 @@ def test_peak(n, d, v, dtype, workspace, tail_tile, scalar, sparse):
 def test_the_reference_takes_any_layout():
     dz = torch.randn(40, 50).T  # not rows of consecutive elements
     marks = (torch.rand(2, 40) < 0.5).to(torch.uint8)
-    mean, parts = by_the_definition(dz, marks, 32, 64)
+    profile = torch.rand(40)
+    mean, parts = by_the_definition(dz, marks, 32, 64, profile)
     found, active = torch.empty(1, 50), torch.empty(sum(p.numel() for p in parts))
-    reference_active.active_rows(dz, marks, 32, 64, found, active)
+    reference_active.active_rows(dz, marks, 32, 64, profile, found, active)
     torch.testing.assert_close(found.double(), mean, rtol=1e-5, atol=1e-6)

@@ -6,12 +6,14 @@ import torch
 import dense
 import ift_kernels as K
 from bench import lmlike
-from ift_kernels import active, active_backward
+from ift_kernels import active, active_backward, plan
 from ift_kernels.active_set import ActiveSet
 from ift_kernels.backends import cpu, reference
 from ift_kernels.transform import LogitTransform
 from serving import BACKENDS
+from test_memory import Allocations, allowed, size
 
+MIB = 1 << 20
 TOGETHER = active_backward._together
 needs_cpp = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
 
@@ -19,15 +21,15 @@ needs_cpp = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension 
 @pytest.mark.parametrize("limit", [1, 7, 40, 1000])
 def test_ranges_of_ids(limit):
     generator = torch.Generator().manual_seed(limit)
-    for size, tail in ((300, 64), (64, 64), (1, 64), (640, 128)):
-        ids = torch.randint(size, (200,), generator=generator).square() // size
-        found = list(active_backward._ranges(ids, size, tail, limit))
+    for columns, tail in ((300, 64), (64, 64), (1, 64), (640, 128)):
+        ids = torch.randint(columns, (200,), generator=generator).square() // columns
+        found = list(active_backward._ranges(ids, columns, tail, limit))
         assert [f.start for f in found] == [0, *(f.stop for f in found[:-1])]
-        assert found[-1].stop == size
-        counts = torch.bincount(ids, minlength=size)
+        assert found[-1].stop == columns
+        counts = torch.bincount(ids, minlength=columns)
         for f in found:
             inside = f.start // tail == (f.stop - 1) // tail
-            assert inside or (f.start % tail == 0 and (f.stop % tail == 0 or f.stop == size))
+            assert inside or (f.start % tail == 0 and (f.stop % tail == 0 or f.stop == columns))
             assert counts[f].sum() <= limit or f.stop - f.start == 1
 
 
@@ -73,7 +75,6 @@ def test_tiles_together(dtype, wrt, transform, block, monkeypatch):
     alone = found()
     assert runs == [1] * 12
     runs = runs_of_tiles(monkeypatch)
-    monkeypatch.setattr(active_backward, "TAIL_ELEMENTS", 1000)  # three tail tiles at once
     for mine, other in zip(found(), alone, strict=True):
         distance = (mine.double() - other.double()).norm() / other.double().norm()
         assert distance <= torch.finfo(dtype).eps  # the products are not rounded alike
@@ -99,6 +100,7 @@ def test_gradient_of_blocks_in_several_runs(dtype, transform):
     norm, coef = torch.rand((2, 96), generator=generator) + 2, torch.randn(4, 96)
     coef[:, n:] = coef[:, 5] = 0
     base = torch.randn((4, 96), generator=generator)
+    profile = torch.rand(columns, generator=generator)
     widths = [-(-int(of) // 32) * 32 for of in marks.sum(1)]
     results = []
     for side in (cpu, reference):
@@ -106,7 +108,7 @@ def test_gradient_of_blocks_in_several_runs(dtype, transform):
         copy = torch.full((block * sum(widths) + 64,), 7.0, dtype=dtype)
         side.active_gradient_(
             store, pairs, n, bias, LogitTransform(**transform), target, 30, norm, coef, base, tile,
-            copy if dtype != torch.float32 else None,
+            profile, copy if dtype != torch.float32 else None,
         )  # fmt: skip
         results.append((store, copy))
     for mine, other in zip(*results, strict=True):
@@ -122,6 +124,28 @@ def test_gradient_of_blocks_in_several_runs(dtype, transform):
             assert not of_block[:, len(some) :].any()
             written += block * width
         assert (copy[written:] == 7).all()
+
+
+@needs_cpp
+@pytest.mark.parametrize(("tail_tile", "block"), [(64, 128), (128, 32), (2048, 128)])
+def test_peak(tail_tile, block):
+    # Few active columns, so runs of very many tiles, and as many tail tiles as there can be.
+    data = lmlike.generate(512, 64, 30000, dtype=torch.bfloat16)
+    h = dense.Head((3 * data.hidden).requires_grad_(), data.weight.requires_grad_(), data.target)
+    chosen = ActiveSet(threshold=2.0**-9, block=block, tail_tile=tail_tile, dW="active")
+    start, workspace = plan.ledger.held, 8 * MIB
+    with K.use_backend("cpu"):
+        most = allowed(h, workspace)
+        with Allocations() as forward:
+            stats = K.linear_logprobs(
+                h.hidden, h.weight, h.target, workspace=workspace, gradient=chosen
+            )
+        assert forward.peak <= most, f"{forward.peak / MIB} MiB"
+        held = plan.ledger.held - start
+        with Allocations() as backward:
+            stats.logprob.sum().backward()
+    peak = backward.peak + held - size(h.hidden.grad, h.weight.grad)
+    assert peak <= most, f"{peak / MIB} MiB"
 
 
 @needs_cpp

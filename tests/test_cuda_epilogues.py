@@ -177,13 +177,18 @@ def test_active_set(rows, cols, block, tile, dtype, transform):
     norm, coef = torch.randn(2, padded) + 5, torch.randn(4, padded)
     coef[:, rows:] = 0
     coef[:, 3] = 0  # where the NaN is
-    base = torch.randn(tiles, padded)
+    base, profile = torch.randn(tiles, padded), taken_apart.profile(cols)
     pairs = marks[0].nonzero().contiguous()
     for backend, store in zip((cuda, reference), stores, strict=True):
         backend.active_gradient_(
-            store, pairs, rows, bias, transform, target, 5, norm, coef, base, tile
+            store, pairs, rows, bias, transform, target, 5, norm, coef, base, tile, profile
         )
     close(stores[0], stores[1], dtype, "gradient")
+    for other in (profile.double(), profile[::2], profile[None]):
+        with pytest.raises(RuntimeError, match="profile"):
+            cuda.active_gradient_(
+                store, pairs, rows, bias, transform, target, 5, norm, coef, base, tile, other
+            )
 
 
 # Rows on 16 bytes or not; tiles of a strip of 2048 columns, of several, and of part of one.
@@ -200,10 +205,11 @@ def test_active_set(rows, cols, block, tile, dtype, transform):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_active_rows(rows, cols, block, tile, start, gap, dtype):
     dz, marks = taken_apart.example(rows, cols, dtype, block, tile, start, gap)
-    results = []
+    profile, results = taken_apart.profile(cols), []
+    profile[cols // tile * tile :] = 0  # of a tail that is there
     for backend in (cuda, reference):
         mean, active = taken_apart.outputs(dz, marks, block, tile)
-        backend.active_rows(dz, marks, block, tile, mean, active)
+        backend.active_rows(dz, marks, block, tile, profile, mean, active)
         results.append((mean, active))
     taken_apart.close(*results, dtype)
 
@@ -211,12 +217,15 @@ def test_active_rows(rows, cols, block, tile, start, gap, dtype):
 def test_active_rows_refuses_other_layouts():
     dz, marks = taken_apart.example(70, 200, torch.float32, 32, 64)
     mean, active = taken_apart.outputs(dz, marks, 32, 64)
+    profile = taken_apart.profile(200)
     for change, word in (
         ({"marks": marks[:2]}, "marks"), ({"mean": mean.double()}, "mean"),
         ({"active": active.half()}, "active"), ({"active": active[::2]}, "active"),
         ({"marks": marks[:2], "block": 40}, "blocks of 40"),
+        ({"profile": profile[1:]}, "200"), ({"profile": profile.double()}, "profile"),
     ):  # fmt: skip
         arguments = {"dz": dz, "marks": marks, "mean": mean, "active": active, "block": 32}
+        arguments["profile"] = profile
         with pytest.raises(RuntimeError, match=word):
             cuda.active_rows(tile=64, **(arguments | change))
 
@@ -228,13 +237,18 @@ def test_sums_of_rows(width, accumulate, out_dtype):
     for dtype in DTYPES:
         parts, at = torch.randn(50, width).to(dtype), torch.randint(20, (50,))
         common = torch.randn(5, width)
-        start = torch.randn(20, width).to(out_dtype)
+        start, profile = torch.randn(20, width).to(out_dtype), taken_apart.profile(45)
         ours, theirs = start.clone(), start.clone()
-        cuda.combine_rows(parts, at, common, 4, ours, accumulate)
-        reference.combine_rows(parts, at, common, 4, theirs, accumulate)
+        cuda.combine_rows(parts, at, common, 4, profile[:20], ours, accumulate)
+        reference.combine_rows(parts, at, common, 4, profile[:20], theirs, accumulate)
         close(ours, theirs, out_dtype)
         matrix = torch.randn(45, width + 3).to(dtype)[:, :width]
-        close(cuda.tile_sums(matrix, 20), reference.tile_sums(matrix, 20), torch.float32)
+        sums = [backend.tile_sums(matrix, 20, profile) for backend in (cuda, reference)]
+        close(*sums, torch.float32)
+        with pytest.raises(RuntimeError, match="45"):
+            cuda.tile_sums(matrix, 20, profile[1:])
+        with pytest.raises(RuntimeError, match="profile"):
+            cuda.tile_sums(matrix, 20, profile.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

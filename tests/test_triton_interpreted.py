@@ -193,10 +193,11 @@ def test_active_set(dtype, transform, bias, blocks):
     padded = -(-n // block) * block
     norm, coef, base = torch.rand(2, padded) + 2, torch.randn(4, padded), torch.randn(4, padded)
     coef[:, n:] = coef[:, 5] = 0
-    pairs = marks.nonzero().contiguous()
+    pairs, profile = marks.nonzero().contiguous(), torch.rand(c)
+    profile[::3] = 0
     for side, (store, _) in zip((backend, ref), results, strict=True):
         side.active_gradient_(
-            store, pairs, n, b, transform, target, 30, norm, coef, base, tile
+            store, pairs, n, b, transform, target, 30, norm, coef, base, tile, profile
         )  # fmt: skip
     close(results[0][0], results[1][0], dtype)
 
@@ -207,11 +208,13 @@ def test_sums_of_rows(dtype, accumulate, blocks):
     parts, at = torch.randn(37, 21).to(dtype), torch.randint(0, 50, (37,))
     at[:9] = 4
     common, start = torch.randn(4, 21), torch.randn(50, 21).to(dtype)
+    profile = torch.rand(50)
+    profile[3:7] = 0
     ours, theirs = start.clone(), start.clone()
-    backend.combine_rows(parts, at, common, 16, ours, accumulate)
-    ref.combine_rows(parts, at, common, 16, theirs, accumulate)
+    backend.combine_rows(parts, at, common, 16, profile, ours, accumulate)
+    ref.combine_rows(parts, at, common, 16, profile, theirs, accumulate)
     close(ours, theirs, dtype)
-    close(backend.tile_sums(start, 16), ref.tile_sums(start, 16))
+    close(backend.tile_sums(start, 16, profile), ref.tile_sums(start, 16, profile))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.95, 1.0])

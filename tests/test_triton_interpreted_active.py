@@ -13,7 +13,8 @@ import taken_apart
 from ift_kernels import active_hidden, active_op, head_call, linear_ops, syncfree
 from ift_kernels.backends import reference
 from ift_kernels.backends import triton as backend
-from ift_kernels.backends.triton import active_schedule, launch
+from ift_kernels.backends.triton import active_schedule, gathered, launch
+from ift_kernels.transform import LogitTransform
 
 interpreter.round_to_nearest()
 
@@ -211,6 +212,40 @@ def test_sync_free_loss():
             assert distance(a, b) < 2e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_items(dtype):
+    """Products by id against whole ones, and what the epilogues of the reference make of them."""
+    n, d, c, block, tile = 70, 21, 200, 32, 64
+    rows, generator = 96, torch.Generator().manual_seed(4)
+
+    def random(*size):
+        return torch.randn(size, generator=generator)
+
+    hidden, weight, bias = random(n, d).to(dtype), random(c, d).to(dtype), random(c)
+    target = torch.randint(c, (n,), generator=generator)
+    norm, coef, base, common = random(2, rows) + 5, random(4, rows), random(4, rows), random(4, d)
+    coef[:, n:] = coef[:, 5] = 0
+    profile = torch.rand(c, generator=generator)
+    profile[::3] = 0
+    marks = (torch.rand(3, c, generator=generator) < 0.3).to(torch.uint8)
+    items, transform = gathered.Items.of(marks, int(marks.sum()), block), LogitTransform(0.7, 5.0)
+    epilogue = bias, transform, target, 0, norm, coef, base, tile, profile
+    store = items.gradients(hidden, weight, *epilogue)
+
+    number, ids = items.pairs.T
+    padded = torch.nn.functional.pad(hidden.float(), (0, 0, 0, rows - n)).view(3, block, d)
+    wanted = torch.einsum("id,ibd->ib", weight[ids].float(), padded[number])
+    reference.active_gradient_(wanted, items.pairs, n, *epilogue)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(store.float(), wanted, rtol=max(eps, 1e-5), atol=1e-5)
+
+    out, wanted = torch.empty(2, c, d, dtype=dtype)
+    items.weight_gradient(store, hidden, common, tile, profile, out)
+    parts = torch.einsum("ib,ibd->id", store.float(), padded[number])
+    reference.combine_rows(parts, ids, common, tile, profile, wanted, False)
+    torch.testing.assert_close(out, wanted, rtol=max(eps, 1e-5), atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("small", [True, False], ids=["small", "committed"])
 @pytest.mark.parametrize(
@@ -219,6 +254,9 @@ def test_sync_free_loss():
 )
 def test_active_rows(rows, columns, block, tile, gap, small, dtype):
     dz, marks = taken_apart.example(rows, columns, dtype, block, tile, gap=gap)
+    profile = torch.rand(columns, generator=torch.Generator().manual_seed(columns))
+    profile[::7] = 0
+    profile[tile : 2 * tile] = 0  # a tail with nothing to spread it over
     results = []
     with contextlib.ExitStack() as stack:
         if small:  # every loop goes round, and a tile may end within a block of columns
@@ -226,7 +264,7 @@ def test_active_rows(rows, columns, block, tile, gap, small, dtype):
             stack.enter_context(launch.use_config("rows", values))
         for side in (backend, reference):
             mean, active = taken_apart.outputs(dz, marks, block, tile)
-            side.active_rows(dz, marks, block, tile, mean, active)
+            side.active_rows(dz, marks, block, tile, profile, mean, active)
             results.append((mean, active))
     taken_apart.close(*results, dtype)
 
@@ -234,13 +272,17 @@ def test_active_rows(rows, columns, block, tile, gap, small, dtype):
 def test_active_rows_refuses_other_layouts():
     dz, marks = taken_apart.example(70, 200, torch.float32, 32, 64)
     mean, active = taken_apart.outputs(dz, marks, 32, 64)
+    profile = torch.ones(200)
     for change, word in (
         ({"marks": marks[:2]}, "marks"), ({"mean": mean.double()}, "mean"),
         ({"mean": mean.T.contiguous().T}, "mean"), ({"active": active.half()}, "active"),
         ({"active": active[::2]}, "active"), ({"dz": dz.T.contiguous().T}, "dz"),
+        ({"profile": profile[1:]}, "profile"),
     ):  # fmt: skip
-        arguments = {"dz": dz, "marks": marks, "mean": mean, "active": active, **change}
+        arguments = {
+            "dz": dz, "marks": marks, "profile": profile, "mean": mean, "active": active, **change
+        }  # fmt: skip
         with pytest.raises(RuntimeError, match=word):
             backend.active_rows(block=32, tile=64, **arguments)
     with pytest.raises(RuntimeError, match="block: expected a multiple of 16, got 40"):
-        backend.active_rows(dz, marks[:2], 40, 64, mean, active)
+        backend.active_rows(dz, marks[:2], 40, 64, profile, mean, active)

@@ -104,21 +104,21 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "active_gradient",
       [](const Chunk& c, uintptr_t target, uintptr_t norm, int64_t norm_ld, uintptr_t coef,
-         int64_t coef_ld, uintptr_t base, int64_t base_ld, uintptr_t pairs, int64_t count,
-         int64_t block, int64_t tile, uintptr_t row_major) {
-        ift::epilogues().active_gradient(c,
-                                         {at<int64_t>(target), at<float>(norm), norm_ld,
-                                          at<float>(coef), coef_ld, at<float>(base), base_ld},
-                                         at<int64_t>(pairs), count, block, tile,
-                                         at<void>(row_major));
+         int64_t coef_ld, uintptr_t base, int64_t base_ld, uintptr_t profile, uintptr_t pairs,
+         int64_t count, int64_t block, int64_t tile, uintptr_t row_major) {
+        ift::epilogues().active_gradient(
+            c,
+            {at<int64_t>(target), at<float>(norm), norm_ld, at<float>(coef), coef_ld,
+             at<float>(base), base_ld, at<float>(profile)},
+            at<int64_t>(pairs), count, block, tile, at<void>(row_major));
       },
       Release());
   m.def(
       "active_rows",
-      [](const Chunk& c, uintptr_t marks, int64_t block, int64_t tile, uintptr_t mean,
-         uintptr_t active, int64_t room) {
-        if (!ift::epilogues().active_rows(c, at<uint8_t>(marks), block, tile, at<float>(mean),
-                                          at<void>(active), room))
+      [](const Chunk& c, uintptr_t marks, int64_t block, int64_t tile, uintptr_t profile,
+         uintptr_t mean, uintptr_t active, int64_t room) {
+        if (!ift::epilogues().active_rows(c, at<uint8_t>(marks), block, tile, at<float>(profile),
+                                          at<float>(mean), at<void>(active), room))
           throw std::runtime_error("active: too few elements for what is marked, got " +
                                    std::to_string(room));
       },
@@ -126,19 +126,19 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "combine_rows",
       [](int dtype, uintptr_t parts, int64_t count, int64_t width, uintptr_t where,
-         uintptr_t common, int64_t tile, int64_t columns, int out_dtype, uintptr_t out,
-         bool accumulate, int threads) {
+         uintptr_t common, int64_t tile, uintptr_t profile, int64_t columns, int out_dtype,
+         uintptr_t out, bool accumulate, int threads) {
         ift::epilogues().combine_rows(dtype, at<void>(parts), count, width, at<int64_t>(where),
-                                      at<float>(common), tile, columns, out_dtype, at<void>(out),
-                                      accumulate, threads);
+                                      at<float>(common), tile, at<float>(profile), columns,
+                                      out_dtype, at<void>(out), accumulate, threads);
       },
       Release());
   m.def(
       "tile_sums",
       [](int dtype, uintptr_t matrix, int64_t count, int64_t width, int64_t ld, int64_t tile,
-         uintptr_t sums, int threads) {
-        ift::epilogues().tile_sums(dtype, at<void>(matrix), count, width, ld, tile, at<float>(sums),
-                                   threads);
+         uintptr_t profile, uintptr_t sums, int threads) {
+        ift::epilogues().tile_sums(dtype, at<void>(matrix), count, width, ld, tile,
+                                   at<float>(profile), at<float>(sums), threads);
       },
       Release());
 

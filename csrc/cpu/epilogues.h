@@ -52,6 +52,7 @@ struct ActiveRows {
   int64_t coef_ld;
   const float* base;
   int64_t base_ld;
+  const float* profile;  // of every column
 };
 
 // The same order as ift_kernels/backends/reference_divergence.py.
@@ -87,12 +88,12 @@ struct Epilogues {
   void (*active_gradient)(const Chunk&, const ActiveRows&, const int64_t* pairs, int64_t count,
                           int64_t block, int64_t tile, void* row_major);
   bool (*active_rows)(const Chunk& gradients, const uint8_t* marks, int64_t block, int64_t tile,
-                      float* mean, void* active, int64_t room);
+                      const float* profile, float* mean, void* active, int64_t room);
   void (*combine_rows)(int dtype, const void* parts, int64_t count, int64_t width,
-                       const int64_t* at, const float* common, int64_t tile, int64_t columns,
-                       int out_dtype, void* out, bool accumulate, int threads);
+                       const int64_t* at, const float* common, int64_t tile, const float* profile,
+                       int64_t columns, int out_dtype, void* out, bool accumulate, int threads);
   void (*tile_sums)(int dtype, const void* matrix, int64_t count, int64_t width, int64_t ld,
-                    int64_t tile, float* sums, int threads);
+                    int64_t tile, const float* profile, float* sums, int threads);
   // Two heads at once: see isa/divergence.cpp.
   void (*divergence_terms)(const Chunk& student, const Chunk& teacher, const DivergenceRows&);
   void (*divergence_gradient)(const Chunk& student, const Chunk& teacher, const DivergenceRows&);

@@ -43,10 +43,10 @@ void active_collect(const Queue& queue, const Products& p, const uint8_t* marks,
 
 void active_gradient(const Queue& queue, const Products& p, const int64_t* target,
                      const float* norm, int64_t norm_ld, const float* coef, int64_t coef_ld,
-                     const float* base, int64_t base_ld, const int64_t* pairs, int64_t count,
-                     int64_t block, int64_t tile) {
+                     const float* base, int64_t base_ld, const float* profile, const int64_t* pairs,
+                     int64_t count, int64_t block, int64_t tile) {
   const Chunk c = chunk_of(p);
-  const ActiveRows rows{target, norm, norm_ld, coef, coef_ld, base, base_ld};
+  const ActiveRows rows{target, norm, norm_ld, coef, coef_ld, base, base_ld, profile};
   const bool aligned = aligned_to(16, {norm, coef, base}) && (norm_ld | coef_ld | base_ld) % 4 == 0;
   each_kind(p, [&](auto t, auto plain) {
     using T = decltype(t);
@@ -60,12 +60,13 @@ void active_gradient(const Queue& queue, const Products& p, const int64_t* targe
 }
 
 void active_rows(const Queue& queue, const Products& p, const uint8_t* marks, const int64_t* ends,
-                 const int64_t* starts, int64_t block, int64_t tile, float* mean, void* active) {
+                 const int64_t* starts, int64_t block, int64_t tile, const float* profile,
+                 float* mean, void* active) {
   const Chunk c = chunk_of(p);
   each_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
     const bool aligned = aligned_to(16, {p.x}) && p.ld % kPack<T> == 0 && tile % kPack<T> == 0;
-    const Apart in{marks, ends, starts, block, tile, mean, aligned};
+    const Apart in{marks, ends, starts, block, tile, profile, mean, aligned};
     launch(queue, "active_rows_kernel", active_rows_kernel<T>,
            ceil_div(p.rows, kSide) * ceil_div(p.cols, tile), c, in, static_cast<T*>(active));
   });

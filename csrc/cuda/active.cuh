@@ -211,6 +211,7 @@ struct ActiveRows {
   int64_t coef_ld;
   const float* base;  // (tiles, rows)
   int64_t base_ld;
+  const float* profile;  // per column
 };
 
 constexpr int kColumnsPerBlock = 256;
@@ -233,9 +234,9 @@ __device__ inline void load_rows(const float* from, int64_t at, bool aligned, fl
   }
 }
 
-// Stored products (count, block) overwritten by their gradient less base[tile, row]. `across`
-// threads stand side by side along a column, each with a pack of rows whose vectors it keeps in
-// registers while it goes from column to column of the same block of rows.
+// Stored products (count, block) overwritten by their gradient less base[tile, row] times
+// profile[column]. `across` threads stand side by side along a column, each with a pack of rows
+// whose vectors it keeps in registers while it goes from column to column of the same block.
 template <class T, bool kPlain>
 __global__ void __launch_bounds__(kThreads)
     active_gradient_kernel(Chunk c, ActiveRows rows, const int64_t* pairs, int64_t count,
@@ -273,6 +274,7 @@ __global__ void __launch_bounds__(kThreads)
       load_rows(rows.base + of_tile * rows.base_ld, r0, aligned, base);
     }
     T* const here = store + k * block + within;
+    const float of_base = rows.profile[column];
     float v[kSize];
     unpack<T>(load16(here), v);
 #pragma unroll
@@ -283,7 +285,7 @@ __global__ void __launch_bounds__(kThreads)
       // One sum before the slope: p * one and hit nearly cancel for a sure token.
       const float sum = p * (one[i] + tail) + (at[i] == column ? hit[i] : 0.0f) + flat[i];
       const bool dead = hit[i] == 0.0f && one[i] == 0.0f && per_log_p[i] == 0.0f && flat[i] == 0.0f;
-      v[i] = dead ? 0.0f : sum * (c.slope * cap_slope<kPlain>(c, z)) - base[i];
+      v[i] = dead ? 0.0f : sum * (c.slope * cap_slope<kPlain>(c, z)) - base[i] * of_base;
     }
     store16(here, pack<T>(v));
   }

@@ -102,19 +102,19 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "active_gradient",
       [](const Queue& q, const Products& p, uintptr_t target, uintptr_t norm, int64_t norm_ld,
-         uintptr_t coef, int64_t coef_ld, uintptr_t base, int64_t base_ld, uintptr_t pairs,
-         int64_t count, int64_t block, int64_t tile) {
+         uintptr_t coef, int64_t coef_ld, uintptr_t base, int64_t base_ld, uintptr_t profile,
+         uintptr_t pairs, int64_t count, int64_t block, int64_t tile) {
         gpu::active_gradient(q, p, at<int64_t>(target), at<float>(norm), norm_ld, at<float>(coef),
-                             coef_ld, at<float>(base), base_ld, at<int64_t>(pairs), count, block,
-                             tile);
+                             coef_ld, at<float>(base), base_ld, at<float>(profile),
+                             at<int64_t>(pairs), count, block, tile);
       },
       Release());
   m.def(
       "active_rows",
       [](const Queue& q, const Products& p, uintptr_t marks, uintptr_t ends, uintptr_t starts,
-         int64_t block, int64_t tile, uintptr_t mean, uintptr_t active) {
+         int64_t block, int64_t tile, uintptr_t profile, uintptr_t mean, uintptr_t active) {
         gpu::active_rows(q, p, at<uint8_t>(marks), at<int64_t>(ends), at<int64_t>(starts), block,
-                         tile, at<float>(mean), at<void>(active));
+                         tile, at<float>(profile), at<float>(mean), at<void>(active));
       },
       Release());
 
@@ -155,16 +155,18 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "sum_rows",
       [](const Queue& q, int dtype, uintptr_t parts, const gpu::Parts& in, uintptr_t common,
-         int out_dtype, uintptr_t out, int64_t rows, int64_t width, int64_t tile, bool accumulate) {
-        gpu::sum_rows(q, dtype, at<void>(parts), in, at<float>(common), out_dtype, at<void>(out),
-                      rows, width, tile, accumulate);
+         uintptr_t profile, int out_dtype, uintptr_t out, int64_t rows, int64_t width, int64_t tile,
+         bool accumulate) {
+        gpu::sum_rows(q, dtype, at<void>(parts), in, at<float>(common), at<float>(profile),
+                      out_dtype, at<void>(out), rows, width, tile, accumulate);
       },
       Release());
   m.def(
       "tile_sums",
       [](const Queue& q, int dtype, uintptr_t matrix, int64_t rows, int64_t width, int64_t ld,
-         int64_t tile, uintptr_t sums) {
-        gpu::tile_sums(q, dtype, at<void>(matrix), rows, width, ld, tile, at<float>(sums));
+         int64_t tile, uintptr_t profile, uintptr_t sums) {
+        gpu::tile_sums(q, dtype, at<void>(matrix), rows, width, ld, tile, at<float>(profile),
+                       at<float>(sums));
       },
       Release());
   m.def(

@@ -58,19 +58,22 @@ void active_collect(const Queue&, const Products&, const uint8_t* marks, const i
 // `x` of the products is the store, (count, block); `rows` the rows that count.
 void active_gradient(const Queue&, const Products&, const int64_t* target, const float* norm,
                      int64_t norm_ld, const float* coef, int64_t coef_ld, const float* base,
-                     int64_t base_ld, const int64_t* pairs, int64_t count, int64_t block,
-                     int64_t tile);
+                     int64_t base_ld, const float* profile, const int64_t* pairs, int64_t count,
+                     int64_t block, int64_t tile);
 // `x` of the products is a tile of gradients; ends (blocks, tiles), starts (blocks): see `Apart`.
 void active_rows(const Queue&, const Products&, const uint8_t* marks, const int64_t* ends,
-                 const int64_t* starts, int64_t block, int64_t tile, float* mean, void* active);
+                 const int64_t* starts, int64_t block, int64_t tile, const float* profile,
+                 float* mean, void* active);
 
 void residual(const Queue&, int dtype, const void* table, const ResidualTokens&, void* out,
               int64_t width, double lam);
 void residual_keys(const Queue&, const ResidualTokens&, int64_t* keys);
+// common and its profile: both null where there is none.
 void sum_rows(const Queue&, int dtype, const void* parts, const Parts&, const float* common,
-              int out_dtype, void* out, int64_t rows, int64_t width, int64_t tile, bool accumulate);
+              const float* profile, int out_dtype, void* out, int64_t rows, int64_t width,
+              int64_t tile, bool accumulate);
 void tile_sums(const Queue&, int dtype, const void* matrix, int64_t rows, int64_t width, int64_t ld,
-               int64_t tile, float* sums);
+               int64_t tile, const float* profile, float* sums);
 
 // gamma > 0: with 0 it is the identity.
 void scan(const Queue&, int dtype, const void* x, const uint8_t* mask, const int64_t* offsets,

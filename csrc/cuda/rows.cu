@@ -31,8 +31,8 @@ void residual_keys(const Queue& queue, const ResidualTokens& tokens, int64_t* ke
 }
 
 void sum_rows(const Queue& queue, int dtype, const void* parts, const Parts& in,
-              const float* common, int out_dtype, void* out, int64_t rows, int64_t width,
-              int64_t tile, bool accumulate) {
+              const float* common, const float* profile, int out_dtype, void* out, int64_t rows,
+              int64_t width, int64_t tile, bool accumulate) {
   const int64_t units = units_of(width, width, {parts, out, common});
   int lanes = kWarp;
   while (lanes < kThreads && lanes * 8 < width) lanes *= 2;
@@ -41,20 +41,20 @@ void sum_rows(const Queue& queue, int dtype, const void* parts, const Parts& in,
       using T = decltype(t);
       using O = decltype(o);
       launch(queue, "sum_rows_kernel", sum_rows_kernel<T, O>, ceil_div(rows, kThreads / lanes),
-             static_cast<const T*>(parts), in, common, static_cast<O*>(out), rows, width, units,
-             tile, accumulate, lanes);
+             static_cast<const T*>(parts), in, common, profile, static_cast<O*>(out), rows, width,
+             units, tile, accumulate, lanes);
     });
   });
 }
 
 void tile_sums(const Queue& queue, int dtype, const void* matrix, int64_t rows, int64_t width,
-               int64_t ld, int64_t tile, float* sums) {
+               int64_t ld, int64_t tile, const float* profile, float* sums) {
   const int64_t units = units_of(width, ld, {matrix});
   const int64_t jobs = ceil_div(units, kWarp) + ceil_div(width - 8 * units, kWarp);
   each_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     launch(queue, "tile_sums_kernel", tile_sums_kernel<T>, ceil_div(rows, tile) * jobs,
-           static_cast<const T*>(matrix), rows, width, ld, tile, units, sums);
+           static_cast<const T*>(matrix), profile, rows, width, ld, tile, units, sums);
   });
 }
 

@@ -93,9 +93,9 @@ __device__ inline void load_some(const T* from, float (&v)[kCount]) {
 
 // `kCount` columns of one row of the sum, by one thread.
 template <int kCount, class T, class O>
-__device__ inline void sum_row(const T* parts, const Parts& in, const float* common, O* out,
-                               int64_t row, int64_t width, int64_t tile, bool accumulate,
-                               int64_t column) {
+__device__ inline void sum_row(const T* parts, const Parts& in, const float* common,
+                               float of_common, O* out, int64_t row, int64_t width, int64_t tile,
+                               bool accumulate, int64_t column) {
   float total[kCount];
   O* const to = out + row * width + column;
 #pragma unroll
@@ -105,7 +105,7 @@ __device__ inline void sum_row(const T* parts, const Parts& in, const float* com
     float base[kCount];
     load_some<kCount>(common + row / tile * width + column, base);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) total[i] += base[i];
+    for (int i = 0; i < kCount; ++i) total[i] += of_common * base[i];
   }
   const int64_t last = in.first[row + 1];
 #pragma unroll 4
@@ -131,27 +131,29 @@ __device__ inline void sum_row(const T* parts, const Parts& in, const float* com
     put(to, total[0]);
 }
 
-// out[v] = common[v / tile] + sum of the parts of v, plus what is there if `accumulate`. `lanes`
-// threads, a power of two, share a row.
+// out[v] = common[v / tile] * profile[v] + sum of the parts of v, plus what is there if
+// `accumulate`; common null: without it. `lanes` threads, a power of two, share a row.
 template <class T, class O>
 __global__ void __launch_bounds__(kThreads)
-    sum_rows_kernel(const T* parts, Parts in, const float* common, O* out, int64_t rows,
-                    int64_t width, int64_t units, int64_t tile, bool accumulate, int lanes) {
+    sum_rows_kernel(const T* parts, Parts in, const float* common, const float* profile, O* out,
+                    int64_t rows, int64_t width, int64_t units, int64_t tile, bool accumulate,
+                    int lanes) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   if (row >= rows) return;
+  const float of_common = common ? profile[row] : 0.0f;
   for (int64_t u = lane; u < units; u += lanes)
-    sum_row<8>(parts, in, common, out, row, width, tile, accumulate, 8 * u);
+    sum_row<8>(parts, in, common, of_common, out, row, width, tile, accumulate, 8 * u);
   for (int64_t e = 8 * units + lane; e < width; e += lanes)
-    sum_row<1>(parts, in, common, out, row, width, tile, accumulate, e);
+    sum_row<1>(parts, in, common, of_common, out, row, width, tile, accumulate, e);
 }
 
 constexpr int kTileRows = kThreads / kWarp;
 
 // One thread's columns of a tile, every kTileRows-th row, then over the threads of the block.
 template <int kCount, class T>
-__device__ inline void sum_tile(const T* matrix, int64_t begin, int64_t end, int64_t ld,
-                                int64_t column, bool inside, float* out,
+__device__ inline void sum_tile(const T* matrix, const float* profile, int64_t begin, int64_t end,
+                                int64_t ld, int64_t column, bool inside, float* out,
                                 float (&part)[kTileRows][8 * kWarp]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -159,12 +161,17 @@ __device__ inline void sum_tile(const T* matrix, int64_t begin, int64_t end, int
 #pragma unroll
   for (int i = 0; i < kCount; ++i) total[i] = 0.0f;
   if (inside) {
+    // Pointers that move, not indices: so float32 rows leave registers for a sixth block.
+    const T* from = matrix + (begin + warp) * ld + column;
+    const float* weight = profile + begin + warp;
 #pragma unroll 4
-    for (int64_t r = begin + warp; r < end; r += kTileRows) {
+    for (int64_t left = end - begin - warp; left > 0; left -= kTileRows) {
       float v[kCount];
-      load_some<kCount>(matrix + r * ld + column, v);
+      load_some<kCount>(from, v);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) total[i] += v[i];
+      for (int i = 0; i < kCount; ++i) total[i] += *weight * v[i];
+      from += kTileRows * ld;
+      weight += kTileRows;
     }
   }
 #pragma unroll
@@ -179,12 +186,13 @@ __device__ inline void sum_tile(const T* matrix, int64_t begin, int64_t end, int
   }
 }
 
-// sums (tiles, width) of every `tile` rows of a matrix (rows, width); a block per tile and kWarp
-// groups of columns: eight each for the first `units` of them, then single ones.
+// sums (tiles, width) of every `tile` rows of a matrix (rows, width), each times its profile; a
+// block per tile and kWarp groups of columns: eight each for the first `units` of them, then single
+// ones.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    tile_sums_kernel(const T* matrix, int64_t rows, int64_t width, int64_t ld, int64_t tile,
-                     int64_t units, float* sums) {
+    tile_sums_kernel(const T* matrix, const float* profile, int64_t rows, int64_t width, int64_t ld,
+                     int64_t tile, int64_t units, float* sums) {
   __shared__ float part[kTileRows][8 * kWarp];
   const int64_t wide = (units + kWarp - 1) / kWarp;
   const int64_t single = (width - 8 * units + kWarp - 1) / kWarp;
@@ -194,10 +202,10 @@ __global__ void __launch_bounds__(kThreads)
   float* const out = sums + t * width;
   if (job < wide) {
     const int64_t unit = job * kWarp + lane;
-    sum_tile<8>(matrix, begin, end, ld, 8 * unit, unit < units, out, part);
+    sum_tile<8>(matrix, profile, begin, end, ld, 8 * unit, unit < units, out, part);
   } else {
     const int64_t column = 8 * units + (job - wide) * kWarp + lane;
-    sum_tile<1>(matrix, begin, end, ld, column, column < width, out, part);
+    sum_tile<1>(matrix, profile, begin, end, ld, column, column < width, out, part);
   }
 }
 

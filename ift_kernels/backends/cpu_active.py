@@ -26,6 +26,13 @@ def collected(
     return blocks, tiles, block
 
 
+def check_profile(profile: Tensor, columns: int) -> None:
+    """A RuntimeError unless it is one float32 number per column."""
+    right = profile.shape == (columns,) and profile.dtype == torch.float32
+    if not right or not profile.is_contiguous():
+        raise RuntimeError(f"profile: {profile.dtype} {tuple(profile.shape)}, expected {columns}")
+
+
 def stored(
     store: Tensor,
     pairs: Tensor,
@@ -35,6 +42,7 @@ def stored(
     norm: Tensor,
     coef: Tensor,
     base: Tensor,
+    profile: Tensor,
 ) -> int:
     """The block of an `active_gradient_`, once its tensors are checked."""
     block, padded = store.shape[1], -(-rows // store.shape[1]) * store.shape[1]
@@ -43,6 +51,7 @@ def stored(
         if matrix.dtype != torch.float32:
             raise RuntimeError(f"expected float32 rows, got {matrix.dtype}")
     cpu.vectors(rows, target)
+    check_profile(profile, profile.numel())
     if bias is not None and not bias.is_contiguous():
         raise RuntimeError("bias: expected contiguous")
     if pairs.shape != (store.shape[0], 2) or not pairs.is_contiguous() or block % 32:
@@ -51,10 +60,17 @@ def stored(
 
 
 def taken_apart(
-    dz: Tensor, marks: Tensor, block: int, tile: int, mean: Tensor, active: Tensor
+    dz: Tensor,
+    marks: Tensor,
+    block: int,
+    tile: int,
+    profile: Tensor,
+    mean: Tensor,
+    active: Tensor,
 ) -> tuple[int, int]:
     """Blocks and tail tiles of an `active_rows`, once its tensors are checked."""
     (rows, columns), blocks, tiles = dz.shape, -(-dz.shape[0] // block), -(-dz.shape[1] // tile)
+    check_profile(profile, columns)
     if marks.shape != (blocks, columns) or not marks.is_contiguous() or block % 32:
         raise RuntimeError(f"marks: {tuple(marks.shape)} for {tuple(dz.shape)}, blocks of {block}")
     if mean.shape != (tiles, rows) or mean.dtype != torch.float32 or not mean.is_contiguous():
@@ -122,9 +138,10 @@ def active_gradient_(
     coef: Tensor,
     base: Tensor,
     tile: int,
+    profile: Tensor,
     row_major: Tensor | None = None,
 ) -> None:
-    block = stored(store, pairs, rows, bias, target, norm, coef, base)
+    block = stored(store, pairs, rows, bias, target, norm, coef, base, profile)
     if row_major is not None and not row_major.is_contiguous():
         raise RuntimeError("row_major: expected contiguous")
     cpu.extension().active_gradient(
@@ -136,6 +153,7 @@ def active_gradient_(
         coef.stride(0),
         base.data_ptr(),
         base.stride(0),
+        profile.data_ptr(),
         pairs.data_ptr(),
         store.shape[0],
         block,
@@ -145,14 +163,21 @@ def active_gradient_(
 
 
 def active_rows(
-    dz: Tensor, marks: Tensor, block: int, tile: int, mean: Tensor, active: Tensor
+    dz: Tensor,
+    marks: Tensor,
+    block: int,
+    tile: int,
+    profile: Tensor,
+    mean: Tensor,
+    active: Tensor,
 ) -> None:
-    taken_apart(dz, marks, block, tile, mean, active)
+    taken_apart(dz, marks, block, tile, profile, mean, active)
     cpu.extension().active_rows(
         cpu.chunk(dz, None, PLAIN, 0),
         marks.data_ptr(),
         block,
         tile,
+        profile.data_ptr(),
         mean.data_ptr(),
         active.data_ptr(),
         active.numel(),
@@ -160,12 +185,19 @@ def active_rows(
 
 
 def combine_rows(
-    parts: Tensor, at: Tensor, common: Tensor, tile: int, out: Tensor, accumulate: bool
+    parts: Tensor,
+    at: Tensor,
+    common: Tensor,
+    tile: int,
+    profile: Tensor,
+    out: Tensor,
+    accumulate: bool,
 ) -> None:
     if out.dtype not in cpu.DTYPES or not out.is_contiguous():
-        return reference_active.combine_rows(parts, at, common, tile, out, accumulate)
+        return reference_active.combine_rows(parts, at, common, tile, profile, out, accumulate)
     columns, width = out.shape
     cpu.vectors(parts.shape[0], at)
+    check_profile(profile, columns)
     if not (parts.is_contiguous() and common.is_contiguous()) or common.dtype != torch.float32:
         raise RuntimeError("parts, common: expected contiguous, common in float32")
     if parts.shape[1] != width or common.shape != (-(-columns // tile), width):
@@ -178,6 +210,7 @@ def combine_rows(
         at.data_ptr(),
         common.data_ptr(),
         tile,
+        profile.data_ptr(),
         columns,
         cpu.DTYPES[out.dtype],
         out.data_ptr(),
@@ -186,10 +219,11 @@ def combine_rows(
     )
 
 
-def tile_sums(matrix: Tensor, tile: int) -> Tensor:
+def tile_sums(matrix: Tensor, tile: int, profile: Tensor) -> Tensor:
     if matrix.dtype not in cpu.DTYPES or matrix.stride(1) != 1:
-        return reference_active.tile_sums(matrix, tile)
+        return reference_active.tile_sums(matrix, tile, profile)
     count, width = matrix.shape
+    check_profile(profile, count)
     sums = torch.empty((-(-count // tile), width), dtype=torch.float32)
     cpu.extension().tile_sums(
         cpu.DTYPES[matrix.dtype],
@@ -198,6 +232,7 @@ def tile_sums(matrix: Tensor, tile: int) -> Tensor:
         width,
         matrix.stride(0),
         tile,
+        profile.data_ptr(),
         sums.data_ptr(),
         torch.get_num_threads(),
     )

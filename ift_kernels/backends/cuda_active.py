@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ift_kernels.backends import cuda, reference_active
 from ift_kernels.backends.cpu import DTYPES, vectors
-from ift_kernels.backends.cpu_active import collected, stored, taken_apart
+from ift_kernels.backends.cpu_active import check_profile, collected, stored, taken_apart
 from ift_kernels.transform import LogitTransform
 
 __all__ = [
@@ -86,9 +86,10 @@ def active_gradient_(
     coef: Tensor,
     base: Tensor,
     tile: int,
+    profile: Tensor,
     row_major: Tensor | None = None,
 ) -> None:
-    block = stored(store, pairs, rows, bias, target, norm, coef, base)
+    block = stored(store, pairs, rows, bias, target, norm, coef, base, profile)
     if not store.is_contiguous() or store.data_ptr() % 16:
         raise RuntimeError("store: expected contiguous, on a multiple of 16 bytes")
     if row_major is not None:
@@ -115,6 +116,7 @@ def active_gradient_(
         coef.stride(0),
         base.data_ptr(),
         base.stride(0),
+        profile.data_ptr(),
         pairs.data_ptr(),
         store.shape[0],
         block,
@@ -123,9 +125,15 @@ def active_gradient_(
 
 
 def active_rows(
-    dz: Tensor, marks: Tensor, block: int, tile: int, mean: Tensor, active: Tensor
+    dz: Tensor,
+    marks: Tensor,
+    block: int,
+    tile: int,
+    profile: Tensor,
+    mean: Tensor,
+    active: Tensor,
 ) -> None:
-    blocks, tiles = taken_apart(dz, marks, block, tile, mean, active)
+    blocks, tiles = taken_apart(dz, marks, block, tile, profile, mean, active)
     queue, gradients = cuda._products(dz, None, LogitTransform(), 0)
     counts = torch.empty((blocks, tiles), dtype=torch.int64, device=dz.device)
     cuda.extension().mark_counts(
@@ -142,19 +150,27 @@ def active_rows(
         starts.data_ptr(),
         block,
         tile,
+        profile.data_ptr(),
         mean.data_ptr(),
         active.data_ptr(),
     )
 
 
 def combine_rows(
-    parts: Tensor, at: Tensor, common: Tensor, tile: int, out: Tensor, accumulate: bool
+    parts: Tensor,
+    at: Tensor,
+    common: Tensor,
+    tile: int,
+    profile: Tensor,
+    out: Tensor,
+    accumulate: bool,
 ) -> None:
     if out.dtype not in DTYPES:
-        reference_active.combine_rows(parts, at, common, tile, out, accumulate)
+        reference_active.combine_rows(parts, at, common, tile, profile, out, accumulate)
         return
     columns, width = out.shape
     vectors(parts.shape[0], at)
+    check_profile(profile, columns)
     if not (parts.is_contiguous() and common.is_contiguous()) or common.dtype != torch.float32:
         raise RuntimeError("parts, common: expected contiguous, common in float32")
     if parts.shape[1] != width or common.shape != (-(-columns // tile), width):
@@ -168,6 +184,7 @@ def combine_rows(
         parts.data_ptr(),
         cuda.extension().Parts(order.data_ptr(), first.data_ptr(), 0, 0, 0, 0.0),
         common.data_ptr(),
+        profile.data_ptr(),
         DTYPES[out.dtype],
         out.data_ptr(),
         columns,
@@ -184,10 +201,11 @@ def sorted_by_row(at: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(values, numbers)
 
 
-def tile_sums(matrix: Tensor, tile: int) -> Tensor:
+def tile_sums(matrix: Tensor, tile: int, profile: Tensor) -> Tensor:
     if matrix.dtype not in DTYPES or matrix.stride(1) != 1:
-        return reference_active.tile_sums(matrix, tile)
+        return reference_active.tile_sums(matrix, tile, profile)
     count, width = matrix.shape
+    check_profile(profile, count)
     sums = torch.empty((-(-count // tile), width), dtype=torch.float32, device=matrix.device)
     cuda.extension().tile_sums(
         cuda._queue(matrix.device),
@@ -197,6 +215,7 @@ def tile_sums(matrix: Tensor, tile: int) -> Tensor:
         width,
         matrix.stride(0),
         tile,
+        profile.data_ptr(),
         sums.data_ptr(),
     )
     return sums

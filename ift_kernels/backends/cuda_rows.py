@@ -88,6 +88,7 @@ def residual_grad(
             order.data_ptr(), first.data_ptr(), keys.data_ptr(), ids.numel(), vocabulary, lam
         ),
         0,
+        0,
         DTYPES[out.dtype],
         out.data_ptr(),
         vocabulary,

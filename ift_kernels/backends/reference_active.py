@@ -85,9 +85,12 @@ def active_gradient_(
     coef: Tensor,
     base: Tensor,
     tile: int,
+    profile: Tensor,
     row_major: Tensor | None = None,
 ) -> None:
-    """Overwrite stored products with their gradient, as `dlogits_`, less `base` of tile and row.
+    """Overwrite stored products with their gradient, as `dlogits_`, less that of their tail.
+
+    Which is `base` of tile and row times `profile` (columns,), float32, of the column.
 
     `pairs` (marked, 2) is ``marks.nonzero()``, or that of several tiles one after another; norm,
     coef (…, padded N) and base (tiles, padded N) come in whole blocks, coef 0 beyond `rows`.
@@ -104,7 +107,8 @@ def active_gradient_(
     grad = p * (one + per_log_p * torch.where(p == 0, 0.0, log_p)) + flat
     target = F.pad(target, (0, norm.shape[1] - target.shape[0]), value=-1)
     grad = grad + torch.where(target[at] - offset == column[:, None], hit, 0.0)
-    grad = grad * transform.derivative(z) - base.to(z.dtype)[(column // tile)[:, None], at]
+    tail = base.to(z.dtype)[(column // tile)[:, None], at] * profile[column][:, None]
+    grad = grad * transform.derivative(z) - tail
     store.copy_(torch.where((coef == 0).all(0)[at], 0.0, grad))
     if row_major is None:
         return
@@ -120,21 +124,27 @@ def active_gradient_(
 
 
 def active_rows(
-    dz: Tensor, marks: Tensor, block: int, tile: int, mean: Tensor, active: Tensor
+    dz: Tensor,
+    marks: Tensor,
+    block: int,
+    tile: int,
+    profile: Tensor,
+    mean: Tensor,
+    active: Tensor,
 ) -> None:
     """Take a tile of gradients (N, C) apart, for dh: both results are written completely.
 
-    `mean` (tiles, N): of each row over the columns of a tile that are not marked, 0 without any.
-    `active`, flat, receives each block's marked columns, less the mean of their tile, as (block,
-    their number rounded up to 32), zeros beyond, one after another; rows beyond N stay as they are.
+    `mean` (tiles, N): the sum of each row over the columns of a tile that are not marked, over that
+    of their `profile` (C,), float32; 0 without any. `active`, flat, receives each block's marked
+    columns, less their profile times that of their tile, as (block, their number rounded up to 32),
+    zeros beyond, one after another; rows beyond N stay as they are.
     """
     rows, columns = dz.shape
     tail = (marks == 0).repeat_interleave(block, 0)[:rows]
     zero = torch.zeros((), dtype=mean.dtype, device=dz.device)
-    of_tail = torch.where(tail, dz.to(mean.dtype), zero)
-    total, count = (F.pad(x, (0, -columns % tile)).view(rows, -1, tile).sum(2)
-                    for x in (of_tail, tail))  # fmt: skip
-    mean.copy_((total / count.clamp(min=1)).T)
+    parts = (torch.where(tail, x.to(mean.dtype), zero) for x in (dz, profile))
+    total, spread = (F.pad(x, (0, -columns % tile)).view(rows, -1, tile).sum(2) for x in parts)
+    mean.copy_(torch.where(spread == 0, zero, total / spread).T)
     written = 0
     for number, marked in enumerate(marks):
         ids = marked.nonzero()[:, 0]
@@ -142,22 +152,28 @@ def active_rows(
         here = slice(number * block, min(rows, (number + 1) * block))
         out = active[written : written + block * width].view(block, width)
         out = out[: here.stop - here.start]
-        out[:, : len(ids)] = dz[here][:, ids].to(mean.dtype) - mean.T[here][:, ids // tile]
+        of_tail = mean.T[here][:, ids // tile] * profile[ids]
+        out[:, : len(ids)] = dz[here][:, ids].to(mean.dtype) - of_tail
         out[:, len(ids) :] = 0
         written += block * width
 
 
 def combine_rows(
-    parts: Tensor, at: Tensor, common: Tensor, tile: int, out: Tensor, accumulate: bool
+    parts: Tensor,
+    at: Tensor,
+    common: Tensor,
+    tile: int,
+    profile: Tensor,
+    out: Tensor,
+    accumulate: bool,
 ) -> None:
-    """``out[v] = common[v // tile] + Σ parts[at == v]``, plus `out` itself if `accumulate`."""
-    total = common.repeat_interleave(tile, 0)[: out.shape[0]]
+    """``out[v] = common[v // tile]·profile[v] + Σ parts[at == v]``, plus `out` if `accumulate`."""
+    total = common.repeat_interleave(tile, 0)[: out.shape[0]] * profile[:, None]
     total.index_add_(0, at, parts.to(total.dtype))
     out.copy_(total + out if accumulate else total)
 
 
-def tile_sums(matrix: Tensor, tile: int) -> Tensor:
-    """Sums of every `tile` rows of a matrix, (tiles, D), at least float32."""
-    wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-    parts = [rows.sum(0, dtype=wide) for rows in matrix.split(tile)]
-    return torch.stack(parts)
+def tile_sums(matrix: Tensor, tile: int, profile: Tensor) -> Tensor:
+    """``Σ profile[v] * matrix[v]`` over every `tile` rows, (tiles, D), at least float32."""
+    parts = zip(matrix.split(tile), profile.split(tile), strict=True)
+    return torch.stack([q @ rows.to(q.dtype) for rows, q in parts])

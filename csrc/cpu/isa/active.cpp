@@ -198,10 +198,11 @@ struct RowVectors {
   }
 };
 
-// Stored products overwritten by their gradient less base[tile of the column, row]; the gradient of
-// the target is in it. `pairs` (count, 2): block and column of each stored column. Those of a block
-// may stand in several runs, tile after tile. `row_major`, if not null, receives each block as
-// (block, its columns, run after run, zeros up to a multiple of 32), one after another.
+// Stored products overwritten by their gradient less base[tile of the column, row] *
+// profile[column]; the gradient of the target is in it. `pairs` (count, 2): block and column of
+// each stored column. Those of a block may stand in several runs, tile after tile. `row_major`, if
+// not null, receives each block as (block, its columns, run after run, zeros up to a multiple of
+// 32), one after another.
 void active_gradient(const Chunk& c, const ActiveRows& rows, const int64_t* pairs, int64_t count,
                      int64_t block, int64_t tile, void* row_major) {
   struct Run {
@@ -281,9 +282,10 @@ void active_gradient(const Chunk& c, const ActiveRows& rows, const int64_t* pair
           if (low == in.end || pairs[2 * low + 1] != wanted) continue;
           const int64_t lane = (r - top) % W, from = r - lane;
           const vf bias = kBiased ? splat(c.bias[wanted]) : (vf){};
+          const vf tail =
+              load(rows.base + wanted / tile * rows.base_ld + from) * splat(rows.profile[wanted]);
           const vf g =
-              of.template gradient<true>(load(x + low * block + from - top), bias, from,
-                                         load(rows.base + wanted / tile * rows.base_ld + from));
+              of.template gradient<true>(load(x + low * block + from - top), bias, from, tail);
           hits[r] = {low, in.at + (r - top) * in.ld + (low - in.first), g[lane]};
         }
       }
@@ -297,10 +299,11 @@ void active_gradient(const Chunk& c, const ActiveRows& rows, const int64_t* pair
           const int64_t id = pairs[2 * (first + k) + 1];
           const vf bias = kBiased ? splat(c.bias[id]) : (vf){};
           const float* base = rows.base + id / tile * rows.base_ld + top;
+          const vf share = splat(rows.profile[id]);
           T* const column = columns + k * block;
           for (int64_t i = 0; i < block; i += W)
-            store(column + i,
-                  of.template gradient<false>(load(column + i), bias, top + i, load(base + i)));
+            store(column + i, of.template gradient<false>(load(column + i), bias, top + i,
+                                                          load(base + i) * share));
         }
         if constexpr (sizeof(T) == 2) {
           if (!copy) continue;
@@ -348,12 +351,12 @@ inline void put(T* x, int64_t j, int n, vf v) {
   store_part(x + j, v, n);
 }
 
-// Rows [0, columns) of a chunk of dW: common[column / tile], plus every part whose `at` is that
-// column, plus what is there already if `accumulate`. One thread owns a row and writes it once; its
-// parts are added in their order, in float32.
+// Rows [0, columns) of a chunk of dW: common[column / tile] * profile[column], plus every part
+// whose `at` is that column, plus what is there already if `accumulate`. One thread owns a row and
+// writes it once; its parts are added in their order, in float32.
 void combine_rows(int dtype, const void* parts, int64_t count, int64_t width, const int64_t* at,
-                  const float* common, int64_t tile, int64_t columns, int out_dtype, void* out,
-                  bool accumulate, int threads) {
+                  const float* common, int64_t tile, const float* profile, int64_t columns,
+                  int out_dtype, void* out, bool accumulate, int threads) {
   Buffer<int64_t> first(columns + 1), order(count);  // counting sort by column
   for (int64_t v = 0; v <= columns; ++v) first[v] = 0;
   for (int64_t i = 0; i < count; ++i) ++first[at[i] + 1];
@@ -375,12 +378,11 @@ void combine_rows(int dtype, const void* parts, int64_t count, int64_t width, co
         for (int64_t v = 0; v < columns; ++v) {
           O* to = static_cast<O*>(out) + v * width;
           const float* base = common + v / tile * width;
-          if (accumulate)
-            each_vector(width, [&](int64_t j, auto n) {
-              put(total.data, j, n, get(to, j, n) + get(base, j, n));
-            });
-          else
-            std::copy(base, base + width, total.data);
+          const vf share = splat(profile[v]);
+          each_vector(width, [&](int64_t j, auto n) {
+            const vf there = accumulate ? get(to, j, n) : (vf){};
+            put(total.data, j, n, there + get(base, j, n) * share);
+          });
           for (int64_t i = first[v]; i < first[v + 1]; ++i) {
             const T* part = rows + order[i] * width;
             each_vector(width, [&](int64_t j, auto n) {
@@ -394,9 +396,10 @@ void combine_rows(int dtype, const void* parts, int64_t count, int64_t width, co
   });
 }
 
-// sums[t] = the sum of rows [t * tile, (t + 1) * tile) of a (count, width) matrix, in float32.
+// sums[t] = the sum of profile[v] * row v over rows [t * tile, (t + 1) * tile) of a (count, width)
+// matrix, in float32.
 void tile_sums(int dtype, const void* matrix, int64_t count, int64_t width, int64_t ld,
-               int64_t tile, float* sums, int threads) {
+               int64_t tile, const float* profile, float* sums, int threads) {
   const int64_t tiles = (count + tile - 1) / tile;
   // Whole rows stream best; slices of them only where there are too few tiles for the threads.
   const int64_t slice = tiles >= 4 * threads ? width : 16 * W, parts = (width + slice - 1) / slice;
@@ -410,8 +413,10 @@ void tile_sums(int dtype, const void* matrix, int64_t count, int64_t width, int6
       std::fill(total, total + n, 0.0f);
       for (int64_t v = first; v < std::min(count, first + tile); ++v) {
         const T* row = static_cast<const T*>(matrix) + v * ld + begin;
-        each_vector(
-            n, [&](int64_t j, auto k) { put(total, j, k, get(total, j, k) + get(row, j, k)); });
+        const vf share = splat(profile[v]);
+        each_vector(n, [&](int64_t j, auto k) {
+          put(total, j, k, get(total, j, k) + get(row, j, k) * share);
+        });
       }
     }
   });

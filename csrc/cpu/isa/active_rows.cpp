@@ -1,5 +1,5 @@
 // A tile of gradients taken apart, for a gradient of hidden from the columns that matter to a block
-// of rows: those columns row by row, and the mean of what is left of every row.
+// of rows: those columns row by row, and the sum of what is left of every row, over its profile.
 //
 // Floor: the tile is read once, an addition per vector, and what is active read again from the
 // first-level cache and written.
@@ -12,12 +12,12 @@ namespace IFT_ISA {
 
 constexpr int64_t kWidth = 32;  // the active columns of a block are rounded up to this
 
-// mean (tiles, rows): of each row over the columns of a tile that are not marked, 0 without any.
-// active: each block's marked columns less the mean of their tile, as (block, their number rounded
-// up), zeros beyond, one block after another. False, with nothing written, if that is more than
-// `room` elements.
-bool active_rows(const Chunk& c, const uint8_t* marks, int64_t block, int64_t tile, float* mean,
-                 void* active, int64_t room) {
+// mean (tiles, rows): the sum of each row over the columns of a tile that are not marked, over that
+// of their profile; 0 without any. active: each block's marked columns less their profile times
+// that mean, as (block, their number rounded up), zeros beyond, one block after another. False,
+// with nothing written, if that is more than `room` elements.
+bool active_rows(const Chunk& c, const uint8_t* marks, int64_t block, int64_t tile,
+                 const float* profile, float* mean, void* active, int64_t room) {
   const int64_t blocks = (c.rows + block - 1) / block, tiles = (c.cols + tile - 1) / tile;
   struct Block {
     int64_t start, width;
@@ -50,6 +50,8 @@ bool active_rows(const Chunk& c, const uint8_t* marks, int64_t block, int64_t ti
         const int64_t begin = at * tile, n = std::min(c.cols, begin + tile) - begin;
         const int64_t count = std::min(c.rows - first, block), width = of_block[b].width;
         const int64_t marked = split_marks(marks + b * c.cols + begin, n, ids.data, tail.data);
+        float spread = 0.0f;
+        for (int64_t j = 0; j < n; ++j) spread += tail[j] ? profile[begin + j] : 0.0f;
         for (int64_t r = 0; r < count; ++r) {
           const T* x = static_cast<const T*>(c.x) + (first + r) * c.ld + begin;
           if (r + 1 < count) prefetch(x + c.ld, n * sizeof(T));
@@ -68,9 +70,11 @@ bool active_rows(const Chunk& c, const uint8_t* marks, int64_t block, int64_t ti
             const int left = static_cast<int>(std::min<int64_t>(n - i, W));
             one(i, load_part(x + i, left, 0.0f), total0);
           }
-          const float u = marked < n ? sum(total0 + total1) / static_cast<float>(n - marked) : 0.0f;
+          // Not 0 * a sum, which may be a NaN.
+          const float u = spread == 0.0f ? 0.0f : sum(total0 + total1) / spread;
           mean[at * c.rows + first + r] = u;
-          for (int64_t k = 0; k < marked; ++k) values[k] = to_float(x[ids[k]]) - u;
+          for (int64_t k = 0; k < marked; ++k)
+            values[k] = to_float(x[ids[k]]) - u * profile[begin + ids[k]];
           T* out = static_cast<T*>(active) + of_block[b].start + r * width + before[job];
           int64_t k = 0;
           for (; k + W <= marked; k += W) store(out + k, load(values.data + k));

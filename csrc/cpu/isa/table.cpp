@@ -14,10 +14,11 @@ void active_collect(const Chunk&, const uint8_t*, const float*, int64_t, int64_t
                     int64_t);
 void active_gradient(const Chunk&, const ActiveRows&, const int64_t*, int64_t, int64_t, int64_t,
                      void*);
-bool active_rows(const Chunk&, const uint8_t*, int64_t, int64_t, float*, void*, int64_t);
+bool active_rows(const Chunk&, const uint8_t*, int64_t, int64_t, const float*, float*, void*,
+                 int64_t);
 void combine_rows(int, const void*, int64_t, int64_t, const int64_t*, const float*, int64_t,
-                  int64_t, int, void*, bool, int);
-void tile_sums(int, const void*, int64_t, int64_t, int64_t, int64_t, float*, int);
+                  const float*, int64_t, int, void*, bool, int);
+void tile_sums(int, const void*, int64_t, int64_t, int64_t, int64_t, const float*, float*, int);
 void divergence_terms(const Chunk&, const Chunk&, const DivergenceRows&);
 void divergence_gradient(const Chunk&, const Chunk&, const DivergenceRows&);
 void transpose_chunk(const Chunk&, void*, int64_t);

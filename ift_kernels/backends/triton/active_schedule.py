@@ -105,13 +105,15 @@ def _add_items(
         weight, tiles = head.weight[columns], at.tails(columns)
         store = items.gradients(
             head.hidden, weight, head.bias_chunk(columns), head.transform, row_gradient.target,
-            columns.start, norm, coef, base[tiles], at.tail,
+            columns.start, norm, coef, base[tiles], at.tail, total.profile[columns],
         )  # fmt: skip
         if total.hidden is not None:
             items.add_to_hidden(store, weight, total.hidden.total)
         if total.weight is not None and total.wide_hidden is not None:
             common = total.base[tiles] @ total.wide_hidden
-            items.weight_gradient(store, head.hidden, common, at.tail, total.weight[columns])
+            items.weight_gradient(
+                store, head.hidden, common, at.tail, total.profile[columns], total.weight[columns]
+            )
         if total.bias is not None:
             _add_bias(total.bias[columns], store, items)
         overflow |= items.position[-1] > count

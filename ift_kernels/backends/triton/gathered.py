@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ift_kernels.backends.triton.common import precision, product, transform_arguments
 from ift_kernels.backends.triton.gradient import active_gradient
-from ift_kernels.backends.triton.launch import blocks, check_rows, config, launch
+from ift_kernels.backends.triton.launch import blocks, check_rows, check_vectors, config, launch
 from ift_kernels.transform import LogitTransform
 
 
@@ -44,7 +44,7 @@ def list_kernel(marks, position, pairs, columns, column_blocks, capacity, BLOCK:
 
 @triton.jit(do_not_specialize=["rows", "offset"])
 def products_kernel(
-    hidden, weight, pairs, starts, store, bias, target, norm, coef, base,
+    hidden, weight, pairs, starts, store, bias, target, norm, coef, base, profile,
     rows, width, hidden_stride, weight_stride, groups,
     offset, norm_stride, coef_stride, base_stride, tile, gain, height, rate,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -72,7 +72,8 @@ def products_kernel(
         x = product(h, tl.trans(w), x, PRECISION)
     grad = active_gradient(
         tl.trans(x), ids, row[None, :], listed, there[None, :], bias, target, norm, coef, base,
-        offset, norm_stride, coef_stride, base_stride, tile, gain, height, rate, HAS_BIAS, HAS_CAP,
+        profile, offset, norm_stride, coef_stride, base_stride, tile, gain, height, rate,
+        HAS_BIAS, HAS_CAP,
     )  # fmt: skip
     at = store + item[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(at, grad.to(store.dtype.element_ty), mask=listed[:, None])
@@ -109,16 +110,17 @@ def hidden_kernel(
 
 @triton.jit(do_not_specialize=["rows", "number_of_blocks", "capacity"])
 def weight_kernel(
-    store, hidden, marks, position, common, out,
+    store, hidden, marks, position, common, profile, out,
     rows, columns, width, hidden_stride, out_stride, number_of_blocks, tile, width_blocks, capacity,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr, IDS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """``out[id] = common[id // tile] + Σ blocks store[item] @ hidden[block]``, written once."""
+    """``out[id] = common[id // tile]·profile[id] + Σ blocks store[item] @ hidden[block]``."""
     ids = (tl.program_id(0) // width_blocks * IDS + tl.arange(0, IDS)).to(tl.int64)
     column = tl.program_id(0) % width_blocks * WIDTH + tl.arange(0, WIDTH)
     listed, inside = ids < columns, column < width
     at_common = common + (ids // tile)[:, None] * width + column[None, :]
     total = tl.load(at_common, mask=listed[:, None] & inside[None, :], other=0.0)
+    total *= tl.load(profile + ids, mask=listed, other=0.0)[:, None]
     in_block = tl.arange(0, BLOCK)
     for number in range(number_of_blocks):
         here = (tl.zeros_like(ids) + number) * columns + ids
@@ -180,19 +182,22 @@ class Items:
         coef: Tensor,
         base: Tensor,
         tile: int,
+        profile: Tensor,  # (C,)
     ) -> Tensor:
         """(capacity, block) gradients of the items' products, in the dtype of `hidden`."""
         padded = self.marks.shape[0] * self.block
         for name, matrix in (("norm", norm), ("coef", coef), ("base", base)):
             check_rows(name, matrix, padded)
+        check_vectors(self.marks.shape[1], profile=profile)
         store = hidden.new_empty((self.capacity, self.block))
         chosen = config("products", _kind(hidden), hidden.device)
         groups = blocks(self.marks.shape[1], chosen["ITEMS"])
         launch(
             products_kernel, (self.marks.shape[0] * groups,), hidden,
             hidden, weight, self.pairs, self.starts, store, bias, target, norm, coef, base,
-            *hidden.shape, hidden.stride(0), weight.stride(0), groups, offset, norm.stride(0),
-            coef.stride(0), base.stride(0), tile, **transform_arguments(bias, transform),
+            profile, *hidden.shape, hidden.stride(0), weight.stride(0), groups, offset,
+            norm.stride(0), coef.stride(0), base.stride(0), tile,
+            **transform_arguments(bias, transform),
             PRECISION=precision(hidden.dtype), BLOCK=self.block, **chosen,
         )  # fmt: skip
         return store
@@ -208,14 +213,21 @@ class Items:
         )  # fmt: skip
 
     def weight_gradient(
-        self, store: Tensor, hidden: Tensor, common: Tensor, tile: int, out: Tensor
+        self,
+        store: Tensor,
+        hidden: Tensor,
+        common: Tensor,  # (tiles, D)
+        tile: int,
+        profile: Tensor,  # (C,)
+        out: Tensor,
     ) -> None:
-        """Write dW of the range of ids: `common` (tiles, D) and the share of the items."""
+        """Write dW of the range of ids: `common` times `profile` and the share of the items."""
+        check_vectors(self.marks.shape[1], profile=profile)
         (rows, width), chosen = hidden.shape, config("weight", _kind(store), out.device)
         (number, columns), width_blocks = self.marks.shape, blocks(width, chosen["WIDTH"])
         launch(
             weight_kernel, (blocks(columns, chosen["IDS"]) * width_blocks,), out,
-            store, hidden, self.marks, self.position, common, out, rows, columns, width,
+            store, hidden, self.marks, self.position, common, profile, out, rows, columns, width,
             hidden.stride(0), out.stride(0), number, tile, width_blocks, self.capacity,
             PRECISION=precision(store.dtype), BLOCK=self.block, **chosen,
         )  # fmt: skip

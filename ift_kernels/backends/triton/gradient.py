@@ -17,14 +17,15 @@ from ift_kernels.transform import LogitTransform
 
 @triton.jit
 def active_gradient(
-    x, column, at, listed, there, bias, target, norm, coef, base,
+    x, column, at, listed, there, bias, target, norm, coef, base, profile,
     offset, norm_stride, coef_stride, base_stride, tile, gain, height, rate,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of float32 products `x` (items, rows), less the mean that their tail tile has.
+    """Gradient of float32 products `x` (items, rows), less that of their tail.
 
-    Items have a `column` each and are there if `listed`; `at` broadcasts to the rows of each, whose
-    norm, coef and base may be read everywhere, and whose target only where `there`.
+    Which is `base` of tail tile and row times `profile` of the column. Items have a `column` each
+    and are there if `listed`; `at` broadcasts to the rows of each, whose norm, coef and base may be
+    read everywhere, and whose target only where `there`.
     """
     b = tl.zeros_like(column).to(tl.float32)
     if HAS_BIAS:
@@ -41,14 +42,15 @@ def active_gradient(
     grad += tl.where(local == column[:, None], hit, 0.0)
     grad *= slope(z, height, rate, HAS_CAP)
     tail = base + (column // tile)[:, None] * base_stride + at
-    grad -= tl.load(tail, mask=listed[:, None], other=0.0).to(tl.float32)
+    share = tl.load(profile + column, mask=listed, other=0.0)[:, None]
+    grad -= tl.load(tail, mask=listed[:, None], other=0.0).to(tl.float32) * share
     dead = (hit == 0.0) & (one == 0.0) & (per_log_p == 0.0) & (flat == 0.0)
     return tl.where(dead, 0.0, grad)
 
 
 @triton.jit(do_not_specialize=["marked", "rows", "offset", "row_blocks"])
 def gradient_kernel(
-    store, pairs, bias, target, norm, coef, base,
+    store, pairs, bias, target, norm, coef, base, profile,
     marked, rows, offset, norm_stride, coef_stride, base_stride, block, tile, row_blocks,
     gain, height, rate,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ITEMS: tl.constexpr, ROWS: tl.constexpr,
@@ -66,7 +68,7 @@ def gradient_kernel(
     place = store + item[:, None] * block + in_block[None, :]
     x = tl.load(place, mask=there, other=0.0).to(tl.float32)
     grad = active_gradient(
-        x, column, at, listed, there & (at < rows), bias, target, norm, coef, base,
+        x, column, at, listed, there & (at < rows), bias, target, norm, coef, base, profile,
         offset, norm_stride, coef_stride, base_stride, tile, gain, height, rate, HAS_BIAS, HAS_CAP,
     )  # fmt: skip
     tl.store(place, grad.to(store.dtype.element_ty), mask=there)
@@ -84,6 +86,7 @@ def active_gradient_(
     coef: Tensor,
     base: Tensor,
     tile: int,
+    profile: Tensor,
     row_major: Tensor | None = None,
 ) -> None:
     marked, block = store.shape
@@ -92,13 +95,15 @@ def active_gradient_(
         check_rows(name, matrix, padded)
     if pairs.shape != (marked, 2) or not pairs.is_contiguous() or not store.is_contiguous():
         raise RuntimeError(f"pairs: {tuple(pairs.shape)} for a store of {tuple(store.shape)}")
+    if blocks(len(profile), tile) != len(base) or not profile.is_contiguous():
+        raise RuntimeError(f"profile: {tuple(profile.shape)} for a base of {tuple(base.shape)}")
     if row_major is not None:
         raise RuntimeError("row_major: this backend does not ask for transposed gradients")
     chosen = config("gradient", "all", store.device)
     row_blocks = blocks(block, chosen["ROWS"])
     launch(
         gradient_kernel, (blocks(marked, chosen["ITEMS"]) * row_blocks,), store,
-        store, pairs, bias, target, norm, coef, base, marked, rows, offset, norm.stride(0),
-        coef.stride(0), base.stride(0), block, tile, row_blocks,
+        store, pairs, bias, target, norm, coef, base, profile, marked, rows, offset,
+        norm.stride(0), coef.stride(0), base.stride(0), block, tile, row_blocks,
         **transform_arguments(bias, transform), **chosen,
     )  # fmt: skip

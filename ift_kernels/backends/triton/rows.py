@@ -1,8 +1,9 @@
-"""A tile of gradients taken apart for dh: active columns row by row, and the means of the rest.
+"""A tile of gradients taken apart for dh: active columns row by row, and the rest as sums.
 
 Floors per element: 2 bytes read (bf16), of which a share k is written again, and one addition. The
 second read of a tile's rows is left to the caches, which also serve what tells where an active
-column goes: a byte and an int32 per column, once for every ROWS rows. Distance: not measured.
+column goes and what share of the tail it has: a byte, an int32 and a float32 per column, once for
+every ROWS rows. Distance: not measured.
 """
 
 from __future__ import annotations
@@ -12,14 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ift_kernels.backends.triton.launch import blocks, check_rows, config, launch, shape_class
+from ift_kernels.backends.triton.launch import (
+    blocks,
+    check_rows,
+    check_vectors,
+    config,
+    launch,
+    shape_class,
+)
 
 PADDING = 32  # the active columns of a block are rounded up to this
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def rows_kernel(
-    dz, marks, position, starts, mean, active,
+    dz, marks, position, starts, profile, mean, active,
     rows, columns, stride, block, tile, tiles,
     PADDING: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -33,17 +41,18 @@ def rows_kernel(
     first = (tl.program_id(0) % tiles) * tile
     last = tl.minimum(first + tile, columns)
     total = tl.zeros((ROWS,), tl.float32)
-    unmarked = 0
+    spread = 0.0
     for start in range(first, last, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < last
         at = dz + row[:, None] * stride + column[None, :]
         x = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
         tail = tl.load(marks + column, mask=inside, other=1) == 0
-        # Not a product with 0 or 1: a NaN of an active column has no part in the mean.
+        # Not a product with 0 or 1: a NaN of an active column has no part in the sum.
         total += tl.sum(tl.where(tail[None, :], x, 0.0), axis=1)
-        unmarked += tl.sum(tail.to(tl.int32), axis=0)
-    u = total / tl.maximum(unmarked, 1).to(tl.float32)
+        share = tl.load(profile + column, mask=inside, other=0.0)
+        spread += tl.sum(tl.where(tail, share, 0.0), axis=0)
+    u = tl.where(spread == 0.0, 0.0, total / spread)
     tl.store(mean + at_tile * rows + row, u, mask=there)
 
     count = tl.load(position + columns - 1)
@@ -56,7 +65,8 @@ def rows_kernel(
         x = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
         kept = tl.load(marks + column, mask=inside, other=0) != 0
         slot = tl.load(position + column, mask=kept, other=1) - 1
-        centred = (x - u[:, None]).to(active.dtype.element_ty)
+        share = tl.load(profile + column, mask=kept, other=0.0)
+        centred = (x - u[:, None] * share[None, :]).to(active.dtype.element_ty)
         tl.store(out[:, None] + slot[None, :], centred, mask=there[:, None] & kept[None, :])
     if at_tile == tiles - 1:
         beyond = count + tl.arange(0, PADDING)
@@ -66,12 +76,19 @@ def rows_kernel(
 
 
 def active_rows(
-    dz: Tensor, marks: Tensor, block: int, tile: int, mean: Tensor, active: Tensor
+    dz: Tensor,
+    marks: Tensor,
+    block: int,
+    tile: int,
+    profile: Tensor,
+    mean: Tensor,
+    active: Tensor,
 ) -> None:
     rows, columns = dz.shape
     tiles, number = blocks(columns, tile), blocks(rows, block)
     chosen = config("rows", shape_class(columns), dz.device)
     check_rows("dz", dz)
+    check_vectors(columns, profile=profile)
     if marks.shape != (number, columns) or not marks.is_contiguous():
         raise RuntimeError(f"marks: {tuple(marks.shape)} for {tuple(dz.shape)}, blocks of {block}")
     if mean.shape != (tiles, rows) or mean.dtype != torch.float32 or not mean.is_contiguous():
@@ -86,6 +103,6 @@ def active_rows(
     starts = elements.cumsum(0) - elements
     launch(
         rows_kernel, (blocks(rows, chosen["ROWS"]) * tiles,), dz,
-        dz, marks, position, starts, mean, active,
+        dz, marks, position, starts, profile, mean, active,
         rows, columns, dz.stride(0), block, tile, tiles, PADDING=PADDING, **chosen,
     )  # fmt: skip

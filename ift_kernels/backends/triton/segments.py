@@ -13,24 +13,35 @@ from torch import Tensor
 
 from ift_kernels.backends import reference_active
 from ift_kernels.backends.triton import DTYPES
-from ift_kernels.backends.triton.launch import blocks, check_rows, config, launch, shape_class
+from ift_kernels.backends.triton.launch import (
+    blocks,
+    check_rows,
+    check_vectors,
+    config,
+    launch,
+    shape_class,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "tile"])
 def segment_kernel(
-    parts, order, starts, factor, common, out,
+    parts, order, starts, factor, common, profile, out,
     rows, width, parts_stride, tile,
     HAS_FACTOR: tl.constexpr, HAS_COMMON: tl.constexpr, ACCUMULATE: tl.constexpr,
     ITEMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``out[v] (+)= common[v // tile] + Σ_i factor[i]·parts[order[i] % rows]`` of segment v."""
+    """``out[v] (+)= common[v // tile]·profile[v] + Σ_i factor[i]·parts[order[i] % rows]``.
+
+    The i are those of segment v.
+    """
     v = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     first, last = tl.load(starts + v), tl.load(starts + v + 1)
     total = tl.zeros((BLOCK,), tl.float32)
     if HAS_COMMON:
-        total += tl.load(common + v // tile * width + column, mask=inside, other=0.0)
+        whole = tl.load(common + v // tile * width + column, mask=inside, other=0.0)
+        total += whole * tl.load(profile + v)
     lane = tl.arange(0, ITEMS)
     for start in range(first, last, ITEMS):
         item = start + lane
@@ -57,6 +68,7 @@ def sum_segments(
     tile: int,
     out: Tensor,  # (rows, D)
     accumulate: bool,
+    profile: Tensor | None = None,  # (rows,) float32, with `common`
 ) -> None:
     """Sum items into the rows of `out` in the order in which they come, in float32."""
     (rows, width), device = out.shape, out.device
@@ -65,7 +77,8 @@ def sum_segments(
     chosen = config("segments", shape_class(width), device)
     launch(
         segment_kernel, (rows, blocks(width, chosen["BLOCK"])), out,
-        parts, order, starts, factor, common, out, parts.shape[0], width, parts.stride(0), tile,
+        parts, order, starts, factor, common, profile, out,
+        parts.shape[0], width, parts.stride(0), tile,
         HAS_FACTOR=factor is not None, HAS_COMMON=common is not None, ACCUMULATE=accumulate,
         **chosen,
     )  # fmt: skip
@@ -73,8 +86,9 @@ def sum_segments(
 
 @triton.jit(do_not_specialize=["count"])
 def tile_sums_kernel(
-    matrix, sums, count, width, stride, tile, ITEMS: tl.constexpr, BLOCK: tl.constexpr
+    matrix, profile, sums, count, width, stride, tile, ITEMS: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """``sums[tile] = Σ profile[v]·matrix[v]`` over the tile's rows."""
     number = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -86,30 +100,40 @@ def tile_sums_kernel(
         row = start + lane
         at = matrix + row[:, None] * stride + column[None, :]
         there = (row < last)[:, None] & inside[None, :]
-        total += tl.sum(tl.load(at, mask=there, other=0.0).to(tl.float32), axis=0)
+        value = tl.load(at, mask=there, other=0.0).to(tl.float32)
+        share = tl.load(profile + row, mask=row < last, other=0.0)
+        total += tl.sum(value * share[:, None], axis=0)
     tl.store(sums + number * width + column, total, mask=inside)
 
 
 def combine_rows(
-    parts: Tensor, at: Tensor, common: Tensor, tile: int, out: Tensor, accumulate: bool
+    parts: Tensor,
+    at: Tensor,
+    common: Tensor,
+    tile: int,
+    profile: Tensor,
+    out: Tensor,
+    accumulate: bool,
 ) -> None:
     if out.dtype not in DTYPES or not out.is_contiguous():
-        return reference_active.combine_rows(parts, at, common, tile, out, accumulate)
+        return reference_active.combine_rows(parts, at, common, tile, profile, out, accumulate)
     columns, width = out.shape
     check_rows("parts", parts, width)
+    check_vectors(columns, profile=profile)
     if common.shape != (blocks(columns, tile), width) or not common.is_contiguous():
         raise RuntimeError(f"common: {tuple(common.shape)} for {tuple(out.shape)}")
-    sum_segments(parts, at, None, common, tile, out, accumulate)
+    sum_segments(parts, at, None, common, tile, out, accumulate, profile)
 
 
-def tile_sums(matrix: Tensor, tile: int) -> Tensor:
+def tile_sums(matrix: Tensor, tile: int, profile: Tensor) -> Tensor:
     if matrix.dtype not in DTYPES or matrix.stride(1) != 1:
-        return reference_active.tile_sums(matrix, tile)
+        return reference_active.tile_sums(matrix, tile, profile)
     count, width = matrix.shape
+    check_vectors(count, profile=profile)
     sums = torch.empty((blocks(count, tile), width), dtype=torch.float32, device=matrix.device)
     chosen = config("segments", shape_class(width), matrix.device)
     launch(
         tile_sums_kernel, (len(sums), blocks(width, chosen["BLOCK"])), matrix,
-        matrix, sums, count, width, matrix.stride(0), tile, **chosen,
+        matrix, profile, sums, count, width, matrix.stride(0), tile, **chosen,
     )  # fmt: skip
     return sums
