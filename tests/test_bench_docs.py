@@ -26,7 +26,7 @@ ACTIVE = "docs/active_set.md"
 TIMES = ("| N × D × V, dtype | k | exact | active | head frozen: exact | active | best peer "
          "| frozen |")  # fmt: skip
 COSTS = ("| N × D × V, dtype | exact dW | the same, scalar | memory of naive | frozen "
-         "| error of dh | error of dW |")  # fmt: skip
+         "| error of dh | exact | error of dW | exact |")  # fmt: skip
 SIZES = "| N × D × V, dtype | k | exact | active | active of exact |"
 FLAT = "| flat data, N × D × V, dtype | exact | active | exact dW | active of exact | exact dW |"
 DROPPED = ("| head | k | tail mass | dh | tail uniform | dropped | dW | tail uniform | dropped "
@@ -247,8 +247,9 @@ def test_exact_dw_memory_and_errors_of_the_active_set():
         memory = [run[case, "active"]["extra_bytes"] / run[case, "naive"]["extra_bytes"]
                   if (case, "naive") in run else None
                   for case in ("per-token", "per-token-frozen")]  # fmt: skip
-        errors = run["per-token", "active"]["errors"]
-        measured[name] = *dense, *memory, errors["d hidden"], errors["d weight"]
+        errors = [run["per-token", who]["errors"][of]
+                  for of in ("d hidden", "d weight") for who in ("active", "ours")]  # fmt: skip
+        measured[name] = *dense, *memory, *errors
     compare(ACTIVE, COSTS, measured)
 
 
