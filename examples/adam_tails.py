@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import lmlike
-from ift_kernels.tail_profile import CAP, RANGE
+from ift_kernels.tail_profile import window
 
 TAILS = ("dropped", "uniform", "profile", "marginal", "sampled", "half", "int8")
 BETAS, EPS, BLOCK, TILE, THRESHOLD = (0.9, 0.999), 1e-8, 128, 2048, 2.0**-12
@@ -62,8 +61,8 @@ def approximations(
         return sums[..., None] * share / share.sum(2, keepdim=True).clamp(min=1e-30)
 
     # Logits are linear in the hidden state: their mean is what its mean gives.
-    top = log_sum_exp.mean() + math.log(CAP * THRESHOLD)
-    profile = (z.mean(0) - top).clamp(-math.log(RANGE), 0)
+    cap, below = window(THRESHOLD)
+    profile = (z.mean(0) - (log_sum_exp.mean() + cap)).clamp(-below, 0)
     drawn = torch.multinomial(tiles.abs().reshape(-1, TILE) + 1e-30, 1, generator=generator).view(
         n, -1, 1
     )

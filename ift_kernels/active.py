@@ -168,6 +168,16 @@ class Rooms:
             room = self._rooms[name] = head.backend.scratch(head.hidden, elements)
         return room[:elements]
 
+    def head_rows(self, head: Head, weight: Tensor, ids: Tensor, width: int) -> Tensor:
+        """(width, D): rows `ids` of `weight`, the last one again for what is missing.
+
+        Against columns of zeros, as that row is active anyway: what it holds is in the sum already.
+        """
+        if width > len(ids):
+            ids = torch.cat([ids, ids[-1:].expand(width - len(ids))])
+        out = self.take("head", head, width * weight.shape[1]).view(width, -1)
+        return torch.index_select(weight, 0, ids, out=out)
+
 
 def marks_of(
     head: Head, tile: Tile, target: Tensor, log_sum_exp: Tensor, threshold: float, block: int

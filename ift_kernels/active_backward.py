@@ -289,10 +289,7 @@ class _Totals:
                 dz = row_major[written : written + at.block * width].view(at.block, width)
                 dz = dz[: block.stop - block.start]
                 written += at.block * width
-                # Columns of zeros up to `width`, against a head row that is active anyway.
-                ids = torch.cat([ids, ids[-1:].expand(width - len(ids))])
-            gathered = self.rooms.take("head", head, width * weight.shape[1]).view(width, -1)
-            self.hidden.add(block, dz, torch.index_select(weight, 0, ids, out=gathered))
+            self.hidden.add(block, dz, self.rooms.head_rows(head, weight, ids, width))
 
     def _add_sparse_weight(
         self,
@@ -316,11 +313,10 @@ class _Totals:
         size, width = columns.stop - columns.start, common.shape[1]
         starts = [0, *accumulate(counts)]  # of what is left of each block
         for some in _ranges(ids, size, at.tail, at.parts // width):
-            if some != slice(0, size):
-                counts = marks[:, some].sum(1).tolist()
-            parts = self.rooms.take("parts", head, (sum(counts) + 31) * width).view(-1, width)
+            inside = counts if some == slice(0, size) else marks[:, some].sum(1).tolist()
+            parts = self.rooms.take("parts", head, (sum(inside) + 31) * width).view(-1, width)
             done, of_parts = 0, [ids[:0]]
-            for block, count in enumerate(counts):
+            for block, count in enumerate(inside):
                 if not count:
                     continue
                 at_rows, first = self._rows_of(rows, block), starts[block]

@@ -96,10 +96,7 @@ class ActiveHidden:
             here = slice(first, min(first + block, rows.stop))
             part = active[start : start + block * width].view(block, width)
             start += block * width
-            # Columns of zeros up to `width`, against a head row that is active anyway.
-            some = torch.cat([some, some[-1:].expand(width - len(some))])
-            gathered = self._rooms.take("head", head, width * weight.shape[1]).view(width, -1)
-            torch.index_select(weight, 0, some, out=gathered)
+            gathered = self._rooms.head_rows(head, weight, some, width)
             total.add(here, part[: here.stop - here.start], gathered)
         waiting = [tail.mean for tail in self._tails]
         waiting += [x for spread in self._spreads.values() for x in spread]

@@ -29,6 +29,13 @@ from ift_kernels.sums import wide_dtype
 RANGE, CAP, MOST = 16.0, 0.25, 2.0**-6
 
 
+def window(threshold: float) -> tuple[float, float]:
+    """Logarithms of the largest probability that q tells from others, and of the range below it."""
+    if not threshold:  # nothing is in the tail
+        return 0.0, 0.0
+    return math.log(CAP * threshold), math.log(min(max(MOST / threshold, 1.0), RANGE))
+
+
 class TailProfile:
     """What the mean of `head`'s rows gives every id, see above."""
 
@@ -38,10 +45,8 @@ class TailProfile:
         counts = (coef != 0).any(0) & log_sum_exp.isfinite()
         share = counts.to(norm.dtype) / counts.sum().clamp(min=1)
         self.mean = share.to(head.hidden.dtype) @ head.hidden
-        # With a threshold of 0 nothing is in the tail.
-        self.range = min(max(MOST / threshold, 1.0), RANGE) if threshold else 1.0
-        self.top = torch.where(counts, share * log_sum_exp, 0.0).sum()
-        self.top = self.top + math.log(CAP * threshold or 1.0)
+        cap, self.range = window(threshold)
+        self.top = torch.where(counts, share * log_sum_exp, 0.0).sum() + cap
         # The gradient of mean_logit is the same for all ids, so the tail is uniform too.
         self.uniform = (coef[3] != 0).any() | ~counts.any()
 
@@ -52,6 +57,6 @@ class TailProfile:
             weight, bias = head.weight[some], head.bias_chunk(some)
             products = torch.mm(weight, self.mean.to(weight.dtype)[:, None])[:, 0]
             z = head.transform.apply(products.to(wide), bias)
-            q = (z - self.top).clamp(-math.log(self.range), 0.0).exp()
+            q = (z - self.top).clamp(-self.range, 0.0).exp()
             profile.append(torch.where(z.isnan() | self.uniform, 1.0, q).to(wide))
         return torch.cat(profile)
