@@ -190,14 +190,6 @@ def test_unpatch_restores_a_forward_that_was_there():
     assert model.forward is forward
 
 
-def test_unpatch_refuses_to_pull_a_forward_out_from_under_a_wrapper():
-    model = patch(make("llama"))
-    inner = model.forward
-    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
-    with pytest.raises(RuntimeError, match="LlamaForCausalLM: its forward was wrapped"):
-        unpatch(model)
-
-
 @pytest.mark.parametrize("duplicate", ["deepcopy", "pickle"])
 def test_a_copy_is_patched_and_independent(duplicate):
     model, inputs = patch(make("gemma2")), batch()
@@ -366,7 +358,7 @@ class Altered(hf.LlamaForCausalLM):
 def test_code_after_the_head_that_is_not_scale_and_softcap_is_refused(change):
     model = type("Altered", (Altered,), {"change": change[1]})(make("llama").config)
     with pytest.raises(RuntimeError, match="Altered: expected its logits to be scale"):
-        patch(model)(**batch())
+        patch(model)(**batch())  # at patch, unless the model cannot compute its own loss either
 
 
 @pytest.mark.parametrize("capped", [False, True])
@@ -381,21 +373,34 @@ def test_an_unknown_scale_and_softcap_are_measured(capped):
     assert_close(got, expected)
 
 
-def test_a_model_that_computes_its_own_loss_is_refused():
-    config = hf.BartConfig(
-        vocab_size=V, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=32
-    )
-    model = patch(hf.BartForCausalLM(config).train())
-    with pytest.raises(RuntimeError, match="BartForCausalLM: computes its own loss"):
-        model(**batch())
+def test_other_losses_and_kinds_of_model_are_refused_by_name():
+    small = {"vocab_size": V, "d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4}
+    small |= {"decoder_ffn_dim": 32, "encoder_layers": 1, "encoder_attention_heads": 4}
+    small |= {"encoder_ffn_dim": 32}
+    two_parts = TypeError, "has an encoder and a decoder"
+    for model, (kind, match) in {
+        hf.BartForCausalLM(hf.BartConfig(**small)): (RuntimeError, "computes its own loss"),
+        hf.BartForConditionalGeneration(hf.BartConfig(**small)): two_parts,
+        hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=V, d_model=32, num_layers=1)): two_parts,
+    }.items():
+        before = state_of(model)
+        with pytest.raises(kind, match=f"{type(model).__name__}.*{match}"):
+            patch(model)
+        assert state_of(model) == before
 
 
 def test_a_custom_loss_function_is_refused_and_kept():
-    model = patch(make("llama"))
+    model = make("llama")
     model.loss_function = custom = lambda *args, **kwargs: torch.zeros(())
     with pytest.raises(RuntimeError, match="expected the loss function ForCausalLMLoss"):
-        model(**batch())
+        patch(model)
     assert model.loss_function is custom
+    del model._loss_function
+    patch(model)
+    model.loss_function = custom
+    with pytest.raises(RuntimeError, match="expected the loss function ForCausalLMLoss"):
+        model(**batch())
+    assert unpatch(model).loss_function is custom
 
 
 def test_an_error_inside_leaves_no_trace():

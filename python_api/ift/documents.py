@@ -50,12 +50,14 @@ def boundaries(starts: Tensor | None) -> Tensor | None:
     return torch.cat([starts.flatten().nonzero().flatten(), end])
 
 
-def shifted_targets(labels: Tensor, starts: Tensor | None = None) -> Tensor:
-    """(B, T): the token that position t predicts, ``labels[t + 1]``; `IGNORE_INDEX` where there is
-    none: at the end of a row and, given `starts`, before the first token of a document."""
+def shifted_targets(
+    labels: Tensor, starts: Tensor | None = None, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """(..., T): the token that position t predicts, ``labels[t + 1]``; `ignore_index` where there
+    is none: at the end of a row and, given `starts`, before the first token of a document."""
     if starts is not None:
-        labels = labels.masked_fill(starts, IGNORE_INDEX)
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        labels = labels.masked_fill(starts, ignore_index)
+    return F.pad(labels[..., 1:], (0, 1), value=ignore_index)
 
 
 def rows_with_targets(batch: dict[str, Tensor]) -> Tensor:

@@ -1,46 +1,79 @@
-"""Run a causal LM's own forward with its output head answering a question instead of making logits.
+"""Run a causal LM's own forward with its output head computing a result in place of logits.
 
-The question is asked inside the head module's forward, from its weight as that forward finds it:
+The result is computed inside the head module's forward, from its weight as that forward finds it:
 that is where sharding (FSDP2, ZeRO-3) has gathered it and where tied weights are one. The model's
-code gets an empty stand-in for the logits. What it would do to logits (scale, softcap) is measured
-once, on known values: no table of architectures is needed, and an unknown transform cannot pass.
+code gets an empty placeholder for the logits, and its call of `self.loss_function` the loss of the
+result, so that every argument that the model's code gives to that call is honoured or refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ift.documents import IGNORE_INDEX
+from ift.documents import IGNORE_INDEX, shifted_targets
 from ift_kernels import ActiveSet, TokenStats, linear_logprobs, vocab_parallel_logprobs
 from ift_kernels.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded, whole
 
-Answer = Callable[[Tensor, Tensor, "Tensor | None"], Any]  # (hidden, weight, bias) → anything
+HeadCallback = Callable[[Tensor, Tensor, "Tensor | None"], Any]  # (hidden, weight, bias) → result
+# Arguments of a patched forward; any of them reaching another function was lost on its way.
+PATCH_ARGUMENTS = ("ift", "skip_logits", "loss")
+
+
+@dataclass(frozen=True)
+class LossArguments:
+    """What the model's code passed to its loss function, beside the logits."""
+
+    labels: Tensor | None
+    shift_labels: Tensor | None
+    ignore_index: int
+    num_items: Any  # num_items_in_batch
+
+    @property
+    def target(self) -> Tensor:
+        """The token that each position is to predict, as transformers' ForCausalLMLoss has it."""
+        if self.shift_labels is not None:
+            return self.shift_labels
+        assert self.labels is not None
+        return shifted_targets(self.labels, ignore_index=self.ignore_index)
+
+
+LossCallback = Callable[[Any, LossArguments], Tensor]  # (result, arguments) → scalar
 
 
 @dataclass
-class _Question:
+class _HeadCall:
+    model: nn.Module
     head: nn.Module
-    answer: Answer
-    stand_in: Tensor | None  # None: an empty one, (*hidden.shape[:-1], 0)
-    answers: list[Any] = field(default_factory=list)
+    callback: HeadCallback
+    loss: LossCallback | None
+    placeholder: Tensor | None  # (V,): the logits of every token; None: empty, (*shape, 0)
+    results: list[Any] = field(default_factory=list)
+    losses: int = 0
+    shape: tuple[int, ...] = ()  # of the hidden states, without their width
+    columns: int = 0  # rows of the head's weight, of all shards together
 
 
-# One per thread and task, so that an exception or a nested call cannot leave a question behind.
-_asked: ContextVar[_Question | None] = ContextVar("ift_head_question", default=None)
+# One per thread and task, so that neither an exception nor a nested call leaves one behind.
+_current: ContextVar[_HeadCall | None] = ContextVar("ift_head_call", default=None)
+
+
+def in_head_pass(model: nn.Module) -> bool:
+    """Is a `head_pass` of this model running in this thread?"""
+    call = _current.get()
+    return call is not None and call.model is model
 
 
 class HeadForward:
-    """The forward of a patched head: the original one, unless a question is asked of this head.
+    """The forward of a patched head: the original one, unless a `head_pass` uses this head.
 
     An object and not a bound method, which would unpickle as the class's own forward.
     """
@@ -49,8 +82,8 @@ class HeadForward:
         self.head = head
 
     def __call__(self, input: Tensor) -> Tensor:
-        question = _asked.get()
-        if question is None or question.head is not self.head:
+        call = _current.get()
+        if call is None or call.head is not self.head:
             return nn.Linear.forward(self.head, input)
         weight, bias = self.head.weight, self.head.bias
         shape = getattr(weight, "ds_shape", None)
@@ -60,26 +93,108 @@ class HeadForward:
                 f"ZeRO-3; expected its ds_shape {tuple(shape)} here, got {tuple(weight.shape)}"
             )
         hidden = whole(input, weight)
-        question.answers.append(question.answer(hidden, weight, bias))
-        if question.stand_in is not None:
-            return _like_logits(question.stand_in.to(hidden.device), weight)
-        logprob: Tensor | None = getattr(question.answers[-1], "logprob", None)
+        call.results.append(call.callback(hidden, weight, bias))
+        call.shape, call.columns = hidden.shape[:-1], weight.shape[0]
+        if call.placeholder is not None:
+            made = call.placeholder.to(hidden.device)
+            return _like_logits(made.expand(*call.shape, -1).clone(), weight)
+        logprob: Tensor | None = getattr(call.results[-1], "logprob", None)
         if logprob is None or not logprob.requires_grad:
-            return _like_logits(hidden.new_empty((*hidden.shape[:-1], 0)), weight)
-        # Empty, but of the answer's graph: sharding gathers the weight for backward when a gradient
-        # reaches the head's output, which therefore has to lie between the loss and the answer.
+            return _like_logits(hidden.new_empty((*call.shape, 0)), weight)
+        # Empty, but of the result's graph: sharding gathers the weight for backward when a gradient
+        # reaches the head's output, which therefore has to lie between the loss and the result.
         return _like_logits(logprob[..., None][..., :0].to(hidden.dtype), weight)
 
 
-def _like_logits(stand_in: Tensor, weight: Tensor) -> Tensor:
+def _like_logits(placeholder: Tensor, weight: Tensor) -> Tensor:
     """As the head returns it: a DTensor if its weight is one."""
     if not is_sharded(weight):
-        return stand_in
+        return placeholder
     from torch.distributed.tensor import DTensor, Replicate
 
     sharded: Any = weight
-    made: Tensor = DTensor.from_local(stand_in, sharded.device_mesh, [Replicate()])
+    made: Tensor = DTensor.from_local(placeholder, sharded.device_mesh, [Replicate()])
     return made
+
+
+class LossFunction:
+    """The loss function of a patched model: the standard one, unless a `head_pass` has its own.
+
+    Args:
+        standard: transformers' ForCausalLMLoss, which the model had before.
+    """
+
+    def __init__(self, model: nn.Module, standard: Callable[..., Tensor]) -> None:
+        self.model = model
+        self.standard = standard
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor | None = None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Any = None,
+        ignore_index: int = IGNORE_INDEX,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        call = _current.get()
+        if call is None or call.model is not self.model or call.loss is None:
+            refuse_lost_arguments(type(self.model).__name__, kwargs)
+            return self.standard(
+                logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+            )
+        name = type(self.model).__name__
+        for extra in _loss_options(self.standard):
+            if kwargs.get(extra) is not None:
+                raise ValueError(
+                    f"{extra}: {name} passes it to its loss function; expected None, for "
+                    "the loss without logits does not have it"
+                )
+        if vocab_size != call.columns:
+            raise ValueError(
+                f"vocab_size: expected {call.columns}, the rows of the head of {name}, "
+                f"got {vocab_size}"
+            )
+        if labels is None and shift_labels is None:
+            raise ValueError(
+                f"labels: {name} gives its loss function neither these nor shift_labels"
+            )
+        if logits.shape[:-1] != call.shape:
+            raise RuntimeError(
+                f"{name}: gives logits of shape {tuple(logits.shape[:-1])} to its loss function, "
+                f"not those of the {tuple(call.shape)} hidden states at its head; "
+                "this model cannot be patched"
+            )
+        call.losses += 1
+        arguments = LossArguments(labels, shift_labels, ignore_index, num_items_in_batch)
+        loss = call.loss(call.results[-1], arguments)
+        if call.placeholder is not None:
+            return loss
+        empty: Any = logits.sum()  # see HeadForward
+        nothing: Tensor = empty.full_tensor() if is_sharded(empty) else empty
+        return loss + nothing
+
+
+def refuse_lost_arguments(name: str, kwargs: dict[str, Any]) -> None:
+    """Raise where arguments of a patched forward have reached a function that ignores them."""
+    for argument in PATCH_ARGUMENTS:
+        if kwargs.get(argument) is not None:
+            raise RuntimeError(
+                f"{argument}: the forward of {name} that takes it did not run, since something "
+                "replaced it after ift.patch or ift.unpatch took it off; patch the model again"
+            )
+
+
+@cache
+def _loss_options(standard: Callable[..., Tensor]) -> tuple[str, ...]:
+    """What the standard loss takes beyond what `LossFunction` honours, in this transformers."""
+    from transformers.loss.loss_utils import fixed_cross_entropy
+
+    named = {*inspect.signature(standard).parameters}
+    named |= {*inspect.signature(fixed_cross_entropy).parameters} - {"source", "target"}
+    honoured = {*inspect.signature(LossFunction.__call__).parameters}
+    return tuple(sorted(named - honoured))
 
 
 def plain_head(model: nn.Module) -> nn.Linear:
@@ -91,10 +206,11 @@ def plain_head(model: nn.Module) -> nn.Linear:
     name = type(model).__name__
     find = getattr(model, "get_output_embeddings", None)
     head: Any = find() if callable(find) else None
-    chosen = getattr(head, "modules_to_save", None)  # PEFT: a trained copy beside the original
-    if chosen is not None:
-        off = getattr(head, "disable_adapters", False)
-        head = head.original_module if off else chosen[next(iter(head.active_adapters))]
+    saved = getattr(head, "modules_to_save", None)  # PEFT: trained copies beside the original
+    if saved is not None:
+        adapters = head.active_adapters
+        off = head.disable_adapters or not adapters or any(a not in saved for a in adapters)
+        head = head.original_module if off else saved[adapters[0]]
     if head is None:
         raise TypeError(f"model: expected a causal LM with an output head, {name} has none")
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
@@ -104,29 +220,49 @@ def plain_head(model: nn.Module) -> nn.Linear:
         )
     if not isinstance(head.__dict__.get("forward"), (HeadForward, type(None))):
         raise TypeError(f"model: the forward of the output head of {name} is already replaced")
+    weight = head.weight
+    if not (weight.is_floating_point() and _is_plain(weight)):
+        raise TypeError(
+            f"model: expected an output head with a floating-point weight, {name} has one of "
+            f"{type(weight).__module__}.{type(weight).__name__} in {weight.dtype} (quantized?)"
+        )
+    for hook in head._backward_pre_hooks.values():
+        if getattr(hook, "__module__", "").split(".")[0] not in ("torch", "deepspeed"):
+            raise TypeError(
+                f"model: the output head of {name} has a full_backward_pre_hook, {hook}, "
+                "which would see no gradient of logits; remove it"
+            )
     return head
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """A tensor whose elements are its values: torchao, for one, quantizes in subclasses."""
+    home = type(weight).__module__.split(".")[0]
+    return home in ("torch", "deepspeed") and not type(weight).__module__.startswith("torch.ao")
 
 
 def head_pass(
     model: Any,
     forward: Callable[..., Any],
     kwargs: dict[str, Any],
-    answer: Answer,
+    callback: HeadCallback,
     *,
-    loss: Callable[[Any], Tensor] | None = None,
-    stand_in: Tensor | None = None,
+    loss: LossCallback | None = None,
+    placeholder: Tensor | None = None,
 ) -> tuple[Any, Any]:
-    """``forward(**kwargs)``, with `answer` computed in the head in place of the logits.
+    """``forward(**kwargs)``, with `callback` computed in the head in place of the logits.
 
     Args:
         forward: the unpatched forward of `model`.
-        answer: called with (hidden, weight, bias) inside the head's forward.
-        loss: with labels in `kwargs`: the loss of that answer, returned to the model's own code
-            where it asks for its loss, so that it adds what it adds (auxiliary losses).
-        stand_in: what the head returns; by default empty logits.
+        callback: called with (hidden, weight, bias) inside the head's forward.
+        loss: with labels in `kwargs`: the loss of that result and of the arguments that the
+            model's code gives to its loss function, returned to the model's code in its place, so
+            that it adds what it adds (auxiliary losses). The model's `loss_function` has to be a
+            `LossFunction`.
+        placeholder: (V,), the logits that the head returns for every token; by default empty ones.
 
     Returns:
-        The model's output, a ModelOutput, and the answer.
+        The model's output, a ModelOutput, and the result.
 
     Raises:
         RuntimeError: the model does not work this way: head called never or twice, loss not taken
@@ -136,59 +272,34 @@ def head_pass(
     head = plain_head(model)
     if "forward" not in head.__dict__:
         raise RuntimeError(f"{name}: the output head was replaced after ift.patch; patch again")
-    question = _Question(head, answer, stand_in)
-    losses = 0
-
-    def ask_loss(logits: Tensor, *_: Any, **__: Any) -> Tensor:
-        nonlocal losses
-        losses += 1
-        assert loss is not None
-        empty: Any = logits.sum()  # see HeadForward
-        nothing: Tensor = empty.full_tensor() if is_sharded(empty) else empty
-        return loss(question.answers[-1]) + nothing
-
+    if loss is not None and not isinstance(model.loss_function, LossFunction):
+        raise RuntimeError(
+            f"{name}: expected the loss function ForCausalLMLoss, got {model.loss_function}: "
+            "ift.patch replaces next-token cross-entropy only"
+        )
     config = getattr(model, "config", None)
     if not kwargs.get("return_dict", getattr(config, "return_dict", True)):
         kwargs = {**kwargs, "return_dict": True}
-    token = _asked.set(question)
+    call = _HeadCall(model, head, callback, loss, placeholder)
+    token = _current.set(call)
     try:
-        with _replaced_loss(model, ask_loss) if loss is not None else contextlib.nullcontext():
-            output = forward(**kwargs)
+        output = forward(**kwargs)
     finally:
-        _asked.reset(token)
+        _current.reset(token)
 
-    if len(question.answers) != 1:
+    if len(call.results) != 1:
         raise RuntimeError(
             f"{name}: expected one call of its output head per forward, got "
-            f"{len(question.answers)}; this model cannot be patched"
+            f"{len(call.results)}; this model cannot be patched"
         )
-    if loss is not None and losses != 1:
+    if loss is not None and call.losses != 1:
         raise RuntimeError(
-            f"{name}: expected its loss to come from one call of self.loss_function, got {losses}; "
-            "this model cannot be patched"
+            f"{name}: expected its loss to come from one call of self.loss_function, got "
+            f"{call.losses}; this model cannot be patched"
         )
-    if stand_in is None and output.logits.shape[-1] != 0:
+    if placeholder is None and output.logits.shape[-1] != 0:
         raise RuntimeError(f"{name}: reshapes its logits; this model cannot be patched")
-    return output, question.answers[0]
-
-
-@contextlib.contextmanager
-def _replaced_loss(model: Any, loss: Callable[..., Tensor]) -> Iterator[None]:
-    standard = model.loss_function
-    if getattr(standard, "__name__", "") != "ForCausalLMLoss":
-        raise RuntimeError(
-            f"{type(model).__name__}: expected the loss function ForCausalLMLoss, got {standard}: "
-            "ift.patch replaces next-token cross-entropy only"
-        )
-    had = "_loss_function" in model.__dict__
-    model.loss_function = loss
-    try:
-        yield
-    finally:
-        if had:
-            model.loss_function = standard
-        else:
-            del model._loss_function
+    return output, call.results[0]
 
 
 def transform_options(transform: LogitTransform) -> dict[str, Any]:
@@ -202,16 +313,17 @@ def token_stats(
     gradient: str | ActiveSet = "auto",
     workspace: int | None = None,
     *,
+    ignore_index: int = IGNORE_INDEX,
     outputs: tuple[str, ...] = ("logprob", "entropy", "argmax"),
     detached: tuple[str, ...] = ("entropy",),
     temperature: float = 1.0,
 ) -> Callable[[Tensor, Tensor, Tensor | None], TokenStats]:
-    """The answer that losses are made of: each target's cost, and two statistics for the logs.
+    """The head callback of losses: each target's log-probability, and two statistics for the logs.
 
     `target` has one entry per row of the hidden states that reach the head, in any shape.
     """
 
-    def answer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStats:
+    def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStats:
         if target.numel() != hidden.shape[:-1].numel():
             raise ValueError(
                 f"labels: expected one per hidden state that reaches the head, "
@@ -219,82 +331,37 @@ def token_stats(
                 "shift_labels of the positions kept"
             )
         frozen = not any(p is not None and p.requires_grad for p in (weight, bias))
-        own = "active" if frozen else "exact"
+        default = "active" if frozen else "exact"
         operation = vocab_parallel_logprobs if is_sharded(weight) else linear_logprobs
         return operation(
             hidden,
             weight,
             target.reshape(hidden.shape[:-1]).to(hidden.device),
             bias=bias,
-            ignore_index=IGNORE_INDEX,
+            ignore_index=ignore_index,
             temperature=temperature,
             outputs=outputs,
             detached=detached,
-            gradient=own if gradient == "auto" else gradient,
+            gradient=default if gradient == "auto" else gradient,
             workspace=workspace,
             **transform_options(transform),
         )
 
-    return answer
+    return callback
 
 
-def token_metrics(stats: TokenStats, target: Tensor) -> dict[str, Tensor]:
+def token_metrics(
+    stats: TokenStats, target: Tensor, ignore_index: int = IGNORE_INDEX
+) -> dict[str, Tensor]:
     """Sums over the targets, as scalar tensors: nothing here waits for the device."""
     assert stats.argmax is not None and stats.entropy is not None
     target = target.reshape(stats.argmax.shape).to(stats.argmax.device)
-    valid = target != IGNORE_INDEX
+    valid = target != ignore_index
     return {
         "tokens": valid.sum(),
         "correct": ((stats.argmax == target) & valid).sum(),
         "entropy": stats.entropy.detach().sum(),  # 0 where there is no target
     }
-
-
-# Values given to the model's code in place of logits: the first two fix cap and scale.
-_PROBES = (1e6, 2.0**-13, 1.0, -1.0, 30.0, -75.0, 0.0, 300.0)
-
-
-def measure_transform(
-    model: Any, forward: Callable[..., Any], kwargs: dict[str, Any]
-) -> LogitTransform:
-    """Scale and softcap that the code of `model` applies to what its head returns.
-
-    One forward of at most two tokens in evaluation mode, whose head returns known values for a
-    whole vocabulary. Done once per patch: a later change of the model's logit scale is not seen.
-
-    Raises:
-        RuntimeError: the code does anything other than scale, then softcap; or computes its own
-            loss.
-    """
-    name = type(model).__name__
-    if any(p is not None for p in model._parameters.values()):
-        raise RuntimeError(f"{name}: has parameters beside its head; this model cannot be patched")
-    width = max(plain_head(model).out_features, len(_PROBES))
-    probes = torch.tensor(_PROBES, dtype=torch.float32)
-    values = probes.repeat(math.ceil(width / len(_PROBES)))[:width]
-    named = [vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)]
-    if not any("loss_function" in inspect.unwrap(f).__code__.co_names for f in named):
-        raise RuntimeError(f"{name}: computes its own loss, so it cannot be patched")
-    with evaluating(model), torch.no_grad():
-        output, _ = head_pass(
-            model, forward, kwargs, lambda *_: None, stand_in=values.view(1, 1, width)
-        )
-    made = output.logits.detach()
-    made = (made.full_tensor() if is_sharded(made) else made).cpu()
-    if made.shape == (1, 1, width) and made.dtype in (torch.float32, torch.float64):
-        made = made.flatten().double()
-        top, small = made[:2].tolist()
-        scale = small / _PROBES[1]
-        capped = not math.isclose(top, scale * _PROBES[0], rel_tol=1e-4)
-        transform = LogitTransform(scale, abs(top) if capped else 0.0)
-        if math.isfinite(top + small) and torch.allclose(
-            made, transform.apply(values.double(), None), rtol=1e-5, atol=0.0
-        ):
-            return transform
-    raise RuntimeError(
-        f"{name}: expected its logits to be scale * (hidden @ weight.T + bias), then perhaps "
-        "softcap * tanh(logits / softcap); its code does something else to them"
-    )
 
 
 @contextlib.contextmanager

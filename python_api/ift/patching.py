@@ -1,12 +1,15 @@
 """`patch`: a transformers causal LM computes its training loss, SFT or IFT, without its logits.
 
-Wraps the `forward` of one model object and of its output head, and nothing else: `generate`,
-evaluation, saving and every module inside run as before. See docs/patching.md.
+Replaces the `forward` of one model object, its loss function and the `forward` of its output head
+(under IFT that of its input embedding, too), and nothing else: `generate`, evaluation, saving and
+every module inside run as before. See docs/patching.md.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType, NoneType
@@ -17,22 +20,26 @@ from torch import Tensor, nn
 
 from ift import two_pass
 from ift.config import IFTConfig
-from ift.documents import IGNORE_INDEX, shifted_targets
 from ift.head_pass import (
+    PATCH_ARGUMENTS,
     HeadForward,
-    head_pass,
-    measure_transform,
+    LossFunction,
+    in_head_pass,
     plain_head,
-    token_metrics,
-    token_stats,
+    refuse_lost_arguments,
 )
-from ift.losses import sft_loss
-from ift_kernels import ActiveSet, TokenStats, checks
+from ift.input_embeddings import EmbeddingForward
+from ift.measure import Measured, check_kind, measure, try_few_tokens
+from ift.one_pass import loss_pass
+from ift.prefix import Sharing
+from ift_kernels import ActiveSet, checks
 from ift_kernels.transform import LogitTransform
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _STATE = "_ift_patch"  # the attribute that makes a model a patched one
+_REPLICATE = "_replicate_for_data_parallel"
+_measuring = threading.RLock()  # measuring puts the model into evaluation mode for a moment
 
 
 def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
@@ -52,6 +59,11 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
     tensors of this call: the number of targets, ``tokens``, and the sums over them of ``correct``
     (argmax equals target) and ``entropy``.
 
+    Patching tries the model on four tokens, in evaluation mode and without gradient, and compares
+    its loss with the one without logits; a model whose weights are not there yet (meta device,
+    shards), or that needs more than token ids, is measured at its first loss instead. Patching
+    again does nothing, unless something has replaced the patched forward since.
+
     Args:
         model: a transformers causal LM with a plain linear output head, or a PEFT model around one.
             Patch before DDP or FSDP wraps it.
@@ -65,58 +77,120 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
 
     Raises:
         ValueError: another gradient than these.
-        TypeError: no output head, or one that is not plainly linear (LoRA on the head, quantized).
-        On the first loss, RuntimeError naming the model: code after the head that does other things
-        than scale and softcap, or a loss that is not next-token cross-entropy.
+        TypeError: no output head, or one that is not plainly linear (LoRA on the head, quantized);
+            an encoder–decoder model; a PEFT model that has kept the unpatched forward.
+        RuntimeError: code after the head that does other things than scale and softcap, or a loss
+            that is not next-token cross-entropy. All of them name the model.
 
     >>> # model = ift.patch(AutoModelForCausalLM.from_pretrained(...))
     >>> # model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
     """
     base = base_model(model)
-    head = plain_head(base)
     if isinstance(gradient, str):
         checks.one_of("gradient", gradient, ("auto", "exact", "active"))
-    if _STATE not in base.__dict__:
-        setattr(base, _STATE, _State(base.__dict__.get("forward")))
-        base.forward = _Forward(base)
+    check_kind(base)
+    _check_wrapper(model, base)
+    state: _State | None = base.__dict__.get(_STATE)
+    if state is None or not _is_patched(base.__dict__.get("forward")):
+        _install(base, state)
+    _patch_heads(base)
+    state = getattr(base, _STATE)
     if gradient is not None:
-        getattr(base, _STATE).gradient = gradient
-    # PEFT's original beside its trained copy, too: adapters may be switched off.
-    wrapper: Any = base.get_output_embeddings()  # type: ignore[operator]  # plain_head has called it
-    other = getattr(wrapper, "original_module", head)
-    heads: tuple[Any, ...] = (head, other)
-    for each in heads:
-        if "forward" not in each.__dict__:
-            each.forward = HeadForward(each)
+        state.gradient = gradient
     return model
+
+
+def _install(base: nn.Module, state: _State | None) -> None:
+    """Put the patched forward in place; with a state, once more on top of what replaced it."""
+    forward = PatchedForward(base, base.__dict__.get("forward"))
+    if state is not None:
+        state.forward = forward
+        base.forward = forward
+        return
+    setattr(base, _STATE, _State(forward, base.__dict__.get("_loss_function")))
+    standard: Any = base.loss_function
+    base._loss_function = LossFunction(base, standard)  # type: ignore[assignment]  # a plain attribute
+    setattr(base, _REPLICATE, functools.partial(_refuse_replicas, type(base).__name__))
+    base.forward = forward
+    try:
+        _patch_heads(base)
+        with _measuring:
+            measured = try_few_tokens(base, forward.original)
+        if measured is not None:
+            _remember(base, measured)
+    except BaseException:
+        unpatch(base)
+        raise
+
+
+def _patch_heads(base: nn.Module) -> None:
+    # PEFT's original beside its trained copies, too: adapters may be switched, or off.
+    wrapper: Any = base.get_output_embeddings()  # type: ignore[operator]  # plain_head has called it
+    copies = getattr(wrapper, "modules_to_save", None)
+    heads = [wrapper] if copies is None else [wrapper.original_module, *copies.values()]
+    for head in heads:
+        if "forward" not in head.__dict__:
+            head.forward = HeadForward(head)
 
 
 def unpatch(model: Model) -> Model:
     """Undo `patch`; nothing of it remains on the object. Does nothing to a model not patched.
 
-    Raises:
-        RuntimeError: something (accelerate's mixed precision, for one) wrapped the patched forward
-            since; undo that first, as ``accelerator.unwrap_model(model, keep_fp32_wrapper=False)``
-            does.
+    A wrapper that was put around the patched forward since (accelerate's mixed precision, for one)
+    stays, and what it wraps calls the original forward from then on.
     """
     base = base_model(model)
-    state = base.__dict__.get(_STATE)
+    state: _State | None = base.__dict__.pop(_STATE, None)
     if state is None:
         return model
-    if not getattr(base.__dict__.get("forward"), "is_ift", False):
-        raise RuntimeError(
-            f"{type(base).__name__}: its forward was wrapped after ift.patch, by "
-            f"{base.forward!r}; undo that first"
-        )
-    del base.forward
-    if state.previous is not None:
-        base.forward = state.previous
-    for name in (_STATE, "ift_metrics"):
+    forward = base.__dict__.get("forward")
+    if _is_patched(forward) and not hasattr(forward, "__wrapped__"):
+        del base.forward
+        if state.forward.previous is not None:
+            base.forward = state.forward.previous
+    if isinstance(base.__dict__.get("_loss_function"), LossFunction):
+        del base._loss_function
+        if state.loss_function is not None:
+            base._loss_function = state.loss_function  # type: ignore[assignment]  # a plain attribute
+    for name in (_REPLICATE, "ift_metrics"):
         base.__dict__.pop(name, None)
     for module in base.modules():
-        if isinstance(module.__dict__.get("forward"), HeadForward):
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, HeadForward):
             del module.forward
+        elif isinstance(forward, EmbeddingForward):
+            forward.take_off()
     return model
+
+
+def _is_patched(forward: Any) -> bool:
+    """Is it a patched forward, or a wrapper that shows what it wraps and ends in one?"""
+    while forward is not None:
+        if getattr(forward, "is_ift", False):
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
+
+
+def _check_wrapper(model: nn.Module, base: nn.Module) -> None:
+    """Refuse modules around a model that call a forward of it which no patch can replace."""
+    inside = set(base.modules())
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if module in inside or getattr(forward, "__self__", None) is not base:
+            continue
+        if not _is_patched(forward):
+            raise TypeError(
+                f"model: {type(module).__name__} has kept the forward of {type(base).__name__}; "
+                f"patch the model before {type(module).__name__} is put around it"
+            )
+
+
+def _refuse_replicas(name: str) -> None:
+    raise RuntimeError(
+        f"{name}: torch.nn.DataParallel would compute with the weights of one device only in a "
+        "patched model; expected one process per device (DistributedDataParallel, torchrun)"
+    )
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -129,29 +203,50 @@ def base_model(model: nn.Module) -> nn.Module:
 class _State:
     """What a patched model remembers. Plain data, so that copies and pickles of it work."""
 
-    previous: Callable[..., Any] | None  # a forward that sat on the object before
-    transform: LogitTransform | None = None  # measured at the first loss
+    forward: PatchedForward  # the one in place
+    loss_function: Callable[..., Any] | None  # one that was set on the object before
+    measured: Measured | None = None
+    hooks: tuple[int, ...] = ()  # of the head, when it was measured
     gradient: str | ActiveSet = "auto"  # of the head
-    embeds_checked: bool = False
-    share: bool | None = None
-    told: set[str] = field(default_factory=set)
+    sharing: Sharing | None = None  # how its prompts can be shared; None: not found out yet
+    warned: set[str] = field(default_factory=set)  # what was logged once
     draws: two_pass.Draws = field(default_factory=two_pass.Draws)
+    last_backward: tuple[int, int] | None = None  # see two_pass.warn_of_accumulation
+
+    @property
+    def transform(self) -> LogitTransform | None:
+        return None if self.measured is None else self.measured.transform
 
 
-class _Forward:
+class PatchedForward:
     """The forward of a patched model.
 
     Looks like a bound method (`__self__`, `__func__`, a signature): accelerate takes it apart and
     Trainer inspects it. Is an object: a bound method would unpickle as the class's forward.
+
+    Args:
+        previous: a forward that was set on the object before.
     """
 
     is_ift = True
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, previous: Callable[..., Any] | None) -> None:
         self.model = model
+        self.previous = previous
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The forward that the model had before."""
+        if self.previous is not None:
+            return self.previous
+        return MethodType(type(self.model).forward, self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _forward(self.model, *args, **kwargs)
+        if _STATE not in self.model.__dict__:  # unpatched, but still inside of a wrapper
+            refuse_lost_arguments(type(self.model).__name__, kwargs)
+        elif not in_head_pass(self.model):  # else one patched forward is inside of another
+            return _forward(self.model, self.original, *args, **kwargs)
+        return self.original(*args, **{k: v for k, v in kwargs.items() if k not in PATCH_ARGUMENTS})
 
     @property
     def __self__(self) -> nn.Module:
@@ -159,8 +254,10 @@ class _Forward:
 
     @property
     def __func__(self) -> Callable[..., Any]:
+        previous = self.previous
+
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return _forward(model, *args, **kwargs)
+            return PatchedForward(model, previous)(*args, **kwargs)  # `model` may be a copy
 
         own = self.__signature__
         first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -170,10 +267,10 @@ class _Forward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        original = inspect.signature(original_forward(self.model))
+        original = inspect.signature(self.original)
         extra = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-            for name in ("ift", "skip_logits", "loss")
+            for name in PATCH_ARGUMENTS
         ]
         parameters = list(original.parameters.values())
         at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
@@ -182,24 +279,37 @@ class _Forward:
 
 def original_forward(model: nn.Module) -> Callable[..., Any]:
     """The forward that a patched model had before."""
-    previous: Callable[..., Any] | None = getattr(model, _STATE).previous
-    return MethodType(type(model).forward, model) if previous is None else previous
+    state: _State = getattr(model, _STATE)
+    return state.forward.original
 
 
 def logit_transform(model: nn.Module, kwargs: dict[str, Any]) -> LogitTransform:
-    """What a patched model does to its logits, measured with the inputs in `kwargs` the first time.
+    """What a patched model does to its logits; measured with the inputs in `kwargs` if it has not
+    been, or if the forward hooks of its head have changed since.
 
     Raises:
         RuntimeError: it does something that `ift.patch` does not know.
     """
+    return _measured(model, kwargs).transform
+
+
+def _measured(model: nn.Module, kwargs: dict[str, Any]) -> Measured:
     state: _State = getattr(model, _STATE)
-    if state.transform is None:
-        state.transform = measure_transform(model, original_forward(model), _two_tokens(kwargs))
-    return state.transform
+    if state.measured is None or state.hooks != tuple(plain_head(model)._forward_hooks):
+        with _measuring:
+            if state.measured is None or state.hooks != tuple(plain_head(model)._forward_hooks):
+                _remember(model, measure(model, state.forward.original, _two_tokens(kwargs)))
+    return state.measured
+
+
+def _remember(model: nn.Module, measured: Measured) -> None:
+    state: _State = getattr(model, _STATE)
+    state.measured, state.hooks = measured, tuple(plain_head(model)._forward_hooks)
 
 
 def _forward(
     model: nn.Module,
+    original: Callable[..., Any],
     *args: Any,
     ift: IFTConfig | None = None,
     skip_logits: bool | None = None,
@@ -210,7 +320,6 @@ def _forward(
         raise ValueError("loss: expected a function, without ift and without skip_logits=False")
     if not isinstance(ift, (IFTConfig, NoneType)):
         raise TypeError(f"ift: expected an ift.IFTConfig or None, got {type(ift).__name__}")
-    original = original_forward(model)
     names = inspect.signature(original).parameters
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     if kwargs.get("labels") is None and skip_logits and kwargs.get("shift_labels") is not None:
@@ -230,61 +339,31 @@ def _forward(
         asked = "loss" if loss is not None else "skip_logits=True" if ift is None else "ift"
         raise ValueError(f"labels: expected (B, T) token ids with {asked}, got None")
 
-    state = getattr(model, _STATE)
-    logit_transform(model, kwargs)
+    state: _State = getattr(model, _STATE)
+    measured = _measured(model, kwargs)
     if ift is None:
-        output, metrics = _one_pass(model, original, kwargs, state, loss)
+        output, metrics = loss_pass(
+            model, original, kwargs, measured.transform, unshifted=measured.unshifted,
+            gradient=state.gradient, loss=loss, warned=state.warned,
+        )  # fmt: skip
     else:
         output, metrics = two_pass.ift_forward(model, original, kwargs, ift, state)
     model.ift_metrics = metrics  # type: ignore[assignment]  # a plain attribute
     return _without_logits(output, model, kwargs)
 
 
-def _one_pass(
-    model: nn.Module,
-    original: Callable[..., Any],
-    kwargs: dict[str, Any],
-    state: _State,
-    own: Callable[..., Tensor] | None,
-) -> tuple[Any, dict[str, Tensor]]:
-    """The loss `own`; or as transformers' ForCausalLMLoss: mean over targets, or their sum over
-    num_items_in_batch."""
-    target = kwargs.get("shift_labels")
-    if target is None:
-        # Of as many positions as there are labels, perhaps, but of others.
-        if isinstance(kwargs.get("logits_to_keep"), Tensor):
-            raise ValueError(
-                f"shift_labels: expected the targets of the positions that {type(model).__name__} "
-                "keeps with logits_to_keep, got None"
-            )
-        target = shifted_targets(kwargs["labels"])
-    num_items = kwargs.get("num_items_in_batch")
-
-    def loss(stats: TokenStats) -> Tensor:
-        assert stats.logprob is not None
-        mask = (target != IGNORE_INDEX).reshape(stats.logprob.shape).to(stats.logprob.device)
-        if own is not None:  # one of this package's own may want to know how peaked p is
-            return own(stats if getattr(own, "takes_stats", False) else stats.logprob, mask)
-        return sft_loss(stats.logprob, mask, num_items=num_items)
-
-    # As transformers' Trainer does: a cache costs memory and hides packed rows from the mask.
-    kwargs = {"use_cache": False, **kwargs}
-    assert state.transform is not None
-    ask = token_stats(target, state.transform, state.gradient)
-    output, stats = head_pass(model, original, kwargs, ask, loss=loss)
-    return output, token_metrics(stats, target)
-
-
 def _two_tokens(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs of the smallest forward: two tokens of the first row."""
+    """Inputs of the smallest forward: two tokens of the first row, and labels that differ."""
     for name in ("input_ids", "inputs_embeds"):
         if kwargs.get(name) is not None:
-            return {name: kwargs[name][:1, :2].detach(), "use_cache": False}
+            few = kwargs[name][:1, :2].detach()
+            labels = torch.arange(few.shape[1], device=few.device)[None]
+            return {name: few, "labels": labels, "use_cache": False}
     raise ValueError("input_ids: expected token ids (B, T), or inputs_embeds, got neither")
 
 
 def _without_logits(output: Any, model: nn.Module, kwargs: dict[str, Any]) -> Any:
-    """The same output without the stand-in, as a tuple where one was asked for."""
+    """The same output without the placeholder, as a tuple where one was asked for."""
     output = type(output)(**{key: value for key, value in output.items() if key != "logits"})
     wanted = kwargs.get("return_dict")
     if wanted is None:

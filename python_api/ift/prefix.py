@@ -13,15 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ift.documents import IGNORE_INDEX
+from ift.documents import IGNORE_INDEX, shifted_targets
 from ift.head_pass import evaluating, head_pass
-from ift.input_embeddings import has_per_layer_inputs
 
-# Arguments whose rows follow the tokens in a way not known here, or whose results would be parts.
-_WHOLE_ROWS = (
-    "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "output_hidden_states", "output_attentions",
-    "cache_position", "token_type_ids", "use_cache",
-)  # fmt: skip
+# Tensors that are followed through moved rows and a cache; any other would need rules of its own.
+_FOLLOWED = ("input_ids", "labels", "attention_mask", "num_items_in_batch")
+# Results that would be those of a part of each row.
+_WHOLE_ROWS = ("output_hidden_states", "output_attentions", "use_cache")
 # Of the work of two full passes, at most this much: else the passes would not be worth parting.
 _WORTH = 0.95
 
@@ -32,11 +30,47 @@ class Aligned(NamedTuple):
     ids: Tensor  # (B, T'), like the others
     labels: Tensor
     mask: Tensor
-    positions: Tensor | None  # where they are not what the model counts by itself
+    positions: Tensor | None  # the columns that moved rows came from; None: none moved
     start: int  # columns of prompt that both passes share: all but the last
 
+    def before(self, value: Tensor) -> Tensor:
+        """The columns that both passes share."""
+        return value[:, : self.start]
 
-def aligned(ids: Tensor, labels: Tensor, mask: Tensor | None) -> Aligned | None:
+    def after(self, value: Tensor) -> Tensor:
+        """The columns that each pass runs over."""
+        return value[:, self.start :]
+
+
+class Sharing(NamedTuple):
+    """How a model can go on from the cache of its prompts, as `find_sharing` has tried."""
+
+    plain: bool = False  # rows where they are
+    moved: str = ""  # moved rows: with the "columns" they came from as positions, or its "own"
+
+    def serves(self, rows: Aligned) -> bool:
+        """Whether these rows would give what whole rows give."""
+        return bool(self.moved) if rows.positions is not None else self.plain
+
+    def prompt(self, rows: Aligned) -> dict[str, Any]:
+        """Arguments of the forward over the prompts."""
+        given = {"input_ids": rows.before(rows.ids), "attention_mask": rows.before(rows.mask)}
+        return {**given, **self._positions(rows, rows.before), "use_cache": True}
+
+    def rest(self, rows: Aligned) -> dict[str, Any]:
+        """Arguments of a forward over the rest, but for its cache."""
+        given = {"input_ids": rows.after(rows.ids), "attention_mask": rows.mask}
+        return {**given, **self._positions(rows, rows.after)}
+
+    def _positions(self, rows: Aligned, part: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        if rows.positions is None or self.moved != "columns":
+            return {}
+        return {"position_ids": part(rows.positions)}
+
+
+def aligned(
+    ids: Tensor, labels: Tensor, mask: Tensor | None, worth: float = _WORTH
+) -> Aligned | None:
     """The batch with its rows moved right until their responses start together.
 
     Tokens behind a row's last label are dropped, for nothing that counts looks at them. None where
@@ -58,7 +92,7 @@ def aligned(ids: Tensor, labels: Tensor, mask: Tensor | None) -> Aligned | None:
     values = torch.stack([at, end, moved.long(), loose.long()])
     at_, end_, moved_, loose_ = values.tolist()  # one synchronisation
     start = int(at_) - 1
-    if 3 * start + 4 * (end_ - start) > _WORTH * 4 * length or start < 1 or loose_:
+    if 3 * start + 4 * (end_ - start) > worth * 4 * length or start < 1 or loose_:
         return None
     if not moved_:
         return Aligned(ids[:, :end_], labels[:, :end_], mask[:, :end_], None, start)
@@ -74,10 +108,12 @@ def aligned(ids: Tensor, labels: Tensor, mask: Tensor | None) -> Aligned | None:
     )
 
 
-def why_not(model: Any, kwargs: dict[str, Any]) -> str:
-    """Empty if prompts can be shared in this call as far as model and arguments tell, else why."""
-    for name in _WHOLE_ROWS:
-        if kwargs.get(name) is not None and kwargs[name] is not False:
+def unsupported_reason(model: Any, kwargs: dict[str, Any]) -> str:
+    """Empty if prompts can be shared in this call as far as model and arguments show, else why."""
+    for name, value in kwargs.items():
+        if name in _WHOLE_ROWS and value:
+            return f"{name} is given"
+        if name not in _FOLLOWED and not isinstance(value, (bool, int, float, str, type(None))):
             return f"{name} is given"
     mask = kwargs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
@@ -87,8 +123,6 @@ def why_not(model: Any, kwargs: dict[str, Any]) -> str:
         return "its auxiliary loss is over whole rows"
     if config is not None and getattr(config, "is_encoder_decoder", False):
         return "it has an encoder"
-    if has_per_layer_inputs(model):
-        return "its layers look up token ids by themselves"
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "DeepSpeed ZeRO-3 gathers parameters around one forward"
     for module in model.modules():
@@ -104,30 +138,69 @@ def why_not(model: Any, kwargs: dict[str, Any]) -> str:
     return ""
 
 
-def serves(model: Any, forward: Callable[..., Any], ids: Tensor) -> bool:
-    """Does the model go on from a cache as if it had seen whole rows? Tried on four tokens."""
-    few = ids[:1, :4]
-    if few.shape[1] < 2:
-        return False
-    hidden = []
+def find_sharing(model: Any, forward: Callable[..., Any], ids: Tensor) -> Sharing:
+    """Which rows does the model go on with from a cache as if it had seen them whole?
+
+    Tried in evaluation mode on rows of three lengths made of `ids`, padded on the left and on the
+    right: what reaches the head at their targets, whole and in parts.
+    """
+    tokens = ids.flatten()[: min(24, ids.numel())]
+    if tokens.numel() < 2:
+        return Sharing()
+    tokens = tokens.repeat(-(-24 // tokens.numel()))[:24].view(3, 8)
+    whole, plain = _try_batch(tokens, padding=(0, 2, 0), responses=((5, 8), (5, 8), (5, 6)))
+    uneven, moved = _try_batch(tokens, padding=(0, 3, 0), responses=((6, 8), (5, 8), (3, 6)))
     with evaluating(model), torch.no_grad():
-        embeds = model.get_input_embeddings()(few)
+        if not _agrees(model, forward, whole, plain, Sharing(plain=True)):
+            return Sharing()
+        for kind in ("columns", "own"):
+            if _agrees(model, forward, uneven, moved, Sharing(True, kind)):
+                return Sharing(True, kind)
+    return Sharing(plain=True)
 
-        def run(columns: slice, **given: Any) -> Any:
-            given = {"inputs_embeds": embeds[:, columns], "use_cache": True, **given}
-            output, at_head = head_pass(model, forward, given, lambda hidden, *_: hidden)
-            hidden.append(at_head)
-            return output.get("past_key_values")
 
-        run(slice(None))
-        layers = cached_layers(run(slice(0, 1)))
+def _try_batch(
+    ids: Tensor, padding: tuple[int, ...], responses: tuple[tuple[int, int], ...]
+) -> tuple[dict[str, Tensor], Aligned]:
+    """A padded batch and the same aligned: `padding` on the left, labels from column to column."""
+    column = torch.arange(ids.shape[1], device=ids.device)
+    first, last = (
+        torch.tensor(ends, device=ids.device)[:, None] for ends in zip(*responses, strict=True)
+    )
+    left = torch.tensor(padding, device=ids.device)[:, None]
+    mask = ((column >= left) & (column < last)).to(ids.dtype)
+    labels = torch.where((column >= first) & (column < last), ids, IGNORE_INDEX)
+    rows = aligned(ids, labels, mask, worth=float("inf"))
+    assert rows is not None
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}, rows
+
+
+def _agrees(
+    model: Any,
+    forward: Callable[..., Any],
+    batch: dict[str, Tensor],
+    rows: Aligned,
+    sharing: Sharing,
+) -> bool:
+    def run(given: dict[str, Any], labels: Tensor) -> tuple[Any, Tensor]:
+        output, hidden = head_pass(model, forward, given, lambda hidden, *_: hidden)
+        return output, hidden[shifted_targets(labels) != IGNORE_INDEX]
+
+    labels = batch["labels"]
+    try:
+        given = {k: v for k, v in batch.items() if k != "labels"}
+        _, whole = run({**given, "use_cache": False}, labels)
+        output, _ = run(sharing.prompt(rows), rows.before(rows.labels))
+        layers = cached_layers(output.get("past_key_values"))
         if layers is None:
             return False
-        mask = torch.ones_like(few)
-        run(slice(1, None), past_key_values=new_cache(layers, detached=True), attention_mask=mask)
-    whole, _, rest = hidden
+        cache = new_cache(layers, detached=True)
+        given = {**sharing.rest(rows), "use_cache": True, "past_key_values": cache}
+        _, parts = run(given, rows.after(rows.labels))
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return False  # it takes no positions, or no cache
     limit = torch.finfo(whole.dtype).eps ** 0.5 * whole.abs().max()
-    return bool((whole[:, 1:] - rest).abs().max() <= limit)
+    return whole.shape == parts.shape and bool((whole - parts).abs().max() <= limit)
 
 
 def _is_random(module: nn.Module) -> bool:

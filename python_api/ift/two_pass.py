@@ -2,40 +2,36 @@
 
 Pass 1, without gradient: what would the model have said at each response position? Pass 2, with
 gradient: the same batch, whose input embeddings are a little of that. The loss is
-`ift.losses.ift_loss` of pass 2. Only response positions pass through the head, in both.
+`ift.losses.ift_loss` of pass 2. Only response positions pass through the head, in both. Both run on
+the same ids and other inputs; pass 2 mixes embeddings where the model looks them up.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from ift import prefix
 from ift.documents import IGNORE_INDEX, boundaries, document_starts, shifted_targets
 from ift.head_pass import (
-    evaluating,
+    LossArguments,
     head_pass,
-    plain_head,
     token_metrics,
     token_stats,
     transform_options,
 )
-from ift.input_embeddings import embedding_table, is_bare_table, per_layer_inputs
+from ift.input_embeddings import Mixture, embedding_table, mixing
 from ift.losses import ift_loss
 from ift_kernels import (
     ActiveSet,
     TokenStats,
-    further_tokens,
     linear_expected_embedding,
     linear_token,
-    temporal_residual,
     vocab_parallel_logprobs,
 )
 from ift_kernels.transform import LogitTransform
@@ -71,51 +67,50 @@ class Draws:
 class State(Protocol):
     """What this module reads and writes of a patched model's state."""
 
-    transform: LogitTransform | None
+    @property
+    def transform(self) -> LogitTransform | None:
+        """Of the logits, measured by now."""
+
     gradient: str | ActiveSet  # of the head
-    embeds_checked: bool  # once, that inputs_embeds serve this model
-    share: bool | None  # may its prompts be shared? None: not found out yet
-    told: set[str]  # what was said once
+    sharing: prefix.Sharing | None  # how its prompts can be shared; None: not found out yet
+    warned: set[str]  # what was logged once
     draws: Draws
+    last_backward: tuple[int, int] | None
 
 
 def ift_forward(
     model: Any, forward: Forward, kwargs: dict[str, Any], config: IFTConfig, state: State
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Output (loss set, logits a stand-in) and token metrics of one IFT forward.
+    """Output (loss set, logits a placeholder) and token metrics of one IFT forward.
 
     Raises:
         ValueError: `kwargs` without input_ids, or with what cannot serve here.
+        RuntimeError: the model changes its labels, or looks up embeddings in another way.
     """
     kwargs = _checked(kwargs, config)
-    ids, labels = kwargs.pop("input_ids"), kwargs["labels"]
+    ids, labels = kwargs["input_ids"], kwargs["labels"]
     transform = state.transform
     assert transform is not None
     starts = document_starts(labels, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"))
     cu_seqlens = boundaries(starts)
     target = shifted_targets(labels, starts)
-    if not state.embeds_checked:
-        _check_embeds_path(model, forward, ids)
-        state.embeds_checked = True
 
     lam = config.lam_at(config.step)
-    batch = (ids, labels, target)
-    shared = _shared_prompt(model, forward, kwargs, batch, lam, config, state)
+    mixture = Mixture(ids, labels, target, None, lam, cu_seqlens, config.embedding_grad)
+    first = kwargs
+    shared = _shared_prompt(model, forward, kwargs, mixture, config, state)
     if shared is not None:
-        batch, kwargs = shared.batch, shared.second
-        target = batch[2]
-    predicted = None
+        mixture, first, kwargs = shared
+        target = mixture.target
     if lam > 0.0:  # else nothing would be mixed in
-        answer = _prediction(model, target != IGNORE_INDEX, config, state)
-        given = kwargs if shared is None else shared.first
-        given = {k: v for k, v in given.items() if k not in _FIRST_PASS_DROPS}
+        callback = _prediction(model, target != IGNORE_INDEX, config, state)
+        given = {k: v for k, v in first.items() if k not in _FIRST_PASS_DROPS}
         with torch.no_grad():
-            _, predicted = head_pass(model, forward, {**given, "input_ids": batch[0]}, answer)
-    kwargs["inputs_embeds"] = _mixed(model, batch, predicted, lam, config, cu_seqlens)
-    kwargs |= per_layer_inputs(model, batch[0])
+            _, mixture.predicted = head_pass(model, forward, given, callback)
 
-    def loss(stats: TokenStats) -> Tensor:
+    def loss(stats: TokenStats, given: LossArguments) -> Tensor:
         assert stats.logprob is not None
+        _check_labels(model, kwargs["labels"], given)
         return ift_loss(
             stats.logprob,
             (target != IGNORE_INDEX).to(stats.logprob.device),
@@ -129,69 +124,62 @@ def ift_forward(
             num_rows=config.num_rows,
         )
 
-    ask = token_stats(target, transform, state.gradient, config.workspace)
-    output, stats = head_pass(model, forward, kwargs, ask, loss=loss)
+    callback = token_stats(target, transform, state.gradient, config.workspace)
+    with mixing(model, mixture):
+        output, stats = head_pass(model, forward, kwargs, callback, loss=loss)
     if shared is not None:  # its cache was a means
         output = type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
+    if config.num_rows is None and output.loss.requires_grad:
+        output.loss.register_hook(lambda grad: _warn_of_accumulation(model, grad, state))
     return output, token_metrics(stats, target)
-
-
-class _Shared(NamedTuple):
-    """What is left of both passes once the prompts have run."""
-
-    batch: tuple[Tensor, Tensor, Tensor]  # ids, labels, target of the columns that are left
-    first: dict[str, Any]  # arguments of pass 1, but for its ids
-    second: dict[str, Any]  # arguments of pass 2, but for its embeddings
 
 
 def _shared_prompt(
     model: Any,
     forward: Forward,
     kwargs: dict[str, Any],
-    batch: tuple[Tensor, Tensor, Tensor],
-    lam: float,
+    batch: Mixture,
     config: IFTConfig,
     state: State,
-) -> _Shared | None:
-    """Run the prompts once for both passes; None where that cannot serve, which is said once."""
-    if not config.share_prompt or lam == 0.0:
+) -> tuple[Mixture, dict[str, Any], dict[str, Any]] | None:
+    """Run the prompts once for both passes: what is left of the batch, and the arguments of each
+    pass. None where that cannot serve, which is logged once.
+    """
+    if not config.share_prompt or batch.lam == 0.0:
         return None
-    reason = prefix.why_not(model, kwargs)
-    ids, labels, _ = batch
-    if not reason and state.share is None:
-        state.share = prefix.serves(model, forward, ids)
-    if not reason and not state.share:
+    reason = prefix.unsupported_reason(model, kwargs)
+    if not reason and state.sharing is None:
+        state.sharing = prefix.find_sharing(model, forward, batch.ids)
+    sharing = state.sharing
+    if not reason and (sharing is None or not sharing.plain):
         reason = "it gives other results from a cache, or its cache is not one of keys and values"
     if reason:
-        if reason not in state.told:
-            state.told.add(reason)
+        if reason not in state.warned:
+            state.warned.add(reason)
             logger.warning(
                 "%s: IFT runs its prompts in both passes: %s", type(model).__name__, reason
             )
         return None
-    rows = prefix.aligned(ids, labels, kwargs.get("attention_mask"))
-    moved = rows is not None and rows.positions is not None
-    if rows is None or (moved and "position_ids" not in inspect.signature(forward).parameters):
+    assert sharing is not None
+    rows = prefix.aligned(batch.ids, batch.labels, kwargs.get("attention_mask"))
+    if rows is None or not sharing.serves(rows):
         return None  # this batch cannot, the next one may
-    start = rows.start
-    at: list[dict[str, Tensor]] = [{}, {}]
-    if rows.positions is not None:
-        at = [{"position_ids": p} for p in (rows.positions[:, :start], rows.positions[:, start:])]
-    given = {k: v for k, v in kwargs.items() if k != "labels"} | {"use_cache": True}
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("input_ids", "attention_mask")}
+    prompt = {k: v for k, v in kwargs.items() if k != "labels"} | sharing.prompt(rows)
     # The embeddings of prompts are as free of gradient as those that are mixed.
-    with torch.set_grad_enabled(config.embedding_grad and torch.is_grad_enabled()):
-        prompt = model.get_input_embeddings()(rows.ids[:, :start])
-    given |= {"inputs_embeds": prompt, "attention_mask": rows.mask[:, :start], **at[0]}
-    output, _ = head_pass(model, forward, given, lambda *_: None)
+    with mixing(model, Mixture(prompt["input_ids"], *(rows.before(rows.labels),) * 2,
+                               track=batch.track)):  # fmt: skip
+        output, _ = head_pass(model, forward, prompt, lambda *_: None)
     layers = prefix.cached_layers(output.get("past_key_values"))
-    assert layers is not None  # prefix.serves has seen one
-    target = shifted_targets(rows.labels)[:, start:]
-    left = {**kwargs, "labels": rows.labels[:, start:], "attention_mask": rows.mask, **at[1]}
+    assert layers is not None  # prefix.find_sharing has seen one
+    left = kwargs | sharing.rest(rows) | {"labels": rows.after(rows.labels)}
     first, second = (
         {**left, "use_cache": True, "past_key_values": prefix.new_cache(layers, detached=detached)}
         for detached in (True, False)
     )
-    return _Shared((rows.ids[:, start:], left["labels"], target), first, second)
+    target = rows.after(shifted_targets(rows.labels))
+    mixture = Mixture(left["input_ids"], left["labels"], target, None, batch.lam, None, batch.track)
+    return mixture, first, second
 
 
 # What pass 1 does not need of the caller's arguments.
@@ -215,6 +203,10 @@ def _checked(kwargs: dict[str, Any], config: IFTConfig) -> dict[str, Any]:
     keep = kwargs.get("logits_to_keep")
     if keep is not None and (isinstance(keep, Tensor) or keep != 0):
         raise ValueError(f"logits_to_keep: expected 0 with ift, got {keep}")
+    if kwargs.get("ignore_index", IGNORE_INDEX) != IGNORE_INDEX:
+        raise ValueError(
+            f"ignore_index: expected {IGNORE_INDEX} with ift, got {kwargs['ignore_index']}"
+        )
     if kwargs.get("num_items_in_batch") is not None and config.num_rows is None:
         raise ValueError(
             "num_items_in_batch: IFT is a mean over rows, not over tokens; expected "
@@ -225,17 +217,52 @@ def _checked(kwargs: dict[str, Any], config: IFTConfig) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k not in dropped} | {"use_cache": False}
 
 
+def _check_labels(model: Any, labels: Tensor, given: LossArguments) -> None:
+    """Refuse a model that gives other labels to its loss function than it was given."""
+    same = given.labels is labels and given.shift_labels is None
+    if not same:  # new tensors, perhaps of the same values
+        mine, theirs = shifted_targets(labels).flatten(), given.target.flatten()
+        same = torch.equal(mine, theirs.to(mine.device))
+    if not same or given.ignore_index != IGNORE_INDEX:
+        raise RuntimeError(
+            f"{type(model).__name__}: changes its labels before its loss, so IFT, which mixes "
+            "tokens by its labels, would train something else"
+        )
+
+
+def _warn_of_accumulation(model: nn.Module, grad: Tensor, state: State) -> None:
+    """Warn once when the gradients of two forwards add up as if each was the whole step.
+
+    Every loss is then a mean over its own rows, and their sum N times that of all rows at once.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if "accumulation" in state.warned or not trained:
+        return
+    last = trained[-1]
+    seen, state.last_backward = state.last_backward, (id(last), last._version)
+    if seen != state.last_backward or last.grad is None:
+        return
+    if bool((grad >= 1).all()) and bool((last.grad != 0).any()):  # not divided, not set to zero
+        state.warned.add("accumulation")
+        logger.warning(
+            "%s: gradients of several IFT forwards add up without IFTConfig.num_rows, each a mean "
+            "over its own rows: pass num_rows, the rows with response tokens of the whole "
+            "optimizer step (docs/patching.md)",
+            type(model).__name__,
+        )
+
+
 def _prediction(
     model: Any, wanted: Tensor, config: IFTConfig, state: State
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """The answer of pass 1: what is predicted at the positions `wanted` (B, T) bool.
+    """The head callback of pass 1: what is predicted at the positions `wanted` (B, T) bool.
 
     Token ids (B, T), 0 elsewhere; for rule "soft" embeddings (positions wanted, E).
     """
     assert state.transform is not None
     options = transform_options(state.transform)
 
-    def answer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         here = wanted.to(hidden.device)
         rows = hidden[here]
         if is_sharded(weight):
@@ -262,7 +289,7 @@ def _prediction(
         ids = torch.zeros(here.shape, dtype=torch.int64, device=here.device)
         return ids.masked_scatter_(here, choice.ids).to(wanted.device)
 
-    return answer
+    return callback
 
 
 def _greedy_of_shards(
@@ -285,72 +312,3 @@ def _greedy_of_shards(
     assert stats.argmax is not None
     ids = torch.zeros(here.shape, dtype=torch.int64, device=here.device)
     return ids.masked_scatter_(here, stats.argmax)
-
-
-def _mixed(
-    model: Any,
-    batch: tuple[Tensor, Tensor, Tensor],  # ids, labels, target: each (B, T)
-    predicted: Tensor | None,
-    lam: float,
-    config: IFTConfig,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """Input embeddings (B, T, E) of pass 2.
-
-    Through the embedding module, since models scale there (Gemma); by the fused operation where
-    that module is a bare table.
-    """
-    ids, labels, target = batch
-    embedding = model.get_input_embeddings()
-    track = config.embedding_grad and torch.is_grad_enabled()
-    mixed: Tensor
-    with torch.set_grad_enabled(track):
-        if predicted is None:
-            mixed = embedding(ids)
-        elif config.rule == "soft":
-            own = embedding(ids)
-            other = own.clone()
-            other[F.pad(target != IGNORE_INDEX, (1, -1))] = predicted.to(own)
-            mixed = torch.lerp(own, other, lam)
-        elif is_bare_table(embedding, track):
-            mixed = temporal_residual(
-                embedding.weight, ids, predicted, labels, lam, cu_seqlens=cu_seqlens
-            )
-        else:
-            further = further_tokens(ids, predicted, labels, cu_seqlens=cu_seqlens)
-            mixed = torch.lerp(embedding(ids), embedding(further), lam)  # exact where they agree
-    if not torch.is_grad_enabled() or mixed.requires_grad:
-        return mixed
-    parameters = list(embedding.parameters())
-    tied = any(p is plain_head(model).weight for p in parameters)
-    if not tied and any(p.requires_grad for p in parameters):
-        # A gradient of zeros for the table: DDP waits for one from every parameter.
-        mixed = mixed + 0.0 * embedding(ids[:1, :1])[..., :1]
-    elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        mixed.requires_grad_()  # reentrant checkpointing drops the gradients of a layer without it
-    return mixed
-
-
-def _check_embeds_path(model: Any, forward: Forward, ids: Tensor) -> None:
-    """Refuse a model that does to token ids what it does not do to their embeddings.
-
-    Some models scale, or look up further tables, on the ids path only; pass 2 would then train
-    another model. Compares what reaches the head on a few tokens, once per patch.
-    """
-    few = ids[:1, :4]
-    reached = []
-    with evaluating(model), torch.no_grad():
-        embeds = model.get_input_embeddings()(few)
-        other = {"inputs_embeds": embeds, **per_layer_inputs(model, few)}
-        for given in ({"input_ids": few}, other):
-            _, hidden = head_pass(
-                model, forward, {**given, "use_cache": False}, lambda hidden, *_: hidden
-            )
-            reached.append(hidden)
-    by_ids, by_embeds = reached
-    limit = torch.finfo(by_ids.dtype).eps ** 0.5 * by_ids.abs().max()
-    if bool((by_ids - by_embeds).abs().max() > limit):
-        raise RuntimeError(
-            f"{type(model).__name__}: gives other results for the embeddings of tokens than for "
-            "the tokens themselves, so IFT cannot mix its embeddings"
-        )

@@ -1,0 +1,178 @@
+"""What a causal LM's own code does to its logits and to its labels: measured, not looked up.
+
+A forward of a few tokens whose head returns known logits shows scale and softcap. No table of
+architectures is needed, and code that does something else cannot pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ift.head_pass import (
+    LossArguments,
+    LossFunction,
+    evaluating,
+    head_pass,
+    plain_head,
+)
+from ift.one_pass import loss_pass
+from ift_kernels.transform import LogitTransform
+from ift_kernels.vocab_parallel import is_sharded
+
+# Logits given to the model's code: the first two show cap and scale.
+_PROBES = (1e6, 2.0**-13, 1.0, -1.0, 30.0, -75.0, 0.0, 300.0)
+
+
+class Measured(NamedTuple):
+    """What the code around a head does, as `measure` found it."""
+
+    transform: LogitTransform
+    # The model takes its labels as the targets of their own positions, not of those before.
+    unshifted: bool
+
+
+def measure(model: Any, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Measured:
+    """Transform of the logits and rule of the labels, by one forward in evaluation mode.
+
+    Args:
+        model: patched, or about to be: its loss function is a `LossFunction`.
+        forward: the unpatched forward.
+        kwargs: inputs of a few tokens with labels, distinct ones.
+
+    Raises:
+        RuntimeError: the code does anything other than scale, then softcap; or computes its own
+            loss.
+    """
+    found: list[LossArguments] = []
+
+    def loss(_: Any, arguments: LossArguments) -> Tensor:
+        found.append(arguments)
+        return torch.zeros(())
+
+    transform = measure_transform(model, forward, kwargs, loss)
+    labels = kwargs["labels"].flatten()
+    target = found[0].target.flatten().to(labels.device)
+    return Measured(transform, torch.equal(target, labels))
+
+
+def measure_transform(
+    model: Any, forward: Callable[..., Any], kwargs: dict[str, Any], loss: Any = None
+) -> LogitTransform:
+    """Scale and softcap that the code of `model` applies to what its head returns.
+
+    One forward in evaluation mode, whose head returns known values for a whole vocabulary.
+
+    Raises:
+        RuntimeError: the code does anything other than scale, then softcap.
+    """
+    width = max(plain_head(model).out_features, len(_PROBES))
+    probes = torch.tensor(_PROBES, dtype=torch.float32, device="cpu")
+    values = probes.repeat(math.ceil(width / len(_PROBES)))[:width]
+    with evaluating(model), torch.no_grad():
+        output, shape = head_pass(
+            model, forward, kwargs, lambda hidden, *_: hidden.shape[:-1], loss=loss,
+            placeholder=values,
+        )  # fmt: skip
+    made = output.logits.detach()
+    made = (made.full_tensor() if is_sharded(made) else made).cpu()
+    if made.shape == (*shape, width) and made.dtype in (torch.float32, torch.float64):
+        made = made.double()
+        top, small = made.flatten()[:2].tolist()
+        scale = small / _PROBES[1]
+        capped = not math.isclose(top, scale * _PROBES[0], rel_tol=1e-4)
+        transform = LogitTransform(scale, abs(top) if capped else 0.0)
+        expected = transform.apply(values.double(), None).expand_as(made)
+        if math.isfinite(top + small) and torch.allclose(made, expected, rtol=1e-5, atol=0.0):
+            return transform
+    raise RuntimeError(
+        f"{type(model).__name__}: expected its logits to be scale * (hidden @ weight.T + bias), "
+        "then perhaps softcap * tanh(logits / softcap); its code does something else to them"
+    )
+
+
+def check_kind(model: Any) -> None:
+    """Refuse a model whose loss is not what `ift.patch` replaces, without running it.
+
+    Raises:
+        TypeError: no plain linear head (`plain_head`), or an encoder–decoder model.
+        RuntimeError: parameters beside the head, or a loss that does not come from transformers'
+            ForCausalLMLoss.
+    """
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    name = type(model).__name__
+    plain_head(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TypeError(
+            f"model: expected a causal LM whose labels are its input ids, {name} has an encoder "
+            "and a decoder"
+        )
+    if any(p is not None for p in model._parameters.values()):
+        raise RuntimeError(f"{name}: has parameters beside its head; this model cannot be patched")
+    forwards = [vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)]
+    if not any("loss_function" in inspect.unwrap(f).__code__.co_names for f in forwards):
+        raise RuntimeError(f"{name}: computes its own loss, so it cannot be patched")
+    standard = model.loss_function
+    standard = standard.standard if isinstance(standard, LossFunction) else standard
+    if standard is not ForCausalLMLoss:
+        raise RuntimeError(
+            f"{name}: expected the loss function ForCausalLMLoss, got {standard}: "
+            "ift.patch replaces next-token cross-entropy only"
+        )
+
+
+def try_few_tokens(model: Any, forward: Callable[..., Any]) -> Measured | None:
+    """Measure a model on text of its own making, and compare its fused loss with its own.
+
+    None where it cannot run here: weights on the meta device or in shards, or a model that needs
+    more than token ids. It is measured with the inputs of its first loss then.
+
+    Raises:
+        RuntimeError: as `measure`, or the two losses differ.
+    """
+    if any(_is_elsewhere(p) for p in model.parameters()):
+        return None
+    kwargs = _few_tokens(model)
+    with evaluating(model), torch.no_grad():
+        try:
+            plain = forward(**kwargs).loss
+        except Exception:  # whatever a model raises that wants an image, say
+            return None
+        measured = measure(model, forward, kwargs)
+        output, _ = loss_pass(
+            model, forward, kwargs, measured.transform, unshifted=measured.unshifted
+        )
+    error = abs(float(output.loss) - float(plain))
+    eps = torch.finfo(plain_head(model).weight.dtype).eps
+    if not error <= 16 * eps * max(1.0, abs(float(plain))) + 1e-4:
+        raise RuntimeError(
+            f"{type(model).__name__}: its loss of four tokens is {float(plain):.6g}, without "
+            f"logits {float(output.loss):.6g}; this model cannot be patched"
+        )
+    return measured
+
+
+def _is_elsewhere(parameter: Tensor) -> bool:
+    return parameter.is_meta or is_sharded(parameter) or hasattr(parameter, "ds_id")
+
+
+def _few_tokens(model: Any) -> dict[str, Any]:
+    """Four tokens of plain text, labels included: no id that the configuration gives a meaning."""
+    config = model.config
+    special: set[int] = set()
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
+                special.add(value)
+    vocabulary = plain_head(model).out_features
+    plain = (i for i in range(vocabulary) if i not in special)
+    first = [token for token, _ in zip(plain, range(4), strict=False)]
+    device = next(model.get_input_embeddings().parameters()).device
+    ids = torch.tensor([first], device=device)
+    return {"input_ids": ids, "labels": ids, "use_cache": False, "return_dict": True}

@@ -1,0 +1,115 @@
+"""One forward of a causal LM with its loss computed in the head: SFT, or a loss of the caller's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ift.documents import IGNORE_INDEX
+from ift.head_pass import LossArguments, head_pass, token_metrics, token_stats
+from ift.losses import sft_loss
+from ift_kernels import ActiveSet, TokenStats
+from ift_kernels.transform import LogitTransform
+
+logger = logging.getLogger(__name__)
+
+
+def loss_pass(
+    model: Any,
+    forward: Callable[..., Any],
+    kwargs: dict[str, Any],
+    transform: LogitTransform,
+    *,
+    unshifted: bool = False,
+    gradient: str | ActiveSet = "auto",
+    loss: Callable[..., Tensor] | None = None,
+    warned: set[str] | None = None,
+) -> tuple[Any, dict[str, Tensor]]:
+    """Output and token metrics of one forward, whose loss is `loss` or that of transformers.
+
+    transformers' is the mean over targets, or their sum over ``num_items_in_batch``. The head
+    computes the log-probabilities of the targets that `kwargs` imply. Where the model's code then
+    gives other targets to its loss function, the forward is run once more with those.
+
+    Args:
+        unshifted: the model takes labels as targets of their own positions (`measure.measure`).
+        loss: a function of (logprob, mask), or of (stats, mask) with an attribute `takes_stats`.
+        warned: what was logged before; no warnings without it.
+
+    Raises:
+        ValueError: `kwargs` without the targets of the positions that they keep.
+        RuntimeError: the model's code gives other targets each time.
+    """
+    expected = _expected(model, kwargs, unshifted)
+    for _ in range(2):
+        found: list[LossArguments] = []
+        target, ignore_index = expected.target, expected.ignore_index
+
+        def compute(
+            stats: TokenStats,
+            given: LossArguments,
+            expected: LossArguments = expected,
+            found: list[LossArguments] = found,
+        ) -> Tensor:
+            assert stats.logprob is not None
+            found.append(given)
+            if not _same_target(expected, given):
+                return stats.logprob.new_zeros(())
+            mask = (expected.target != expected.ignore_index).reshape(stats.logprob.shape)
+            mask = mask.to(stats.logprob.device)
+            if loss is not None:  # one of this package's own may want more than log-probabilities
+                return loss(stats if getattr(loss, "takes_stats", False) else stats.logprob, mask)
+            return sft_loss(stats.logprob, mask, num_items=given.num_items)
+
+        # As transformers' Trainer does: a cache costs memory and hides packed rows from the mask.
+        output, stats = head_pass(
+            model, forward, {"use_cache": False, **kwargs},
+            token_stats(target, transform, gradient, ignore_index=ignore_index), loss=compute,
+        )  # fmt: skip
+        if _same_target(expected, found[0]):
+            return output, token_metrics(stats, target, ignore_index)
+        expected = found[0]
+        if warned is not None and "labels" not in warned:
+            warned.add("labels")
+            logger.warning(
+                "%s changes its labels before its loss: each forward runs twice, the second time "
+                "with the changed ones",
+                type(model).__name__,
+            )
+    raise RuntimeError(
+        f"{type(model).__name__}: gives other targets to its loss function in every forward of "
+        "the same inputs; this model cannot be patched"
+    )
+
+
+def _expected(model: Any, kwargs: dict[str, Any], unshifted: bool) -> LossArguments:
+    """What the model's code will give to its loss function, if it changes nothing."""
+    labels, shift_labels = kwargs["labels"], kwargs.get("shift_labels")
+    if shift_labels is None and isinstance(kwargs.get("logits_to_keep"), Tensor):
+        # Of as many positions as there are labels, perhaps, but of others.
+        raise ValueError(
+            f"shift_labels: expected the targets of the positions that {type(model).__name__} "
+            "keeps with logits_to_keep, got None"
+        )
+    if shift_labels is None and unshifted:
+        shift_labels = labels
+    ignore_index = kwargs.get("ignore_index", IGNORE_INDEX)
+    return LossArguments(labels, shift_labels, ignore_index, kwargs.get("num_items_in_batch"))
+
+
+def _same_target(expected: LossArguments, given: LossArguments) -> bool:
+    """Waits for the device only where the model's code has made new tensors."""
+    if expected.ignore_index != given.ignore_index:
+        return False
+    pairs = ((expected.shift_labels, given.shift_labels), (expected.labels, given.labels))
+    for mine, theirs in pairs:
+        if mine is not None and mine is theirs:
+            return True
+        if mine is not None or theirs is not None:
+            break
+    mine, theirs = expected.target.flatten(), given.target.flatten()
+    return torch.equal(mine, theirs.to(mine.device))

@@ -1,0 +1,205 @@
+"""What the caller or the model's code passes to the loss: honoured as transformers does, or refused."""
+
+import logging
+import threading
+
+import pytest
+import torch
+import transformers as hf
+
+from causal_lms import V, assert_close, batch, gradients, make
+from ift.config import IFTConfig
+from ift.patching import patch, unpatch
+
+
+def run(model, inputs):
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def compare(model, inputs):
+    (plain, expected), (fused, got) = run(model, inputs), run(patch(model), inputs)
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+    assert_close(got, expected)
+    return fused
+
+
+CALLER = {
+    "another ignore_index": lambda b: {**b, "ignore_index": 7, "labels": b["labels"].clamp(min=7)},
+    "ignored padding token": lambda b: {**b, "ignore_index": 0, "labels": b["input_ids"]},
+    "ignored and counted": lambda b: {
+        **b, "ignore_index": 5, "labels": b["input_ids"], "num_items_in_batch": torch.tensor(11),
+    },
+    "shifted, another ignore_index": lambda b: {
+        **b, "ignore_index": 9, "shift_labels": b["input_ids"].roll(-1, 1),
+    },
+    "counted as a float": lambda b: {**b, "num_items_in_batch": 2.5},
+    "unknown to the loss": lambda b: {**b, "label_smoothing": None, "something": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CALLER)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+def test_arguments_of_the_caller(name, change):
+    compare(make(name), CALLER[change](batch()))
+
+
+class Changed(hf.LlamaForCausalLM):
+    """A model whose code calls its loss function with other arguments than it was given."""
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, **{k: v for k, v in kwargs.items() if k in
+                            ("attention_mask", "use_cache", "position_ids")}).last_hidden_state  # fmt: skip
+        logits = self.lm_head(hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(**type(self).given(input_ids, logits, labels, kwargs))
+        return hf.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
+def changed(given):
+    kind = type("Changed", (Changed,), {"given": staticmethod(given)})
+    return kind(make("llama").config).train()
+
+
+def standard(logits, labels, **more):
+    return {"logits": logits, "labels": labels, "vocab_size": V, **more}
+
+
+MODELS = {
+    "labels of their own positions": lambda ids, z, y, k: standard(z, y, shift_labels=y),
+    "labels of their own positions alone": lambda ids, z, y, k: standard(z, None, shift_labels=y),
+    "some tokens masked": lambda ids, z, y, k: standard(z, y.masked_fill(ids % 3 == 0, -100)),
+    "shifted by itself": lambda ids, z, y, k: standard(
+        z, y, shift_labels=torch.nn.functional.pad(y[:, 2:], (0, 2), value=-100)
+    ),
+    "an ignore_index of its own": lambda ids, z, y, k: standard(
+        z, y.masked_fill(y == -100, 4), ignore_index=4
+    ),
+    "num_items dropped": lambda ids, z, y, k: standard(z, y),
+    "num_items changed": lambda ids, z, y, k: standard(z, y, num_items_in_batch=5),
+    "flattened labels of the same values": lambda ids, z, y, k: standard(
+        z, None, shift_labels=torch.nn.functional.pad(y[:, 1:], (0, 1), value=-100).flatten()
+    ),
+}
+
+
+@pytest.mark.parametrize("given", MODELS)
+def test_arguments_of_the_model(given, caplog):
+    inputs = {**batch(), "num_items_in_batch": 7}
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            compare(unpatch(changed(MODELS[given])), inputs)
+    twice = [r for r in caplog.records if "each forward runs twice" in r.getMessage()]
+    assert len(twice) == 2 * (given in ("some tokens masked", "shifted by itself",
+                                        "an ignore_index of its own"))  # fmt: skip
+
+
+REFUSED = {
+    "another vocabulary": (
+        lambda ids, z, y, k: {**standard(z, y), "vocab_size": V - 1}, ValueError, "vocab_size"),
+    "logits cut": (
+        lambda ids, z, y, k: standard(z[:, :-1], None, shift_labels=y[:, 1:]),
+        RuntimeError, "gives logits of shape"),
+    "logits flattened": (
+        lambda ids, z, y, k: standard(z.flatten(0, 1), None, shift_labels=y.flatten()),
+        RuntimeError, "gives logits of shape"),
+    "no labels": (
+        lambda ids, z, y, k: standard(z, None, shift_labels=None), ValueError, "labels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", REFUSED)
+def test_what_cannot_be_honoured_is_refused(given):
+    model = changed(REFUSED[given][0])
+    with pytest.raises(REFUSED[given][1], match=REFUSED[given][2]):
+        patch(model)(**batch())
+    if given.startswith("logits"):  # the others cannot compute their own loss either
+        with pytest.raises(REFUSED[given][1], match=f"Changed: {REFUSED[given][2]}"):
+            patch(unpatch(model))
+
+
+def test_an_option_that_a_later_transformers_has_is_refused_by_name(monkeypatch):
+    from transformers.loss import loss_utils
+
+    from ift import head_pass
+
+    def fixed_cross_entropy(
+        source, target, num_items_in_batch=None, ignore_index=-100, label_smoothing=None, **kwargs
+    ):
+        raise AssertionError
+
+    monkeypatch.setattr(loss_utils, "fixed_cross_entropy", fixed_cross_entropy)
+    head_pass._loss_options.cache_clear()
+    try:
+        model = make("llama")
+        monkeypatch.undo()
+        monkeypatch.setattr(loss_utils, "fixed_cross_entropy", fixed_cross_entropy)
+        head_pass._loss_options(loss_utils.ForCausalLMLoss)
+        monkeypatch.undo()
+        patch(model)(**batch())
+        with pytest.raises(ValueError, match="label_smoothing: LlamaForCausalLM passes it"):
+            model(**batch(), label_smoothing=0.1)
+    finally:
+        head_pass._loss_options.cache_clear()
+
+
+def test_labels_that_change_with_every_forward_are_refused():
+    count = iter(range(100))
+    model = changed(lambda ids, z, y, k: standard(z, y.roll(next(count), 1)))
+    with pytest.raises(RuntimeError, match="other targets to its loss function in every forward"):
+        patch(model)
+
+
+@pytest.mark.parametrize("given", ["some tokens masked", "labels of their own positions"])
+def test_ift_refuses_labels_that_the_model_changes(given):
+    model = patch(changed(MODELS[given]))
+    with pytest.raises(RuntimeError, match="Changed: changes its labels before its loss"):
+        model(**batch(), ift=IFTConfig(share_prompt=False))
+    with pytest.raises(ValueError, match="ignore_index: expected -100 with ift"):
+        model(**batch(), ignore_index=3, ift=IFTConfig())
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_default_device_does_not_matter(device):
+    expected = patch(make("gemma2"))(**batch(), ift=IFTConfig()).loss
+    before, after = make("gemma2"), patch(make("gemma2"))
+    inputs = batch()
+    torch.set_default_device(device)
+    try:
+        for model in (patch(before), after):
+            for options in ({}, {"rule": "soft"}, {"share_prompt": False}):
+                loss = model(**inputs, ift=IFTConfig(**options)).loss
+                assert loss.device.type == "cpu"
+                if "rule" not in options:
+                    torch.testing.assert_close(loss, expected)
+            assert model(**inputs).loss.device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+
+
+def test_first_losses_from_several_threads():
+    """Of a model that could not be measured at patch; nobody's dropout is switched off."""
+    with torch.device("meta"):
+        model = patch(make("gpt2", resid_pdrop=0.1))
+    assert model._ift_patch.measured is None
+    model.to_empty(device="cpu")
+    model.load_state_dict(make("gpt2").state_dict())
+    model.eval()
+    losses, inputs = [], batch()
+    expected = make("gpt2").eval()(**inputs).loss
+    start = threading.Barrier(4)
+
+    def first():
+        start.wait()
+        losses.append(model(**inputs).loss)
+
+    threads = [threading.Thread(target=first) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(losses) == 4
+    for loss in losses:
+        torch.testing.assert_close(loss, expected)
