@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ift.config import IFTConfig
 
 IGNORE_INDEX = -100
+NEAR_TIE = 1e-6  # logits closer than this share of the largest one are nearly equal
 
 
 class NaivePass(NamedTuple):
@@ -42,14 +43,11 @@ def naive_sft(model: Any, batch: dict[str, Any]) -> NaivePass:
     return NaivePass(output.loss, _logits(output, batch["labels"]))
 
 
-def naive_ift(model: Any, batch: dict[str, Any], config: IFTConfig, tie: float) -> NaivePass:
+def naive_ift(model: Any, batch: dict[str, Any], config: IFTConfig) -> NaivePass:
     """The IFT loss by two full forwards on token ids, plus the model's own auxiliary losses.
 
     The model keeps its positions, its masks and its image inputs: a forward hook on the input
     embedding replaces what that module returns at the mixed positions, and nothing else.
-
-    Args:
-        tie: two predictions closer than this share of the largest logit are a near tie.
 
     Raises:
         ValueError: packed rows, rule "sample", or a forward in which the input embedding is not
@@ -69,7 +67,7 @@ def naive_ift(model: Any, batch: dict[str, Any], config: IFTConfig, tie: float) 
         if logits is None:
             raise ValueError(f"batch: the logits of {type(model).__name__} do not fit its labels")
         further = _predicted(model, logits, mixed_at, config)
-        near_tie = _has_near_tie(logits, mixed_at, config, tie)
+        near_tie = _has_near_tie(logits, mixed_at, config)
     with _mixed_embeddings(model, ids, mixed_at, further, lam, config.embedding_grad):
         output = model(**batch)
     logprob, mask = naive_logprob(output.logits, labels)
@@ -120,14 +118,14 @@ def _predicted(model: Any, logits: Tensor, mixed_at: Tensor, config: IFTConfig) 
         return chosen
 
 
-def _has_near_tie(logits: Tensor, mixed_at: Tensor, config: IFTConfig, tie: float) -> bool:
+def _has_near_tie(logits: Tensor, mixed_at: Tensor, config: IFTConfig) -> bool:
     if config.rule == "soft":
         return False
     rank = 1 if config.rule == "greedy" else config.k
     rows = logits[mixed_at.roll(-1, 1)]
     best = rows.topk(min(rank + 1, rows.shape[-1]), dim=-1).values
     gaps = (best[:, :-1] - best[:, 1:])[:, max(0, rank - 2) :]
-    return bool((gaps <= tie * rows.abs().amax(-1, keepdim=True)).any())
+    return bool((gaps <= NEAR_TIE * rows.abs().amax(-1, keepdim=True)).any())
 
 
 @contextlib.contextmanager
