@@ -10,7 +10,7 @@ INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp
 # Without a GPU the CUDA extension would cost minutes and serve nothing; its tests compile it anyway.
 WITH_CUDA := $(or $(IFT_BUILD_CUDA),$(if $(shell command -v nvidia-smi),auto,0))
 
-.PHONY: demo experiments test bench gpu lint wheel cuda-versions clean
+.PHONY: demo experiments test prove bench gpu lint wheel cuda-versions clean
 .SECONDARY:
 
 demo: $(VENV)/train.stamp
@@ -23,6 +23,11 @@ experiments: $(VENV)/experiments.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# What takes too long for a test: PART=models; run it again to go on where it stopped. Its log is
+# tests/proofs/models.jsonl, its table docs/models.md.
+prove: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.proofs $(PART) $(ARGS)
 
 # Every suite in short, with a budget of nine minutes; ends in build/bench/report.html.
 bench: $(VENV)/bench.stamp

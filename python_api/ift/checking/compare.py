@@ -1,0 +1,322 @@
+"""Compare the fused loss of a model, under `ift.patch`, with the same loss from its full logits."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import math
+import re
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import ift_kernels
+from ift.checking.naive import IGNORE_INDEX, NaivePass, naive_ift, naive_sft
+from ift.config import IFTConfig
+from ift.patching import base_model, patch, unpatch
+
+Verdict = Literal["equal", "different", "refused", "failed", "undecided"]
+REFUSALS = (TypeError, ValueError, RuntimeError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found. ``str()`` is a report in one line.
+
+    Attributes:
+        model: class name of the causal LM.
+        objective: "SFT" or "IFT".
+        dtype: of its parameters, as "float32".
+        verdict: "equal"; "different"; "refused", with a message of ours; "failed", with any other
+            exception; "undecided", where figures cannot be compared (see `reason`).
+        reason: the message, or what differs; empty for "equal".
+        refused_at: "patch" or "forward", where `verdict` is "refused".
+        tolerance: the largest error that is still "equal".
+        loss, expected_loss: fused and naive.
+        errors: each relative to the naive figure: "loss"; "logprob", the worst target; "entropy",
+            summed over targets; "gradient", the worst parameter.
+        worst_parameter: the name of that parameter.
+        tokens: targets in the batch.
+        wrong_argmax: targets with another argmax than the naive logits have, ties excepted.
+        notes: what the package logged meanwhile, as that prompts are not shared.
+    """
+
+    model: str
+    objective: str
+    dtype: str
+    verdict: Verdict
+    reason: str = ""
+    refused_at: str = ""
+    tolerance: float = 0.0
+    loss: float = math.nan
+    expected_loss: float = math.nan
+    errors: dict[str, float] = field(default_factory=dict)
+    worst_parameter: str = ""
+    tokens: int = 0
+    wrong_argmax: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        text = f"{self.model} {self.objective} ({self.dtype}): {self.verdict}"
+        if self.refused_at:
+            text += f" at {self.refused_at}"
+        if self.errors:
+            worst = ", ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
+            text += (
+                f", loss {self.loss:.6g} against {self.expected_loss:.6g} over {self.tokens} "
+                f"tokens; relative errors: {worst}"
+            )
+            text += f" in {self.worst_parameter}" if self.worst_parameter else ""
+            text += f" (limit {self.tolerance:.0e})"
+        return text + (f": {self.reason}" if self.reason else "")
+
+
+def compare(
+    model: nn.Module,
+    batch: dict[str, Any],
+    *,
+    ift: IFTConfig | None = None,
+    tolerance: float | None = None,
+) -> Comparison:
+    """Compute a loss and its gradients twice, fused and from full logits, and compare them.
+
+    SFT is compared with the loss that the model computes itself; IFT with two full forwards on
+    token ids, whose input embeddings a hook replaces (`ift.checking.naive`). Both run in evaluation
+    mode with gradients enabled, so that dropout, router noise and gradient checkpointing are off;
+    what random numbers are still drawn start from one seed. The model is returned as it was found:
+    modes, gradients, attributes, buffers, patch and random state. Needs memory for the logits.
+
+    The error of a gradient is ``max|fused - naive| / (max|naive| + floor)`` for each parameter. The
+    floor is 10 fp32 roundings of the largest gradient of the model, divided by the tolerance:
+    gradients that are 0 but for rounding (biases of keys) are no fault.
+
+    Args:
+        model: a causal LM, or a PEFT model around one; patched or not; any device and dtype.
+        batch: its keyword arguments, with labels (B, T). IFT needs input_ids (B, T), one document
+            in each row.
+        ift: options of IFT; None compares SFT.
+        tolerance: largest relative error; None: 1e-5, or 4 epsilon of a shorter dtype than fp32.
+
+    Raises:
+        ValueError: labels are missing; IFT with rule "sample" or packed rows.
+        Any exception of the model's own forward on this batch.
+
+    >>> # print(compare(AutoModelForCausalLM.from_pretrained(...), batch, ift=ift.IFTConfig()))
+    """
+    if batch.get("labels") is None:
+        raise ValueError("batch: expected labels, got none")
+    base = base_model(model)
+    dtype = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
+    if tolerance is None:
+        tolerance = max(1e-5, 4 * torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0)
+    patched = "ift" in inspect.signature(base.forward).parameters
+    about: dict[str, Any] = {
+        "model": type(base).__name__,
+        "objective": "SFT" if ift is None else "IFT",
+        "dtype": str(dtype).removeprefix("torch."),
+        "tolerance": tolerance,
+    }
+    failure = ""
+    with _as_found(model), _logged() as notes:
+        stage = "patch"
+        try:
+            if not patched:
+                patch(model)
+            stage = "forward"
+            fused = _fused(model, batch, ift)
+        except Exception as error:
+            if isinstance(error, REFUSALS) and (stage == "patch" or _is_refusal(error)):
+                return Comparison(**about, verdict="refused", reason=str(error), refused_at=stage)
+            failure = f"{type(error).__name__} at {stage}: {error}"
+        finally:
+            if not patched:
+                unpatch(model)
+    # Behind the fused loss: a batch that the model itself does not take raises here.
+    inputs = {**batch, "skip_logits": False} if patched else batch
+    with _as_found(model):
+        torch.manual_seed(0)
+        expected = naive_sft(model, inputs) if ift is None else naive_ift(model, inputs, ift)
+        expected_grads = _gradients(model, expected.loss)
+    about["expected_loss"] = expected.loss.item()
+    if failure:
+        return Comparison(**about, verdict="failed", reason=failure)
+    about |= {"loss": fused.loss, "tokens": fused.tokens, "notes": tuple(notes)}
+    return _judged(about, batch["labels"], expected, expected_grads, fused)
+
+
+Gradients = dict[str, Tensor]
+
+
+@dataclass
+class _Fused:
+    loss: float
+    gradients: Gradients
+    tokens: int
+    entropy: float
+    logprob: Tensor | None = None  # (B, T) of the next tokens, 0 where there is none; SFT only
+    argmax: Tensor | None = None
+
+
+class _Capture:
+    """A loss that keeps the statistics it is given."""
+
+    takes_stats = True  # `ift.patch` then passes them, instead of the log-probability alone
+
+    def __call__(self, stats: Any, mask: Tensor) -> Tensor:
+        self.logprob, self.argmax = stats.logprob, stats.argmax
+        total: Tensor = stats.logprob.sum()
+        return total
+
+
+def _fused(model: Any, batch: dict[str, Any], config: IFTConfig | None) -> _Fused:
+    torch.manual_seed(0)
+    given = {} if config is None else {"ift": config}
+    loss: Tensor = model(**batch, **given).loss
+    metrics = base_model(model).ift_metrics
+    fused = _Fused(
+        loss.item(), _gradients(model, loss), int(metrics["tokens"]), metrics["entropy"].item()
+    )
+    if config is None:
+        torch.manual_seed(0)
+        capture = _Capture()
+        with torch.no_grad():
+            model(**batch, loss=capture)
+        fused.logprob, fused.argmax = capture.logprob, capture.argmax
+    return fused
+
+
+def _gradients(model: nn.Module, loss: Tensor) -> Gradients:
+    """Gradients of the loss by name, for parameters that it reaches; those of `model` are spent."""
+    if loss.requires_grad:
+        loss.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return gradients
+
+
+def _judged(
+    about: dict[str, Any],
+    labels: Tensor,
+    expected: NaivePass,
+    expected_grads: Gradients,
+    fused: _Fused,
+) -> Comparison:
+    errors: dict[str, float] = {"loss": _relative(fused.loss, about["expected_loss"])}
+    wrong_argmax = 0
+    if expected.logits is not None:
+        target = labels[:, 1:].to(expected.logits.device)
+        mask = target != IGNORE_INDEX
+        log_p = expected.logits[:, :-1][mask].float().log_softmax(-1)  # (targets, V)
+        entropy = -(log_p.exp() * log_p.clamp(min=-1e30)).sum().item()
+        errors["entropy"] = _relative(fused.entropy, entropy)
+        if fused.logprob is not None and fused.logprob.shape == labels.shape:
+            chosen = log_p.gather(-1, target[mask][:, None])[:, 0]
+            ours = fused.logprob[:, :-1].to(chosen.device)[mask]
+            scale = chosen.abs().max().clamp(min=1.0) if len(chosen) else chosen.sum() + 1
+            errors["logprob"] = float(((ours - chosen).abs() / scale).max()) if len(ours) else 0.0
+        if fused.argmax is not None and fused.argmax.shape == labels.shape:
+            ids = fused.argmax[:, :-1].to(log_p.device)[mask]
+            best, got = log_p.max(-1).values, log_p.gather(-1, ids[:, None])[:, 0]
+            wrong_argmax = int((best - got > about["tolerance"] * best.abs().clamp(min=1)).sum())
+    errors["gradient"], worst = _worst_gradient(fused.gradients, expected_grads, about["tolerance"])
+    about |= {"errors": errors, "worst_parameter": worst, "wrong_argmax": wrong_argmax}
+    wrong = [n for n, error in errors.items() if not error <= about["tolerance"]]  # also NaN
+    if not math.isfinite(about["expected_loss"]):
+        reason = f"the loss of the model itself is {about['expected_loss']}"
+        return Comparison(**about, verdict="undecided", reason=reason)
+    if not wrong and not wrong_argmax:
+        return Comparison(**about, verdict="equal")
+    if expected.near_tie:
+        reason = "a prediction of the first pass is a tie within rounding; try another batch"
+        return Comparison(**about, verdict="undecided", reason=reason)
+    wrong += ["argmax"] * bool(wrong_argmax)
+    return Comparison(**about, verdict="different", reason=f"differs in {', '.join(wrong)}")
+
+
+def _relative(got: float, expected: float) -> float:
+    if math.isnan(got) or math.isnan(expected):
+        return math.nan
+    return abs(got - expected) / max(abs(expected), 1e-3)
+
+
+def _worst_gradient(got: Gradients, expected: Gradients, tolerance: float) -> tuple[float, str]:
+    """The largest error of a parameter's gradient, a missing one being 0, and its name."""
+    largest = max((float(g.abs().max()) for g in expected.values()), default=0.0)
+    floor = 10 * torch.finfo(torch.float32).eps * largest / tolerance
+    worst, name = 0.0, ""
+    for each in dict.fromkeys((*expected, *got)):
+        ours, theirs = (grads.get(each) for grads in (got, expected))
+        zero = torch.zeros(())
+        size = 0.0 if theirs is None else float(theirs.abs().max())
+        ours, theirs = (zero if g is None else g.detach() for g in (ours, theirs))
+        difference = float((ours.to(theirs.device) - theirs).abs().max())
+        error = difference / (size + floor) if difference else 0.0
+        if math.isnan(error) or error > worst:
+            worst, name = error, each
+        if math.isnan(error):
+            break
+    return worst, name
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Was it raised on purpose: by this package, with a message that begins with a name?"""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = (str(Path(ift_kernels.__file__).parent), str(Path(__file__).parent.parent))
+    named = re.match(r"[\w.]+: ", str(error)) is not None
+    return named and bool(frames) and frames[-1].filename.startswith(ours)
+
+
+@contextlib.contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    """Within it: evaluation mode, gradients enabled, no gradient yet. Behind it: all as before.
+
+    Restores every attribute of every module, which covers what a forward leaves there (position
+    offsets of multimodal models), buffers, gradients and the random state.
+    """
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    buffers = [{n: (b, b.clone()) for n, b in m._buffers.items() if b is not None} for m in modules]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        for module in modules:
+            module.training = False
+        model.zero_grad(set_to_none=True)
+        with torch.enable_grad(), torch.random.fork_rng(sorted(devices, key=str)):
+            yield
+    finally:
+        for module, saved, held in zip(modules, attributes, buffers, strict=True):
+            vars(module).clear()
+            vars(module).update(saved)
+            for name, (buffer, value) in held.items():
+                with torch.no_grad():
+                    buffer.copy_(value)
+                module._buffers[name] = buffer
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+class _Notes(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[list[str]]:
+    """The warnings that the package logs within it."""
+    handler, logger = _Notes(), logging.getLogger("ift")
+    logger.addHandler(handler)
+    try:
+        yield handler.messages
+    finally:
+        logger.removeHandler(handler)

@@ -1,0 +1,27 @@
+"""The parts of ``make prove``: each a module with `SOURCES`, `cases`, `run`, `fault`, a time limit."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from pathlib import Path
+from types import ModuleType
+
+from tests.proofs.log import Log, digest
+
+PARTS = ("models",)  # modules of this package
+_PACKAGES = ("torch", "transformers")
+
+
+def part(name: str) -> ModuleType:
+    """The module of a part."""
+    if name not in PARTS:
+        raise ValueError(f"PART: expected one of {list(PARTS)}, got {name!r}")
+    return importlib.import_module(f"tests.proofs.{name}")
+
+
+def log_of(name: str) -> Log:
+    """Its log, for the sources and packages as they are."""
+    header = {"part": name, "digest": digest(part(name).SOURCES)}
+    header |= {package: importlib.metadata.version(package) for package in _PACKAGES}
+    return Log(Path(__file__).parent / f"{name}.jsonl", header)
