@@ -381,7 +381,9 @@ def test_other_losses_and_kinds_of_model_are_refused_by_name():
     for model, (kind, match) in {
         hf.BartForCausalLM(hf.BartConfig(**small)): (RuntimeError, "computes its own loss"),
         hf.BartForConditionalGeneration(hf.BartConfig(**small)): two_parts,
-        hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=V, d_model=32, num_layers=1)): two_parts,
+        hf.T5ForConditionalGeneration(
+            hf.T5Config(vocab_size=V, d_model=32, num_layers=1)
+        ): two_parts,
     }.items():
         before = state_of(model)
         with pytest.raises(kind, match=f"{type(model).__name__}.*{match}"):

@@ -5,9 +5,11 @@ import logging
 
 import pytest
 import torch
+import transformers as hf
 
 from causal_lms import V, assert_close, batch, gradients, make
 from ift import prefix
+from ift.checking import compare as compare_models
 from ift.config import IFTConfig
 from ift.patching import patch
 from ift.two_pass import Draws
@@ -155,3 +157,88 @@ def test_rows_are_moved_until_their_responses_start_together():
     assert (rows.labels[:2, 10] != -100).all() and (rows.labels[:, :10] == -100).all()
     inputs["attention_mask"][0, 8] = 0  # what predicts the first label
     assert prefix.aligned(inputs["input_ids"], inputs["labels"], inputs["attention_mask"]) is None
+
+
+def opt(**special):
+    config = hf.OPTConfig(
+        vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48,
+        max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0, init_std=0.2,
+        attn_implementation="eager", **special,
+    )  # fmt: skip
+    return hf.OPTForCausalLM(config).train()
+
+
+def by_mask(name):
+    """Models that count positions from the mask."""
+    if name == "opt":
+        return opt()
+    if name == "bloom":  # biases by distance from the row's first token
+        return hf.BloomForCausalLM(
+            hf.BloomConfig(
+                vocab_size=V, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0,
+                attention_dropout=0.0, initializer_range=0.3,
+            )
+        ).train()  # fmt: skip
+    if name == "biogpt":
+        return hf.BioGptForCausalLM(
+            hf.BioGptConfig(
+                vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=4, max_position_embeddings=64, hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0, activation_dropout=0.0, layerdrop=0.0,
+                initializer_range=0.3,
+            )
+        ).train()  # fmt: skip
+    return make(name)
+
+
+LENGTHS = {
+    "ends together": ((9, 5), (7, 3), (2, 4)),
+    "one long": ((3, 12), (9, 1), (10, 2)),
+    "a row without answer": ((9, 4), (6, 5), (8, 0)),
+}
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("name", ["opt", "bloom", "biogpt", "llama", "gpt2"])
+def test_padded_rows_of_unequal_length_are_those_of_whole_rows(name, lengths, left):
+    inputs = uneven(LENGTHS[lengths], left=left)
+    for config in (IFTConfig(lam=0.5), IFTConfig(lam=1.0, rule="topk", embedding_grad=True)):
+        result = compare_models(by_mask(name), inputs, ift=config)
+        assert result.verdict == "equal", str(result)
+
+
+def test_a_padded_row_is_the_row_alone():
+    model = patch(opt())
+    inputs = uneven(LENGTHS["ends together"], left=True)
+    loss = model(**inputs, ift=IFTConfig(lam=0.5)).loss
+    alone = 0.0
+    for row in range(3):
+        own = inputs["attention_mask"][row].bool()
+        one = {k: v[row : row + 1, own] for k, v in inputs.items()}
+        alone += model(**one, ift=IFTConfig(lam=0.5, num_rows=3)).loss
+    torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-6)
+    assert model._ift_patch.sharing == prefix.Sharing(plain=True, moved="own")
+    llama = patch(make("llama"))
+    llama(**inputs, ift=IFTConfig())
+    assert llama._ift_patch.sharing == prefix.Sharing(plain=True, moved="columns")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_float64_with_padding_is_finite(name, implementation):
+    model = make(name, attn_implementation=implementation).double()
+    for left in (False, True):
+        inputs = uneven(LENGTHS["ends together"], left=left)
+        result = compare_models(model, inputs, ift=IFTConfig())
+        of_its_own = "undecided" if left and implementation == "eager" else "equal"
+        assert result.verdict in ("equal", of_its_own), str(result)
+
+
+def test_other_tensors_beside_the_tokens_take_two_passes(monkeypatch):
+    model, inputs = patch(make("llama")), uneven()
+    for extra in ({"position_ids": torch.arange(13)[None]}, {"pixel_values": torch.zeros(1)}):
+        assert (
+            prefix.unsupported_reason(model, {**inputs, **extra}) == f"{next(iter(extra))} is given"
+        )
+    assert not prefix.unsupported_reason(model, {**inputs, "return_dict": True})

@@ -1,6 +1,7 @@
 """IFT inside a patched forward, against the released algorithm in plain torch."""
 
 import contextlib
+import logging
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ import transformers as hf
 
 from bench.naive_ift import naive_ift_loss
 from causal_lms import ARCHITECTURES, V, assert_close, batch, gradients, make
+from ift.checking import compare as compare_models
 from ift.config import IFTConfig
 from ift.measure import Measured
-from ift.patching import patch
+from ift.patching import patch, unpatch
 from ift.two_pass import _prediction
 from ift_kernels.transform import LogitTransform
+from proofs.tiny_models import architectures, tiny_model
 
 NAMES = [name for name in ARCHITECTURES if name != "mixtral"]  # tested by itself below
 
@@ -269,9 +272,136 @@ def test_a_model_that_scales_what_it_looks_up_mixes_the_scaled():
         lm_head_multiplier=0.5, pad_token_id=0,
     )  # fmt: skip
     model = hf.FalconH1ForCausalLM(config).train()
-    plain = model(**batch()).loss
-    expected = naive_by_hook(model, batch())
-    patch(model)
-    torch.testing.assert_close(model(**batch()).loss, plain)  # SFT: the head's scale is measured
-    got = model(**batch(), ift=IFTConfig()).loss
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    for config in (None, IFTConfig(), IFTConfig(lam=0.9, share_prompt=False)):
+        result = compare_models(model, batch(), ift=config)
+        assert result.verdict == "equal", str(result)
+
+
+def roberta(**special):
+    config = hf.RobertaConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, is_decoder=True, type_vocab_size=1,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3, **special,
+    )  # fmt: skip
+    return hf.RobertaForCausalLM(config)
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("name", ["roberta", "deepseek_v4", "gemma3n"])
+def test_models_that_take_more_than_embeddings_from_their_ids(name, left):
+    if name == "roberta":  # positions from the padding token
+        model = roberta()
+    elif name == "deepseek_v4":  # experts by token id
+        name = "DeepseekV4ForCausalLM"
+        model = tiny_model(next(a for a in architectures() if a.name == name), torch.float32)
+    else:  # per-layer embeddings; NaN of its own behind padding on the left
+        model = make(name)
+        if left:
+            return
+    inputs = batch(vocabulary=min(V, model.config.get_text_config().vocab_size))
+    if left:
+        inputs = {k: v.flip(1) for k, v in inputs.items()}
+    for config in (IFTConfig(), IFTConfig(share_prompt=False, embedding_grad=True)):
+        result = compare_models(model, inputs, ift=config)
+        assert result.verdict == "equal", str(result)
+
+
+def looks_up(kind):
+    """A Llama whose code looks its tokens up in another way than once, as whole rows."""
+
+    class Model(hf.LlamaModel):
+        def forward(self, input_ids=None, **kwargs):
+            if kind == "flat":
+                embeds = self.embed_tokens(input_ids.flatten()).view(*input_ids.shape, -1)
+            elif kind == "twice":
+                embeds = (self.embed_tokens(input_ids) + self.embed_tokens(input_ids)) / 2
+            elif kind == "by weight":
+                embeds = self.embed_tokens.weight[input_ids]
+            else:
+                embeds = self.embed_tokens(input_ids.clamp(max=50))
+            return super().forward(**{**kwargs, "inputs_embeds": embeds})
+
+    model = make("llama")
+    model.model.__class__ = Model
+    return model
+
+
+@pytest.mark.parametrize("kind", ["flat", "twice", "by weight", "other tokens"])
+def test_other_ways_to_look_tokens_up_are_refused_by_name(kind):
+    model, inputs = patch(looks_up(kind)), batch()
+    assert torch.isfinite(model(**inputs).loss)
+    match = "looks up other tokens" if kind == "other tokens" else "LlamaForCausalLM: looks up"
+    with pytest.raises(RuntimeError, match=match):
+        model(**inputs, ift=IFTConfig())
+    assert torch.isfinite(model(**inputs).loss)
+    assert "forward" not in unpatch(model).model.embed_tokens.__dict__
+
+
+def test_hooks_on_the_input_embedding_run_on_what_is_mixed():
+    model, inputs = make("llama"), batch()
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: output * 3.0)
+    for config in (IFTConfig(), IFTConfig(rule="soft", embedding_grad=True)):
+        result = compare_models(model, inputs, ift=config)
+        assert result.verdict == "equal", str(result)
+
+
+def warned(caplog, run):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        run()
+    return sum("add up without IFTConfig.num_rows" in r.getMessage() for r in caplog.records)
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 1e-3),
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-3),
+    "fused": lambda p: torch.optim.AdamW(p, 1e-3, fused=True),
+    "one by one": lambda p: torch.optim.RMSprop(p, 1e-3, foreach=False),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_steps_without_accumulation_do_not_warn(optimizer, set_to_none, caplog):
+    model, inputs = patch(make("llama")), batch()
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+
+    def run():
+        for _ in range(3):
+            model(**inputs, ift=IFTConfig()).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+        model(**inputs, ift=IFTConfig()).loss.backward()
+        model.zero_grad(set_to_none=set_to_none)  # gradients looked at, not used
+        model(**inputs, ift=IFTConfig()).loss.backward()
+
+    assert warned(caplog, run) == 0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_accumulation_without_num_rows_warns_once(frozen, caplog):
+    model, inputs = patch(make("llama")), batch()
+    model.lm_head.requires_grad_(not frozen)
+
+    def run(times=3, scale=1.0, **options):
+        for _ in range(times):
+            (model(**inputs, ift=IFTConfig(**options)).loss * scale).backward()
+
+    assert warned(caplog, lambda: run(num_rows=9)) == 0
+    model.zero_grad()
+    assert warned(caplog, lambda: run(scale=1 / 3)) == 0  # a mean over forwards
+    model.zero_grad()
+    assert warned(caplog, run) == 1
+    assert warned(caplog, run) == 0
+
+
+def test_one_backward_of_two_losses_and_evaluation_do_not_warn(caplog):
+    model, inputs = patch(make("llama")), batch()
+
+    def run():
+        total = model(**inputs, ift=IFTConfig()).loss + model(**inputs, ift=IFTConfig()).loss
+        total.backward()
+        with torch.no_grad():
+            model(**inputs, ift=IFTConfig())
+
+    assert warned(caplog, run) == 0

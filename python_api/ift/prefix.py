@@ -121,8 +121,9 @@ def unsupported_reason(model: Any, kwargs: dict[str, Any]) -> str:
     config = getattr(model, "config", None)
     if kwargs.get("output_router_logits") or getattr(config, "output_router_logits", False):
         return "its auxiliary loss is over whole rows"
-    if config is not None and getattr(config, "is_encoder_decoder", False):
-        return "it has an encoder"
+    if config is not None and config.get_text_config() is not config:
+        # Positions behind a cache may be those of the last batch that had images.
+        return "it is a multimodal model"
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "DeepSpeed ZeRO-3 gathers parameters around one forward"
     for module in model.modules():

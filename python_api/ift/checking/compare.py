@@ -281,6 +281,8 @@ def _as_found(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
+    # Hooks above all: transformers adds some in a first forward, and an attribute that says so.
+    tables = [(d, d.copy()) for saved in attributes for d in saved.values() if isinstance(d, dict)]
     buffers = [{n: (b, b.clone()) for n, b in m._buffers.items() if b is not None} for m in modules]
     gradients = [(p, p.grad) for p in model.parameters()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -291,9 +293,13 @@ def _as_found(model: nn.Module) -> Iterator[None]:
         with torch.enable_grad(), torch.random.fork_rng(sorted(devices, key=str)):
             yield
     finally:
-        for module, saved, held in zip(modules, attributes, buffers, strict=True):
+        for module, saved in zip(modules, attributes, strict=True):
             vars(module).clear()
             vars(module).update(saved)
+        for table, saved in tables:
+            table.clear()
+            table.update(saved)
+        for module, held in zip(modules, buffers, strict=True):
             for name, (buffer, value) in held.items():
                 with torch.no_grad():
                     buffer.copy_(value)

@@ -110,7 +110,8 @@ def _predicted(model: Any, logits: Tensor, mixed_at: Tensor, config: IFTConfig) 
     before = mixed_at.roll(-1, 1)  # position 0 is never mixed, so nothing wraps around
     rows = logits[before]
     embedding = model.get_input_embeddings()
-    with torch.set_grad_enabled(config.embedding_grad):
+    # A mean embedding is a constant: its gradient would be one of the first pass, too.
+    with torch.set_grad_enabled(config.embedding_grad and config.rule != "soft"):
         if config.rule == "soft":
             every: Tensor = embedding.forward(torch.arange(rows.shape[-1], device=rows.device))
             return rows.to(every.dtype).softmax(-1) @ every
@@ -150,7 +151,7 @@ def _mixed_embeddings(
             mixed[mixed_at] = torch.lerp(mixed[mixed_at], further.to(mixed.dtype), lam)
         return mixed
 
-    handle = model.get_input_embeddings().register_forward_hook(replace)
+    handle = model.get_input_embeddings().register_forward_hook(replace, prepend=True)
     try:
         yield
     finally:
