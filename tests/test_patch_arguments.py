@@ -1,4 +1,4 @@
-"""What the caller or the model's code passes to the loss: honoured as transformers does, or refused."""
+"""What caller and model's code pass to the loss: honoured as in transformers, or refused."""
 
 import logging
 import threading
@@ -49,9 +49,9 @@ class Changed(hf.LlamaForCausalLM):
     """A model whose code calls its loss function with other arguments than it was given."""
 
     def forward(self, input_ids=None, labels=None, **kwargs):
-        hidden = self.model(input_ids=input_ids, **{k: v for k, v in kwargs.items() if k in
-                            ("attention_mask", "use_cache", "position_ids")}).last_hidden_state  # fmt: skip
-        logits = self.lm_head(hidden)
+        mask = kwargs.get("attention_mask")
+        output = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        logits = self.lm_head(output.last_hidden_state)
         loss = None
         if labels is not None:
             loss = self.loss_function(**type(self).given(input_ids, logits, labels, kwargs))
@@ -180,7 +180,7 @@ def test_the_default_device_does_not_matter(device):
 
 
 def test_first_losses_from_several_threads():
-    """Of a model that could not be measured at patch; nobody's dropout is switched off."""
+    """Of a model that could not be measured at patch; no dropout is switched off."""
     with torch.device("meta"):
         model = patch(make("gpt2", resid_pdrop=0.1))
     assert model._ift_patch.measured is None

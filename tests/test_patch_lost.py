@@ -200,11 +200,14 @@ def test_replicas_of_data_parallel_are_refused_at_the_first_call(part):
     if part == "a copy":
         model = copy.deepcopy(model)
     inside = torch.nn.Sequential(model) if part == "a model around it" else model
+
+    def replicate():  # as torch.nn.parallel.replicate does for each device
+        return [module._replicate_for_data_parallel() for module in inside.modules()]
+
     with pytest.raises(RuntimeError, match="LlamaForCausalLM: torch.nn.DataParallel"):
-        for module in inside.modules():  # as torch.nn.parallel.replicate does on each device
-            module._replicate_for_data_parallel()
+        replicate()
     unpatch(model)
-    assert model._replicate_for_data_parallel() is not model
+    assert len(replicate()) == len(list(inside.modules()))
 
 
 def test_a_quantized_head_is_refused_by_its_weight():

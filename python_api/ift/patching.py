@@ -299,6 +299,7 @@ def _measured(model: nn.Module, kwargs: dict[str, Any]) -> Measured:
         with _measuring:
             if state.measured is None or state.hooks != tuple(plain_head(model)._forward_hooks):
                 _remember(model, measure(model, state.forward.original, _two_tokens(kwargs)))
+    assert state.measured is not None
     return state.measured
 
 

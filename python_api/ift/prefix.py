@@ -189,8 +189,8 @@ def _agrees(
 
     labels = batch["labels"]
     try:
-        given = {k: v for k, v in batch.items() if k != "labels"}
-        _, whole = run({**given, "use_cache": False}, labels)
+        whole_rows = {k: v for k, v in batch.items() if k != "labels"}
+        _, whole = run({**whole_rows, "use_cache": False}, labels)
         output, _ = run(sharing.prompt(rows), rows.before(rows.labels))
         layers = cached_layers(output.get("past_key_values"))
         if layers is None:

@@ -103,10 +103,10 @@ def ift_forward(
         mixture, first, kwargs = shared
         target = mixture.target
     if lam > 0.0:  # else nothing would be mixed in
-        callback = _prediction(model, target != IGNORE_INDEX, config, state)
+        predict = _prediction(model, target != IGNORE_INDEX, config, state)
         given = {k: v for k, v in first.items() if k not in _FIRST_PASS_DROPS}
         with torch.no_grad():
-            _, mixture.predicted = head_pass(model, forward, given, callback)
+            _, mixture.predicted = head_pass(model, forward, given, predict)
 
     def loss(stats: TokenStats, given: LossArguments) -> Tensor:
         assert stats.logprob is not None

@@ -26,10 +26,10 @@ from ift.head_pass import (
     HeadForward,
     evaluating,
     head_pass,
-    measure_transform,
     plain_head,
     transform_options,
 )
+from ift.measure import measure_transform
 from ift.patching import base_model
 from ift_kernels import TokenStats, checks, linear_logprobs
 from ift_kernels.transform import LogitTransform
