@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 
 from bench import active, curves, e2e, head, losses, masked, ops, overhead, plots, report, scaling
+from bench.clock import Budget
 from bench.harness import Settings
 from bench.peers import PEERS
 from bench.provenance import load, provenance
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.plot and not plots.available():
         raise SystemExit("python -m bench: --plot needs matplotlib")
     settings = Settings(
-        options.threads, options.rounds, options.minutes, options.limit, options.keep_freed
+        options.threads, options.rounds, options.limit, options.keep_freed, Budget(options.minutes)
     )
     about = provenance(torch.device(options.device), options.threads)
     groups: list[report.Report] = []

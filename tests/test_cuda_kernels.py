@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import cuda_emulator
+from processes import HANG
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux")
@@ -43,7 +44,7 @@ def run_python(*arguments, **env):
         cwd=TESTS.parent,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
     )
 
 
