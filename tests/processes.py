@@ -11,7 +11,13 @@ HANG = 600
 NEVER_ENDS = ["--minutes", "1000", "--limit", str(HANG)]
 
 # Imported once, in the process that all others are forked from: that is most of their time.
-PRELOADED = ["ift.integrations.transformers", "torch.distributed.tensor", "torch.distributed.fsdp"]
+# It is also the one of bench.worker: what comes first decides for both.
+PRELOADED = [
+    "bench.suites",
+    "ift.integrations.transformers",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+]
 
 
 def start(worker, processes, directory):

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import __main__ as bench_main
-from bench import backends, clock, gpu, provenance
+from bench import backends, clock, gpu, provenance, suites
 from processes import HANG
 
 ROOT = Path(__file__).parents[1]
@@ -33,8 +32,8 @@ def test_suites_know_the_options_that_they_are_given(dry, tmp_path):
     seen = set()
     for part in gpu.PARTS:
         for step in gpu.steps(part, tmp_path, dry):
-            if step.command[1:3] == ["-m", "bench"] and step.command[3] in bench_main.SUITES:
-                seen.add(bench_main.parse(step.command[3:]).suite)
+            if step.command[1:3] == ["-m", "bench"] and step.command[3] in suites.SUITES:
+                seen.add(suites.parse(step.command[3:]).suite)
     assert seen >= {"head", "active", "ops", "losses"}
 
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from bench import clock, e2e, grid, harness, head, largest, masked, peers, scaling, shapes, tour
-from bench.__main__ import SUITES, main, parse
+from bench.__main__ import main
 from bench.exact import Wrong
+from bench.suites import SUITES, parse
 from bench.worker import Failed
 from processes import HANG, NEVER_ENDS
 
