@@ -14,7 +14,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench import clock
 from bench.memory import synchronize
 from bench.provenance import provenance
 from bench.tune import same
@@ -116,12 +116,12 @@ def seconds(run: Callable[[], Any], device: torch.device, repeats: int, wait: bo
     times = []
     for _ in range(5 if repeats > 1 else 1):
         synchronize(device)
-        start = time.perf_counter()
+        start = clock.now()
         for _ in range(repeats):
             run()
         if wait:
             synchronize(device)
-        times.append((time.perf_counter() - start) / repeats)
+        times.append((clock.now() - start) / repeats)
         synchronize(device)
     return statistics.median(times)
 

@@ -18,13 +18,13 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import clock
 from bench.provenance import ROOT, provenance, revision
 
 PARTS = ("tests", "head", "active", "ops", "losses", "e2e", "tune")
@@ -136,13 +136,13 @@ def run(part: str, out: Path, dry: bool, minutes: float) -> int:
         state = old if old["revision"] == state["revision"] else state
     device = torch.device("cpu" if dry else "cuda")
     state["provenance"] = provenance(device, torch.get_num_threads())
-    end, bad = time.monotonic() + 60 * minutes, 0
+    budget, bad = clock.Budget(minutes), 0
     for step in steps(part, out, dry):
         known = state["steps"].get(step.name, {})
         if known.get("outcome") == "done":
             print(f"{part}: {step.name}: done, not run again")
             continue
-        left = end - time.monotonic()
+        left = budget.left()
         if left < 10:
             print(f"{part}: {step.name}: no time left; run this part again to go on")
             bad += 1
@@ -160,7 +160,7 @@ def run(part: str, out: Path, dry: bool, minutes: float) -> int:
 def _run(step: Step, out: Path, limit: float) -> dict[str, Any]:
     if absent(step.needs):
         return {"outcome": "absent", "seconds": 0.0, "needs": step.needs}
-    start, log = time.monotonic(), out / f"{step.name}.log"
+    start, log = clock.now(), out / f"{step.name}.log"
     with log.open("w", encoding="utf-8") as file:
         # Nothing may be fetched: what is not here is left out.
         env = {**os.environ, **step.env, "HF_HUB_OFFLINE": "1"}
@@ -179,7 +179,7 @@ def _run(step: Step, out: Path, limit: float) -> dict[str, Any]:
     # Logs are committed: no paths of this machine.
     text = log.read_text(encoding="utf-8", errors="replace")
     log.write_text(text.replace(str(ROOT), "."), encoding="utf-8")
-    return {"outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
+    return {"outcome": outcome, "seconds": round(clock.now() - start, 1)}
 
 
 def main(arguments: list[str]) -> int:

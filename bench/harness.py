@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench import clock
 from bench.exact import Wrong
 from bench.memory import freed_at_once, keep_freed, observe, synchronize
 from bench.worker import Failed, Worker
@@ -102,14 +103,10 @@ class Settings:
 
     threads: int
     rounds: int = 5  # samples per cell, at most
-    minutes: float = 8.0  # for everything; cells get fewer rounds, never none
     limit: float = 60.0  # seconds after which a call is given up
     keep_freed: bool = False  # do the processes that are timed keep the memory that they free?
-    started: float = field(default_factory=time.monotonic)
-
-    def left(self) -> float:
-        """Seconds of the budget."""
-        return self.minutes * 60 - (time.monotonic() - self.started)
+    # For everything; cells get fewer rounds, never none.
+    budget: clock.Budget = field(default_factory=lambda: clock.Budget(minutes=8))
 
 
 def measure(
@@ -121,7 +118,7 @@ def measure(
         share: of the time left, what this group may take.
         whole: of the progress bar, what it stands for.
     """
-    end = time.monotonic() + share * max(settings.left(), 0.0)
+    later = (1 - share) * max(settings.budget.left(), 0.0)
     cells = [cell for cell in cells if not cell.reason]
     with Crew(settings) as crew:
         guess = [0.3 + 2 * cell.estimate for cell in cells]
@@ -137,7 +134,7 @@ def measure(
             [cell.weight for cell in cells],
             [0 if cell.samples else 1 for cell in cells],
             settings.rounds,
-            end - time.monotonic() - start,
+            settings.budget.left() - later - start,
         )
         most, turns = max(counts, default=0), sum(counts)
         for turn in range(most):
@@ -310,13 +307,13 @@ def _time(subject: Subject, repeats: int) -> float:
         return _device_time(subject, repeats)
     result = None
     synchronize(subject.device)
-    start = time.perf_counter()
+    start = clock.now()
     for done in range(1, repeats + 1):
         result = subject.call()
-        if done < repeats and time.perf_counter() - start > 4 * SAMPLE:
+        if done < repeats and clock.now() - start > 4 * SAMPLE:
             break  # far slower than it was at first: the machine is busy, and enough is enough
     synchronize(subject.device)
-    seconds = (time.perf_counter() - start) / done
+    seconds = (clock.now() - start) / done
     del result
     return seconds
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from bench import clock
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
@@ -37,10 +38,10 @@ def observe(call: Callable[[], Any], device: torch.device) -> Observed:
     gc.collect()
     give_back()
     before = _reset(device)
-    start = time.perf_counter()
+    start = clock.now()
     result = call()
     synchronize(device)
-    seconds = time.perf_counter() - start
+    seconds = clock.now() - start
     peak = _peak(device)
     extra = None if before is None or peak is None else peak - before - _bytes(result)
     return Observed(result, seconds, extra)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ift
+from bench import clock
 from bench.provenance import provenance
 
 # Rows of (prompt, response) tokens: a response share of 1/3 in each.
@@ -53,10 +53,10 @@ def measure(model: Any, inputs: dict[str, torch.Tensor], rounds: int) -> dict[st
     for number in range(rounds + 1):  # the first warms up
         for way, config in WAYS.items():
             model.zero_grad(set_to_none=True)
-            start = time.perf_counter()
+            start = clock.now()
             model(**inputs, ift=config).loss.backward()
             if number:
-                seconds[way].append(time.perf_counter() - start)
+                seconds[way].append(clock.now() - start)
             else:
                 gradients[way] = [p.grad for p in model.parameters() if p.grad is not None]
     pairs = zip(gradients["ift shared"], gradients["ift two passes"], strict=True)

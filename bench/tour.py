@@ -12,7 +12,6 @@ import argparse
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from bench import page, plots
+from bench.clock import Budget
 from bench.provenance import ROOT
 
 OUTPUT = ROOT / "build" / "bench"
@@ -68,24 +68,22 @@ def run(stops: tuple[Stop, ...], out: Path, minutes: float, threads: int) -> dic
     for old in out.glob("*.json"):
         old.unlink()  # of another tour: the page has one
     missing: dict[str, str] = {}
-    start = time.monotonic()
-    end, last = start + 60 * SHARE * minutes, start + 60 * LAST * minutes
+    measuring, last = Budget(SHARE * minutes), Budget(LAST * minutes)
     for at, stop in enumerate(stops):
-        now = time.monotonic()
-        if now >= last:
+        if last.left() <= 0:
             missing[stop.suite] = "out of time"
             continue
         left = sum(later.share for later in stops[at:])
-        budget = max(end - now, 0.0) * stop.share / left
+        seconds = max(measuring.left(), 0.0) * stop.share / left
         file = out / f"{stop.suite}.json"
         command = [sys.executable, "-m", "bench", stop.suite, *stop.options, "--rounds", "3",
-                   "--threads", str(threads), "--minutes", f"{budget / 60:.3f}",
+                   "--threads", str(threads), "--minutes", f"{seconds / 60:.3f}",
                    "--json", str(file)]  # fmt: skip
         if plots.available():
             command += ["--plot", str(file.with_suffix(".png"))]
-        print(f"{stop.suite}, about {budget:.0f} s", flush=True)
-        code = measure(command, last - now)
-        if code in INTERRUPTED and time.monotonic() < last:
+        print(f"{stop.suite}, about {seconds:.0f} s", flush=True)
+        code = measure(command, last.left())
+        if code in INTERRUPTED and last.left() > 0:
             missing |= dict.fromkeys((later.suite for later in stops[at:]), "interrupted")
             break
         if code:

@@ -17,7 +17,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 import ift_kernels
-from bench import lmlike
+from bench import clock, lmlike
 from bench.memory import synchronize
 from bench.provenance import provenance
 
@@ -235,10 +234,10 @@ def seconds(call: Call, device: torch.device, rounds: int) -> float:
     times = []
     for _ in range(rounds):
         synchronize(device)
-        start = time.perf_counter()
+        start = clock.now()
         call()
         synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(clock.now() - start)
     return statistics.median(times)
 
 

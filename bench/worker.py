@@ -34,7 +34,7 @@ class Worker:
     def __init__(self, threads: int) -> None:
         context: Any = multiprocessing.get_context(METHOD)
         if METHOD == "forkserver":
-            context.set_forkserver_preload(["bench.__main__"])
+            context.set_forkserver_preload(["bench.suites"])
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
         self._process.start()

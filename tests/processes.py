@@ -5,8 +5,19 @@ from datetime import timedelta
 
 import torch
 
+# Seconds after which a call counts as hung, on the busiest machine: no result depends on it.
+HANG = 3600
+# Budget and limit of a benchmark that is to be measured in full.
+NEVER_ENDS = ["--minutes", "1000", "--limit", str(HANG)]
+
 # Imported once, in the process that all others are forked from: that is most of their time.
-PRELOADED = ["ift.integrations.transformers", "torch.distributed.tensor", "torch.distributed.fsdp"]
+# It is also the one of bench.worker: what comes first decides for both.
+PRELOADED = [
+    "bench.suites",
+    "ift.integrations.transformers",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+]
 
 
 def start(worker, processes, directory):
@@ -25,7 +36,7 @@ def join(rank, processes, directory):
         init_method=f"file://{directory}/rendezvous",
         rank=rank,
         world_size=processes,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=HANG),
     )
 
 

@@ -58,7 +58,7 @@ def distance(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
 
 
-def lm(n=256, d=64, v=4000, dtype=torch.float32, seed=0, **shape):
+def lm(n=256, d=64, v=2400, dtype=torch.float32, seed=0, **shape):
     data = lmlike.generate(n, d, v, dtype=dtype, seed=seed, shape=lmlike.Shape(**shape))
     return dense.Head(data.hidden.requires_grad_(), data.weight.requires_grad_(), data.target)
 
@@ -181,7 +181,7 @@ def test_report(sparse):
     active_ids[torch.arange(256), h.target] = True
     share = active_ids.view(2, 128, -1).any(1).double().mean()
     assert share <= stats.share <= 1.2 * share + 0.01  # marked while the sum grew: a superset
-    assert stats.kept_bytes >= share * 2 * 128 * 4000 * 4
+    assert stats.kept_bytes >= share * 2 * 128 * len(h.weight) * 4
     blocks = active_ids.view(2, 128, -1).any(1).repeat_interleave(128, 0)
     tail = torch.where(blocks, 0.0, p).sum(1)
     assert stats.tail_mean <= tail.mean() * (1 + 1e-4) and stats.tail_max <= tail.max() * (1 + 1e-4)
@@ -247,8 +247,8 @@ def test_ignored_and_untaught_rows(weight, sparse):
 def test_nan_and_inf_reach_the_gradients(value, weight):
     h = lm()
     with torch.no_grad():
-        h.weight[3700] = value
-        h.weight[3700, 1:] = 0
+        h.weight[2300] = value
+        h.weight[2300, 1:] = 0
         h.hidden[5, 0] = 1.0
         h.hidden[6:, 0] = 0.0 if math.isnan(value) else -1.0
         h.hidden[:5, 0] = 0.0 if math.isnan(value) else -1.0

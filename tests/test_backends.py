@@ -19,6 +19,7 @@ from ift_kernels import (
     linear_logprobs,
     linear_token,
 )
+from processes import HANG
 from serving import BACKENDS
 
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ def run_python(code, *args, **env):
         cwd=tests.parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
     )
     return done.returncode, (done.stdout + done.stderr).strip().splitlines()[-1]
 

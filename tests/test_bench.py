@@ -6,16 +6,16 @@ import re
 import signal
 import socket
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import exact, harness, head, lmlike, memory, peers, plots, report
+from bench import clock, exact, harness, head, lmlike, memory, peers, plots, report
 from bench.__main__ import main
 from bench.worker import Failed, Worker
+from processes import HANG, NEVER_ENDS
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -86,8 +86,8 @@ def test_memory_is_what_is_taken_over_what_is_returned(mebibytes, returned):
     assert extra / 2**20 == pytest.approx(mebibytes, abs=1)
 
 
-def sleep():
-    time.sleep(60)
+def hang():
+    signal.pause()
 
 
 def die():
@@ -109,15 +109,16 @@ def test_worker_answers_and_fails_in_one_line(capfd):
     assert capfd.readouterr().out == ""
 
 
+# The limit of what never ends is 0: it is over on any machine. The other is never reached.
 @pytest.mark.parametrize(
-    ("function", "reason"), [(sleep, "took longer than 0.2 s"), (die, "killed by signal 9")]
+    ("function", "limit", "reason"),
+    [(hang, 0, "took longer than 0 s"), (die, HANG, "killed by signal 9")],
 )
-def test_worker_that_hangs_or_dies(function, reason, monkeypatch):
+def test_worker_that_hangs_or_dies(function, limit, reason, monkeypatch):
     monkeypatch.setattr("bench.worker.PATIENCE", 0.1)
-    start = time.monotonic()
     with Worker(1) as worker, pytest.raises(Failed, match=reason):
-        worker.call(function, limit=0.2 if function is sleep else 30)
-    assert time.monotonic() - start < 30
+        worker.call(function, limit=limit)
+    assert worker._process.exitcode == -signal.SIGKILL
 
 
 # --- how much is measured -------------------------------------------------------------------------
@@ -145,14 +146,16 @@ class Silent:
 
 
 def subject(kind):
-    """What a peer may be like."""
+    """What a peer may be like; in the process that measures, only calls advance the clock."""
     if kind == "absent":
         raise RuntimeError("does not build")
+    seconds = [0.0]
+    clock.now = lambda: seconds[0]
 
     def call():
         if kind == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.01)
+        seconds[0] += {"long": 70.0, "slow": 2.0 * HANG}.get(kind, 0.01)
         return torch.ones(3)
 
     def check(result):
@@ -163,17 +166,20 @@ def subject(kind):
     return harness.Subject(call, lambda: None, check, torch.device("cpu"), kind == "compiled")
 
 
-def test_only_what_is_right_gets_a_time():
-    kinds = ("right", "compiled", "wrong", "dies", "absent")
+def test_only_what_is_right_gets_a_time(monkeypatch):
+    monkeypatch.setattr(clock, "now", lambda: 0.0)  # here, no time passes: the budget is whole
+    kinds = ("right", "compiled", "long", "wrong", "slow", "dies", "absent")
     cells = [harness.Cell("g", "case", kind, subject, (kind,), 0.01) for kind in kinds]
-    harness.measure(cells, harness.Settings(threads=1, rounds=3, minutes=1), Silent())
+    settings = harness.Settings(1, rounds=3, limit=HANG, budget=clock.Budget(minutes=1))
+    harness.measure(cells, settings, Silent())
     found = {cell.implementation: cell for cell in cells}
-    for kind in ("right", "compiled"):
-        assert len(found[kind].samples) == 3 and not found[kind].reason
-        assert 0.01 <= found[kind].seconds < 0.1
+    # Of a long call a minute buys no sample but the first call.
+    for kind, samples in (("right", [0.01] * 3), ("compiled", [0.01] * 3), ("long", [70.0])):
+        assert found[kind].samples == pytest.approx(samples) and not found[kind].reason
         assert found[kind].errors == {"logprob": 0.0}
     reasons = {
         "wrong": "wrong result: logprob: error 1, more than 0.001 is wrong",
+        "slow": f"took {2 * HANG} s, longer than the limit of {HANG} s",
         "dies": "its process was killed by signal 9, out of memory?",
         "absent": "RuntimeError: does not build",
     }
@@ -270,7 +276,7 @@ def test_missing_peers_are_named():
 def run(tmp_path, *arguments):
     """The report of a run, and what it printed is checked elsewhere."""
     file = tmp_path / "found.json"
-    assert main([*arguments, "--threads", "1", "--json", str(file)]) == 0
+    assert main([*arguments, "--threads", "1", *NEVER_ENDS, "--json", str(file)]) == 0
     return json.loads(file.read_text(encoding="utf-8"))
 
 

@@ -2,26 +2,31 @@
 
 import argparse
 import functools
+import itertools
 import json
-import math
+import os
+import signal
+import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import e2e, grid, harness, head, largest, masked, peers, scaling, shapes, tour
-from bench.__main__ import SUITES, main, parse
+from bench import clock, e2e, grid, harness, head, largest, masked, peers, scaling, shapes, tour
+from bench.__main__ import main
 from bench.exact import Wrong
+from bench.suites import SUITES, parse
 from bench.worker import Failed
+from processes import HANG, NEVER_ENDS
 
 TINY = e2e.Setting("qwen2", 4, 16, 64, 1, 300, "fp32", "cpu")
 
 
 def run(tmp_path, *arguments):
     file = tmp_path / "found.json"
-    assert main([*arguments, "--threads", "1", "--rounds", "1", "--json", str(file)]) == 0
+    options = ["--threads", "1", "--rounds", "1", *NEVER_ENDS, "--json", str(file)]
+    assert main([*arguments, *options]) == 0
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -70,14 +75,14 @@ def test_verl_ignores_what_its_users_mask(monkeypatch):
 
 
 def test_gpu_calls_are_timed_by_events_with_cold_caches(monkeypatch):
-    clock, order = [0.0], []
+    elapsed, order = [0.0], []
 
     class Event:
         def __init__(self, enable_timing):
             assert enable_timing
 
         def record(self):
-            self.at = clock[0]
+            self.at = elapsed[0]
             order.append("mark")
 
         def elapsed_time(self, end):
@@ -85,11 +90,11 @@ def test_gpu_calls_are_timed_by_events_with_cold_caches(monkeypatch):
 
     class Cold:
         def zero_(self):
-            clock[0] += 100.0  # must not be counted
+            elapsed[0] += 100.0  # must not be counted
             order.append("cold")
 
     def call():
-        clock[0] += 7.0
+        elapsed[0] += 7.0
         order.append("call")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -100,7 +105,9 @@ def test_gpu_calls_are_timed_by_events_with_cold_caches(monkeypatch):
     assert harness._time(subject, 3) == pytest.approx(7e-3)
     assert order == ["cold", "mark", "call", "mark"] * 3 + ["wait"]
     order.clear()
-    assert harness._time(subject._replace(host=True), 2) < 1  # by the host's clock
+    ticks = itertools.count()
+    monkeypatch.setattr(clock, "now", lambda: next(ticks) / 64)  # the host's
+    assert harness._time(subject._replace(host=True), 2) == 1 / 64  # three readings, two calls
     assert order == ["wait", "call", "call", "wait"]
 
 
@@ -150,8 +157,9 @@ def test_scaling_end_to_end(tmp_path, capsys):
     assert list(points.values()) == [100, 200, 400, 800]
     for fit in group["fits"]:
         cells = [c for c in group["cells"] if c["implementation"] == fit["implementation"]]
-        slope = math.log(cells[-1]["seconds"] / cells[0]["seconds"]) / math.log(8)
-        assert fit["axis"] == "V" and abs(fit["seconds"] - slope) < 1
+        times = [c["seconds"] for c in cells]
+        assert [c["case"] for c in cells] == list(points) and fit["axis"] == "V"
+        assert fit["seconds"] == scaling.exponent(list(points.values()), times)
     assert "time grows as V^" in capsys.readouterr().out
 
 
@@ -279,7 +287,9 @@ def test_the_tour_ends_in_a_page_and_names_what_failed(tmp_path, monkeypatch, ca
             return end.code
 
     monkeypatch.setattr(tour, "measure", here)
-    options = ("--kinds", "greedy", "--implementations", "ours", "naive", "--dtype", "fp32")
+    monkeypatch.setattr(clock, "now", lambda: 0.0)  # no time passes, on the busiest machine
+    options = ("--kinds", "greedy", "--implementations", "ours", "naive", "--dtype", "fp32",
+               *NEVER_ENDS)  # fmt: skip
     stops = (tour.Stop("overhead", 0.9, options), tour.Stop("head", 0.1, ("--shapes", "1")))
     (tmp_path / "old.json").write_text("{}")
     assert tour.run(stops, tmp_path, 0.2, 1) == {"head": "failed"}
@@ -294,14 +304,32 @@ def test_the_tour_keeps_its_time(tmp_path, monkeypatch):
 
     def slow(command, seconds):
         called.append((command[3], seconds))
-        time.sleep(max(seconds, 0))
+        now[0] += seconds
         return 130
 
+    now = [100.0]
+    monkeypatch.setattr(clock, "now", lambda: now[0])
     monkeypatch.setattr(tour, "measure", slow)
-    missing = tour.run(tour.STOPS, tmp_path, 0.01, 1)
+    missing = tour.run(tour.STOPS, tmp_path, 2.0, 1)
     assert missing == {stop.suite: "out of time" for stop in tour.STOPS}
-    assert [name for name, _ in called] == [tour.STOPS[0].suite]
-    assert called[0][1] == pytest.approx(tour.LAST * 0.6, abs=0.1)
+    assert called == [(tour.STOPS[0].suite, pytest.approx(tour.LAST * 120))]
+
+
+def test_suites_share_what_is_left(tmp_path, monkeypatch):
+    """What one leaves goes to those after it; one that takes more takes it from them."""
+    given = []
+
+    def suite(command, seconds):
+        given.append(60 * float(command[command.index("--minutes") + 1]))
+        now[0] += (0.0, 84.0, 10.0)[len(given) - 1]
+        return 0
+
+    now = [0.0]
+    monkeypatch.setattr(clock, "now", lambda: now[0])
+    monkeypatch.setattr(tour, "measure", suite)
+    stops = [tour.Stop(name, share) for name, share in (("a", 0.5), ("b", 0.25), ("c", 0.25))]
+    assert tour.run(stops, tmp_path, 2.0, 1) == {}
+    assert given == pytest.approx([51.0, 51.0, 18.0], abs=0.05)  # of 102 s, 102 s and 18 s
 
 
 def test_the_tour_ends_when_it_is_interrupted(tmp_path, monkeypatch):
@@ -313,12 +341,39 @@ def test_the_tour_ends_when_it_is_interrupted(tmp_path, monkeypatch):
     assert tour.main(["--output", str(tmp_path)]) == 130
 
 
-def test_a_suite_is_interrupted_when_its_time_is_over():
-    report = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: raise SystemExit(0)"
-    started, seconds = time.monotonic(), 4.0  # on a busy machine Python is not up after one
-    assert tour.measure([sys.executable, "-c", report], seconds) in tour.INTERRUPTED
-    assert time.monotonic() - started < seconds + tour.PATIENCE  # it was not killed
-    assert tour.measure([sys.executable, "-c", "raise SystemExit(3)"], 30.0) == 3
+@pytest.mark.parametrize("ends", [True, False], ids=["writes", "hangs"])
+def test_a_suite_is_interrupted_when_its_time_is_over(ends, tmp_path, monkeypatch):
+    """It may write what it has; one that does not end is killed."""
+    up, written = tmp_path / "up", tmp_path / "written"
+    os.mkfifo(up)
+    code = f"""
+import signal
+{"" if ends else "signal.signal(signal.SIGINT, signal.SIG_IGN)"}
+try:
+    open({str(up)!r}, "w").close()
+    while True: pass
+except KeyboardInterrupt: open({str(written)!r}, "w").close()
+"""
+    codes = []
+
+    class Process(subprocess.Popen):
+        """The suite's time is over once it is up; that to write only if it never ends."""
+
+        def wait(self, timeout=None):
+            if timeout == 7.0:
+                up.read_text()
+            if timeout == 7.0 or (timeout == tour.PATIENCE and not ends):
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            codes.append(super().wait(HANG))
+            return codes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    assert tour.measure([sys.executable, "-c", code], 7.0) in tour.INTERRUPTED
+    assert codes == [0 if ends else -signal.SIGKILL] and written.exists() == ends
+
+
+def test_a_suite_that_ends_in_time_gives_its_code():
+    assert tour.measure([sys.executable, "-c", "raise SystemExit(3)"], HANG) == 3
 
 
 def test_largest_is_asked_for_rows_of_the_same_setting():

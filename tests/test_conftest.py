@@ -1,4 +1,7 @@
-"""The fixture that the other tests lean on must itself be able to fail them."""
+"""What all tests lean on: fresh memory that can fail them, and no clock that can."""
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,3 +30,49 @@ def test_compiled_code_still_traces():
         lambda x: torch.empty_like(x).copy_(x), fullgraph=True, backend="eager"
     )
     assert torch.equal(function(torch.ones(3)), torch.ones(3))
+
+
+# A clock, a sleep, or a limit that a busy machine may reach. A test counts, puts a counter in place
+# of `bench.clock.now`, gives what never ends a limit of 0, and everything else HANG seconds.
+CLOCKS = re.compile(
+    r"\bimport time\b|\bfrom time import|\btime(?:it)?\.\w+\(|perf_counter|monotonic\("
+    r"|datetime\.now|\bsleep\(|\b(?:timeout|timedelta\(seconds)=(?P<seconds>[\d.]+)"
+)
+SHORT = 600  # seconds that a busy machine may need for a test
+READERS = {
+    "test_cli.py": "waits for a file of another process; its deadline only ends a hang",
+    "test_cli_distributed.py": "its timeout only ends a hang",
+    "test_conftest.py": "this list",
+}
+
+
+def clocks(text):
+    """What reads a clock in the source of a test."""
+    return [
+        found[0]
+        for found in CLOCKS.finditer(text)
+        if not found["seconds"] or 0 < float(found["seconds"]) < SHORT
+    ]
+
+
+def test_no_test_reads_a_clock():
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    found = {file.name: clocks(file.read_text(encoding="utf-8")) for file in files}
+    assert len(files) > 60
+    assert {name: some for name, some in found.items() if some and name not in READERS} == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["import time", "from time import sleep", "code = 'time.sleep(1)'", "start = perf_counter()",
+     "run(command, timeout=30)", "timedelta(seconds=60)", "p.wait(timeout=0.5)"],
+)  # fmt: skip
+def test_clocks_are_seen(text):
+    assert len(clocks(text)) == 1
+    assert clocks(f"{text} {text}") == 2 * clocks(text)
+
+
+def test_what_is_no_clock():
+    assert (
+        clocks("timeout=HANG, timeout=0, timeout=600, minutes=1, seconds=1.5, at a time (t)") == []
+    )

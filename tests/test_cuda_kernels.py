@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import cuda_emulator
+from processes import HANG
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux")
@@ -43,7 +44,7 @@ def run_python(*arguments, **env):
         cwd=TESTS.parent,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
     )
 
 
@@ -61,6 +62,8 @@ def test_operations_on_the_emulator():
     # checks of an operator. Of the gradients that the exact schedules form, not those of many ids.
     few = "not contract and not compile and not workspace and not cpu and not reference"
     few += " and not (active_hidden and (peak or scalar or zero))"
+    # A set that does not fit, formed again, and one that fits, kept: not each with the other.
+    few += " and not (error_at_the_default and (4MiB and kept or recompute and not 4MiB))"
     done = run_python("-m", "pytest", "-p", "cuda_emulator", *files, "-k", few)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

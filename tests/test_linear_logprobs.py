@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dense
@@ -263,7 +263,13 @@ def test_ignore_index_and_kinds_of_target(backend, ignore_index, kind):
     assert (mine[0][::3] == 0).all()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(
+    max_examples=60,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(data=st.data())
 def test_any_call(data):
     """What no grid thinks of: all options and sizes together."""

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ift_kernels
@@ -154,7 +154,7 @@ def problems(draw):
     return x, y, mask, cu, draw(st.floats(0, 1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problems(), finite)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_linear_and_adjoint(name, problem, scale):

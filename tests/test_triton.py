@@ -10,6 +10,7 @@ import torch
 
 import ift_kernels
 from ift_kernels import backends
+from processes import HANG
 
 pytest.importorskip("triton")
 
@@ -21,7 +22,7 @@ def python(*arguments, **env):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON", "IFT_"))}
     return subprocess.run(
         [sys.executable, *arguments], env={**kept, "OMP_NUM_THREADS": "1", **env},
-        capture_output=True, text=True, timeout=600,
+        capture_output=True, text=True, timeout=HANG,
     )  # fmt: skip
 
 

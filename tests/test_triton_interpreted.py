@@ -86,10 +86,11 @@ CASES = [
 @pytest.mark.parametrize(("dtype", "transform", "bias"), CASES)
 @pytest.mark.parametrize("track", [0, 31])
 def test_statistics(dtype, transform, bias, track, blocks):
-    ours, theirs = (b.new_state(7, torch.device("cpu")) for b in (backend, ref))
+    n = 5  # of each kind of row that `chunk` makes
+    ours, theirs = (b.new_state(n, torch.device("cpu")) for b in (backend, ref))
     for seed, (offset, c) in enumerate(((0, 131), (131, 64), (195, 1))):
-        x, b, target = chunk(7, c, dtype, bias, seed) if c > 2 else (
-            torch.zeros(7, c, dtype=dtype), None, torch.full((7,), 195))  # fmt: skip
+        x, b, target = chunk(n, c, dtype, bias, seed) if c > 2 else (
+            torch.zeros(n, c, dtype=dtype), None, torch.full((n,), 195))  # fmt: skip
         arguments = x, b, transform, target, offset
         before = x.clone()
         backend.stats_update(*arguments, *ours, track)
@@ -221,12 +222,12 @@ def test_sums_of_rows(dtype, accumulate, blocks):
 @pytest.mark.parametrize("left", [True, False])
 def test_scan(gamma, left, blocks):
     dtype = {0.0: torch.bfloat16, 0.95: torch.float32, 1.0: torch.float16}[gamma]
-    x, mask = torch.randn(3, 53).to(dtype), torch.rand(3, 53) < 0.7
+    x, mask = torch.randn(2, 53).to(dtype), torch.rand(2, 53) < 0.7
     x[~mask] = torch.nan
     for arguments in (
         (x, mask, None),
         (x.nan_to_num(1), None, None),
-        (x.view(1, -1), mask.view(1, -1), torch.tensor([0, 0, 17, 18, 100, 159])),
+        (x.view(1, -1), mask.view(1, -1), torch.tensor([0, 0, 17, 18, 80, 106])),
     ):
         ours, theirs = (b.scan(*arguments, gamma, left) for b in (backend, ref))
         close(ours, theirs, dtype)
@@ -236,13 +237,14 @@ def test_scan(gamma, left, blocks):
 @pytest.mark.parametrize("left", [True, False])
 def test_infinity_where_powers_of_gamma_underflow(gamma, left, blocks):
     """It reaches the end of its document as the recurrence takes it, and goes no further."""
-    x, mask = torch.randn(3, 400), torch.rand(3, 400) < 0.7
-    at = 380 if left else 20
+    n = 112  # seven of the small blocks
+    x, mask = torch.randn(3, n), torch.rand(3, n) < 0.7
+    at = n - 20 if left else 20
     x[0, at], x[1, at], x[2, at] = torch.inf, -torch.inf, torch.nan
     mask[:, at] = True
     for some in (None, mask):
         close(*(b.scan(x, some, None, gamma, left) for b in (backend, ref)))
-    packed = x.view(1, -1), mask.view(1, -1), torch.tensor([0, 5, 398, 398, 400, 800, 1200])
+    packed = x.view(1, -1), mask.view(1, -1), torch.tensor([0, 5, n - 2, n - 2, n, 2 * n, 3 * n])
     close(*(b.scan(*packed, gamma, left) for b in (backend, ref)))
 
 
