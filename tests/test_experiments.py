@@ -1,5 +1,6 @@
 """The experiments run, and their claims that hold at any size are checked."""
 
+import dataclasses
 import itertools
 import json
 
@@ -16,6 +17,7 @@ from examples.experiments import (
     probe_cost,
     squeezing,
 )
+from examples.experiments.page import RESULTS
 
 
 def test_squeezing_lemma_on_5000_draws():
@@ -28,16 +30,43 @@ def test_first_order_error_falls_a_hundredfold():
     assert all(50 <= a / b <= 200 for a, b in itertools.pairwise(errors)), errors
 
 
-def test_published_directions_of_squeezing(tmp_path):
-    """Valley of a peaked distribution: the argmax alone rises; flat: next to all others do."""
-    squeezing.run(tmp_path, True)
-    text = (tmp_path / "squeezing" / "result.json").read_text(encoding="utf-8")
-    cases = {row[0]: row[1:] for row in json.loads(text)["cases"]}
-    low, low_after, top, top_after, others = cases["negative, valley token, peaked"]
-    assert low_after < 1e-2 * low and others == "0 of 48"
-    assert f"{top:.3f}" == "0.763" and f"{top_after:.2f}" == "0.99"
-    _, _, top, top_after, others = cases["negative, any token, flat"]
-    assert top < top_after < 1.2 * top and others in ("47 of 48", "48 of 48")
+PUBLISHED = {  # p_y, argmax, and others that rise, over one step; None where there is no figure
+    "B": (None, "0.0278 → 0.0291", "48 of 48"),
+    "C": (None, "0.7627 → 0.9871", "0 of 48"),
+    "D": ("4.03e-10 → 5.47e-14", "0.7627 → 0.9863", "0 of 48"),
+    "E": (None, "0.512 → 1.000", "0 of 998"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_squeezing_has_the_published_digits(name):
+    (case,) = [case for case in squeezing.cases() if case.name[0] == name]
+    p_y, argmax, rise = PUBLISHED[name]
+    measured = case.measured()
+    assert (measured["argmax"], measured["rise"]) == (argmax, rise)
+    assert p_y in (None, measured["p_y"])
+    assert case.published() == {"argmax": argmax, "p_y": p_y, "rise": rise} and case.agrees()
+
+
+def test_a_figure_that_differs_in_its_last_digit_is_reported():
+    first, *_, last = squeezing.cases()
+    assert first.agrees()  # of A nothing is published
+    assert not dataclasses.replace(last, argmax="0.513 → 1.000").agrees()
+    assert not dataclasses.replace(last, eta=0.05).agrees()
+    assert not dataclasses.replace(last, rise="1 of 998").agrees()
+
+
+def test_the_committed_page_is_of_these_cases():
+    page = RESULTS / "squeezing"
+    found = json.loads((page / "result.json").read_text(encoding="utf-8"))["cases"]
+    text = (page / "README.md").read_text(encoding="utf-8")
+    for case in squeezing.cases():
+        assert found[case.name[0]]["published"] == case.published()
+        top = case.probabilities[0].argmax()
+        for key, index in (("p_y", case.y), ("argmax", top)):
+            expected = [p[index].item() for p in case.probabilities]
+            assert found[case.name[0]][key] == pytest.approx(expected, rel=1e-9)
+        assert all(value in text for value in case.measured().values())
 
 
 def test_quadrants_of_clipping():
@@ -47,7 +76,7 @@ def test_quadrants_of_clipping():
 
 
 @pytest.mark.parametrize(
-    "module", [clip, instructions, probe_cost], ids=lambda m: m.__name__.split(".")[-1]
+    "module", [clip, instructions, probe_cost, squeezing], ids=lambda m: m.__name__.split(".")[-1]
 )
 def test_runs(module, tmp_path):
     module.run(tmp_path, True)
