@@ -227,8 +227,8 @@ def _judged(
     errors["gradient"], worst = _worst_gradient(fused.gradients, expected_grads, about["tolerance"])
     about |= {"errors": errors, "worst_parameter": worst, "wrong_argmax": wrong_argmax}
     wrong = [n for n, error in errors.items() if not error <= about["tolerance"]]  # also NaN
-    if not math.isfinite(about["expected_loss"]):
-        reason = f"the loss of the model itself is {about['expected_loss']}"
+    if not math.isfinite(about["expected_loss"]) or not _all_finite(expected_grads):
+        reason = "the loss of the model itself, or a gradient of it, is not finite"
         return Comparison(**about, verdict="undecided", reason=reason)
     if not wrong and not wrong_argmax:
         return Comparison(**about, verdict="equal")
@@ -262,6 +262,10 @@ def _worst_gradient(got: Gradients, expected: Gradients, tolerance: float) -> tu
         if math.isnan(error):
             break
     return worst, name
+
+
+def _all_finite(gradients: Gradients) -> bool:
+    return all(bool(gradient.isfinite().all()) for gradient in gradients.values())
 
 
 def _is_refusal(error: Exception) -> bool:
