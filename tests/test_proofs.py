@@ -2,9 +2,12 @@
 
 import pytest
 
+import ift
 from tests.proofs import models, table
+from tests.proofs.batches import find_inputs, make_batch
 from tests.proofs.log import Log, digest, read_lines
 from tests.proofs.parts import PARTS, log_of, part
+from tests.proofs.tiny_models import tiny_model
 
 SAMPLE = (
     "LlamaForCausalLM",
@@ -48,6 +51,18 @@ def test_the_sweep_is_wide():
 def test_sample(case):
     line = models.run(case)
     assert "results" in line and not models.fault(line), line
+
+
+@pytest.mark.parametrize("padding", models.PADDINGS)
+def test_the_batches_are_such_that_prompts_can_be_shared(padding):
+    model = tiny_model(models.architecture_of("LlamaForCausalLM"))
+    batch = make_batch(model, find_inputs(model), padding)
+    ift.patch(model)
+    model(**batch, ift=ift.IFTConfig())  # the first one tries things out
+    lengths = []
+    model.model.register_forward_hook(lambda *given: lengths.append(given[-1][0].shape[1]))
+    model(**batch, ift=ift.IFTConfig())
+    assert len(lengths) == 3 and lengths[1] == lengths[2], lengths  # prompt, then both passes
 
 
 FAULTS = (

@@ -33,7 +33,7 @@ SOURCES = (
 )
 PADDINGS = ("right", "left")
 METHODS = ("sft", "ift_two_passes", "ift_shared_prompt")
-LIMIT_SECONDS = 180  # for one model
+LIMIT_SECONDS = 600  # for one model, on a machine that is busy with other things
 
 
 def cases() -> list[str]:
@@ -76,7 +76,10 @@ def _refusal(architecture: Architecture) -> dict[str, Any]:
     try:
         ift.patch(model)
     except REFUSALS as error:
-        return {"verdict": "refused", "at": "patch", "reason": _one_line(error)}
+        if architecture.name in str(error):
+            return {"verdict": "refused", "at": "patch", "reason": _one_line(error)}
+    except Exception:  # a fault, which `compare` reports
+        pass
     return {}
 
 

@@ -110,7 +110,11 @@ FIXES: dict[str, dict[str, Any]] = {
     "ChameleonForConditionalGeneration": {"vocabulary_map": {"<image>": FIRST_SPECIAL}},
     "CohereCompassForCausalLM": {"rope_parameters": _BY_LAYER},
     "CohereCompassForConditionalGeneration": {"text_config.rope_parameters": _BY_LAYER},
-    "DeepseekOcr2ForConditionalGeneration": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "DbrxForCausalLM": {"attn_config.rope_theta": 1e4},
+    "DeepseekOcr2ForConditionalGeneration": {
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+        "text_config.num_experts_per_tok": 2,
+    },
     "DiffusionGemmaForBlockDiffusion": _inside("text_config", _MOE),
     "Dots1ForCausalLM": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "Dots3NoteForConditionalGeneration": {"audio_config.adapter_input_size": WIDTH},

@@ -33,8 +33,9 @@ class Comparison:
         model: class name of the causal LM.
         objective: "SFT" or "IFT".
         dtype: of its parameters, as "float32".
-        verdict: "equal"; "different"; "refused", with a message of ours; "failed", with any other
-            exception; "undecided", where figures cannot be compared (see `reason`).
+        verdict: "equal"; "different"; "refused", with a message that names the model at patch, or
+            the model or an argument at its forward; "failed", with any other exception;
+            "undecided", where figures cannot be compared (see `reason`).
         reason: the message, or what differs; empty for "equal".
         refused_at: "patch" or "forward", where `verdict` is "refused".
         tolerance: the largest error that is still "equal".
@@ -131,13 +132,14 @@ def compare(
             stage = "forward"
             fused = _fused(model, batch, ift)
         except Exception as error:
-            if isinstance(error, REFUSALS) and (stage == "patch" or _is_refusal(error)):
+            named = type(base).__name__ in str(error) if stage == "patch" else _is_refusal(error)
+            if named and isinstance(error, REFUSALS):
                 return Comparison(**about, verdict="refused", reason=str(error), refused_at=stage)
             failure = f"{type(error).__name__} at {stage}: {error}"
         finally:
             if not patched:
                 unpatch(model)
-    # Behind the fused loss: a batch that the model itself does not take raises here.
+    # A batch that the model itself does not take raises here.
     inputs = {**batch, "skip_logits": False} if patched else batch
     with _as_found(model):
         torch.manual_seed(0)
@@ -278,7 +280,7 @@ def _is_refusal(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def _as_found(model: nn.Module) -> Iterator[None]:
-    """Within it: evaluation mode, gradients enabled, no gradient yet. Behind it: all as before.
+    """Within it: evaluation mode, gradients enabled, no gradient yet. After it: all as before.
 
     Restores every attribute of every module, which covers what a forward leaves there (position
     offsets of multimodal models), buffers, gradients and the random state.
