@@ -6,7 +6,6 @@ the forward runs, and its loss depends on the pixels. Else they get text alone.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -34,11 +33,17 @@ def find_inputs(model: Any) -> Inputs:
     if "pixel_values" not in inspect.signature(model.forward).parameters:
         return text
     for form, values in _image_forms(model):
+        failures: list[str] = []
         for tokens in TOKEN_COUNTS:
             inputs = Inputs(form, values, tokens)
-            with contextlib.suppress(Exception):
+            try:
                 if _uses_pixels(model, inputs):
                     return inputs
+                failures.append("")
+            except Exception as error:  # any: these inputs are a guess
+                failures.append(str(error))
+            if len(failures) > 1 and failures[0] and failures[-1] == failures[0]:
+                break  # it is not the number of tokens that is wrong
     return text
 
 
@@ -114,6 +119,7 @@ def _image_forms(model: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
         return torch.randn(shape, generator=g).to(dtype)
 
     def given(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        values = {"high_res_pixel_values": values["pixel_values"], **values}
         return {name: value for name, value in values.items() if name in names}
 
     sizes = torch.tensor([[size, size]] * rows)

@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def digest(patterns: Iterable[str], root: Path = ROOT) -> str:
-    """Of the sources that match, without comments, docstrings, blank lines and indentation width."""
-    files = sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()})
-    if not files:
+    """Of the sources that match, without comments, docstrings, blank lines and spacing."""
+    found = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+    if not found:
         raise ValueError(f"patterns: expected some that match files under {root}, got {patterns}")
     total = hashlib.sha256()
-    for path in files:
+    for path in sorted(found):
         total.update(f"{path.relative_to(root)}\n".encode())
         total.update(_code(path).encode())
     return total.hexdigest()[:16]
@@ -38,7 +38,7 @@ def _python_code(source: str) -> str:
     """The tokens of a module but for comments and for strings that are statements."""
     dropped = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING)
     names = {tokenize.INDENT: "<indent>", tokenize.DEDENT: "<dedent>", tokenize.NEWLINE: "\n"}
-    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline)]
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     tokens = [t for t in tokens if t.type not in dropped]
     kept: list[str] = []
     for before, token, after in zip([None, *tokens], tokens, [*tokens[1:], None], strict=False):

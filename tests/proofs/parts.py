@@ -1,4 +1,8 @@
-"""The parts of ``make prove``: each a module with `SOURCES`, `cases`, `run`, `fault`, a time limit."""
+"""The parts of ``make prove``.
+
+Each is a module with `SOURCES` that its proof covers, `cases`, `run` of one case, which returns a
+line of the log, `fault` of such a line, and `LIMIT_SECONDS` of one case.
+"""
 
 from __future__ import annotations
 

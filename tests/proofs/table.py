@@ -13,19 +13,24 @@ METHODS = ("sft", "ift_two_passes", "ift_shared_prompt")
 HEAD = """\
 # Models
 
-Written by `python -m tests.proofs.table` from [tests/proofs/models.jsonl](../tests/proofs/models.jsonl),
-the log of `make prove PART=models`; do not edit.
+Written by `python -m tests.proofs.table` from `tests/proofs/models.jsonl`, the log of
+`make prove PART=models`; do not edit.
 
-Every causal and multimodal language model that transformers {transformers} maps, built with random weights and
-tiny sizes. For each, the loss and every gradient under `ift.patch` are compared with those of the unpatched model
-(`ift.checking.compare`): supervised fine-tuning with the model's own loss, IFT with two full forwards of
-the model. Each on unequal rows padded right and padded left; a figure is the larger relative error, the
-limit 1e-5.
+Every causal and multimodal language model that transformers {transformers} maps, with random
+weights and tiny sizes. The loss and every gradient under `ift.patch` are compared with those of
+the unpatched model by `ift.checking.compare`: supervised fine-tuning with the model's own loss,
+IFT with two full forwards of the model. Rows are unequal, padded right and padded left; the figure
+is the larger of both relative errors, the limit is 1e-5.
 
-- **equal**: within the limit. "both passes" under shared prompt: IFT runs its prompts twice, since sharing
-  them would not give the same.
-- **refused**: `ift.patch` raises an error that names model and reason; "at ift=": the first IFT forward does.
-- Input: text alone, or with an image in every prompt, in the form named.
+- **equal**: within the limit. *Both passes* under shared prompt: IFT runs the prompts twice, since
+  sharing them would not give the same.
+- **refused**: `ift.patch` raises an error that names the model and the reason; **refused at ift=**:
+  the first IFT forward does.
+- **not finite**: the model itself gives no finite loss or gradient for this padding.
+- Input: text alone, or with an image in every prompt, in the form named. Multimodal models with
+  text alone have image inputs that the sweep cannot make up.
+
+{built} models were built: {served} are served, {refused} refused.
 
 """
 
@@ -36,11 +41,12 @@ def page() -> str:
     built = [line for line in lines if "results" in line]
     others = [line for line in lines if "results" not in line]
     served = sum(line["results"]["sft/right"]["verdict"] == "equal" for line in built)
-    text = HEAD.format(transformers=header["transformers"])
-    text += (
-        f"{len(built)} models were built; {served} of them are served, the others refused.\\n\\n"
+    text = HEAD.format(
+        transformers=header["transformers"],
+        built=len(built),
+        served=served,
+        refused=len(built) - served,
     )
-    text = text.replace("\\n", "\n")
     text += "| model | input | SFT | IFT, two passes | IFT, shared prompt | remark |\n"
     text += "|---|---|---|---|---|---|\n"
     for line in sorted(built, key=lambda line: line["case"].lower()):
@@ -68,7 +74,7 @@ def _word(result: dict[str, Any]) -> str:
         return "refused" if result["at"] == "patch" else "refused at ift="
     if result["verdict"] == "equal" and result.get("note"):
         return "equal, both passes"
-    return str(result["verdict"])
+    return "not finite" if result["verdict"] == "undecided" else str(result["verdict"])
 
 
 def _remark(line: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Tiny random models of every architecture that transformers maps to a causal or multimodal LM.
 
-Each config class is made with its defaults and every size in it is reduced by the name of its field;
-layers are kept so that each kind of layer occurs once. `FIXES` holds what that does not get right.
+Each config class is made with its defaults and every size in it is reduced by the name of its
+field; layers are kept so that each kind of layer occurs once. `FIXES` holds the exceptions.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SIZES: tuple[tuple[str, Any], ...] = (
     (r"max_window_layers|insert_layer_id", 1),
     (r"index_topk|index_topk_blocks", 4),
     (r".*sliding_window(_size)?|attention_window_size|local_attention", 8),
-    (r"window_size", 8),
+    (r"window_size", IMAGE),
     (r"attention_chunk_size", 16),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_(source|target)_positions", 128),
     (r"image_size", IMAGE),
@@ -88,6 +88,7 @@ SIZES: tuple[tuple[str, Any], ...] = (
 )  # fmt: skip
 _SIZES = [(re.compile(pattern), value) for pattern, value in SIZES]
 SPECIAL_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SPECIAL_ID = re.compile(r".*(token|patch|newline|start|end|bos|eos|pad)_(id|index)|image_token")
 _INDEX_LISTS = re.compile(r".*(index|indexes|indices|idxs|_ids|_layers|layer_ids)$")
 
 # Class → values, dotted for those of a config inside.
@@ -102,10 +103,18 @@ def _inside(path: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 FIXES: dict[str, dict[str, Any]] = {
+    "AriaForConditionalGeneration": {"projector_patch_to_query_dict": {16: 4}},
+    "Blip2ForConditionalGeneration": {"image_token_index": FIRST_SPECIAL},
+    "InstructBlipForConditionalGeneration": {"image_token_index": FIRST_SPECIAL},
+    "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2, "n_routed_experts": 4},
     "ChameleonForConditionalGeneration": {"vocabulary_map": {"<image>": FIRST_SPECIAL}},
     "CohereCompassForCausalLM": {"rope_parameters": _BY_LAYER},
     "CohereCompassForConditionalGeneration": {"text_config.rope_parameters": _BY_LAYER},
-    "DeepseekOcr2ForConditionalGeneration": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "DbrxForCausalLM": {"attn_config.rope_theta": 1e4},
+    "DeepseekOcr2ForConditionalGeneration": {
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+        "text_config.num_experts_per_tok": 2,
+    },
     "DiffusionGemmaForBlockDiffusion": _inside("text_config", _MOE),
     "Dots1ForCausalLM": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "Dots3NoteForConditionalGeneration": {"audio_config.adapter_input_size": WIDTH},
@@ -120,7 +129,7 @@ FIXES: dict[str, dict[str, Any]] = {
     },
     "FunAsrNanoForConditionalGeneration": {"adaptor_config.intermediate_size": WIDTH // 4},
     "Glm5NextForConditionalGeneration": {"text_config.index_kpool": 2},
-    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
+    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "Granite4VisionForConditionalGeneration": {"deepstack_layer_map": [(-1, 0)]},
     "HunYuanDenseV1ForCausalLM": {"head_dim": HEAD_DIM},
     "HunYuanMoEV1ForCausalLM": {"head_dim": HEAD_DIM},
@@ -189,6 +198,8 @@ def tiny_model(
     model = _from_config(model_class, config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
+            if parameter.dim() > 1 and dtype == torch.float32:
+                parameter.mul_(0.5)  # less sharp attention amplifies rounding less
             if parameter.dim() <= 1:  # norms and biases start as ones and zeros: let them matter
                 parameter.add_(0.1 * torch.randn_like(parameter))
             if not bool(parameter.isfinite().all()):  # `torch.empty` that is never initialised
@@ -232,6 +243,10 @@ class _Shrinker:
                 new = self._shrink(name, value, own, kept)
                 if new is not value:
                     values[name] = new
+        if "mrope_section" in getattr(config_class, "ignore_keys_at_rope_validation", ()):
+            rope = dict(default.rope_parameters or {})
+            if not any(isinstance(value, dict) for value in rope.values()):
+                values["rope_parameters"] = _rope({"mrope_section": [16, 24, 24], **rope})
         values.update(fixes)
         return config_class(**values)
 
@@ -240,9 +255,11 @@ class _Shrinker:
         skipped = {field.name for field in dataclasses.fields(PreTrainedConfig)}
         skipped |= {"id2label", "label2id", "architectures", "torch_dtype"}
         skipped -= {"bos_token_id", "eos_token_id", "pad_token_id"}
+        stored = vars(config)
         for field in dataclasses.fields(config):
-            if field.name not in skipped and hasattr(config, field.name):
-                yield field.name, getattr(config, field.name)
+            name = config.attribute_map.get(field.name, field.name)
+            if field.name not in skipped and name in stored:
+                yield field.name, stored[name]
 
     @staticmethod
     def _kept_layers(config: Any) -> tuple[int, list[int]]:

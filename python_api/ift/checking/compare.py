@@ -33,8 +33,9 @@ class Comparison:
         model: class name of the causal LM.
         objective: "SFT" or "IFT".
         dtype: of its parameters, as "float32".
-        verdict: "equal"; "different"; "refused", with a message of ours; "failed", with any other
-            exception; "undecided", where figures cannot be compared (see `reason`).
+        verdict: "equal"; "different"; "refused", with a message that names the model at patch, or
+            the model or an argument at its forward; "failed", with any other exception;
+            "undecided", where figures cannot be compared (see `reason`).
         reason: the message, or what differs; empty for "equal".
         refused_at: "patch" or "forward", where `verdict` is "refused".
         tolerance: the largest error that is still "equal".
@@ -131,13 +132,14 @@ def compare(
             stage = "forward"
             fused = _fused(model, batch, ift)
         except Exception as error:
-            if isinstance(error, REFUSALS) and (stage == "patch" or _is_refusal(error)):
+            named = type(base).__name__ in str(error) if stage == "patch" else _is_refusal(error)
+            if named and isinstance(error, REFUSALS):
                 return Comparison(**about, verdict="refused", reason=str(error), refused_at=stage)
             failure = f"{type(error).__name__} at {stage}: {error}"
         finally:
             if not patched:
                 unpatch(model)
-    # Behind the fused loss: a batch that the model itself does not take raises here.
+    # A batch that the model itself does not take raises here.
     inputs = {**batch, "skip_logits": False} if patched else batch
     with _as_found(model):
         torch.manual_seed(0)
@@ -227,8 +229,8 @@ def _judged(
     errors["gradient"], worst = _worst_gradient(fused.gradients, expected_grads, about["tolerance"])
     about |= {"errors": errors, "worst_parameter": worst, "wrong_argmax": wrong_argmax}
     wrong = [n for n, error in errors.items() if not error <= about["tolerance"]]  # also NaN
-    if not math.isfinite(about["expected_loss"]):
-        reason = f"the loss of the model itself is {about['expected_loss']}"
+    if not math.isfinite(about["expected_loss"]) or not _all_finite(expected_grads):
+        reason = "the loss of the model itself, or a gradient of it, is not finite"
         return Comparison(**about, verdict="undecided", reason=reason)
     if not wrong and not wrong_argmax:
         return Comparison(**about, verdict="equal")
@@ -264,6 +266,10 @@ def _worst_gradient(got: Gradients, expected: Gradients, tolerance: float) -> tu
     return worst, name
 
 
+def _all_finite(gradients: Gradients) -> bool:
+    return all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+
+
 def _is_refusal(error: Exception) -> bool:
     """Was it raised on purpose: by this package, with a message that begins with a name?"""
     frames = traceback.extract_tb(error.__traceback__)
@@ -274,7 +280,7 @@ def _is_refusal(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def _as_found(model: nn.Module) -> Iterator[None]:
-    """Within it: evaluation mode, gradients enabled, no gradient yet. Behind it: all as before.
+    """Within it: evaluation mode, gradients enabled, no gradient yet. After it: all as before.
 
     Restores every attribute of every module, which covers what a forward leaves there (position
     offsets of multimodal models), buffers, gradients and the random state.
