@@ -1,8 +1,35 @@
 """The one exception that the command line turns into a line on stderr and exit code 2."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
 
 class CliError(Exception):
     """Bad input: names the argument, what came and what was expected."""
 
     def __init__(self, argument: str, problem: object) -> None:
         super().__init__(f"{argument}: {' '.join(str(problem).split())}")
+
+
+@contextlib.contextmanager
+def refusals(argument: str, applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """What our own code refuses in this block is a CliError of `argument`, while `applies` holds.
+
+    Errors of torch and others pass: their tracebacks are needed.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        if not (applies() and _is_ours(error)):
+            raise
+        raise CliError(argument, error) from None
+
+
+def _is_ours(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    name = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    return str(name).split(".")[0] in ("ift", "ift_kernels")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ift.cli import processes
 from ift.cli.errors import CliError
 
 
@@ -30,7 +33,12 @@ def load_model(
     checkpoint: Path | None,
     flag: str = "--model",
 ) -> tuple[Any, Any]:
-    """Model (fp32 weights) and tokenizer: new, from a directory or hub id, or from a checkpoint."""
+    """Model (fp32 weights) and tokenizer: new, from a directory or hub id, or from a checkpoint.
+
+    Raises:
+        CliError: what cannot be loaded; weights that are not in the files, without
+            ``--allow-new-weights``; a model that sees the tokens that it should predict.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,8 +51,12 @@ def load_model(
         return tiny.tiny_llama(tokenizer, max_length=length, seed=seed), tokenizer
     name = os.fspath(checkpoint or arguments.model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        with torch.random.fork_rng(), loading_warnings():
+            torch.manual_seed(arguments.seed)  # of weights that are new
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True
+            )
     except Exception as error:  # damaged files raise whatever their reader raises
         first = str(error).strip().split("\n")[0].rstrip(".")
         raise CliError(
@@ -52,13 +64,99 @@ def load_model(
             f"cannot load {name} ({type(error).__name__}: {first}); expected the directory or hub "
             "id of a causal language model, or `tiny`",
         ) from None
+    missing = sorted(info["missing_keys"])
+    if missing and not arguments.allow_new_weights:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CliError(
+            flag,
+            f"{name} has no weights for {', '.join(missing[:3])}{more} of {type(model).__name__}, "
+            "which would start from random ones; expected all, or --allow-new-weights",
+        )
     have = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > have:
         tokens = f"the tokenizer has {len(tokenizer)} tokens"
         raise CliError(flag, f"{name}: {tokens}; expected at most the model's {have}")
+    check_causal(model, name, flag)
     if tokenizer.chat_template is None and any(row.messages is not None for row in rows):
         tokenizer.chat_template = SIMPLE_CHAT_TEMPLATE  # saved with the model that learns it
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def loading_warnings() -> Iterator[None]:
+    """What transformers warns of while it loads reaches the user, from one of the processes."""
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    if processes.is_first():
+        transformers.logging.set_verbosity_warning()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def check_causal(model: Any, name: str, flag: str) -> None:
+    """Refuse a model whose output at a token depends on the tokens behind it: it sees the answer.
+
+    Measured on two rows of four tokens that differ in the last one.
+    """
+    import torch
+
+    from ift.head_pass import evaluating
+
+    first, second, third = [i for i in range(4) if i != model.config.pad_token_id][:3]
+    ids = torch.tensor([[first, first, second, second], [first, first, second, third]])
+    with torch.no_grad(), evaluating(model):
+        logits = model(input_ids=ids.to(model.device)).logits.float()
+    if (logits[0, :3] - logits[1, :3]).abs().max() > 1e-4 * logits.std():
+        decoder = getattr(model.config, "is_decoder", None)
+        hint = "; set is_decoder to true in its config.json" if decoder is False else ""
+        raise CliError(
+            flag,
+            f"{name} is a {type(model).__name__} whose attention is bidirectional, so it sees the "
+            f"tokens that it should predict; expected a causal language model{hint}",
+        )
+
+
+def check_positions(model: Any, longest: Any, flag: str) -> None:
+    """Refuse a row that is longer than the positions the model has; rotary ones go on.
+
+    Args:
+        longest: ids of the longest row.
+
+    Raises:
+        CliError: the model cannot compute it.
+    """
+    import torch
+    from torch import nn
+
+    from ift.head_pass import evaluating
+
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    tables = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and limit <= module.num_embeddings <= limit + 2
+    ]
+    # Some tables keep their first entries for padding.
+    reserved = max(((table.padding_idx or -1) + 1 for table in tables), default=0)
+    if limit <= 0 or len(longest) <= limit - reserved:
+        return
+    ids = torch.as_tensor(longest).long()[None].to(model.device)
+    try:
+        with torch.no_grad(), evaluating(model):
+            model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except (IndexError, RuntimeError, ValueError):
+        raise CliError(
+            "--max-length",
+            f"the longest row of {flag} has {len(longest)} tokens; expected at most "
+            f"{limit - reserved}, the positions of {type(model).__name__}",
+        ) from None
+    processes.note(
+        f"{flag}: rows of up to {len(longest)} tokens go beyond the {limit} positions that the "
+        "model was made for"
+    )
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "log_steps": 10,
     "resume": False,
     "cpu": False,
+    "allow_new_weights": False,
     "probe_every": 25,
     "probe_size": 64,
     "probe_sample": 32,
@@ -217,6 +218,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="a directory, a hub id, or `tiny`: a small random Llama with a tokenizer trained on "
         "the data",
+    )
+    required.add_argument(
+        "--allow-new-weights",
+        action="store_true",
+        default=None,
+        help="train a model of which --model (or --reference) lacks weights, a head for one: they "
+        "start from random numbers",
     )
     required.add_argument(
         "--data",

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object  # type: ignore[import-untyped]  # no annotations
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ift import losses
 from ift.cli import processes
@@ -20,7 +22,6 @@ from ift.cli.errors import CliError
 from ift.cli.models import load_model
 from ift.cli.trainer import RunTrainer
 from ift.data import Collator
-from ift.documents import rows_with_targets
 from ift.head_pass import evaluating
 from ift.integrations.transformers import count_flags
 from ift.losses import Loss
@@ -219,19 +220,36 @@ def check_same_tokens(reference: str, theirs: dict[str, int], ours: dict[str, in
 # ---- the trainer ---------------------------------------------------------------------------------
 
 
+NAMES = ("input_ids", "attention_mask", "labels")
+
+
+class EvalPair(NamedTuple):
+    """What the loss of an evaluated pair is made of."""
+
+    chosen: Tensor  # log-probability of each target
+    rejected: Tensor
+    reference: list[float] | None  # sums of both
+    kl: Tensor | None  # (3,), as `reference_point` takes them
+
+
 class PairTrainer(RunTrainer):
     """A `RunTrainer` of a preference loss over batches of `PairCollator`.
 
-    The loss is a mean over the pairs (KTO: rows) of the whole optimizer step; evaluation measures
-    the same loss, a mean over the pairs of the set. Rewards and margins join both logs.
+    The loss is a mean over the pairs (KTO: rows) of the whole optimizer step. Evaluation calls it
+    once, on the log-probabilities of the whole set, with one reference point (KTO) and one order
+    (AOT) for all. Rewards and margins join both logs.
 
     Args:
         loss: a module of `ift.losses`.
         The rest: as `RunTrainer`.
     """
 
+    rows_per_example = 2
+
     def __init__(self, *args: Any, loss: Loss, **kwargs: Any) -> None:
         self.pair_loss = loss
+        self.paired = not isinstance(loss, losses.KTOLoss)
+        self._eval_pairs: list[EvalPair] = []
         super().__init__(*args, **kwargs)
 
     def get_batch_samples(
@@ -252,70 +270,105 @@ class PairTrainer(RunTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of a batch of pairs, and sums for the logs."""
-        batch = {k: inputs[k] for k in ("input_ids", "attention_mask", "labels")}
-        rows = batch["labels"].shape[0]
+        batch = {k: inputs[k] for k in NAMES}
         call: dict[str, Any] = {}
-        paired = not isinstance(self.pair_loss, losses.KTOLoss)
         if num_items_in_batch is not None and self.pair_loss.options.get("kind") not in SORTED:
-            name, share = ("num_pairs", 2) if paired else ("num_rows", 1)
+            name, share = ("num_pairs", 2) if self.paired else ("num_rows", 1)
             call[name] = torch.as_tensor(num_items_in_batch) / share
-        if not paired:
-            call["kl"] = self._kl(model, inputs)
+        if not self.paired:
+            call["kl"] = reference_point(self.accelerator.gather(self._kl_rows(model, inputs)))
 
         def loss(logprob: Tensor, mask: Tensor) -> Tensor:
-            given = dict(call)
-            if inputs.get("reference") is not None:
-                given["reference"] = inputs["reference"]
-            if not paired:
-                given["desirable"] = torch.arange(rows, device=mask.device) < rows // 2
-            value: Tensor = self.pair_loss(logprob, mask, **given)
-            return value
+            return self._loss(logprob, mask, inputs.get("reference"), **call)
 
         output = model(**batch, loss=loss)
         found = self.pair_loss.metrics
-        tokens: Any = base_model(self.accelerator.unwrap_model(model)).ift_metrics
+        tokens: Any = self._patched(model).ift_metrics
         zero = torch.zeros((), device=output.loss.device)
-        pairs = rows_with_targets(batch).sum().to(zero) / 2
+        pairs = batch["labels"].shape[0] / 2
         values = [found.get(name, zero).to(zero) * pairs for name in METRICS]
         values += [zero + pairs, *(tokens[k].to(zero) for k in ("correct", "entropy", "tokens"))]
-        training = model.training
-        sums, seen = torch.stack(values), self._sums[training]
-        self._sums[training] = sums if seen is None else seen.to(sums) + sums
+        sums, seen = torch.stack(values), self._train_sums
+        self._train_sums = sums if seen is None else seen.to(sums) + sums
         value = output.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             value = value * self.accelerator.num_processes  # DDP averages
         return (value, output) if return_outputs else value
 
+    def _loss(self, logprob: Tensor, mask: Tensor, reference: Tensor | None, **call: Any) -> Tensor:
+        """The loss of rows of which the first half are chosen ones."""
+        if reference is not None:
+            call["reference"] = reference
+        if not self.paired:
+            rows = len(mask)
+            call["desirable"] = torch.arange(rows, device=mask.device) < rows // 2
+        value: Tensor = self.pair_loss(logprob, mask, **call)
+        return value
+
     @torch.no_grad()
-    def _kl(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """KTO's reference point, from prompts with other prompts' responses."""
+    def _kl_rows(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """What `reference_point` takes: prompts with other prompts' responses."""
         found: list[Tensor] = []
 
-        def estimate(logprob: Tensor, mask: Tensor) -> Tensor:
-            own = ((logprob * mask).sum(1), inputs["kl_reference"], mask.any(1).to(logprob))
-            sums, reference, held = self.accelerator.gather(torch.stack(own, 1)).T
-            found.append(losses.kto_kl(sums[:, None], held[:, None], reference))
+        def keep(logprob: Tensor, mask: Tensor) -> Tensor:
+            own = ((logprob * mask).sum(1), mask.any(1), inputs["kl_reference"])
+            found.append(torch.stack([part.to(logprob) for part in own], 1))
             return logprob.new_zeros(())
 
-        names = ("input_ids", "attention_mask", "labels")
         with evaluating(self.accelerator.unwrap_model(model)):
-            model(**{k: inputs[f"kl_{k}"] for k in names}, loss=estimate)
+            model(**{k: inputs[f"kl_{k}"] for k in NAMES}, loss=keep)
         return found[0]
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """The loss of a batch, and its share of the mean over all pairs."""
-        inputs = self._prepare_inputs(self._without_repeats(inputs))
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs).detach()
-        pairs = rows_with_targets(inputs).sum().double() / 2
-        batch = torch.stack([loss.double() * pairs, pairs])
-        self._evaluated = self._evaluated.to(batch) + batch
-        return loss, None, None
+    # ---- evaluation ----
 
-    def _drained(self, *, training: bool) -> dict[str, float]:
-        sums, self._sums[training] = self._sums[training], None
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's."""
+        self._eval_pairs = []
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _score(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Keep the log-probabilities of a batch, whose loss is part of that of the whole set."""
+        kept: list[tuple[Tensor, Tensor]] = []
+
+        def keep(logprob: Tensor, mask: Tensor) -> Tensor:
+            kept.append((logprob.float().cpu(), mask.cpu()))
+            return logprob.new_zeros(())
+
+        model(**{k: inputs[k] for k in NAMES}, loss=keep)
+        ((logprob, mask),) = kept
+        self._add_eval(logprob.new_zeros((), device=self.args.device), model)
+        count = len(mask) // 2
+        reference, kl = inputs.get("reference"), None
+        if not self.paired:
+            kl = self._kl_rows(model, inputs).cpu()
+        for i in range(count):
+            if not mask[i].any():  # a pair that fills up the last batch
+                continue
+            chosen, rejected = (logprob[j][mask[j]] for j in (i, i + count))
+            sums = None if reference is None else [float(reference[j]) for j in (i, i + count)]
+            self._eval_pairs.append(EvalPair(chosen, rejected, sums, None if kl is None else kl[i]))
+
+    def _eval_metrics(
+        self, total: float, tokens: float, correct: float, entropy: float
+    ) -> dict[str, float]:
+        """The loss of all pairs of the set in one call, and what it reports."""
+        pairs = gather_object(self._eval_pairs)
+        sides = [pair[side] for side in (0, 1) for pair in pairs]
+        logprob = pad_sequence(sides, batch_first=True)
+        mask = pad_sequence([torch.ones_like(side) for side in sides], batch_first=True).bool()
+        reference, call = None, {}
+        if pairs[0].reference is not None:
+            reference = torch.tensor([pair.reference[side] for side in (0, 1) for pair in pairs])
+        if not self.paired:
+            call["kl"] = reference_point(torch.stack([pair.kl for pair in pairs]))
+        value = self._loss(logprob, mask, reference, **call)
+        found = self.pair_loss.metrics
+        means = super()._eval_metrics(total, tokens, correct, entropy)
+        means |= {name: float(found[name]) for name in METRICS if name in found}
+        return {**means, "loss": float(value)}
+
+    def _train_metrics(self) -> dict[str, float]:
+        sums, self._train_sums = self._train_sums, None
         if sums is None:
             return {}
         *metrics, pairs, correct, entropy, tokens = self.accelerator.reduce(sums, "sum").tolist()
@@ -323,3 +376,11 @@ class PairTrainer(RunTrainer):
                 zip(METRICS, metrics, strict=True) if name in self.pair_loss.metrics}  # fmt: skip
         tokens = max(tokens, 1.0)
         return {**kept, "token_accuracy": correct / tokens, "entropy": entropy / tokens}
+
+
+def reference_point(rows: Tensor) -> Tensor:
+    """KTO's reference point of rows (N, 3): log-probability, 1 if the row has targets, reference.
+
+    The log-probabilities are sums over a row.
+    """
+    return losses.kto_kl(rows[:, :1], rows[:, 1:2], rows[:, 2])

@@ -11,7 +11,12 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first() -> bool:
+    """Is this the process that speaks?"""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note(text: str) -> None:
     """Tell the user something that is no error, once and not by every process."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(f"ift train: {text}", file=sys.stderr, flush=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 from ift import plotting
 from ift.cli import options, processes
-from ift.cli.errors import CliError
-from ift.cli.models import check_model_path, load_model, padding_id
+from ift.cli.errors import CliError, refusals
+from ift.cli.models import check_model_path, check_positions, load_model, padding_id
 from ift.cli.processes import note
 from ift.data import Collator, DataError, Encoded, encode, read_jsonl, split_rows
 from ift.preference_data import EncodedPairs, PairCollator, encode_pairs, read_preferences
@@ -69,6 +69,8 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     train_data = tokenise(train_rows, tokenizer, arguments, "--data")
     flag = "--eval-split" if arguments.eval_data is None else "--eval-data"
     eval_data = tokenise(eval_rows, tokenizer, arguments, flag)
+    for data, of in ((train_data, "--data"), (eval_data, flag)):
+        check_positions(model, longest_row(data), of)
     training_arguments = build_training_arguments(arguments, transformers)
     log = JsonlLog(output / "log.jsonl")
     steps_per_epoch = -(-len(train_data.examples) // training_arguments.train_batch_size)
@@ -84,7 +86,7 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     callbacks: list[Any] = [RunLog(log, eval_steps, title_of(arguments)), stop]
     if watch is not None:
         callbacks.append(watch(arguments, eval_rows, model, tokenizer))
-    try:
+    with refusals("--model"):
         if arguments.loss in options.PAIR_OPTIONS["reference"]:
             original = model if start is None and arguments.reference is None else None
             with training_arguments.main_process_first(local=False):  # the others read its files
@@ -102,8 +104,6 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-    except TypeError as error:  # a head that ift.patch cannot serve
-        raise CliError("--model", error) from None
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
 
     if trainer.is_world_process_zero():
@@ -114,7 +114,9 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
         trainer.restore_window(start)
     with stop:
         if start is None or not is_complete(start):
-            trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            first = 0 if start is None else step_of(start)
+            with refusals("--model", lambda: trainer.state.global_step == first):
+                trainer.train(resume_from_checkpoint=None if start is None else str(start))
             if trainer.state.global_step < trainer.state.max_steps:
                 done = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
                 note(f"interrupted at {done}; its checkpoint is written, --resume continues")
@@ -155,7 +157,9 @@ def check_output(output: Path, resume: bool) -> None:
     except OSError as error:
         problem = f"cannot write to {output} ({error.strerror}); expected a writable directory"
         raise CliError("--output", problem) from None
-    if not resume and ((output / "log.jsonl").exists() or any(output.glob("checkpoint-*"))):
+    log = output / "log.jsonl"  # empty where a run was refused at its first loss
+    logged = log.exists() and log.stat().st_size > 0
+    if not resume and (logged or any(output.glob("checkpoint-*"))):
         raise CliError(
             "--output", f"{output} holds another run; expected a new directory, or --resume"
         )
@@ -237,6 +241,12 @@ def tokenise(
             f"token within --max-length {max_length} (first: {encoded.dropped[0]})"
         )
     return encoded
+
+
+def longest_row(data: Encoded | EncodedPairs) -> Any:
+    """The ids of the longest row of a set, [] of an empty one."""
+    rows = data.sides() if isinstance(data, EncodedPairs) else data.examples
+    return max((row["input_ids"] for row in rows), key=len, default=[])
 
 
 def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -> Any:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ift.data import IGNORE_INDEX
 from ift.integrations.transformers import IFTTrainer
 
 UNFINISHED = ".unfinished"  # subdirectory of the output in which things are written
@@ -49,7 +48,7 @@ class Window:
 
 
 class RunTrainer(IFTTrainer):
-    """An `IFTTrainer` with atomic checkpoints, seamless resumption and an exact evaluation loss.
+    """An `IFTTrainer` with atomic checkpoints and seamless resumption.
 
     Args:
         as `IFTTrainer`.
@@ -59,7 +58,6 @@ class RunTrainer(IFTTrainer):
         super().__init__(*args, **kwargs)
         self.window = Window()
         self._pending: list[tuple[Tensor, Tensor]] = []  # (loss, tokens), still on the device
-        self._evaluated = torch.zeros(2)  # sum of losses, tokens
         self._staging: Path | None = None
         self.add_callback(_Clock(self))
 
@@ -78,7 +76,7 @@ class RunTrainer(IFTTrainer):
             finally:
                 self._staging = None
             self._settle()
-            sums = self._sums[True]
+            sums = self._train_sums
             self.window.metrics = None if sums is None else sums.tolist()
             text = json.dumps(dataclasses.asdict(self.window))
             self._window_in(unfinished).write_text(text, encoding="utf-8")
@@ -92,7 +90,7 @@ class RunTrainer(IFTTrainer):
         """Take up the sums that a checkpoint carries."""
         self.window = Window(**json.loads(self._window_in(checkpoint).read_text(encoding="utf-8")))
         if self.window.metrics is not None:
-            self._sums[True] = torch.tensor(self.window.metrics, device=self.args.device)
+            self._train_sums = torch.tensor(self.window.metrics, device=self.args.device)
 
     def _window_in(self, checkpoint: Path) -> Path:
         return checkpoint / WINDOW.format(self.args.process_index)
@@ -132,55 +130,6 @@ class RunTrainer(IFTTrainer):
         else:
             tokens = window.tokens
         return {"loss": loss, "tokens_per_second": tokens / max(window.seconds, 1e-9)}
-
-    # ---- evaluation ----
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """As the parent's; in evaluation a mean over the tokens of this process's batch."""
-        count = num_items_in_batch if model.training else None
-        return super().compute_loss(model, inputs, return_outputs, count)
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """As the parent's, and sums what the mean over tokens needs."""
-        inputs = self._without_repeats(inputs)
-        result = super().prediction_step(model, inputs, *args, **kwargs)
-        tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
-        batch = torch.stack([result[0].double() * tokens, tokens.double()])
-        self._evaluated = self._evaluated.to(batch) + batch
-        return result
-
-    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch without targets where its examples only fill up the last one of the set.
-
-        In several processes every one gets as many batches of as many rows: the first examples
-        come a second time.
-        """
-        state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        size = self.args.per_device_eval_batch_size
-        own = max(0, state.remainder - self.args.process_index * size)
-        masked = {k: v.clone() for k, v in inputs.items() if k.endswith("labels")}
-        for labels in masked.values():
-            for side in labels.split(size):  # chosen and rejected, or all there is
-                side[own:] = IGNORE_INDEX
-        return {**inputs, **masked}
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As the parent's, with the mean loss per token of the whole set."""
-        self._evaluated = torch.zeros(2)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, tokens = self.accelerator.reduce(self._evaluated, "sum").tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = total / max(1.0, tokens)
-        return output
 
 
 class _Staged:

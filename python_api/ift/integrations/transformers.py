@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.utils import logging
 
 from ift.config import IFTConfig
 from ift.documents import IGNORE_INDEX, rows_with_targets
 from ift.head_pass import plain_head
+from ift.integrations.evaluation import WholeSetEvaluation, forward_was_replaced
 from ift.patching import base_model, patch, unpatch
 from ift_kernels import ActiveSet
 
@@ -47,14 +47,38 @@ def count_flags(trainer: Any, flags: list[Tensor], device: torch.device) -> Any:
     return trainer._get_num_items_in_batch(rows, device)
 
 
-class IFTTrainer(Trainer):
+def refuse_unsupported(trainer: Any) -> None:
+    """Refuse what makes the loss of a patched model another one than that of the whole step.
+
+    Raises:
+        ValueError: torch's DataParallel, context or sequence parallelism, a model without loss
+            arguments.
+    """
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"args: expected one device per process (torchrun), got {trainer.args.n_gpu} under "
+            "torch.nn.DataParallel"
+        )
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    for name in ("cp_enabled", "sp_enabled"):
+        if getattr(parallelism, name, False):
+            raise ValueError(f"parallelism_config: expected {name} false, got true")
+    if not trainer.model_accepts_loss_kwargs:
+        raise ValueError(
+            f"model: {type(base_model(trainer.model)).__name__} takes no loss arguments, so its "
+            "loss could not be normalised over the whole optimizer step"
+        )
+
+
+class IFTTrainer(WholeSetEvaluation):
     """`transformers.Trainer` with SFT or IFT losses that never hold logits.
 
     The model is patched (`ift.patch`). λ follows the optimizer step. The IFT loss is a mean over
     the rows with response tokens of the whole optimizer step, across gradient accumulation and,
     unless ``args.average_tokens_across_devices`` is off, processes. ``token_accuracy`` and
-    ``entropy`` join the logs of training and evaluation. Evaluation measures plain cross-entropy,
-    also under IFT; with `compute_metrics` it keeps the logits that this needs.
+    ``entropy`` join the logs of training and evaluation. Evaluation measures plain cross-entropy
+    per target of the whole set, also under IFT; with `compute_metrics` a second forward makes the
+    logits that this needs.
 
     With the default ``embedding_grad=False`` no gradient reaches an untied input embedding, so it
     is frozen here: it leaves the optimizer, and DDP does not wait for it.
@@ -86,7 +110,7 @@ class IFTTrainer(Trainer):
             )
         self.ift_config = ift_config
         self._head_gradient = head_gradient
-        self._sums: dict[bool, Tensor | None] = {True: None, False: None}  # by training or not
+        self._train_sums: Tensor | None = None  # since the last log
         super().__init__(self._prepared(model), args, *rest, **kwargs)
         if self.args.label_smoothing_factor:
             raise ValueError(
@@ -94,22 +118,9 @@ class IFTTrainer(Trainer):
             )
         if self.compute_loss_func is not None:
             raise ValueError("compute_loss_func: expected None, the loss is that of ift_config")
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"args: expected one device per process (torchrun), got {self.args.n_gpu} under "
-                "torch.nn.DataParallel"
-            )
         if self.args.use_liger_kernel:
             raise ValueError("use_liger_kernel: expected False, it replaces the patched forward")
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        for name in ("cp_enabled", "sp_enabled"):
-            if getattr(parallelism, name, False):
-                raise ValueError(f"parallelism_config: expected {name} false, got true")
-        if not self.model_accepts_loss_kwargs:
-            raise ValueError(
-                f"model: {type(base_model(self.model)).__name__} takes no loss arguments, so its "
-                "loss could not be normalised over the whole optimizer step"
-            )
+        refuse_unsupported(self)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the parent's, patched."""
@@ -141,56 +152,32 @@ class IFTTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """As the parent's, with the configuration of this step; collects what the logs want."""
-        training = model.training
-        base = base_model(self.accelerator.unwrap_model(model))
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs)
+        base = self._patched(model)
         base.__dict__.pop("ift_metrics", None)
-        if self.ift_config is not None and training:
+        if self.ift_config is not None:
             config = self.ift_config.replace(
                 step=self.state.global_step, num_rows=num_items_in_batch
             )
             inputs = {**inputs, "ift": config}
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        metrics = base.__dict__.get("ift_metrics")  # not of evaluation with logits
-        if metrics is None and training:
-            raise RuntimeError(
-                f"{type(base).__name__}: the patched forward did not run; something replaced it "
-                "after ift.patch"
-            )
-        if metrics is not None:
-            sums = torch.stack([metrics[k].float() for k in ("correct", "entropy", "tokens")])
-            seen = self._sums[training]
-            self._sums[training] = sums if seen is None else seen + sums
+        metrics = base.__dict__.get("ift_metrics")
+        if metrics is None:
+            raise forward_was_replaced(base)
+        sums = torch.stack([metrics[k].float() for k in ("correct", "entropy", "tokens")])
+        self._train_sums = sums if self._train_sums is None else self._train_sums + sums
         return result
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> Any:
-        """As the parent's; without logits where only the loss is wanted."""
-        if prediction_loss_only and inputs.get("labels") is not None:
-            inputs = {**inputs, "skip_logits": True}
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As the parent's, with token accuracy and entropy among the metrics."""
-        self._sums[False] = None
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        for name, value in self._drained(training=False).items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
-        return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the parent's, with token accuracy and entropy beside the training loss."""
         if "loss" in logs:
-            logs = {**logs, **self._drained(training=True)}
+            logs = {**logs, **self._train_metrics()}
         super().log(logs, *args, **kwargs)
 
-    def _drained(self, *, training: bool) -> dict[str, float]:
+    def _train_metrics(self) -> dict[str, float]:
         """Means over the tokens seen since the last call, in all processes."""
-        sums, self._sums[training] = self._sums[training], None
+        sums, self._train_sums = self._train_sums, None
         if sums is None:
             return {}
         correct, entropy, tokens = self.accelerator.reduce(sums, "sum").tolist()

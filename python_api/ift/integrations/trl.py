@@ -20,8 +20,13 @@ except ImportError as error:
     ) from error
 
 from ift.config import IFTConfig as Options
+from ift.integrations.evaluation import WholeSetEvaluation
 from ift.integrations.fused_head import use_ift_kernels
-from ift.integrations.transformers import count_rows, freeze_unreached_embedding
+from ift.integrations.transformers import (
+    count_rows,
+    freeze_unreached_embedding,
+    refuse_unsupported,
+)
 from ift.patching import base_model
 
 __all__ = ["IFTConfig", "IFTTrainer", "use_ift_kernels"]
@@ -47,19 +52,23 @@ class IFTConfig(SFTConfig):
     )
 
 
-class IFTTrainer(SFTTrainer):
+class IFTTrainer(WholeSetEvaluation, SFTTrainer):
     """`trl.SFTTrainer` whose training loss is that of Intuitive Fine-Tuning.
 
     Data, chat templates, packing, completion masks and PEFT are those of `SFTTrainer`; evaluation
-    measures its cross-entropy. λ, rows and the frozen input embedding are as in `ift.IFTTrainer`.
+    measures cross-entropy per target of the whole set. λ, rows and the frozen input embedding are
+    as in `ift.IFTTrainer`.
 
     Args:
         As `trl.SFTTrainer`; `args` an `IFTConfig` or None.
 
     Raises:
         TypeError: `args` is something else. ValueError: ``loss_type``, label smoothing or a
-            ``compute_loss_func``, which would be another loss than IFT's.
+            ``compute_loss_func``, which would be another loss than IFT's; several devices in one
+            process, context or sequence parallelism.
     """
+
+    accuracy_name = "mean_token_accuracy"
 
     def __init__(self, model: Any = None, args: IFTConfig | None = None, **kwargs: Any) -> None:
         if args is None:
@@ -72,6 +81,7 @@ class IFTTrainer(SFTTrainer):
             raise ValueError("compute_loss_func: expected None, the loss is that of IFT")
         self.ift_config = Options(**(args.ift or {}))  # type: ignore[arg-type]  # a dict by now
         super().__init__(model, args, **kwargs)
+        refuse_unsupported(self)
         use_ift_kernels(self, gradient=args.head_gradient)
         freeze_unreached_embedding(base_model(self.model), self.ift_config)
 
@@ -89,15 +99,15 @@ class IFTTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Both passes in training; in evaluation the parent's cross-entropy."""
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        config = self.ift_config.replace(step=self.state.global_step, num_rows=num_items_in_batch)
+        """Both passes in training; in evaluation the model's own loss, with its logits."""
         # Past SFTTrainer: the model makes this loss, and Trainer scales it over processes.
+        if not model.training:
+            return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs)
+        config = self.ift_config.replace(step=self.state.global_step, num_rows=num_items_in_batch)
         loss, outputs = super(SFTTrainer, self).compute_loss(
             model, {**inputs, "ift": config}, True, num_items_in_batch
         )
-        metrics: Any = base_model(self.accelerator.unwrap_model(model)).ift_metrics
+        metrics: Any = self._patched(model).ift_metrics
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         sums = (metrics["tokens"], metrics["entropy"], metrics["correct"], mask.sum())
         reduced = self.accelerator.reduce(torch.stack([s.double() for s in sums]), "sum")
@@ -108,3 +118,7 @@ class IFTTrainer(SFTTrainer):
         self._total_train_tokens += int(seen)
         log["num_tokens"] = [self._total_train_tokens]
         return (loss, outputs) if return_outputs else loss
+
+    def _eval_metrics(self, *sums: float) -> dict[str, float]:
+        """As everywhere, beside the number of tokens trained on, which `SFTTrainer` logs."""
+        return {**super()._eval_metrics(*sums), "num_tokens": float(self._total_train_tokens)}

@@ -1,0 +1,172 @@
+"""Evaluation over a whole set: its targets counted once each, whatever the batches and processes.
+
+`transformers.Trainer` reports a mean of batch means, in which a batch with one target weighs as
+much as one with thousands, and in several processes counts the rows that fill up the last batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.data_loader import (  # type: ignore[import-untyped]  # has no annotations
+    BatchSamplerShard,
+    IterableDatasetShard,
+)
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from ift.documents import IGNORE_INDEX, document_starts
+from ift.patching import base_model
+
+logger = logging.get_logger(__name__)
+
+
+def forward_was_replaced(model: nn.Module) -> RuntimeError:
+    """The error of a model whose patched forward did not run."""
+    return RuntimeError(
+        f"{type(model).__name__}: the patched forward did not run; something replaced it after "
+        "ift.patch"
+    )
+
+
+class WholeSetEvaluation(Trainer):
+    """A Trainer of a patched model whose evaluation is a mean over the targets of the whole set.
+
+    ``loss = -Σ log p(y) / N``, with token accuracy and entropy over the same N targets: sums over
+    every batch and process, in which no example counts twice. It is cross-entropy alone, without
+    the auxiliary loss of a mixture of experts, which is a property of a batch. Where logits are
+    wanted too, for `compute_metrics`, a second forward makes them. NaN without any target.
+
+    Raises:
+        ValueError: in several processes, an evaluation set whose repeated examples are not known.
+    """
+
+    accuracy_name = "token_accuracy"
+    rows_per_example = 1  # of the labels
+    _eval_loader: Any = None
+    _eval_sums: list[Tensor]  # of each batch: -Σ log p(y), targets, correct, entropy
+
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
+        """As the parent's, with the means over the whole set among the metrics."""
+        dataset = getattr(dataloader, "dataset", None)
+        if isinstance(dataset, IterableDatasetShard) and not dataset.drop_last:
+            raise ValueError(
+                "eval_dataset: an iterable one that each process reads by itself "
+                "(dispatch_batches=False) is filled up with repeated rows that cannot be told "
+                "apart; expected a dataset with a length, dispatch_batches=None, or "
+                "dataloader_drop_last=True"
+            )
+        self._eval_loader, self._eval_sums = dataloader, []
+        output = super().evaluation_loop(
+            dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
+        if self._eval_sums:  # else no labels
+            sums = torch.stack(self._eval_sums).cpu().double().sum(0)
+            if self.args.world_size > 1:
+                sums = self.accelerator.reduce(sums.to(self.args.device), "sum")
+            for name, value in self._eval_metrics(*sums.tolist()).items():
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """As the parent's, of rows that were not evaluated before; without logits where only the
+        loss is wanted."""
+        loss = None
+        if inputs.get("labels") is not None:
+            inputs = self._prepare_inputs(self._without_repeats(inputs))
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self._score(model, inputs)
+            if prediction_loss_only:
+                return loss, None, None
+        _, *outputs = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return loss, *outputs
+
+    def _score(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+        """The mean cross-entropy of a batch; its sums join those of the set."""
+        sums: list[Tensor] = []
+
+        def loss(logprob: Tensor, mask: Tensor) -> Tensor:
+            sums.append(-logprob.masked_fill(~mask, 0).sum())
+            return sums[0] / mask.sum().clamp(min=1)
+
+        model(**inputs, loss=loss)
+        if not sums:
+            raise forward_was_replaced(self._patched(model))
+        self._add_eval(sums[0], model)
+        return sums[0] / self._eval_sums[-1][1].clamp(min=1)
+
+    def _add_eval(self, total: Tensor, model: nn.Module) -> None:
+        """Add the sums of the last forward, and `total`, to those of the set."""
+        metrics: Any = self._patched(model).ift_metrics
+        parts = (total, *(metrics[name] for name in ("tokens", "correct", "entropy")))
+        self._eval_sums.append(torch.stack([part.detach().to(total) for part in parts]).float())
+
+    def _eval_metrics(
+        self, total: float, tokens: float, correct: float, entropy: float
+    ) -> dict[str, float]:
+        """The metrics of the set, by name, from its sums."""
+        if not tokens:
+            logger.warning("no row of the evaluation set has a target: its loss is NaN")
+        tokens = tokens or float("nan")
+        return {
+            "loss": total / tokens,
+            self.accuracy_name: correct / tokens,
+            "entropy": entropy / tokens,
+        }
+
+    def _patched(self, model: nn.Module) -> nn.Module:
+        """The patched causal LM inside what accelerate, torch.compile and PEFT made of it."""
+        return base_model(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+
+    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch without the targets of examples that only fill up the last one of the set.
+
+        In several processes every one gets as many examples: the first ones come a second time.
+        """
+        state = self.accelerator.gradient_state
+        sampler = getattr(self._eval_loader, "batch_sampler", None)
+        rank, rows = self.args.process_index, inputs["labels"].shape[0] // self.rows_per_example
+        examples = rows
+        if isinstance(sampler, BatchSamplerShard):
+            rank = sampler.process_index
+            if not sampler.even_batches:
+                return inputs
+            if sampler.batch_size is not None:
+                examples = sampler.batch_size
+                examples //= sampler.num_processes if sampler.split_batches else 1
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        own = max(0, state.remainder - rank * examples)
+        named = {k: v.clone() for k, v in inputs.items() if k.endswith("labels")}
+        if rows != examples:
+            where = self._example_of_tokens(inputs, examples)
+            return {**inputs, **{k: v.masked_fill(where >= own, -100) for k, v in named.items()}}
+        for labels in named.values():
+            for side in labels.split(examples):  # chosen and rejected, or all there is
+                side[own:] = IGNORE_INDEX
+        return {**inputs, **named}
+
+    def _example_of_tokens(self, inputs: dict[str, Any], examples: int) -> Tensor:
+        """Of each token the number of its example, in a batch that a collator has flattened."""
+        starts = document_starts(
+            inputs["labels"], inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
+        )
+        found = 1 if starts is None else int(starts.sum())
+        if starts is None or found != examples:
+            raise ValueError(
+                f"data_collator: the last evaluation batch of {examples} examples has "
+                f"{inputs['labels'].shape[0]} rows and {found} documents, so its repeated examples "
+                "are not known; expected a row or a document for each, "
+                "per_device_eval_batch_size=1 or dataloader_drop_last=True"
+            )
+        return (starts.flatten().cumsum(0) - 1).view_as(starts)

@@ -1,0 +1,210 @@
+"""Evaluation of the trainers: per target of the whole set, whatever the batches and processes."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from torch.utils.data import IterableDataset
+
+from causal_lms import V, make
+from ift.config import IFTConfig
+from ift.integrations.transformers import IFTTrainer
+from processes import join, leave, start
+
+# Targets of each row: none, one and many; batches without any among them.
+TARGETS = [9, 1, 0, 0, 4, 0, 1]
+
+
+def rows(targets=tuple(TARGETS), seed=0):
+    g, made = torch.Generator().manual_seed(seed), []
+    for count in targets:
+        ids = torch.randint(3, V, (12,), generator=g)
+        labels = torch.full_like(ids, -100)
+        labels[2 : 2 + count] = ids[2 : 2 + count]
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+class Stream(IterableDataset):
+    def __init__(self, source):
+        self.source = source
+
+    def __iter__(self):
+        return iter(self.source)
+
+
+def model():
+    return make("llama", initializer_range=0.6)  # batch means are far from the mean of the set
+
+
+def right(data):
+    """Loss, accuracy and entropy over all targets, in plain torch."""
+    ids, labels = (torch.stack([row[k] for row in data]) for k in ("input_ids", "labels"))
+    with torch.no_grad():
+        logp = model().eval()(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
+    held, target = labels[:, 1:] != -100, labels[:, 1:]
+    loss = -logp[held].gather(-1, target[held][:, None]).mean()
+    accuracy = (logp.argmax(-1) == target)[held].double().mean()
+    entropy = -(logp.exp() * logp).sum(-1)[held].mean()
+    return {
+        "loss": loss.item(),
+        "token_accuracy": accuracy.item(),
+        "entropy": entropy.item(),
+    }
+
+
+def trainer(directory, data, size, *, kind=IFTTrainer, more=None, **options):
+    arguments = hf.TrainingArguments(
+        str(directory), per_device_eval_batch_size=size, use_cpu=True, report_to="none",
+        disable_tqdm=True, save_strategy="no", **options,
+    )  # fmt: skip
+    more = {"ift_config": IFTConfig(), **(more or {})}
+    return kind(model(), arguments, eval_dataset=data, **more)
+
+
+def assert_right(metrics, expected, prefix="eval"):
+    for name, value in expected.items():
+        assert metrics[f"{prefix}_{name}"] == pytest.approx(value, rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("size", "logits"), [(1, False), (2, False), (3, True), (7, False)], ids=str
+)
+def test_the_mean_is_over_targets(tmp_path, size, logits):
+    more = {"compute_metrics": lambda p: {"shape": p.predictions.shape[-1]}} if logits else {}
+    one = trainer(tmp_path, rows(), size, more=more)
+    for _ in range(2):
+        metrics = one.evaluate()
+        assert_right(metrics, right(rows()))
+        assert metrics.get("eval_shape") == (V if logits else None)
+
+
+def test_kinds_of_sets(tmp_path):
+    first, second = rows(), rows([3, 0, 8], seed=1)
+    one = trainer(tmp_path, {"a": first, "b": second}, 2)
+    metrics = one.evaluate()
+    assert_right(metrics, right(first), "eval_a")
+    assert_right(metrics, right(second), "eval_b")
+    assert_right(one.evaluate(Stream(first)), right(first))
+    predicted = one.predict(second)
+    assert_right(predicted.metrics, right(second), "test")
+    assert predicted.predictions.shape == (3, 12, V)
+    unlabelled = one.predict([{"input_ids": row["input_ids"]} for row in second])
+    assert unlabelled.predictions.shape == (3, 12, V) and "test_loss" not in unlabelled.metrics
+    short = trainer(tmp_path, first, 2, dataloader_drop_last=True)
+    assert_right(short.evaluate(), right(first[:6]))
+    grouped = trainer(
+        tmp_path, first, 2, train_sampling_strategy="group_by_length",
+        more={"data_collator": hf.default_data_collator},
+    )  # fmt: skip
+    assert_right(grouped.evaluate(), right(first))
+
+
+def test_without_any_target_there_is_no_number(tmp_path):
+    metrics = trainer(tmp_path, rows([0, 0, 0]), 2).evaluate()
+    for name in ("loss", "token_accuracy", "entropy"):
+        assert math.isnan(metrics[f"eval_{name}"])
+
+
+def test_inside_training_it_leaves_the_log_of_training_alone(tmp_path):
+    def run(**options):
+        made = trainer(
+            tmp_path, rows(), 2, max_steps=2, logging_steps=1, learning_rate=0.0,
+            more={"train_dataset": rows([5, 6, 2])}, **options,
+        )  # fmt: skip
+        made.train()
+        return made.state.log_history
+
+    log = run(eval_strategy="steps", eval_steps=1)
+    evaluated = [record for record in log if "eval_loss" in record]
+    assert len(evaluated) == 2
+    for record in evaluated:  # a learning rate of 0
+        assert_right(record, right(rows()))
+    names = ("loss", "token_accuracy", "entropy")
+    for a, b in zip([r for r in log if "loss" in r], run(), strict=False):
+        assert {n: a[n] for n in names} == {n: b[n] for n in names if n in b}
+
+
+def test_the_auxiliary_loss_of_experts_is_not_part_of_it(tmp_path):
+    class Experts(IFTTrainer):
+        def _prepared(self, _):
+            return super()._prepared(make("mixtral"))
+
+    losses = [trainer(tmp_path, rows(), n, kind=Experts).evaluate()["eval_loss"] for n in (1, 7)]
+    assert losses == pytest.approx([losses[0]] * 2, rel=1e-5)
+
+
+def test_a_forward_that_was_replaced_is_noticed(tmp_path):
+    one = trainer(tmp_path, rows(), 2, remove_unused_columns=False)
+    own = type(one.model).forward.__get__(one.model)
+    one.model.forward = lambda loss=None, **kwargs: own(**kwargs)
+    with pytest.raises(RuntimeError, match="the patched forward did not run"):
+        one.evaluate()
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+flat = {"data_collator": hf.DataCollatorWithFlattening()}
+plain = [{k: v.tolist() for k, v in row.items()} for row in rows()]
+# Name → (batch size, set, options): the last batch is filled up in other ways.
+CASES = {
+    "size 1": (1, rows(), {}),
+    "size 2": (2, rows(), {}),
+    "size 3": (3, rows(), {}),
+    "more than the set": (8, rows(), {}),
+    "full": (1, rows()[:6], {}),
+    "logits": (2, rows(), {"more": {"compute_metrics": lambda p: {"rows": len(p.predictions)}}}),
+    "by length": (2, rows(), {"train_sampling_strategy": "group_by_length",
+                              "more": {"data_collator": hf.default_data_collator}}),
+    "flattened": (2, plain, {"more": flat}),
+    "dispatched": (2, rows(), {"accelerator_config": {"dispatch_batches": True}}),
+    "split": (6, rows(), {"accelerator_config": {"split_batches": True}}),
+    "stream": (2, Stream(rows()), {}),
+    "dropped": (1, rows(), {"dataloader_drop_last": True}),
+}  # fmt: skip
+
+
+def worker(rank, processes, directory):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, not used
+    join(rank, processes, directory)
+    found = {}
+    for name, (size, data, options) in CASES.items():
+        one = trainer(directory, data, size, **options)
+        found[name] = one.evaluate()
+        assert one.evaluate()["eval_loss"] == found[name]["eval_loss"], name
+    by_itself = {"accelerator_config": {"dispatch_batches": False}}
+    with pytest.raises(ValueError, match="eval_dataset: an iterable one"):
+        trainer(directory, Stream(rows()), 2, **by_itself).evaluate()
+    packed = [{k: v * 2 for k, v in row.items()} for row in plain]  # two documents in each
+    for row in packed:
+        row["position_ids"] = [*range(12)] * 2
+    with pytest.raises(ValueError, match="data_collator: the last evaluation batch of 2 examples"):
+        trainer(directory, packed, 2, more={"data_collator": Flat()}).evaluate()
+    if rank == 0:
+        Path(directory, "found.json").write_text(json.dumps(found))
+    leave()
+
+
+class Flat:
+    """One row of everything, as collators for padding-free attention make it."""
+
+    def __call__(self, examples):
+        names = ("input_ids", "labels", "position_ids")
+        return {k: torch.tensor([[i for e in examples for i in e[k]]]) for k in names}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_are_one(processes, tmp_path):
+    start(worker, processes, tmp_path)
+    found = json.loads((tmp_path / "found.json").read_text())
+    for name, (_, data, _) in CASES.items():
+        seen = rows() if data is plain or isinstance(data, Stream) else data
+        if name == "dropped":
+            seen = seen[: len(seen) // processes * processes]
+        assert_right(found[name], right(seen))
+    assert found["logits"]["eval_rows"] == len(TARGETS)
