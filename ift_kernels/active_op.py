@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels import active, active_backward, engine, head_call, linear_ops, plan, syncfree
+from ift_kernels import (
+    active,
+    active_backward,
+    engine,
+    head_call,
+    linear_ops,
+    operators,
+    plan,
+    syncfree,
+)
 from ift_kernels.active_set import ActiveSet, ActiveSetStats, recording
 from ift_kernels.backends import reference as ref
 from ift_kernels.sums import wide_dtype
@@ -18,16 +27,6 @@ _FORMED = "Tensor marks, Tensor tails, Tensor layout, Tensor{} store"
 _BACKWARD = (
     f"{linear_ops.HEAD}, Tensor norm, Tensor entropy, {linear_ops.UPSTREAM}, {linear_ops.OPTIONS},"
     f" bool[] needs, {_SET}"
-)
-linear_ops.LIB.define(
-    f"linear_active({linear_ops.HEAD}, {linear_ops.OPTIONS}, int track, bool[] needs, bool keep,"
-    f" {_SET}) -> ({linear_ops.STATS}, Tensor norm, {_FORMED.format('')})"
-)
-linear_ops.LIB.define(f"linear_active_backward({_BACKWARD}) -> ({linear_ops.GRADIENTS})")
-# The same with a set formed in forward, which it consumes.
-linear_ops.LIB.define(
-    f"linear_active_backward_kept({_BACKWARD}, {_FORMED.format('(a!)')})"
-    f" -> ({linear_ops.GRADIENTS})"
 )
 
 
@@ -182,22 +181,34 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, None, None, *nothing)
     needs = list(ctx.needs_input_grad[:3])
     arguments = (*ctx.saved_tensors, *upstream, *ctx.options, needs, *ctx.set)
-    with syncfree.as_in_forward(ctx.sync_free):
-        same = ctx.sync_free == syncfree.on()  # as for `linear_stats`
-        if ctx.formed is None or not same or torch.is_grad_enabled():
-            results = torch.ops.ift_kernels.linear_active_backward(*arguments)
-        else:
-            held, ctx.formed = ctx.formed, None
-            results = torch.ops.ift_kernels.linear_active_backward_kept(*arguments, *held.tensors)
-            held.release()
+    same = ctx.sync_free == syncfree.on()  # as for `linear_stats`
+    if ctx.formed is None or not same or torch.is_grad_enabled():
+        results = torch.ops.ift_kernels.linear_active_backward(*arguments)
+    else:
+        held, ctx.formed = ctx.formed, None
+        results = torch.ops.ift_kernels.linear_active_backward_kept(*arguments, *held.tensors)
+        held.release()
     return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
 
 
-linear_ops.register("linear_active", _forward, _forward_fake, _autograd, _setup)
-linear_ops.register(
-    "linear_active_backward",
+operators.register(
+    f"linear_active({linear_ops.HEAD}, {linear_ops.OPTIONS}, int track, bool[] needs, bool keep,"
+    f" {_SET}) -> ({linear_ops.STATS}, Tensor norm, {_FORMED.format('')})",
+    _forward,
+    _forward_fake,
+    _autograd,
+    _setup,
+)
+operators.register(
+    f"linear_active_backward({_BACKWARD}) -> ({linear_ops.GRADIENTS})",
     _backward,
     linear_ops.backward_fake,
-    engine.no_double_backward("linear_logprobs"),
+    operators.no_second_derivative("linear_logprobs"),
 )
-linear_ops.register("linear_active_backward_kept", _backward_kept, linear_ops.backward_fake)
+# The same with a set formed in forward, which it consumes.
+operators.register(
+    f"linear_active_backward_kept({_BACKWARD}, {_FORMED.format('(a!)')})"
+    f" -> ({linear_ops.GRADIENTS})",
+    _backward_kept,
+    linear_ops.backward_fake,
+)

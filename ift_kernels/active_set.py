@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ift_kernels import checks
+from ift_kernels.settings import Setting
 
 MOST = 1 << 20  # tokens of a block and ids of a tail tile: kernels have buffers of their size
 
@@ -75,9 +75,14 @@ class ActiveSetStats:
     recomputed_tiles: int
 
 
-_report: contextvars.ContextVar[list[ActiveSetStats] | None] = contextvars.ContextVar(
-    "ift_active_report", default=None
-)
+class _Report(Setting[list[ActiveSetStats] | None]):
+    """Of calls in the ``with`` block: what backward runs again is none of them."""
+
+    def in_backward(self, forward: list[ActiveSetStats] | None) -> list[ActiveSetStats] | None:
+        return self.get()
+
+
+_report = _Report("ift_active_report", None)
 
 
 @contextlib.contextmanager
@@ -94,11 +99,8 @@ def record_active_sets() -> Iterator[list[ActiveSetStats]]:
     (1, True)
     """
     report: list[ActiveSetStats] = []
-    token = _report.set(report)
-    try:
+    with _report.use(report):
         yield report
-    finally:
-        _report.reset(token)
 
 
 def recording() -> list[ActiveSetStats] | None:

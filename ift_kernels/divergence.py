@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ift_kernels import checks, engine, head_call, linear_ops, plan
+from ift_kernels import checks, engine, head_call, linear_ops, operators, plan
 from ift_kernels.backends.reference import KINDS
 from ift_kernels.divergence_blocks import Divergence, Rows
 from ift_kernels.sums import wide_dtype
@@ -141,14 +141,6 @@ _OPTIONS = (
     "int kind, float beta, float scale, float softcap, float teacher_scale, float teacher_softcap,"
     " float temperature, int workspace, ScalarType dtype, ScalarType teacher_dtype"
 )
-linear_ops.LIB.define(
-    f"linear_divergence({_TENSORS}, Tensor? factor, {_OPTIONS}, bool[] needs)"
-    f" -> (Tensor each, Tensor total, Tensor norm, Tensor centre, {linear_ops.GRADIENTS})"
-)
-linear_ops.LIB.define(
-    f"linear_divergence_backward({_TENSORS}, Tensor norm, Tensor centre, Tensor upstream,"
-    f" {_OPTIONS}, bool[] needs) -> ({linear_ops.GRADIENTS})"
-)
 
 
 class _Call:
@@ -268,10 +260,18 @@ def _autograd(ctx: Any, d_each: Tensor | None, d_total: Tensor | None, *_: Any) 
     return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
 
 
-linear_ops.register("linear_divergence", _divergence, _divergence_fake, _autograd, _setup)
-linear_ops.register(
-    "linear_divergence_backward",
+operators.register(
+    f"linear_divergence({_TENSORS}, Tensor? factor, {_OPTIONS}, bool[] needs)"
+    f" -> (Tensor each, Tensor total, Tensor norm, Tensor centre, {linear_ops.GRADIENTS})",
+    _divergence,
+    _divergence_fake,
+    _autograd,
+    _setup,
+)
+operators.register(
+    f"linear_divergence_backward({_TENSORS}, Tensor norm, Tensor centre, Tensor upstream,"
+    f" {_OPTIONS}, bool[] needs) -> ({linear_ops.GRADIENTS})",
     _divergence_backward,
     _backward_fake,
-    engine.no_double_backward("linear_divergence"),
+    operators.no_second_derivative("linear_divergence"),
 )

@@ -23,18 +23,6 @@ if TYPE_CHECKING:
     from ift_kernels.active_hidden import ActiveHidden
 
 
-def no_double_backward(operation: str) -> Callable[..., None]:
-    """The derivative of a backward operator: a refusal, where silence would be a wrong gradient."""
-
-    def refuse(ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError(
-            f"{operation}: second derivatives are not supported, expected a single backward "
-            "(was create_graph=True meant?)"
-        )
-
-    return refuse
-
-
 Results = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients of hidden, weight, bias
 
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ift_kernels import backends, checks, engine, plan
+from ift_kernels import backends, checks, engine, operators, plan
 from ift_kernels.backends import reference as ref
 from ift_kernels.sums import wide_dtype
 from ift_kernels.transform import LogitTransform
@@ -75,14 +75,8 @@ def linear_expected_embedding(
     return cast(Tensor, soft.view(*hidden.shape[:-1], embedding.shape[1]).to(embedding.dtype))
 
 
-_lib = torch.library.Library("ift_kernels", "FRAGMENT")
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor embedding"
 _OPTIONS = "float scale, float softcap, float temperature, int workspace, ScalarType dtype"
-_lib.define(f"linear_expected_embedding({_HEAD}, {_OPTIONS}) -> (Tensor soft, Tensor norm)")
-_lib.define(
-    f"linear_expected_embedding_backward({_HEAD}, Tensor soft, Tensor norm, Tensor d_soft,"
-    f" {_OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def _head(
@@ -245,17 +239,17 @@ def _backward(ctx: Any, d_soft: Tensor | None, _: Any) -> tuple[Tensor | None, .
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing)
 
 
-_lib.impl("linear_expected_embedding", _forward, "CompositeExplicitAutograd")
-_lib.impl("linear_expected_embedding_backward", _backward_op, "CompositeExplicitAutograd")
-torch.library.register_fake("ift_kernels::linear_expected_embedding", _forward_fake, lib=_lib)
-torch.library.register_fake(
-    "ift_kernels::linear_expected_embedding_backward", _backward_fake, lib=_lib
+operators.register(
+    f"linear_expected_embedding({_HEAD}, {_OPTIONS}) -> (Tensor soft, Tensor norm)",
+    _forward,
+    _forward_fake,
+    _backward,
+    _setup_context,
 )
-torch.library.register_autograd(
-    "ift_kernels::linear_expected_embedding", _backward, setup_context=_setup_context, lib=_lib
-)
-torch.library.register_autograd(
-    "ift_kernels::linear_expected_embedding_backward",
-    engine.no_double_backward("linear_expected_embedding"),
-    lib=_lib,
+operators.register(
+    f"linear_expected_embedding_backward({_HEAD}, Tensor soft, Tensor norm, Tensor d_soft,"
+    f" {_OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_op,
+    _backward_fake,
+    operators.no_second_derivative("linear_expected_embedding"),
 )

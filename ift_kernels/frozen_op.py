@@ -18,14 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels import engine, head_call, linear_ops, plan, syncfree
+from ift_kernels import engine, head_call, linear_ops, operators, plan, syncfree
 from ift_kernels.backends import reference as ref
 from ift_kernels.sums import wide_dtype
 
-linear_ops.LIB.define(
-    f"linear_frozen({linear_ops.HEAD}, {linear_ops.OPTIONS}, int track)"
-    f" -> ({linear_ops.STATS}, Tensor norm, Tensor near, Tensor others)"
-)
 NEEDS = (True, False, False)
 GATHERED = 1 << 20  # elements of head rows at once
 
@@ -172,4 +168,11 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return (d_hidden, *nothing)
 
 
-linear_ops.register("linear_frozen", _frozen, _frozen_fake, _autograd, _setup)
+operators.register(
+    f"linear_frozen({linear_ops.HEAD}, {linear_ops.OPTIONS}, int track)"
+    f" -> ({linear_ops.STATS}, Tensor norm, Tensor near, Tensor others)",
+    _frozen,
+    _frozen_fake,
+    _autograd,
+    _setup,
+)

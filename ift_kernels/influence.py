@@ -1,14 +1,13 @@
 """What a training step does to the log-probability of other tokens, to first order.
 
 `influence` for a step on the head alone, from hidden states and without logits; `exact_influence`
-for a step on all parameters of a small model, by forward-mode differentiation. The derivation is in
+for a step on all parameters of a small model, from gradients. The derivation is in
 docs/dynamics.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -244,24 +243,22 @@ def exact_influence(
 ) -> Tensor:
     """First-order change of what `probe` computes, by an SGD step on all `parameters`.
 
-    With g_u the gradient of entry u of `loss`, the derivative of `probe` along -lr·g_u::
+    With g_u the gradient of entry u of `loss`, and J the Jacobian of `probe`::
 
-        exact[..., u] = torch.func.jvp(probe, (parameters,), (-lr * grad(loss[u]),))[1]
+        exact[..., u] = -lr * J @ g_u
 
-    One backward and one forward pass per entry of `loss`: for small models. Where only the head is
-    in `parameters` it equals `influence`.
+    One backward pass per entry of `probe` and of `loss`, and memory for the gradients of whichever
+    has fewer: for small models.
 
     Args:
-        probe: parameters → a tensor, say log-probabilities of some tokens. It and `loss` must be
-            differentiable in forward mode: plain torch, ``attn_implementation="eager"``, no
-            operator of this package.
+        probe: parameters → a tensor, say log-probabilities of some tokens.
         loss: parameters → a scalar, or (N,), one loss per training token.
         parameters: name → tensor, those that the step trains. `torch.func.functional_call` runs a
             module on them.
         lr: η, default 1.
 
     Returns:
-        Shaped like `probe`'s value, then like `loss`'s.
+        Shaped like `probe`'s value, then like `loss`'s, in the dtype of `probe`'s value.
 
     Raises:
         ValueError: `loss` gives more than one dimension, or there are no parameters.
@@ -279,14 +276,39 @@ def exact_influence(
     if not parameters:
         raise ValueError("parameters: expected at least one tensor, got none")
     lr = checks.number("lr", lr)
-    held = {name: value.detach() for name, value in parameters.items()}
-    made: Any = torch.func.vjp(loss, held)
-    value, pull = made
-    if value.dim() > 1:
-        raise ValueError(f"loss: expected a scalar or shape (N,), got {tuple(value.shape)}")
-    columns = []
-    for one in torch.eye(value.numel(), dtype=value.dtype, device=value.device):
-        (gradient,) = pull(one.reshape(value.shape))
-        step = {name: -lr * g for name, g in gradient.items()}
-        columns.append(torch.func.jvp(probe, (held,), (step,))[1])
-    return torch.stack(columns, -1) if value.dim() else columns[0]
+    # Reverse mode on both sides: the operators of this package have no forward mode, and those of
+    # some other libraries are silently constant under it.
+    leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+    with torch.enable_grad():
+        watched, losses = probe(leaves), loss(leaves)
+    if losses.dim() > 1:
+        raise ValueError(f"loss: expected a scalar or shape (N,), got {tuple(losses.shape)}")
+    change = watched.new_zeros((watched.numel(), losses.numel()))
+    if change.numel():
+        sides = [_gradients(side, list(leaves.values())) for side in (watched, losses)]
+        if watched.numel() <= losses.numel():
+            change = _products(*sides)
+        else:
+            change = _products(*reversed(sides)).T
+    return change.mul(-lr).to(watched.dtype).reshape(*watched.shape, *losses.shape).detach()
+
+
+def _gradients(value: Tensor, parameters: list[Tensor]) -> Iterator[Tensor]:
+    """The gradient of each entry of `value`, as one vector, in fp32 at least."""
+    for entry in value.flatten():
+        gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
+        if value.requires_grad:
+            gradients = torch.autograd.grad(entry, parameters, retain_graph=True, allow_unused=True)
+        parts = (
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(parameters, gradients, strict=True)
+        )
+        yield torch.cat(
+            [g.flatten().to(torch.promote_types(g.dtype, torch.float32)) for g in parts]
+        )
+
+
+def _products(few: Iterator[Tensor], many: Iterator[Tensor]) -> Tensor:
+    """The products of all vectors of one side, which are held at once, with those of the other."""
+    held = torch.stack(list(few))
+    return torch.stack([held @ vector for vector in many], 1)

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels import engine, plan, syncfree
+from ift_kernels import engine, operators, plan, syncfree
 from ift_kernels.backends import reference as ref
 from ift_kernels.head_call import Call, Held, active_hidden, check_targets, report_active
 from ift_kernels.sums import wide_dtype
 
-LIB: torch.library.Library = torch.library.Library("ift_kernels", "FRAGMENT")
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
 OPTIONS = (
     "int ignore_index, float scale, float softcap, float temperature, int workspace,"
@@ -29,18 +28,8 @@ STATS = (
     " Tensor second_logprob, Tensor sum_sq, Tensor mean_logprob"
 )
 GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
-LIB.define(
-    f"linear_stats({HEAD}, {OPTIONS}, int track, bool[] needs, str schedule, float[] active)"
-    f" -> ({STATS}, Tensor norm, Tensor kept)"
-)
-LIB.define(
-    f"linear_stats_backward({HEAD}, Tensor norm, Tensor entropy, {UPSTREAM}, {OPTIONS},"
-    f" bool[] needs, float[] active) -> ({GRADIENTS})"
-)
-# The same with products kept since forward, which it consumes.
-LIB.define(
-    f"linear_stats_backward_kept({HEAD}, Tensor norm, Tensor entropy, {UPSTREAM}, {OPTIONS},"
-    f" bool[] needs, float[] active, Tensor(a!) kept) -> ({GRADIENTS})"
+_BACKWARD = (
+    f"{HEAD}, Tensor norm, Tensor entropy, {UPSTREAM}, {OPTIONS}, bool[] needs, float[] active"
 )
 
 
@@ -256,36 +245,35 @@ def _stats_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
         return (None, None, None, *nothing)
     needs = list(ctx.needs_input_grad[:3])
     args = (*ctx.saved_tensors, *upstream, *ctx.options, needs, ctx.active)
-    with syncfree.as_in_forward(ctx.sync_free):
-        # What forward kept has other rows than a backward that may not wait, where it did. And with
-        # create_graph the plain operator refuses clearly.
-        same = ctx.sync_free == syncfree.on()
-        if ctx.kept is None or not same or torch.is_grad_enabled():
-            results = torch.ops.ift_kernels.linear_stats_backward(*args)
-        else:
-            held, ctx.kept = ctx.kept, None
-            results = torch.ops.ift_kernels.linear_stats_backward_kept(*args, held.tensors[0])
-            held.release()
+    # What forward kept has other rows than a backward that may not wait, where it did. And with
+    # create_graph the plain operator refuses clearly.
+    same = ctx.sync_free == syncfree.on()
+    if ctx.kept is None or not same or torch.is_grad_enabled():
+        results = torch.ops.ift_kernels.linear_stats_backward(*args)
+    else:
+        held, ctx.kept = ctx.kept, None
+        results = torch.ops.ift_kernels.linear_stats_backward_kept(*args, held.tensors[0])
+        held.release()
     return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
 
 
-def register(
-    name: str, implementation: Any, fake: Any, autograd: Any = None, setup: Any = None
-) -> None:
-    """Give a defined operator its implementation (any device), fake and derivative."""
-    LIB.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ift_kernels::{name}", fake, lib=LIB)
-    if autograd is not None:
-        torch.library.register_autograd(
-            f"ift_kernels::{name}", autograd, setup_context=setup, lib=LIB
-        )
-
-
-register("linear_stats", _stats, _stats_fake, _stats_autograd, _stats_setup)
-register(
-    "linear_stats_backward",
+operators.register(
+    f"linear_stats({HEAD}, {OPTIONS}, int track, bool[] needs, str schedule, float[] active)"
+    f" -> ({STATS}, Tensor norm, Tensor kept)",
+    _stats,
+    _stats_fake,
+    _stats_autograd,
+    _stats_setup,
+)
+operators.register(
+    f"linear_stats_backward({_BACKWARD}) -> ({GRADIENTS})",
     _stats_backward,
     backward_fake,
-    engine.no_double_backward("linear_logprobs"),
+    operators.no_second_derivative("linear_logprobs"),
 )
-register("linear_stats_backward_kept", _stats_backward_kept, backward_fake)
+# The same with products kept since forward, which it consumes.
+operators.register(
+    f"linear_stats_backward_kept({_BACKWARD}, Tensor(a!) kept) -> ({GRADIENTS})",
+    _stats_backward_kept,
+    backward_fake,
+)

@@ -12,15 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels import engine, head_call, linear_ops, plan, syncfree
+from ift_kernels import engine, head_call, linear_ops, operators, plan
 from ift_kernels.backends import reference as ref
 from ift_kernels.sums import wide_dtype
-
-linear_ops.LIB.define(
-    f"linear_loss({linear_ops.HEAD}, Tensor factor, {linear_ops.OPTIONS}, float smoothing,"
-    " float z_loss, bool[] needs, float[] active)"
-    f" -> (Tensor loss, Tensor norm, {linear_ops.GRADIENTS})"
-)
 
 
 def _loss(
@@ -97,7 +91,7 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else zeros as large as the gradients among the outputs
     ctx.save_for_backward(hidden, weight, bias, target, factor, output[1])
-    ctx.options, ctx.sync_free = options, syncfree.on()
+    ctx.options = options
     formed = any(gradient.numel() for gradient in output[2:])
     ctx.gradients = head_call.Held(output[2:]) if formed else None
 
@@ -111,14 +105,21 @@ def _loss_autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor |
     if ctx.gradients is None or torch.is_grad_enabled():
         *options, smoothing, z_loss, _, active = ctx.options
         rows = loss_upstream(norm, factor * upstream, smoothing, z_loss)
-        with syncfree.as_in_forward(ctx.sync_free):
-            results = torch.ops.ift_kernels.linear_stats_backward(
-                hidden, weight, bias, target, norm, norm[0], *rows, *options, needs, active
-            )
+        results = torch.ops.ift_kernels.linear_stats_backward(
+            hidden, weight, bias, target, norm, norm[0], *rows, *options, needs, active
+        )
     else:
         held, ctx.gradients = ctx.gradients, None
         results = held.gradients(upstream)
     return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
 
 
-linear_ops.register("linear_loss", _loss, _loss_fake, _loss_autograd, _loss_setup)
+operators.register(
+    f"linear_loss({linear_ops.HEAD}, Tensor factor, {linear_ops.OPTIONS}, float smoothing,"
+    " float z_loss, bool[] needs, float[] active)"
+    f" -> (Tensor loss, Tensor norm, {linear_ops.GRADIENTS})",
+    _loss,
+    _loss_fake,
+    _loss_autograd,
+    _loss_setup,
+)

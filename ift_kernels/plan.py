@@ -18,18 +18,18 @@ first wherever they fit:
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ift_kernels import checks
+from ift_kernels.settings import Setting
 
 SCHEDULES = ("recompute", "keep", "forward")
 
@@ -40,7 +40,7 @@ ALIGN = 64  # columns: every row of a tile starts on a cache line
 MIN_KEEP = 1024  # columns: less is not worth a second code path
 MAX_ROUNDED = 2  # blocks of tokens whose sum is rounded to 16 bits after each of them
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("ift_schedule", default=None)
+_forced = Setting[str | None]("ift_schedule", None)
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,7 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
     )
 
 
-@contextlib.contextmanager
-def use_schedule(name: str) -> Iterator[None]:
+def use_schedule(name: str) -> AbstractContextManager[None]:
     """Force a schedule ("recompute", "keep" or "forward") inside the ``with`` block.
 
     One that cannot serve a call (``forward`` without a scalar loss, say) gives way to ``keep``.
@@ -200,11 +199,7 @@ def use_schedule(name: str) -> Iterator[None]:
         ValueError: `name` is none of the three.
     """
     checks.one_of("name", name, SCHEDULES)
-    token = _forced.set(name)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+    return _forced.use(name)
 
 
 def forced() -> str | None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ift_kernels import backends, checks
+from ift_kernels import backends, checks, operators
 from ift_kernels.rows import Rows
 
 __all__ = ["discounted_cumsum", "propagation_weights"]
@@ -188,17 +188,12 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None,
     return op(grad, mask, cu_seqlens, ctx.gamma, not ctx.left), None, None, None, None
 
 
-_LIBRARY = torch.library.Library("ift_kernels", "FRAGMENT")
-_LIBRARY.define(
+operators.register(
     "discounted_cumsum(Tensor x, Tensor? mask, Tensor? cu_seqlens, float gamma, bool left)"
-    " -> Tensor"
-)
-_LIBRARY.impl("discounted_cumsum", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "ift_kernels::discounted_cumsum",
+    " -> Tensor",
+    _forward,
     lambda x, mask, cu_seqlens, gamma, left: x.new_empty(x.shape),
-    lib=_LIBRARY,
-)
-torch.library.register_autograd(
-    "ift_kernels::discounted_cumsum", _backward, setup_context=_setup, lib=_LIBRARY
+    _backward,
+    _setup,
+    linear=True,
 )

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ift_kernels import backends, checks
+from ift_kernels import backends, checks, operators
 from ift_kernels.backends.reference_scan import further_of
 
 __all__ = ["further_tokens", "temporal_residual"]
@@ -205,24 +205,19 @@ def _adjoint_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...
 
 
 _TOKENS = "Tensor ids, Tensor predicted, Tensor labels, Tensor? cu_seqlens, float lam, int ignore"
-_LIBRARY = torch.library.Library("ift_kernels", "FRAGMENT")
-_LIBRARY.define(f"temporal_residual(Tensor embedding, {_TOKENS}) -> Tensor")
-_LIBRARY.define(f"temporal_residual_adjoint(Tensor grad, {_TOKENS}, SymInt size) -> Tensor")
-_LIBRARY.impl("temporal_residual", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("temporal_residual_adjoint", _adjoint, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "ift_kernels::temporal_residual",
+operators.register(
+    f"temporal_residual(Tensor embedding, {_TOKENS}) -> Tensor",
+    _forward,
     lambda embedding, ids, *_: embedding.new_empty(*ids.shape, embedding.shape[1]),
-    lib=_LIBRARY,
+    _forward_backward,
+    _setup,
+    linear=True,
 )
-torch.library.register_fake(
-    "ift_kernels::temporal_residual_adjoint",
+operators.register(
+    f"temporal_residual_adjoint(Tensor grad, {_TOKENS}, SymInt size) -> Tensor",
+    _adjoint,
     lambda grad, *rest: grad.new_empty(rest[-1], grad.shape[2]),
-    lib=_LIBRARY,
-)
-torch.library.register_autograd(
-    "ift_kernels::temporal_residual", _forward_backward, setup_context=_setup, lib=_LIBRARY
-)
-torch.library.register_autograd(
-    "ift_kernels::temporal_residual_adjoint", _adjoint_backward, setup_context=_setup, lib=_LIBRARY
+    _adjoint_backward,
+    _setup,
+    linear=True,
 )

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-_asked: contextvars.ContextVar[bool] = contextvars.ContextVar("ift_sync_free", default=False)
+from ift_kernels.settings import Setting
 
 
-@contextlib.contextmanager
-def sync_free() -> Iterator[None]:
+class _Asked(Setting[bool]):
+    """Whether `sync_free` is on. Backward may be asked not to wait although forward did."""
+
+    def in_forward(self) -> bool:
+        return on()  # while a graph is captured too
+
+    def in_backward(self, forward: bool) -> bool:
+        return forward or self.get()
+
+
+_asked = _Asked("ift_sync_free", False)
+
+
+def sync_free() -> AbstractContextManager[None]:
     """Never wait for the device inside the ``with`` block; so it is while a CUDA graph is captured.
 
     Sizes that depend on data become fixed ones. Rows that are ignored or have no upstream gradient
@@ -21,11 +31,7 @@ def sync_free() -> Iterator[None]:
     workspace holds; where it does not fit, all gradients of the call are NaN: a larger workspace
     or threshold helps. Results are otherwise the same.
     """
-    token = _asked.set(True)
-    try:
-        yield
-    finally:
-        _asked.reset(token)
+    return _asked.use(True)
 
 
 def on() -> bool:
@@ -33,16 +39,6 @@ def on() -> bool:
     # A stream captures only once CUDA is in use; asking for the device costs far more.
     in_use = torch.cuda.is_initialized()
     return _asked.get() or (in_use and torch.cuda.is_current_stream_capturing())
-
-
-@contextlib.contextmanager
-def as_in_forward(mode: bool) -> Iterator[None]:
-    """For a backward whose forward did not wait: on GPUs it runs in another thread."""
-    token = _asked.set(_asked.get() or mode)
-    try:
-        yield
-    finally:
-        _asked.reset(token)
 
 
 def masked_rows(keep: Tensor, value: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ift_kernels import backends, checks, engine, plan
+from ift_kernels import backends, checks, engine, operators, plan
 from ift_kernels.backends import reference as ref
 from ift_kernels.sums import wide_dtype
 from ift_kernels.transform import LogitTransform
@@ -93,14 +93,6 @@ def linear_token(
     return TokenChoice(ids.view(shape), logprob.view(shape))
 
 
-_lib = torch.library.Library("ift_kernels", "FRAGMENT")
-_lib.define(
-    "linear_token(Tensor hidden, Tensor weight, Tensor? bias, float scale, float softcap,"
-    " float temperature, int k, bool sample, int seed, int row_offset, int workspace,"
-    " ScalarType dtype) -> (Tensor ids, Tensor logprob)"
-)
-
-
 def _linear_token_fake(
     hidden: Tensor,
     weight: Tensor,
@@ -176,5 +168,10 @@ def _linear_token(
     return argmax, ((top - top) - log_sum).to(wide)
 
 
-_lib.impl("linear_token", _linear_token, "CompositeExplicitAutograd")
-torch.library.register_fake("ift_kernels::linear_token", _linear_token_fake, lib=_lib)
+operators.register(
+    "linear_token(Tensor hidden, Tensor weight, Tensor? bias, float scale, float softcap,"
+    " float temperature, int k, bool sample, int seed, int row_offset, int workspace,"
+    " ScalarType dtype) -> (Tensor ids, Tensor logprob)",
+    _linear_token,
+    _linear_token_fake,
+)

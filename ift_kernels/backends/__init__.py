@@ -9,10 +9,8 @@ it.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -20,13 +18,22 @@ import torch
 from torch import Tensor
 
 from ift_kernels.backends import choice, cpu, cuda, reference, triton
+from ift_kernels.settings import Setting
 
 # In order of preference; `reference` serves whatever nothing else does.
 BACKENDS: dict[str, ModuleType] = {
     "cpu": cpu, "triton": triton, "cuda": cuda, "reference": reference
 }  # fmt: skip
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("ift_backend", default=None)
+
+class _Forced(Setting[str | None]):
+    """The backend of `use_backend`. None: the environment decides; "": no backend is forced."""
+
+    def in_forward(self) -> str | None:
+        return requested() or ""  # the environment may be another one in backward
+
+
+_forced = _Forced("ift_backend", None)
 
 
 def _check_name(name: str, source: str) -> str:
@@ -39,23 +46,18 @@ def requested() -> str | None:
     """The backend asked for by `use_backend` or ``IFT_BACKEND``, or None."""
     name = _forced.get()
     if name is not None:
-        return name
+        return name or None
     env = os.environ.get("IFT_BACKEND", "")
     return _check_name(env, "IFT_BACKEND") if env else None
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Use the named backend inside the ``with`` block.
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """Use the named backend inside the ``with`` block, and in the backward of calls made there.
 
     Raises:
         ValueError: `name` is not a backend.
     """
-    token = _forced.set(_check_name(name, "name"))
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+    return _forced.use(_check_name(name, "name"))
 
 
 def get(tensor: Tensor, dtype: torch.dtype | None = None) -> Any:

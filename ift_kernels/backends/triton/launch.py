@@ -7,12 +7,10 @@ for each kernel by a class of shapes.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import json
 import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +18,15 @@ import torch
 import triton
 from torch import Tensor
 
+from ift_kernels.settings import Setting
+
 TABLE = Path(__file__).with_name("launch.json")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 Config = dict[str, int]
 # In place of the table, inside `use_config`.
-_forced: contextvars.ContextVar[dict[str, Config] | None] = contextvars.ContextVar(
-    "ift_triton_config", default=None
-)
-
-_architecture: contextvars.ContextVar[str | None] = contextvars.ContextVar(
-    "ift_triton_architecture", default=None
-)
+_forced = Setting[dict[str, Config] | None]("ift_triton_config", None)
+_architecture = Setting[str | None]("ift_triton_architecture", None)
 
 # A class is the first that a size does not exceed.
 CLASSES = (("narrow", 2048), ("wide", 1 << 62))
@@ -89,24 +84,14 @@ def config(kernel: str, kind: str, device: torch.device) -> Config:
     return _lookup(kernel, kind, _architecture.get() or architecture(index))
 
 
-@contextlib.contextmanager
-def use_architecture(name: str) -> Iterator[None]:
+def use_architecture(name: str) -> AbstractContextManager[None]:
     """Take configurations of the named architecture inside the ``with`` block."""
-    token = _architecture.set(name)
-    try:
-        yield
-    finally:
-        _architecture.reset(token)
+    return _architecture.use(name)
 
 
-@contextlib.contextmanager
-def use_config(kernel: str, values: Config) -> Iterator[None]:
+def use_config(kernel: str, values: Config) -> AbstractContextManager[None]:
     """Launch `kernel` with `values` inside the ``with`` block; for the tuner and tests."""
-    token = _forced.set({**(_forced.get() or {}), kernel: values})
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+    return _forced.use({**(_forced.get() or {}), kernel: values})
 
 
 def launch(kernel: Any, programs: tuple[int, ...], device: Tensor, *args: Any, **kw: Any) -> None:
