@@ -7,14 +7,21 @@ and ``-100`` on the prompt, so the loss sees the completion only.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ift.token_spans import prompt_and_completion_ids, token_ids, token_spans, tokenised
+
+logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
 FORMATS = '{"prompt": "…", "completion": "…"} or {"messages": [{"role": "…", "content": "…"}, …]}'
@@ -26,6 +33,7 @@ SIMPLE_CHAT_TEMPLATE = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template's marks of what is generated
 
 
 class DataError(ValueError):
@@ -188,10 +196,18 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Ro
 def encode(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Encoded:
     """Tokenise rows with their prompt masked, cut at `max_length` tokens.
 
-    Prompt and completion are tokenised apart, as they are at inference, so no token straddles the
-    boundary.  ``prompt``/``completion`` rows get the tokenizer's start token (if it uses one) and
-    end with its end token; ``messages`` go through its chat template, or `SIMPLE_CHAT_TEMPLATE`.
-    A row whose completion is wholly cut off is dropped and reported in ``Encoded.dropped``.
+    ``messages`` become the ids of ``tokenizer.apply_chat_template``, or of `SIMPLE_CHAT_TEMPLATE`
+    for a tokenizer without a template. The targets are the tokens of what the template adds after
+    each generation prompt or, where it has such marks, of its ``{% generation %}`` blocks. A token
+    across the start of an answer is a target, one across its end is not; a warning counts the
+    rows that have any, since at inference the prompt ends before it.
+
+    A ``prompt``/``completion`` row is the tokenizer's start token (if it uses one), the ids of the
+    prompt as at inference, those of the completion that continue it, and the end token. No token
+    lies across the border.
+
+    A row that has no completion token within `max_length` is dropped and is in
+    ``Encoded.dropped``.
 
     Args:
         rows: from `read_jsonl`.
@@ -199,37 +215,13 @@ def encode(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Encoded:
         max_length: longest example in tokens; what is beyond is cut at the end.
 
     Raises:
-        DataError: the chat template refuses a conversation, or no row has a completion token left.
+        DataError: the chat template refuses a conversation, no tokens of a completion decode to it
+            behind its prompt, or no row has a completion token left.
     """
     rows = list(rows)
-    segments = [_segments(row, tokenizer) for row in rows]
-    for row, its in zip(rows, segments, strict=True):
-        if row.last_turn:
-            last = max(index for index, (_, is_target) in enumerate(its) if is_target)
-            its[:] = [(text, index == last) for index, (text, _) in enumerate(its)]
-    flat = [text for row_segments in segments for text, _ in row_segments]
-    ids_of = iter(_batched_ids(flat, tokenizer))
-    start, end = _start_ids(tokenizer), _end_ids(tokenizer)
-    examples, dropped = [], []
-    for row, row_segments in zip(rows, segments, strict=True):
-        plain = row.messages is None
-        ids = list(start) if plain or not tokenizer.chat_template else []
-        labels = [IGNORE_INDEX] * len(ids)
-        for _, is_target in row_segments:
-            piece = next(ids_of) + (end if plain and is_target else [])
-            ids += piece
-            labels += piece if is_target else [IGNORE_INDEX] * len(piece)
-        labels = labels[:max_length]
-        # Position 0 is predicted from nothing: a label there is no target.
-        if all(label == IGNORE_INDEX for label in labels[1:]):
-            dropped.append(row.where)
-            continue
-        examples.append(
-            {
-                "input_ids": np.asarray(ids[:max_length], dtype=np.int32),
-                "labels": np.asarray(labels, dtype=np.int32),
-            }
-        )
+    encoded = encode_each(rows, tokenizer, max_length)
+    dropped = [row.where for row, example in zip(rows, encoded, strict=True) if example is None]
+    examples = [example for example in encoded if example is not None]
     if not examples:
         raise DataError(
             f"no completion tokens left in any of {len(rows)} rows after cutting at {max_length} "
@@ -240,54 +232,148 @@ def encode(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Encoded:
     return Encoded(examples, dropped)
 
 
-def _segments(row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
-    """The row's text in order, as (text, is it a target?)."""
-    if row.messages is None:
-        return [(row.content["prompt"], False), (row.content["completion"], True)]
-    return _chat_segments(row, row.messages, tokenizer)
+def encode_each(
+    rows: Sequence[Row], tokenizer: Any, max_length: int
+) -> list[dict[str, np.ndarray] | None]:
+    """The example of each row as in `encode`; None for a row that is dropped."""
+    encoded: list[dict[str, np.ndarray] | None] = [None] * len(rows)
+    start, end = _start_ids(tokenizer), _end_ids(tokenizer)
+    plain = [index for index, row in enumerate(rows) if row.messages is None]
+    prompts, completions = (
+        [rows[index].content[key] for index in plain] for key in ("prompt", "completion")
+    )
+    parts = prompt_and_completion_ids(prompts, completions, tokenizer)
+    for index, part in zip(plain, parts, strict=True):
+        if part is None:
+            raise DataError(
+                f"{rows[index].where}: no tokens of 'completion' decode to it behind the prompt; "
+                f"expected a tokenizer that can continue a text, got {type(tokenizer).__name__}"
+            )
+        prompt, completion = part
+        if completion:
+            ids = [*start, *prompt, *completion, *end]
+            span = len(start) + len(prompt), len(ids)
+            encoded[index] = _example(ids, [span], max_length)
+
+    chats = [index for index, row in enumerate(rows) if row.messages is not None]
+    rendered = [_rendered(rows[index], tokenizer) for index in chats]
+    whole = tokenised([text for text, _ in rendered], tokenizer)
+    inexact = []
+    for index, (text, turns), (ids, offsets) in zip(chats, rendered, whole, strict=True):
+        spans, exact = token_spans(text, ids, offsets, turns, tokenizer)
+        if not exact:
+            inexact.append(rows[index].where)
+        if not tokenizer.chat_template:
+            ids = [*start, *ids]
+            spans = [(first + len(start), stop + len(start)) for first, stop in spans]
+        encoded[index] = _example(ids, spans, max_length)
+    if inexact:
+        logger.warning(
+            "%d of %d conversations (first: %s): a token lies across the border of an answer, so "
+            "the prompt has other tokens at inference; a chat template whose generation prompt "
+            "ends where a token ends avoids it",
+            len(inexact), len(chats), inexact[0],
+        )  # fmt: skip
+    return encoded
 
 
-def _chat_segments(
-    row: Row, messages: list[dict[str, str]], tokenizer: Any
-) -> list[tuple[str, bool]]:
-    """Render a conversation and find the assistant's turns in it.
+def prompt_ids(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[int]:
+    """The ids that a model gets at inference to answer `prompt`: `encode` puts them before the
+    answer.
 
-    A turn is what the template adds to the conversation before it plus the generation prompt.  A
-    turn that the template rewrites later (Qwen3 drops the thoughts of earlier turns) is context
-    only, for the model never sees it in that form when it answers.
+    Raises:
+        DataError: the chat template refuses the messages.
     """
-    template = tokenizer.chat_template or SIMPLE_CHAT_TEMPLATE
+    text = prompt if isinstance(prompt, str) else _render(prompt, tokenizer, "prompt", prompt=True)
+    (ids,) = token_ids([text], tokenizer)
+    plain = isinstance(prompt, str) or not tokenizer.chat_template
+    return [*_start_ids(tokenizer), *ids] if plain else ids
 
-    def render(upto: int, *, prompt: bool = False) -> str:
-        text: str = tokenizer.apply_chat_template(
-            messages[:upto], chat_template=template, tokenize=False, add_generation_prompt=prompt
-        )
-        return text
 
-    segments, position = [], 0
-    try:
-        full = render(len(messages))
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant" and index > 0:
-                before, turn = render(index, prompt=True), render(index + 1)
-                if turn.startswith(before) and full.startswith(turn):
-                    segments += [(full[position : len(before)], False), (turn[len(before) :], True)]
-                    position = len(turn)
-    except Exception as error:  # templates raise whatever they like through jinja
-        raise DataError(f"{row.where}: the chat template refuses 'messages': {error}") from None
-    if not segments:
+def _example(
+    ids: list[int], spans: list[tuple[int, int]], max_length: int
+) -> dict[str, np.ndarray] | None:
+    """Ids and labels, int32 (T,); None without a target."""
+    input_ids = np.asarray(ids[:max_length], dtype=np.int32)
+    labels = np.full_like(input_ids, IGNORE_INDEX)
+    for first, stop in spans:
+        labels[first:stop] = input_ids[first:stop]
+    # Position 0 is predicted from nothing: a label there is no target.
+    if (labels[1:] == IGNORE_INDEX).all():
+        return None
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def _rendered(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation and the characters [start, stop) of its targets."""
+    messages = row.messages or []
+    text = _render(messages, tokenizer, row.where)
+    if tokenizer.chat_template and GENERATION.search(tokenizer.get_chat_template()):
+        turns = _marked(messages, tokenizer, row.where)
+        if row.last_turn:
+            last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+            turns = turns[len(_marked(messages[:last], tokenizer, row.where)) if last else 0 :]
+    else:
+        turns = _added(messages, text, tokenizer, row.where)
+        if row.last_turn:
+            turns = turns[-1:]
+    if not turns:
         raise DataError(
             f"{row.where}: no assistant turn to learn from; expected one that follows another "
             "message and that the chat template renders unchanged"
         )
-    return [*segments, (full[position:], False)]
+    return text, turns
 
 
-def _batched_ids(texts: list[str], tokenizer: Any, size: int = 4096) -> Iterator[list[int]]:
-    """Token ids of each text, without special tokens; batches, for the tokenizer's own threads."""
-    for first in range(0, len(texts), size):
-        batch = texts[first : first + size]
-        yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+def _marked(messages: list[dict[str, str]], tokenizer: Any, where: str) -> list[tuple[int, int]]:
+    """The ``{% generation %}`` blocks of a conversation as the template renders it."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    with _template_errors(where):
+        _, (spans,) = render_jinja_template(
+            conversations=[messages],
+            chat_template=tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    return [(start, stop) for start, stop in spans if start < stop]
+
+
+def _added(
+    messages: list[dict[str, str]], text: str, tokenizer: Any, where: str
+) -> list[tuple[int, int]]:
+    """What the template adds for each assistant turn after the generation prompt.
+
+    A turn that the template rewrites later (Qwen3 drops the thoughts of earlier turns) is context
+    only, for the model never sees it in that form when it answers.
+    """
+    turns = []
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant" and index > 0:
+            before = _render(messages[:index], tokenizer, where, prompt=True)
+            turn = _render(messages[: index + 1], tokenizer, where)
+            if turn.startswith(before) and text.startswith(turn):
+                turns.append((len(before), len(turn)))
+    return turns
+
+
+def _render(
+    messages: list[dict[str, str]], tokenizer: Any, where: str, *, prompt: bool = False
+) -> str:
+    template = None if tokenizer.chat_template else SIMPLE_CHAT_TEMPLATE
+    with _template_errors(where):
+        text: str = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
+    return text
+
+
+@contextlib.contextmanager
+def _template_errors(where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # templates raise whatever they like through jinja
+        raise DataError(f"{where}: the chat template refuses 'messages': {error}") from None
 
 
 def _start_ids(tokenizer: Any) -> list[int]:

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from ift.data import (
+    IGNORE_INDEX,
     DataError,
     Encoded,
     Row,
     check_encodable,
     check_messages,
-    encode,
+    encode_each,
     json_type,
     parsed_lines,
 )
@@ -123,46 +124,74 @@ def encode_pairs(
 ) -> EncodedPairs:
     """Tokenise both responses of each row; a pair of which one has no token left is dropped.
 
+    The tokens before the targets are the same in both responses of a pair.
+
     Args:
         rows, tokenizer, max_length: as `ift.data.encode`.
         mismatched: also ``kl``, the prompt with the chosen response of the next row, for KTO.
 
     Raises:
-        DataError: as `ift.data.encode`.
+        DataError: as `ift.data.encode`; or the responses of a pair answer different prompts.
     """
-    both: list[list[dict[str, np.ndarray] | None]] = []
-    for key in ("chosen", "rejected"):
-        named = [
-            Row(f"{i}", getattr(row, key).content, last_turn=True) for i, row in enumerate(rows)
+    sides = [
+        encode_each([getattr(row, key) for row in rows], tokenizer, max_length)
+        for key in ("chosen", "rejected")
+    ]
+    pairs: dict[int, dict[str, Any]] = {}
+    for index, (chosen, rejected) in enumerate(zip(*sides, strict=True)):
+        if chosen is not None and rejected is not None:
+            _share_prompt(chosen, rejected, rows[index].where)
+            pairs[index] = {"chosen": chosen, "rejected": rejected}
+    if mismatched:
+        kept = list(pairs)
+        others = [
+            _mismatch(rows[index], rows[following])
+            for index, following in zip(kept, [*kept[1:], *kept[:1]], strict=True)
         ]
-        encoded = encode(named, tokenizer, max_length)
-        missing, kept = set(encoded.dropped), iter(encoded.examples)
-        both.append([None if row.where in missing else next(kept) for row in named])
-    pairs, dropped = [], []
-    for row, chosen, rejected in zip(rows, *both, strict=True):
-        if chosen is None or rejected is None:
-            dropped.append(row.where)
-        else:
-            pairs.append({"chosen": chosen, "rejected": rejected})
+        for index, kl in zip(kept, encode_each(others, tokenizer, max_length), strict=True):
+            if kl is None:
+                del pairs[index]
+            else:
+                pairs[index]["kl"] = kl
     if not pairs:
         raise DataError(
             f"no pair of {len(rows)} has tokens left in both responses after cutting at "
             f"{max_length} tokens; expected a maximum length above that of the prompts"
         )
-    if mismatched:
-        for example, other in zip(pairs, [*pairs[1:], pairs[0]], strict=True):
-            example["kl"] = _mismatch(example["chosen"], other["chosen"], max_length)
-    return EncodedPairs(pairs, dropped)
+    dropped = [row.where for index, row in enumerate(rows) if index not in pairs]
+    return EncodedPairs(list(pairs.values()), dropped)
 
 
-def _mismatch(
-    example: dict[str, np.ndarray], other: dict[str, np.ndarray], max_length: int
-) -> dict[str, np.ndarray]:
-    """The prompt of `example` with the response of `other`."""
-    start, from_ = (int((e["labels"] != -100).argmax()) for e in (example, other))
-    ids = np.concatenate([example["input_ids"][:start], other["input_ids"][from_:]])
-    labels = np.concatenate([example["labels"][:start], other["labels"][from_:]])
-    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+def _share_prompt(
+    chosen: dict[str, np.ndarray], rejected: dict[str, np.ndarray], where: str
+) -> None:
+    """Let the targets of both start at the same token.
+
+    They start apart where a token lies across the border of one response only.
+    """
+    both = chosen, rejected
+    start = min(int((side["labels"] != IGNORE_INDEX).argmax()) for side in both)
+    if not np.array_equal(chosen["input_ids"][:start], rejected["input_ids"][:start]):
+        raise DataError(
+            f"{where}: 'chosen' and 'rejected' have different prompts; expected conversations "
+            "that differ in the last assistant turn alone"
+        )
+    for side in both:
+        own = int((side["labels"] != IGNORE_INDEX).argmax())
+        side["labels"][start:own] = side["input_ids"][start:own]
+
+
+def _mismatch(row: PairRow, other: PairRow) -> Row:
+    """The prompt of `row` with the chosen response of `other`."""
+    mine, theirs = row.chosen.content, other.chosen.content
+    messages = theirs.get("messages")
+    if "messages" in mine:
+        answer = (
+            messages[-1] if messages else {"role": "assistant", "content": theirs["completion"]}
+        )
+        return Row(row.where, {"messages": [*mine["messages"][:-1], answer]}, last_turn=True)
+    text = messages[-1]["content"] if messages else theirs["completion"]
+    return Row(row.where, {"prompt": mine["prompt"], "completion": text})
 
 
 @dataclass(frozen=True)
