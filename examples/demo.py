@@ -233,8 +233,8 @@ def table(results: list[Result], steps: int, demo: Demo) -> str:
     checked = [r for r in results if r.differences]
     points = ", ".join(str(each.step) for each in checked[0].differences)
     same = "; ".join(
-        f"{max(d.loss for d in r.differences):.1e} and {max(d.gradient for d in r.differences):.1e}"
-        f" ({r.way.split()[1]})"
+        f"{max(d.loss for d in r.differences):.0e}, {max(d.gradient for d in r.differences):.0e}"
+        f" {r.way.split()[1]}"
         for r in checked
     )
     sft, ift = (largest_difference(*results[i : i + 2]) for i in (0, 2))
@@ -250,8 +250,8 @@ held-out loss  cross-entropy per token of docstrings not trained on; comparable 
 tokens/s       prompt and completion without padding; median over the steps but the first
 head memory    peak of torch's allocator, by its profiler, from the trunk's output to its gradient
                in one more step on the largest batch
-naive − fused  from the same weights, at steps {points} of the fused runs: loss, and
-               gradient over a parameter's largest entry, at most {same}.
+naive − fused  from the same weights, at steps {points} of the fused runs, at most, loss and
+               gradient over a parameter's largest entry: {same}.
                The runs drift apart, since Adam amplifies rounding where a gradient is nearly 0:
                the loss of a step differs by up to {sft:.1e} (SFT), {ift:.1e} (IFT)"""
     )

@@ -15,8 +15,8 @@ from typing import Any
 Offsets = list[tuple[int, int]]  # per token its characters [start, stop) in the text
 
 # Text put in front of a completion, so that it is tokenised as the middle of a text. The empty one
-# serves byte-level BPE, the letter word pieces.
-ANCHORS = ("", "\n", ":", "a")
+# serves byte-level BPE, letters serve word pieces: of several one does not join with what follows.
+ANCHORS = ("", "\n", ":", "a", "e", "x", "z", "0")
 
 
 def tokenised(

@@ -116,7 +116,10 @@ def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokeni
             tokens = arguments.probe_sample
             sample = sampler(model, tokenizer, max_new_tokens=tokens) if tokens else None
             build = functools.partial(build_probe_set, size=arguments.probe_size, test=test)
-            probes = build(_trained(arguments.data, held_out), sample=sample, seed=arguments.seed)
+            probes = build(
+                _trained(arguments.data, held_out), sample=sample, tokenizer=tokenizer,
+                seed=arguments.seed,
+            )  # fmt: skip
         if not (arguments.resume and saved.exists()):
             write_probes(probes, saved)
         callback = ProbeCallback(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import random
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +23,13 @@ from ift.data import (
     checked_row,
     json_type,
     parsed_lines,
+    prompt_ids,
 )
 from ift.preference_data import pair_row
+from ift.token_spans import tokenised
 from ift_kernels import checks
+
+logger = logging.getLogger(__name__)
 
 Prompt = Any  # text, or a list of messages
 Source = str | os.PathLike[str] | Sequence[Mapping[str, Any]]
@@ -37,6 +45,12 @@ TYPES = (
     "unrelated",
     "permuted",
     "random_words",
+)
+TRIES = 64  # draws of an answer that differs
+# Scripts without spaces between words: Thai, Lao, Tibetan, Myanmar, Khmer, kana, Han.
+UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
 PROBE_FORMAT = '{"prompt": "…" or […], "responses": {"chosen": "…", …}}'
 
@@ -55,6 +69,7 @@ def build_probe_set(
     size: int = 64,
     test: Source | None = None,
     sample: Callable[[list[Prompt]], list[str]] | None = None,
+    tokenizer: Any = None,
     seed: int = 0,
 ) -> list[Probe]:
     """Make probes from training rows.
@@ -64,7 +79,13 @@ def build_probe_set(
     of which the first is taken); ``sample``, an answer of the model before training;
     ``other_train``, the answer to another training prompt; ``unrelated``, an answer from `test`;
     ``permuted``, the words of the chosen answer in random order; ``random_words``, as many words
-    drawn from all answers.
+    drawn from all answers. Words in a script without spaces (Chinese, Japanese, Thai and others)
+    are tokens of `tokenizer`; without one, with one that has no offsets, or where a token is the
+    whole word, they are characters.
+
+    No answer equals, white space apart, the one that it is compared with: the chosen answer, and of
+    ``rejected_paraphrase`` the rejected one too. Another is drawn or, where there is none, the type
+    is left out; a warning counts those left out.
 
     Args:
         data: a JSONL file or rows as `ift.data.read_jsonl` takes them, preferences or not; of a
@@ -72,6 +93,7 @@ def build_probe_set(
         size: at most so many probes, drawn at random; default 64.
         test: rows in the same form that are not trained on.
         sample: prompts → answers, as `sampler` makes.
+        tokenizer: of the model; needed for answers in a script without spaces alone.
         seed: of every draw.
 
     Returns:
@@ -92,42 +114,124 @@ def build_probe_set(
     other = [] if test is None else _rows("test", test)
     draw = random.Random(seed)
     chosen = sorted(draw.sample(range(len(rows)), min(size, len(rows))))
-    words = [word for row in rows for word in row["chosen"].split()]
+    words = _words([row["chosen"] for row in rows], tokenizer)
+    pool = [word for own in words for word in own]
     probes = []
     for index in chosen:
-        row = rows[index]
-        responses = {k: row[k] for k in TYPES if row.get(k)}
+        row, own = rows[index], words[index]
+        responses = {k: row[k] for k in TYPES if k in row}
         responses["other_train"] = _other_answer(row, rows, draw)
-        responses["unrelated"] = draw.choice(other)["chosen"] if other else ""
-        own = row["chosen"].split()
-        responses["permuted"] = _permuted(own, draw)
-        responses["random_words"] = " ".join(draw.choices(words, k=len(own))) if words else ""
+        if other:
+            responses["unrelated"] = _unrelated(row, other, draw)
+        responses["permuted"] = _permuted(own, row["chosen"], draw)
+        responses["random_words"] = _random_words(len(own), pool, row["chosen"], draw)
         probes.append(Probe(row["prompt"], responses))
     if sample is not None:
         for probe, text in zip(probes, sample([p.prompt for p in probes]), strict=True):
             probe.responses["sample"] = text
-    return [
-        Probe(p.prompt, {k: p.responses[k] for k in TYPES if p.responses.get(k)}) for p in probes
-    ]
+    return _compared(probes)
+
+
+def _compared(probes: list[Probe]) -> list[Probe]:
+    """The probes without answers that are empty or equal to what they are compared with."""
+    missing: Counter[str] = Counter()
+    made = []
+    for probe in probes:
+        kept: dict[str, str] = {}
+        for name in (name for name in TYPES if name in probe.responses):
+            text = probe.responses[name]
+            others = ("chosen", "rejected") if name == "rejected_paraphrase" else ("chosen",)
+            if text and not any(_same(text, kept[o]) for o in others if o in kept):
+                kept[name] = text
+            else:
+                missing[name] += 1
+        made.append(Probe(probe.prompt, kept))
+    if missing:
+        counts = ", ".join(f"{name} {missing[name]}" for name in TYPES if missing[name])
+        logger.warning(
+            "probes: of %d, left out where there is none, or none that differs from the answer "
+            "that it is compared with: %s", len(probes), counts,
+        )  # fmt: skip
+    return made
+
+
+def _same(one: str, other: str) -> bool:
+    """Are the texts equal, white space apart?"""
+    space = "" if UNSPACED.search(one) else " "
+    return space.join(one.split()) == space.join(other.split())
 
 
 def _other_answer(row: dict[str, Any], rows: list[dict[str, Any]], draw: random.Random) -> str:
     """The chosen answer to another prompt, not the same one; "" where there is none."""
-    for other in itertools.chain(draw.choices(rows, k=64), rows):  # seldom are all looked at
-        if other["prompt"] != row["prompt"] and other["chosen"] != row["chosen"]:
+    for other in itertools.chain(draw.choices(rows, k=TRIES), rows):  # seldom goes beyond TRIES
+        if other["prompt"] != row["prompt"] and not _same(other["chosen"], row["chosen"]):
             answer: str = other["chosen"]
             return answer
     return ""
 
 
-def _permuted(words: list[str], draw: random.Random) -> str:
-    """The words in another order; nothing where there is none."""
-    if len(set(words)) < 2:
-        return ""
+def _unrelated(row: dict[str, Any], other: list[dict[str, Any]], draw: random.Random) -> str:
+    """An answer of the other set, not the same one; "" where there is none."""
+    for one in itertools.chain((draw.choice(other) for _ in range(TRIES)), other):
+        if not _same(one["chosen"], row["chosen"]):
+            answer: str = one["chosen"]
+            return answer
+    return ""
+
+
+def _permuted(words: list[str], answer: str, draw: random.Random) -> str:
+    """The words in another order that gives another text; "" where none is found."""
     mixed = list(words)
-    while mixed == words:
+    for _ in range(TRIES if len(set(words)) > 1 else 0):
         draw.shuffle(mixed)
-    return " ".join(mixed)
+        if not _same(_joined(mixed), answer):
+            return _joined(mixed)
+    return ""
+
+
+def _random_words(count: int, pool: list[str], answer: str, draw: random.Random) -> str:
+    """So many words of the pool, another text than the answer; "" where none is found."""
+    for _ in range(TRIES if count else 0):
+        text = _joined(draw.choices(pool, k=count))
+        if not _same(text, answer):
+            return text
+    return ""
+
+
+def _words(texts: list[str], tokenizer: Any) -> list[list[str]]:
+    """Of each text the words that `_joined` joins, most with a space in front."""
+    words = [[" " + word for word in text.split()] for text in texts]
+    unspaced = [index for index, text in enumerate(texts) if UNSPACED.search(text)]
+    some = [texts[index] for index in unspaced]
+    parts = itertools.repeat(([], None)) if tokenizer is None else tokenised(some, tokenizer)
+    for index, text, (_, offsets) in zip(unspaced, some, parts, strict=False):
+        words[index] = _pieces(text, offsets or [])
+    return words
+
+
+def _pieces(text: str, offsets: list[tuple[int, int]]) -> list[str]:
+    """The words of a text; one in a script without spaces is cut between its tokens.
+
+    A character that several tokens share is not cut. Where there is no border of tokens, the word
+    is cut between its characters, each with its combining marks.
+    """
+    tokens = {stop for (_, stop), (start, _) in itertools.pairwise(offsets) if stop <= start}
+    characters = {i for i, one in enumerate(text) if unicodedata.category(one)[0] != "M"}
+    pieces: list[str] = []
+    for match in re.finditer(r"\S+", text):
+        cuts: set[int] = set()
+        unspaced = UNSPACED.search(match[0]) is not None
+        if unspaced:
+            inside = set(range(match.start() + 1, match.end()))
+            cuts = tokens & inside or characters & inside
+        borders = [match.start(), *sorted(cuts), match.end()]
+        first, *rest = (text[start:stop] for start, stop in itertools.pairwise(borders))
+        pieces += [first if unspaced and not pieces else " " + first, *rest]
+    return pieces
+
+
+def _joined(words: list[str]) -> str:
+    return "".join(words).removeprefix(" ")
 
 
 def _rows(name: str, source: Source) -> list[dict[str, Any]]:
@@ -210,7 +314,7 @@ def sampler(
 
     Args:
         max_new_tokens: longest answer, default 64; less where the model's positions end before. A
-            prompt that leaves none gets no answer, "".
+            prompt that leaves none, or has no token, gets no answer, "".
         temperature: of sampling, default 1; 0 is greedy.
         seed: of sampling; the state of torch's generator is left as it was.
 
@@ -235,28 +339,33 @@ def sampler(
         with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
             torch.manual_seed(seed)
             for prompt in prompts:
-                ids = torch.tensor([_prompt_ids(prompt, tokenizer)], device=model.device)
+                ids = torch.tensor([prompt_ids(prompt, tokenizer)], device=model.device)
                 room = min(max_new_tokens, positions - ids.shape[1])
-                if room < 1:
+                if room < 1 or not ids.numel():
                     answers.append("")
                     continue
                 made = model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids),
                     max_new_tokens=room, pad_token_id=tokenizer.pad_token_id, **options,
                 )  # fmt: skip
-                text = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
-                answers.append(text.encode("utf-8", "replace").decode())
+                answers.append(_answer_text(prompt, made[0].tolist(), ids.shape[1], tokenizer))
         return answers
 
     return answer
 
 
-def _prompt_ids(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """The ids that training puts before an answer."""
-    from ift.data import encode
-    from ift.dynamics.evaluate import as_row
+def _answer_text(prompt: Prompt, ids: list[int], start: int, tokenizer: Any) -> str:
+    """The text of the ids from `start`, which are the answer."""
 
-    (example,) = encode([as_row("prompt", prompt, "x")], tokenizer, 1 << 20).examples
-    first = int((example["labels"] >= 0).argmax())
-    ids: list[int] = example["input_ids"][:first].tolist()
-    return ids
+    def decoded(part: list[int]) -> str:
+        text: str = tokenizer.decode(
+            part, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text.encode("utf-8", "replace").decode()
+
+    if isinstance(prompt, str):
+        # Alone the ids would lose their leading space with a sentencepiece-like tokenizer.
+        before, whole = decoded(ids[:start]), decoded(ids)
+        if whole.startswith(before):
+            return whole[len(before) :]
+    return decoded(ids[start:])
