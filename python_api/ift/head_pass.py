@@ -23,6 +23,11 @@ from ift_kernels import ActiveSet, TokenStats, linear_logprobs, vocab_parallel_l
 from ift_kernels.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded, whole
 
+
+class UnsupportedModel(RuntimeError):
+    """The model's own code does what no loss without logits can follow; the message names both."""
+
+
 HeadCallback = Callable[[Tensor, Tensor, "Tensor | None"], Any]  # (hidden, weight, bias) → result
 # Arguments of a patched forward; any of them reaching another function was lost on its way.
 PATCH_ARGUMENTS = ("ift", "skip_logits", "loss")
@@ -161,7 +166,7 @@ class LossFunction:
                 f"labels: {name} gives its loss function neither these nor shift_labels"
             )
         if logits.shape[:-1] != call.shape:
-            raise RuntimeError(
+            raise UnsupportedModel(
                 f"{name}: gives logits of shape {tuple(logits.shape[:-1])} to its loss function, "
                 f"not those of the {tuple(call.shape)} hidden states at its head; "
                 "this model cannot be patched"
@@ -288,17 +293,17 @@ def head_pass(
         _current.reset(token)
 
     if len(call.results) != 1:
-        raise RuntimeError(
+        raise UnsupportedModel(
             f"{name}: expected one call of its output head per forward, got "
             f"{len(call.results)}; this model cannot be patched"
         )
     if loss is not None and call.losses != 1:
-        raise RuntimeError(
+        raise UnsupportedModel(
             f"{name}: expected its loss to come from one call of self.loss_function, got "
             f"{call.losses}; this model cannot be patched"
         )
     if placeholder is None and output.logits.shape[-1] != 0:
-        raise RuntimeError(f"{name}: reshapes its logits; this model cannot be patched")
+        raise UnsupportedModel(f"{name}: reshapes its logits; this model cannot be patched")
     return output, call.results[0]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ift.head_pass import (
     LossArguments,
     LossFunction,
+    UnsupportedModel,
     evaluating,
     head_pass,
     plain_head,
@@ -90,7 +91,7 @@ def measure_transform(
         expected = transform.apply(values.double(), None).expand_as(made)
         if math.isfinite(top + small) and torch.allclose(made, expected, rtol=1e-5, atol=0.0):
             return transform
-    raise RuntimeError(
+    raise UnsupportedModel(
         f"{type(model).__name__}: expected its logits to be scale * (hidden @ weight.T + bias), "
         "then perhaps softcap * tanh(logits / softcap); its code does something else to them"
     )
@@ -143,6 +144,7 @@ def try_few_tokens(model: Any, forward: Callable[..., Any]) -> Measured | None:
         try:
             plain = forward(**kwargs).loss
         except Exception:  # whatever a model raises that wants an image, say
+            _refuse_if_unsupported(model, forward, kwargs)
             return None
         measured = measure(model, forward, kwargs)
         output, _ = loss_pass(
@@ -156,6 +158,16 @@ def try_few_tokens(model: Any, forward: Callable[..., Any]) -> Measured | None:
             f"logits {float(output.loss):.6g}; this model cannot be patched"
         )
     return measured
+
+
+def _refuse_if_unsupported(model: Any, forward: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    """Of a model that cannot compute its loss here: what is seen of its code until it fails."""
+    try:
+        measure(model, forward, kwargs)
+    except UnsupportedModel:
+        raise
+    except Exception:  # its own, as before
+        return
 
 
 def _is_elsewhere(parameter: Tensor) -> bool:
