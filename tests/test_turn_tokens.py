@@ -301,6 +301,14 @@ def test_a_completion_without_a_token_is_dropped(caplog):
     assert encoded.dropped == ["blank"] and len(encoded.examples) == 2
 
 
+def test_an_unknown_word_across_the_border_gets_no_space():
+    tokenizer = unigram("first")
+    row = Row("", {"prompt": "the \u0394", "completion": "\u0394"})  # together one unknown word
+    (example,) = encode([row], tokenizer, 99).examples
+    assert decode(tokenizer, example["input_ids"]) == "the <unk><unk></s>"
+    assert decode(tokenizer, targets(example)) == "<unk></s>"
+
+
 def test_a_tokenizer_that_cannot_continue_a_text_is_refused():
     """Its tokens depend on the end of the text, so none of a completion can follow a prompt."""
     made = Tokenizer(models.WordLevel({"<unk>": 0, "ab": 1, "a": 2, "bc": 3, "abc": 4}, "<unk>"))

@@ -66,7 +66,7 @@ def prompt_and_completion_ids(
             start, rest = before[index], ids[len(head) :]
             if ids[: len(head)] == head and (
                 _folded(start + rest, tokenizer) == _folded(whole[index], tokenizer)
-                or _ends_in_unknown(start, whole[index], tokenizer)
+                or (anchor and _ends_in_unknown(start, whole[index], tokenizer))
             ):
                 found[index] = start, rest
         missing = [index for index in missing if found[index] is None]
@@ -89,9 +89,8 @@ def token_spans(
     of a span is part of it, one across its end is not.
     """
     spans = list(spans)
-    found: list[tuple[Any, Any]]
     guesses = [_by_offsets(border, text, offsets) for span in spans for border in span]
-    found = list(zip(guesses[::2], guesses[1::2], strict=True))
+    found: list[tuple[Any, Any]] = list(zip(guesses[::2], guesses[1::2], strict=True))
     # Offsets of some tokenizers are wrong, so the tokens have to decode to the span.
     unclear = [
         index
