@@ -191,6 +191,21 @@ def test_accelerate_wraps_and_unwraps_it(accelerator, architecture, precision):
     assert model(**inputs).logits is not None
 
 
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_a_model_that_accelerate_prepared_before(accelerator, precision):
+    """As TRL's reference models are, which then run under its autocast."""
+    inputs, accelerate = batch(), accelerator(precision)
+    right = fused()(**inputs, fused_lm_head=True).log_probs
+    model = accelerate.prepare(make("llama"))
+    add_fused_forward(ift.patch(model))
+    close = {"rtol": 0.1, "atol": 0.5} if precision == "bf16" else {"rtol": 1e-5, "atol": 1e-5}
+    found = model(**inputs, fused_lm_head=True).log_probs
+    assert torch.equal(found, right) == (precision == "no")
+    torch.testing.assert_close(found, right, **close)
+    model = accelerate.unwrap_model(model, keep_fp32_wrapper=False)
+    torch.testing.assert_close(model(**inputs, fused_lm_head=True).log_probs, right, **close)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_copies_and_pickles_have_it(copied, architecture):

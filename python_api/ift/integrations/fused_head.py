@@ -167,6 +167,8 @@ class _FusedForward:
         self.outputs, self.temperature = outputs, temperature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.model:  # bound again, by accelerate when it unwraps
+            args = args[1:]
         return self._call(self.model, args, kwargs)
 
     def _call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
