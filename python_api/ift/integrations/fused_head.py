@@ -1,8 +1,13 @@
-"""TRL's trainers on our log-probabilities, which they ask for with ``fused_lm_head=True``."""
+"""``model(..., fused_lm_head=True)``: log-probabilities of the labels in place of logits.
+
+TRL's trainers call their model this way; loops and other trainers can do the same.
+"""
 
 from __future__ import annotations
 
-import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -11,14 +16,16 @@ from torch import Tensor, nn
 
 from ift.documents import IGNORE_INDEX, shifted_targets
 from ift.head_pass import head_pass, token_stats
+from ift.losses import sft_loss
 from ift.patching import base_model, logit_transform, original_forward, patch
-from ift_kernels import ActiveSet
+from ift_kernels import ActiveSet, checks
+from ift_kernels.transform import LogitTransform
 
 try:
-    from trl.trainer.utils import FusedCausalLMOutput
+    from transformers.utils import ModelOutput
 except ImportError as error:
     raise ImportError(
-        f'ift.integrations.trl needs TRL 1.16 or later ({error}): pip install "ift-kernels[trl]"'
+        'ift.integrations.fused_head needs transformers: pip install "ift-kernels[train]"'
     ) from error
 
 # Trainers that take their log-probabilities from `fused_lm_head`, and those that build logits.
@@ -69,36 +76,141 @@ def use_ift_kernels(trainer: Any, *, gradient: str | ActiveSet | None = None) ->
     return trainer
 
 
-def add_fused_forward(model: nn.Module, outputs: tuple[str, ...], temperature: float) -> None:
-    """Let a patched causal LM answer ``fused_lm_head=True`` with our statistics.
+@dataclass
+class FusedHeadOutput(ModelOutput):
+    """What a model answers to ``fused_lm_head=True``, with the fields of TRL's class of this kind.
+
+    Per-token fields are (B, T - 1), the target of position t being the label of t + 1; with
+    ``shift_labels`` they have its shape. They are float32 and 0 where the label is -100.
 
     Args:
-        model: patched; its forward, TRL's or ours, stays for every other call.
-        outputs: as of `ift_kernels.linear_logprobs`.
-        temperature: that logits are divided by.
+        loss: -Σ log_probs / num_items_in_batch (default: the number of targets), plus the model's
+            auxiliary loss times its coefficient.
+        log_probs: log p(label), of softmax(logits / temperature).
+        entropy: -Σ_v p_v log p_v of the same distribution, with gradient.
+        log_sum_sq_probs, mean_logits: log Σ_v p_v² and mean_v logit_v / temperature; no gradient.
+        is_top1: bool, whether the label is the most likely token.
+        label_mask: bool, whether the label is not -100.
+        aux_loss: of a mixture of experts, if the model returns one.
     """
-    bound: Any = model.forward
-    other = bound.__func__  # called with the model at hand, which may be a copy
 
-    @functools.wraps(type(model).forward)
-    def forward(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        if not fused_lm_head:
-            return other(self, *args, **kwargs)
-        return _fused(self, args, kwargs, outputs, temperature)
+    loss: Tensor | None = None
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    label_mask: Tensor | None = None
+    aux_loss: Tensor | None = None
 
-    forward.is_ift = True  # type: ignore[attr-defined]  # unpatch may take it off
-    model.forward = MethodType(forward, model)  # the point of it
+
+# Outputs of `ift_kernels.linear_logprobs` and the field that each fills.
+_FIELDS = {
+    "logprob": "log_probs",
+    "entropy": "entropy",
+    "argmax": "is_top1",
+    "mean_logit": "mean_logits",
+    "sum_sq": "log_sum_sq_probs",
+}
+
+
+def add_fused_forward(
+    model: nn.Module, outputs: tuple[str, ...] = ("logprob",), temperature: float = 1.0
+) -> None:
+    """Let a patched causal LM answer ``fused_lm_head=True`` with a `FusedHeadOutput`. In place.
+
+    ``model(..., labels=labels, fused_lm_head=True)`` then computes the statistics of
+    softmax(logits / temperature) without logits; ``shift_labels`` in place of ``labels`` are
+    targets that are shifted already, and ``temperature`` in the call replaces the one given here.
+    Every other call runs the forward that the model had. Called again, it replaces the options;
+    `ift.unpatch` undoes it.
+
+    Args:
+        model: patched (`ift.patch`), or a PEFT model around one.
+        outputs: "logprob" and any of "entropy", "argmax", "mean_logit", "sum_sq", as of
+            `ift_kernels.linear_logprobs`. Fields of others are None.
+        temperature: > 0, that logits are divided by. Default 1.
+
+    Raises:
+        TypeError: a model that is not patched.
+        ValueError: other outputs, outputs without "logprob", a temperature that is not positive.
+    """
+    base: Any = base_model(model)
+    if "_ift_patch" not in vars(base):
+        raise TypeError(
+            f"model: expected one patched by ift.patch, got an unpatched {type(base).__name__}"
+        )
+    if "logprob" not in outputs:
+        raise ValueError(f'outputs: expected "logprob" among them, got {outputs!r}')
+    for name in outputs:
+        checks.one_of("outputs", name, _FIELDS)
+    LogitTransform.checked(1.0, None, temperature)
+    before = base.forward
+    if isinstance(before, _FusedForward):
+        before = before.before
+    base.forward = _FusedForward(base, before, tuple(outputs), temperature)
+
+
+class _FusedForward:
+    """The forward of a model with `add_fused_forward`; like that of `ift.patch`, an object.
+
+    accelerate wraps its `__func__`, and would follow a ``__wrapped__`` past it to the class's
+    forward when it unwraps. A bound method would unpickle as the class's forward.
+    """
+
+    is_ift = True  # `unpatch` may remove it
+
+    def __init__(
+        self, model: nn.Module, before: Any, outputs: tuple[str, ...], temperature: float
+    ) -> None:
+        self.model, self.before = model, before
+        self.outputs, self.temperature = outputs, temperature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.model:  # bound again, by accelerate when it unwraps
+            args = args[1:]
+        return self._call(self.model, args, kwargs)
+
+    def _call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not kwargs.pop("fused_lm_head", False):
+            own = model is self.model  # accelerate's wrapper of a copy calls with the copy
+            before = self.before if own else MethodType(self.before.__func__, model)
+            return before(*args, **kwargs)
+        if args:
+            raise TypeError("fused_lm_head: expected keyword arguments only")
+        temperature = kwargs.pop("temperature", self.temperature)
+        return _fused(model, kwargs, self.outputs, temperature)
+
+    @property
+    def __self__(self) -> nn.Module:
+        return self.model
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self._call(model, args, kwargs)
+
+        own = self.__signature__
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        forward.__signature__ = own.replace(parameters=[first, *own.parameters.values()])  # type: ignore[attr-defined]  # read by inspect
+        forward.is_ift = True  # type: ignore[attr-defined]  # a method made from it is still ours
+        return forward
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        before = inspect.signature(self.before)
+        flag = inspect.Parameter("fused_lm_head", inspect.Parameter.KEYWORD_ONLY, default=False)
+        parameters = list(before.parameters.values())
+        end = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        return before.replace(parameters=[*parameters[:end], flag, *parameters[end:]])
 
 
 def _fused(
-    model: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    outputs: tuple[str, ...],
-    temperature: float,
-) -> FusedCausalLMOutput:
-    if args:
-        raise TypeError("fused_lm_head: expected keyword arguments only")
+    model: Any, kwargs: dict[str, Any], outputs: tuple[str, ...], temperature: float
+) -> FusedHeadOutput:
+    for name in ("ift", "loss", "skip_logits"):
+        if kwargs.pop(name, None) is not None:
+            raise ValueError(f"{name}: expected None with fused_lm_head")
     kwargs = {**kwargs, "use_cache": False}
     labels, target = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
     num_items = kwargs.pop("num_items_in_batch", None)
@@ -108,32 +220,36 @@ def _fused(
             raise ValueError("labels: expected (B, T) token ids with fused_lm_head, got None")
         target = shifted_targets(labels)
     transform = logit_transform(model, kwargs)
-    gradient = model._ift_patch.gradient
-    ask = token_stats(
-        target, transform, gradient,
-        outputs=outputs, detached=("mean_logit",), temperature=temperature,
-    )  # fmt: skip
-    output, stats = head_pass(model, original_forward(model), kwargs, ask)
+    answer = token_stats(
+        target,
+        transform,
+        model._ift_patch.gradient,
+        outputs=outputs,
+        detached=tuple(name for name in ("mean_logit", "sum_sq") if name in outputs),
+        temperature=temperature,
+    )
+    output, stats = head_pass(model, original_forward(model), kwargs, answer)
 
-    def columns(value: Tensor | None) -> Tensor | None:
+    def columns(name: str) -> Tensor | None:
+        value: Tensor | None = getattr(stats, name)
         return value if value is None or shifted else value[:, :-1]
 
-    logprob = columns(stats.logprob)
+    logprob = columns("logprob")
     assert logprob is not None
     target = target.to(logprob.device) if shifted else target[:, :-1].to(logprob.device)
     mask = target != IGNORE_INDEX
-    loss = -logprob.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
+    loss = sft_loss(logprob, mask, num_items=num_items)
     aux_loss = output.get("aux_loss")
     if aux_loss is not None:
         config = model.config.get_text_config()
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
-    argmax, mean, sum_sq = (columns(getattr(stats, n)) for n in ("argmax", "mean_logit", "sum_sq"))
-    return FusedCausalLMOutput(
+    argmax, sum_sq = columns("argmax"), columns("sum_sq")
+    return FusedHeadOutput(
         loss=loss,
         log_probs=logprob,
-        entropy=columns(stats.entropy),
+        entropy=columns("entropy"),
         log_sum_sq_probs=None if sum_sq is None else torch.where(mask, sum_sq, 1).log(),
-        mean_logits=None if mean is None else mean.detach(),
+        mean_logits=columns("mean_logit"),
         is_top1=None if argmax is None else (argmax == target) & mask,
         label_mask=mask,
         aux_loss=aux_loss,
@@ -144,8 +260,8 @@ def pair_forward(self: Any, model: nn.Module, batch: dict[str, Any]) -> tuple[Te
     """`concatenated_forward` of TRL's ORPO and CPO trainers, without logits.
 
     As theirs: sums (ORPO, IPO, SimPO: means) of the completions' log-probabilities, and the
-    cross-entropy of the chosen rows, for ORPO over their prompts too. Where theirs returns logits,
-    of which the trainer takes the mean, stands the mean logit of the scored tokens.
+    cross-entropy of the chosen rows, for ORPO over their prompts too. In place of logits, of which
+    the trainer takes the mean, it returns the mean logit of the scored tokens.
     """
     pad = self.pad_token_id if hasattr(self, "pad_token_id") else self.padding_value
     rows = self.concatenated_inputs(
