@@ -180,7 +180,7 @@ def _fused(model: Any, batch: dict[str, Any], config: IFTConfig | None) -> _Fuse
     torch.manual_seed(0)
     given = {} if config is None else {"ift": config}
     loss: Tensor = model(**batch, **given).loss
-    metrics = base_model(model).ift_metrics
+    metrics: Any = base_model(model).ift_metrics
     fused = _Fused(
         loss.item(), _gradients(model, loss), int(metrics["tokens"]), metrics["entropy"].item()
     )
@@ -196,7 +196,7 @@ def _fused(model: Any, batch: dict[str, Any], config: IFTConfig | None) -> _Fuse
 def _gradients(model: nn.Module, loss: Tensor) -> Gradients:
     """Gradients of the loss by name, for parameters that it reaches; those of `model` are spent."""
     if loss.requires_grad:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return gradients
