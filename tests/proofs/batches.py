@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.proofs.tiny_models import FIRST_SPECIAL, IMAGE, PATCH
 
-ROWS = ((12, 8), (10, 7), (11, 5))  # tokens of prompt and of response
+ROWS = ((16, 7), (13, 6), (15, 5))  # tokens of prompt and of response
 TOKEN_COUNTS = (16, 4, 1, 8, 2, 9, 5, 17, 20, 24, 12, 25, 36, 64, 0)  # of an image
 
 

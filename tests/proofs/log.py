@@ -46,6 +46,8 @@ def _python_code(source: str) -> str:
         ends = after is None or after.type in (tokenize.NEWLINE, tokenize.ENDMARKER)
         if token.type == tokenize.STRING and starts and ends:
             continue
+        if token.type == tokenize.NEWLINE and (not kept or kept[-1] in names.values()):
+            continue  # of a docstring
         kept.append(names.get(token.type, token.string))
     return " ".join(kept)
 

@@ -41,9 +41,14 @@ def cases() -> list[str]:
     return [each.name for each in architectures()]
 
 
+def architecture_of(case: str) -> Architecture:
+    """The architecture of a case."""
+    return next(each for each in architectures() if each.name == case)
+
+
 def run(case: str) -> dict[str, Any]:
     """All that is found about one model, as a line of the log."""
-    architecture = next(each for each in architectures() if each.name == case)
+    architecture = architecture_of(case)
     line: dict[str, Any] = {
         "case": case,
         "model_type": architecture.model_type,

@@ -110,7 +110,7 @@ FIXES: dict[str, dict[str, Any]] = {
     "ChameleonForConditionalGeneration": {"vocabulary_map": {"<image>": FIRST_SPECIAL}},
     "CohereCompassForCausalLM": {"rope_parameters": _BY_LAYER},
     "CohereCompassForConditionalGeneration": {"text_config.rope_parameters": _BY_LAYER},
-    "DbrxForCausalLM": {"attn_config.rope_theta": 1e4},
+    "DbrxForCausalLM": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
     "DeepseekOcr2ForConditionalGeneration": {
         "text_config.mlp_layer_types": ["dense", "sparse"],
         "text_config.num_experts_per_tok": 2,
