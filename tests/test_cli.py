@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,11 @@ BAD = {
         ["--output", "/dev/null/out"],
         "--output: cannot write to /dev/null/out",
     ),
+    "seed of no generator": (["--seed", str(2**40)], r"--seed: got '1099511627776'; expected a"),
+    "k beyond what there is": (
+        ["--rule", "topk", "--k", "1000000", "--max-steps", "1"],
+        r"--k: expected in \[1, 64\], got 1000000",
+    ),
     "nothing to learn": (["--max-length", "4"], "--data: no completion tokens left in any of 40"),
 }
 
@@ -113,8 +119,9 @@ def test_bad_input_is_one_line_and_exit_code_2(name, data, tmp_path, capsys):
     given = ["train", "--model", "tiny", "--data", str(data), "--output", str(tmp_path / "out")]
     assert main([*given, *SMALL, *extra]) == 2
     shown = capsys.readouterr()
-    assert shown.out == "" and shown.err.count("\n") == 1
-    assert re.search(problem, shown.err)
+    errors = [line for line in shown.err.splitlines() if line.startswith("ift: ")]
+    assert shown.out == "" and len(errors) == 1 and "Traceback" not in shown.err
+    assert re.search(problem, errors[0])
 
 
 def test_missing_arguments_and_commands(capsys):
@@ -267,6 +274,44 @@ def test_resuming_a_finished_run_changes_nothing(trained, data, capsys):
     arguments += ["--loss", "sft", "--epochs", "6", "--eval-split", "0.1", "--log-steps", "4"]
     assert main([*arguments, "--resume"]) == 0
     assert records(trained) == before
+
+
+DAMAGE = {
+    "run.json": "{broken",
+    "log.jsonl": "not json\n",
+    "checkpoint-3/trainer_state.json": "{}",
+    "checkpoint-3/log_window_0.json": '{"steps": 1, "colour": 2}',
+    "checkpoint-3/config.json": "[]",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_run_is_not_continued(name, short, tmp_path, capsys):
+    given, output = short
+    shutil.copytree(output, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(DAMAGE[name])
+    assert main([*given, "--output", str(tmp_path / "run"), "--resume"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ift: ")]
+    assert len(errors) == 1 and errors[0].startswith("ift: --resume: ")
+    assert str(tmp_path / "run" / name.split("/")[0]) in errors[0]
+
+
+@pytest.fixture(scope="module")
+def short(data, tmp_path_factory):
+    """A run of three steps, and its arguments."""
+    output = tmp_path_factory.mktemp("runs") / "short"
+    given = ["train", "--model", "tiny", "--data", str(data), *SMALL, "--max-steps", "3"]
+    assert main([*given, "--output", str(output)]) == 0
+    return given, output
+
+
+def test_what_happens_without_an_error_is_said(data, tmp_path, capsys):
+    given = ["train", "--model", "tiny", "--data", str(data), "--output", str(tmp_path / "a")]
+    assert main([*given, *SMALL, "--max-steps", "2", "--lr-warmup-steps", "2"]) == 0
+    assert "the run has 2 steps, so the learning rate does not" in capsys.readouterr().err
+    from ift.cli.train import summary
+
+    assert summary([{"loss": 2.0}, {"loss": None}]) == "; loss not finite"
 
 
 def test_models_that_cannot_be_loaded(data, tmp_path, capsys):

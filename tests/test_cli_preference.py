@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 
 from ift.cli import main
-from ift.cli.preference import add_reference
+from ift.cli import options as cli_options
+from ift.cli.preference import PairTrainer, add_reference, pair_loss
 from ift.data import Collator, DataError, read_jsonl
 from ift.preference_data import PairCollator, encode_pairs, read_preferences
 from ift.tiny import tiny_llama, train_tokenizer
@@ -232,3 +234,43 @@ def test_errors_of_arguments(tmp_path, capsys, arguments, said):
     assert main([*run, *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert said in error[-1]
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [("dpo", {}), ("dpo", {"dpo_kind": "aot"}), ("kto", {}), ("cpo", {"nll_weight": 0.5})],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_evaluation_is_that_of_all_pairs_at_once(tmp_path, tokenizer, loss, options):
+    """Whatever the batches are, one reference point and one order included."""
+    path = write(tmp_path / "p.jsonl", rows(5))
+    pairs = encode_pairs(read_preferences(path), tokenizer, 64, mismatched=loss == "kto")
+    collate = Collator(0)
+    given = [
+        "train", "--model", "tiny", "--data", path, "--output", str(tmp_path), "--loss", loss,
+        *(x for k, value in options.items() for x in ("--" + k.replace("_", "-"), str(value))),
+    ]  # fmt: skip
+    parsed = cli_options.resolve(cli_options.build_parser().parse(given))
+    model = tiny_llama(tokenizer, hidden=32, layers=1, seed=1)
+    if loss != "cpo":
+        reference = tiny_llama(tokenizer, hidden=32, layers=1)
+        add_reference(pairs, reference, collate, 2, torch.device("cpu"), tmp_path / "cache")
+    found = []
+    for size in (1, 2, 5):
+        arguments = hf.TrainingArguments(
+            str(tmp_path), per_device_eval_batch_size=size, use_cpu=True, report_to="none",
+            disable_tqdm=True, remove_unused_columns=False,
+        )  # fmt: skip
+        trainer = PairTrainer(
+            model, arguments, loss=pair_loss(parsed), eval_dataset=pairs.examples,
+            data_collator=PairCollator(collate),
+        )  # fmt: skip
+        found.append(trainer.evaluate())
+    with torch.no_grad():
+        batch = PairCollator(collate)(pairs.examples)
+        whole = trainer.compute_loss(model.eval(), batch)
+    for metrics in found:
+        assert metrics["eval_loss"] == pytest.approx(whole.item(), rel=1e-5)
+        for name in ("eval_reward_chosen", "eval_logprob_chosen", "eval_token_accuracy"):
+            if name in found[0]:
+                assert metrics[name] == pytest.approx(found[0][name], rel=1e-5, abs=1e-7)

@@ -9,6 +9,7 @@ import transformers as hf
 from torch.utils.data import Dataset
 
 from causal_lms import V, assert_close, make
+from ift.cli.trainer import RunTrainer
 from ift.config import IFTConfig
 from ift.integrations.transformers import IFTTrainer
 from ift.patching import patch
@@ -93,15 +94,28 @@ CONFIGS = {
 }
 
 
+class OfTheCommandLine(InOrder, RunTrainer):
+    """`ift train`'s, on rows in their order."""
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("size", [1, 2])
-def test_accumulated_rows_are_one_batch(tmp_path, config, size):
-    whole = trained(tmp_path, config)
+@pytest.mark.parametrize(
+    ("size", "average", "trainer"),
+    [(1, True, InOrder), (2, True, InOrder), (1, False, InOrder), (1, True, OfTheCommandLine)],
+)
+def test_accumulated_rows_are_one_batch(tmp_path, config, size, average, trainer):
+    data = Rows()
+    for row in data.rows:
+        row["attention_mask"] = torch.ones_like(row["input_ids"])
+    whole = trained(tmp_path, config, data=data)
     parts = trained(
         tmp_path,
         config,
+        data=data,
+        trainer=trainer,
         per_device_train_batch_size=size,
         gradient_accumulation_steps=4 // size,
+        average_tokens_across_devices=average,
     )
     # Rows of other lengths are aligned otherwise, so sums come in another order.
     assert_close(parts.gradients[0], whole.gradients[0], 1e-5)
@@ -290,6 +304,36 @@ def test_mixed_precision(tmp_path):
 def test_what_cannot_serve_is_refused(tmp_path, arguments_, options, match):
     with pytest.raises((ValueError, TypeError), match=match):
         IFTTrainer(make("llama"), arguments(tmp_path, **arguments_), **options)
+
+
+def test_several_devices_in_one_process_are_refused(tmp_path):
+    options = arguments(tmp_path)
+    options._n_gpu = 2  # as torch finds them
+    with pytest.raises(ValueError, match="args: expected one device per process .torchrun., got 2"):
+        IFTTrainer(make("llama"), options, ift_config=IFTConfig())
+
+
+@pytest.mark.parametrize("config", [None, IFTConfig()], ids=["sft", "ift"])
+def test_torch_compile(tmp_path, config):
+    """Losses, metrics and evaluation are those of the model as it is, in training and after."""
+
+    def run(**changes):
+        torch._dynamo.reset()
+        changes |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
+        trainer = InOrder(
+            make("llama", num_hidden_layers=1),
+            arguments(tmp_path, **changes),
+            train_dataset=Rows(),
+            eval_dataset=Rows([4, 2, 0]),
+            ift_config=config,
+        )
+        trainer.train()
+        keys = ("loss", "token_accuracy", "entropy", "eval_loss", "eval_token_accuracy")
+        return [record[k] for record in trainer.state.log_history for k in keys if k in record]
+
+    compiled = run(torch_compile=True, torch_compile_backend="eager")
+    assert len(compiled) == 5
+    assert compiled == pytest.approx(run(), rel=1e-5)
 
 
 def test_a_forward_that_was_replaced_is_noticed(tmp_path):

@@ -229,6 +229,7 @@ def test_twenty_steps_are_those_of_the_released_algorithm(tokenizer, tmp_path):
         {"packing": True, "max_length": 32},
         {"padding_free": True, "max_length": None},
         {"gradient_accumulation_steps": 2},
+        {"gradient_accumulation_steps": 4, "average_tokens_across_devices": False},
     ],
     ids=str,
 )
@@ -238,7 +239,7 @@ def test_packed_and_accumulated_rows_are_rows(changes, tokenizer, tmp_path):
     plain = ift_trainer(tokenizer, tmp_path, per_device_train_batch_size=8, **options)
     start = {n: p.detach().clone() for n, p in plain.model.named_parameters()}
     _, expected = trained(plain)
-    size = 4 if "gradient_accumulation_steps" in changes else 8
+    size = 8 // changes.get("gradient_accumulation_steps", 1)
     other = ift_trainer(tokenizer, tmp_path, per_device_train_batch_size=size, **options, **changes)
     _, got = trained(other)
     moved = [{n: p[n] - start[n] for n in start} for p in (got, expected)]
@@ -264,8 +265,8 @@ def test_chat_rows_with_lora(tokenizer, tmp_path):
     assert all(entry["loss"] > 0 for entry in logs)
 
 
-def test_evaluation_is_cross_entropy(tokenizer, tmp_path):
-    trainer = ift_trainer(tokenizer, tmp_path)
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_evaluation_is_cross_entropy_per_target(size, tokenizer, tmp_path):
     plain = SFTTrainer(
         policy(tokenizer),
         arguments(SFTConfig, tmp_path),
@@ -273,10 +274,23 @@ def test_evaluation_is_cross_entropy(tokenizer, tmp_path):
         eval_dataset=Dataset.from_list(COMPLETIONS),
         processing_class=copy.deepcopy(tokenizer),
     )
-    rows = plain.eval_dataset
-    ours, theirs = trainer.evaluate(rows), plain.evaluate(rows)
-    for key in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
-        assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+    theirs = plain.evaluate()  # of one batch, which is the whole set
+    trainer = ift_trainer(tokenizer, tmp_path, per_device_eval_batch_size=size)
+    for named in ({}, {"metric_key_prefix": "other"}):
+        ours = trainer.evaluate(Dataset.from_list(COMPLETIONS), **named)
+        prefix = named.get("metric_key_prefix", "eval")
+        for key in ("loss", "entropy", "mean_token_accuracy"):
+            assert ours[f"{prefix}_{key}"] == pytest.approx(theirs[f"eval_{key}"], rel=1e-4)
+        assert f"{prefix}_num_tokens" in ours
+
+
+def test_evaluation_with_logits_is_the_same(tokenizer, tmp_path):
+    trainer = ift_trainer(tokenizer, tmp_path, per_device_eval_batch_size=3)
+    rows = Dataset.from_list(COMPLETIONS)
+    loss = trainer.evaluate(rows)["eval_loss"]
+    trainer.compute_metrics = lambda p: {"width": p.predictions.shape[-1]}
+    metrics = trainer.evaluate(rows)
+    assert metrics["eval_loss"] == loss and metrics["eval_width"] == len(tokenizer)
 
 
 def test_what_cannot_serve_is_refused(tokenizer, tmp_path):
@@ -287,6 +301,13 @@ def test_what_cannot_serve_is_refused(tokenizer, tmp_path):
         integration.use_ift_kernels(Other())
     with pytest.raises(TypeError, match="args: expected an IFTConfig"):
         integration.IFTTrainer(make("llama"), arguments(SFTConfig, tmp_path))
+    several = arguments(integration.IFTConfig, tmp_path)
+    several._n_gpu = 2
+    with pytest.raises(ValueError, match="DataParallel"):
+        integration.IFTTrainer(
+            policy(tokenizer), several, train_dataset=Dataset.from_list(COMPLETIONS),
+            processing_class=copy.deepcopy(tokenizer),
+        )  # fmt: skip
     with pytest.raises(ValueError, match="loss_type"):
         ift_trainer(tokenizer, tmp_path, loss_type="dft")
     with pytest.raises(ValueError, match="lam: expected"):

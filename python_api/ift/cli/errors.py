@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 
 class CliError(Exception):
@@ -14,16 +14,24 @@ class CliError(Exception):
 
 
 @contextlib.contextmanager
-def refusals(argument: str, applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """What our own code refuses in this block is a CliError of `argument`, while `applies` holds.
+def refusals(
+    argument: str, options: Collection[str] = (), applies: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """What our own code refuses in this block becomes a CliError, while `applies` holds.
 
     Errors of torch and others pass: their tracebacks are needed.
+
+    Args:
+        argument: whose fault it is, unless the message names one of `options`.
     """
     try:
         yield
     except (TypeError, ValueError, RuntimeError) as error:
         if not (applies() and _is_ours(error)):
             raise
+        name, _, problem = str(error).partition(": ")
+        if name in options:
+            raise CliError("--" + name.replace("_", "-"), problem) from None
         raise CliError(argument, error) from None
 
 

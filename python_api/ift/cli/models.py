@@ -105,10 +105,15 @@ def check_causal(model: Any, name: str, flag: str) -> None:
 
     from ift.head_pass import evaluating
 
-    first, second, third = [i for i in range(4) if i != model.config.pad_token_id][:3]
+    pad = getattr(model.config, "pad_token_id", None)
+    first, second, third = [i for i in range(4) if i != pad][:3]
     ids = torch.tensor([[first, first, second, second], [first, first, second, third]])
-    with torch.no_grad(), evaluating(model):
-        logits = model(input_ids=ids.to(model.device)).logits.float()
+    try:
+        with torch.no_grad(), evaluating(model):
+            logits = model(input_ids=ids.to(model.device)).logits.float()
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # needs an accelerator, say
+        processes.note(f"{flag}: whether {name} is causal is not known ({error})")
+        return
     if (logits[0, :3] - logits[1, :3]).abs().max() > 1e-4 * logits.std():
         decoder = getattr(model.config, "is_decoder", None)
         hint = "; set is_decoder to true in its config.json" if decoder is False else ""
@@ -133,7 +138,9 @@ def check_positions(model: Any, longest: Any, flag: str) -> None:
 
     from ift.head_pass import evaluating
 
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")
+    limit = next((getattr(config, n) for n in names if getattr(config, n, None)), 0)
     tables = [
         module
         for module in model.modules()

@@ -266,7 +266,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--max-length", number("a whole number of at least 2", lambda x: x >= 2, int),
         "cut rows at N tokens", "N")  # fmt: skip
     add.switch("--bf16", "bf16 autocast over fp32 weights")
-    add("--seed", natural, "of the initial weights, the order of the data and the sampling", "N")
+    add(
+        "--seed",
+        number("a whole number in [0, 2**32)", lambda x: 0 <= x < 2**32, int),
+        "of the initial weights, the order of the data and the sampling",
+        "N",
+    )
     add.switch("--cpu", "stay off the accelerator")
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
+import math
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +66,9 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     if not plotting.available():
         note("curves.png will not be drawn: matplotlib is not installed (ift-kernels[train])")
 
-    model, tokenizer = load_model(arguments, train_rows, start)
+    model, tokenizer = load_model(
+        arguments, train_rows, start, "--model" if start is None else "--resume"
+    )
     if arguments.freeze_head:
         model.get_output_embeddings().requires_grad_(False)
     train_data = tokenise(train_rows, tokenizer, arguments, "--data")
@@ -76,6 +81,10 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     steps_per_epoch = -(-len(train_data.examples) // training_arguments.train_batch_size)
     steps_per_epoch = -(-steps_per_epoch // (arguments.accumulate * training_arguments.world_size))
     eval_steps = (arguments.eval_steps or steps_per_epoch) if eval_data.examples else None
+    steps = arguments.max_steps or arguments.epochs * steps_per_epoch
+    if arguments.lr_warmup_steps >= steps:
+        note(f"--lr-warmup-steps {arguments.lr_warmup_steps}: the run has {math.ceil(steps)} "
+             "steps, so the learning rate does not reach --lr")  # fmt: skip
     stop = StopOnSignal(alone=training_arguments.world_size == 1)
     collator: Any = Collator(padding_id(tokenizer))
     build: Any = functools.partial(RunTrainer, ift_config=config)
@@ -86,7 +95,7 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     callbacks: list[Any] = [RunLog(log, eval_steps, title_of(arguments)), stop]
     if watch is not None:
         callbacks.append(watch(arguments, eval_rows, model, tokenizer))
-    with refusals("--model"):
+    with refusals("--model", options.IFT_OPTIONS):
         if arguments.loss in options.PAIR_OPTIONS["reference"]:
             original = model if start is None and arguments.reference is None else None
             with training_arguments.main_process_first(local=False):  # the others read its files
@@ -109,13 +118,18 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     if trainer.is_world_process_zero():
         note(describe(arguments, model, tokenizer, train_data, eval_data, training_arguments))
         write_atomically(output / "run.json", json.dumps(fingerprint(arguments), indent=2) + "\n")
-        log.rewind(0 if start is None else step_of(start))
+        with damage_in(log.path):
+            log.rewind(0 if start is None else step_of(start))
     if start is not None:
-        trainer.restore_window(start)
+        with damage_in(start):
+            trainer.restore_window(start)
     with stop:
-        if start is None or not is_complete(start):
+        with damage_in(start):
+            complete = start is not None and is_complete(start)
+        if not complete:
             first = 0 if start is None else step_of(start)
-            with refusals("--model", lambda: trainer.state.global_step == first):
+            at_first = lambda: trainer.state.global_step <= first  # noqa: E731  # later it is a bug
+            with refusals("--model", options.IFT_OPTIONS, at_first):
                 trainer.train(resume_from_checkpoint=None if start is None else str(start))
             if trainer.state.global_step < trainer.state.max_steps:
                 done = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
@@ -197,8 +211,9 @@ def check_same_run(arguments: argparse.Namespace, output: Path, *, started: bool
     path = output / "run.json"
     if not (started and path.exists()):
         return
-    before, now = json.loads(path.read_text(encoding="utf-8")), fingerprint(arguments)
-    before.setdefault("processes", 1)
+    with damage_in(path):
+        before = {"processes": 1, **json.loads(path.read_text(encoding="utf-8"))}
+    now = fingerprint(arguments)
     for name, value in now.items():
         # A run of a version without the option had its default.
         if before.get(name, options.DEFAULTS.get(name)) != value:
@@ -208,6 +223,16 @@ def check_same_run(arguments: argparse.Namespace, output: Path, *, started: bool
                 raise CliError(flag, f"other contents than when the run in {output} was started")
             got, was = ("the default" if v is None else v for v in (value, before.get(name)))
             raise CliError(flag, f"got {got}; expected {was}, as the run in {output} was started")
+
+
+@contextlib.contextmanager
+def damage_in(path: Path | None) -> Iterator[None]:
+    """What cannot be read of an earlier run is a CliError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise CliError("--resume", f"{path} is damaged ({problem})") from None
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -314,6 +339,7 @@ def describe(
 
 
 def summary(records: list[dict[str, Any]]) -> str:
-    """The last losses, for the closing line."""
-    last = {k: r[k] for r in records for k in ("loss", "eval_loss") if r.get(k) is not None}
-    return "".join(f"; {name} {value:.4f}" for name, value in last.items())
+    """The last losses, for the closing line; the log has null for one that is not finite."""
+    last = {k: r[k] for r in records for k in ("loss", "eval_loss") if k in r}
+    shown = {k: "not finite" if value is None else f"{value:.4f}" for k, value in last.items()}
+    return "".join(f"; {name} {value}" for name, value in shown.items())

@@ -45,8 +45,8 @@ class WholeSetEvaluation(Trainer):
 
     accuracy_name = "token_accuracy"
     rows_per_example = 1  # of the labels
-    _eval_loader: Any = None
-    _eval_sums: list[Tensor]  # of each batch: -Σ log p(y), targets, correct, entropy
+    _eval_loader: Any = None  # of the evaluation that runs
+    _eval_sums: list[Tensor]  # of each of its batches: -Σ log p(y), targets, correct, entropy
 
     def evaluation_loop(
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
@@ -61,9 +61,12 @@ class WholeSetEvaluation(Trainer):
                 "dataloader_drop_last=True"
             )
         self._eval_loader, self._eval_sums = dataloader, []
-        output = super().evaluation_loop(
-            dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
-        )
+        try:
+            output = super().evaluation_loop(
+                dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
+        finally:
+            self._eval_loader = None
         if self._eval_sums:  # else no labels
             sums = torch.stack(self._eval_sums).cpu().double().sum(0)
             if self.args.world_size > 1:
@@ -102,14 +105,16 @@ class WholeSetEvaluation(Trainer):
         model(**inputs, loss=loss)
         if not sums:
             raise forward_was_replaced(self._patched(model))
-        self._add_eval(sums[0], model)
-        return sums[0] / self._eval_sums[-1][1].clamp(min=1)
+        return sums[0] / self._add_eval(sums[0], model).clamp(min=1)
 
-    def _add_eval(self, total: Tensor, model: nn.Module) -> None:
-        """Add the sums of the last forward, and `total`, to those of the set."""
+    def _add_eval(self, total: Tensor, model: nn.Module) -> Tensor:
+        """Add `total` and the sums of the last forward to those of the set; its targets."""
         metrics: Any = self._patched(model).ift_metrics
         parts = (total, *(metrics[name] for name in ("tokens", "correct", "entropy")))
-        self._eval_sums.append(torch.stack([part.detach().to(total) for part in parts]).float())
+        sums = torch.stack([part.detach().to(total) for part in parts]).float()
+        if self._eval_loader is not None:
+            self._eval_sums.append(sums)
+        return sums[1]
 
     def _eval_metrics(
         self, total: float, tokens: float, correct: float, entropy: float
@@ -134,18 +139,19 @@ class WholeSetEvaluation(Trainer):
         In several processes every one gets as many examples: the first ones come a second time.
         """
         state = self.accelerator.gradient_state
-        sampler = getattr(self._eval_loader, "batch_sampler", None)
+        if self._eval_loader is None or self.args.world_size == 1:
+            return inputs
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
         rank, rows = self.args.process_index, inputs["labels"].shape[0] // self.rows_per_example
         examples = rows
+        sampler = getattr(self._eval_loader, "batch_sampler", None)
         if isinstance(sampler, BatchSamplerShard):
-            rank = sampler.process_index
             if not sampler.even_batches:
                 return inputs
-            if sampler.batch_size is not None:
-                examples = sampler.batch_size
-                examples //= sampler.num_processes if sampler.split_batches else 1
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
+            rank = sampler.process_index
+            examples = sampler.batch_size
+            examples //= sampler.num_processes if sampler.split_batches else 1
         own = max(0, state.remainder - rank * examples)
         named = {k: v.clone() for k, v in inputs.items() if k.endswith("labels")}
         if rows != examples:
