@@ -44,18 +44,33 @@ def integer(name: str, value: object) -> int:
     return int(value)
 
 
-def item_count(name: str, value: object, device: torch.device) -> Tensor:
-    """A positive number, or a tensor of one element, as a float64 scalar tensor without gradient.
+def reciprocal(name: str, value: object, device: torch.device) -> Tensor:
+    """One over a number of items, float64 scalar without gradient; 0 of 0 items.
 
-    A tensor's value is not looked at: on a GPU that would stall the queue.
+    So the mean over nothing, of an accumulation step without any target, is 0 and not 0/0. The
+    value of a tensor is not read: on a GPU that would stall the queue.
+
+    Args:
+        value: at least 0; a number, or a tensor that holds one.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: a negative number, NaN, or a tensor of more than one element.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}")
-        return value.detach().reshape(()).to(device, torch.float64)
-    if not number(name, value) > 0:
-        raise ValueError(f"{name}: expected a positive number, got {value}")
-    return torch.tensor(number(name, value), dtype=torch.float64, device=device)
+        count = value.detach().reshape(()).to(device, torch.float64)
+        return torch.where(count == 0, 0.0, 1.0 / count)
+    count = number_of_items(name, value)
+    return torch.tensor(1.0 / count if count else 0.0, dtype=torch.float64, device=device)
+
+
+def number_of_items(name: str, value: object) -> float:
+    """A number of at least 0, or a TypeError or ValueError."""
+    if not number(name, value) >= 0:
+        raise ValueError(f"{name}: expected at least 0, got {value}")
+    return number(name, value)
 
 
 def same_shape(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:

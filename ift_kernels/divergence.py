@@ -60,7 +60,7 @@ def linear_divergence(
         logit_scale, softcap, teacher_logit_scale, teacher_softcap: of each model.
         temperature: of both distributions. No factor of its square is applied.
         reduction: "mean" over the positions that count, "sum", or "none".
-        num_items: divisor of "mean", for means over several calls.
+        num_items: divisor of "mean", for means over several calls; with 0 the mean is 0.
         workspace: bytes of work memory, as in `linear_logprobs`.
 
     Returns:
@@ -111,8 +111,7 @@ def linear_divergence(
     elif reduction == "mean" and num_items is None:
         factor = valid.sum().clamp(min=1).double().reciprocal()
     elif reduction == "mean":
-        items = checks.item_count("num_items", num_items, hidden.device)
-        factor = torch.where(items == 0, 0.0, 1.0 / items)
+        factor = checks.reciprocal("num_items", num_items, hidden.device)
     dtype = checks.compute_dtype(hidden, weight)
     # Gradients formed in forward are consumed once, which graphs and hooks cannot have.
     early = factor is not None and dtype != torch.float16 and plan.forced_or_safe() != "recompute"

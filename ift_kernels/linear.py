@@ -150,7 +150,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     gradient: str | ActiveSet = "exact",
     workspace: int | None = None,
 ) -> Tensor:
@@ -167,7 +167,8 @@ def linear_cross_entropy(
         z_loss: coefficient ≥ 0 of the squared log-sum-exp. Default 0.
         reduction: "mean", "sum" or "none" (shaped like `target`, 0 at ignored positions).
         num_items: divisor of "mean", for losses whose mean runs over several calls (gradient
-            accumulation). Default: the number of targets not ignored in this call.
+            accumulation): at least 0, a number or a tensor of one; with 0 the mean is 0. Default:
+            the number of targets not ignored in this call.
         The rest: as `linear_logprobs`.
 
     Returns:
@@ -201,9 +202,7 @@ def linear_cross_entropy(
     elif num_items is None:
         factor = (call.tensors[3] != ignore_index).sum().clamp(min=1).double().reciprocal()
     else:
-        items = checks.item_count("num_items", num_items, hidden.device)
-        # A step of accumulation without any target teaches nothing: 0, not 0/0.
-        factor = torch.where(items == 0, 0.0, 1.0 / items)
+        factor = checks.reciprocal("num_items", num_items, hidden.device)
     exact = active is None or call.exact_weight(active)
     early = exact and reduction != "none" and call.schedule != "recompute"
     if early and call.plan(active).schedule == "forward":

@@ -1,6 +1,7 @@
 """What every test runs under: fixed threads and seeds, and no luck with unwritten memory."""
 
 import os
+import threading
 
 import pytest
 import torch
@@ -49,3 +50,36 @@ def nan_empty(monkeypatch):
     monkeypatch.setattr(cpu_memory, "LIMIT", 0)  # else it would hand out what was written before
     for owner, name in ALLOCATORS:
         monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+@pytest.fixture
+def backward_in_thread(monkeypatch):
+    """Run every backward in a fresh thread, as autograd does for tensors of a GPU."""
+
+    def in_thread(function):
+        def run(*args, **kwargs):
+            return fresh_thread(lambda: function(*args, **kwargs))
+
+        return run
+
+    for name in ("backward", "grad"):  # Tensor.backward calls the first
+        monkeypatch.setattr(torch.autograd, name, in_thread(getattr(torch.autograd, name)))
+
+
+def fresh_thread(function):
+    """What `function` returns or raises in a thread without any context of this one."""
+    done = []
+
+    def work():
+        try:
+            done.append((function(), None))
+        except BaseException as error:
+            done.append((None, error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    ((value, error),) = done
+    if error is not None:
+        raise error
+    return value

@@ -107,7 +107,7 @@ def test_grpo(kind):
         logp = (hidden @ weight.T).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
         old = logp + 0.3 * torch.randn(logp.shape)
     level = "sequence" if kind in ("gspo", "luspo") else "token"
-    # With a KL term Liger divides the sums of "luspo" by the padded length.
+    # "luspo" with a KL term differs: see the next test.
     high, kl_coef = 0.25, 0.0 if kind == "luspo" else 0.05
     theirs = liger.LigerFusedLinearGRPOLoss(
         beta=kl_coef, compiled=False, use_ref_model=True, epsilon_low=0.15,
@@ -123,6 +123,41 @@ def test_grpo(kind):
         max_length=20 if kind == "dr_grpo" else None,
     ).from_hidden(hidden, weight, target, advantages, old, reference=reference)  # fmt: skip
     same(ours, theirs[0], (hidden, weight))
+
+
+@pytest.mark.parametrize("lengths", [(9, 9, 9, 9), (9, 4, 1, 6), (2, 3, 2, 3)], ids=str)
+def test_luspo_with_kl_differs(lengths):
+    """Ours sums the KL of a row's tokens, as TRL does. Liger multiplies the row's length by the
+    mean over the padded length, in which the KL of padding counts.
+    """
+    rows, length, beta = len(lengths), 9, 0.2
+    hidden = torch.randn(rows, length, 16, requires_grad=True)
+    weight = torch.randn(41, 16, requires_grad=True)
+    ids, advantages = torch.randint(41, (rows, length)), torch.randn(rows)
+    mask = torch.arange(length) < torch.tensor(lengths)[:, None]
+    reference = losses.Head(hidden.detach() + 0.3 * torch.randn(hidden.shape), weight.detach())
+    with torch.no_grad():
+        logp, ref = (
+            (h @ weight.T).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+            for h in (hidden, reference.hidden)
+        )
+    theirs = liger.LigerFusedLinearGRPOLoss(
+        beta=beta, compiled=False, use_ref_model=True, loss_type="luspo",
+        importance_sampling_level="sequence",
+    )(
+        hidden, weight, ids, mask.float(), advantages, old_per_token_logps=logp,
+        ref_input=reference.hidden, ref_weight=reference.weight,
+    )[0]  # fmt: skip
+    target = ids.masked_fill(~mask, -100)
+    ours = losses.GRPOLoss(kind="luspo", kl_coef=beta).from_hidden(
+        hidden, weight, target, advantages, logp, reference=reference
+    )
+    kl = (ref - logp).exp() - (ref - logp) - 1
+    clip = -(advantages * mask.sum(1)).mean()  # the ratio is 1
+    padded_mean = (kl.mean(1) * mask.sum(1)).mean()
+    torch.testing.assert_close(ours.detach(), clip + beta * (kl * mask).sum(1).mean())
+    torch.testing.assert_close(theirs.detach(), clip + beta * padded_mean)
+    assert torch.isclose(ours, theirs, rtol=1e-4).item() == (min(lengths) == length)
 
 
 @pytest.mark.parametrize(("kind", "beta"), [("forward", 0.0), ("reverse", 1.0), ("jsd", 0.3)])

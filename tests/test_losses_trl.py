@@ -200,6 +200,9 @@ GRPO = [
     ("sapo", "sapo", {}),
     ("gspo", "grpo", {"level": "sequence"}),
     ("luspo", "luspo", {"level": "sequence"}),
+    ("luspo", "luspo", {"level": "sequence", "beta": 0.1}),
+    ("luspo", "luspo", {"level": "sequence", "beta": 0.3, "use_bias_correction_kl": True}),
+    ("luspo", "luspo", {"level": "sequence", "beta": 0.1, "delta": 1.5}),
 ]
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ift_kernels import checks
+
 
 def divide(total: Tensor, name: str, count: float | Tensor) -> Tensor:
-    """``total / count``, with a `count` of 0 (nothing to average) giving `total`, which is then 0.
+    """``total / count``; 0 with a `count` of 0, as of an accumulation step without any token.
 
     Args:
         total: of any shape.
@@ -18,12 +20,9 @@ def divide(total: Tensor, name: str, count: float | Tensor) -> Tensor:
         if count.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {tuple(count.shape)}")
         count = count.to(total).reshape(())  # its value is not read: that would synchronise
-        return total / torch.where(count == 0, 1, count)
-    if isinstance(count, bool) or not isinstance(count, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(count).__name__}")
-    if not count >= 0:
-        raise ValueError(f"{name}: expected at least 0, got {count}")
-    return total / (count or 1)
+        return total * (count != 0) / torch.where(count == 0, 1, count)
+    count = checks.number_of_items(name, count)
+    return total / count if count else total * 0
 
 
 def mean_over_rows(
