@@ -291,12 +291,13 @@ def _as_found(model: nn.Module) -> Iterator[None]:
     tables = [(d, d.copy()) for saved in attributes for d in saved.values() if isinstance(d, dict)]
     buffers = [{n: (b, b.clone()) for n, b in m._buffers.items() if b is not None} for m in modules]
     gradients = [(p, p.grad) for p in model.parameters()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    # `torch.manual_seed` reaches every GPU, so the random state of each is restored.
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     try:
         for module in modules:
             module.training = False
         model.zero_grad(set_to_none=True)
-        with torch.enable_grad(), torch.random.fork_rng(sorted(devices, key=str)):
+        with torch.enable_grad(), torch.random.fork_rng(list(gpus)):
             yield
     finally:
         for module, saved in zip(modules, attributes, strict=True):
