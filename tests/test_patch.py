@@ -10,9 +10,12 @@ import transformers as hf
 from torch import nn
 
 from causal_lms import ARCHITECTURES, V, assert_close, batch, gradients, make
+from ift.checking import compare
 from ift.config import IFTConfig
 from ift.head_pass import head_pass, token_stats
-from ift.patching import patch, unpatch
+from ift.input_embeddings import embedding_table
+from ift.patching import original_forward, patch, unpatch
+from ift.prefix import find_sharing
 from ift_kernels import ActiveSet, checks, record_active_sets
 
 
@@ -418,3 +421,54 @@ def test_an_error_inside_leaves_no_trace():
     with torch.no_grad():
         assert model.eval()(**inputs).logits.shape[-1] == V  # no question left behind
     assert torch.equal(model.train()(**inputs).loss, good)
+
+
+@pytest.mark.parametrize("trial", ["patch", "shared prompt", "rule soft"])
+def test_trials_leave_the_random_state(trial):
+    """Of a model that draws random numbers in evaluation, too."""
+    model, inputs = make("llama"), batch()
+
+    def draws(module, args):
+        torch.rand(3)
+
+    if trial == "patch":
+        model.model.register_forward_pre_hook(draws)
+    before = torch.get_rng_state()
+    patch(model)
+    if trial != "patch":
+        module = model.model if trial == "shared prompt" else model.model.embed_tokens
+        model(**inputs, ift=IFTConfig(rule="soft", lam=0.0))
+        module.register_forward_pre_hook(draws)
+        if trial == "shared prompt":
+            find_sharing(model, original_forward(model), inputs["input_ids"].device)
+        else:
+            embedding_table(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Lookup(torch.nn.Module):
+    """An input embedding without parameters."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.register_buffer("table", table.detach().clone())
+
+    def forward(self, ids):
+        return self.table[ids]
+
+
+class Bare(torch.nn.Module):
+    """One without buffers, too."""
+
+    def forward(self, ids):
+        return torch.sin(ids[..., None] * torch.arange(1, 33))
+
+
+@pytest.mark.parametrize("kind", ["buffer", "bare"])
+def test_input_embeddings_without_parameters(kind):
+    model = make("llama")
+    table = model.get_input_embeddings().weight
+    model.set_input_embeddings(Lookup(table) if kind == "buffer" else Bare())
+    for config in (None, IFTConfig()):
+        result = compare(model, batch(), ift=config)
+        assert result.verdict == "equal", result

@@ -203,3 +203,78 @@ def test_first_losses_from_several_threads():
     assert len(losses) == 4
     for loss in losses:
         torch.testing.assert_close(loss, expected)
+
+
+def masked(labels):
+    labels[labels % 3 == 0] = -100
+
+
+def replaced(labels):
+    labels[labels > 50] = 7
+
+
+def filled(labels):
+    labels.masked_fill_(labels == -100, 4)
+
+
+class InPlace(Changed):
+    """A model whose code changes the tensor that it was given: before its head, or after it."""
+
+    def forward(self, input_ids=None, labels=None, shift_labels=None, **kwargs):
+        change, late = type(self).given, type(self).late
+        given = labels if shift_labels is None else shift_labels
+        if given is not None and not late:
+            change(given)
+        mask = kwargs.get("attention_mask")
+        output = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        logits = self.lm_head(output.last_hidden_state)
+        if given is not None and late:
+            change(given)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, V, shift_labels=shift_labels)
+        return hf.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("change", [masked, replaced, filled])
+def test_labels_that_the_model_changes_in_place(change, late):
+    kind = type("InPlace", (InPlace,), {"given": staticmethod(change), "late": late})
+    for shifted in (False, True):
+        inputs = batch()
+        if shifted:
+            inputs["shift_labels"] = inputs["labels"].roll(-1, 1)
+
+        def own(inputs=inputs):
+            return {name: value.clone() for name, value in inputs.items()}
+
+        model = kind(make("llama").config)
+        plain, expected = run(model, own())
+        for _ in range(2):
+            given = own()
+            fused, got = run(patch(model), given)
+            torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+            assert_close(got, expected)
+            assert all(torch.equal(given[name], inputs[name]) for name in inputs)
+        with torch.inference_mode():
+            loss = model(**own(), skip_logits=True).loss
+        torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="InPlace: changes its labels before its loss"):
+        model(**batch(), ift=IFTConfig(share_prompt=False))
+
+
+def test_positional_arguments_are_those_of_python():
+    inputs = batch()
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    expected = make("llama")(ids, labels=labels).loss
+    for hide in (False, True):
+        model = make("llama")
+        if hide:
+            forward = model.forward
+            model.forward = lambda *args, _forward=forward, **kwargs: _forward(*args, **kwargs)
+        torch.testing.assert_close(patch(model)(ids, labels=labels).loss, expected)
+        torch.testing.assert_close(model(ids, None, None, None, None, labels).loss, expected)
+        with pytest.raises(TypeError, match="too many positional arguments"):
+            model(ids, *[None] * 20)
+        with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+            model(ids, input_ids=ids, labels=labels)

@@ -109,3 +109,18 @@ def test_trainable_tokens_of_a_tied_head_are_refused():
     model = peft.get_peft_model(make("qwen2"), config)
     with pytest.raises((TypeError, RuntimeError), match="head"):
         patch(model)(**batch())
+
+
+@pytest.mark.parametrize("target", [["embed_tokens"], ["embed_tokens", "q_proj"]])
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_of_the_input_embedding_get_a_gradient_of_zeros(tied, target):
+    """Where IFT lets none through; DDP waits for one from every parameter."""
+    config = peft.LoraConfig(r=2, target_modules=target, init_lora_weights=False)
+    torch.manual_seed(0)
+    model = patch(peft.get_peft_model(make("llama", tie_word_embeddings=tied), config))
+    for share in (True, False):
+        model.zero_grad()
+        model(**batch(), ift=IFTConfig(share_prompt=share)).loss.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert bool((parameter.grad == 0).all()) == ("embed_tokens" in name), name

@@ -11,7 +11,8 @@ from causal_lms import V, assert_close, batch, gradients, make
 from ift import prefix
 from ift.checking import compare as compare_models
 from ift.config import IFTConfig
-from ift.patching import patch
+from ift.patching import original_forward, patch
+from ift.prefix import find_sharing
 from ift.two_pass import Draws
 
 SHARED = ["llama", "qwen2", "qwen3", "gemma2", "phi", "gpt2", "granite", "cohere"]
@@ -242,3 +243,47 @@ def test_other_tensors_beside_the_tokens_take_two_passes(monkeypatch):
             prefix.unsupported_reason(model, {**inputs, **extra}) == f"{next(iter(extra))} is given"
         )
     assert not prefix.unsupported_reason(model, {**inputs, "return_dict": True})
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rows_for_which_rotary_frequencies_change_take_two_passes(kind, left, monkeypatch):
+    """Rotary embeddings that compute other frequencies for prompts than for whole rows."""
+    more = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4, **more}
+    if kind == "longrope":
+        rope["original_max_position_embeddings"] = 16
+    longest = 16 if kind == "dynamic" else 64
+    model = make("llama", rope_parameters=rope, max_position_embeddings=longest)
+    patch(model)
+    for lengths, whole in (((9, 4), (9, 5)), False), (((14, 9), (14, 8)), True):
+        inputs = uneven(lengths, left=left)
+        shared, full, columns = both(model, inputs, monkeypatch)
+        assert (columns[0] == inputs["input_ids"].shape[1]) == whole
+        compare(shared, full)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_all_hidden_states_share_hides_no_difference(dtype):
+    model = patch(opt().to(dtype))
+    with torch.no_grad():
+        model.model.decoder.final_layer_norm.bias[0] = 1000.0
+    assert find_sharing(model, original_forward(model), model.device).moved != "columns"
+
+
+def test_a_first_batch_without_text_decides_nothing(monkeypatch):
+    model = patch(make("llama"))
+    for ids in (torch.ones(1, 1, dtype=torch.long), torch.zeros(2, 12, dtype=torch.long)):
+        model(input_ids=ids, labels=ids, ift=IFTConfig(lam=0.5))
+    sharing = find_sharing(model, original_forward(model), model.device)
+    assert sharing.plain and model._ift_patch.sharing in (None, sharing)
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_results_of_whole_rows_that_the_config_asks_for(name):
+    model, inputs = make("llama"), uneven()
+    setattr(model.config, name, True)
+    output = patch(model)(**inputs, ift=IFTConfig())
+    length = inputs["input_ids"].shape[1]
+    results = output.hidden_states if name == "output_hidden_states" else output.attentions
+    assert all(result.shape[-2] == length for result in results)

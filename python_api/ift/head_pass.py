@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ift.documents import IGNORE_INDEX, shifted_targets
@@ -63,6 +64,7 @@ class _HeadCall:
     placeholder: Tensor | None  # (V,): the logits of every token; None: empty, (*shape, 0)
     results: list[Any] = field(default_factory=list)
     losses: int = 0
+    copies: list[tuple[Tensor, int, Tensor]] = field(default_factory=list)  # see `_copy_labels`
     shape: tuple[int, ...] = ()  # of the hidden states, without their width
     columns: int = 0  # rows of the head's weight, of all shards together
 
@@ -172,6 +174,7 @@ class LossFunction:
                 "this model cannot be patched"
             )
         call.losses += 1
+        labels, shift_labels = (_unless_changed(call, y) for y in (labels, shift_labels))
         arguments = LossArguments(labels, shift_labels, ignore_index, num_items_in_batch)
         loss = call.loss(call.results[-1], arguments)
         if call.placeholder is not None:
@@ -179,6 +182,26 @@ class LossFunction:
         empty: Any = logits.sum()  # see HeadForward
         nothing: Tensor = empty.full_tensor() if is_sharded(empty) else empty
         return loss + nothing
+
+
+def _copy_labels(call: _HeadCall, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Let the model's code have copies of the labels: it may change them in place."""
+    for name in ("labels", "shift_labels"):
+        given = kwargs.get(name)
+        if isinstance(given, Tensor):
+            with torch.inference_mode(False):  # an inference tensor would not count its changes
+                copy = given.clone()
+            call.copies.append((copy, copy._version, given))
+            kwargs = {**kwargs, name: copy}
+    return kwargs
+
+
+def _unless_changed(call: _HeadCall, labels: Tensor | None) -> Tensor | None:
+    """The caller's tensor in the place of its copy, unless the model's code has changed that."""
+    for copy, version, given in call.copies:
+        if labels is copy and copy._version == version:
+            return given
+    return labels
 
 
 def refuse_lost_arguments(name: str, kwargs: dict[str, Any]) -> None:
@@ -286,6 +309,8 @@ def head_pass(
     if not kwargs.get("return_dict", getattr(config, "return_dict", True)):
         kwargs = {**kwargs, "return_dict": True}
     call = _HeadCall(model, head, callback, loss, placeholder)
+    if loss is not None:
+        kwargs = _copy_labels(call, kwargs)
     token = _current.set(call)
     try:
         output = forward(**kwargs)
@@ -371,12 +396,15 @@ def token_metrics(
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without side effects: no dropout, no noise, no use of the random state."""
+    """Evaluation mode: no dropout, no noise. The random state is restored behind it, since some
+    models draw in evaluation, too."""
     training = [module for module in model.modules() if module.training]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     for module in training:
         module.training = False
     try:
-        yield
+        with torch.random.fork_rng(sorted(devices, key=str)):
+            yield
     finally:
         for module in training:
             module.training = True

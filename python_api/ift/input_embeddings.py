@@ -145,11 +145,11 @@ def mixing(model: Any, mixture: Mixture) -> Iterator[None]:
     if not isinstance(module.__dict__.get("forward"), EmbeddingForward):
         module.forward = EmbeddingForward(module)
     parameters = list(module.parameters())
-    tied = any(p is plain_head(model).weight for p in parameters)
+    head = plain_head(model).weight  # has a gradient of its own
     lookup = _Lookup(
         module,
         mixture,
-        zero_gradient=not tied and any(p.requires_grad for p in parameters),
+        zero_gradient=any(p.requires_grad and p is not head for p in parameters),
         keep_graph=any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
     )
     token = _current.set(lookup)

@@ -7,6 +7,7 @@ architectures is needed, and code that does something else cannot pass.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -139,16 +140,15 @@ def try_few_tokens(model: Any, forward: Callable[..., Any]) -> Measured | None:
     """
     if any(_is_elsewhere(p) for p in model.parameters()):
         return None
-    kwargs = _few_tokens(model)
     with evaluating(model), torch.no_grad():
         try:
-            plain = forward(**kwargs).loss
+            plain = forward(**_few_tokens(model)).loss
         except Exception:  # whatever a model raises that wants an image, say
             _refuse_if_unsupported(model, forward, kwargs)
             return None
-        measured = measure(model, forward, kwargs)
+        measured = measure(model, forward, _few_tokens(model))
         output, _ = loss_pass(
-            model, forward, kwargs, measured.transform, unshifted=measured.unshifted
+            model, forward, _few_tokens(model), measured.transform, unshifted=measured.unshifted
         )
     error = abs(float(output.loss) - float(plain))
     eps = torch.finfo(plain_head(model).weight.dtype).eps
@@ -175,16 +175,22 @@ def _is_elsewhere(parameter: Tensor) -> bool:
 
 
 def _few_tokens(model: Any) -> dict[str, Any]:
-    """Four tokens of plain text, labels included: no id that the configuration gives a meaning."""
+    """Four tokens of plain text, labels included, in tensors of their own: a model may change them
+    in place."""
+    embedding = model.get_input_embeddings()
+    tensors = itertools.chain(embedding.parameters(), embedding.buffers(), model.parameters())
+    ids = torch.tensor([plain_ids(model)[:4]], device=next(tensors).device)
+    return {"input_ids": ids, "labels": ids.clone(), "use_cache": False, "return_dict": True}
+
+
+def plain_ids(model: Any) -> list[int]:
+    """The vocabulary without the ids that the configuration gives a meaning."""
     config = model.config
     special: set[int] = set()
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
             if name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
                 special.add(value)
-    vocabulary = plain_head(model).out_features
-    plain = (i for i in range(vocabulary) if i not in special)
-    first = [token for token, _ in zip(plain, range(4), strict=False)]
-    device = next(model.get_input_embeddings().parameters()).device
-    ids = torch.tensor([first], device=device)
-    return {"input_ids": ids, "labels": ids, "use_cache": False, "return_dict": True}
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    vocabulary = range(min(plain_head(model).out_features, rows))
+    return [i for i in vocabulary if i not in special] or list(vocabulary)

@@ -321,8 +321,8 @@ def _forward(
         raise ValueError("loss: expected a function, without ift and without skip_logits=False")
     if not isinstance(ift, (IFTConfig, NoneType)):
         raise TypeError(f"ift: expected an ift.IFTConfig or None, got {type(ift).__name__}")
-    names = inspect.signature(original).parameters
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    if args:
+        kwargs = _by_name(model, original, args, kwargs)
     if kwargs.get("labels") is None and skip_logits and kwargs.get("shift_labels") is not None:
         kwargs["labels"] = kwargs["shift_labels"]  # the original asks for a loss only with labels
     has_labels = kwargs.get("labels") is not None
@@ -351,6 +351,21 @@ def _forward(
         output, metrics = two_pass.ift_forward(model, original, kwargs, ift, state)
     model.ift_metrics = metrics  # type: ignore[assignment]  # a plain attribute
     return _without_logits(output, model, kwargs)
+
+
+def _by_name(
+    model: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments by their names; a TypeError where Python would raise one."""
+    signature = inspect.signature(original)
+    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+        # A wrapper that hides the names passes them on to the forward of the class.
+        signature = inspect.signature(MethodType(type(model).forward, model))
+    given = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given
 
 
 def _two_tokens(kwargs: dict[str, Any]) -> dict[str, Any]:

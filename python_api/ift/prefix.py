@@ -7,6 +7,7 @@ first. That costs (3 + r)/3 of supervised fine-tuning for a share r of response 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 
 from ift.documents import IGNORE_INDEX, shifted_targets
 from ift.head_pass import evaluating, head_pass
+from ift.measure import plain_ids
 
 # Tensors that are followed through moved rows and a cache; any other would need rules of its own.
 _FOLLOWED = ("input_ids", "labels", "attention_mask", "num_items_in_batch")
 # Results that would be those of a part of each row.
-_WHOLE_ROWS = ("output_hidden_states", "output_attentions", "use_cache")
+_WHOLE_ROWS = ("output_hidden_states", "output_attentions")
 # Of the work of two full passes, at most this much: else the passes would not be worth parting.
 _WORTH = 0.95
 
@@ -47,9 +49,12 @@ class Sharing(NamedTuple):
 
     plain: bool = False  # rows where they are
     moved: str = ""  # moved rows: with the "columns" they came from as positions, or its "own"
+    shorter_than: float = math.inf  # rows of this length on change the model's rotary frequencies
 
-    def serves(self, rows: Aligned) -> bool:
-        """Whether these rows would give what whole rows give."""
+    def serves(self, rows: Aligned, length: int) -> bool:
+        """Whether these rows would give what whole rows, of `length`, give."""
+        if max(length, rows.ids.shape[1]) >= self.shorter_than:
+            return False  # prompts would get other frequencies than the responses behind them
         return bool(self.moved) if rows.positions is not None else self.plain
 
     def prompt(self, rows: Aligned) -> dict[str, Any]:
@@ -110,15 +115,17 @@ def aligned(
 
 def unsupported_reason(model: Any, kwargs: dict[str, Any]) -> str:
     """Empty if prompts can be shared in this call as far as model and arguments show, else why."""
-    for name, value in kwargs.items():
-        if name in _WHOLE_ROWS and value:
+    config = getattr(model, "config", None)
+    for name in _WHOLE_ROWS:
+        asked = kwargs.get(name)
+        if asked or (asked is None and getattr(config, name, False)):
             return f"{name} is given"
+    for name, value in kwargs.items():
         if name not in _FOLLOWED and not isinstance(value, (bool, int, float, str, type(None))):
             return f"{name} is given"
     mask = kwargs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         return "the attention mask is not (B, T)"
-    config = getattr(model, "config", None)
     if kwargs.get("output_router_logits") or getattr(config, "output_router_logits", False):
         return "its auxiliary loss is over whole rows"
     if config is not None and config.get_text_config() is not config:
@@ -139,16 +146,16 @@ def unsupported_reason(model: Any, kwargs: dict[str, Any]) -> str:
     return ""
 
 
-def find_sharing(model: Any, forward: Callable[..., Any], ids: Tensor) -> Sharing:
+def find_sharing(model: Any, forward: Callable[..., Any], device: torch.device) -> Sharing:
     """Which rows does the model go on with from a cache as if it had seen them whole?
 
-    Tried in evaluation mode on rows of three lengths made of `ids`, padded on the left and on the
-    right: what reaches the head at their targets, whole and in parts.
+    Tried in evaluation mode on rows of three lengths, padded on the left and on the right: what
+    reaches the head at their targets, whole and in parts.
     """
-    tokens = ids.flatten()[: min(24, ids.numel())]
-    if tokens.numel() < 2:
-        return Sharing()
-    tokens = tokens.repeat(-(-24 // tokens.numel()))[:24].view(3, 8)
+    ids = plain_ids(model)
+    # Far apart, for tokens that are alike would hide each other's positions.
+    some = [ids[i * len(ids) // 24] for i in range(24)]
+    tokens = torch.tensor(some, device=device).view(3, 8)
     whole, plain = _try_batch(tokens, padding=(0, 2, 0), responses=((5, 8), (5, 8), (5, 6)))
     uneven, moved = _try_batch(tokens, padding=(0, 3, 0), responses=((6, 8), (5, 8), (3, 6)))
     with evaluating(model), torch.no_grad():
@@ -156,8 +163,26 @@ def find_sharing(model: Any, forward: Callable[..., Any], ids: Tensor) -> Sharin
             return Sharing()
         for kind in ("columns", "own"):
             if _agrees(model, forward, uneven, moved, Sharing(True, kind)):
-                return Sharing(True, kind)
-    return Sharing(plain=True)
+                return Sharing(True, kind, _dynamic_rotary_length(model))
+    return Sharing(True, "", _dynamic_rotary_length(model))
+
+
+def _dynamic_rotary_length(model: nn.Module) -> float:
+    """The shortest row for which rotary embeddings of transformers' types "dynamic" and "longrope"
+    may compute other frequencies than for shorter rows; infinite without any."""
+    lengths: list[float] = [math.inf]
+    for module in model.modules():
+        kinds: Any = getattr(module, "rope_type", None)
+        config = getattr(module, "config", None)
+        parameters: Any = getattr(config, "rope_parameters", None) or {}
+        if not isinstance(kinds, dict):  # else one for each type of layer
+            kinds, parameters = {"": kinds}, {"": parameters}
+        for layer, kind in kinds.items():
+            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+                original = (parameters.get(layer) or {}).get("original_max_position_embeddings")
+                found = (original, getattr(module, "original_max_seq_len", None))
+                lengths.append(min((n for n in found if n), default=0))
+    return min(lengths)
 
 
 def _try_batch(
@@ -200,7 +225,8 @@ def _agrees(
         _, parts = run(given, rows.after(rows.labels))
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False  # it takes no positions, or no cache
-    limit = torch.finfo(whole.dtype).eps ** 0.5 * whole.abs().max()
+    # What all positions have in common says nothing of any, and may be far larger than the rest.
+    limit = torch.finfo(whole.dtype).eps ** 0.5 * (whole - whole.mean(0)).abs().max()
     return whole.shape == parts.shape and bool((whole - parts).abs().max() <= limit)
 
 

@@ -149,7 +149,7 @@ def _shared_prompt(
         return None
     reason = prefix.unsupported_reason(model, kwargs)
     if not reason and state.sharing is None:
-        state.sharing = prefix.find_sharing(model, forward, batch.ids)
+        state.sharing = prefix.find_sharing(model, forward, batch.ids.device)
     sharing = state.sharing
     if not reason and (sharing is None or not sharing.plain):
         reason = "it gives other results from a cache, or its cache is not one of keys and values"
@@ -162,7 +162,7 @@ def _shared_prompt(
         return None
     assert sharing is not None
     rows = prefix.aligned(batch.ids, batch.labels, kwargs.get("attention_mask"))
-    if rows is None or not sharing.serves(rows):
+    if rows is None or not sharing.serves(rows, batch.ids.shape[1]):
         return None  # this batch cannot, the next one may
     kwargs = {k: v for k, v in kwargs.items() if k not in ("input_ids", "attention_mask")}
     prompt = {k: v for k, v in kwargs.items() if k != "labels"} | sharing.prompt(rows)
