@@ -96,6 +96,12 @@ def loading_warnings() -> Iterator[None]:
         transformers.logging.set_verbosity(before)
 
 
+def token_ids(model: Any, count: int) -> list[int]:
+    """The first ids that are not padding, which some models take no position for."""
+    pad = getattr(model.config, "pad_token_id", None)
+    return [i for i in range(count + 1) if i != pad][:count]
+
+
 def check_causal(model: Any, name: str, flag: str) -> None:
     """Refuse a model whose output at a token depends on the tokens behind it: it sees the answer.
 
@@ -105,8 +111,7 @@ def check_causal(model: Any, name: str, flag: str) -> None:
 
     from ift.head_pass import evaluating
 
-    pad = getattr(model.config, "pad_token_id", None)
-    first, second, third = [i for i in range(4) if i != pad][:3]
+    first, second, third = token_ids(model, 3)
     ids = torch.tensor([[first, first, second, second], [first, first, second, third]])
     try:
         with torch.no_grad(), evaluating(model):
@@ -124,11 +129,11 @@ def check_causal(model: Any, name: str, flag: str) -> None:
         )
 
 
-def check_positions(model: Any, longest: Any, flag: str) -> None:
+def check_positions(model: Any, length: int, flag: str) -> None:
     """Refuse a row that is longer than the positions the model has; rotary ones go on.
 
     Args:
-        longest: ids of the longest row.
+        length: tokens of the longest row.
 
     Raises:
         CliError: the model cannot compute it.
@@ -148,20 +153,20 @@ def check_positions(model: Any, longest: Any, flag: str) -> None:
     ]
     # Some tables keep their first entries for padding.
     reserved = max(((table.padding_idx or -1) + 1 for table in tables), default=0)
-    if limit <= 0 or len(longest) <= limit - reserved:
+    if limit <= 0 or length <= limit - reserved:
         return
-    ids = torch.as_tensor(longest).long()[None].to(model.device)
+    ids = torch.full((1, length), token_ids(model, 1)[0], device=model.device)
     try:
         with torch.no_grad(), evaluating(model):
             model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
     except (IndexError, RuntimeError, ValueError):
         raise CliError(
             "--max-length",
-            f"the longest row of {flag} has {len(longest)} tokens; expected at most "
+            f"the longest row of {flag} has {length} tokens; expected at most "
             f"{limit - reserved}, the positions of {type(model).__name__}",
         ) from None
     processes.note(
-        f"{flag}: rows of up to {len(longest)} tokens go beyond the {limit} positions that the "
+        f"{flag}: rows of up to {length} tokens go beyond the {limit} positions that the "
         "model was made for"
     )
 

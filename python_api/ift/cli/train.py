@@ -268,10 +268,10 @@ def tokenise(
     return encoded
 
 
-def longest_row(data: Encoded | EncodedPairs) -> Any:
-    """The ids of the longest row of a set, [] of an empty one."""
+def longest_row(data: Encoded | EncodedPairs) -> int:
+    """Tokens of the longest row of a set."""
     rows = data.sides() if isinstance(data, EncodedPairs) else data.examples
-    return max((row["input_ids"] for row in rows), key=len, default=[])
+    return max((len(row["input_ids"]) for row in rows), default=0)
 
 
 def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -> Any:
