@@ -285,7 +285,14 @@ def test_distributed(one_process):
 def test_lightning(tmp_path, accumulate):
     lightning = pytest.importorskip("lightning")
     make("gpt2").save_pretrained(tmp_path / "model")
-    module = run(recipe("lightning"), __name__="recipe")["Module"](tmp_path / "model")
+    recipes_module = run(recipe("lightning"), __name__="recipe")["Module"]
+
+    class Module(recipes_module):
+        def configure_optimizers(self):  # Adam would amplify rounding where a gradient is 0
+            super().configure_optimizers()
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Module(tmp_path / "model")
     inputs = batch(rows=4)
     rows = [{key: value[n : n + 2] for key, value in inputs.items()} for n in (0, 2)]
     trainer = lightning.Trainer(
@@ -295,14 +302,14 @@ def test_lightning(tmp_path, accumulate):
     trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=None))
     assert trainer.global_step == 2 // accumulate and module.model.training
     reference = ift.patch(make("gpt2"))
-    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-5)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
     for number, row in enumerate(rows):
         (reference(**row, ift=ift.IFTConfig()).loss / accumulate).backward()
         if (number + 1) % accumulate == 0:
             optimizer.step()
             optimizer.zero_grad()
     for ours, right in zip(module.model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours, right, rtol=0, atol=2e-7)
+        torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5)
 
 
 def test_trl(tmp_path, monkeypatch):
