@@ -144,7 +144,7 @@ def try_few_tokens(model: Any, forward: Callable[..., Any]) -> Measured | None:
         try:
             plain = forward(**_few_tokens(model)).loss
         except Exception:  # whatever a model raises that wants an image, say
-            _refuse_if_unsupported(model, forward, kwargs)
+            _refuse_if_unsupported(model, forward, _few_tokens(model))
             return None
         measured = measure(model, forward, _few_tokens(model))
         output, _ = loss_pass(
