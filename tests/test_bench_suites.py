@@ -343,12 +343,13 @@ def test_the_tour_ends_when_it_is_interrupted(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ends", [True, False], ids=["writes", "hangs"])
 def test_a_suite_is_interrupted_when_its_time_is_over(ends, tmp_path, monkeypatch):
-    """It may write what it has; one that does not end is killed."""
+    """It may write what it has; one that does not end is killed. A shell's background jobs ignore
+    SIGINT, and so would their children."""
     up, written = tmp_path / "up", tmp_path / "written"
     os.mkfifo(up)
     code = f"""
 import signal
-{"" if ends else "signal.signal(signal.SIGINT, signal.SIG_IGN)"}
+signal.signal(signal.SIGINT, signal.{"default_int_handler" if ends else "SIG_IGN"})
 try:
     open({str(up)!r}, "w").close()
     while True: pass
