@@ -239,7 +239,8 @@ def form(head: Head, target: Tensor, track: int, at: Tiling) -> tuple[Tensor, Te
                 here, size = found, count * at.block
         if used + size > store.numel():
             continue
-        layout[1 + number] = torch.tensor([DENSE if here is None else SPARSE, used, 0])
+        kind = DENSE if here is None else SPARSE
+        layout[1 + number] = layout.new_tensor([kind, used, 0])
         if here is not None:
             marks[at.blocks(rows), columns] = here
             # Its own buffer: the sums of a tile are written in one piece.
@@ -261,5 +262,5 @@ def form(head: Head, target: Tensor, track: int, at: Tiling) -> tuple[Tensor, Te
 
 def nothing_kept(at: Tiling, tiles: int) -> Tensor:
     """The layout of a set of which backward has to form everything."""
-    head = torch.tensor([[at.rows, at.columns, at.block]])
-    return torch.cat([head, torch.tensor([[AGAIN, 0, 0]]).repeat(tiles, 1)])
+    head = torch.tensor([[at.rows, at.columns, at.block]], device="cpu")
+    return torch.cat([head, head.new_tensor([[AGAIN, 0, 0]]).repeat(tiles, 1)])

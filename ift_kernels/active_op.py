@@ -35,7 +35,7 @@ def _nothing(like: Tensor, dtype: torch.dtype) -> active.Formed:
     return active.Formed(
         like.new_empty((0, 0), dtype=torch.uint8),
         like.new_empty((4, 0, 0), dtype=wide_dtype(dtype)),
-        torch.empty((0, 3), dtype=torch.int64),
+        torch.empty((0, 3), dtype=torch.int64, device="cpu"),
         like.new_empty(0, dtype=dtype),
     )
 

@@ -193,9 +193,10 @@ def compute_dtype(hidden: Tensor, weight: Tensor, of: str = "") -> torch.dtype:
     if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     if weight.dtype != hidden.dtype:
+        double = torch.float64 in (hidden.dtype, weight.dtype)  # left alone by autocast
         raise TypeError(
-            f"{of}weight: expected {hidden.dtype} like {of}hidden (or an autocast region), "
-            f"got {weight.dtype}"
+            f"{of}weight: expected {hidden.dtype} like {of}hidden, got {weight.dtype}; cast one of "
+            f"them{'' if double else ', or call under torch.autocast, which casts both'}"
         )
     return hidden.dtype
 

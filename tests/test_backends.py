@@ -1,7 +1,10 @@
 """Which backend and instruction set serves a call, and that all of them give the same results."""
 
 import functools
+import importlib.machinery
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -209,6 +212,60 @@ def test_without_the_extension(monkeypatch):
         pytest.raises(RuntimeError, match="backend 'cpu' .* not built"),
     ):
         linear_cross_entropy(h.hidden, h.weight, h.target)
+
+
+SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
+
+
+@pytest.mark.parametrize("suffix", importlib.machinery.EXTENSION_SUFFIXES)
+def test_sources_that_hide_an_installed_package(suffix, monkeypatch, tmp_path):
+    """What is missing is not a compiler."""
+    from ift_kernels.backends import cpu
+
+    here = Path(ift_kernels.__file__).resolve().parent
+    installed = tmp_path / "site-packages" / "ift_kernels"
+    installed.mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(here.parent)  # the same sources by another name
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "linked"), *sys.path, str(installed.parent)])
+    arguments = "the C++ extension", "_other", ImportError("no"), ": install a compiler"
+    assert cpu.extension_error(*arguments) == (
+        "the C++ extension was not built: install a compiler"
+    )
+    (installed / f"_other{suffix}").touch()
+    said = cpu.extension_error(*arguments)
+    assert str(here) in said and str(installed) in said and "python -m" in said
+    assert "compiler" not in said and "not built" not in said
+
+
+def test_an_extension_that_does_not_load_is_another_matter(monkeypatch, tmp_path):
+    from ift_kernels.backends import cpu
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    said = cpu.extension_error("the C++ extension", "_cpu", ImportError("wrong ABI"), ": x")
+    assert said == "the C++ extension does not load (wrong ABI)"
+
+
+def test_the_warning_names_both_folders(tmp_path):
+    """As ``python -m something`` from a checkout that nothing was built in."""
+    here, checkout = Path(ift_kernels.__file__).parent, tmp_path / "checkout"
+    site = tmp_path / "site" / "ift_kernels"
+    site.mkdir(parents=True)
+    left_out = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+    shutil.copytree(here, checkout / "ift_kernels", ignore=left_out)
+    (site / f"_cpu{SUFFIX}").touch()
+    (checkout / "start.py").write_text(
+        # An editable install would find the extension in its own folder.
+        "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in str(f)]\n"
+        "import ift_kernels\nfrom ift_kernels import backends\n"
+        "print([row['reason'] for row in backends.describe() if row['name'] == 'cpu'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "start"], cwd=checkout, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(site.parent), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for text in (done.stdout, done.stderr):  # what `ift doctor` shows, and the warning
+        assert str(checkout / "ift_kernels") in text and str(site) in text, done.stderr
+        assert "compiler" not in text
 
 
 def test_describe():

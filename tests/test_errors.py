@@ -214,3 +214,38 @@ def test_use_backend_and_use_schedule():
     assert all(name in str(caught.value) for name in names)
     with pytest.raises(ValueError, match="name: expected one of .* got 'fast'"):
         plan.use_schedule("fast").__enter__()
+
+
+# What outside autocast cannot be multiplied: the message says what to do.
+MIXED = [
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float16, torch.bfloat16),
+    (torch.float64, torch.float32),
+]
+
+
+@pytest.mark.parametrize("dtypes", MIXED, ids=str)
+@pytest.mark.parametrize("call", [logprobs, cross_entropy, token, embedding])
+def test_hidden_and_head_of_different_dtypes(call, dtypes):
+    hidden, weight = H.hidden.to(dtypes[0]), H.weight.to(dtypes[1])
+    remedy = ["cast one of them"] + ["torch.autocast"] * (torch.float64 not in dtypes)
+    pieces = [f"expected {dtypes[0]}", f"got {dtypes[1]}", *remedy]
+    check(call, TypeError, "weight", pieces, {"hidden": hidden, "weight": weight})
+    # Both remedies work.
+    call(hidden=hidden.to(weight.dtype), weight=weight)
+    if torch.float64 not in dtypes:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            call(hidden=hidden, weight=weight)
+
+
+@pytest.mark.parametrize("side", ["", "teacher_"])
+@pytest.mark.parametrize("dtypes", MIXED[:3], ids=str)
+def test_divergence_of_mixed_dtypes(dtypes, side):
+    same = {f"{s}{n}": getattr(H, n) for s in ("", "teacher_") for n in ("hidden", "weight")}
+    mixed = {f"{side}hidden": H.hidden.to(dtypes[0]), f"{side}weight": H.weight.to(dtypes[1])}
+    check(
+        lambda **tensors: ift_kernels.linear_divergence(**tensors), TypeError, f"{side}weight",
+        [f"expected {dtypes[0]} like {side}hidden", f"got {dtypes[1]}", "torch.autocast"],
+        {**same, **mixed},
+    )  # fmt: skip

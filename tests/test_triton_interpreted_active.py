@@ -286,3 +286,22 @@ def test_active_rows_refuses_other_layouts():
             backend.active_rows(block=32, tile=64, **arguments)
     with pytest.raises(RuntimeError, match="block: expected a multiple of 16, got 40"):
         backend.active_rows(dz, marks[:2], 40, 64, profile, mean, active)
+
+
+@pytest.mark.parametrize("name", ["transposed", "strided", "expanded"])
+def test_layouts_of_hidden(name):
+    """Kernels read rows of consecutive elements; the caller may have others."""
+    h = dense.head(20, 13, 70, ignored=0)  # a choice of rows would be a copy
+    with torch.no_grad():
+        hidden = {
+            "transposed": h.hidden.T.contiguous().T,
+            "strided": h.hidden.repeat_interleave(2, 1)[:, ::2],
+            "expanded": h.hidden[:1, :1].expand(h.hidden.shape),
+        }[name]
+    set_ = K.ActiveSet(threshold=2.0**-5, block=32, tail_tile=64, dW="active")
+    ours, wanted = (
+        gradients(dense.replace(h, hidden=layout.requires_grad_()), set_)
+        for layout in (hidden.detach(), hidden.detach().contiguous())
+    )
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b)

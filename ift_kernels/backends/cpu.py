@@ -6,8 +6,11 @@ checked here for the layout that the C++ code assumes.
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +20,27 @@ from ift_kernels.backends import cpu_memory, reference
 from ift_kernels.transform import LogitTransform
 
 
-def extension_error(what: str, module: str, error: ImportError) -> str:
+def extension_error(what: str, module: str, error: ImportError, remedy: str = "") -> str:
     """Why a compiled module of this package is not there."""
-    if importlib.util.find_spec(f"ift_kernels.{module}") is None:
-        return f"{what} was not built"
-    return f"{what} does not load ({error})"
+    if importlib.util.find_spec(f"ift_kernels.{module}") is not None:
+        return f"{what} does not load ({error})"
+    here = Path(__file__).resolve().parents[1]
+    if there := _installed_elsewhere(module, here):
+        return (
+            f"{what} is not in {here}, which hides the installed package in {there}: start Python "
+            "in another folder (python -m puts the current one first on sys.path)"
+        )
+    return f"{what} was not built{remedy}"
+
+
+def _installed_elsewhere(module: str, here: Path) -> Path | None:
+    """Another folder of this package on the path, which has the compiled module."""
+    for entry in sys.path:
+        folder = Path(entry, "ift_kernels").resolve()
+        files = (folder / f"{module}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+        if folder != here and any(file.exists() for file in files):
+            return folder
+    return None
 
 
 try:
@@ -30,10 +49,13 @@ try:
     _import_error = ""
 except ImportError as error:
     _cpu = None
-    _import_error = extension_error("the C++ extension", "_cpu", error)
+    _import_error = extension_error(
+        "the C++ extension", "_cpu", error,
+        ": install a C++17 compiler and Python's headers, then reinstall ift-kernels",
+    )  # fmt: skip
     warnings.warn(
-        f"ift_kernels: {_import_error}; CPU tensors are served by the reference backend, which is "
-        "slow. Install a C++17 compiler and Python's headers, then reinstall ift-kernels.",
+        "ift_kernels: CPU tensors are served by the reference backend, which is slow, because "
+        f"{_import_error}",
         RuntimeWarning,
         stacklevel=2,
     )

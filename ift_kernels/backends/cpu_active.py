@@ -91,7 +91,7 @@ def active_marks(
 ) -> Tensor:
     level = level.float()
     cpu.vectors(x.shape[0], target, level)
-    marks = torch.empty((-(-x.shape[0] // block), x.shape[1]), dtype=torch.uint8)
+    marks = x.new_empty((-(-x.shape[0] // block), x.shape[1]), dtype=torch.uint8)
     chunk = cpu.chunk(x, bias, transform, offset)
     cpu.extension().active_marks(
         chunk, target.data_ptr(), level.data_ptr(), block, marks.data_ptr()
@@ -224,7 +224,7 @@ def tile_sums(matrix: Tensor, tile: int, profile: Tensor) -> Tensor:
         return reference_active.tile_sums(matrix, tile, profile)
     count, width = matrix.shape
     check_profile(profile, count)
-    sums = torch.empty((-(-count // tile), width), dtype=torch.float32)
+    sums = matrix.new_empty((-(-count // tile), width), dtype=torch.float32)
     cpu.extension().tile_sums(
         cpu.DTYPES[matrix.dtype],
         matrix.data_ptr(),

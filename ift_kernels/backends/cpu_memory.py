@@ -40,11 +40,11 @@ def empty(like: Tensor, elements: int) -> tuple[Tensor, bool]:
         else:
             # A little more, for a next batch that is a little longer; unused pages cost nothing.
             step = 1 << max(nbytes.bit_length() - 5, 0)
-            block = torch.UntypedStorage(-(-nbytes // step) * step)
+            block = torch.UntypedStorage(-(-nbytes // step) * step, device="cpu")
             new = _room_for(block.nbytes(), free)
             if new:
                 _blocks.append(block)
-        tensor = torch.empty(0, dtype=like.dtype).set_(block, 0, (elements,), (1,))
+        tensor = torch.empty(0, dtype=like.dtype, device="cpu").set_(block, 0, (elements,), (1,))
         return tensor, new
 
 

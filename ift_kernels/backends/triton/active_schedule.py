@@ -59,7 +59,7 @@ def active_form(
             Marking(marks, tails), at.block, at.tail,
             math.log(threshold) if threshold else -math.inf,
         )  # fmt: skip
-    layout = torch.tensor([[n, v, at.block], [active.SPARSE, *OWN]])
+    layout = torch.tensor([[n, v, at.block], [active.SPARSE, *OWN]], device="cpu")
     return state, argmax, Formed(marks, tails, layout, like.new_empty(0))
 
 

@@ -178,9 +178,9 @@ class Loss(nn.Module):
         """Let the function check the options, on rows of one token."""
         size = self.options.get("group_size", 2)
         count = size if isinstance(size, int) and size > 0 else 2
-        one = torch.zeros(count, 1)
+        one = torch.zeros(count, 1, device="cpu")  # whatever the default device is
         given = {n: one for n in (*STATISTICS, "reference") if n in accepted(self)}
-        rows = [torch.ones(count)] * self.needs
+        rows = [torch.ones(count, device="cpu")] * self.needs
         self.function(one, torch.ones_like(one), *rows, **given, **self.options)
 
     def forward(
