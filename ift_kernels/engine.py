@@ -73,7 +73,12 @@ def new_rows(backend: Any, like: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def padded_rows(matrix: Tensor) -> Tensor:
-    """`matrix` as the first operand of a product: copied where a NaN could leak, see new_rows."""
+    """`matrix` as the first operand of products, its rows of consecutive elements.
+
+    Copied if they are not, which some kernels need, or where a NaN could leak, see new_rows.
+    """
+    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+        matrix = matrix.contiguous()
     whole_lines = matrix.shape[1] * matrix.element_size() % 64 == 0
     if whole_lines or matrix.element_size() != 2 or matrix.device.type != "cpu":
         return matrix

@@ -291,7 +291,7 @@ def test_active_rows_refuses_other_layouts():
 @pytest.mark.parametrize("name", ["transposed", "strided", "expanded"])
 def test_layouts_of_hidden(name):
     """Kernels read rows of consecutive elements; the caller may have others."""
-    h = dense.head(20, 13, 70)
+    h = dense.head(20, 13, 70, ignored=0)  # a choice of rows would be a copy
     with torch.no_grad():
         hidden = {
             "transposed": h.hidden.T.contiguous().T,
