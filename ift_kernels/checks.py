@@ -60,8 +60,8 @@ def reciprocal(name: str, value: object, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}")
-        count = value.detach().reshape(()).to(device, torch.float64)
-        return torch.where(count == 0, 0.0, 1.0 / count)
+        items = value.detach().reshape(()).to(device, torch.float64)
+        return torch.where(items == 0, 0.0, 1.0 / items)
     count = number_of_items(name, value)
     return torch.tensor(1.0 / count if count else 0.0, dtype=torch.float64, device=device)
 
