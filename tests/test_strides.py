@@ -64,7 +64,12 @@ OPERATIONS = {
     "recomputed": lambda h, w, y, b: stats(h, w, y, b, workspace=1 << 20),
     "active": lambda h, w, y, b: stats(h, w, y, b, gradient=SET),
     "active head": lambda h, w, y, b: stats(
-        h, w, y, b, gradient=ActiveSet(2.0**-10, 32, 64, dW="active")
+        # All columns, or the schedules that strides allow would each drop others.
+        h,
+        w,
+        y,
+        b,
+        gradient=ActiveSet(0.0, 32, 64, dW="active"),
     ),
     "frozen": lambda h, w, y, b: stats(h, w.detach(), y, b.detach()),
     "loss": lambda h, w, y, b: (linear_cross_entropy(h, w, y, bias=b, label_smoothing=0.1),),
