@@ -179,6 +179,7 @@ def plain_ids(model: Any) -> list[int]:
         for name, value in part.to_dict().items():
             if name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
                 special.add(value)
-    rows = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
-    vocabulary = range(min(plain_head(model).out_features, rows))
+    head = plain_head(model).out_features
+    embedded: int = getattr(model.get_input_embeddings(), "num_embeddings", head)
+    vocabulary = range(min(head, embedded))
     return [i for i in vocabulary if i not in special] or list(vocabulary)
