@@ -261,7 +261,7 @@ def test_the_warning_names_both_folders(tmp_path):
         "print([row['reason'] for row in backends.describe() if row['name'] == 'cpu'])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "start"], cwd=checkout, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "start"], cwd=checkout, capture_output=True, text=True, timeout=HANG,
         env={**os.environ, "PYTHONPATH": str(site.parent), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     for text in (done.stdout, done.stderr):  # what `ift doctor` shows, and the warning
