@@ -68,7 +68,7 @@ def linear_divergence(
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or options that do not fit.
-        RuntimeError: differentiated twice.
+        RuntimeError: differentiated twice, in forward mode, or by torch.func.
 
     >>> h, w, teacher_h, teacher_w = (torch.randn(n, 8) for n in (4, 50, 4, 50))
     >>> s, t = (h @ w.T).log_softmax(-1), (teacher_h @ teacher_w.T).log_softmax(-1)

@@ -42,6 +42,7 @@ def linear_expected_embedding(
 
     Raises:
         TypeError, ValueError: as `linear_logprobs`; `embedding` that does not fit `weight`.
+        RuntimeError: differentiated twice, in forward mode, or by torch.func.
 
     >>> hidden, weight = torch.randn(3, 16), torch.randn(100, 16)
     >>> soft = linear_expected_embedding(hidden, weight, weight)

@@ -100,7 +100,7 @@ def linear_logprobs(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or options that do not fit; a target outside
             [0, V) that is not `ignore_index`.
-        RuntimeError: differentiated twice.
+        RuntimeError: differentiated twice, in forward mode, or by torch.func.
 
     >>> hidden, weight = torch.randn(2, 5, 16), torch.randn(100, 16)
     >>> target = torch.randint(100, (2, 5))

@@ -97,15 +97,39 @@ def _saving_settings(setup: Callable[..., None] | None) -> Callable[..., None]:
 def _with_settings_of_forward(name: str, autograd: Formula, linear: bool) -> Formula:
     def formula(ctx: Any, *grads: Tensor | None) -> Any:
         # The formulas multiply in place what forward has formed: not where tangents come along.
-        if not linear and has_tangent(grads):
-            raise RuntimeError(_no_forward_mode(name))
+        if not linear:
+            _refuse_tangents(f"ift_kernels::{name}", grads)
         with settings.in_backward(ctx.settings):
             return autograd(ctx, *grads)
 
     return formula
 
 
-def has_tangent(values: tuple[Any, ...]) -> bool:
+def check_transforms(name: str, args: tuple[Any, ...]) -> None:
+    """Refuse forward mode and gradients by torch.func, which have no formula.
+
+    Raises:
+        RuntimeError: an argument has a tangent, or a gradient of torch.func is taken by it.
+    """
+    _refuse_tangents(name, args)
+    # torch refuses this too, but names neither the operator nor a remedy.
+    if torch._C._are_functorch_transforms_active() and _requires_grad(args):
+        raise RuntimeError(
+            f"{name}: gradients by torch.func (grad, vjp, jacrev, hessian) are not supported, "
+            "expected torch.autograd.grad or backward"
+        )
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    if _has_tangent(args):
+        raise RuntimeError(
+            f"{name}: forward-mode differentiation (torch.func.jvp, jacfwd, linearize, "
+            "torch.autograd.forward_ad) is not supported, expected torch.autograd.grad or "
+            "backward, or detached arguments"
+        )
+
+
+def _has_tangent(values: tuple[Any, ...]) -> bool:
     """Whether any of these is a tensor with a tangent of forward-mode differentiation."""
     if forward_ad._current_level < 0:
         return False
@@ -115,11 +139,9 @@ def has_tangent(values: tuple[Any, ...]) -> bool:
     )
 
 
-def _no_forward_mode(name: str) -> str:
-    return (
-        f"ift_kernels::{name}: forward-mode differentiation (torch.func.jvp, jacfwd, linearize, "
-        "torch.autograd.forward_ad) is not supported, expected torch.autograd.grad or backward, or "
-        "detached arguments"
+def _requires_grad(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in args
     )
 
 
@@ -127,26 +149,13 @@ def _with_forward_mode(name: str, kernel: Any, linear: bool) -> Any:
     """The autograd `kernel` of an operator, for arguments with tangents too."""
 
     def autograd_kernel(keyset: Any, *args: Any) -> Any:
-        if has_tangent(args):
-            if not linear or torch.compiler.is_compiling():
-                raise RuntimeError(_no_forward_mode(name))
+        if linear and _has_tangent(args) and not torch.compiler.is_compiling():
             op, x = getattr(torch.ops.ift_kernels, name), forward_ad.unpack_dual(args[0])
             return forward_ad.make_dual(op(x.primal, *args[1:]), op(x.tangent, *args[1:]))
-        # torch refuses this too, but names neither the operator nor a remedy.
-        if torch._C._are_functorch_transforms_active() and _requires_grad(args):
-            raise RuntimeError(
-                f"ift_kernels::{name}: gradients by torch.func (grad, vjp, jacrev, hessian) are "
-                "not supported, expected torch.autograd.grad or backward"
-            )
+        check_transforms(f"ift_kernels::{name}", args)
         return kernel(keyset, *args)
 
     return autograd_kernel
-
-
-def _requires_grad(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(value, Tensor) and value.requires_grad for value in args
-    )
 
 
 def _without_gradient(name: str) -> Any:

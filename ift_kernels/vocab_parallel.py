@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ift_kernels import checks, head_call, linear
+from ift_kernels import checks, head_call, linear, operators
 from ift_kernels.active_set import ActiveSet
 from ift_kernels.active_set import options as active_options
 from ift_kernels.backends import reference as ref
@@ -64,10 +64,12 @@ def vocab_parallel_logprobs(
     Raises:
         As `linear_logprobs`; TypeError, ValueError for a DTensor that is not sharded along
             dimension 0 of one mesh dimension, or whose bias or hidden do not fit.
-        RuntimeError: torch.distributed is not initialised.
+        RuntimeError: torch.distributed is not initialised; differentiated twice, in forward mode or
+            by torch.func.
 
     >>> # logprob = vocab_parallel_logprobs(hidden, lm_head.weight, target).logprob
     """
+    operators.check_transforms("vocab_parallel_logprobs", (hidden, weight, bias))
     shard = _Shard.of(weight, bias, group)
     hidden = whole(hidden, weight)
     ignore_index = checks.integer("ignore_index", ignore_index)

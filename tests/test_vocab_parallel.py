@@ -3,10 +3,18 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from ift_kernels import ActiveSet, linear_logprobs, vocab_parallel_logprobs
+from ift_kernels import (
+    ActiveSet,
+    backends,
+    linear_logprobs,
+    use_backend,
+    use_schedule,
+    vocab_parallel_logprobs,
+)
 from processes import join, leave, start
 
 V, D, SHAPE = 131, 24, (3, 9)  # odd: the shards are not of one size
@@ -155,3 +163,55 @@ def test_a_tie_between_shards_goes_to_the_lowest_id(results):
 )
 def test_what_cannot_serve_is_refused(results, name, match):
     assert match in results[0][name]
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("which", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("transform", ["jvp", "dual numbers", "grad"])
+def test_forward_mode_and_functorch_are_refused(one_process, which, transform):
+    (hidden, weight, bias), target, _, options = problem()
+    tensors = {"hidden": hidden, "weight": weight, "bias": bias}
+    x = tensors[which]
+
+    def loss(value):
+        given = {**tensors, which: value}
+        return vocab_parallel_logprobs(**given, target=target, **options).logprob.sum()
+
+    def by_dual_numbers():
+        with forward_ad.dual_level():
+            loss(forward_ad.make_dual(x, torch.ones_like(x)))
+
+    run = {
+        "jvp": lambda: torch.func.jvp(loss, (x,), (torch.ones_like(x),)),
+        "dual numbers": by_dual_numbers,
+        "grad": lambda: torch.func.grad(loss)(x),
+    }[transform]
+    with pytest.raises(RuntimeError, match="vocab_parallel_logprobs: .* not supported, expected"):
+        run()
+
+
+@pytest.mark.usefixtures("backward_in_thread")
+@pytest.mark.parametrize("schedule", ["recompute", "keep", "forward"])
+def test_backward_has_the_backend_of_forward(one_process, schedule, monkeypatch):
+    (hidden, weight, bias), target, upstream, options = problem()
+    tensors = [t.requires_grad_() for t in (hidden, weight, bias)]
+    served, get = [], backends.get
+
+    def spy(*args):
+        served.append(get(*args))
+        return served[-1]
+
+    monkeypatch.setattr(backends, "get", spy)
+    with use_backend("reference"), use_schedule(schedule):
+        stats = vocab_parallel_logprobs(
+            hidden, weight, target, bias=bias, outputs=OUTPUTS, **options
+        )
+    forward = len(served)
+    torch.autograd.grad(loss_of(stats, upstream), tensors)
+    assert len(served) > forward and {b.__name__ for b in served} == {backends.reference.__name__}
