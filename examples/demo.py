@@ -29,7 +29,8 @@ from bench.naive_ift import frozen_embedding, naive_ift_loss, refresh
 from examples import docstrings, picture
 from examples.head_memory import head_peak_bytes
 from ift import tiny
-from ift.data import Collator, Row, encode
+from ift.data import Collator, encode
+from ift.data_rows import Row
 
 WAYS = ("naive SFT", "fused SFT", "naive IFT", "fused IFT")
 Batch = dict[str, Tensor]

@@ -195,7 +195,8 @@ def test_evaluation_loss_is_the_mean_over_tokens(trained, data):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ift.data import encode, read_jsonl, split_rows
+    from ift.data import encode, split_rows
+    from ift.data_rows import read_jsonl
 
     model = AutoModelForCausalLM.from_pretrained(trained / "model")
     tokenizer = AutoTokenizer.from_pretrained(trained / "model")
@@ -448,7 +449,7 @@ def test_active_gradient_and_frozen_head(loss, data, tmp_path):
     losses = {}
     for gradient in ("exact", "active"):
         out = tmp_path / gradient
-        options_ = ["--head-gradient", gradient, "--freeze-head", "--log-steps", 1]
+        options_ = ["--gradient", gradient, "--freeze-head", "--log-steps", 1]
         assert main([*map(str, [*run, *options_, "--output", out])]) == 0
         losses[gradient] = [r["loss"] for r in records(out) if "loss" in r]
         trained = AutoModelForCausalLM.from_pretrained(out / "model")

@@ -12,8 +12,9 @@ import transformers as hf
 from ift.cli import main
 from ift.cli import options as cli_options
 from ift.cli.preference import PairTrainer, add_reference, pair_loss
-from ift.data import Collator, DataError, read_jsonl
-from ift.preference_data import PairCollator, encode_pairs, read_preferences
+from ift.data import Collator
+from ift.data_rows import DataError, read_jsonl, read_preferences
+from ift.preference_data import PairCollator, encode_pairs
 from ift.tiny import tiny_llama, train_tokenizer
 
 WORDS = ["red", "blue", "green", "round", "square", "small"]

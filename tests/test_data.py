@@ -9,7 +9,8 @@ import torch
 
 from examples import docstrings
 from ift import tiny
-from ift.data import Collator, DataError, Row, encode, read_jsonl, split_rows
+from ift.data import Collator, encode, split_rows
+from ift.data_rows import DataError, Row, read_jsonl
 
 TEXTS = ["def add(a, b):\n", "Return the sum of two numbers.", "Say hello to the user, twice."]
 
@@ -65,6 +66,7 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         ('{"messages": [{"role": "user", "content": "x"}]}\n', "roles are user; expected at least"),
         (b'{"prompt": "\xff", "completion": "b"}\n', "line 2: not UTF-8"),
         ("[" * 100_000 + "\n", "line 2: "),
+        ('{"prompt": ' + "1" * 5000 + "}\n", "line 2: an integer has too many digits"),
     ],
 )
 def test_malformed_rows_name_their_line(tmp_path, line, problem):

@@ -11,7 +11,8 @@ import transformers as hf
 import causal_lms
 import ift
 from ift import tiny
-from ift.data import DataError, encode
+from ift.data import encode
+from ift.data_rows import DataError
 from ift.dynamics import (
     Probe,
     ProbeCallback,

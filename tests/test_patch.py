@@ -12,10 +12,11 @@ from torch import nn
 from causal_lms import ARCHITECTURES, V, assert_close, batch, gradients, make
 from ift.checking import compare
 from ift.config import IFTConfig
-from ift.head_pass import head_pass, token_stats
+from ift.head_pass import head_pass
 from ift.input_embeddings import embedding_table
 from ift.patching import original_forward, patch, unpatch
 from ift.prefix import find_sharing
+from ift.token_stats import token_stats
 from ift_kernels import ActiveSet, checks, record_active_sets
 
 
@@ -61,7 +62,7 @@ def test_the_gradient_of_the_head_is_chosen_at_patch():
     with record_active_sets() as report:
         model(**inputs, ift=IFTConfig()).loss.backward()
     assert len(report) == 1
-    for given, frozen, calls in (("exact", True, 0), ("auto", True, 1), ("auto", False, 0)):
+    for given, frozen, calls in (("active", True, 1), ("exact", True, 0), ("active", False, 1)):
         patch(model, gradient=given)
         model.get_output_embeddings().requires_grad_(not frozen)
         with record_active_sets() as report:

@@ -120,6 +120,12 @@ def test_what_cannot_be_honoured_is_refused(given):
             patch(unpatch(model))
 
 
+def test_a_loss_of_the_caller_counts_its_own_items():
+    model = patch(make("llama"))
+    with pytest.raises(ValueError, match="num_items_in_batch: expected None with loss"):
+        model(**batch(), loss=lambda p, m: -p.sum(), num_items_in_batch=torch.tensor(3))
+
+
 def test_an_option_that_a_later_transformers_has_is_refused_by_name(monkeypatch):
     from transformers.loss import loss_utils
 

@@ -127,6 +127,16 @@ def test_accelerate_takes_its_wrapper_off_and_the_patch_stays():
         assert "forward" not in unpatch(each).__dict__
 
 
+def test_accelerate_prepares_before_the_patch():
+    model, inputs = make("llama"), batch()
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = patch(accelerator.prepare(model))
+    expected = run(prepared, **inputs, ift=CONFIG)
+    model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    same(run(model, **inputs, ift=CONFIG), expected)  # the autocast below the patch stays
+    assert patch(model)(**inputs).logits is None
+
+
 def scale(module, args, output):
     return output / 3.0
 

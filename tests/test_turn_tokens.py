@@ -17,8 +17,9 @@ from tokenizers import (
 )
 
 from ift import tiny
-from ift.data import DataError, Row, encode, encode_each, prompt_ids
-from ift.preference_data import encode_pairs, pair_row
+from ift.data import encode, encode_each, prompt_ids
+from ift.data_rows import DataError, Row, pair_row
+from ift.preference_data import encode_pairs
 from ift.token_spans import token_ids, token_spans
 
 CORPUS = [

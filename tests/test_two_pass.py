@@ -347,6 +347,22 @@ def test_hooks_on_the_input_embedding_run_on_what_is_mixed():
         assert result.verdict == "equal", str(result)
 
 
+def test_an_input_embedding_wrapped_between_two_losses():
+    model, inputs = patch(make("llama")), batch()
+    expected, grads = fused(model, inputs)
+    embedding = model.model.embed_tokens
+    forward = embedding.forward
+    embedding.forward = lambda ids: forward(ids)
+    loss, got = fused(model, inputs)
+    torch.testing.assert_close(loss, expected)
+    for name, grad in got.items():
+        torch.testing.assert_close(grad, grads[name])
+    assert embedding(inputs["input_ids"]).shape == (
+        *inputs["input_ids"].shape,
+        embedding.embedding_dim,
+    )
+
+
 def warned(caplog, run):
     caplog.clear()
     with caplog.at_level(logging.WARNING):

@@ -16,7 +16,8 @@ from tqdm import tqdm
 import ift
 from examples import docstrings
 from ift import tiny
-from ift.data import Collator, Row, encode
+from ift.data import Collator, encode
+from ift.data_rows import Row
 from ift.dynamics import Probe, ProbeCallback, ValleyGuard
 from ift.losses import dpo_loss
 

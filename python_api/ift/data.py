@@ -1,30 +1,27 @@
-"""Training text: JSONL rows → token ids and labels → padded batches.
+"""Training text: rows (`ift.data_rows`) → token ids and labels → padded batches.
 
-A row is ``{"prompt": str, "completion": str}`` or ``{"messages": [{"role": str, "content": str},
-…]}``; a file may mix them.  Labels are the ids themselves on the completion (the assistant's turns)
+Labels are the ids themselves on the completion (the assistant's turns)
 and ``-100`` on the prompt, so the loss sees the completion only.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ift.data_rows import DataError, Row
 from ift.token_spans import prompt_and_completion_ids, token_ids, token_spans, tokenised
 
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
-FORMATS = '{"prompt": "…", "completion": "…"} or {"messages": [{"role": "…", "content": "…"}, …]}'
 
 # For tokenizers that bring no chat template.  The assistant's turn ends with the end-of-text token,
 # so a trained model knows when to stop.
@@ -34,31 +31,6 @@ SIMPLE_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template's marks of what is generated
-
-
-class DataError(ValueError):
-    """A file or row that cannot be used; the message has file, line and what to expect."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One valid JSONL row and where it stands."""
-
-    where: str  # "train.jsonl line 3"
-    content: dict[str, Any]
-    last_turn: bool = False  # of a conversation only the last assistant turn is a target
-
-    @property
-    def messages(self) -> list[dict[str, str]] | None:
-        """The conversation, or None for a prompt/completion row."""
-        return self.content.get("messages")
-
-    @property
-    def texts(self) -> list[str]:
-        """Every piece of text of the row (what a tokenizer is trained on)."""
-        if self.messages is not None:
-            return [message["content"] for message in self.messages]
-        return [self.content["prompt"], self.content["completion"]]
 
 
 @dataclass(frozen=True)
@@ -75,101 +47,6 @@ class Encoded:
 
 
 # ---- reading -------------------------------------------------------------------------------------
-
-
-def read_jsonl(path: str | Path) -> list[Row]:
-    """Read and check a JSONL file.  Blank lines are skipped.
-
-    Raises:
-        DataError: the file is missing, unreadable or empty, or a row is malformed.
-    """
-    return [Row(where, checked_row(row, where)) for row, where in parsed_lines(Path(path), FORMATS)]
-
-
-def parsed_lines(path: Path, formats: str) -> list[tuple[Any, str]]:
-    """The JSON value of each line that is not blank, and where it stands."""
-    rows = []
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"{path} line {number}"
-                    rows.append((_parsed(line, where, number == 1, formats), where))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; expected a readable JSONL file") from None
-    if not rows:
-        raise DataError(f"{path}: the file has no rows; expected one object per line: {formats}")
-    return rows
-
-
-def _parsed(line: bytes, where: str, first: bool, formats: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}); expected {formats}"
-        ) from None
-    except RecursionError:
-        raise DataError(f"{where}: nested too deeply; expected {formats}") from None
-
-
-def checked_row(row: Any, where: str) -> dict[str, Any]:
-    """`row`, a valid one; of a preference the chosen response as a row."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: got a JSON {json_type(row)}; expected {FORMATS}")
-    if "chosen" in row:  # of a preference, what is learned is the chosen response
-        from ift.preference_data import pair_row
-
-        return pair_row(row, where).chosen.content
-    if "messages" in row:
-        check_messages(row["messages"], where)
-    elif "prompt" in row and "completion" in row:
-        for key in ("prompt", "completion"):
-            if not isinstance(row[key], str):
-                raise DataError(f"{where}: {key!r} is a {json_type(row[key])}; expected a string")
-            check_encodable(row[key], where, key)
-        if not row["completion"]:
-            raise DataError(f"{where}: 'completion' is empty; expected some text to learn")
-    else:
-        keys = ", ".join(map(repr, row)) or "no keys"
-        raise DataError(f"{where}: got {keys}; expected {FORMATS}")
-    return row
-
-
-def check_messages(messages: Any, where: str) -> None:
-    """Raise unless it is a conversation with an assistant's turn."""
-    if not isinstance(messages, list) or not messages:
-        got = "an empty array" if messages == [] else f"a {json_type(messages)}"
-        raise DataError(f"{where}: 'messages' is {got}; expected a non-empty array of messages")
-    for index, message in enumerate(messages):
-        for key in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(key), str):
-                raise DataError(
-                    f"{where}: messages[{index}] has no string {key!r}; "
-                    'expected {"role": "…", "content": "…"}'
-                )
-            check_encodable(message[key], where, f"messages[{index}].{key}")
-    if not any(m["role"] == "assistant" for m in messages):
-        roles = ", ".join(dict.fromkeys(m["role"] for m in messages))
-        raise DataError(f"{where}: roles are {roles}; expected at least one 'assistant' message")
-
-
-def check_encodable(text: str, where: str, key: str) -> None:
-    """JSON may spell half of a surrogate pair, which no tokenizer can take."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: {key} has a lone surrogate at character {error.start}; expected Unicode text"
-        ) from None
-
-
-def json_type(value: Any) -> str:
-    """What JSON calls the type of a parsed value."""
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
 
 
 def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

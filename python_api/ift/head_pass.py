@@ -20,8 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from ift.documents import IGNORE_INDEX, shifted_targets
-from ift_kernels import ActiveSet, TokenStats, linear_logprobs, vocab_parallel_logprobs
-from ift_kernels.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded, whole
 
 
@@ -50,6 +48,19 @@ class LossArguments:
             return self.shift_labels
         assert self.labels is not None
         return shifted_targets(self.labels, ignore_index=self.ignore_index)
+
+    def same_target(self, other: LossArguments) -> bool:
+        """Waits for the device only where the model's code has made new tensors."""
+        if self.ignore_index != other.ignore_index:
+            return False
+        pairs = ((self.shift_labels, other.shift_labels), (self.labels, other.labels))
+        for mine, theirs in pairs:
+            if mine is not None and mine is theirs:
+                return True
+            if mine is not None or theirs is not None:
+                break
+        own, given = self.target.flatten(), other.target.flatten()
+        return torch.equal(own, given.to(own.device))
 
 
 LossCallback = Callable[[Any, LossArguments], Tensor]  # (result, arguments) → scalar
@@ -110,7 +121,7 @@ class HeadForward:
             return _like_logits(hidden.new_empty((*call.shape, 0)), weight)
         # Empty, but of the result's graph: sharding gathers the weight for backward when a gradient
         # reaches the head's output, which therefore has to lie between the loss and the result.
-        return _like_logits(logprob[..., None][..., :0].to(hidden.dtype), weight)
+        return _like_logits(logprob[..., None][..., :0].to(hidden.dtype).clone(), weight)
 
 
 def _like_logits(placeholder: Tensor, weight: Tensor) -> Tensor:
@@ -330,68 +341,6 @@ def head_pass(
     if placeholder is None and output.logits.shape[-1] != 0:
         raise UnsupportedModel(f"{name}: reshapes its logits; this model cannot be patched")
     return output, call.results[0]
-
-
-def transform_options(transform: LogitTransform) -> dict[str, Any]:
-    """The transform as arguments of the operations of `ift_kernels`."""
-    return {"logit_scale": transform.scale, "softcap": transform.softcap or None}
-
-
-def token_stats(
-    target: Tensor,
-    transform: LogitTransform,
-    gradient: str | ActiveSet = "auto",
-    workspace: int | None = None,
-    *,
-    ignore_index: int = IGNORE_INDEX,
-    outputs: tuple[str, ...] = ("logprob", "entropy", "argmax"),
-    detached: tuple[str, ...] = ("entropy",),
-    temperature: float = 1.0,
-) -> Callable[[Tensor, Tensor, Tensor | None], TokenStats]:
-    """The head callback of losses: each target's log-probability, and two statistics for the logs.
-
-    `target` has one entry per row of the hidden states that reach the head, in any shape.
-    """
-
-    def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStats:
-        if target.numel() != hidden.shape[:-1].numel():
-            raise ValueError(
-                f"labels: expected one per hidden state that reaches the head, "
-                f"{tuple(hidden.shape[:-1])}, got {tuple(target.shape)}: with logits_to_keep, pass "
-                "shift_labels of the positions kept"
-            )
-        frozen = not any(p is not None and p.requires_grad for p in (weight, bias))
-        default = "active" if frozen else "exact"
-        operation = vocab_parallel_logprobs if is_sharded(weight) else linear_logprobs
-        return operation(
-            hidden,
-            weight,
-            target.reshape(hidden.shape[:-1]).to(hidden.device),
-            bias=bias,
-            ignore_index=ignore_index,
-            temperature=temperature,
-            outputs=outputs,
-            detached=detached,
-            gradient=default if gradient == "auto" else gradient,
-            workspace=workspace,
-            **transform_options(transform),
-        )
-
-    return callback
-
-
-def token_metrics(
-    stats: TokenStats, target: Tensor, ignore_index: int = IGNORE_INDEX
-) -> dict[str, Tensor]:
-    """Sums over the targets, as scalar tensors: nothing here waits for the device."""
-    assert stats.argmax is not None and stats.entropy is not None
-    target = target.reshape(stats.argmax.shape).to(stats.argmax.device)
-    valid = target != ignore_index
-    return {
-        "tokens": valid.sum(),
-        "correct": ((stats.argmax == target) & valid).sum(),
-        "entropy": stats.entropy.detach().sum(),  # 0 where there is no target
-    }
 
 
 @contextlib.contextmanager

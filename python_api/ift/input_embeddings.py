@@ -61,10 +61,14 @@ class EmbeddingForward:
 
     def original(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the module computes without mixing."""
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        made: Tensor = type(self.module).forward(self.module, *args, **kwargs)
-        return made
+        token = _current.set(None)  # what was wrapped around this forward may end in it again
+        try:
+            if self.previous is not None:
+                return self.previous(*args, **kwargs)
+            made: Tensor = type(self.module).forward(self.module, *args, **kwargs)
+            return made
+        finally:
+            _current.reset(token)
 
     def take_off(self) -> None:
         """Undo the replacement, if this is still the module's forward."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +27,9 @@ from ift.head_pass import (
 from ift.one_pass import loss_pass
 from ift_kernels.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded
+
+# A model is in evaluation mode while it is measured, in whichever thread.
+measuring = threading.RLock()
 
 # Logits given to the model's code: the first two show cap and scale.
 _PROBES = (1e6, 2.0**-13, 1.0, -1.0, 30.0, -75.0, 0.0, 300.0)
@@ -189,8 +193,9 @@ def plain_ids(model: Any) -> list[int]:
     special: set[int] = set()
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
-            if name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
-                special.add(value)
+            if name.endswith(("_token_id", "_token_index")):
+                given = value if isinstance(value, list) else [value]
+                special.update(i for i in given if isinstance(i, int))
     columns: int = plain_head(model).out_features
     vocabulary = range(
         min(columns, getattr(model.get_input_embeddings(), "num_embeddings", columns))

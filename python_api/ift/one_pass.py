@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ift.documents import IGNORE_INDEX
-from ift.head_pass import LossArguments, head_pass, token_metrics, token_stats
+from ift.head_pass import LossArguments, head_pass
 from ift.losses import sft_loss
+from ift.token_stats import token_metrics, token_stats
 from ift_kernels import ActiveSet, TokenStats
 from ift_kernels.transform import LogitTransform
 
@@ -25,7 +25,7 @@ def loss_pass(
     transform: LogitTransform,
     *,
     unshifted: bool = False,
-    gradient: str | ActiveSet = "auto",
+    gradient: str | ActiveSet = "exact",
     loss: Callable[..., Tensor] | None = None,
     warned: set[str] | None = None,
 ) -> tuple[Any, dict[str, Tensor]]:
@@ -57,7 +57,7 @@ def loss_pass(
         ) -> Tensor:
             assert stats.logprob is not None
             found.append(given)
-            if not _same_target(expected, given):
+            if not expected.same_target(given):
                 return stats.logprob.new_zeros(())
             mask = (expected.target != expected.ignore_index).reshape(stats.logprob.shape)
             mask = mask.to(stats.logprob.device)
@@ -70,7 +70,7 @@ def loss_pass(
             model, forward, {"use_cache": False, **kwargs},
             token_stats(target, transform, gradient, ignore_index=ignore_index), loss=compute,
         )  # fmt: skip
-        if _same_target(expected, found[0]):
+        if expected.same_target(found[0]):
             return output, token_metrics(stats, target, ignore_index)
         expected = found[0]
         if warned is not None and "labels" not in warned:
@@ -99,17 +99,3 @@ def _expected(model: Any, kwargs: dict[str, Any], unshifted: bool) -> LossArgume
         shift_labels = labels
     ignore_index = kwargs.get("ignore_index", IGNORE_INDEX)
     return LossArguments(labels, shift_labels, ignore_index, kwargs.get("num_items_in_batch"))
-
-
-def _same_target(expected: LossArguments, given: LossArguments) -> bool:
-    """Waits for the device only where the model's code has made new tensors."""
-    if expected.ignore_index != given.ignore_index:
-        return False
-    pairs = ((expected.shift_labels, given.shift_labels), (expected.labels, given.labels))
-    for mine, theirs in pairs:
-        if mine is not None and mine is theirs:
-            return True
-        if mine is not None or theirs is not None:
-            break
-    mine, theirs = expected.target.flatten(), given.target.flatten()
-    return torch.equal(mine, theirs.to(mine.device))

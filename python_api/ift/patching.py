@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType, NoneType
@@ -29,7 +28,7 @@ from ift.head_pass import (
     refuse_lost_arguments,
 )
 from ift.input_embeddings import EmbeddingForward
-from ift.measure import Measured, check_kind, measure, try_few_tokens
+from ift.measure import Measured, check_kind, measure, measuring, try_few_tokens
 from ift.one_pass import loss_pass
 from ift.prefix import Sharing
 from ift_kernels import ActiveSet, checks
@@ -39,7 +38,6 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _STATE = "_ift_patch"  # the attribute that makes a model a patched one
 _REPLICATE = "_replicate_for_data_parallel"
-_measuring = threading.RLock()  # measuring puts the model into evaluation mode for a moment
 
 
 def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
@@ -50,7 +48,8 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
     forward takes three arguments more:
 
     - ``loss``: a function of ``(logprob, mask)``, (B, T) of the shifted targets, in place of the
-      SFT loss; any of `ift.losses` with its other arguments bound.
+      SFT loss; any of `ift.losses` with its other arguments bound, ``num_items_in_batch`` included:
+      given beside `loss` it is an error.
     - ``ift``: an `ift.IFTConfig`; both passes of Intuitive Fine-Tuning inside this one forward.
     - ``skip_logits``: True or False to choose; None, the default, skips them when labels are given
       and the model is training or gradients are enabled. Else the original forward runs untouched.
@@ -68,9 +67,8 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
         model: a transformers causal LM with a plain linear output head, or a PEFT model around one.
             Patch before DDP or FSDP wraps it.
         gradient: of the head, as in `ift_kernels.linear_logprobs`: "exact", or "active" (an
-            `ift_kernels.ActiveSet` for its options) for the active-set backward; "auto" is "active"
-            while the head is frozen and "exact" while it is trained. None, the default, leaves it
-            as it is, "auto" at first.
+            `ift_kernels.ActiveSet` for its options), which approximates. None, the default, leaves
+            it as it is, "exact" at first.
 
     Returns:
         `model` itself.
@@ -87,7 +85,7 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
     """
     base = base_model(model)
     if isinstance(gradient, str):
-        checks.one_of("gradient", gradient, ("auto", "exact", "active"))
+        checks.one_of("gradient", gradient, ("exact", "active"))
     check_kind(base)
     _check_wrapper(model, base)
     state: _State | None = base.__dict__.get(_STATE)
@@ -114,7 +112,7 @@ def _install(base: nn.Module, state: _State | None) -> None:
     base.forward = forward
     try:
         _patch_heads(base)
-        with _measuring:
+        with measuring:
             measured = try_few_tokens(base, forward.original)
         if measured is not None:
             _remember(base, measured)
@@ -207,7 +205,7 @@ class _State:
     loss_function: Callable[..., Any] | None  # one that was set on the object before
     measured: Measured | None = None
     hooks: tuple[int, ...] = ()  # of the head, when it was measured
-    gradient: str | ActiveSet = "auto"  # of the head
+    gradient: str | ActiveSet = "exact"  # of the head
     sharing: Sharing | None = None  # how its prompts can be shared; None: not found out yet
     warned: set[str] = field(default_factory=set)  # what was logged once
     draws: two_pass.Draws = field(default_factory=two_pass.Draws)
@@ -242,6 +240,8 @@ class PatchedForward:
         return MethodType(type(self.model).forward, self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.model:
+            args = args[1:]  # as from a method made of this object: accelerate's unwrap_model does
         if _STATE not in self.model.__dict__:  # unpatched, but still inside of a wrapper
             refuse_lost_arguments(type(self.model).__name__, kwargs)
         elif not in_head_pass(self.model):  # else one patched forward is inside of another
@@ -296,7 +296,7 @@ def logit_transform(model: nn.Module, kwargs: dict[str, Any]) -> LogitTransform:
 def _measured(model: nn.Module, kwargs: dict[str, Any]) -> Measured:
     state: _State = getattr(model, _STATE)
     if state.measured is None or state.hooks != tuple(plain_head(model)._forward_hooks):
-        with _measuring:
+        with measuring:
             if state.measured is None or state.hooks != tuple(plain_head(model)._forward_hooks):
                 _remember(model, measure(model, state.forward.original, _two_tokens(kwargs)))
     assert state.measured is not None
@@ -319,6 +319,11 @@ def _forward(
 ) -> Any:
     if loss is not None and (ift is not None or skip_logits is False or not callable(loss)):
         raise ValueError("loss: expected a function, without ift and without skip_logits=False")
+    if loss is not None and kwargs.get("num_items_in_batch") is not None:
+        raise ValueError(
+            "num_items_in_batch: expected None with loss, a function of (logprob, mask) that "
+            "divides as it likes; bind the number of items to it"
+        )
     if not isinstance(ift, (IFTConfig, NoneType)):
         raise TypeError(f"ift: expected an ift.IFTConfig or None, got {type(ift).__name__}")
     if args:

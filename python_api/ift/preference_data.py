@@ -1,104 +1,15 @@
-"""Preference data: JSONL rows with a chosen and a rejected response → pairs of examples.
-
-A row has a prompt, ``"prompt"`` (text, or a list of messages) or ``"messages"``, and its responses
-``"chosen"`` and ``"rejected"``: text, a message, or a list of messages. Without a prompt both are
-whole conversations. The loss sees the last assistant turn of each.
-"""
+"""Preferences → pairs of examples, of which the loss sees the last assistant turn."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ift.data import (
-    IGNORE_INDEX,
-    DataError,
-    Encoded,
-    Row,
-    check_encodable,
-    check_messages,
-    encode_each,
-    json_type,
-    parsed_lines,
-)
-
-FORMATS = (
-    '{"prompt": "…", "chosen": "…", "rejected": "…"}, the same with lists of messages, or '
-    '{"messages": […], "chosen": "…", "rejected": "…"}'
-)
-
-
-@dataclass(frozen=True)
-class PairRow:
-    """One preference: two rows that share their prompt."""
-
-    where: str
-    chosen: Row
-    rejected: Row
-
-    @property
-    def texts(self) -> list[str]:
-        """Every piece of text (what a tokenizer is trained on)."""
-        return [*self.chosen.texts, *self.rejected.texts]
-
-    @property
-    def messages(self) -> Any:
-        """The chosen conversation, or None for plain text."""
-        return self.chosen.messages
-
-
-def read_preferences(path: str | Path) -> list[PairRow]:
-    """Read and check a JSONL file of preferences.
-
-    Raises:
-        DataError: the file is missing or empty, or a row is malformed.
-    """
-    return [pair_row(row, where) for row, where in parsed_lines(Path(path), FORMATS)]
-
-
-def pair_row(row: Any, where: str) -> PairRow:
-    """The pair of a parsed line, checked."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: got a JSON {json_type(row)}; expected {FORMATS}")
-    for key in ("chosen", "rejected"):
-        if key not in row:
-            keys = ", ".join(map(repr, row)) or "no keys"
-            raise DataError(f"{where}: got {keys}; expected {FORMATS}")
-    prompt = row.get("prompt", row.get("messages"))
-    sides = [_side(prompt, row[key], key, where) for key in ("chosen", "rejected")]
-    return PairRow(where, *(Row(where, side, last_turn=True) for side in sides))
-
-
-def _side(prompt: Any, response: Any, key: str, where: str) -> dict[str, Any]:
-    if isinstance(response, dict):
-        response = [response]
-    if isinstance(prompt, str) and isinstance(response, str):
-        for name, text in (("prompt", prompt), (key, response)):
-            check_encodable(text, where, name)
-        if not response:
-            raise DataError(f"{where}: {key!r} is empty; expected some text")
-        return {"prompt": prompt, "completion": response}
-    before: Any = [] if prompt is None else prompt
-    if isinstance(before, str):
-        before = [{"role": "user", "content": before}]
-    if isinstance(response, str) and before:
-        response = [{"role": "assistant", "content": response}]
-    if not isinstance(response, list) or not isinstance(before, list):
-        raise DataError(
-            f"{where}: {key!r} is a {json_type(response)} and the prompt "
-            f"{'missing' if prompt is None else f'a {json_type(prompt)}'}; expected {FORMATS}"
-        )
-    messages = [*before, *response]
-    check_messages(messages, where)
-    if messages[-1]["role"] != "assistant":
-        raise DataError(
-            f"{where}: {key!r} ends with the role {messages[-1]['role']!r}; expected 'assistant'"
-        )
-    return {"messages": messages}
+from ift.data import IGNORE_INDEX, Encoded, encode_each
+from ift.data_rows import DataError, PairRow, Row
 
 
 @dataclass(frozen=True)

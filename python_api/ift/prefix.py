@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ift.documents import IGNORE_INDEX, shifted_targets
 from ift.head_pass import evaluating, head_pass
-from ift.measure import plain_ids
+from ift.measure import measuring, plain_ids
 
 # Tensors that are followed through moved rows and a cache; any other would need rules of its own.
 _FOLLOWED = ("input_ids", "labels", "attention_mask", "num_items_in_batch")
@@ -158,7 +158,7 @@ def find_sharing(model: Any, forward: Callable[..., Any], device: torch.device) 
     tokens = torch.tensor(some, device=device).view(3, 8)
     whole, plain = _try_batch(tokens, padding=(0, 2, 0), responses=((5, 8), (5, 8), (5, 6)))
     uneven, moved = _try_batch(tokens, padding=(0, 3, 0), responses=((6, 8), (5, 8), (3, 6)))
-    with evaluating(model), torch.no_grad():
+    with measuring, evaluating(model), torch.no_grad():
         if not _agrees(model, forward, whole, plain, Sharing(plain=True)):
             return Sharing()
         for kind in ("columns", "own"):

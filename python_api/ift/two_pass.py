@@ -18,15 +18,10 @@ from torch import Tensor, nn
 
 from ift import prefix
 from ift.documents import IGNORE_INDEX, boundaries, document_starts, shifted_targets
-from ift.head_pass import (
-    LossArguments,
-    head_pass,
-    token_metrics,
-    token_stats,
-    transform_options,
-)
+from ift.head_pass import LossArguments, head_pass
 from ift.input_embeddings import Mixture, embedding_table, mixing
 from ift.losses import ift_loss
+from ift.token_stats import token_metrics, token_stats, transform_options
 from ift_kernels import (
     ActiveSet,
     TokenStats,
@@ -219,11 +214,7 @@ def _checked(kwargs: dict[str, Any], config: IFTConfig) -> dict[str, Any]:
 
 def _check_labels(model: Any, labels: Tensor, given: LossArguments) -> None:
     """Refuse a model that gives other labels to its loss function than it was given."""
-    same = given.labels is labels and given.shift_labels is None
-    if not same:  # new tensors, perhaps of the same values
-        mine, theirs = shifted_targets(labels).flatten(), given.target.flatten()
-        same = torch.equal(mine, theirs.to(mine.device))
-    if not same or given.ignore_index != IGNORE_INDEX:
+    if not LossArguments(labels, None, IGNORE_INDEX, None).same_target(given):
         raise RuntimeError(
             f"{type(model).__name__}: changes its labels before its loss, so IFT, which mixes "
             "tokens by its labels, would train something else"

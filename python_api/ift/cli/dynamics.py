@@ -12,7 +12,7 @@ from typing import Any
 from ift.cli import train
 from ift.cli.errors import CliError
 from ift.cli.processes import note
-from ift.data import FORMATS, DataError, parsed_lines
+from ift.data_rows import FORMATS, DataError, parsed_lines
 
 SET, CURVES = "probes.jsonl", "dynamics"
 

@@ -27,7 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "accumulate": 1,
     "max_length": 1024,
     "bf16": False,
-    "head_gradient": "auto",
+    "gradient": "exact",
     "freeze_head": False,
     "seed": 0,
     "save_steps": 500,
@@ -255,8 +255,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--epochs", positive, "passes over the data", "X")
     add("--max-steps", positive_int, "optimizer steps, instead of --epochs", "N")
     add("--lr", positive, "peak learning rate", "X")
-    add.choice("--head-gradient", "active works on the columns that matter, exact on all; auto: "
-               "active if the head is frozen", "auto", "exact", "active")  # fmt: skip
+    add.choice("--gradient", "of the head; active approximates it by the columns that matter",
+               "exact", "active")  # fmt: skip
     add.switch("--freeze-head", "do not train the output head (nor an embedding tied to it)")
     add.choice("--optimizer", "", "adamw", "rmsprop", "sgd", "adafactor")
     add.choice("--scheduler", "of the learning rate", "linear", "cosine", "constant")

@@ -18,14 +18,15 @@ from ift.cli import options, processes
 from ift.cli.errors import CliError, refusals
 from ift.cli.models import check_model_path, check_positions, load_model, padding_id
 from ift.cli.processes import note
-from ift.data import Collator, DataError, Encoded, encode, read_jsonl, split_rows
-from ift.preference_data import EncodedPairs, PairCollator, encode_pairs, read_preferences
+from ift.data import Collator, Encoded, encode, split_rows
+from ift.data_rows import DataError, read_jsonl, read_preferences
+from ift.preference_data import EncodedPairs, PairCollator, encode_pairs
 
 # A run continued with another value of these would not be the run that was interrupted.
 FIXED = (
     *("model", "loss", "preset", *options.IFT_OPTIONS, *options.PAIR_OPTIONS),
     *("eval_split", "epochs", "max_steps", "lr", "optimizer", "scheduler", "lr_warmup_steps"),
-    *("batch_size", "accumulate", "max_length", "bf16", "head_gradient", "freeze_head"),
+    *("batch_size", "accumulate", "max_length", "bf16", "gradient", "freeze_head"),
     "seed",
 )
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd", "adafactor": "adafactor"}
@@ -106,7 +107,7 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
         trainer = build(
             model,
             training_arguments,
-            head_gradient=arguments.head_gradient,
+            gradient=arguments.gradient,
             data_collator=collator,
             train_dataset=train_data.examples,
             eval_dataset=eval_data.examples or None,

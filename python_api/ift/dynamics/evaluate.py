@@ -20,17 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ift.data import IGNORE_INDEX, DataError, Row, encode
+from ift.data import IGNORE_INDEX, encode
+from ift.data_rows import DataError, Row
 from ift.dynamics.probes import Probe, Prompt
-from ift.head_pass import (
-    HeadForward,
-    evaluating,
-    head_pass,
-    plain_head,
-    transform_options,
-)
+from ift.head_pass import HeadForward, evaluating, head_pass, plain_head
 from ift.measure import measure_transform
 from ift.patching import base_model
+from ift.token_stats import transform_options
 from ift_kernels import TokenStats, checks, linear_logprobs
 from ift_kernels.transform import LogitTransform
 

@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ift.data import (
+from ift.data import prompt_ids
+from ift.data_rows import (
     FORMATS,
     DataError,
     check_encodable,
     check_messages,
     checked_row,
     json_type,
+    pair_row,
     parsed_lines,
-    prompt_ids,
 )
-from ift.preference_data import pair_row
 from ift.token_spans import tokenised
 from ift_kernels import checks
 
@@ -88,7 +88,7 @@ def build_probe_set(
     is left out; a warning counts those left out.
 
     Args:
-        data: a JSONL file or rows as `ift.data.read_jsonl` takes them, preferences or not; of a
+        data: a JSONL file or rows as `ift.data_rows.read_jsonl` has them, preferences or not; of a
             plain row the completion (the last assistant's turn) is the chosen answer.
         size: at most so many probes, drawn at random; default 64.
         test: rows in the same form that are not trained on.

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ift.documents import IGNORE_INDEX, shifted_targets
-from ift.head_pass import head_pass, token_stats
+from ift.head_pass import head_pass
 from ift.losses import sft_loss
 from ift.patching import base_model, logit_transform, original_forward, patch
+from ift.token_stats import token_stats
 from ift_kernels import ActiveSet, checks
 from ift_kernels.transform import LogitTransform
 

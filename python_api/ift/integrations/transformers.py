@@ -87,7 +87,7 @@ class IFTTrainer(WholeSetEvaluation):
         model, args, and the rest: as `transformers.Trainer`.
         ift_config: options of the loss; None for supervised fine-tuning. `step` and `num_rows` are
             the trainer's to set.
-        head_gradient: as the `gradient` of `ift.patch`.
+        gradient: of the head, as in `ift.patch`.
 
     Raises:
         ValueError: options of `args` that the losses do not have: label smoothing, sequence or
@@ -101,7 +101,7 @@ class IFTTrainer(WholeSetEvaluation):
         args: Any = None,
         *rest: Any,
         ift_config: IFTConfig | None = None,
-        head_gradient: str | ActiveSet | None = None,
+        gradient: str | ActiveSet | None = None,
         **kwargs: Any,
     ) -> None:
         if ift_config is not None and not isinstance(ift_config, IFTConfig):
@@ -109,7 +109,7 @@ class IFTTrainer(WholeSetEvaluation):
                 f"ift_config: expected an ift.IFTConfig or None, got {type(ift_config).__name__}"
             )
         self.ift_config = ift_config
-        self._head_gradient = head_gradient
+        self._gradient = gradient
         self._train_sums: Tensor | None = None  # since the last log
         super().__init__(self._prepared(model), args, *rest, **kwargs)
         if self.args.label_smoothing_factor:
@@ -130,7 +130,7 @@ class IFTTrainer(WholeSetEvaluation):
     def _prepared(self, model: Any) -> Any:
         if not isinstance(model, nn.Module):
             return model  # None with model_init, or what the parent will complain about
-        patch(model, gradient=self._head_gradient)
+        patch(model, gradient=self._gradient)
         if self.ift_config is not None:
             freeze_unreached_embedding(base_model(model), self.ift_config)
         return model

@@ -39,7 +39,7 @@ class IFTConfig(SFTConfig):
     Args:
         ift: options of `ift.IFTConfig` by name, ``{"lam": 0.1}``; `step` and `num_rows` are the
             trainer's to set.
-        head_gradient: as the `gradient` of `ift.patch`.
+        gradient: of the head, as in `ift.patch`.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "ift"]
@@ -47,8 +47,8 @@ class IFTConfig(SFTConfig):
     ift: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "options of ift.IFTConfig, as JSON"}
     )
-    head_gradient: str | None = field(
-        default=None, metadata={"help": "gradient of the head: auto, exact or active"}
+    gradient: str | None = field(
+        default=None, metadata={"help": "gradient of the head: exact (the default) or active"}
     )
 
 
@@ -82,7 +82,7 @@ class IFTTrainer(WholeSetEvaluation, SFTTrainer):
         self.ift_config = Options(**(args.ift or {}))  # type: ignore[arg-type]  # a dict by now
         super().__init__(model, args, **kwargs)
         refuse_unsupported(self)
-        use_ift_kernels(self, gradient=args.head_gradient)
+        use_ift_kernels(self, gradient=args.gradient)
         freeze_unreached_embedding(base_model(self.model), self.ift_config)
 
     def get_batch_samples(

@@ -1,0 +1,73 @@
+"""What losses compute in a head in place of its logits: statistics of each target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ift.documents import IGNORE_INDEX
+from ift_kernels import ActiveSet, TokenStats, linear_logprobs, vocab_parallel_logprobs
+from ift_kernels.transform import LogitTransform
+from ift_kernels.vocab_parallel import is_sharded
+
+
+def transform_options(transform: LogitTransform) -> dict[str, Any]:
+    """The transform as arguments of the operations of `ift_kernels`."""
+    return {"logit_scale": transform.scale, "softcap": transform.softcap or None}
+
+
+def token_stats(
+    target: Tensor,
+    transform: LogitTransform,
+    gradient: str | ActiveSet = "exact",
+    workspace: int | None = None,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    outputs: tuple[str, ...] = ("logprob", "entropy", "argmax"),
+    detached: tuple[str, ...] = ("entropy",),
+    temperature: float = 1.0,
+) -> Callable[[Tensor, Tensor, Tensor | None], TokenStats]:
+    """The head callback of losses: each target's log-probability, and two statistics for the logs.
+
+    `target` has one entry per row of the hidden states that reach the head, in any shape.
+    """
+
+    def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStats:
+        if target.numel() != hidden.shape[:-1].numel():
+            raise ValueError(
+                f"labels: expected one per hidden state that reaches the head, "
+                f"{tuple(hidden.shape[:-1])}, got {tuple(target.shape)}: with logits_to_keep, pass "
+                "shift_labels of the positions kept"
+            )
+        operation = vocab_parallel_logprobs if is_sharded(weight) else linear_logprobs
+        return operation(
+            hidden,
+            weight,
+            target.reshape(hidden.shape[:-1]).to(hidden.device),
+            bias=bias,
+            ignore_index=ignore_index,
+            temperature=temperature,
+            outputs=outputs,
+            detached=detached,
+            gradient=gradient,
+            workspace=workspace,
+            **transform_options(transform),
+        )
+
+    return callback
+
+
+def token_metrics(
+    stats: TokenStats, target: Tensor, ignore_index: int = IGNORE_INDEX
+) -> dict[str, Tensor]:
+    """Sums over the targets, as scalar tensors: nothing here waits for the device."""
+    assert stats.argmax is not None and stats.entropy is not None
+    target = target.reshape(stats.argmax.shape).to(stats.argmax.device)
+    valid = target != ignore_index
+    return {
+        "tokens": valid.sum(),
+        "correct": ((stats.argmax == target) & valid).sum(),
+        "entropy": stats.entropy.detach().sum(),  # 0 where there is no target
+    }
