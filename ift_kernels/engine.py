@@ -220,13 +220,13 @@ class Gradients:
     def add(self, tile: Tile, row_gradient: RowGradient, hidden_too: bool = True) -> Tensor | None:
         """Turn the tile into its gradient, in place, and add its share of every sum.
 
-        Returns its active columns, where hidden's gradient is from them.
+        Returns its active mask, where hidden's gradient is from active columns.
         """
         head, (rows, columns, product) = self.head, tile
         target, norm, coef = row_gradient
-        marks = None
+        mask = None
         if self.active is not None:  # while the products are there
-            marks = self.active.mark(head, tile, row_gradient)
+            mask = self.active.mask(head, tile, row_gradient)
         flipped = None if self.transposed is None else self.transposed.of(product)
         head.backend.dlogits_(
             product,
@@ -239,15 +239,15 @@ class Gradients:
             flipped,
         )
         if self.hidden is not None and hidden_too:
-            if self.active is None or marks is None:
+            if self.active is None or mask is None:
                 self.hidden.add(rows, product, head.weight_chunk(columns))
             else:
-                self.active.add(head, tile, marks, self.hidden)
+                self.active.add(head, tile, mask, self.hidden)
         if self.weight is not None:
             self.add_weight(rows, columns, product.T if flipped is None else flipped)
         if self.bias is not None:
             self.bias[columns] += product.sum(0, dtype=self.bias.dtype)
-        return marks
+        return mask
 
     def consume(self, kept: Tensor, row_gradient: RowGradient, tile_columns: int) -> None:
         """The same for the first columns, whose products of all rows are `kept`."""

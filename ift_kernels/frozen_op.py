@@ -39,10 +39,11 @@ def serves(needs: list[bool], differentiable: int) -> bool:
 def _frozen(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *options, track = rest
+    *options, track, numbers = rest
     valid, vocabulary = target != options[0], weight.shape[0]
     head_call.check_targets(target, valid, vocabulary)
-    call = head_call.Call(hidden, weight, bias, valid, tuple(options), NEEDS, early=True)
+    active = head_call.active_hidden(numbers)
+    call = head_call.Call(hidden, weight, bias, valid, tuple(options), NEEDS, True, active)
     chosen = plan.make(call.problem, plan.ledger.held, "forward")
     rows, wide = call.select(target), wide_dtype(call.dtype)
     state, argmax = call.head.backend.new_state(len(rows), hidden.device)
@@ -63,8 +64,10 @@ def _frozen(
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen.schedule == "forward":
             formed = engine.forward_gradients(
-                call.head, rows, coefficients, NEEDS, hidden.dtype, chosen, track
+                call.head, rows, coefficients, NEEDS, hidden.dtype, chosen, track, active
             )
+            if active is not None:
+                active.record()
             assert formed[0] is not None  # asked for by NEEDS
             others = formed[0]
             near *= _slopes(call, rows)
@@ -104,7 +107,7 @@ def _target_rows(
 def _frozen_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *options, track = rest
+    *options, track, _ = rest
     out = linear_ops.outputs_fake(hidden, options[-1], track)
     return (*out, torch.empty_like(out[8]), hidden.new_empty((0, hidden.shape[1])))
 
@@ -139,17 +142,17 @@ def _d_hidden(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, *options, _ = inputs
+    hidden, weight, bias, target, *options, _, active = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, target, *output[8:10])  # norm, near
-    ctx.options = tuple(options)
+    ctx.options, ctx.active = tuple(options), active
     # Not saved: consumed by the first backward, in place; a second one forms the products again.
     ctx.others = head_call.Held(output[10:]) if output[10].shape[0] else None
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing: tuple[None, ...] = (None,) * 10
+    nothing: tuple[None, ...] = (None,) * 11
     d_logprob, d_lse = grads[:2]
     if d_logprob is None and d_lse is None:
         return (None, *nothing)
@@ -158,7 +161,7 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         unused = norm.new_empty(0)  # entropy
         d_hidden, *_ = torch.ops.ift_kernels.linear_stats_backward(
             hidden, weight, bias, target, norm, unused, d_logprob, d_lse, None, None,
-            *ctx.options, list(NEEDS), [],
+            *ctx.options, list(NEEDS), ctx.active,
         )  # fmt: skip
     else:
         held, ctx.others = ctx.others, None
@@ -169,7 +172,7 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 operators.register(
-    f"linear_frozen({linear_ops.HEAD}, {linear_ops.OPTIONS}, int track)"
+    f"linear_frozen({linear_ops.HEAD}, {linear_ops.OPTIONS}, int track, float[] active)"
     f" -> ({linear_ops.STATS}, Tensor norm, Tensor near, Tensor others)",
     _frozen,
     _frozen_fake,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ift_kernels import backends, engine, plan, syncfree
 from ift_kernels.active_hidden import ActiveHidden
-from ift_kernels.active_set import ActiveSet, ActiveSetStats, recording
+from ift_kernels.active_set import ActiveSet
 from ift_kernels.sums import wide_dtype
 from ift_kernels.transform import LogitTransform
 
@@ -75,7 +75,7 @@ class Call:
         workspace = max(workspace - hidden.numel() * copies, workspace // 4)
         self.problem = problem(hidden, weight, bias, dtype, workspace, needs, early, active)
         if active is not None:
-            active.room = plan.tail_room(self.problem)
+            active.waiting_bytes = plan.tail_bytes(self.problem)
 
     def select(self, value: Tensor) -> Tensor:
         """The rows that count of (..., N)."""
@@ -119,28 +119,16 @@ def problem(
     return plan.Problem(
         hidden.shape[0], weight.shape[0], weight.shape[1], dtype, workspace, *needs,
         early and not half, weight.dtype == dtype, transpose,
-        0 if active is None else active.options.tail_tile,
+        0 if active is None else active.options.tail_bucket,
     )  # fmt: skip
 
 
 def active_hidden(active: list[float]) -> ActiveHidden | None:
-    """What forms dh from the active set that an operator was given: threshold, block, tail tile."""
+    """What forms dh from the active set that an operator was given: threshold, block, bucket."""
     if not active or syncfree.on():  # it asks how many columns are active
         return None
-    threshold, block, tail_tile = active
-    return ActiveHidden(ActiveSet(threshold, int(block), int(tail_tile)))
-
-
-def report_active(active: ActiveHidden | None, call: Call, chosen: plan.Plan) -> None:
-    """The report of a call whose active set is formed with its gradients."""
-    report = recording()
-    if active is None or report is None:
-        return
-    columns = -(-call.head.vocabulary // chosen.tile_columns)
-    kept = -(-chosen.keep_columns // chosen.tile_columns)
-    times, unknown = -(-call.problem.rows // chosen.tile_rows), float("nan")
-    tiles = columns * times, kept * times, (columns - kept) * times
-    report.append(ActiveSetStats(unknown, unknown, unknown, chosen.held_bytes, *tiles))
+    threshold, block, tail_bucket = active
+    return ActiveHidden(ActiveSet(threshold, int(block), int(tail_bucket)))
 
 
 def gives_half(tensors: tuple[Tensor | None, ...], needs: Needs | list[bool]) -> bool:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ift_kernels import active_op as _active_op  # noqa: F401  registers an operator
 from ift_kernels import checks, frozen_op, head_call, linear_ops, plan
 from ift_kernels import loss_op as _loss_op  # noqa: F401  registers an operator
 from ift_kernels.active_set import ActiveSet
@@ -87,10 +86,10 @@ def linear_logprobs(
             "second_logprob", "sum_sq", "mean_logit". Beyond the first two each costs a little.
         detached: those of `outputs` that come without gradient, such as an entropy that is only
             logged. With a frozen head, a gradient through entropy or mean_logit can cost a product.
-        gradient: "exact", or "active" (an `ActiveSet` for its options): backward works on the
-            columns that matter to a block of tokens and the sums of the rest. Gradients flow
-            from logprob, lse, entropy and mean_logit to hidden, weight and bias, for any upstream
-            gradient; rows where it is all 0 may be skipped.
+        gradient: "exact", or "active" (an `ActiveSet` for its options): the gradient of hidden is
+            approximated from the columns that matter to a block of tokens and the sums of the rest;
+            those of weight and bias are exact. Gradients flow from logprob, lse, entropy and
+            mean_logit, for any upstream gradient; rows where it is all 0 may be skipped.
         workspace: bytes of work memory, default 256 MiB on CPU and 512 MiB on GPU,
             half as much again where the products are float32 and so twice as large.
 
@@ -203,8 +202,7 @@ def linear_cross_entropy(
         factor = (call.tensors[3] != ignore_index).sum().clamp(min=1).double().reciprocal()
     else:
         factor = checks.reciprocal("num_items", num_items, hidden.device)
-    exact = active is None or call.exact_weight(active)
-    early = exact and reduction != "none" and call.schedule != "recompute"
+    early = reduction != "none" and call.schedule != "recompute"
     if early and call.plan(active).schedule == "forward":
         results = torch.ops.ift_kernels.linear_loss(
             *call.tensors, factor, *call.options, label_smoothing, z_loss, call.needs,
@@ -254,15 +252,11 @@ class _Call:
         ]
         self.schedule = plan.forced_or_safe()
 
-    def exact_weight(self, active: ActiveSet) -> bool:
-        """Whether the head is trained by its exact gradient: the active set is for dh alone."""
-        return active.dW == "dense" and any(self.needs[1:])
-
     def for_hidden(self, active: ActiveSet | None) -> list[float]:
-        """What operators with an exact gradient of the head take: the set that dh is from."""
+        """What operators take: the set that dh is from, none where it is exact."""
         if active is None or not self.needs[0]:
             return []
-        return [active.threshold, active.block, active.tail_tile]
+        return [active.threshold, active.block, active.tail_bucket]
 
     def plan(self, active: ActiveSet | None = None) -> plan.Plan:
         """The plan for this call if no target is ignored and gradients can be formed early."""
@@ -285,17 +279,14 @@ class _Call:
         `differentiable`: what of `track` may get a gradient.
         """
         early = self.schedule != "recompute" and frozen_op.serves(self.needs, differentiable)
-        if active is None and early and self.plan().schedule == "forward":
-            values = torch.ops.ift_kernels.linear_frozen(*self.tensors, *self.options, track)
-        elif active is None or not any(self.needs) or self.exact_weight(active):
+        if early and self.plan(active).schedule == "forward":
+            values = torch.ops.ift_kernels.linear_frozen(
+                *self.tensors, *self.options, track, self.for_hidden(active)
+            )
+        else:
             values = torch.ops.ift_kernels.linear_stats(
                 *self.tensors, *self.options, track, self.needs, self.schedule,
                 self.for_hidden(active),
-            )  # fmt: skip
-        else:
-            values = torch.ops.ift_kernels.linear_active(
-                *self.tensors, *self.options, track, self.needs, self.schedule != "recompute",
-                active.threshold, active.block, active.tail_tile,
             )  # fmt: skip
         pairs = zip(values[:8], linear_ops.tracked(track)[:8], strict=True)
         return TokenStats(*(v.view(self.shape) if asked else v for v, asked in pairs)), values[8]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ift_kernels import engine, operators, plan, syncfree
 from ift_kernels.backends import reference as ref
-from ift_kernels.head_call import Call, Held, active_hidden, check_targets, report_active
+from ift_kernels.head_call import Call, Held, active_hidden, check_targets
 from ift_kernels.sums import wide_dtype
 
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
@@ -138,7 +138,6 @@ def _stats(
     active = active_hidden(numbers)
     call = Call(hidden, weight, bias, valid, tuple(options), tuple(needs), active=active)
     chosen = plan.make(call.problem, plan.ledger.held, schedule or None)
-    report_active(active, call, chosen)
     kept_rows = call.problem.rows if chosen.keep_columns else 0
     kept = engine.new_rows(call.head.backend, call.head.hidden, kept_rows, chosen.keep_columns)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -202,6 +201,8 @@ def _stats_backward(
             kept,
             active,
         )
+    if active is not None:
+        active.record()
     return gradient_outputs(call, results, bias)
 
 

@@ -27,7 +27,6 @@ def _loss(
     arguments = hidden, weight, bias, valid, tuple(options), tuple(needs), True, active
     call = head_call.Call(*arguments)
     chosen = plan.make(call.problem, plan.ledger.held, "forward")
-    head_call.report_active(active, call, chosen)
     # Gradients that earlier calls hold, or too few rows a block: backward recomputes instead.
     # So it does where nothing may wait for the device: rows that do not count are still there.
     early = chosen.schedule == "forward" and call.keep is None
@@ -56,6 +55,8 @@ def _loss(
             results = engine.forward_gradients(
                 call.head, rows, coefficients, tuple(needs), hidden.dtype, chosen, track, active
             )
+            if active is not None:
+                active.record()
         else:
             chosen = plan.make(call.problem, 0, "recompute")
             coefficients(*engine.statistics(call.head, rows, track, chosen))

@@ -58,7 +58,7 @@ class Problem:
     early: bool = False  # gradients can be formed in forward
     same_dtype: bool = True  # head weight (and its gradient) in the dtype of the products
     transpose: bool = False  # the backend wants the gradient of a tile transposed as well
-    tail_tile: int = 0  # of an active set that dh is formed from, beside an exact dW
+    tail_bucket: int = 0  # of the active set that dh is formed from; 0: dh is exact
 
     @property
     def any_gradient(self) -> bool:
@@ -107,13 +107,13 @@ def tile(
     return tile_rows, min(tile_columns, columns)
 
 
-def tail_room(problem: Problem) -> int:
-    """Bytes for means of tails, profiles and the sums of the head that they are multiplied with.
+def tail_bytes(problem: Problem) -> int:
+    """Bytes for tail gradients, tail weights and the sums of head rows that they multiply.
 
-    Two of each: they are gathered at the end. Tail tiles begin anew with every tile of products.
+    Two of each: they are gathered at the end. Buckets begin anew with every tile of products.
     """
     p = problem
-    tails = -(-p.vocabulary // min(p.tail_tile, 512))
+    tails = -(-p.vocabulary // min(p.tail_bucket, 512))
     return min(8 * tails * (p.rows + p.width) + 8 * p.vocabulary, p.workspace // 16)
 
 
@@ -131,11 +131,11 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
         peak = columns * (rows * itemsize + cast)
         return Plan("statistics", rows, columns, 0, 1.0, n, 0, peak)
     per_gradient = p.need_hidden + (p.need_weight or p.need_bias)
-    # Of a tile's gradient its active columns once more, marks, and their head rows; means of tails.
-    again, marks, gathered = 0, 0, 0
-    if p.tail_tile:
-        again, marks, gathered = itemsize, -(-n // 32), p.width * itemsize
-        budget -= tail_room(p)
+    # Of a tile's gradient its active columns once more, a mask, and their head rows; tails.
+    again, masks, gathered = 0, 0, 0
+    if p.tail_bucket:
+        again, masks, gathered = itemsize, -(-n // 32), p.width * itemsize
+        budget -= tail_bytes(p)
     # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it.
     per_row = p.width * (4 + itemsize) if p.need_hidden and itemsize < 4 else 0
     hidden_rows = n
@@ -146,7 +146,7 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
     # A tile, its transpose, and what goes with each column.
     copies = 2 if p.transpose and p.need_weight else 1
     per_column = cast + p.width * (itemsize + 4) if cast and p.need_weight else cast
-    per_column += gathered + marks + n * again
+    per_column += gathered + masks + n * again
     rows, columns = tile(n, p.vocabulary, itemsize * copies, (budget - sums) // 2, per_column)
     work = sums + columns * (rows * itemsize * copies + per_column)
     keep = 0
@@ -165,7 +165,7 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
     ):
         _, across = tile(min(n, 1024), p.vocabulary, itemsize, budget // 4, cast)
         flipped = across * itemsize * (copies - 1)  # per token: a tile's transpose, 64 rows wider
-        beside = across * (cast + gathered + marks) + 64 * flipped
+        beside = across * (cast + gathered + masks) + 64 * flipped
         per_token = p.vocabulary * itemsize + per_row + flipped + across * again
         most = MAX_ROUNDED if p.need_weight and itemsize < 4 else n
         # The last quarter of the workspace buys a pass or two less over dW: not worth having.

@@ -27,9 +27,8 @@ def sync_free() -> AbstractContextManager[None]:
     """Never wait for the device inside the ``with`` block; so it is while a CUDA graph is captured.
 
     Sizes that depend on data become fixed ones. Rows that are ignored or have no upstream gradient
-    are computed and masked instead of dropped. An active set gets the room that half of the
-    workspace holds; where it does not fit, all gradients of the call are NaN: a larger workspace
-    or threshold helps. Results are otherwise the same.
+    are computed and masked instead of dropped. How many columns an active set has depends on data:
+    ``gradient="active"`` gives exact gradients here. Results are otherwise the same.
     """
     return _asked.use(True)
 
@@ -46,8 +45,3 @@ def masked_rows(keep: Tensor, value: Tensor) -> Tensor:
     return torch.where(
         keep[:, None], value, torch.zeros((), dtype=value.dtype, device=value.device)
     )
-
-
-def poisoned(overflow: Tensor, value: Tensor | None) -> Tensor | None:
-    """`value`, all NaN where the flag is set: an overflow that nobody looks at must not pass."""
-    return None if value is None else value.masked_fill_(overflow, torch.nan)

@@ -65,10 +65,8 @@ def _nll(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return F.cross_entropy(_dense(h, w, b), IDS)
 
 
-def _active(dW: str) -> Callable[..., Tensor]:
-    # Every column is active, so the gradient is exact.
-    options = ActiveSet(threshold=0.0, block=32, tail_tile=64, dW=dW)
-    return lambda h, w, b: linear_cross_entropy(h, w, IDS, bias=b, gradient=options)
+# Every column is active, so the gradient is exact.
+ACTIVE = ActiveSet(threshold=0.0, block=32, tail_bucket=64)
 
 
 TEACHER = tuple(torch.randn(s, generator=torch.Generator().manual_seed(8)) for s in HEAD[:2])
@@ -114,8 +112,14 @@ OPERATIONS: dict[str, Operation] = {
         lambda h, w: F.cross_entropy(_dense(h, w), IDS, reduction="none"),
         HEAD[:2],
     ),
-    "active": Operation(_active("active"), _nll, HEAD),
-    "active, head exact": Operation(_active("dense"), _nll, HEAD),
+    "active": Operation(
+        lambda h, w, b: linear_cross_entropy(h, w, IDS, bias=b, gradient=ACTIVE), _nll, HEAD
+    ),
+    "active, frozen head": Operation(
+        lambda h: linear_logprobs(h, TEACHER[1], IDS, gradient=ACTIVE).logprob,
+        lambda h: _dense(h, TEACHER[1]).log_softmax(-1).gather(-1, IDS[:, None])[:, 0],
+        HEAD[:1],
+    ),
     "divergence": Operation(
         lambda h, w, b: linear_divergence(h, w, *TEACHER, bias=b),
         lambda *tensors: _divergence(*tensors).mean(),

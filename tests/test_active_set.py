@@ -1,4 +1,4 @@
-"""The active-set backward: exact where everything is active, close and sum-preserving elsewhere."""
+"""The active set: exact where everything is active, close and sum-preserving elsewhere."""
 
 import math
 
@@ -9,20 +9,18 @@ from torch.utils.checkpoint import checkpoint
 import dense
 import ift_kernels as K
 from bench import lmlike
-from ift_kernels import active, active_backward, active_hidden
+from ift_kernels import active_hidden
 from ift_kernels.active_set import ActiveSet
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ROUNDING = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
 OUTPUTS = ("logprob", "lse", "entropy", "mean_logit")
-SMALL = {"block": 32, "tail_tile": 64}
+SMALL = {"block": 32, "tail_bucket": 64}
 
 
 @pytest.fixture
 def sparse(monkeypatch):
     """No tile is left dense, however many of its columns are active."""
-    monkeypatch.setattr(active, "DENSE_SHARE", 2.0)
-    monkeypatch.setattr(active_backward, "DENSE_SHARE", 2.0)
     monkeypatch.setattr(active_hidden, "DENSE_SHARE", 2.0)
 
 
@@ -34,7 +32,7 @@ def upstream(n, outputs, seed=3):
 
 def gradients(h, gradient, outputs=("logprob",), inputs=None, weights=None, **options):
     """Of a weighted sum of outputs; the inputs in their own dtype."""
-    inputs = h.inputs if inputs is None else inputs
+    inputs = [t for t in h.inputs if t.requires_grad] if inputs is None else inputs
     stats = K.linear_logprobs(
         h.hidden, h.weight, h.target, outputs=outputs, gradient=gradient, **h.kwargs, **options
     )
@@ -54,6 +52,14 @@ def exact(h, outputs=("logprob",), weights=None):
     return torch.autograd.grad(total, h.inputs)
 
 
+def frozen(h):
+    """The same with a head that is not trained: dh is formed in forward."""
+    return dense.replace(h, weight=h.weight.detach())
+
+
+HEADS = pytest.mark.parametrize("of", [lambda h: h, frozen], ids=["trained", "frozen"])
+
+
 def distance(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
 
@@ -70,7 +76,7 @@ def lm(n=256, d=64, v=2400, dtype=torch.float32, seed=0, **shape):
 def test_threshold_zero_is_exact(dtype, bias, transform, backend, sparse):
     # Rows and columns that fill neither their last block nor their last tile.
     h = dense.head(75, 24, 333, dtype, bias=bias, **transform)
-    options = ActiveSet(threshold=0.0, dW="active", **SMALL)
+    options = ActiveSet(threshold=0.0, **SMALL)
     with K.use_backend(backend):
         found = gradients(h, options, OUTPUTS)
         wanted = gradients(h, "exact", OUTPUTS)
@@ -81,25 +87,24 @@ def test_threshold_zero_is_exact(dtype, bias, transform, backend, sparse):
         assert distance(mine, other) <= ROUNDING[dtype] * 2
 
 
-@pytest.mark.parametrize("schedule", ["kept", "recompute"])
-@pytest.mark.parametrize("weight", ["active", "dense"])
+@pytest.mark.parametrize("schedule", ["keep", "recompute", "forward"])
+@HEADS
 @pytest.mark.parametrize("workspace", [None, 4 << 20], ids=["default", "4MiB"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_error_at_the_default_threshold(dtype, workspace, weight, schedule):
-    h = lm(dtype=dtype, d=64)
-    options = ActiveSet(dW=weight, tail_tile=512)
-    if schedule == "recompute":
-        with K.use_schedule("recompute"):
-            found = gradients(h, options, workspace=workspace)
-    else:
-        found = gradients(h, options, workspace=workspace)
+def test_error_at_the_default_threshold(dtype, workspace, of, schedule, sparse):
+    h = of(lm(dtype=dtype, d=64))
+    with K.use_schedule(schedule), K.record_active_sets() as report:
+        found = gradients(h, ActiveSet(tail_bucket=512), workspace=workspace)
+    assert len(report) == 1
     d_hidden, d_weight = exact(h)
-    assert distance(found[0], d_hidden) <= 0.015
-    assert distance(found[1], d_weight) <= (0.01 if weight == "active" else ROUNDING[dtype] * 2)
+    assert 1e-4 < distance(found[0], d_hidden) <= 0.015
+    for mine in found[1:]:
+        assert distance(mine, d_weight) <= ROUNDING[dtype] * 2
 
 
+@HEADS
 @pytest.mark.parametrize("gamma", [0.6, 1.0, 2.0])
-def test_error_on_other_data(gamma):
+def test_error_on_other_data(gamma, of):
     # Not the generator that thresholds and tiles were tuned on: clusters of ids and of tokens.
     generator = torch.Generator().manual_seed(7)
     centres = torch.randn(20, 48, generator=generator)
@@ -108,13 +113,8 @@ def test_error_on_other_data(gamma):
     tokens = centres[torch.randint(20, (256,), generator=generator)]
     hidden = gamma * 0.5 * (tokens + 0.5 * torch.randn(256, 48, generator=generator))
     target = (hidden @ weight.T).softmax(-1).multinomial(1, generator=generator)[:, 0]
-    h = dense.Head(hidden.requires_grad_(), weight.requires_grad_(), target)
-    with K.record_active_sets() as report:
-        found = gradients(h, ActiveSet(dW="active"))
-    true = exact(h)
-    assert report[0].recomputed_tiles == 0
-    assert distance(found[0], true[0]) <= 0.015
-    assert distance(found[1], true[1]) <= 0.01
+    h = of(dense.Head(hidden.requires_grad_(), weight.requires_grad_(), target))
+    assert distance(gradients(h, "active")[0], exact(h)[0]) <= 0.015
 
 
 def with_a_constant_column(h):
@@ -124,25 +124,27 @@ def with_a_constant_column(h):
     return dense.Head(hidden, weight, h.target)
 
 
-@pytest.mark.parametrize("outputs", [OUTPUTS, ("logprob",), ("entropy",)], ids=str)
-def test_rows_keep_their_sum(outputs, sparse):
-    h = with_a_constant_column(lm())
-    found = gradients(h, ActiveSet(threshold=2.0**-6, dW="active"), outputs)[0]
+@HEADS
+@pytest.mark.parametrize("outputs", [OUTPUTS, ("logprob",), ("logprob", "lse")], ids=str)
+def test_rows_keep_their_sum(outputs, of, sparse):
+    h = of(with_a_constant_column(lm()))
+    found = gradients(h, ActiveSet(threshold=2.0**-6), outputs)[0]
     true = exact(h, outputs)[0]
     scale = upstream(256, outputs).abs().sum(0)
     assert ((found[:, -1].double() - true[:, -1]).abs() / scale).max() <= 2e-5
 
 
-def test_error_bound_of_a_row(sparse):
+@pytest.mark.parametrize("trained", [True, False])
+def test_error_bound_of_a_row(trained, sparse):
     # ‖Σ_v (dz − dz')‖₁ ≤ 2·|a|·tail mass: seen through a head whose rows are unit vectors.
     torch.manual_seed(0)
     v = 512
     logits = 3 * torch.randn(64, v)
     target = logits.softmax(-1).multinomial(1)[:, 0]
-    hidden, weight = logits.clone().requires_grad_(), torch.eye(v)
+    hidden, weight = logits.clone().requires_grad_(), torch.eye(v, requires_grad=trained)
     threshold = 2.0**-7
     stats = K.linear_logprobs(
-        hidden, weight, target, gradient=ActiveSet(threshold=threshold, block=32, tail_tile=128)
+        hidden, weight, target, gradient=ActiveSet(threshold=threshold, block=32, tail_bucket=128)
     )
     a = upstream(64, ("logprob",))[0]
     (found,) = torch.autograd.grad(stats.logprob, hidden, a)
@@ -162,89 +164,90 @@ def test_flat_logits_fall_back_to_dense():
     hidden = torch.randn(128, 32, requires_grad=True)
     weight = (torch.randn(2000, 32) / 32**0.5).requires_grad_()
     h = dense.Head(hidden, weight, torch.randint(2000, (128,)))
-    with K.record_active_sets() as report:
-        found = gradients(h, ActiveSet(dW="active"))
-    assert report[0].dense_tiles == report[0].tiles and report[0].share == 1.0
-    for mine, other in zip(found, gradients(h, "exact"), strict=True):
-        assert distance(mine, other) <= 1e-6
+    for of in (lambda h: h, frozen):
+        with K.record_active_sets() as report:
+            found = gradients(of(h), "active")
+        assert report[0].dense_tiles == report[0].tiles > 0 and report[0].share == 1.0
+        assert report[0].tail_max == 0
+        for mine, other in zip(found, gradients(of(h), "exact"), strict=True):
+            assert distance(mine, other) <= 1e-6
 
 
-def test_report(sparse):
-    h = lm()
-    with K.record_active_sets() as report:
-        gradients(h, ActiveSet(dW="active"))
+@pytest.mark.parametrize("softcap", [None, 8.0])
+@pytest.mark.parametrize("schedule", ["keep", "recompute", "forward"])
+@HEADS
+def test_report(of, schedule, softcap, sparse):
+    h = of(dense.replace(lm(), options={"softcap": softcap} if softcap else {}))
+    with K.use_schedule(schedule), K.record_active_sets() as report:
+        gradients(h, "active", workspace=8 << 20)
         gradients(h, "exact")
+    gradients(h, "active")
     assert len(report) == 1
-    stats = report[0]
-    p = (h.hidden @ h.weight.T).detach().double().softmax(-1)
+    z = (h.hidden @ h.weight.T).detach().double()
+    slope = torch.ones_like(z)
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+        slope = 1 - (z / softcap).square()
+    p = z.softmax(-1)
     active_ids = p > 2.0**-12
     active_ids[torch.arange(256), h.target] = True
-    share = active_ids.view(2, 128, -1).any(1).double().mean()
-    assert share <= stats.share <= 1.2 * share + 0.01  # marked while the sum grew: a superset
-    assert stats.kept_bytes >= share * 2 * 128 * len(h.weight) * 4
-    blocks = active_ids.view(2, 128, -1).any(1).repeat_interleave(128, 0)
-    tail = torch.where(blocks, 0.0, p).sum(1)
-    assert stats.tail_mean <= tail.mean() * (1 + 1e-4) and stats.tail_max <= tail.max() * (1 + 1e-4)
-    assert stats.tail_mean > 0.3 * tail.mean()
+    blocks = active_ids.view(2, 128, -1).any(1)
+    tail = torch.where(blocks.repeat_interleave(128, 0), 0.0, p * slope).sum(1)
+    assert report[0].share == pytest.approx(float(blocks.double().mean()), rel=0.01)
+    assert report[0].tail_mean == pytest.approx(float(tail.mean()), rel=0.01)
+    assert report[0].tail_max == pytest.approx(float(tail.max()), rel=0.01)
+    assert report[0].tiles > 0 == report[0].dense_tiles
 
 
-def test_kept_within_the_workspace():
-    # Where the set does not fit it is formed again in backward: the same result.
-    h = lm(n=512, v=6000)
-    options = ActiveSet(dW="active", tail_tile=512)
-    with K.record_active_sets() as report:
-        small = gradients(h, options, workspace=7 << 20)
-        large = gradients(h, options)
-    assert report[0].kept_bytes <= 7 << 20
-    assert report[0].recomputed_tiles > 0 and report[1].recomputed_tiles == 0
-    for one, other in zip(small, large, strict=True):
-        assert distance(one, other) <= 0.01
-
-
-def test_too_small_a_workspace_is_exact():
-    h = lm(v=4000)
-    options = ActiveSet(block=4096, tail_tile=8192, dW="active")
-    found = gradients(h, options, workspace=1 << 20)
-    for mine, true in zip(found, gradients(h, "exact"), strict=True):
-        assert distance(mine, true) <= 1e-6
-
-
-def test_second_backward_and_accumulation():
+def test_a_report_is_of_the_forward_that_was_recorded():
     h = lm()
-    stats = K.linear_logprobs(h.hidden, h.weight, h.target, gradient=ActiveSet(dW="active"))
-    first = torch.autograd.grad(stats.logprob.sum(), h.inputs, retain_graph=True)
+    with K.record_active_sets() as report:
+        stats = K.linear_logprobs(h.hidden, h.weight, h.target, gradient="active")
+    assert not report
+    with K.record_active_sets() as other:
+        stats.logprob.sum().backward()
+    assert len(report) == 1 and not other
+
+
+def test_a_tiny_workspace_is_right():
+    h = lm(v=4000)
+    for of in (lambda h: h, frozen):
+        options = ActiveSet(block=4096, tail_bucket=8192)
+        found = gradients(of(h), options, workspace=1 << 20)
+        assert distance(found[0], exact(h)[0]) <= 0.015
+
+
+@HEADS
+def test_second_backward_and_accumulation(of):
+    h = of(lm())
+    inputs = [t for t in h.inputs if t.requires_grad]
+    stats = K.linear_logprobs(h.hidden, h.weight, h.target, gradient="active")
+    first = torch.autograd.grad(stats.logprob.sum(), inputs, retain_graph=True)
     first = [g.clone() for g in first]
-    second = torch.autograd.grad(stats.logprob.sum(), h.inputs)
+    second = torch.autograd.grad(stats.logprob.sum(), inputs)
     for one, two in zip(first, second, strict=True):
-        assert distance(two, one) <= 0.01  # formed again, against the final log-sum-exp
+        assert distance(two, one) <= 0.01
     stats = K.linear_logprobs(h.hidden, h.weight, h.target, gradient="active")
     (g,) = torch.autograd.grad(stats.logprob.sum(), h.hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):
         g.sum().backward()
 
 
-def test_deterministic():
-    h = lm(dtype=torch.bfloat16)
-    one = gradients(h, ActiveSet(dW="active"))
-    two = gradients(h, ActiveSet(dW="active"))
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-
-
-@pytest.mark.parametrize("weight", ["active", "dense"])
-def test_ignored_and_untaught_rows(weight, sparse):
-    h = lm()
+@HEADS
+def test_ignored_rows_and_rows_without_upstream_gradient(of, sparse):
+    h = of(lm())
     h.target[::3] = -100
     given = upstream(256, ("logprob",))
     given[:, 1::3] = 0
-    found = gradients(h, ActiveSet(threshold=0.0, dW=weight), weights=given)
-    for mine, true in zip(found, exact(h, weights=given), strict=True):
+    found = gradients(h, ActiveSet(threshold=0.0), weights=given)
+    for mine, true in zip(found, exact(h, weights=given), strict=False):
         assert distance(mine, true) <= 5e-6
     assert (found[0][::3] == 0).all() and (found[0][1::3] == 0).all()
 
 
-@pytest.mark.parametrize("weight", ["active", "dense"])
+@HEADS
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_nan_and_inf_reach_the_gradients(value, weight):
+def test_nan_and_inf_reach_the_gradients(value, of):
     h = lm()
     with torch.no_grad():
         h.weight[2300] = value
@@ -252,24 +255,23 @@ def test_nan_and_inf_reach_the_gradients(value, weight):
         h.hidden[5, 0] = 1.0
         h.hidden[6:, 0] = 0.0 if math.isnan(value) else -1.0
         h.hidden[:5, 0] = 0.0 if math.isnan(value) else -1.0
-    d_hidden, d_weight = gradients(h, ActiveSet(dW=weight))
-    assert d_hidden[5].isnan().any() and d_weight.isnan().any()
+    d_hidden, *d_weight = gradients(of(h), "active")
+    assert d_hidden[5].isnan().any() and all(g.isnan().any() for g in d_weight)
     given = torch.ones(1, 256)
     given[0, 9] = value
-    h = lm()
-    d_hidden, d_weight = gradients(h, ActiveSet(dW=weight), weights=given)
-    assert not d_hidden[9].isfinite().all() and not d_weight.isfinite().all()
+    d_hidden, *d_weight = gradients(of(lm()), "active", weights=given)
+    assert not d_hidden[9].isfinite().all() and not any(g.isfinite().all() for g in d_weight)
     assert d_hidden[200].isfinite().all()
 
 
-def test_a_nan_in_a_row_that_teaches_nothing_stays_there():
+def test_a_nan_in_a_row_without_upstream_gradient_stays_there():
     h = lm()
     with torch.no_grad():
         h.hidden[5] = math.nan
     given = torch.ones(1, 256)
     given[0, 5] = 0
-    for weight in ("active", "dense"):
-        found = gradients(h, ActiveSet(dW=weight), weights=given)
+    for each in (h, frozen(h)):
+        found = gradients(each, "active", weights=given)
         assert all(g.isfinite().all() for g in found)
 
 
@@ -279,8 +281,7 @@ def test_frozen_parts_and_loss():
     for frozen in ("hidden", "weight"):
         hidden = h.hidden.detach().requires_grad_(frozen != "hidden")
         weight = h.weight.detach().requires_grad_(frozen != "weight")
-        options = ActiveSet(dW="active")
-        loss = K.linear_cross_entropy(hidden, weight, target, gradient=options)
+        loss = K.linear_cross_entropy(hidden, weight, target, gradient="active")
         torch.testing.assert_close(loss, K.linear_cross_entropy(hidden, weight, target))
         inputs = [t for t in (hidden, weight) if t.requires_grad]
         (mine,) = torch.autograd.grad(loss, inputs)
@@ -319,8 +320,7 @@ def test_checkpointing_autocast_and_compile():
         ({"threshold": 1.0}, "threshold: expected in"),
         ({"threshold": -1.0}, "threshold: expected in"),
         ({"block": 100}, "block: expected a positive multiple of 32"),
-        ({"tail_tile": 0}, "tail_tile: expected a positive multiple of 64"),
-        ({"dW": "none"}, "dW"),
+        ({"tail_bucket": 0}, "tail_bucket: expected a positive multiple of 64"),
     ],
 )
 def test_options_are_checked(options, match):
@@ -334,25 +334,25 @@ def test_gradient_names_are_checked():
 
 
 @pytest.mark.parametrize(("first", "then"), [("cpu", "reference"), ("reference", "cpu")])
-@pytest.mark.parametrize("weight", ["active", "dense"])
-def test_backward_under_another_backend(first, then, weight):
+@HEADS
+def test_backward_under_another_backend(first, then, of):
     # bfloat16, where the backends differ in what they would plan.
-    h = lm(n=513, d=32, v=9000, dtype=torch.bfloat16)
-    options = ActiveSet(tail_tile=512, dW=weight)
+    h = of(lm(n=513, d=32, v=9000, dtype=torch.bfloat16))
+    options = ActiveSet(tail_bucket=512)
     with K.use_backend(first):
         stats = K.linear_logprobs(
             h.hidden, h.weight, h.target, gradient=options, workspace=24117248
         )
     a = upstream(513, ("logprob",))[0]
     with K.use_backend(then):
-        found = torch.autograd.grad(stats.logprob, h.inputs, a)
-    for mine, true in zip(found, exact(h, weights=a[None]), strict=True):
+        found = torch.autograd.grad(stats.logprob, [t for t in h.inputs if t.requires_grad], a)
+    for mine, true in zip(found, exact(h, weights=a[None]), strict=False):
         assert distance(mine, true) <= 0.02
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("weight", ["active", "dense"])
-def test_masked_out_ids_have_no_part_in_the_tail(weight, backend, sparse):
+@HEADS
+def test_masked_out_ids_have_no_part_in_the_tail(of, backend, sparse):
     torch.manual_seed(0)
     head = (torch.randn(2000, 32) / 3).requires_grad_()
     bias = torch.zeros(2000)
@@ -362,19 +362,8 @@ def test_masked_out_ids_have_no_part_in_the_tail(weight, backend, sparse):
     hidden = torch.randn(32, 32, requires_grad=True)
     h = dense.Head(hidden, head, torch.randint(1900, (32,)), bias.requires_grad_())
     with K.use_backend(backend):
-        found = gradients(h, ActiveSet(threshold=2.0**-7, dW=weight))
+        found = gradients(of(h), ActiveSet(threshold=2.0**-7))
     true = exact(h)
     assert distance(found[0], true[0]) <= 0.5  # a high threshold, but nothing of the padding
     for mine in found[1:]:
         assert mine[1900:].abs().max() <= 1e-6
-
-
-def test_few_rows_stay_within_the_workspace():
-    hidden, weight = torch.randn(1, 64), torch.randn(100000, 64)
-    hidden.requires_grad_()
-    h = dense.Head(hidden, weight, torch.zeros(1).long())
-    with K.record_active_sets() as report:
-        (found,) = gradients(h, ActiveSet(threshold=0.0), inputs=[hidden], workspace=16 << 20)
-    assert report[0].kept_bytes <= 16 << 20
-    (true,) = gradients(h, "exact", inputs=[hidden])
-    assert distance(found, true) <= 1e-5

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cuda_emulator
-import taken_apart
+import split_examples
 from ift_kernels.backends import cuda, reference
 from ift_kernels.transform import LogitTransform
 
@@ -143,12 +143,11 @@ def test_token_choice(cols, dtype):
 
 
 @pytest.mark.parametrize(
-    ("rows", "cols", "block", "tile"),
-    [(70, 300, 32, 64), (200, 5003, 96, 2048), (130, 2500, 128, 4096), (40, 520, 4096, 64)],
+    ("rows", "cols", "block"), [(70, 300, 32), (200, 5003, 96), (40, 520, 4096)]
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transform", [PLAIN, CAPPED], ids=["plain", "capped"])
-def test_active_set(rows, cols, block, tile, dtype, transform):
+def test_active_mask(rows, cols, block, dtype, transform):
     x, _ = chunk(rows, cols, dtype, gap=-cols % 64)
     x[3, 17] = NAN
     bias = None
@@ -157,43 +156,16 @@ def test_active_set(rows, cols, block, tile, dtype, transform):
         bias[::7] = -INF
     target = torch.randint(-cols, 2 * cols, (rows,))
     level = torch.randn(rows) * 0.1 + (6.0 if transform is PLAIN else 8.0)
-    marks = [
-        backend.active_marks(x, bias, transform, target, 5, level, block)
+    ours, theirs = (
+        backend.active_mask(x, bias, transform, target, 5, level, block)
         for backend in (cuda, reference)
-    ]
-    assert torch.equal(*marks)
-    count, blocks, tiles = int(marks[0].sum()), -(-rows // block), -(-cols // tile)
-    assert 0 < count < marks[0].numel()
-    stores, sums = [], []
-    for backend in (cuda, reference):
-        store = torch.empty(count, block, dtype=dtype)
-        sum_ = torch.empty(3, tiles, rows)
-        backend.active_collect(x, bias, transform, marks[0], level - 6, tile, store, sum_)
-        stores.append(store)
-        sums.append(sum_)
-    assert torch.equal(stores[0].nan_to_num(9.0), stores[1].nan_to_num(9.0))
-    close(sums[0], sums[1], dtype, "sums")
-    padded = blocks * block
-    norm, coef = torch.randn(2, padded) + 5, torch.randn(4, padded)
-    coef[:, rows:] = 0
-    coef[:, 3] = 0  # where the NaN is
-    base, profile = torch.randn(tiles, padded), taken_apart.profile(cols)
-    pairs = marks[0].nonzero().contiguous()
-    for backend, store in zip((cuda, reference), stores, strict=True):
-        backend.active_gradient_(
-            store, pairs, rows, bias, transform, target, 5, norm, coef, base, tile, profile
-        )
-    close(stores[0], stores[1], dtype, "gradient")
-    for other in (profile.double(), profile[::2], profile[None]):
-        with pytest.raises(RuntimeError, match="profile"):
-            cuda.active_gradient_(
-                store, pairs, rows, bias, transform, target, 5, norm, coef, base, tile, other
-            )
+    )
+    assert torch.equal(ours, theirs) and 0 < ours.sum() < ours.numel()
 
 
-# Rows on 16 bytes or not; tiles of a strip of 2048 columns, of several, and of part of one.
+# Rows on 16 bytes or not; buckets of a strip of 2048 columns, of several, and of part of one.
 @pytest.mark.parametrize(
-    ("rows", "cols", "block", "tile", "start", "gap"),
+    ("rows", "cols", "block", "bucket", "start", "gap"),
     [
         (70, 300, 32, 64, 0, 20),
         (200, 5003, 96, 2048, 0, 5),
@@ -203,52 +175,46 @@ def test_active_set(rows, cols, block, tile, dtype, transform):
     ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_active_rows(rows, cols, block, tile, start, gap, dtype):
-    dz, marks = taken_apart.example(rows, cols, dtype, block, tile, start, gap)
-    profile, results = taken_apart.profile(cols), []
-    profile[cols // tile * tile :] = 0  # of a tail that is there
+def test_split_active(rows, cols, block, bucket, start, gap, dtype):
+    dz, mask = split_examples.example(rows, cols, dtype, block, bucket, start, gap)
+    tail_weights, results = split_examples.tail_weights(cols), []
+    tail_weights[cols // bucket * bucket :] = 0  # of a tail that is there
     for backend in (cuda, reference):
-        mean, active = taken_apart.outputs(dz, marks, block, tile)
-        backend.active_rows(dz, marks, block, tile, profile, mean, active)
-        results.append((mean, active))
-    taken_apart.close(*results, dtype)
+        tail_gradient, active = split_examples.outputs(dz, mask, block, bucket)
+        backend.split_active(dz, mask, block, bucket, tail_weights, tail_gradient, active)
+        results.append((tail_gradient, active))
+    split_examples.close(*results, dtype)
 
 
-def test_active_rows_refuses_other_layouts():
-    dz, marks = taken_apart.example(70, 200, torch.float32, 32, 64)
-    mean, active = taken_apart.outputs(dz, marks, 32, 64)
-    profile = taken_apart.profile(200)
+def test_split_active_refuses_other_layouts():
+    dz, mask = split_examples.example(70, 200, torch.float32, 32, 64)
+    tail_gradient, active = split_examples.outputs(dz, mask, 32, 64)
+    tail_weights = split_examples.tail_weights(200)
     for change, word in (
-        ({"marks": marks[:2]}, "marks"), ({"mean": mean.double()}, "mean"),
+        ({"mask": mask[:2]}, "mask"), ({"tail_gradient": tail_gradient.double()}, "tail_gradient"),
         ({"active": active.half()}, "active"), ({"active": active[::2]}, "active"),
-        ({"marks": marks[:2], "block": 40}, "blocks of 40"),
-        ({"profile": profile[1:]}, "200"), ({"profile": profile.double()}, "profile"),
+        ({"mask": mask[:2], "block": 40}, "blocks of 40"),
+        ({"tail_weights": tail_weights[1:]}, "200"),
+        ({"tail_weights": tail_weights.double()}, "tail_weights"),
     ):  # fmt: skip
-        arguments = {"dz": dz, "marks": marks, "mean": mean, "active": active, "block": 32}
-        arguments["profile"] = profile
+        arguments = {
+            "dz": dz,
+            "mask": mask,
+            "tail_gradient": tail_gradient,
+            "active": active,
+            "block": 32,
+        }
+        arguments["tail_weights"] = tail_weights
         with pytest.raises(RuntimeError, match=word):
-            cuda.active_rows(tile=64, **(arguments | change))
+            cuda.split_active(bucket=64, **(arguments | change))
 
 
 @pytest.mark.parametrize("width", [1, 24, 300])
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
-def test_sums_of_rows(width, accumulate, out_dtype):
-    for dtype in DTYPES:
-        parts, at = torch.randn(50, width).to(dtype), torch.randint(20, (50,))
-        common = torch.randn(5, width)
-        start, profile = torch.randn(20, width).to(out_dtype), taken_apart.profile(45)
-        ours, theirs = start.clone(), start.clone()
-        cuda.combine_rows(parts, at, common, 4, profile[:20], ours, accumulate)
-        reference.combine_rows(parts, at, common, 4, profile[:20], theirs, accumulate)
-        close(ours, theirs, out_dtype)
-        matrix = torch.randn(45, width + 3).to(dtype)[:, :width]
-        sums = [backend.tile_sums(matrix, 20, profile) for backend in (cuda, reference)]
-        close(*sums, torch.float32)
-        with pytest.raises(RuntimeError, match="45"):
-            cuda.tile_sums(matrix, 20, profile[1:])
-        with pytest.raises(RuntimeError, match="profile"):
-            cuda.tile_sums(matrix, 20, profile.double())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bucket_sums(width, dtype):
+    matrix = torch.randn(45, width + 3).to(dtype)[:, :width]
+    weights = split_examples.tail_weights(45)
+    close(*(side.bucket_sums(matrix, 16, weights) for side in (cuda, reference)), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -46,7 +46,7 @@ def calls():
                     operation.ours(*tensors).sum().backward()
         # Columns are left out, so that a set of active ones is kept.
         hidden, weight = torch.randn(64, 16, requires_grad=True), torch.randn(3000, 16)
-        options = ActiveSet(threshold=0.01, block=32, tail_tile=64, dW="active")
+        options = ActiveSet(threshold=0.01, block=32, tail_bucket=64)
         target = torch.zeros(64, dtype=torch.int64)
         ift_kernels.linear_logprobs(
             hidden, weight, target, gradient=options

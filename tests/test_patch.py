@@ -52,7 +52,7 @@ def test_the_gradient_of_the_head_is_chosen_at_patch():
     model, inputs = make(next(iter(ARCHITECTURES))), batch()
     patch(model)
     _, exact = loss_and_gradients(model, **inputs)
-    for given in (ActiveSet(threshold=0.0, dW="active"), None):  # None: stays as it is
+    for given in (ActiveSet(threshold=0.0), None):  # None: stays as it is
         patch(model, gradient=given)
         model.zero_grad()
         with record_active_sets() as report:

@@ -50,7 +50,7 @@ def expanded(t):
 
 
 LAYOUTS = transposed, strided, part, expanded
-SET = ActiveSet(threshold=2.0**-10, block=32, tail_tile=64)
+SET = ActiveSet(threshold=2.0**-10, block=32, tail_bucket=64)
 ALL = ("logprob", "lse", "entropy", "argmax", "second_logprob", "sum_sq", "mean_logit")
 
 
@@ -63,14 +63,7 @@ OPERATIONS = {
     "logprobs": lambda h, w, y, b: stats(h, w, y, b, outputs=ALL),
     "recomputed": lambda h, w, y, b: stats(h, w, y, b, workspace=1 << 20),
     "active": lambda h, w, y, b: stats(h, w, y, b, gradient=SET),
-    "active head": lambda h, w, y, b: stats(
-        # All columns, or the schedules that strides allow would each drop others.
-        h,
-        w,
-        y,
-        b,
-        gradient=ActiveSet(0.0, 32, 64, dW="active"),
-    ),
+    "active, frozen": lambda h, w, y, b: stats(h, w.detach(), y, b.detach(), gradient=SET),
     "frozen": lambda h, w, y, b: stats(h, w.detach(), y, b.detach()),
     "loss": lambda h, w, y, b: (linear_cross_entropy(h, w, y, bias=b, label_smoothing=0.1),),
     "embedding": lambda h, w, e: (linear_expected_embedding(h, w, e),),

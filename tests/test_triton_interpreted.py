@@ -17,7 +17,7 @@ import test_backends
 from ift_kernels import backends, linear_ops
 from ift_kernels.backends import reference as ref
 from ift_kernels.backends import triton as backend
-from ift_kernels.backends.triton import choice, launch
+from ift_kernels.backends.triton import launch, sampling
 from ift_kernels.transform import LogitTransform
 
 interpreter.round_to_nearest()
@@ -68,6 +68,9 @@ def chunk(n, c, dtype, bias, seed=0):
         x[3] = 1.5  # all equal: the lowest id wins
     target = torch.randint(-20, c + 40, (n,), generator=generator)
     return x, torch.randn(c, generator=generator) if bias else None, target
+
+
+SIDES = backend, ref
 
 
 def close(ours, wanted, dtype=torch.float32):
@@ -159,7 +162,7 @@ def test_gumbel_noise_is_that_of_its_formula():
     def kernel(bits, out):
         at = triton.language.arange(0, 8)
         words = triton.language.load(bits + at).to(triton.language.uint32)
-        triton.language.store(out + at, choice.minus_log_exponential(words))
+        triton.language.store(out + at, sampling.minus_log_exponential(words))
 
     out = torch.empty(8)
     kernel[(1,)](bits, out)
@@ -168,54 +171,22 @@ def test_gumbel_noise_is_that_of_its_formula():
 
 
 @pytest.mark.parametrize(("dtype", "transform", "bias"), CASES)
-def test_active_set(dtype, transform, bias, blocks):
-    n, c, block, tile = 70, 200, 32, 64
-    x, b, target = chunk(n, c, dtype, bias)
-    x[1:4] = torch.randn(3, c)
+def test_active_mask(dtype, transform, bias, blocks):
+    x, b, target = chunk(70, 200, dtype, bias)
+    x[1:4] = torch.randn(3, 200)
     if b is not None:
         b[[3, 150]] = -torch.inf
     level = x.float().nan_to_num(0, 9, -9).amax(1).double() - 2.0
     level[7] = torch.nan
-    marks = backend.active_marks(x, b, transform, target, 30, level, block)
-    assert torch.equal(marks, ref.active_marks(x, b, transform, target, 30, level, block))
-    marks[1] = 0  # a block without active columns
-    count, results = int(marks.sum()), []
-    for side in (backend, ref):
-        store = torch.empty(count, block, dtype=dtype)
-        sums = torch.empty(4, -(-c // tile), n)[1:]
-        side.active_collect(x, b, transform, marks, level.nan_to_num().float(), tile, store, sums)
-        results.append((store, sums))
-    assert torch.equal(results[0][0].nan_to_num(5), results[1][0].nan_to_num(5))
-    for ours, theirs in zip(results[0][1], results[1][1], strict=True):
-        dense_scale = theirs.nan_to_num(0, 0, 0).abs().max()
-        torch.testing.assert_close(
-            ours, theirs, rtol=1e-5, atol=1e-5 * float(dense_scale), equal_nan=True
-        )
-    padded = -(-n // block) * block
-    norm, coef, base = torch.rand(2, padded) + 2, torch.randn(4, padded), torch.randn(4, padded)
-    coef[:, n:] = coef[:, 5] = 0
-    pairs, profile = marks.nonzero().contiguous(), torch.rand(c)
-    profile[::3] = 0
-    for side, (store, _) in zip((backend, ref), results, strict=True):
-        side.active_gradient_(
-            store, pairs, n, b, transform, target, 30, norm, coef, base, tile, profile
-        )  # fmt: skip
-    close(results[0][0], results[1][0], dtype)
+    ours, theirs = (side.active_mask(x, b, transform, target, 30, level, 32) for side in SIDES)
+    assert torch.equal(ours, theirs) and 0 < ours.sum() < ours.numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_sums_of_rows(dtype, accumulate, blocks):
-    parts, at = torch.randn(37, 21).to(dtype), torch.randint(0, 50, (37,))
-    at[:9] = 4
-    common, start = torch.randn(4, 21), torch.randn(50, 21).to(dtype)
-    profile = torch.rand(50)
-    profile[3:7] = 0
-    ours, theirs = start.clone(), start.clone()
-    backend.combine_rows(parts, at, common, 16, profile, ours, accumulate)
-    ref.combine_rows(parts, at, common, 16, profile, theirs, accumulate)
-    close(ours, theirs, dtype)
-    close(backend.tile_sums(start, 16, profile), ref.tile_sums(start, 16, profile))
+def test_bucket_sums(dtype, blocks):
+    matrix, weights = torch.randn(50, 21).to(dtype), torch.rand(50)
+    weights[3:7] = 0
+    close(*(side.bucket_sums(matrix, 16, weights) for side in SIDES))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.95, 1.0])

@@ -87,58 +87,29 @@ PYBIND11_MODULE(_cpu, m) {
       Release());
 
   m.def(
-      "active_marks",
-      [](const Chunk& c, uintptr_t target, uintptr_t level, int64_t block, uintptr_t marks) {
-        ift::epilogues().active_marks(c, at<int64_t>(target), at<float>(level), block,
-                                      at<uint8_t>(marks));
+      "active_mask",
+      [](const Chunk& c, uintptr_t target, uintptr_t level, int64_t block, uintptr_t mask) {
+        ift::epilogues().active_mask(c, at<int64_t>(target), at<float>(level), block,
+                                     at<uint8_t>(mask));
       },
       Release());
   m.def(
-      "active_collect",
-      [](const Chunk& c, uintptr_t marks, uintptr_t reference, int64_t block, int64_t tile,
-         uintptr_t store, uintptr_t sums, int64_t sums_ld) {
-        ift::epilogues().active_collect(c, at<uint8_t>(marks), at<float>(reference), block, tile,
-                                        at<void>(store), at<float>(sums), sums_ld);
+      "split_active",
+      [](const Chunk& c, uintptr_t mask, int64_t block, int64_t bucket, uintptr_t tail_weights,
+         uintptr_t tail_gradient, uintptr_t active, int64_t capacity) {
+        if (!ift::epilogues().split_active(c, at<uint8_t>(mask), block, bucket,
+                                           at<float>(tail_weights), at<float>(tail_gradient),
+                                           at<void>(active), capacity))
+          throw std::runtime_error("active: too few elements for the active columns, got " +
+                                   std::to_string(capacity));
       },
       Release());
   m.def(
-      "active_gradient",
-      [](const Chunk& c, uintptr_t target, uintptr_t norm, int64_t norm_ld, uintptr_t coef,
-         int64_t coef_ld, uintptr_t base, int64_t base_ld, uintptr_t profile, uintptr_t pairs,
-         int64_t count, int64_t block, int64_t tile, uintptr_t row_major) {
-        ift::epilogues().active_gradient(
-            c,
-            {at<int64_t>(target), at<float>(norm), norm_ld, at<float>(coef), coef_ld,
-             at<float>(base), base_ld, at<float>(profile)},
-            at<int64_t>(pairs), count, block, tile, at<void>(row_major));
-      },
-      Release());
-  m.def(
-      "active_rows",
-      [](const Chunk& c, uintptr_t marks, int64_t block, int64_t tile, uintptr_t profile,
-         uintptr_t mean, uintptr_t active, int64_t room) {
-        if (!ift::epilogues().active_rows(c, at<uint8_t>(marks), block, tile, at<float>(profile),
-                                          at<float>(mean), at<void>(active), room))
-          throw std::runtime_error("active: too few elements for what is marked, got " +
-                                   std::to_string(room));
-      },
-      Release());
-  m.def(
-      "combine_rows",
-      [](int dtype, uintptr_t parts, int64_t count, int64_t width, uintptr_t where,
-         uintptr_t common, int64_t tile, uintptr_t profile, int64_t columns, int out_dtype,
-         uintptr_t out, bool accumulate, int threads) {
-        ift::epilogues().combine_rows(dtype, at<void>(parts), count, width, at<int64_t>(where),
-                                      at<float>(common), tile, at<float>(profile), columns,
-                                      out_dtype, at<void>(out), accumulate, threads);
-      },
-      Release());
-  m.def(
-      "tile_sums",
-      [](int dtype, uintptr_t matrix, int64_t count, int64_t width, int64_t ld, int64_t tile,
-         uintptr_t profile, uintptr_t sums, int threads) {
-        ift::epilogues().tile_sums(dtype, at<void>(matrix), count, width, ld, tile,
-                                   at<float>(profile), at<float>(sums), threads);
+      "bucket_sums",
+      [](int dtype, uintptr_t matrix, int64_t count, int64_t width, int64_t ld, int64_t bucket,
+         uintptr_t tail_weights, uintptr_t sums, int threads) {
+        ift::epilogues().bucket_sums(dtype, at<void>(matrix), count, width, ld, bucket,
+                                     at<float>(tail_weights), at<float>(sums), threads);
       },
       Release());
 

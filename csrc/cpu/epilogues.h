@@ -42,19 +42,6 @@ struct DlogitsRows {
   int64_t transposed_ld;
 };
 
-// The same for the active set, whose rows come in whole blocks: coef is 0 in the padding. base
-// (tiles, rows) is what is taken from every gradient of a tile of the vocabulary.
-struct ActiveRows {
-  const int64_t* target;
-  const float* norm;
-  int64_t norm_ld;
-  const float* coef;
-  int64_t coef_ld;
-  const float* base;
-  int64_t base_ld;
-  const float* profile;  // of every column
-};
-
 // The same order as ift_kernels/backends/reference_divergence.py.
 enum Divergence : int { kForwardKL, kReverseKL, kJensenShannon };
 
@@ -81,19 +68,13 @@ struct Epilogues {
   void (*gumbel)(const Chunk&, uint64_t seed, const int64_t* row_numbers, float* best, float* logit,
                  int64_t* ids);
   // The active set: see isa/active.cpp.
-  void (*active_marks)(const Chunk&, const int64_t* target, const float* level, int64_t block,
-                       uint8_t* marks);
-  void (*active_collect)(const Chunk&, const uint8_t* marks, const float* reference, int64_t block,
-                         int64_t tile, void* store, float* sums, int64_t sums_ld);
-  void (*active_gradient)(const Chunk&, const ActiveRows&, const int64_t* pairs, int64_t count,
-                          int64_t block, int64_t tile, void* row_major);
-  bool (*active_rows)(const Chunk& gradients, const uint8_t* marks, int64_t block, int64_t tile,
-                      const float* profile, float* mean, void* active, int64_t room);
-  void (*combine_rows)(int dtype, const void* parts, int64_t count, int64_t width,
-                       const int64_t* at, const float* common, int64_t tile, const float* profile,
-                       int64_t columns, int out_dtype, void* out, bool accumulate, int threads);
-  void (*tile_sums)(int dtype, const void* matrix, int64_t count, int64_t width, int64_t ld,
-                    int64_t tile, const float* profile, float* sums, int threads);
+  void (*active_mask)(const Chunk&, const int64_t* target, const float* level, int64_t block,
+                      uint8_t* mask);
+  bool (*split_active)(const Chunk& gradients, const uint8_t* mask, int64_t block, int64_t bucket,
+                       const float* tail_weights, float* tail_gradient, void* active,
+                       int64_t capacity);
+  void (*bucket_sums)(int dtype, const void* matrix, int64_t count, int64_t width, int64_t ld,
+                      int64_t bucket, const float* tail_weights, float* sums, int threads);
   // Two heads at once: see isa/divergence.cpp.
   void (*divergence_terms)(const Chunk& student, const Chunk& teacher, const DivergenceRows&);
   void (*divergence_gradient)(const Chunk& student, const Chunk& teacher, const DivergenceRows&);

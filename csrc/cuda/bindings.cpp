@@ -78,43 +78,27 @@ PYBIND11_MODULE(_cuda, m) {
       Release());
 
   m.def(
-      "active_marks",
+      "active_mask",
       [](const Queue& q, const Products& p, uintptr_t target, uintptr_t level, int64_t block,
-         uintptr_t marks) {
-        gpu::active_marks(q, p, at<int64_t>(target), at<float>(level), block, at<uint8_t>(marks));
+         uintptr_t mask) {
+        gpu::active_mask(q, p, at<int64_t>(target), at<float>(level), block, at<uint8_t>(mask));
       },
       Release());
   m.def(
-      "mark_counts",
-      [](const Queue& q, uintptr_t marks, int64_t blocks, int64_t cols, int64_t tile,
+      "mask_counts",
+      [](const Queue& q, uintptr_t mask, int64_t blocks, int64_t cols, int64_t bucket,
          uintptr_t counts) {
-        gpu::mark_counts(q, at<uint8_t>(marks), blocks, cols, tile, at<int64_t>(counts));
+        gpu::mask_counts(q, at<uint8_t>(mask), blocks, cols, bucket, at<int64_t>(counts));
       },
       Release());
   m.def(
-      "active_collect",
-      [](const Queue& q, const Products& p, uintptr_t marks, uintptr_t starts, uintptr_t reference,
-         int64_t block, int64_t tile, uintptr_t store, uintptr_t sums) {
-        gpu::active_collect(q, p, at<uint8_t>(marks), at<int64_t>(starts), at<float>(reference),
-                            block, tile, at<void>(store), at<float>(sums));
-      },
-      Release());
-  m.def(
-      "active_gradient",
-      [](const Queue& q, const Products& p, uintptr_t target, uintptr_t norm, int64_t norm_ld,
-         uintptr_t coef, int64_t coef_ld, uintptr_t base, int64_t base_ld, uintptr_t profile,
-         uintptr_t pairs, int64_t count, int64_t block, int64_t tile) {
-        gpu::active_gradient(q, p, at<int64_t>(target), at<float>(norm), norm_ld, at<float>(coef),
-                             coef_ld, at<float>(base), base_ld, at<float>(profile),
-                             at<int64_t>(pairs), count, block, tile);
-      },
-      Release());
-  m.def(
-      "active_rows",
-      [](const Queue& q, const Products& p, uintptr_t marks, uintptr_t ends, uintptr_t starts,
-         int64_t block, int64_t tile, uintptr_t profile, uintptr_t mean, uintptr_t active) {
-        gpu::active_rows(q, p, at<uint8_t>(marks), at<int64_t>(ends), at<int64_t>(starts), block,
-                         tile, at<float>(profile), at<float>(mean), at<void>(active));
+      "split_active",
+      [](const Queue& q, const Products& p, uintptr_t mask, uintptr_t ends, uintptr_t starts,
+         int64_t block, int64_t bucket, uintptr_t tail_weights, uintptr_t tail_gradient,
+         uintptr_t active) {
+        gpu::split_active(q, p, at<uint8_t>(mask), at<int64_t>(ends), at<int64_t>(starts), block,
+                          bucket, at<float>(tail_weights), at<float>(tail_gradient),
+                          at<void>(active));
       },
       Release());
 
@@ -154,19 +138,17 @@ PYBIND11_MODULE(_cuda, m) {
       }));
   m.def(
       "sum_rows",
-      [](const Queue& q, int dtype, uintptr_t parts, const gpu::Parts& in, uintptr_t common,
-         uintptr_t profile, int out_dtype, uintptr_t out, int64_t rows, int64_t width, int64_t tile,
-         bool accumulate) {
-        gpu::sum_rows(q, dtype, at<void>(parts), in, at<float>(common), at<float>(profile),
-                      out_dtype, at<void>(out), rows, width, tile, accumulate);
+      [](const Queue& q, int dtype, uintptr_t parts, const gpu::Parts& in, uintptr_t out,
+         int64_t rows, int64_t width) {
+        gpu::sum_rows(q, dtype, at<void>(parts), in, at<void>(out), rows, width);
       },
       Release());
   m.def(
-      "tile_sums",
+      "bucket_sums",
       [](const Queue& q, int dtype, uintptr_t matrix, int64_t rows, int64_t width, int64_t ld,
-         int64_t tile, uintptr_t profile, uintptr_t sums) {
-        gpu::tile_sums(q, dtype, at<void>(matrix), rows, width, ld, tile, at<float>(profile),
-                       at<float>(sums));
+         int64_t bucket, uintptr_t tail_weights, uintptr_t sums) {
+        gpu::bucket_sums(q, dtype, at<void>(matrix), rows, width, ld, bucket,
+                         at<float>(tail_weights), at<float>(sums));
       },
       Release());
   m.def(

@@ -49,31 +49,22 @@ void gumbel(const Queue&, const Products&, uint64_t seed, const int64_t* row_num
 void top_k(const Queue&, const Products&, float* values, int64_t* ids, int64_t k);
 int64_t most_top_k();
 
-void active_marks(const Queue&, const Products&, const int64_t* target, const float* level,
-                  int64_t block, uint8_t* marks);
-void mark_counts(const Queue&, const uint8_t* marks, int64_t blocks, int64_t cols, int64_t tile,
+void active_mask(const Queue&, const Products&, const int64_t* target, const float* level,
+                 int64_t block, uint8_t* mask);
+void mask_counts(const Queue&, const uint8_t* mask, int64_t blocks, int64_t cols, int64_t bucket,
                  int64_t* counts);
-void active_collect(const Queue&, const Products&, const uint8_t* marks, const int64_t* starts,
-                    const float* reference, int64_t block, int64_t tile, void* store, float* sums);
-// `x` of the products is the store, (count, block); `rows` the rows that count.
-void active_gradient(const Queue&, const Products&, const int64_t* target, const float* norm,
-                     int64_t norm_ld, const float* coef, int64_t coef_ld, const float* base,
-                     int64_t base_ld, const float* profile, const int64_t* pairs, int64_t count,
-                     int64_t block, int64_t tile);
-// `x` of the products is a tile of gradients; ends (blocks, tiles), starts (blocks): see `Apart`.
-void active_rows(const Queue&, const Products&, const uint8_t* marks, const int64_t* ends,
-                 const int64_t* starts, int64_t block, int64_t tile, const float* profile,
-                 float* mean, void* active);
+// `x` of the products is a tile of gradients; ends (blocks, buckets), starts (blocks): see `Split`.
+void split_active(const Queue&, const Products&, const uint8_t* mask, const int64_t* ends,
+                  const int64_t* starts, int64_t block, int64_t bucket, const float* tail_weights,
+                  float* tail_gradient, void* active);
 
 void residual(const Queue&, int dtype, const void* table, const ResidualTokens&, void* out,
               int64_t width, double lam);
 void residual_keys(const Queue&, const ResidualTokens&, int64_t* keys);
-// common and its profile: both null where there is none.
-void sum_rows(const Queue&, int dtype, const void* parts, const Parts&, const float* common,
-              const float* profile, int out_dtype, void* out, int64_t rows, int64_t width,
-              int64_t tile, bool accumulate);
-void tile_sums(const Queue&, int dtype, const void* matrix, int64_t rows, int64_t width, int64_t ld,
-               int64_t tile, const float* profile, float* sums);
+void sum_rows(const Queue&, int dtype, const void* parts, const Parts&, void* out, int64_t rows,
+              int64_t width);
+void bucket_sums(const Queue&, int dtype, const void* matrix, int64_t rows, int64_t width,
+                 int64_t ld, int64_t bucket, const float* tail_weights, float* sums);
 
 // gamma > 0: with 0 it is the identity.
 void scan(const Queue&, int dtype, const void* x, const uint8_t* mask, const int64_t* offsets,

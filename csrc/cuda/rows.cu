@@ -30,31 +30,26 @@ void residual_keys(const Queue& queue, const ResidualTokens& tokens, int64_t* ke
          tokens, keys);
 }
 
-void sum_rows(const Queue& queue, int dtype, const void* parts, const Parts& in,
-              const float* common, const float* profile, int out_dtype, void* out, int64_t rows,
-              int64_t width, int64_t tile, bool accumulate) {
-  const int64_t units = units_of(width, width, {parts, out, common});
+void sum_rows(const Queue& queue, int dtype, const void* parts, const Parts& in, void* out,
+              int64_t rows, int64_t width) {
+  const int64_t units = units_of(width, width, {parts, out});
   int lanes = kWarp;
   while (lanes < kThreads && lanes * 8 < width) lanes *= 2;
   each_dtype(dtype, [&](auto t) {
-    each_dtype(out_dtype, [&](auto o) {
-      using T = decltype(t);
-      using O = decltype(o);
-      launch(queue, "sum_rows_kernel", sum_rows_kernel<T, O>, ceil_div(rows, kThreads / lanes),
-             static_cast<const T*>(parts), in, common, profile, static_cast<O*>(out), rows, width,
-             units, tile, accumulate, lanes);
-    });
+    using T = decltype(t);
+    launch(queue, "sum_rows_kernel", sum_rows_kernel<T>, ceil_div(rows, kThreads / lanes),
+           static_cast<const T*>(parts), in, static_cast<T*>(out), rows, width, units, lanes);
   });
 }
 
-void tile_sums(const Queue& queue, int dtype, const void* matrix, int64_t rows, int64_t width,
-               int64_t ld, int64_t tile, const float* profile, float* sums) {
+void bucket_sums(const Queue& queue, int dtype, const void* matrix, int64_t rows, int64_t width,
+                 int64_t ld, int64_t bucket, const float* tail_weights, float* sums) {
   const int64_t units = units_of(width, ld, {matrix});
   const int64_t jobs = ceil_div(units, kWarp) + ceil_div(width - 8 * units, kWarp);
   each_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    launch(queue, "tile_sums_kernel", tile_sums_kernel<T>, ceil_div(rows, tile) * jobs,
-           static_cast<const T*>(matrix), profile, rows, width, ld, tile, units, sums);
+    launch(queue, "bucket_sums_kernel", bucket_sums_kernel<T>, ceil_div(rows, bucket) * jobs,
+           static_cast<const T*>(matrix), tail_weights, rows, width, ld, bucket, units, sums);
   });
 }
 

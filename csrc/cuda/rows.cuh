@@ -1,10 +1,10 @@
 // Rows of tables: the temporal residual, its adjoint, and the sums of head rows that the active set
 // needs.
 //
-// Bytes: mixing reads one or two table rows per token and writes one; the adjoint and combine_rows
-// read every part once and write every row of the table once, in its final type: no atomics, no
-// float32 copy of the table, the same sum in the same order every time. tile_sums reads the matrix
-// once. Roof of all: the bandwidth of memory.
+// Bytes: mixing reads one or two table rows per token and writes one; the adjoint reads every part
+// once and writes every row of the table once, in its final type: no atomics, no float32 copy of
+// the table, the same sum in the same order every time. bucket_sums reads the matrix once. Roof of
+// all: the bandwidth of memory.
 #pragma once
 #include <cassert>
 
@@ -92,33 +92,23 @@ __device__ inline void load_some(const T* from, float (&v)[kCount]) {
 }
 
 // `kCount` columns of one row of the sum, by one thread.
-template <int kCount, class T, class O>
-__device__ inline void sum_row(const T* parts, const Parts& in, const float* common,
-                               float of_common, O* out, int64_t row, int64_t width, int64_t tile,
-                               bool accumulate, int64_t column) {
+template <int kCount, class T>
+__device__ inline void sum_row(const T* parts, const Parts& in, T* out, int64_t row, int64_t width,
+                               int64_t column) {
   float total[kCount];
-  O* const to = out + row * width + column;
+  T* const to = out + row * width + column;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) total[i] = 0.0f;
-  if (accumulate) load_some<kCount>(to, total);
-  if (common) {
-    float base[kCount];
-    load_some<kCount>(common + row / tile * width + column, base);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) total[i] += of_common * base[i];
-  }
   const int64_t last = in.first[row + 1];
 #pragma unroll 4
   for (int64_t entry = in.first[row]; entry < last; ++entry) {
     int64_t part = in.order[entry];
     float weight = 1.0f;
-    if (in.keys) {
-      if (part >= in.tokens) {
-        part -= in.tokens;
-        weight = in.share;
-      } else if (in.keys[in.tokens + part] != in.vocabulary) {
-        weight = in.keep;
-      }
+    if (part >= in.tokens) {
+      part -= in.tokens;
+      weight = in.share;
+    } else if (in.keys[in.tokens + part] != in.vocabulary) {
+      weight = in.keep;
     }
     float v[kCount];
     load_some<kCount>(parts + part * width + column, v);
@@ -131,30 +121,26 @@ __device__ inline void sum_row(const T* parts, const Parts& in, const float* com
     put(to, total[0]);
 }
 
-// out[v] = common[v / tile] * profile[v] + sum of the parts of v, plus what is there if
-// `accumulate`; common null: without it. `lanes` threads, a power of two, share a row.
-template <class T, class O>
+// out[v] = the weighted sum of the parts of v. `lanes` threads, a power of two, share a row.
+template <class T>
 __global__ void __launch_bounds__(kThreads)
-    sum_rows_kernel(const T* parts, Parts in, const float* common, const float* profile, O* out,
-                    int64_t rows, int64_t width, int64_t units, int64_t tile, bool accumulate,
+    sum_rows_kernel(const T* parts, Parts in, T* out, int64_t rows, int64_t width, int64_t units,
                     int lanes) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   if (row >= rows) return;
-  const float of_common = common ? profile[row] : 0.0f;
-  for (int64_t u = lane; u < units; u += lanes)
-    sum_row<8>(parts, in, common, of_common, out, row, width, tile, accumulate, 8 * u);
+  for (int64_t u = lane; u < units; u += lanes) sum_row<8>(parts, in, out, row, width, 8 * u);
   for (int64_t e = 8 * units + lane; e < width; e += lanes)
-    sum_row<1>(parts, in, common, of_common, out, row, width, tile, accumulate, e);
+    sum_row<1>(parts, in, out, row, width, e);
 }
 
-constexpr int kTileRows = kThreads / kWarp;
+constexpr int kBucketRows = kThreads / kWarp;
 
-// One thread's columns of a tile, every kTileRows-th row, then over the threads of the block.
+// One thread's columns of a bucket, every kBucketRows-th row, then over the threads of the block.
 template <int kCount, class T>
-__device__ inline void sum_tile(const T* matrix, const float* profile, int64_t begin, int64_t end,
-                                int64_t ld, int64_t column, bool inside, float* out,
-                                float (&part)[kTileRows][8 * kWarp]) {
+__device__ inline void sum_bucket(const T* matrix, const float* tail_weights, int64_t begin,
+                                  int64_t end, int64_t ld, int64_t column, bool inside, float* out,
+                                  float (&part)[kBucketRows][8 * kWarp]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   float total[kCount];
@@ -163,15 +149,15 @@ __device__ inline void sum_tile(const T* matrix, const float* profile, int64_t b
   if (inside) {
     // Pointers that move, not indices: so float32 rows leave registers for a sixth block.
     const T* from = matrix + (begin + warp) * ld + column;
-    const float* weight = profile + begin + warp;
+    const float* weight = tail_weights + begin + warp;
 #pragma unroll 4
-    for (int64_t left = end - begin - warp; left > 0; left -= kTileRows) {
+    for (int64_t left = end - begin - warp; left > 0; left -= kBucketRows) {
       float v[kCount];
       load_some<kCount>(from, v);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) total[i] += *weight * v[i];
-      from += kTileRows * ld;
-      weight += kTileRows;
+      from += kBucketRows * ld;
+      weight += kBucketRows;
     }
   }
 #pragma unroll
@@ -181,31 +167,31 @@ __device__ inline void sum_tile(const T* matrix, const float* profile, int64_t b
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     float sum = 0.0f;
-    for (int w = 0; w < kTileRows; ++w) sum += part[w][i * kWarp + lane];
+    for (int w = 0; w < kBucketRows; ++w) sum += part[w][i * kWarp + lane];
     out[column + i] = sum;
   }
 }
 
-// sums (tiles, width) of every `tile` rows of a matrix (rows, width), each times its profile; a
-// block per tile and kWarp groups of columns: eight each for the first `units` of them, then single
-// ones.
+// sums (buckets, width) of every `bucket` rows of a matrix (rows, width), each times its weight; a
+// block per bucket and kWarp groups of columns: eight each for the first `units` of them, then
+// single ones.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    tile_sums_kernel(const T* matrix, const float* profile, int64_t rows, int64_t width, int64_t ld,
-                     int64_t tile, int64_t units, float* sums) {
-  __shared__ float part[kTileRows][8 * kWarp];
+    bucket_sums_kernel(const T* matrix, const float* tail_weights, int64_t rows, int64_t width,
+                       int64_t ld, int64_t bucket, int64_t units, float* sums) {
+  __shared__ float part[kBucketRows][8 * kWarp];
   const int64_t wide = (units + kWarp - 1) / kWarp;
   const int64_t single = (width - 8 * units + kWarp - 1) / kWarp;
   const int64_t t = blockIdx.x / (wide + single), job = blockIdx.x % (wide + single);
-  const int64_t begin = t * tile, end = begin + tile < rows ? begin + tile : rows;
+  const int64_t begin = t * bucket, end = begin + bucket < rows ? begin + bucket : rows;
   const int64_t lane = threadIdx.x % kWarp;
   float* const out = sums + t * width;
   if (job < wide) {
     const int64_t unit = job * kWarp + lane;
-    sum_tile<8>(matrix, profile, begin, end, ld, 8 * unit, unit < units, out, part);
+    sum_bucket<8>(matrix, tail_weights, begin, end, ld, 8 * unit, unit < units, out, part);
   } else {
     const int64_t column = 8 * units + (job - wide) * kWarp + lane;
-    sum_tile<1>(matrix, profile, begin, end, ld, column, column < width, out, part);
+    sum_bucket<1>(matrix, tail_weights, begin, end, ld, column, column < width, out, part);
   }
 }
 

@@ -112,22 +112,14 @@ def vectors(length: int, *vectors: Tensor | None) -> None:
             raise RuntimeError(f"expected ({length},) contiguous, got {tuple(vector.shape)}")
 
 
-def chunk(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    offset: int,
-    count: int | None = None,
-    columns: Tensor | None = None,
-) -> Any:
-    """The C++ record of a chunk; of the active set, `count` rows and the bias of its `columns`."""
+def chunk(x: Tensor, bias: Tensor | None, transform: LogitTransform, offset: int) -> Any:
+    """The C++ record of a chunk."""
     rows(x)
     vectors(x.shape[1], bias)
-    bias = bias if columns is None else columns
     return _cpu.Chunk(
         x.data_ptr(),
         DTYPES[x.dtype],
-        x.shape[0] if count is None else count,
+        x.shape[0],
         x.shape[1],
         x.stride(0),
         0 if bias is None else bias.data_ptr(),

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ift_kernels.backends import cuda
 from ift_kernels.backends.cpu import DTYPES, _address, _contiguous
-from ift_kernels.backends.cuda_active import sorted_by_row
 
 __all__ = ["residual", "residual_grad", "scan"]
 
@@ -79,7 +78,8 @@ def residual_grad(
     queue = cuda._queue(grad.device)
     cuda.extension().residual_keys(queue, tokens, keys.data_ptr())
     del held  # alive until here
-    order, first = sorted_by_row(keys, vocabulary)
+    rows, order = keys.sort(stable=True)
+    first = torch.searchsorted(rows, torch.arange(vocabulary + 1, device=grad.device))
     cuda.extension().sum_rows(
         queue,
         DTYPES[grad.dtype],
@@ -87,14 +87,9 @@ def residual_grad(
         cuda.extension().Parts(
             order.data_ptr(), first.data_ptr(), keys.data_ptr(), ids.numel(), vocabulary, lam
         ),
-        0,
-        0,
-        DTYPES[out.dtype],
         out.data_ptr(),
         vocabulary,
         width,
-        1,
-        False,
     )
     return out
 

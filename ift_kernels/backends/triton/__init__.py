@@ -30,18 +30,14 @@ transpose = reference.transpose
 
 # Where the functions of the contract are; see reference.py for what they do.
 _MODULES = {
-    "stats": ("stats_update",),
+    "statistics": ("stats_update",),
     "dlogits": ("dlogits_", "probabilities_"),
-    "choice": ("top_k_update", "gumbel_update"),
-    "marks": ("active_marks", "active_collect"),
-    "gradient": ("active_gradient_",),
-    "rows": ("active_rows",),
-    "segments": ("combine_rows", "tile_sums"),
+    "sampling": ("top_k_update", "gumbel_update"),
+    "active": ("active_mask", "split_active", "bucket_sums"),
     "scans": ("scan",),
-    "mixing": ("residual", "residual_grad"),  # no module may have the name of a function
+    "temporal": ("residual", "residual_grad"),
     # Beyond the contract: what a schedule may use where a backend has it.
     "fused": ("fused_statistics", "prefers_fused"),
-    "active_schedule": ("active_serves", "active_form", "active_gradients"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -5,15 +5,10 @@ second-level cache by every program that shares them). What it saves beside a ve
 `stats_update` is one write and one read of N·V elements; what it loses is how much slower its
 product is than the vendor's. Which wins: not measured, so the table says "vendor".
 
-A program owns ROWS tokens and a part of the vocabulary. With MARK it also notes, for each block of
-tokens, the columns that any of them gives more than a threshold, against the log-sum-exp of what
-the program has seen so far, at most the final one; and it sums up the others per tail tile, as
-`active_marks` and `active_collect` do.
+A program owns ROWS tokens and a part of the vocabulary.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -24,7 +19,6 @@ from ift_kernels.backends.triton.common import (
     logits,
     precision,
     product,
-    slope,
     transform_arguments,
 )
 from ift_kernels.backends.triton.launch import (
@@ -35,7 +29,7 @@ from ift_kernels.backends.triton.launch import (
     launch,
     multiprocessors,
 )
-from ift_kernels.backends.triton.stats import MAX_PARTS, merge_parts, part_states
+from ift_kernels.backends.triton.statistics import MAX_PARTS, merge_parts, part_states
 from ift_kernels.transform import LogitTransform
 
 NO_COLUMN = tl.constexpr(2**31 - 1)  # larger than any
@@ -43,12 +37,11 @@ NO_COLUMN = tl.constexpr(2**31 - 1)  # larger than any
 
 @triton.jit(do_not_specialize=["rows", "parts", "length"])
 def fused_kernel(
-    hidden, weight, bias, target, state, argmax, marks, tails,
+    hidden, weight, bias, target, state, argmax,
     rows, columns, width, hidden_stride, weight_stride, state_stride, part_stride, argmax_stride,
-    parts, length, tail_stride, tile_stride, log_threshold,
-    gain, height, rate,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TRACK: tl.constexpr, MARK: tl.constexpr,
-    PRECISION: tl.constexpr, TAIL: tl.constexpr,
+    parts, length, gain, height, rate,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TRACK: tl.constexpr,
+    PRECISION: tl.constexpr, GRAIN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     # Programs next to each other share columns: the weight is the larger of the two.
@@ -63,11 +56,10 @@ def fused_kernel(
     zero = tl.zeros((ROWS,), tl.float32)
     top, second, total, e_z, e_sq, z_sum, picked = low, low, zero, zero, zero, zero, zero
     best_at = tl.zeros((ROWS,), tl.int32)
-    mass, mass_z, slopes = zero, zero, zero
     found = tl.zeros((ROWS,), tl.int32)
     poisoned = tl.zeros((ROWS,), tl.int32)  # a NaN was seen, whose column is `best_at`
-    first = part * length * TAIL
-    last = tl.minimum(first + length * TAIL, columns)
+    first = part * length * GRAIN
+    last = tl.minimum(first + length * GRAIN, columns)
     for start in range(first, last, COLUMNS):
         column = start + lane
         inside = column < columns
@@ -79,10 +71,8 @@ def fused_kernel(
             w_at = weight + column.to(tl.int64)[:, None] * weight_stride + (k + inner)[None, :]
             w = tl.load(w_at, mask=inside[:, None] & deep[None, :], other=0.0)
             x = product(h, tl.trans(w), x, PRECISION)
-        if not MARK:
-            # The same log-probabilities as where the vendor's product stores its 16 bits. Marks
-            # come with a backward that forms gradients of unrounded products; see gathered.py.
-            x = x.to(hidden.dtype.element_ty).to(tl.float32)
+        # The same log-probabilities as where the vendor's product stores its 16 bits.
+        x = x.to(hidden.dtype.element_ty).to(tl.float32)
         b = tl.zeros((COLUMNS,), tl.float32)
         if HAS_BIAS:
             b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
@@ -118,31 +108,9 @@ def fused_kernel(
             e_z = shrink * (e_z + moved * total) + part_z
         if TRACK & 4:
             e_sq = shrink * shrink * e_sq + tl.sum(e * e, axis=1)
-        if MARK:
-            mass_z = shrink * (mass_z + moved * mass)
-            mass = shrink * mass
         total = shrink * total + tl.sum(e, axis=1)
         top = new
-        if MARK:
-            level = m + tl.log(total) + log_threshold
-            above = ~(z <= level[:, None]) | hit
-            marked = tl.max(tl.where(above & there[:, None], 1, 0), axis=0)
-            marked = tl.where(b == float("-inf"), 1, marked)
-            at_marks = marks + group.to(tl.int64) * columns + column
-            tl.store(at_marks, marked.to(tl.uint8), mask=inside)
-            tail = (marked[None, :] == 0) & inside[None, :]
-            s = slope(z, height, 1.0, HAS_CAP)
-            e = tl.where(tail, e * s, 0.0)
-            mass += tl.sum(e, axis=1)
-            mass_z += tl.sum(tl.where(e == 0.0, 0.0, e * centred), axis=1)
-            slopes += tl.sum(tl.where(tail, s, 0.0), axis=1)
-            if (start + COLUMNS) % TAIL == 0 or start + COLUMNS >= last:
-                at_tails = tails + (tl.zeros_like(row) + start // TAIL) * tile_stride + row
-                tl.store(at_tails, m, mask=there)
-                tl.store(at_tails + tail_stride, mass, mask=there)
-                tl.store(at_tails + 2 * tail_stride, mass_z, mask=there)
-                tl.store(at_tails + 3 * tail_stride, slopes, mask=there)
-                mass, mass_z, slopes = zero, zero, zero
+
     state += part.to(tl.int64) * part_stride + row
     top_64 = tl.where(poisoned != 0, float("nan"), top.to(tl.float64))
     tl.store(state, top_64, mask=there)
@@ -156,13 +124,6 @@ def fused_kernel(
     tl.store(at_argmax, best_at.to(tl.int64), mask=there)
 
 
-class Marking(NamedTuple):
-    """What a fused forward notes of the active set."""
-
-    marks: Tensor  # uint8 (blocks, V)
-    tails: Tensor  # float32 (4, tail tiles, N), as in ift_kernels.active
-
-
 def fused_statistics(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D), of the same dtype
@@ -172,12 +133,8 @@ def fused_statistics(
     state: Tensor,
     argmax: Tensor,
     track: int,
-    mark: Marking | None = None,
-    block: int = 128,
-    tail: int = 2048,
-    log_threshold: float = 0.0,
 ) -> None:
-    """Fold the whole vocabulary into an empty running state; with `mark`, fill that in too."""
+    """Fold the whole vocabulary into an empty running state."""
     (rows, width), columns = hidden.shape, weight.shape[0]
     check_rows("hidden", hidden)
     check_rows("weight", weight, width)
@@ -186,35 +143,26 @@ def fused_statistics(
     check_vectors(columns, bias=bias)
     if weight.dtype != hidden.dtype:
         raise RuntimeError(f"weight: expected {hidden.dtype} like hidden, got {weight.dtype}")
-    kind = f"{'half' if hidden.dtype.itemsize == 2 else 'single'}-{'mark' if mark else 'plain'}"
+    kind = "half" if hidden.dtype.itemsize == 2 else "single"
     if track not in (0, ref.TRACK_ARGMAX):
         kind += "-all"  # more to hold beside the products
-    chosen = dict(config("fused", kind, hidden.device))
-    if mark is not None and tail % chosen["COLUMNS"]:
-        raise RuntimeError(f"tail: expected a multiple of {chosen['COLUMNS']}, got {tail}")
-    if mark is None:
-        tail = 4 * chosen["COLUMNS"]  # only the grain in which the vocabulary is cut
-    else:
-        chosen["ROWS"] = block  # a program decides on the marks of a block alone
+    chosen = config("fused", kind, hidden.device)
+    grain = 4 * chosen["COLUMNS"]  # in which the vocabulary is cut
     index = hidden.device.index if hidden.device.type == "cuda" else None
     groups = blocks(rows, chosen["ROWS"])
     parts = 4 * multiprocessors(index) // max(groups, 1)
-    parts = max(1, min(parts, blocks(columns, tail), MAX_PARTS))
-    length = blocks(blocks(columns, tail), parts)
+    parts = max(1, min(parts, blocks(columns, grain), MAX_PARTS))
+    length = blocks(blocks(columns, grain), parts)
     whole = part_states(parts, rows, hidden.device)
-    none = None, None, 0, 0
-    marks, tails, tail_stride, tile_stride = (
-        none if mark is None else (*mark, mark.tails.stride(0), mark.tails.stride(1))
-    )
     launch(
         fused_kernel, (groups * parts,), hidden,
-        hidden, weight, bias, target, *whole, marks, tails, rows, columns, width,
+        hidden, weight, bias, target, *whole, rows, columns, width,
         hidden.stride(0), weight.stride(0), whole[0].stride(1), whole[0].stride(0),
-        whole[1].stride(0), parts, length, tail_stride, tile_stride, log_threshold,
-        **transform_arguments(bias, transform), TRACK=track, MARK=mark is not None,
-        PRECISION=precision(hidden.dtype), TAIL=tail, **chosen,
+        whole[1].stride(0), parts, length,
+        **transform_arguments(bias, transform), TRACK=track,
+        PRECISION=precision(hidden.dtype), GRAIN=grain, **chosen,
     )  # fmt: skip
-    merge_parts(whole, target, state, argmax, length * tail, columns, 0, track)
+    merge_parts(whole, target, state, argmax, length * grain, columns, 0, track)
 
 
 def prefers_fused(hidden: Tensor, weight: Tensor) -> bool:

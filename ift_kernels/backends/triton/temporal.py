@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ift_kernels.backends import reference_scan
 from ift_kernels.backends.triton.launch import blocks, config, launch, shape_class
-from ift_kernels.backends.triton.segments import sum_segments
 
 
 @triton.jit(do_not_specialize=["tokens", "width_blocks"])
@@ -58,6 +57,52 @@ def residual(
     return out
 
 
+@triton.jit(do_not_specialize=["rows"])
+def segment_kernel(
+    parts, order, starts, factor, out, rows, width, parts_stride,
+    ITEMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``out[v] = Σ_i factor[i]·parts[order[i] % rows]`` over the items i of segment v.
+
+    One program owns each sum: nothing is atomic.
+    """
+    v = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    first, last = tl.load(starts + v), tl.load(starts + v + 1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    lane = tl.arange(0, ITEMS)
+    for start in range(first, last, ITEMS):
+        item = start + lane
+        there = item < last
+        source = tl.load(order + item, mask=there, other=0)
+        at = parts + (source % rows)[:, None] * parts_stride + column[None, :]
+        value = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        share = tl.load(factor + source, mask=there, other=0.0)
+        # A share of 0 is no part at all, even of a NaN.
+        value = tl.where((share == 0.0)[:, None], 0.0, value * share[:, None])
+        total += tl.sum(value, axis=0)
+    at = out + v * width + column
+    tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+
+
+def sum_segments(
+    parts: Tensor,  # (P, D)
+    at: Tensor,  # (M,) which row of `out` each item adds to
+    factor: Tensor,  # (M,) float32; item i is row i % P of parts
+    out: Tensor,  # (rows, D)
+) -> None:
+    """Sum items into the rows of `out` in the order in which they come, in float32."""
+    (rows, width), device = out.shape, out.device
+    at, order = at.sort(stable=True)
+    starts = torch.searchsorted(at, torch.arange(rows + 1, device=device))
+    chosen = config("segments", shape_class(width), device)
+    launch(
+        segment_kernel, (rows, blocks(width, chosen["BLOCK"])), out,
+        parts, order, starts, factor, out, parts.shape[0], width, parts.stride(0), **chosen,
+    )  # fmt: skip
+
+
 def residual_grad(
     grad: Tensor,
     ids: Tensor,
@@ -76,5 +121,5 @@ def residual_grad(
     out = grad.new_empty(vocabulary, width)
     flat = grad.contiguous().view(-1, width)
     at = torch.cat([ids.flatten(), further.flatten()])
-    sum_segments(flat, at, factor, None, 1, out, accumulate=False)
+    sum_segments(flat, at, factor, out)
     return out

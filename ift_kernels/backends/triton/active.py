@@ -1,0 +1,198 @@
+"""The active set: which columns matter to a block of rows, a tile of gradients split, bucket sums.
+
+Floors per element of a tile: 2 bytes read (bf16) for the mask; 2 to 4 for the split, of which a
+share k is written again; of the head's rows each is read once for the sums. Distance: not measured.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ift_kernels.backends import reference_active
+from ift_kernels.backends.layout_checks import check_split_active_args, check_tail_weights
+from ift_kernels.backends.triton import DTYPES
+from ift_kernels.backends.triton.common import logits, transform_arguments
+from ift_kernels.backends.triton.launch import (
+    blocks,
+    check_rows,
+    check_vectors,
+    config,
+    launch,
+    shape_class,
+)
+from ift_kernels.transform import LogitTransform
+
+PADDING = 32  # the active columns of a block are rounded up to this
+
+
+@triton.jit(do_not_specialize=["rows", "offset", "column_blocks"])
+def mask_kernel(
+    x, bias, target, level, mask_out,
+    rows, columns, stride, offset, block, column_blocks,
+    gain, height, rate,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    number = program // column_blocks
+    column = (program % column_blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    b = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BIAS:
+        b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    # Masked out by the bias: their gradient is 0, not the mean of a tail.
+    marked = tl.where(b == float("-inf"), 1, 0)
+    for start in range(0, block, ROWS):
+        row = number * block + start + tl.arange(0, ROWS)
+        there = row < rows
+        at = x + row[:, None] * stride + column[None, :]
+        z = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        z = logits(z, b[None, :], gain, height, HAS_BIAS, HAS_CAP)
+        least = tl.load(level + row, mask=there, other=float("inf")).to(tl.float32)
+        local = tl.load(target + row, mask=there, other=-1) - offset
+        # "not ≤" rather than ">": a NaN must not be lost.
+        low = (z <= least[:, None]) & (local[:, None] != column[None, :])
+        above = tl.where(low | ~there[:, None], 0, 1)
+        marked = tl.maximum(marked, tl.max(above, axis=0))
+    tl.store(mask_out + number * columns + column, marked.to(tl.uint8), mask=inside)
+
+
+def active_mask(
+    x: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    target: Tensor,
+    offset: int,
+    level: Tensor,
+    block: int,
+) -> Tensor:
+    rows, columns = x.shape
+    check_rows("x", x)
+    check_vectors(rows, target=target, level=level)
+    check_vectors(columns, bias=bias)
+    chosen = config("mask", shape_class(columns), x.device)
+    column_blocks = blocks(columns, chosen["BLOCK"])
+    mask = torch.empty((blocks(rows, block), columns), dtype=torch.uint8, device=x.device)
+    launch(
+        mask_kernel, (len(mask) * column_blocks,), x,
+        x, bias, target, level, mask, rows, columns, x.stride(0), offset, block, column_blocks,
+        **transform_arguments(bias, transform), **chosen,
+    )  # fmt: skip
+    return mask
+
+
+@triton.jit(do_not_specialize=["rows", "buckets"])
+def split_kernel(
+    dz, active_mask, position, starts, tail_weights, tail_gradient, active,
+    rows, columns, stride, block, bucket, buckets,
+    PADDING: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    group, at_bucket = program // buckets, program % buckets
+    row = group * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    number = group * ROWS // block
+    active_mask += number * columns
+    position += number * columns
+    first = (tl.program_id(0) % buckets) * bucket
+    last = tl.minimum(first + bucket, columns)
+    total = tl.zeros((ROWS,), tl.float32)
+    weight = 0.0
+    for start in range(first, last, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < last
+        at = dz + row[:, None] * stride + column[None, :]
+        x = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        tail = tl.load(active_mask + column, mask=inside, other=1) == 0
+        # Not a product with 0 or 1: a NaN of an active column has no part in the sum.
+        total += tl.sum(tl.where(tail[None, :], x, 0.0), axis=1)
+        share = tl.load(tail_weights + column, mask=inside, other=0.0)
+        weight += tl.sum(tl.where(tail, share, 0.0), axis=0)
+    u = tl.where(weight == 0.0, 0.0, total / weight)
+    tl.store(tail_gradient + at_bucket * rows + row, u, mask=there)
+
+    count = tl.load(position + columns - 1)
+    width = ((count + PADDING - 1) // PADDING * PADDING).to(tl.int64)
+    out = active + tl.load(starts + number) + (row - number * block) * width
+    for start in range(first, last, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < last
+        at = dz + row[:, None] * stride + column[None, :]
+        x = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        kept = tl.load(active_mask + column, mask=inside, other=0) != 0
+        slot = tl.load(position + column, mask=kept, other=1) - 1
+        share = tl.load(tail_weights + column, mask=kept, other=0.0)
+        centred = (x - u[:, None] * share[None, :]).to(active.dtype.element_ty)
+        tl.store(out[:, None] + slot[None, :], centred, mask=there[:, None] & kept[None, :])
+    if at_bucket == buckets - 1:
+        beyond = count + tl.arange(0, PADDING)
+        padding = there[:, None] & (beyond < width)[None, :]
+        nothing = tl.zeros((ROWS, PADDING), active.dtype.element_ty)
+        tl.store(out[:, None] + beyond[None, :], nothing, mask=padding)
+
+
+def split_active(
+    dz: Tensor,
+    mask: Tensor,
+    block: int,
+    bucket: int,
+    tail_weights: Tensor,
+    tail_gradient: Tensor,
+    active: Tensor,
+) -> None:
+    rows, columns = dz.shape
+    _, buckets = check_split_active_args(
+        dz, mask, block, bucket, tail_weights, tail_gradient, active
+    )
+    check_rows("dz", dz)
+    chosen = config("split", shape_class(columns), dz.device)
+    if block % chosen["ROWS"]:
+        raise RuntimeError(f"block: expected a multiple of {chosen['ROWS']}, got {block}")
+    # How many active columns its block has up to a column, itself included; where the block begins.
+    position = mask.cumsum(1, dtype=torch.int32)
+    elements = (position[:, -1].long() + (PADDING - 1)) // PADDING * PADDING * block
+    starts = elements.cumsum(0) - elements
+    launch(
+        split_kernel, (blocks(rows, chosen["ROWS"]) * buckets,), dz,
+        dz, mask, position, starts, tail_weights, tail_gradient, active,
+        rows, columns, dz.stride(0), block, bucket, buckets, PADDING=PADDING, **chosen,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def bucket_sums_kernel(
+    matrix, tail_weights, sums, count, width, stride, bucket,
+    ITEMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``sums[bucket] = Σ tail_weights[v]·matrix[v]`` over the bucket's rows."""
+    number = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    lane = tl.arange(0, ITEMS)
+    total = tl.zeros((BLOCK,), tl.float32)
+    first = number * bucket
+    last = tl.minimum(first + bucket, count)
+    for start in range(first, last, ITEMS):
+        row = start + lane
+        at = matrix + row[:, None] * stride + column[None, :]
+        there = (row < last)[:, None] & inside[None, :]
+        value = tl.load(at, mask=there, other=0.0).to(tl.float32)
+        share = tl.load(tail_weights + row, mask=row < last, other=0.0)
+        total += tl.sum(value * share[:, None], axis=0)
+    tl.store(sums + number * width + column, total, mask=inside)
+
+
+def bucket_sums(matrix: Tensor, bucket: int, tail_weights: Tensor) -> Tensor:
+    if matrix.dtype not in DTYPES or matrix.stride(1) != 1:
+        return reference_active.bucket_sums(matrix, bucket, tail_weights)
+    count, width = matrix.shape
+    check_tail_weights(tail_weights, count)
+    sums = torch.empty((blocks(count, bucket), width), dtype=torch.float32, device=matrix.device)
+    chosen = config("segments", shape_class(width), matrix.device)
+    launch(
+        bucket_sums_kernel, (len(sums), blocks(width, chosen["BLOCK"])), matrix,
+        matrix, tail_weights, sums, count, width, matrix.stride(0), bucket, **chosen,
+    )  # fmt: skip
+    return sums

@@ -1,0 +1,45 @@
+"""Gradients and active masks for `split_active` of backends for GPUs, and its outputs."""
+
+import torch
+
+UNTOUCHED = 7.0  # where nothing is to be written
+
+
+def example(rows, columns, dtype, block, bucket, start=0, gap=5):
+    """A tile of gradients, rows `gap` elements apart from `start` on, and its active mask.
+
+    Blocks by turns have a few columns, none and all of them; a second bucket of the first block has
+    all. Rows 1 and 2 have a NaN in the first bucket: in its tail, and in an active column.
+    """
+    generator = torch.Generator().manual_seed(rows + columns)
+    storage = torch.full((start + rows * (columns + gap),), torch.nan, dtype=dtype)
+    dz = storage[start:].view(rows, columns + gap)[:, :columns]
+    dz.copy_(torch.randn(rows, columns, generator=generator) + 0.3)
+    mask = torch.rand(-(-rows // block), columns, generator=generator) < 0.2
+    mask[1::3], mask[2::3] = False, True
+    mask[0, bucket : 2 * bucket] = True
+    mask[0, :2] = torch.tensor([False, True])
+    dz[1, 0] = dz[2, 1] = torch.nan
+    return dz, mask.to(torch.uint8)
+
+
+def tail_weights(columns):
+    """They differ from id to id, 0 for some."""
+    values = torch.rand(columns, generator=torch.Generator().manual_seed(columns)) + 0.1
+    values[::5] = 0
+    return values
+
+
+def outputs(dz, mask, block, bucket):
+    """Tail gradients, and space for the active columns and a few more."""
+    widths = (mask.sum(1) + 31) // 32 * 32
+    tail_gradient = torch.full((-(-dz.shape[1] // bucket), len(dz)), UNTOUCHED)
+    return tail_gradient, torch.full((block * int(widths.sum()) + 40,), UNTOUCHED, dtype=dz.dtype)
+
+
+def close(ours, theirs, dtype):
+    """Two pairs of results: tail gradients to rounding in float32, columns in their dtype."""
+    for a, b, eps in zip(ours, theirs, (1e-6, torch.finfo(dtype).eps), strict=True):
+        torch.testing.assert_close(
+            a.double(), b.double(), rtol=max(eps, 1e-6), atol=2e-6, equal_nan=True
+        )
