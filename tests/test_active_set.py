@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import dense
 import ift_kernels as K
 from bench import lmlike
-from ift_kernels import active, active_backward, active_hidden
+from ift_kernels import active, active_backward, active_hidden, plan
 from ift_kernels.active_set import ActiveSet
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -89,7 +89,7 @@ def test_error_at_the_default_threshold(dtype, workspace, weight, schedule):
     h = lm(dtype=dtype, d=64)
     options = ActiveSet(dW=weight, tail_tile=512)
     if schedule == "recompute":
-        with K.use_schedule("recompute"):
+        with plan.use_schedule("recompute"):
             found = gradients(h, options, workspace=workspace)
     else:
         found = gradients(h, options, workspace=workspace)

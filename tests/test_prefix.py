@@ -91,7 +91,7 @@ def test_a_shared_prompt_is_two_passes(name, batch_name, monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        {"rule": "sample"}, {"rule": "soft"}, {"rule": "topk"}, {"embedding_grad": True},
+        {"rule": "sample"}, {"rule": "soft"}, {"rule": "kth"}, {"embedding_grad": True},
         {"rule": "soft", "embedding_grad": True}, {"side": "right", "norm": "softmax"},
         {"objective": "paper"}, {"lam": 1.0, "num_rows": 7},
     ],
@@ -204,7 +204,7 @@ LENGTHS = {
 @pytest.mark.parametrize("name", ["opt", "bloom", "biogpt", "llama", "gpt2"])
 def test_padded_rows_of_unequal_length_are_those_of_whole_rows(name, lengths, left):
     inputs = uneven(LENGTHS[lengths], left=left)
-    for config in (IFTConfig(lam=0.5), IFTConfig(lam=1.0, rule="topk", embedding_grad=True)):
+    for config in (IFTConfig(lam=0.5), IFTConfig(lam=1.0, rule="kth", embedding_grad=True)):
         result = compare_models(by_mask(name), inputs, ift=config)
         assert result.verdict == "equal", str(result)
 

@@ -67,7 +67,7 @@ def test_defaults_are_the_released_algorithm(name):
 @pytest.mark.parametrize(
     ("options", "theirs"),
     [
-        ({"rule": "topk", "k": 3}, {"rule": "topk", "k": 3}),
+        ({"rule": "kth", "k": 3}, {"rule": "kth", "k": 3}),
         ({"lam": 0.7, "gamma": 0.5}, {"lam": 0.7, "gamma": 0.5}),
         ({"lam": 0.0, "gamma": 0.0}, {"lam": 0.0, "gamma": 0.0}),
         ({"lam": 1.0, "objective": "paper"}, {"lam": 1.0, "objective": "paper"}),

@@ -12,9 +12,9 @@ from ift_kernels import (
     backends,
     linear_logprobs,
     use_backend,
-    use_schedule,
     vocab_parallel_logprobs,
 )
+from ift_kernels.plan import use_schedule
 from processes import join, leave, start
 
 V, D, SHAPE = 131, 24, (3, 9)  # odd: the shards are not of one size

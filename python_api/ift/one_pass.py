@@ -45,6 +45,8 @@ def loss_pass(
         RuntimeError: the model's code gives other targets each time.
     """
     expected = _expected(model, kwargs, unshifted)
+    takes_stats = getattr(loss, "takes_stats", False)  # a loss of this package, as ValleyGuard
+    outputs = ("logprob", "entropy", "argmax", *(("argmax_logprob",) if takes_stats else ()))
     for _ in range(2):
         found: list[LossArguments] = []
         target, ignore_index = expected.target, expected.ignore_index
@@ -61,14 +63,15 @@ def loss_pass(
                 return stats.logprob.new_zeros(())
             mask = (expected.target != expected.ignore_index).reshape(stats.logprob.shape)
             mask = mask.to(stats.logprob.device)
-            if loss is not None:  # one of this package's own may want more than log-probabilities
-                return loss(stats if getattr(loss, "takes_stats", False) else stats.logprob, mask)
+            if loss is not None:
+                return loss(stats if takes_stats else stats.logprob, mask)
             return sft_loss(stats.logprob, mask, num_items=given.num_items)
 
         # As transformers' Trainer does: a cache costs memory and hides packed rows from the mask.
         output, stats = head_pass(
             model, forward, {"use_cache": False, **kwargs},
-            token_stats(target, transform, gradient, ignore_index=ignore_index), loss=compute,
+            token_stats(target, transform, gradient, ignore_index=ignore_index, outputs=outputs),
+            loss=compute,
         )  # fmt: skip
         if expected.same_target(found[0]):
             return output, token_metrics(stats, target, ignore_index)

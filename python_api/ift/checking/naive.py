@@ -176,7 +176,7 @@ def naive_predict(logits: Tensor, *, rule: str, k: int = 2, temperature: float =
     """The token that the model would have said at each position, (B, T)."""
     if rule == "greedy":
         return logits.argmax(-1)
-    if rule == "topk":
+    if rule == "kth":
         return logits.topk(k, dim=-1).indices[..., -1]
     if rule == "sample":  # called nucleus in the released code, which draws from everything
         p = (logits.float() / temperature).softmax(-1)

@@ -32,7 +32,7 @@ from ift_kernels.transform import LogitTransform
 
 logger = logging.getLogger(__name__)
 
-OUTPUTS = ("logprob", "entropy", "argmax", "sum_sq")
+OUTPUTS = ("logprob", "entropy", "argmax", "argmax_logprob", "sum_sq")
 SHARED_ATTENTION = ("eager", "sdpa")  # those that take any mask
 
 
@@ -288,7 +288,7 @@ class ProbeEvaluator:
 
         stats = self._run(model, batch, answer)
         at = 0
-        values = {name: getattr(stats, name).cpu() for name in (*OUTPUTS, "argmax_logprob")}
+        values = {name: getattr(stats, name).cpu() for name in OUTPUTS}
         for response in batch.responses:
             count = len(response.ids)
             kept = batch.target[at : at + count] != IGNORE_INDEX

@@ -15,11 +15,6 @@ from ift.losses._tokens import Metrics, record
 from ift_kernels import ActiveSet, TokenStats, linear_logprobs
 from ift_kernels.rows import Rows
 
-# Keyword arguments that belong to a call, not to a loss.
-PER_CALL = frozenset(
-    ("cu_seqlens", "metrics", "num_items", "num_pairs", "num_rows", "entropy", "lse", "mean_logit",
-     "weights", "importance", "reference", "values", "old_values", "returns", "kl")
-)  # fmt: skip
 # Statistics of `linear_logprobs` that losses with these options take.
 STATISTICS = {
     "entropy": ("entropy_coef",),
@@ -148,11 +143,14 @@ class Loss(nn.Module):
     """A loss function with its options held by a module.
 
     Call it as the function. ``from_hidden(hidden, weight, target, ...)`` computes the same without
-    logits. `metrics` holds detached scalars of the last call; `position_ids` may stand in for
+    logits. `metrics` holds detached scalars of the last call; `position_ids` may replace
     `cu_seqlens`.
 
+    A subclass sets `function` and names the function's options as parameters of its own, with the
+    same defaults: all keyword arguments except those that change from call to call.
+
     Args:
-        options: keyword arguments of the function, other than those of a single call.
+        options: keyword arguments that every call of the function gets.
 
     Raises:
         TypeError, ValueError: an option that the function does not have or refuses.
@@ -164,18 +162,12 @@ class Loss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        parameters = inspect.signature(self.function).parameters
-        known = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-        known = {n: default for n, default in known.items() if n not in PER_CALL}
-        for name in options:
-            if name not in known:
-                raise TypeError(f"{name}: expected an option of {sorted(known)}, got {name!r}")
-        self.options = {**known, **options}
+        self.options = options
         self.metrics: Metrics = {}
-        self._try()
+        self._check_options()
 
-    def _try(self) -> None:
-        """Let the function check the options, on rows of one token."""
+    def _check_options(self) -> None:
+        """Call the function on rows of one token: it refuses options out of range."""
         size = self.options.get("group_size", 2)
         count = size if isinstance(size, int) and size > 0 else 2
         one = torch.zeros(count, 1, device="cpu")  # whatever the default device is
