@@ -392,7 +392,7 @@ def test_failed_checkpoint_leaves_none(data, tmp_path, monkeypatch):
     def fail(self, checkpoint):
         raise OSError("disk full")
 
-    monkeypatch.setattr(trainer.RunTrainer, "_window_in", fail)
+    monkeypatch.setattr(trainer.ResumableRun, "_window_in", fail)
     output = tmp_path / "out"
     arguments = ["train", "--model", "tiny", "--data", str(data), "--output", str(output), *SMALL]
     with pytest.raises(OSError, match="disk full"):

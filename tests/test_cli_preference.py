@@ -11,7 +11,9 @@ import transformers as hf
 
 from ift.cli import main
 from ift.cli import options as cli_options
-from ift.cli.preference import PairTrainer, add_reference, pair_loss
+from ift.cli.losses import build_loss
+from ift.cli.preference import PairTrainer
+from ift.cli.reference import add_reference
 from ift.data import Collator
 from ift.data_rows import DataError, read_jsonl, read_preferences
 from ift.preference_data import PairCollator, encode_pairs
@@ -263,7 +265,7 @@ def test_evaluation_is_that_of_all_pairs_at_once(tmp_path, tokenizer, loss, opti
             disable_tqdm=True, remove_unused_columns=False,
         )  # fmt: skip
         trainer = PairTrainer(
-            model, arguments, loss=pair_loss(parsed), eval_dataset=pairs.examples,
+            model, arguments, loss=build_loss(parsed), eval_dataset=pairs.examples,
             data_collator=PairCollator(collate),
         )  # fmt: skip
         found.append(trainer.evaluate())

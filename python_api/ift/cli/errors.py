@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 
 class CliError(Exception):
@@ -15,14 +15,15 @@ class CliError(Exception):
 
 @contextlib.contextmanager
 def refusals(
-    argument: str, options: Collection[str] = (), applies: Callable[[], bool] = lambda: True
+    argument: str, options: Mapping[str, str], applies: Callable[[], bool] = lambda: True
 ) -> Iterator[None]:
     """What our own code refuses in this block becomes a CliError, while `applies` holds.
 
     Errors of torch and others pass: their tracebacks are needed.
 
     Args:
-        argument: whose fault it is, unless the message names one of `options`.
+        argument: the flag to name, unless the message names a parameter among `options`.
+        options: parameter → option of the command line that sets it.
     """
     try:
         yield
@@ -31,7 +32,7 @@ def refusals(
             raise
         name, _, problem = str(error).partition(": ")
         if name in options:
-            raise CliError("--" + name.replace("_", "-"), problem) from None
+            raise CliError("--" + options[name].replace("_", "-"), problem) from None
         raise CliError(argument, error) from None
 
 

@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from ift.cli.argument_types import (
+    fraction,
+    natural,
+    number,
+    one_of,
+    positive,
+    positive_int,
+)
 from ift.cli.errors import CliError
+from ift.cli.losses import IFT_OPTIONS, LOSSES, OPTIONS, PAIR_OPTIONS, losses_with
 
 DEFAULTS: dict[str, Any] = {
     "loss": "ift",
@@ -41,27 +49,10 @@ DEFAULTS: dict[str, Any] = {
     "probe_sample": 32,
 }
 
-# Options of the IFT loss; their defaults are those of ift.IFTConfig, which checks combinations.
-IFT_OPTIONS = (
-    *("lam", "gamma", "objective", "propagation", "side", "norm", "detach_weights"),
-    *("rule", "k", "sample_temperature", "embedding_grad"),
-    *("lambda_schedule", "min_lam", "warmup_steps", "lam_noise"),
-)
-
-# Options of the preference losses, and which losses have each (None: the loss's own default).
-PAIR_LOSSES = ("dpo", "kto", "orpo", "simpo", "cpo", "slic")
-PAIR_OPTIONS = {
-    "beta": PAIR_LOSSES,
-    "dpo_kind": ("dpo",),
-    "label_smoothing": ("dpo", "simpo", "cpo"),
-    "margin": ("simpo", "slic"),
-    "nll_weight": ("orpo", "cpo", "slic"),
-    "reference": ("dpo", "kto"),
-}
-
 # The settings reported in the IFT paper; the loss options of the preset are IFTConfig.paper()'s.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
+        "loss": "ift",
         "epochs": 3.0,
         "lr": 5e-7,
         "optimizer": "rmsprop",
@@ -110,46 +101,6 @@ class Parser(argparse.ArgumentParser):
         )
 
 
-def number(
-    expected: str, accepts: Callable[[float], bool], kind: type = float
-) -> Callable[[str], Any]:
-    """An argparse type: a finite number for which `accepts` holds."""
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-            good = math.isfinite(value) and accepts(value)
-        except ValueError:
-            good = False
-        if not good:
-            raise argparse.ArgumentTypeError(f"got {text!r}; expected {expected}")
-        return value
-
-    return convert
-
-
-def one_of(*names: str) -> Callable[[str], str]:
-    """An argparse type: one of the names."""
-
-    def convert(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"got {text!r}; expected one of {', '.join(names)}")
-        return text
-
-    return convert
-
-
-def unit(name: str) -> Callable[[str], float]:
-    """An argparse type: a number in [0, 1]."""
-    return number(f"{name} in [0, 1]", lambda x: 0 <= x <= 1)
-
-
-positive = number("a number above 0", lambda x: x > 0)
-positive_int = number("a whole number of at least 1", lambda x: x >= 1, int)
-natural = number("a whole number of at least 0", lambda x: x >= 0, int)
-fraction = number("a fraction in [0, 1)", lambda x: 0 <= x < 1)
-
-
 def build_parser() -> Parser:
     """The parser of ``ift``."""
     parser = Parser(prog="ift", description="Fine-tune language models with fused losses.")
@@ -167,8 +118,7 @@ def build_parser() -> Parser:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     _add_training(parser)
-    _add_ift(parser)
-    _add_pairs(parser)
+    _add_losses(parser)
 
 
 def _add_dynamics(parser: argparse.ArgumentParser) -> None:
@@ -250,7 +200,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     add = _Group(parser, "training")
-    add.choice("--loss", "loss to train with", "sft", "ift", *PAIR_LOSSES)
+    add.choice("--loss", "loss to train with", *LOSSES)
     add.choice("--preset", "settings of a publication; options given beside it win", *PRESETS)
     add("--epochs", positive, "passes over the data", "X")
     add("--max-steps", positive_int, "optimizer steps, instead of --epochs", "N")
@@ -275,37 +225,20 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add.switch("--cpu", "stay off the accelerator")
 
 
-def _add_ift(parser: argparse.ArgumentParser) -> None:
-    add = _Group(parser, "IFT loss (--loss ift); defaults as released")
-    add("--lam", unit("λ"), "weight of the predicted token in the residual (0.2)", "λ")
-    add("--gamma", unit("γ"), "decay of the propagation (0.95)", "γ")
-    add.choice("--objective", "", "released", "paper", "algorithm1")
-    add.choice("--propagation", "what is propagated (loss)", "loss", "logps", "mask")
-    add.choice("--side", "suffix or prefix sums (left)", "left", "right")
-    add.choice("--norm", "of the weights (L1)", "L1", "L2", "softmax", "log")
-    add.switch("--detach-weights", "no gradient through the weights")
-    add.choice("--rule", "of the predicted token (greedy)", "greedy", "kth", "sample", "soft")
-    add("--k", positive_int, "take the k-th best token (--rule kth; 2)", "N")
-    add("--sample-temperature", positive, "of --rule sample (0.7)", "T")
-    add.switch("--embedding-grad", "let the gradient reach the input embedding")
-    add.choice("--lambda-schedule", "of λ (constant)", "constant", "linear")
-    add("--min-lam", unit("λ"), "where the linear schedule starts (0)", "λ")
-    add("--warmup-steps", natural, "steps in which it reaches --lam (0)", "N")
-    add.switch("--lam-noise", "multiply λ by 1 + n/2, n ~ N(0, 1), at each step")
-
-
-def _add_pairs(parser: argparse.ArgumentParser) -> None:
-    add = _Group(parser, "preference losses; defaults as in ift.losses")
-    add("--beta", positive, "strength (dpo, kto, orpo, cpo .1; simpo 2; slic 1)", "β")
-    add("--dpo-kind", str, "formula of --loss dpo (sigmoid), as ift.losses.dpo_loss", "NAME")
-    add("--label-smoothing", number("ε in [0, 0.5]", lambda x: 0 <= x <= 0.5),
-        "share of wrong labels (dpo, simpo, cpo)", "ε")  # fmt: skip
-    add("--margin", number("a number of at least 0", lambda x: x >= 0),
-        "γ of simpo, δ of slic", "X")  # fmt: skip
-    add("--nll-weight", number("a number of at least 0", lambda x: x >= 0),
-        "of the likelihood of the chosen (orpo, cpo 1; slic 0)", "X")  # fmt: skip
-    add("--reference", str, "reference model of dpo and kto (default: --model before training); "
-        "its log-probabilities are kept in DIR/reference", "MODEL")  # fmt: skip
+def _add_losses(parser: argparse.ArgumentParser) -> None:
+    groups = {
+        "IFT loss (--loss ift); defaults as released": IFT_OPTIONS,
+        "preference losses; defaults as in ift.losses": PAIR_OPTIONS,
+    }
+    for title, named in groups.items():
+        add = _Group(parser, title)
+        for name, option in named.items():
+            flag, users = "--" + name.replace("_", "-"), ", ".join(losses_with(name))
+            help = option.help if named is IFT_OPTIONS else f"{option.help} [{users}]"
+            if option.type is None:
+                add.switch(flag, help)
+            else:
+                add(flag, option.type, help, option.metavar)
 
 
 def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
@@ -317,15 +250,13 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
     given = {key: value for key, value in vars(arguments).items() if value is not None}
     preset = PRESETS.get(given.get("preset", ""), {})
     values = {**dict.fromkeys(vars(arguments)), **DEFAULTS, **preset, **given}
-    if values["loss"] != "ift":
-        for name in (*IFT_OPTIONS, "preset"):
-            if name in given:
-                flag = "--" + name.replace("_", "-")
-                raise CliError(flag, f"got it with --loss {values['loss']}; expected --loss ift")
-    for name, users in PAIR_OPTIONS.items():
-        if name in given and values["loss"] not in users:
-            flag, expected = "--" + name.replace("_", "-"), " or ".join(users)
-            raise CliError(flag, f"got it with --loss {values['loss']}; expected --loss {expected}")
+    loss = values["loss"]
+    for name in OPTIONS:
+        if name in given and not LOSSES[loss].takes(name):
+            flag, expected = "--" + name.replace("_", "-"), " or ".join(losses_with(name))
+            raise CliError(flag, f"got it with --loss {loss}; expected --loss {expected}")
+    if preset and loss != preset["loss"]:
+        raise CliError("--preset", f"got it with --loss {loss}; expected --loss {preset['loss']}")
     if "eval_data" in given and given.get("eval_split"):
         raise CliError("--eval-split", "got it beside --eval-data; expected one of the two")
     if "max_steps" in given and "epochs" in given:

@@ -20,8 +20,8 @@ except ImportError as error:
     ) from error
 
 from ift.config import IFTConfig
-from ift.integrations.evaluation import WholeSetEvaluation
 from ift.integrations.fused_head import use_ift_kernels
+from ift.integrations.metrics import TargetMetrics
 from ift.integrations.transformers import (
     count_rows,
     freeze_unreached_embedding,
@@ -52,7 +52,7 @@ class IFTSFTConfig(SFTConfig):
     )
 
 
-class IFTSFTTrainer(WholeSetEvaluation, SFTTrainer):
+class IFTSFTTrainer(TargetMetrics, SFTTrainer):
     """`trl.SFTTrainer` whose training loss is that of Intuitive Fine-Tuning.
 
     It is to `trl.SFTTrainer` what `ift.IFTTrainer` is to `transformers.Trainer`; its ``args.ift``
