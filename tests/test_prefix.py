@@ -13,7 +13,7 @@ from ift.checking import compare as compare_models
 from ift.config import IFTConfig
 from ift.patching import original_forward, patch
 from ift.prefix import find_sharing
-from ift.two_pass import Draws
+from ift.two_pass import SampledRows
 
 SHARED = ["llama", "qwen2", "qwen3", "gemma2", "phi", "gpt2", "granite", "cohere"]
 # With layers that forget what is outside a window; Gemma 2 has them only when it is told to.
@@ -48,7 +48,7 @@ def both(model, inputs, monkeypatch, **options):
 
     model(**inputs, ift=IFTConfig())  # whatever is found out once
     for share in (True, False):
-        model._ift_patch.draws = Draws()  # the same for both
+        model._ift_patch.sampled_rows = SampledRows()  # the same for both
         with monkeypatch.context() as m:
             m.setattr(type(model), "forward", counted)
             output = model(**inputs, ift=IFTConfig(share_prompt=share, **options))

@@ -1,4 +1,4 @@
-"""One forward of a causal LM with its loss computed in the head: SFT, or a loss of the caller's."""
+"""One forward of a causal LM with its loss computed in the head: SFT, or the caller's loss."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def loss_pass(
     """Output and token metrics of one forward, whose loss is `loss` or that of transformers.
 
     transformers' is the mean over targets, or their sum over ``num_items_in_batch``. The head
-    computes the log-probabilities of the targets that `kwargs` imply. Where the model's code then
-    gives other targets to its loss function, the forward is run once more with those.
+    computes the log-probabilities of the targets that `kwargs` imply. If the model's code then
+    gives other targets to its loss function, the forward runs again with those.
 
     Args:
         unshifted: the model takes labels as targets of their own positions (`measure.measure`).
         loss: a function of (logprob, mask), or of (stats, mask) with an attribute `takes_stats`.
-        warned: what was logged before; no warnings without it.
+        warned: warnings already logged; None: log none.
 
     Raises:
         ValueError: `kwargs` without the targets of the positions that they keep.
@@ -90,10 +90,10 @@ def loss_pass(
 
 
 def _expected(model: Any, kwargs: dict[str, Any], unshifted: bool) -> LossArguments:
-    """What the model's code will give to its loss function, if it changes nothing."""
+    """The arguments that the model's code gives to its loss function if it changes none."""
     labels, shift_labels = kwargs["labels"], kwargs.get("shift_labels")
     if shift_labels is None and isinstance(kwargs.get("logits_to_keep"), Tensor):
-        # Of as many positions as there are labels, perhaps, but of others.
+        # It may keep as many positions as there are labels, but other ones.
         raise ValueError(
             f"shift_labels: expected the targets of the positions that {type(model).__name__} "
             "keeps with logits_to_keep, got None"

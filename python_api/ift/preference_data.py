@@ -14,7 +14,7 @@ from ift.data_rows import DataError, PairRow, Row
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Examples of pairs: ``chosen``, ``rejected`` and, once known, their reference sums."""
+    """Examples of pairs: ``chosen``, ``rejected`` and, once computed, their reference sums."""
 
     examples: list[dict[str, Any]]
     dropped: list[str]
@@ -42,7 +42,7 @@ def encode_pairs(
         mismatched: also ``kl``, the prompt with the chosen response of the next row, for KTO.
 
     Raises:
-        DataError: as `ift.data.encode`; or the responses of a pair answer different prompts.
+        DataError: as `ift.data.encode`; or the responses of a pair have different prompts.
     """
     sides = [
         encode_each([getattr(row, key) for row in rows], tokenizer, max_length)

@@ -133,7 +133,7 @@ def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokeni
 
 
 def _trained(path: str, held_out: list[Any]) -> list[dict[str, Any]]:
-    """The rows of a file as they stand, but those that are held out."""
+    """The raw rows of a file, without those that are held out."""
     apart = {row.where for row in held_out}
     return [row for row, where in parsed_lines(Path(path), FORMATS) if where not in apart]
 

@@ -21,7 +21,7 @@ from ift.cli.argument_types import (
     positive_int,
     unit,
 )
-from ift.cli.errors import CliError, refusals
+from ift.cli.errors import CliError
 
 
 class Option(NamedTuple):
@@ -81,8 +81,8 @@ class CliLoss(NamedTuple):
         builds: "module:name", imported when it trains: a module of `ift.losses` for preference
             losses, `ift.IFTConfig`, or None for cross-entropy.
         options: option of the command line → parameter of `builds`.
-        pairs: do its rows hold a chosen and a rejected response?
-        reference: does it compare with a frozen model (``--reference``)?
+        pairs: whether its rows hold a chosen and a rejected response.
+        reference: whether it compares with a frozen model (``--reference``).
         fixed: further arguments of `builds`.
     """
 
@@ -93,7 +93,7 @@ class CliLoss(NamedTuple):
     fixed: Mapping[str, Any] = {}
 
     def takes(self, option: str) -> bool:
-        """Does this loss have an option of the command line?"""
+        """Whether the loss has this option of the command line."""
         return self.reference if option == "reference" else option in self.options
 
     @property
@@ -155,8 +155,13 @@ def build_loss(arguments: argparse.Namespace) -> Any:
         build = getattr(build, arguments.preset)
     given = {parameter: getattr(arguments, option) for option, parameter in loss.options.items()}
     given = {parameter: value for parameter, value in given.items() if value is not None}
-    with refusals("--loss", loss.flags):
+    try:
         return build(**given, **loss.fixed)
+    except (TypeError, ValueError) as error:
+        name, separator, problem = str(error).partition(": ")
+        if not separator or name not in loss.flags:
+            raise CliError("--loss", error) from None
+        raise CliError("--" + loss.flags[name].replace("_", "-"), problem) from None
 
 
 def _check_dpo_kind(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """The arguments of ``ift``, their defaults and presets.
 
-The parser leaves what was not given at None; `resolve` fills it from the preset, then from the
-defaults, so a preset never overrides what the user asked for.
+The parser leaves options that are not given at None; `resolve` fills them from the preset, then
+from the defaults, so a preset never overrides a given option.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
         raise CliError(self.prog.removeprefix("ift").strip() or "arguments", message)
 
     def parse(self, args: Sequence[str] | None = None) -> argparse.Namespace:
-        """As `parse_args`, but an unknown option is reported with the closest known ones."""
+        """As `parse_args`, but an unknown option is reported with the closest existing ones."""
         parsed, unknown = self.parse_known_args(args)
         if unknown:
             command = " ".join(filter(None, (parsed.command, getattr(parsed, "action", None))))

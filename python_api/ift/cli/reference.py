@@ -53,7 +53,7 @@ def sequence_logprobs(
 
 
 def fingerprint(model: nn.Module, examples: Iterable[dict[str, np.ndarray]], bf16: bool) -> str:
-    """Hash of all that the log-probabilities depend on: weights, structure, data, precision."""
+    """Hash of everything the log-probabilities depend on: weights, structure, data, precision."""
     digest = hashlib.sha256(repr(base_model(model)).encode())
     digest.update(b"bf16" if bf16 else b"")
     config = getattr(base_model(model), "config", None)
@@ -77,16 +77,16 @@ def add_reference(
     *,
     bf16: bool = False,
 ) -> bool:
-    """Give every pair the reference sums of its sequences; from `cache` where they are known.
+    """Add the reference sums of its sequences to every pair; from `cache` where it has them.
 
-    A damaged file there is computed and written again.
+    A damaged file is computed and written again.
 
     Returns:
-        Were they found there?
+        Whether the cache had them.
     """
     file = cache / f"{fingerprint(model, data.sides(), bf16)}.npy"
     sums = _read_sums(file, sum(1 for _ in data.sides()))
-    known = sums is not None
+    cached = sums is not None
     if sums is None:
         patch(model)
         sums = sequence_logprobs(model, data.sides(), collate, 2 * batch_size, device, bf16=bf16)
@@ -97,7 +97,7 @@ def add_reference(
     if data.examples:
         for example, mine in zip(data.examples, sums.reshape(len(data.examples), -1), strict=True):
             example["reference"] = mine
-    return known
+    return cached
 
 
 def _read_sums(file: Path, count: int) -> np.ndarray | None:

@@ -181,7 +181,7 @@ def check_output(output: Path, resume: bool) -> None:
 
 
 def fingerprint(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What makes two runs the same: FIXED, the options of the loss, and the bytes of the data."""
+    """Equal for equal runs: FIXED, the options of losses, and a hash of the data."""
     names = ("model", "loss", "preset", *OPTIONS, *FIXED)
     found = {name: getattr(arguments, name) for name in names}
     found["processes"] = processes.count()
@@ -212,7 +212,7 @@ def check_same_run(arguments: argparse.Namespace, output: Path, *, started: bool
 
 @contextlib.contextmanager
 def damage_in(path: Path | None) -> Iterator[None]:
-    """What cannot be read of an earlier run is a CliError."""
+    """Turn errors in reading an earlier run into a CliError."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -221,7 +221,7 @@ def damage_in(path: Path | None) -> Iterator[None]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Is it the checkpoint of the last step?  `Trainer` would do one step more."""
+    """Whether it is the checkpoint of the last step: `Trainer` would do one step more."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return bool(state["global_step"] >= state["max_steps"])
 
@@ -290,9 +290,9 @@ def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -
             logging_steps=arguments.log_steps,
             save_steps=arguments.save_steps,
             save_strategy="steps",
-            eval_strategy="no",  # RunLog asks, on the steps that are logged
+            eval_strategy="no",  # RunLog requests it, at steps that are logged
             report_to="none",
-            disable_tqdm=True,  # RunLog has the bar
+            disable_tqdm=True,  # RunLog shows the bar
             dataloader_pin_memory=accelerated,
             remove_unused_columns=False,
             prediction_loss_only=True,
@@ -302,11 +302,11 @@ def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -
         raise CliError("--bf16" if "bf16" in str(error) else "arguments", error) from None
 
 
-# ---- words ---------------------------------------------------------------------------------------
+# ---- messages ------------------------------------------------------------------------------------
 
 
 def title_of(arguments: argparse.Namespace) -> str:
-    """What the picture is of."""
+    """The title of the picture."""
     model, data = Path(arguments.model).name, Path(arguments.data).name
     return f"{arguments.loss.upper()} of {model} on {data}"
 
@@ -319,7 +319,7 @@ def describe(
     eval_data: Encoded | EncodedPairs,
     training_arguments: Any,
 ) -> str:
-    """One line on what is about to happen."""
+    """One line about the run that starts."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     return (
         f"{arguments.loss} of {arguments.model} ({millions:.1f} M parameters, "

@@ -1,4 +1,4 @@
-"""Probe sets: prompts, each with responses of several types, none of which needs a paid model."""
+"""Probe sets: prompts, each with responses of several types, made without another model."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def _compared(probes: list[Probe]) -> list[Probe]:
 
 
 def _same(one: str, other: str) -> bool:
-    """Are the texts equal, white space apart?"""
+    """Whether the texts are equal, white space apart."""
     space = "" if UNSPACED.search(one) else " "
     return space.join(one.split()) == space.join(other.split())
 
@@ -190,7 +190,7 @@ def _permuted(words: list[str], answer: str, draw: random.Random) -> str:
 
 
 def _random_words(count: int, pool: list[str], answer: str, draw: random.Random) -> str:
-    """So many words of the pool, another text than the answer; "" where none is found."""
+    """`count` words of the pool, another text than the answer; "" where none is found."""
     for _ in range(TRIES if count else 0):
         text = _joined(draw.choices(pool, k=count))
         if not _same(text, answer):
@@ -340,13 +340,13 @@ def sampler(
             torch.manual_seed(seed)
             for prompt in prompts:
                 ids = torch.tensor([prompt_ids(prompt, tokenizer)], device=model.device)
-                room = min(max_new_tokens, positions - ids.shape[1])
-                if room < 1 or not ids.numel():
+                length = min(max_new_tokens, positions - ids.shape[1])
+                if length < 1 or not ids.numel():
                     answers.append("")
                     continue
                 made = model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids),
-                    max_new_tokens=room, pad_token_id=tokenizer.pad_token_id, **options,
+                    max_new_tokens=length, pad_token_id=tokenizer.pad_token_id, **options,
                 )  # fmt: skip
                 answers.append(_answer_text(prompt, made[0].tolist(), ids.shape[1], tokenizer))
         return answers

@@ -95,8 +95,8 @@ class TargetMetrics(_Base):
         if isinstance(dataset, IterableDatasetShard) and not dataset.drop_last:
             raise ValueError(
                 "eval_dataset: an iterable one that each process reads by itself "
-                "(dispatch_batches=False) is filled up with repeated rows that cannot be told "
-                "apart; expected a dataset with a length, dispatch_batches=None, or "
+                "(dispatch_batches=False) is filled up with repeated rows that cannot be "
+                "recognised; expected a dataset with a length, dispatch_batches=None, or "
                 "dataloader_drop_last=True"
             )
         self._eval_loader, self._eval_sums = dataloader, []
@@ -169,7 +169,7 @@ class TargetMetrics(_Base):
         }
 
     def _patched(self, model: nn.Module) -> nn.Module:
-        """The patched causal LM inside what accelerate, torch.compile and PEFT made of it."""
+        """The patched causal LM inside the wrappers of accelerate, torch.compile and PEFT."""
         return base_model(self.accelerator.unwrap_model(model, keep_torch_compile=False))
 
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +202,7 @@ class TargetMetrics(_Base):
         return {**inputs, **named}
 
     def _example_of_tokens(self, inputs: dict[str, Any], examples: int) -> Tensor:
-        """Of each token the number of its example, in a batch that a collator has flattened."""
+        """The number of each token's example, in a batch that a collator has flattened."""
         starts = document_starts(
             inputs["labels"], inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
         )

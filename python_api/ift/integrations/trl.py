@@ -1,8 +1,7 @@
 """TRL: Intuitive Fine-Tuning as an `SFTTrainer`, and TRL's own trainers on our log-probabilities.
 
-TRL's trainers ask their model for ``model(..., labels=..., fused_lm_head=True)`` and make every
-loss from the log-probabilities in the answer. `use_ift_kernels` gives that answer; the formulas of
-the losses stay TRL's.
+TRL's trainers call ``model(..., labels=..., fused_lm_head=True)`` and compute every loss from the
+log-probabilities in its output. `use_ift_kernels` computes that output; the losses stay TRL's.
 """
 
 from __future__ import annotations

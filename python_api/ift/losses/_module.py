@@ -75,7 +75,7 @@ def from_hidden(
         args, options: what else the loss takes.
         reference: log-probabilities of the reference model, or its `Head`, whose are then computed
             here without gradient: one product with its weight.
-        metrics: gets what the loss tells, and ``token_accuracy`` and ``entropy`` of the same pass.
+        metrics: gets the metrics of the loss, and ``token_accuracy`` and ``entropy`` of the pass.
 
     Returns:
         What the loss returns.
@@ -158,7 +158,7 @@ class Loss(nn.Module):
 
     function: ClassVar[Callable[..., Tensor]]
     needs: ClassVar[int] = 0  # tensors per row after (logprob, mask)
-    pairs: ClassVar[bool] = False  # does the order of the rows make pairs?
+    pairs: ClassVar[bool] = False  # rows are the chosen responses, then the rejected ones
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Loss(nn.Module):
             call["cu_seqlens"] = cu = documents(logprob, position_ids)
             if self.pairs and cu is not None:
                 held = Rows(mask, cu).sum((mask != 0).to(torch.float32)) > 0
-                if not bool(held.all()):  # padding, or an empty response? it would shift the pairs
+                if not bool(held.all()):  # an empty document would shift the pairs
                     raise ValueError(
                         "position_ids: expected response tokens in every document, got "
                         f"{int((~held).sum())} without any (padding?); leave position_ids out for "
@@ -215,7 +215,7 @@ class Loss(nn.Module):
 
 
 def documents(like: Tensor, position_ids: Tensor) -> Tensor | None:
-    """`cu_seqlens` of the packed documents that `position_ids` tell of; None if rows are documents.
+    """`cu_seqlens` of the documents that `position_ids` pack; None if each row is one document.
 
     Raises:
         ValueError: another shape than that of `like` (or one row of it).

@@ -1,4 +1,4 @@
-"""What policy gradients weigh log-probabilities with: advantages from rewards and values."""
+"""Advantages, the weights of policy gradients, from rewards and values."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def gae_advantages(
     """Generalized advantage estimation (arXiv 1506.02438) over the tokens of each row.
 
     ``δ_t = r_t + gamma · V_{t+1} - V_t``, ``A_t = Σ_k (gamma · lam)^k δ_{t+k}``; behind a row's
-    last token the value is 0. t counts response tokens alone: over a gap, such as what a tool
-    answered, the next response token is the next state, and nothing is discounted.
+    last token the value is 0. t counts response tokens alone: over a gap, such as the output
+    of a tool, the next response token is the next state, and nothing is discounted.
 
     Args:
         rewards: per token, (B, T) or packed (T,).
@@ -110,9 +110,9 @@ def _groups(rewards: Tensor, group_size: int) -> Tensor:
             f"group_size: expected a divisor of the rows of rewards (rows,), got {size} with shape "
             f"{tuple(rewards.shape)}"
         )
-    # In bf16 a mean of 100.5 and 101 would be neither.
-    wide = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    return rewards.detach().to(wide).reshape(-1, size)
+    # In bf16 a mean of 100.5 and 101 would be rounded to one of them.
+    accum_dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    return rewards.detach().to(accum_dtype).reshape(-1, size)
 
 
 def _nanstd(groups: Tensor) -> Tensor:

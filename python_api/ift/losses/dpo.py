@@ -24,7 +24,7 @@ LARGEST_EXPONENT = 40.0
 
 
 class Ratios(NamedTuple):
-    """What the formulas are of; (pairs,) each."""
+    """Arguments of the formulas; (pairs,) each."""
 
     chosen: Tensor  # log π(y⁺) − log π_ref(y⁺)
     rejected: Tensor  # log π(y⁻) − log π_ref(y⁻)
@@ -184,7 +184,7 @@ def dpo_loss(
 
 
 class _Chosen(PairTokens):
-    """A batch of chosen responses alone: what is rejected has no tokens and log-probability 0."""
+    """A batch of chosen responses alone: the rejected ones have no tokens, log-probability 0."""
 
     def halves(self, values: Tensor) -> Pairs:
         """Every row is chosen."""
@@ -192,7 +192,7 @@ class _Chosen(PairTokens):
 
 
 def _sorted(x: Tensor, counted: Tensor) -> Tensor:
-    """The values that count, ascending, at the places that count; the others behave as absent."""
+    """The values of the counted pairs, ascending, at their places; others as if absent."""
     order = torch.where(counted, x.detach(), torch.inf).argsort(stable=True)
     places = (~counted).to(torch.int8).argsort(stable=True)
     return x[order][places.argsort()]

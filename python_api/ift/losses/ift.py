@@ -36,7 +36,7 @@ def ift_loss(
     reduction: Literal["mean", "none"] = "mean",
     metrics: Metrics | None = None,
 ) -> Tensor:
-    """IFT loss: per-token losses, each weighted by how much hangs on it, as a mean over rows.
+    """IFT loss: per-token losses weighted by the losses that follow, as a mean over rows.
 
     In eager torch, per row, with ``loss = -logprob`` and every masked position 0::
 

@@ -66,8 +66,8 @@ def kto_loss(
     not_negative("undesirable_weight", undesirable_weight)
     tokens = Tokens(logprob, mask, cu_seqlens)
     if not isinstance(desirable, Tensor) or desirable.shape != (tokens.rows.count,):
-        came = tuple(desirable.shape) if isinstance(desirable, Tensor) else type(desirable).__name__
-        raise ValueError(f"desirable: expected shape ({tokens.rows.count},), got {came}")
+        got = tuple(desirable.shape) if isinstance(desirable, Tensor) else type(desirable).__name__
+        raise ValueError(f"desirable: expected shape ({tokens.rows.count},), got {got}")
     wanted = desirable != 0
     ratio = tokens.sums(tokens.logprob)
     if reference is not None:

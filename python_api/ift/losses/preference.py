@@ -225,10 +225,10 @@ def log1mexp(x: Tensor) -> Tensor:
     without gradient: the exact value would be −∞.
     """
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
-    near = x > -math.log(2)
-    # Both branches see safe arguments, lest the gradient of the one not taken be NaN.
-    small = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
-    return torch.where(near, small, torch.log1p(-torch.exp(torch.where(near, -1.0, x))))
+    is_small = x > -math.log(2)
+    # Both branches get safe arguments: else the gradient of the one not taken would be NaN.
+    small = torch.log(-torch.expm1(torch.where(is_small, x, -1.0)))
+    return torch.where(is_small, small, torch.log1p(-torch.exp(torch.where(is_small, -1.0, x))))
 
 
 def orpo_loss(

@@ -91,7 +91,7 @@ def record_ratio(
     surrogate: str,
     most: float | None = None,
 ) -> None:
-    """How far the policy has moved, and how much of that was clipped away; options of `clipped`."""
+    """Metrics of the ratio, and shares of clipped tokens; options of `clipped`."""
     if metrics is None:
         return
     log_ratio = log_ratio.detach()
