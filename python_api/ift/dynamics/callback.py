@@ -28,8 +28,8 @@ class ProbeCallback(TrainerCallback):
 
     It writes to `output` ``curves.jsonl`` (a line per evaluation: means over the probes by type,
     and the record of the squeezing monitor), ``tokens.jsonl`` (a line per evaluation and response,
-    with every token), ``curves.png`` and ``curves.html``. A run resumed from a checkpoint continues the
-    files from its step. Training is unchanged: same random state, no gradients.
+    with every token), ``curves.png`` and ``curves.html``. A run resumed from a checkpoint continues
+    the files from its step. Training is unchanged: same random state, no gradients.
 
     With several processes each measures (models may be sharded) and the first writes.
 
