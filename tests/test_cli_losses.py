@@ -10,6 +10,7 @@ import pytest
 from ift import IFTConfig
 from ift.cli import losses as table
 from ift.cli import main
+from ift.cli.arguments import Option, positive
 from ift.losses import Loss
 from ift.losses.preference import PairTokens, not_negative, record_rewards
 
@@ -44,7 +45,7 @@ def toy(monkeypatch, tmp_path):
     options = {"toy_scale": "scale", "margin": "offset"}
     row = table.CliLoss(f"{__name__}:ToyLoss", options, pairs=True)
     monkeypatch.setitem(table.LOSSES, "toy", row)
-    scale = table.Option("width of the toy", table.positive, "X")
+    scale = Option("width of the toy", positive, "X")
     monkeypatch.setitem(table.PAIR_OPTIONS, "toy_scale", scale)
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
@@ -111,9 +112,9 @@ def test_choices_and_defaults_of_ift_are_those_of_its_configuration():
     for name, option in table.IFT_OPTIONS.items():
         choices = typing.get_args(hints[name])
         if choices:
-            assert option.metavar == "{" + ",".join(choices) + "}"
+            assert option.choices == choices
         value = getattr(default, name)
-        if option.type is None:
+        if option.type is None and option.choices is None:
             assert value is False  # a switch
         else:
             shown = f"{value:g}" if isinstance(value, float) else str(value)

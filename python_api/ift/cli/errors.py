@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
+from ift.cli.arguments import flag_of
+
 
 class CliError(Exception):
     """Bad input: names the argument, what came and what was expected."""
@@ -32,7 +34,7 @@ def refusals(
             raise
         name, _, problem = str(error).partition(": ")
         if name in options:
-            raise CliError("--" + options[name].replace("_", "-"), problem) from None
+            raise CliError(flag_of(options[name]), problem) from None
         raise CliError(argument, error) from None
 
 

@@ -8,55 +8,36 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ift.cli import processes
-from ift.cli.argument_types import (
+from ift.cli.arguments import (
+    Option,
+    flag_of,
     natural,
     not_negative,
     number,
-    one_of,
     positive,
     positive_int,
     unit,
 )
 from ift.cli.errors import CliError
 
-
-class Option(NamedTuple):
-    """An option of the command line that belongs to losses.
-
-    Args:
-        help: for ``ift train --help``.
-        type: of argparse; None: a switch, ``--name`` and ``--no-name``.
-        metavar: of the value, in the help.
-    """
-
-    help: str
-    type: Callable[[str], Any] | None = None
-    metavar: str | None = None
-
-
-def choice(help: str, *names: str) -> Option:
-    """An option that is one of the names."""
-    return Option(help, one_of(*names), "{" + ",".join(names) + "}")
-
-
 # Options that are None where they are not given: the loss has its own default.
 IFT_OPTIONS = {
     "lam": Option("weight of the predicted token in the residual (0.2)", unit("λ"), "λ"),
     "gamma": Option("decay of the propagation (0.95)", unit("γ"), "γ"),
-    "objective": choice("(released)", "released", "paper", "algorithm1"),
-    "propagation": choice("what is propagated (loss)", "loss", "logps", "mask"),
-    "side": choice("suffix or prefix sums (left)", "left", "right"),
-    "norm": choice("of the weights (L1)", "L1", "L2", "softmax", "log"),
+    "objective": Option("(released)", choices=("released", "paper", "algorithm1")),
+    "propagation": Option("what is propagated (loss)", choices=("loss", "logps", "mask")),
+    "side": Option("suffix or prefix sums (left)", choices=("left", "right")),
+    "norm": Option("of the weights (L1)", choices=("L1", "L2", "softmax", "log")),
     "detach_weights": Option("no gradient through the weights"),
-    "rule": choice("of the predicted token (greedy)", "greedy", "kth", "sample", "soft"),
+    "rule": Option("of the predicted token (greedy)", choices=("greedy", "kth", "sample", "soft")),
     "k": Option("take the k-th best token (--rule kth; 2)", positive_int, "N"),
     "sample_temperature": Option("of --rule sample (0.7)", positive, "T"),
     "embedding_grad": Option("let the gradient reach the input embedding"),
-    "lambda_schedule": choice("of λ (constant)", "constant", "linear"),
+    "lambda_schedule": Option("of λ (constant)", choices=("constant", "linear")),
     "min_lam": Option("where the linear schedule starts (0)", unit("λ"), "λ"),
     "warmup_steps": Option("steps in which it reaches --lam (0)", natural, "N"),
     "lam_noise": Option("multiply λ by 1 + n/2, n ~ N(0, 1), at each step"),
@@ -161,7 +142,7 @@ def build_loss(arguments: argparse.Namespace) -> Any:
         name, separator, problem = str(error).partition(": ")
         if not separator or name not in loss.flags:
             raise CliError("--loss", error) from None
-        raise CliError("--" + loss.flags[name].replace("_", "-"), problem) from None
+        raise CliError(flag_of(loss.flags[name]), problem) from None
 
 
 def _check_dpo_kind(arguments: argparse.Namespace) -> None:

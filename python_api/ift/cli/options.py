@@ -1,4 +1,4 @@
-"""The arguments of ``ift``, their defaults and presets.
+"""The parser of ``ift``: options of a run, their defaults and presets.
 
 The parser leaves options that are not given at None; `resolve` fills them from the preset, then
 from the defaults, so a preset never overrides a given option.
@@ -11,43 +11,18 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ift.cli.argument_types import (
+from ift.cli.arguments import (
+    Option,
+    add_options,
+    flag_of,
     fraction,
     natural,
     number,
-    one_of,
     positive,
     positive_int,
 )
 from ift.cli.errors import CliError
 from ift.cli.losses import IFT_OPTIONS, LOSSES, OPTIONS, PAIR_OPTIONS, losses_with
-
-DEFAULTS: dict[str, Any] = {
-    "loss": "ift",
-    "eval_split": 0.0,
-    "epochs": 1.0,
-    "max_steps": None,
-    "lr": 5e-5,
-    "optimizer": "adamw",
-    "scheduler": "linear",
-    "lr_warmup_steps": 0,
-    "batch_size": 8,
-    "accumulate": 1,
-    "max_length": 1024,
-    "bf16": False,
-    "gradient": "exact",
-    "freeze_head": False,
-    "seed": 0,
-    "save_steps": 500,
-    "eval_steps": None,
-    "log_steps": 10,
-    "resume": False,
-    "cpu": False,
-    "allow_new_weights": False,
-    "probe_every": 25,
-    "probe_size": 64,
-    "probe_sample": 32,
-}
 
 # The settings reported in the IFT paper; the loss options of the preset are IFTConfig.paper()'s.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -64,6 +39,52 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
 }
 PRESETS["noisy"] = PRESETS["paper"]  # with λ noise: IFTConfig.noisy()
+RUN_OPTIONS = {
+    "eval_split": Option("share of the rows to hold out for evaluation", fraction, "F", 0.0),
+    "eval_data": Option("JSONL to evaluate on, instead of a split", str, "FILE"),
+    "eval_steps": Option("evaluate every N steps (default: once an epoch)", positive_int, "N"),
+    "log_steps": Option("log every N steps", positive_int, "N", 10),
+    "save_steps": Option("write a checkpoint every N steps, and at the end", positive_int, "N",
+                         500),
+    "resume": Option("continue from the last checkpoint in --output", default=False),
+}  # fmt: skip
+TRAINING_OPTIONS = {
+    "loss": Option("loss to train with", choices=LOSSES, default="ift"),
+    "preset": Option("settings of a publication; options given beside it win", choices=PRESETS),
+    "epochs": Option("passes over the data", positive, "X", 1.0),
+    "max_steps": Option("optimizer steps, instead of --epochs", positive_int, "N"),
+    "lr": Option("peak learning rate", positive, "X", 5e-5),
+    "gradient": Option("of the head; active approximates it by the columns that matter",
+                       choices=("exact", "active"), default="exact"),
+    "freeze_head": Option("do not train the output head (nor an embedding tied to it)",
+                          default=False),
+    "optimizer": Option("", choices=("adamw", "rmsprop", "sgd", "adafactor"), default="adamw"),
+    "scheduler": Option("of the learning rate", choices=("linear", "cosine", "constant"),
+                        default="linear"),
+    "lr_warmup_steps": Option("steps of linear learning-rate warm-up", natural, "N", 0),
+    "batch_size": Option("rows per forward on each device", positive_int, "N", 8),
+    "accumulate": Option("forwards per optimizer step", positive_int, "N", 1),
+    "max_length": Option("cut rows at N tokens",
+                         number("a whole number of at least 2", lambda x: x >= 2, int), "N", 1024),
+    "bf16": Option("bf16 autocast over fp32 weights", default=False),
+    "seed": Option("of the initial weights, the order of the data and the sampling",
+                   number("a whole number in [0, 2**32)", lambda x: 0 <= x < 2**32, int), "N", 0),
+    "cpu": Option("stay off the accelerator", default=False),
+}  # fmt: skip
+PROBE_OPTIONS = {
+    "probes": Option("probe set to use (default: made from --data)", str, "FILE"),
+    "probe_every": Option("measure every N steps", positive_int, "N", 25),
+    "probe_size": Option("prompts of the set that is made", positive_int, "N", 64),
+    "probe_test": Option("JSONL of rows not trained on, for the type `unrelated` (default: the "
+                         "rows held out)", str, "FILE"),
+    "probe_sample": Option("tokens of a sample of the model before training, for the type "
+                           "`sample`; 0: none", natural, "N", 32),
+}  # fmt: skip
+DEFAULTS = {
+    name: option.default
+    for options in (RUN_OPTIONS, TRAINING_OPTIONS, PROBE_OPTIONS)
+    for name, option in options.items()
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,52 +137,6 @@ def build_parser() -> Parser:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    _add_run(parser)
-    _add_training(parser)
-    _add_losses(parser)
-
-
-def _add_dynamics(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="action")
-    run = actions.add_parser("run", help="train as `ift train`, measuring a probe set on the way")
-    _add_train(run)
-    add = _Group(run, "probes; into DIR/probes.jsonl and DIR/dynamics")
-    add("--probes", str, "probe set to use (default: made from --data)", "FILE")
-    add("--probe-every", positive_int, "measure every N steps", "N")
-    add("--probe-size", positive_int, "prompts of the set that is made", "N")
-    add("--probe-test", str, "JSONL of rows not trained on, for the type `unrelated` "
-        "(default: the rows held out)", "FILE")  # fmt: skip
-    add("--probe-sample", natural, "tokens of a sample of the model before training, for the type "
-        "`sample`; 0: none", "N")  # fmt: skip
-    plot = actions.add_parser("plot", help="draw the curves of a run again")
-    plot.add_argument("run", metavar="DIR", help="output of `ift dynamics run`, or of the callback")
-    plot.add_argument("--title", default="", help="above the picture")
-    compare = actions.add_parser("compare", help="draw runs over one another, and print a table")
-    compare.add_argument("runs", nargs="+", metavar="DIR", help="outputs of `ift dynamics run`")
-    compare.add_argument("--output", default="compare.png", metavar="PNG")
-
-
-class _Group:
-    """`group(flag, …)` with defaults left at None and shown in the help."""
-
-    def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
-        self._group = parser.add_argument_group(title)
-
-    def __call__(self, flag: str, type: Any, help: str, metavar: str | None = None) -> None:
-        default = DEFAULTS.get(flag.lstrip("-").replace("-", "_"))
-        if default is not None:
-            help += f" (default: {default})"
-        self._group.add_argument(flag, type=type, help=help, metavar=metavar)
-
-    def choice(self, flag: str, help: str, *names: str) -> None:
-        self(flag, one_of(*names), help, "{" + ",".join(names) + "}")
-
-    def switch(self, flag: str, help: str) -> None:
-        action = argparse.BooleanOptionalAction
-        self._group.add_argument(flag, action=action, default=None, help=help)
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
     required = parser.add_argument_group("what to train")
     required.add_argument(
         "--model",
@@ -189,56 +164,27 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="gets checkpoints, model/, log.jsonl and curves.png",
     )
-    add = _Group(parser, "evaluation, log and checkpoints")
-    add("--eval-split", fraction, "share of the rows to hold out for evaluation", "F")
-    add("--eval-data", str, "JSONL to evaluate on, instead of a split", "FILE")
-    add("--eval-steps", positive_int, "evaluate every N steps (default: once an epoch)", "N")
-    add("--log-steps", positive_int, "log every N steps", "N")
-    add("--save-steps", positive_int, "write a checkpoint every N steps, and at the end", "N")
-    add.switch("--resume", "continue from the last checkpoint in --output")
-
-
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    add = _Group(parser, "training")
-    add.choice("--loss", "loss to train with", *LOSSES)
-    add.choice("--preset", "settings of a publication; options given beside it win", *PRESETS)
-    add("--epochs", positive, "passes over the data", "X")
-    add("--max-steps", positive_int, "optimizer steps, instead of --epochs", "N")
-    add("--lr", positive, "peak learning rate", "X")
-    add.choice("--gradient", "of the head; active approximates it by the columns that matter",
-               "exact", "active")  # fmt: skip
-    add.switch("--freeze-head", "do not train the output head (nor an embedding tied to it)")
-    add.choice("--optimizer", "", "adamw", "rmsprop", "sgd", "adafactor")
-    add.choice("--scheduler", "of the learning rate", "linear", "cosine", "constant")
-    add("--lr-warmup-steps", natural, "steps of linear learning-rate warm-up", "N")
-    add("--batch-size", positive_int, "rows per forward on each device", "N")
-    add("--accumulate", positive_int, "forwards per optimizer step", "N")
-    add("--max-length", number("a whole number of at least 2", lambda x: x >= 2, int),
-        "cut rows at N tokens", "N")  # fmt: skip
-    add.switch("--bf16", "bf16 autocast over fp32 weights")
-    add(
-        "--seed",
-        number("a whole number in [0, 2**32)", lambda x: 0 <= x < 2**32, int),
-        "of the initial weights, the order of the data and the sampling",
-        "N",
-    )
-    add.switch("--cpu", "stay off the accelerator")
-
-
-def _add_losses(parser: argparse.ArgumentParser) -> None:
-    groups = {
-        "IFT loss (--loss ift); defaults as released": IFT_OPTIONS,
-        "preference losses; defaults as in ift.losses": PAIR_OPTIONS,
+    add_options(parser, "evaluation, log and checkpoints", RUN_OPTIONS)
+    add_options(parser, "training", TRAINING_OPTIONS)
+    add_options(parser, "IFT loss (--loss ift); defaults as released", IFT_OPTIONS)
+    pairs = {
+        name: option._replace(help=f"{option.help} [{', '.join(losses_with(name))}]")
+        for name, option in PAIR_OPTIONS.items()
     }
-    for title, named in groups.items():
-        add = _Group(parser, title)
-        for name, option in named.items():
-            flag, users = "--" + name.replace("_", "-"), ", ".join(losses_with(name))
-            help = option.help if named is IFT_OPTIONS else f"{option.help} [{users}]"
-            if option.type is None:
-                add.switch(flag, help)
-            else:
-                add(flag, option.type, help, option.metavar)
+    add_options(parser, "preference losses; defaults as in ift.losses", pairs)
+
+
+def _add_dynamics(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="action")
+    run = actions.add_parser("run", help="train as `ift train`, measuring a probe set on the way")
+    _add_train(run)
+    add_options(run, "probes; into DIR/probes.jsonl and DIR/dynamics", PROBE_OPTIONS)
+    plot = actions.add_parser("plot", help="draw the curves of a run again")
+    plot.add_argument("run", metavar="DIR", help="output of `ift dynamics run`, or of the callback")
+    plot.add_argument("--title", default="", help="above the picture")
+    compare = actions.add_parser("compare", help="draw runs over one another, and print a table")
+    compare.add_argument("runs", nargs="+", metavar="DIR", help="outputs of `ift dynamics run`")
+    compare.add_argument("--output", default="compare.png", metavar="PNG")
 
 
 def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
@@ -253,8 +199,8 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
     loss = values["loss"]
     for name in OPTIONS:
         if name in given and not LOSSES[loss].takes(name):
-            flag, expected = "--" + name.replace("_", "-"), " or ".join(losses_with(name))
-            raise CliError(flag, f"got it with --loss {loss}; expected --loss {expected}")
+            expected = " or ".join(losses_with(name))
+            raise CliError(flag_of(name), f"got it with --loss {loss}; expected --loss {expected}")
     if preset and loss != preset["loss"]:
         raise CliError("--preset", f"got it with --loss {loss}; expected --loss {preset['loss']}")
     if "eval_data" in given and given.get("eval_split"):

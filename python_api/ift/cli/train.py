@@ -14,6 +14,7 @@ from typing import Any
 
 from ift import plotting
 from ift.cli import options, processes
+from ift.cli.arguments import flag_of
 from ift.cli.errors import CliError, refusals
 from ift.cli.losses import LOSSES, OPTIONS, build_loss
 from ift.cli.models import check_model_path, check_positions, load_model, padding_id
@@ -202,12 +203,16 @@ def check_same_run(arguments: argparse.Namespace, output: Path, *, started: bool
     for name, value in now.items():
         # A run of a version without the option had its default.
         if before.get(name, options.DEFAULTS.get(name)) != value:
-            flag = "--" + name.removesuffix("_sha256").replace("_", "-")
-            flag = "torchrun --nproc-per-node" if name == "processes" else flag
+            argument = flag_of(name.removesuffix("_sha256"))
+            argument = "torchrun --nproc-per-node" if name == "processes" else argument
             if name.endswith("_sha256"):
-                raise CliError(flag, f"other contents than when the run in {output} was started")
+                raise CliError(
+                    argument, f"other contents than when the run in {output} was started"
+                )
             got, was = ("the default" if v is None else v for v in (value, before.get(name)))
-            raise CliError(flag, f"got {got}; expected {was}, as the run in {output} was started")
+            raise CliError(
+                argument, f"got {got}; expected {was}, as the run in {output} was started"
+            )
 
 
 @contextlib.contextmanager
