@@ -59,8 +59,8 @@ class LossArguments:
                 return True
             if mine is not None or theirs is not None:
                 break
-        own, given = self.target.flatten(), other.target.flatten()
-        return torch.equal(own, given.to(own.device))
+        target, others = self.target.flatten(), other.target.flatten()
+        return torch.equal(target, others.to(target.device))
 
 
 LossCallback = Callable[[Any, LossArguments], Tensor]  # (result, arguments) → scalar

@@ -106,10 +106,10 @@ class EmbeddingForward:
         if predicted is None:
             return self.original(ids)
         if predicted.is_floating_point():
-            own = self.original(ids)
-            other = own.clone()
-            other[F.pad(mixture.target != IGNORE_INDEX, (1, -1))] = predicted.to(own)
-            return torch.lerp(own, other, lam)
+            embeddings = self.original(ids)
+            mixed_in = embeddings.clone()
+            mixed_in[F.pad(mixture.target != IGNORE_INDEX, (1, -1))] = predicted.to(embeddings)
+            return torch.lerp(embeddings, mixed_in, lam)
         if self.previous is None and is_plain_embedding(self.module, mixture.embedding_grad):
             weight: Any = self.module.weight
             return temporal_residual(

@@ -259,9 +259,10 @@ class PatchedForward:
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return PatchedForward(model, previous)(*args, **kwargs)  # `model` may be a copy
 
-        own = self.__signature__
+        signature = self.__signature__
         first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        forward.__signature__ = own.replace(parameters=[first, *own.parameters.values()])  # type: ignore[attr-defined]  # read by inspect
+        parameters = [first, *signature.parameters.values()]
+        forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # read by inspect
         forward.is_ift = True  # type: ignore[attr-defined]  # a method made from it is still ours
         return forward
 
@@ -388,7 +389,7 @@ def _two_tokens(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _without_logits(output: Any, model: nn.Module, kwargs: dict[str, Any]) -> Any:
     """The same output without the placeholder, as a tuple where one was asked for."""
     output = type(output)(**{key: value for key, value in output.items() if key != "logits"})
-    wanted = kwargs.get("return_dict")
-    if wanted is None:
-        wanted = getattr(getattr(model, "config", None), "return_dict", True)
-    return output if wanted else output.to_tuple()
+    return_dict = kwargs.get("return_dict")
+    if return_dict is None:
+        return_dict = getattr(getattr(model, "config", None), "return_dict", True)
+    return output if return_dict else output.to_tuple()

@@ -55,11 +55,11 @@ def encode_pairs(
             pairs[index] = {"chosen": chosen, "rejected": rejected}
     if mismatched:
         kept = list(pairs)
-        others = [
+        mismatches = [
             _mismatch(rows[index], rows[following])
             for index, following in zip(kept, [*kept[1:], *kept[:1]], strict=True)
         ]
-        for index, kl in zip(kept, encode_each(others, tokenizer, max_length), strict=True):
+        for index, kl in zip(kept, encode_each(mismatches, tokenizer, max_length), strict=True):
             if kl is None:
                 del pairs[index]
             else:
@@ -88,8 +88,8 @@ def _share_prompt(
             "that differ in the last assistant turn alone"
         )
     for side in both:
-        own = int((side["labels"] != IGNORE_INDEX).argmax())
-        side["labels"][start:own] = side["input_ids"][start:own]
+        first = int((side["labels"] != IGNORE_INDEX).argmax())
+        side["labels"][start:first] = side["input_ids"][start:first]
 
 
 def _mismatch(row: PairRow, other: PairRow) -> Row:

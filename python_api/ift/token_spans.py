@@ -27,11 +27,11 @@ def tokenised(
     Batches use the tokenizer's own threads.
     """
     for first in range(0, len(texts), batch):
-        some = tokenizer(
+        encoded = tokenizer(
             list(texts[first : first + batch]), add_special_tokens=False, verbose=False
         )
-        encodings = getattr(some, "encodings", None)  # a slow tokenizer has none
-        for index, ids in enumerate(some["input_ids"]):
+        encodings = getattr(encoded, "encodings", None)  # a slow tokenizer has none
+        for index, ids in enumerate(encoded["input_ids"]):
             yield list(ids), encodings[index].offsets if encodings else None
 
 

@@ -111,8 +111,8 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
         found: list[Tensor] = []
 
         def keep(logprob: Tensor, mask: Tensor) -> Tensor:
-            own = ((logprob * mask).sum(1), mask.any(1), inputs["kl_reference"])
-            found.append(torch.stack([part.to(logprob) for part in own], 1))
+            columns = ((logprob * mask).sum(1), mask.any(1), inputs["kl_reference"])
+            found.append(torch.stack([part.to(logprob) for part in columns], 1))
             return logprob.new_zeros(())
 
         with evaluating(self.accelerator.unwrap_model(model)):

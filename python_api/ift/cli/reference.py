@@ -128,8 +128,8 @@ def add_references(
         named = argparse.Namespace(**vars(arguments))
         named.model = arguments.reference or arguments.model
         flag = "--model" if arguments.reference is None else "--reference"
-        model, own = load_model(named, rows, None, flag)
-        check_same_tokens(named.model, own.get_vocab(), tokenizer.get_vocab())
+        model, its_tokenizer = load_model(named, rows, None, flag)
+        check_same_tokens(named.model, its_tokenizer.get_vocab(), tokenizer.get_vocab())
     model.to(device)
     cache = Path(arguments.output) / "reference"
     for data in sets:

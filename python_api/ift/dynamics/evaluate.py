@@ -265,10 +265,10 @@ class ProbeEvaluator:
         except (ValueError, RuntimeError, TypeError, IndexError) as error:
             logger.warning("%s: refuses the mask: %s", type(model).__name__, error)
             return False
-        wanted = torch.cat([self._hidden(model, _Batch.plain([r])) for g in pack for r in g])
+        plain = torch.cat([self._hidden(model, _Batch.plain([r])) for g in pack for r in g])
         tolerance = 1e-3 if shared.dtype in (torch.float32, torch.float64) else 5e-2
-        scale = wanted.abs().max().clamp(min=1e-6)
-        return bool((shared - wanted).abs().max() <= tolerance * scale)
+        scale = plain.abs().max().clamp(min=1e-6)
+        return bool((shared - plain).abs().max() <= tolerance * scale)
 
     def _hidden(self, model: Any, batch: _Batch) -> Tensor:
         """Hidden states at the head, of the rows of the batch."""

@@ -90,6 +90,6 @@ class _Guarded(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (valley,) = ctx.saved_tensors
         negative = grad > 0
-        hit = negative & valley
-        ctx.guard.add(negative, hit)
-        return torch.where(hit, 0, grad) if ctx.guard.mask else grad, None, None
+        in_the_valley = negative & valley
+        ctx.guard.add(negative, in_the_valley)
+        return torch.where(in_the_valley, 0, grad) if ctx.guard.mask else grad, None, None

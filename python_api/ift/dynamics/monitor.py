@@ -85,8 +85,8 @@ class SqueezeMonitor:
         for one in found:
             if one.type in self.negative:
                 negative += one.logprob.numel()
-                hit = in_valley(one.logprob, one.argmax_logprob, self.valley, self.peak)
-                valley += int(hit.sum())
+                in_the_valley = in_valley(one.logprob, one.argmax_logprob, self.valley, self.peak)
+                valley += int(in_the_valley.sum())
         record: dict[str, Any] = {
             "negative_tokens": negative,
             "valley_tokens": valley,

@@ -115,16 +115,16 @@ def build_probe_set(
     draw = random.Random(seed)
     chosen = sorted(draw.sample(range(len(rows)), min(size, len(rows))))
     words = _words([row["chosen"] for row in rows], tokenizer)
-    pool = [word for own in words for word in own]
+    pool = [word for text in words for word in text]
     probes = []
     for index in chosen:
-        row, own = rows[index], words[index]
+        row, answer_words = rows[index], words[index]
         responses = {k: row[k] for k in TYPES if k in row}
         responses["other_train"] = _other_answer(row, rows, draw)
         if other:
             responses["unrelated"] = _unrelated(row, other, draw)
-        responses["permuted"] = _permuted(own, row["chosen"], draw)
-        responses["random_words"] = _random_words(len(own), pool, row["chosen"], draw)
+        responses["permuted"] = _permuted(answer_words, row["chosen"], draw)
+        responses["random_words"] = _random_words(len(answer_words), pool, row["chosen"], draw)
         probes.append(Probe(row["prompt"], responses))
     if sample is not None:
         for probe, text in zip(probes, sample([p.prompt for p in probes]), strict=True):
@@ -140,8 +140,8 @@ def _compared(probes: list[Probe]) -> list[Probe]:
         kept: dict[str, str] = {}
         for name in (name for name in TYPES if name in probe.responses):
             text = probe.responses[name]
-            others = ("chosen", "rejected") if name == "rejected_paraphrase" else ("chosen",)
-            if text and not any(_same(text, kept[o]) for o in others if o in kept):
+            compared = ("chosen", "rejected") if name == "rejected_paraphrase" else ("chosen",)
+            if text and not any(_same(text, kept[o]) for o in compared if o in kept):
                 kept[name] = text
             else:
                 missing[name] += 1
@@ -202,9 +202,9 @@ def _words(texts: list[str], tokenizer: Any) -> list[list[str]]:
     """Of each text the words that `_joined` joins, most with a space in front."""
     words = [[" " + word for word in text.split()] for text in texts]
     unspaced = [index for index, text in enumerate(texts) if UNSPACED.search(text)]
-    some = [texts[index] for index in unspaced]
-    parts = itertools.repeat(([], None)) if tokenizer is None else tokenised(some, tokenizer)
-    for index, text, (_, offsets) in zip(unspaced, some, parts, strict=False):
+    their_texts = [texts[index] for index in unspaced]
+    parts = itertools.repeat(([], None)) if tokenizer is None else tokenised(their_texts, tokenizer)
+    for index, text, (_, offsets) in zip(unspaced, their_texts, parts, strict=False):
         words[index] = _pieces(text, offsets or [])
     return words
 

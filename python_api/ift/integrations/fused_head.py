@@ -174,8 +174,8 @@ class _FusedForward:
 
     def _call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not kwargs.pop("fused_lm_head", False):
-            own = model is self.model  # accelerate's wrapper of a copy calls with the copy
-            before = self.before if own else MethodType(self.before.__func__, model)
+            is_copy = model is not self.model  # accelerate's wrapper of a copy passes the copy
+            before = self.before if not is_copy else MethodType(self.before.__func__, model)
             return before(*args, **kwargs)
         if args:
             raise TypeError("fused_lm_head: expected keyword arguments only")
@@ -191,9 +191,10 @@ class _FusedForward:
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return self._call(model, args, kwargs)
 
-        own = self.__signature__
+        signature = self.__signature__
         first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        forward.__signature__ = own.replace(parameters=[first, *own.parameters.values()])  # type: ignore[attr-defined]  # read by inspect
+        parameters = [first, *signature.parameters.values()]
+        forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # read by inspect
         forward.is_ift = True  # type: ignore[attr-defined]  # a method made from it is still ours
         return forward
 

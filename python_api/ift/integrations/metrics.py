@@ -191,14 +191,16 @@ class TargetMetrics(_Base):
             rank = sampler.process_index
             examples = sampler.batch_size
             examples //= sampler.num_processes if sampler.split_batches else 1
-        own = max(0, state.remainder - rank * examples)
+        first_repeat = max(0, state.remainder - rank * examples)
         named = {k: v.clone() for k, v in inputs.items() if k.endswith("labels")}
         if rows != examples:
             where = self._example_of_tokens(inputs, examples)
-            return {**inputs, **{k: v.masked_fill(where >= own, -100) for k, v in named.items()}}
+            repeated = where >= first_repeat
+            masked = {k: v.masked_fill(repeated, IGNORE_INDEX) for k, v in named.items()}
+            return {**inputs, **masked}
         for labels in named.values():
             for side in labels.split(examples):  # chosen and rejected, or all there is
-                side[own:] = IGNORE_INDEX
+                side[first_repeat:] = IGNORE_INDEX
         return {**inputs, **named}
 
     def _example_of_tokens(self, inputs: dict[str, Any], examples: int) -> Tensor:

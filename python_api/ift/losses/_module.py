@@ -97,24 +97,26 @@ def from_hidden(
     }  # fmt: skip
     taken = accepted(loss)
     given = {**loss.options, **options} if isinstance(loss, Loss) else options
-    wanted = tuple(
+    statistics = tuple(
         name for name, users in STATISTICS.items()
         if name in taken and any(given.get(user) for user in users)
     )  # fmt: skip
-    outputs = ("logprob", "entropy", "argmax", *(n for n in wanted if n != "entropy"))
-    detached = () if "entropy" in wanted else ("entropy",)  # for the metrics alone
+    outputs = ("logprob", "entropy", "argmax", *(n for n in statistics if n != "entropy"))
+    detached = () if "entropy" in statistics else ("entropy",)  # for the metrics alone
     stats = linear_logprobs(
         hidden, weight, target, outputs=outputs, detached=detached, gradient=gradient, **head
     )
     mask = target != ignore_index
     if isinstance(reference, Head):
-        own = reference._asdict()
-        states, rows = own.pop("hidden"), own.pop("weight")
+        options_of_reference = reference._asdict()
+        states = options_of_reference.pop("hidden")
+        rows = options_of_reference.pop("weight")
         with torch.no_grad():
-            reference = linear_logprobs(states, rows, target, **{**head, **own}).logprob
+            found = linear_logprobs(states, rows, target, **{**head, **options_of_reference})
+        reference = found.logprob
     if reference is not None:
         options["reference"] = reference
-    options |= {name: getattr(stats, name) for name in wanted}
+    options |= {name: getattr(stats, name) for name in statistics}
     metrics = {} if metrics is None else metrics
     value = loss(cast(Tensor, stats.logprob), mask, *args, metrics=metrics, **options)
     record_statistics(metrics, stats, target, mask)
@@ -193,12 +195,12 @@ class Loss(nn.Module):
                 raise ValueError("position_ids: expected None with cu_seqlens, got both")
             call["cu_seqlens"] = cu = documents(logprob, position_ids)
             if self.pairs and cu is not None:
-                held = Rows(mask, cu).sum((mask != 0).to(torch.float32)) > 0
-                if not bool(held.all()):  # an empty document would shift the pairs
+                has_tokens = Rows(mask, cu).sum((mask != 0).to(torch.float32)) > 0
+                if not bool(has_tokens.all()):  # an empty document would shift the pairs
                     raise ValueError(
                         "position_ids: expected response tokens in every document, got "
-                        f"{int((~held).sum())} without any (padding?); leave position_ids out for "
-                        "padded rows, or give cu_seqlens"
+                        f"{int((~has_tokens).sum())} without any (padding?); leave position_ids "
+                        "out for padded rows, or give cu_seqlens"
                     )
         found = call.pop("metrics", None)
         self.metrics = {} if found is None else found

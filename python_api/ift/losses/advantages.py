@@ -56,8 +56,8 @@ def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
         As `group_advantages`.
     """
     groups = _groups(rewards, group_size)
-    others = (~groups.isnan()).sum(1, keepdim=True) - 1
-    baseline = (groups.nansum(1, keepdim=True) - groups) / others
+    other_count = (~groups.isnan()).sum(1, keepdim=True) - 1
+    baseline = (groups.nansum(1, keepdim=True) - groups) / other_count
     return (groups - baseline).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).flatten()
 
 

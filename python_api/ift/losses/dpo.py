@@ -36,8 +36,8 @@ class Ratios(NamedTuple):
 
 def _exo(r: Ratios) -> Tensor:
     log_p, log_q = F.logsigmoid(r.h), F.logsigmoid(-r.h)
-    wanted = math.log1p(-r.smoothing), math.log(r.smoothing)
-    return log_p.exp() * (log_p - wanted[0]) + log_q.exp() * (log_q - wanted[1])
+    log_target = math.log1p(-r.smoothing), math.log(r.smoothing)
+    return log_p.exp() * (log_p - log_target[0]) + log_q.exp() * (log_q - log_target[1])
 
 
 def _discopop(r: Ratios) -> Tensor:
