@@ -17,7 +17,7 @@ class CliError(Exception):
 
 @contextlib.contextmanager
 def refusals(
-    argument: str, options: Mapping[str, str], applies: Callable[[], bool] = lambda: True
+    argument: str, options: Mapping[str, str] = {}, applies: Callable[[], bool] = lambda: True
 ) -> Iterator[None]:
     """What our own code refuses in this block becomes a CliError, while `applies` holds.
 
