@@ -52,7 +52,7 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
       given beside `loss` it is an error.
     - ``ift``: an `ift.IFTConfig`; both passes of Intuitive Fine-Tuning inside this one forward.
     - ``skip_logits``: True or False to choose; None, the default, skips them when labels are given
-      and the model is training or gradients are enabled. Else the original forward runs untouched.
+      and the model is training or gradients are enabled. Else the original forward runs.
 
     Without logits the output has ``logits=None``, and `model.ift_metrics` holds three scalar
     tensors of this call: the number of targets, ``tokens``, and the sums over them of ``correct``

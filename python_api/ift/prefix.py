@@ -54,7 +54,7 @@ class Sharing(NamedTuple):
     def supports(self, rows: Aligned, length: int) -> bool:
         """Whether these rows give the results of whole rows, of `length`."""
         if max(length, rows.ids.shape[1]) >= self.shorter_than:
-            return False  # prompts would get other frequencies than the responses behind them
+            return False  # prompts would get other frequencies than the responses after them
         return bool(self.moved) if rows.positions is not None else self.plain
 
     def prompt(self, rows: Aligned) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def unsupported_reason(model: Any, kwargs: dict[str, Any]) -> str:
     if kwargs.get("output_router_logits") or getattr(config, "output_router_logits", False):
         return "its auxiliary loss is over whole rows"
     if config is not None and config.get_text_config() is not config:
-        # Positions behind a cache may be those of the last batch that had images.
+        # Positions after a cache may be those of the last batch that had images.
         return "it is a multimodal model"
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "DeepSpeed ZeRO-3 gathers parameters around one forward"

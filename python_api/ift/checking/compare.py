@@ -194,7 +194,7 @@ def _fused(model: Any, batch: dict[str, Any], config: IFTConfig | None) -> _Fuse
 
 
 def _gradients(model: nn.Module, loss: Tensor) -> Gradients:
-    """Gradients of the loss by name, for parameters that it reaches; those of `model` are spent."""
+    """Gradients of the loss by name, for parameters that it reaches; clears those of `model`."""
     if loss.requires_grad:
         loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -9,7 +9,7 @@ from ift.cli.arguments import flag_of
 
 
 class CliError(Exception):
-    """Bad input: names the argument, what came and what was expected."""
+    """Bad input: the message names the argument, the given and the expected value."""
 
     def __init__(self, argument: str, problem: object) -> None:
         super().__init__(f"{argument}: {' '.join(str(problem).split())}")

@@ -88,7 +88,7 @@ DEFAULTS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line: argument, what came, what was expected."""
+    """An ArgumentParser whose errors are one line: argument, given and expected value."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -176,7 +176,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 def _add_dynamics(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="action")
-    run = actions.add_parser("run", help="train as `ift train`, measuring a probe set on the way")
+    run = actions.add_parser("run", help="train as `ift train`, and measure a probe set meanwhile")
     _add_train(run)
     add_options(run, "probes; into DIR/probes.jsonl and DIR/dynamics", PROBE_OPTIONS)
     plot = actions.add_parser("plot", help="draw the curves of a run again")

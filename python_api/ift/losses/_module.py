@@ -188,7 +188,7 @@ class Loss(nn.Module):
         """As the function; see there.
 
         Args:
-            position_ids: (B, T), or (T,): where they do not go on by one a packed document starts.
+            position_ids: (B, T), or (T,); a document starts where they do not continue by one.
         """
         if position_ids is not None:
             if call.get("cu_seqlens") is not None:

@@ -72,7 +72,7 @@ def gae_advantages(
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (arXiv 1506.02438) over the tokens of each row.
 
-    ``δ_t = r_t + gamma · V_{t+1} - V_t``, ``A_t = Σ_k (gamma · lam)^k δ_{t+k}``; behind a row's
+    ``δ_t = r_t + gamma · V_{t+1} - V_t``, ``A_t = Σ_k (gamma · lam)^k δ_{t+k}``; after a row's
     last token the value is 0. t counts response tokens alone: over a gap, such as the output
     of a tool, the next response token is the next state, and nothing is discounted.
 
@@ -90,7 +90,7 @@ def gae_advantages(
     checks.same_shape("values", values, rewards, "rewards")
     gamma, lam = checks.unit_interval("gamma", gamma), checks.unit_interval("lam", lam)
     counts = Rows(rewards, cu_seqlens).sum(mask.long())
-    # Response tokens behind one another: gaps and padding are gone.
+    # Response tokens alone, one after another, without gaps and padding.
     reward, value = rewards.detach().float()[mask], values.detach().float()[mask]
     ends = counts.cumsum(0)
     follows = torch.cat([value[1:], value[:1]])

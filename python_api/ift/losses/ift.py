@@ -68,7 +68,7 @@ def ift_loss(
         side: "left" or "right".
         norm: "L1", "L2", "softmax" or "log".
         detach_weights: keep the weights out of the gradient; default False, as released.
-        cu_seqlens: (documents + 1,) int32 or int64: the rows are documents packed behind one
+        cu_seqlens: (documents + 1,) int32 or int64: the rows are packed documents, one after
             another, with the values and gradients of the same documents padded.
         num_rows: divide the sum over rows by this instead of by the rows that have response tokens
             here. Under gradient accumulation or data parallelism, pass the number of such rows in

@@ -62,7 +62,7 @@ class PairTokens(Tokens):
     ) -> Tensor:
         """Negative log-likelihood of the chosen responses per pair, (pairs,).
 
-        Per row its token mean; per token so that `reduce` makes of it a mean over chosen tokens.
+        "row": its mean per token. "token": scaled so that `reduce` gives the mean over tokens.
         """
         checks.one_of("nll", average, NLL)
         if average == "row":

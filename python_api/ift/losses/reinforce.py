@@ -59,7 +59,7 @@ def rloo_loss(
     `rloo_advantages`. At r = 1 its gradient is that of REINFORCE.
 
     Args:
-        rewards: (rows,), groups of `group_size` responses to one prompt behind one another.
+        rewards: (rows,), the `group_size` responses to one prompt one after another.
         old_logprob: per token, or sums (rows,).
         group_size: at least 2 for a gradient.
         The rest: as `grpo_loss`.
