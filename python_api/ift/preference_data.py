@@ -25,7 +25,7 @@ class EncodedPairs:
         return Encoded(list(self.sides()), []).target_tokens
 
     def sides(self) -> Iterator[dict[str, np.ndarray]]:
-        """Every sequence: chosen, rejected, chosen, …, each followed by KTO's mismatched one."""
+        """Every sequence, pair by pair: chosen, rejected and, for KTO, the mismatched one."""
         for example in self.examples:
             yield from (example[name] for name in ("chosen", "rejected", "kl") if name in example)
 
