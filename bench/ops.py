@@ -98,7 +98,7 @@ NAIVE: dict[str, Callable[[Tensors], Tensor]] = {
 }
 OURS: dict[str, Callable[[Tensors], Tensor]] = {
     "greedy": lambda t: ift_kernels.linear_token(t["hidden"], t["weight"]).ids,
-    "topk": lambda t: ift_kernels.linear_token(t["hidden"], t["weight"], rule="topk", k=2).ids,
+    "topk": lambda t: ift_kernels.linear_token(t["hidden"], t["weight"], rule="kth", k=2).ids,
     "sample": lambda t: ift_kernels.linear_token(t["hidden"], t["weight"], rule="sample").ids,
     "soft": lambda t: ift_kernels.linear_expected_embedding(
         t["hidden"], t["weight"], t["embedding"]

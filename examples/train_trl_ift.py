@@ -1,4 +1,4 @@
-"""Intuitive Fine-Tuning in TRL: `IFTTrainer` in place of `SFTTrainer`, its options beside SFT's.
+"""Intuitive Fine-Tuning in TRL: `IFTSFTTrainer` in place of `SFTTrainer`, its options beside SFT's.
 
 ``python -m examples.train_trl_ift``
 """
@@ -10,7 +10,7 @@ import argparse
 from datasets import Dataset
 
 from examples import toy
-from ift.integrations.trl import IFTConfig, IFTTrainer
+from ift.integrations.trl import IFTSFTConfig, IFTSFTTrainer
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
@@ -22,9 +22,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
     words = toy.tokenizer()
     rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in toy.rows()]
-    trainer = IFTTrainer(
+    trainer = IFTSFTTrainer(
         model=toy.model(words),
-        args=IFTConfig(
+        args=IFTSFTConfig(
             ift={"lam": 0.2, "gamma": 0.95},
             output_dir=options.output,
             max_steps=options.steps,

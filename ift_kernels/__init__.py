@@ -12,7 +12,7 @@ from ift_kernels.divergence import linear_divergence
 from ift_kernels.expected_embedding import linear_expected_embedding
 from ift_kernels.influence import exact_influence, influence
 from ift_kernels.linear import TokenStats, linear_cross_entropy, linear_logprobs
-from ift_kernels.plan import Plan, explain, use_schedule
+from ift_kernels.plan import Plan, explain
 from ift_kernels.propagation import discounted_cumsum, propagation_weights
 from ift_kernels.residual import further_tokens, temporal_residual
 from ift_kernels.token_choice import TokenChoice, linear_token
@@ -40,6 +40,5 @@ __all__ = [
     "record_active_sets",
     "temporal_residual",
     "use_backend",
-    "use_schedule",
     "vocab_parallel_logprobs",
 ]

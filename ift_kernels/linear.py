@@ -41,6 +41,7 @@ OUTPUTS = {
     "lse": 0,
     "entropy": ref.TRACK_ENTROPY,
     "argmax": ref.TRACK_ARGMAX,
+    "argmax_logprob": ref.TRACK_ARGMAX,
     "second_logprob": ref.TRACK_SECOND,
     "sum_sq": ref.TRACK_SQ,
     "mean_logit": ref.TRACK_MEAN,
@@ -82,7 +83,7 @@ def linear_logprobs(
         bias: (V,) or None.
         ignore_index: positions with this target get 0 in every output and send no gradient.
         logit_scale, softcap, temperature: the transform above; by default logits stay as they are.
-        outputs: any of "logprob", "lse", "entropy", "argmax" (with its log-probability),
+        outputs: any of "logprob", "lse", "entropy", "argmax", "argmax_logprob",
             "second_logprob", "sum_sq", "mean_logit". Beyond the first two each costs a little.
         detached: those of `outputs` that come without gradient, such as an entropy that is only
             logged. With a frozen head, a gradient through entropy or mean_logit can cost a product.
@@ -117,8 +118,7 @@ def linear_logprobs(
     if track & ref.TRACK_MEAN:
         stats = stats._replace(mean_logit=stats.mean_logit + stats.lse)
     stats = stats._replace(**{name: getattr(stats, name).detach() for name in detached})
-    kept = {"argmax_logprob" if name == "argmax" else name for name in outputs} | set(outputs)
-    return TokenStats(*(v if k in kept else None for k, v in stats._asdict().items()))
+    return TokenStats(*(v if k in outputs else None for k, v in stats._asdict().items()))
 
 
 def tracks(outputs: Collection[str], detached: Collection[str]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from ift_kernels.backends import reference as ref
 from ift_kernels.sums import wide_dtype
 from ift_kernels.transform import LogitTransform
 
-RULES = ("greedy", "topk", "sample")
+RULES = ("greedy", "kth", "sample")
 MAX_K = 64
 
 
@@ -43,14 +43,14 @@ def linear_token(
     With ``z`` the logits as in `linear_logprobs` (temperature included), equals::
 
         ids = z.argmax(-1)                              # rule "greedy"; ties go to the lowest id
-        ids = z.topk(k).indices[..., k - 1]             # rule "topk": the k-th best token alone
+        ids = z.topk(k).indices[..., k - 1]             # rule "kth": the k-th best token alone
         ids = (z + gumbel(seed, row, id)).argmax(-1)    # rule "sample": a draw from softmax(z)
         logprob = log_softmax(z, -1).gather(-1, ids[..., None])[..., 0]
 
     Args:
         hidden, weight, bias, logit_scale, softcap, temperature, workspace: as `linear_logprobs`.
-        rule: "greedy" (default), "topk" or "sample".
-        k: which token "topk" takes, 1 (greedy) to 64 and at most V. Default 2.
+        rule: "greedy" (default), "kth" or "sample".
+        k: which token "kth" takes, 1 (greedy) to 64 and at most V. Default 2.
         seed: of "sample", any 64-bit integer. The noise is a pure function of (seed, row, token
             id), Philox4x32-10, so that no chunking, sharding or batch order changes a draw.
         row_offset: number of this call's first row, for callers that hold a part of a larger batch.
@@ -67,7 +67,7 @@ def linear_token(
     limit = min(MAX_K, weight.shape[0])
     k, seed = checks.integer("k", k), checks.integer("seed", seed)
     row_offset = checks.integer("row_offset", row_offset)
-    if rule == "topk" and not 1 <= k <= limit:
+    if rule == "kth" and not 1 <= k <= limit:
         raise ValueError(f"k: expected in [1, {limit}], got {k}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected a 64-bit integer, got {seed}")

@@ -89,10 +89,9 @@ def vocab_parallel_logprobs(
     local = _local(hidden, shard, own, transform, workspace, track, active, differentiable)
     stats = _combined(local, here, shard, track)
     stats = stats._replace(**{name: getattr(stats, name).detach() for name in detached})
-    kept = {"argmax_logprob" if name == "argmax" else name for name in outputs} | set(outputs)
     return TokenStats(
         *(
-            torch.where(valid, value, 0) if name in kept and value is not None else None
+            torch.where(valid, value, 0) if name in outputs and value is not None else None
             for name, value in stats._asdict().items()
         )
     )

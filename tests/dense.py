@@ -22,7 +22,7 @@ FIELDS = (
     "sum_sq",
     "mean_logit",
 )
-OUTPUTS = tuple(name for name in FIELDS if name != "argmax_logprob")  # comes with argmax
+OUTPUTS = FIELDS
 DIFFERENTIABLE = ("logprob", "lse", "entropy", "mean_logit")
 # Every part of the transform at once, all different from 1.
 TRANSFORM = {"logit_scale": 0.7, "softcap": 5.0, "temperature": 1.3}

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import dense
 import ift_kernels as K
 from bench import lmlike
-from ift_kernels import active_hidden
+from ift_kernels import active_hidden, plan
 from ift_kernels.active_set import ActiveSet
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -93,7 +93,7 @@ def test_threshold_zero_is_exact(dtype, bias, transform, backend, sparse):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_at_the_default_threshold(dtype, workspace, of, schedule, sparse):
     h = of(lm(dtype=dtype, d=64))
-    with K.use_schedule(schedule), K.record_active_sets() as report:
+    with plan.use_schedule(schedule), K.record_active_sets() as report:
         found = gradients(h, ActiveSet(tail_bucket=512), workspace=workspace)
     assert len(report) == 1
     d_hidden, d_weight = exact(h)
@@ -178,7 +178,7 @@ def test_flat_logits_fall_back_to_dense():
 @HEADS
 def test_report(of, schedule, softcap, sparse):
     h = of(dense.replace(lm(), options={"softcap": softcap} if softcap else {}))
-    with K.use_schedule(schedule), K.record_active_sets() as report:
+    with plan.use_schedule(schedule), K.record_active_sets() as report:
         gradients(h, "active", workspace=8 << 20)
         gradients(h, "exact")
     gradients(h, "active")

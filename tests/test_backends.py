@@ -54,7 +54,7 @@ def results(dtype):
             poisoned = linear_logprobs(hidden, h.weight, h.target, outputs=dense.OUTPUTS)
             out[f"{key}-nan"] = [value.detach().isnan() for value in poisoned]
             sampled = linear_token(h.hidden, h.weight, rule="sample", seed=5, **h.kwargs)
-            best = linear_token(h.hidden, h.weight, rule="topk", k=min(3, v), **h.kwargs)
+            best = linear_token(h.hidden, h.weight, rule="kth", k=min(3, v), **h.kwargs)
             out[f"{key}-tokens"] = [*sampled, *best]
             soft = linear_expected_embedding(h.hidden, h.weight, h.weight, **h.kwargs)
             out[f"{key}-soft"] = [soft.detach(), *dense.gradients(soft.sin().sum(), h.inputs)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ift_kernels
-from ift_kernels import backends, settings, use_backend
+from ift_kernels import backends, plan, settings, use_backend
 from operations import OPERATIONS
 from serving import BACKENDS
 
@@ -65,7 +65,7 @@ CASES = {
 def test_backward_has_the_backend_of_forward(operation, schedule, case, served):
     first, then, name = CASES[case]
     tensors = [t.requires_grad_() for t in operation.inputs()]
-    with first(), ift_kernels.use_schedule(schedule):
+    with first(), plan.use_schedule(schedule):
         value = operation.ours(*tensors)
     forward = len(served)
     # The operations in plain torch around ours may run in either thread.

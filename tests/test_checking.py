@@ -13,7 +13,7 @@ METHODS = {
     "sft": None,
     "two passes": ift.IFTConfig(share_prompt=False),
     "shared prompt": ift.IFTConfig(),
-    "topk": ift.IFTConfig(rule="topk", k=3, objective="paper", embedding_grad=True),
+    "kth": ift.IFTConfig(rule="kth", k=3, objective="paper", embedding_grad=True),
     "soft": ift.IFTConfig(rule="soft", gamma=0.5, num_rows=7.0),
 }
 

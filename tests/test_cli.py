@@ -81,7 +81,7 @@ BAD = {
         ["--lambda-schedule", "linear", "--min-lam", "0.5"],
         "--min-lam: expected at most lam = 0.2, got 0.5",
     ),
-    "k": (["--rule", "topk", "--k", "0"], "--k: got '0'; expected a whole number of at least 1"),
+    "k": (["--rule", "kth", "--k", "0"], "--k: got '0'; expected a whole number of at least 1"),
     "norm of another objective": (
         ["--objective", "paper", "--norm", "L2"],
         "--norm: expected 'L1'",
@@ -106,7 +106,7 @@ BAD = {
     ),
     "seed of no generator": (["--seed", str(2**40)], r"--seed: got '1099511627776'; expected a"),
     "k beyond what there is": (
-        ["--rule", "topk", "--k", "1000000", "--max-steps", "1"],
+        ["--rule", "kth", "--k", "1000000", "--max-steps", "1"],
         r"--k: expected in \[1, 64\], got 1000000",
     ),
     "nothing to learn": (["--max-length", "4"], "--data: no completion tokens left in any of 40"),
@@ -216,7 +216,7 @@ def test_from_a_directory_with_every_ift_option(trained, data, tmp_path, capsys)
     arguments += ["--output", str(output), "--eval-data", str(data), *SMALL, "--log-steps", "1"]
     arguments += ["--loss", "ift", "--lam", "0.4", "--gamma", "0.9", "--objective", "released"]
     arguments += ["--propagation", "logps", "--side", "left", "--norm", "log", "--detach-weights"]
-    arguments += ["--rule", "topk", "--k", "3", "--sample-temperature", "0.5", "--embedding-grad"]
+    arguments += ["--rule", "kth", "--k", "3", "--sample-temperature", "0.5", "--embedding-grad"]
     arguments += ["--lambda-schedule", "linear", "--min-lam", "0.1", "--warmup-steps", "4"]
     arguments += ["--lam-noise", "--optimizer", "rmsprop", "--scheduler", "cosine", "--bf16"]
     assert main([*arguments, "--lr-warmup-steps", "2", "--accumulate", "2", "--epochs", "1"]) == 0
@@ -392,7 +392,7 @@ def test_failed_checkpoint_leaves_none(data, tmp_path, monkeypatch):
     def fail(self, checkpoint):
         raise OSError("disk full")
 
-    monkeypatch.setattr(trainer.RunTrainer, "_window_in", fail)
+    monkeypatch.setattr(trainer.ResumableRun, "_window_in", fail)
     output = tmp_path / "out"
     arguments = ["train", "--model", "tiny", "--data", str(data), "--output", str(output), *SMALL]
     with pytest.raises(OSError, match="disk full"):

@@ -171,8 +171,11 @@ def test_only_refusals_of_ours_become_a_line():
 
     with pytest.raises(CliError, match="--model: lam: expected"), refusals("--model"):
         IFTConfig(lam=3.0)
-    with pytest.raises(CliError, match="--lam: expected"), refusals("--model", ("lam",)):
+    with pytest.raises(CliError, match="--lam: expected"), refusals("--model", {"lam": "lam"}):
         IFTConfig(lam=3.0)
+    flags = {"lam": "lam", "gamma": "dpo_kind"}  # parameter → option of another name
+    with pytest.raises(CliError, match="--dpo-kind: expected"), refusals("--model", flags):
+        IFTConfig(gamma=3.0)
     with pytest.raises(ValueError, match="lam"), refusals("--model", applies=lambda: False):
         IFTConfig(lam=3.0)
     with pytest.raises(RuntimeError, match="size of tensor"), refusals("--model"):

@@ -11,7 +11,9 @@ import transformers as hf
 
 from ift.cli import main
 from ift.cli import options as cli_options
-from ift.cli.preference import PairTrainer, add_reference, pair_loss
+from ift.cli.losses import build_loss
+from ift.cli.preference import PairTrainer
+from ift.cli.reference import add_reference
 from ift.data import Collator
 from ift.data_rows import DataError, read_jsonl, read_preferences
 from ift.preference_data import PairCollator, encode_pairs
@@ -104,8 +106,8 @@ def test_mismatched_and_dropped(tmp_path, tokenizer):
 def test_reference_is_cached_by_model_and_data(tmp_path, tokenizer):
     pairs = encode_pairs(read_preferences(write(tmp_path / "p.jsonl", rows(5))), tokenizer, 64)
     model, collate = tiny_llama(tokenizer, hidden=32, layers=1), Collator(0)
-    told = (collate, 2, torch.device("cpu"), tmp_path / "cache")
-    assert not add_reference(pairs, model, *told)
+    settings = (collate, 2, torch.device("cpu"), tmp_path / "cache")
+    assert not add_reference(pairs, model, *settings)
     batch = PairCollator(collate)(pairs.examples)
     plain = tiny_llama(tokenizer, hidden=32, layers=1)
     with torch.no_grad():
@@ -114,22 +116,22 @@ def test_reference_is_cached_by_model_and_data(tmp_path, tokenizer):
     each = logp[:, :-1].gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     expected = (each * (labels != -100)).sum(1)
     torch.testing.assert_close(batch["reference"], expected, rtol=1e-5, atol=1e-4)
-    assert add_reference(pairs, model, *told)
+    assert add_reference(pairs, model, *settings)
     with torch.no_grad():
         model.model.norm.weight[0] += 0.1
-    assert not add_reference(pairs, model, *told)
+    assert not add_reference(pairs, model, *settings)
     pairs.examples.pop()
-    assert not add_reference(pairs, model, *told)
+    assert not add_reference(pairs, model, *settings)
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 3
-    assert not add_reference(pairs, model, *told, bf16=True)  # another precision, other numbers
+    assert not add_reference(pairs, model, *settings, bf16=True)  # another precision, other numbers
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "of other data"])
 def test_a_damaged_cache_is_computed_again(tmp_path, tokenizer, damage):
     pairs = encode_pairs(read_preferences(write(tmp_path / "p.jsonl", rows(5))), tokenizer, 64)
     model, cache = tiny_llama(tokenizer, hidden=32, layers=1), tmp_path / "cache"
-    told = (Collator(0), 2, torch.device("cpu"), cache)
-    add_reference(pairs, model, *told)
+    settings = (Collator(0), 2, torch.device("cpu"), cache)
+    add_reference(pairs, model, *settings)
     wanted = [example.pop("reference") for example in pairs.examples]
     (file,) = cache.glob("*.npy")
     whole = file.read_bytes()
@@ -137,7 +139,7 @@ def test_a_damaged_cache_is_computed_again(tmp_path, tokenizer, damage):
         np.save(file, np.zeros(4, np.float32))
     else:
         file.write_bytes({"cut": whole[:-3], "empty": b"", "text": b"not numpy's"}[damage])
-    assert not add_reference(pairs, model, *told)
+    assert not add_reference(pairs, model, *settings)
     assert all(
         np.array_equal(e["reference"], w) for e, w in zip(pairs.examples, wanted, strict=True)
     )
@@ -263,7 +265,7 @@ def test_evaluation_is_that_of_all_pairs_at_once(tmp_path, tokenizer, loss, opti
             disable_tqdm=True, remove_unused_columns=False,
         )  # fmt: skip
         trainer = PairTrainer(
-            model, arguments, loss=pair_loss(parsed), eval_dataset=pairs.examples,
+            model, arguments, loss=build_loss(parsed), eval_dataset=pairs.examples,
             data_collator=PairCollator(collate),
         )  # fmt: skip
         found.append(trainer.evaluate())

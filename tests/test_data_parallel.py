@@ -140,7 +140,7 @@ def worker(rank, processes, directory):
                 {n: None if g is None else full(g) for n, g in gradients(model).items()},
             )
     with pytest.raises(ValueError, match="rule: expected 'greedy'"):
-        tensor_parallel(patch(make("llama")))(**everything, ift=IFTConfig(rule="topk"))
+        tensor_parallel(patch(make("llama")))(**everything, ift=IFTConfig(rule="kth"))
     if rank == 0:
         torch.save(results, f"{directory}/results.pt")
     leave()

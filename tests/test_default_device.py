@@ -13,8 +13,8 @@ from ift_kernels import (
     linear_token,
     record_active_sets,
     use_backend,
-    use_schedule,
 )
+from ift_kernels.plan import use_schedule
 from operations import IDS, OPERATIONS, TEACHER
 from serving import BACKENDS
 
@@ -68,7 +68,7 @@ def test_operations(operation, schedule, backend, elsewhere):
     same(run, elsewhere)
 
 
-@pytest.mark.parametrize("rule", ["greedy", "topk", "sample"])
+@pytest.mark.parametrize("rule", ["greedy", "kth", "sample"])
 def test_token_choice(rule, backend, elsewhere):
     same(lambda: linear_token(*TEACHER, rule=rule), elsewhere)
 

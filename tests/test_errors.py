@@ -124,12 +124,12 @@ LOSS = [
     (ValueError, "num_items", ["2"], {"num_items": torch.tensor([5, 4])}),
 ]
 TOKEN = [
-    (ValueError, "rule", ["greedy", "topk", "sample", "nucleus"], {"rule": "nucleus"}),
-    (ValueError, "k", ["[1, 33]", "0"], {"rule": "topk", "k": 0}),
-    (ValueError, "k", ["[1, 33]", "34"], {"rule": "topk", "k": 34}),
-    (ValueError, "k", ["[1, 64]", "65"], {"rule": "topk", "k": 65, "weight": torch.ones(99, 7)}),
-    (TypeError, "k", ["int", "float"], {"rule": "topk", "k": 2.0}),
-    (TypeError, "k", ["int", "str"], {"rule": "topk", "k": "2"}),
+    (ValueError, "rule", ["greedy", "kth", "sample", "nucleus"], {"rule": "nucleus"}),
+    (ValueError, "k", ["[1, 33]", "0"], {"rule": "kth", "k": 0}),
+    (ValueError, "k", ["[1, 33]", "34"], {"rule": "kth", "k": 34}),
+    (ValueError, "k", ["[1, 64]", "65"], {"rule": "kth", "k": 65, "weight": torch.ones(99, 7)}),
+    (TypeError, "k", ["int", "float"], {"rule": "kth", "k": 2.0}),
+    (TypeError, "k", ["int", "str"], {"rule": "kth", "k": "2"}),
     (ValueError, "seed", ["64-bit", str(2**64)], {"rule": "sample", "seed": 2**64}),
     (TypeError, "seed", ["int", "float"], {"rule": "sample", "seed": 1.5}),
     (ValueError, "row_offset", ["[0,", "-1"], {"rule": "sample", "row_offset": -1}),

@@ -53,7 +53,7 @@ def distance(a, b):
 @pytest.mark.parametrize("dtype", ROOM, ids=str)
 def test_the_gradient_is_that_of_dense_logits(dtype, options, ignored, backend):
     hidden, weight, bias, target, upstream = problem(dtype, ignored)
-    with K.use_backend(backend), K.use_schedule("forward"):
+    with K.use_backend(backend), plan.use_schedule("forward"):
         stats = K.linear_logprobs(
             hidden, weight, target, bias=bias, outputs=("logprob", "lse", "argmax"),
             workspace=ROOM[dtype], **options,
@@ -63,7 +63,7 @@ def test_the_gradient_is_that_of_dense_logits(dtype, options, ignored, backend):
         first = torch.autograd.grad(loss, hidden, retain_graph=True)[0].clone()
         assert plan.ledger.held == 0
         second = torch.autograd.grad(loss, hidden)[0]  # from products formed again
-    with K.use_schedule("recompute"):
+    with plan.use_schedule("recompute"):
         plain = K.linear_logprobs(
             hidden, weight, target, bias=bias, outputs=("logprob", "lse", "argmax"), **options
         )
@@ -81,7 +81,7 @@ def test_the_gradient_is_that_of_dense_logits(dtype, options, ignored, backend):
 def test_one_upstream_alone(which):
     hidden, weight, bias, target, upstream = problem(torch.float32, False)
     upstream[1 - which] = 0
-    with K.use_schedule("forward"):
+    with plan.use_schedule("forward"):
         stats = K.linear_logprobs(
             hidden, weight, target, bias=bias, outputs=("logprob", "lse"), workspace=2 << 20
         )
@@ -121,7 +121,7 @@ def test_who_is_served():
 @pytest.mark.parametrize("name", ["entropy", "mean_logit"])
 def test_what_is_only_logged_comes_detached(name):
     hidden, weight, _, target, upstream = problem(torch.float32, True)
-    with K.use_schedule("forward"):
+    with plan.use_schedule("forward"):
         stats = K.linear_logprobs(
             hidden, weight, target, outputs=("logprob", name), detached=(name,), workspace=2 << 20
         )
@@ -149,7 +149,7 @@ def test_losses_from_hidden_states_form_it_in_forward():
 
     hidden, weight, _, target, _ = problem(torch.float32, True)
     metrics = {}
-    with K.use_schedule("forward"):
+    with plan.use_schedule("forward"):
         loss = ift.losses.from_hidden(
             ift.losses.sft_loss, hidden[None], weight, target[None], metrics=metrics,
             workspace=2 << 20,
@@ -167,7 +167,7 @@ def test_a_row_that_teaches_nothing_may_hold_nan():
     with torch.no_grad():
         hidden[6] = float("nan")  # upstream 0
         hidden[100] = float("inf")
-    with K.use_schedule("forward"):
+    with plan.use_schedule("forward"):
         stats = K.linear_logprobs(hidden, weight, target, workspace=2 << 20)
     (got,) = torch.autograd.grad(stats.logprob, hidden, upstream[0])
     assert not got[6].any()
@@ -185,7 +185,7 @@ def test_targets_next_to_the_softcap(sign):
         hidden[:] = 8 * sign * weight[target] / weight[target].norm(dim=1, keepdim=True)
     errors = []
     for schedule in ("forward", "recompute"):
-        with K.use_schedule(schedule):
+        with plan.use_schedule(schedule):
             stats = K.linear_logprobs(
                 hidden, weight, target, bias=bias, softcap=5.0, workspace=2 << 20
             )
@@ -197,7 +197,7 @@ def test_targets_next_to_the_softcap(sign):
 
 def test_the_result_may_be_edited_in_place():
     hidden, weight, _, target, upstream = problem(torch.float32, False)
-    with K.use_schedule("forward"):
+    with plan.use_schedule("forward"):
         stats = K.linear_logprobs(hidden, weight, target, workspace=2 << 20)
         stats.logprob[::2] = 0
         (got,) = torch.autograd.grad(stats.logprob, hidden, upstream[0])
@@ -208,7 +208,7 @@ def test_the_result_may_be_edited_in_place():
 
 def test_backward_without_waiting_for_the_device():
     hidden, weight, bias, target, upstream = problem(torch.float32, True)
-    with K.use_schedule("forward"):
+    with plan.use_schedule("forward"):
         stats = K.linear_logprobs(hidden, weight, target, bias=bias, workspace=2 << 20)
     assert plan.ledger.held
     with syncfree.sync_free():
@@ -233,7 +233,7 @@ def test_a_second_call_before_the_first_backward():
 
 def test_a_weight_changed_before_backward_is_an_error():
     hidden, weight, _, target, _ = problem(torch.float32, False)
-    with K.use_schedule("forward"):
+    with plan.use_schedule("forward"):
         stats = K.linear_logprobs(hidden, weight, target, workspace=2 << 20)
     weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -242,7 +242,7 @@ def test_a_weight_changed_before_backward_is_an_error():
 
 def test_no_second_derivative():
     hidden, weight, _, target, _ = problem(torch.float32, False)
-    with K.use_schedule("forward"):
+    with plan.use_schedule("forward"):
         stats = K.linear_logprobs(hidden, weight, target, workspace=2 << 20)
     (got,) = torch.autograd.grad(stats.logprob.sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives are not supported"):

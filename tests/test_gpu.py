@@ -165,7 +165,7 @@ def test_token_choice_and_expected_embedding():
     found = []
     for inputs in (h, h.double()):
         with torch.no_grad():
-            rules = ({}, {"rule": "topk", "k": 3}, {"rule": "sample", "seed": 7})
+            rules = ({}, {"rule": "kth", "k": 3}, {"rule": "sample", "seed": 7})
             here = inputs.hidden, inputs.weight
             found.append([K.linear_token(*here, **rule).ids for rule in rules])
             found[-1].append(K.linear_expected_embedding(*here, inputs.weight))

@@ -70,7 +70,7 @@ def test_whole_graph_of_token_choice():
         kwargs = {"bias": bias, "temperature": 0.7}
         return [
             linear_token(hidden, weight, rule=rule, **kwargs)
-            for rule in ("greedy", "topk", "sample")
+            for rule in ("greedy", "kth", "sample")
         ]
 
     compiled = torch.compile(choose, fullgraph=True, backend="aot_eager")

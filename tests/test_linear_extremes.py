@@ -12,7 +12,7 @@ SMALL = 1 << 20
 NAN, INF = float("nan"), float("inf")
 HALF = [torch.float32, torch.bfloat16]
 # Few outputs of a plain head go another way through the C++ code than all of them.
-OUTPUTS = {"every-output": dense.OUTPUTS, "few": ("logprob", "entropy", "argmax")}
+OUTPUTS = {"every-output": dense.OUTPUTS, "few": ("logprob", "entropy", "argmax", "argmax_logprob")}
 
 
 @pytest.fixture(params=BACKENDS)

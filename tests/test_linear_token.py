@@ -14,7 +14,7 @@ from serving import BACKENDS
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SERVED = [(b, d) for b in BACKENDS for d in DTYPES] + [("reference", torch.float64)]
 SMALL = 1 << 20
-RULES = ("greedy", "topk", "sample")
+RULES = ("greedy", "kth", "sample")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -49,7 +49,7 @@ def assert_logprob(h, ids, logprob):
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_kth_best(dtype, n, d, v, transform, k):
     h = dense.head(n, d, v, dtype, bias=True, **transform)
-    chosen = call(h, "topk", k=k)
+    chosen = call(h, "kth", k=k)
     assert chosen.ids.dtype == torch.int64 and not chosen.logprob.requires_grad
     assert_logprob(h, chosen.ids, chosen.logprob)
     # Logits rounded to a half type tie: then it must be within rounding of the k-th best.
@@ -70,7 +70,7 @@ def test_every_k_against_a_stable_sort(backend, workspace):
     head = dense.Head(torch.eye(300), levels.T.contiguous(), torch.zeros(300, dtype=torch.long))
     order = levels.sort(dim=1, descending=True, stable=True).indices
     for k in (1, 2, 3, 17, 64):
-        ids = call(head, "topk", k=k, workspace=workspace).ids
+        ids = call(head, "kth", k=k, workspace=workspace).ids
         assert torch.equal(ids, order[:, k - 1]), f"k={k}"
     assert torch.equal(call(head, "greedy", workspace=workspace).ids, order[:, 0])
 
@@ -78,7 +78,7 @@ def test_every_k_against_a_stable_sort(backend, workspace):
 def test_k_as_large_as_the_vocabulary(backend):
     h = dense.head(10, 4, 7)
     for k in range(1, 8):
-        assert torch.equal(call(h, "topk", k=k).ids, dense.logits(h).topk(k).indices[:, k - 1])
+        assert torch.equal(call(h, "kth", k=k).ids, dense.logits(h).topk(k).indices[:, k - 1])
 
 
 def test_kth_best_among_masked_tokens(backend):
@@ -87,9 +87,9 @@ def test_kth_best_among_masked_tokens(backend):
     bias = torch.full((700,), -torch.inf)
     bias[[650, 13]] = 0.0
     h = dense.replace(h, bias=bias)
-    third = call(h, "topk", k=3)
+    third = call(h, "kth", k=3)
     assert (third.ids == 0).all() and (third.logprob == -torch.inf).all()
-    assert set(call(h, "topk", k=2).ids.tolist()) <= {650, 13}
+    assert set(call(h, "kth", k=2).ids.tolist()) <= {650, 13}
     assert set(call(h, "sample").ids.tolist()) <= {650, 13}
 
 

@@ -105,7 +105,7 @@ def test_sft_and_ift_with_images_are_those_of_the_logits(name):
         None,
         IFTConfig(),
         IFTConfig(share_prompt=False, lam=0.7),
-        IFTConfig(embedding_grad=True, rule="topk"),
+        IFTConfig(embedding_grad=True, rule="kth"),
     ):
         result = compare(model, inputs, ift=config)
         assert result.verdict == "equal", str(result)

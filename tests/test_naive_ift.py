@@ -42,7 +42,7 @@ def model():
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("rule", ["greedy", "topk"])
+@pytest.mark.parametrize("rule", ["greedy", "kth"])
 def test_whole_algorithm_equals_the_port(backend, model, options, rule):
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(61, (3, 14), generator=g)

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ift_kernels
-from ift_kernels import ActiveSet, exact_influence, linear_cross_entropy, linear_token
+from ift_kernels import ActiveSet, exact_influence, linear_cross_entropy, linear_token, plan
 from operations import HEAD, IDS, OPERATIONS, TEACHER
 
 REFUSED = "not supported, expected torch.autograd.grad or backward"
@@ -42,7 +42,7 @@ def calls():
         for operation in OPERATIONS.values():
             for schedule in ("recompute", "keep", "forward"):
                 tensors = [t.requires_grad_() for t in operation.inputs()]
-                with ift_kernels.use_schedule(schedule):
+                with plan.use_schedule(schedule):
                     operation.ours(*tensors).sum().backward()
         # Columns are left out, so that a set of active ones is kept.
         hidden, weight = torch.randn(64, 16, requires_grad=True), torch.randn(3000, 16)

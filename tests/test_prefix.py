@@ -13,7 +13,7 @@ from ift.checking import compare as compare_models
 from ift.config import IFTConfig
 from ift.patching import original_forward, patch
 from ift.prefix import find_sharing
-from ift.two_pass import Draws
+from ift.two_pass import SampledRows
 
 SHARED = ["llama", "qwen2", "qwen3", "gemma2", "phi", "gpt2", "granite", "cohere"]
 # With layers that forget what is outside a window; Gemma 2 has them only when it is told to.
@@ -48,7 +48,7 @@ def both(model, inputs, monkeypatch, **options):
 
     model(**inputs, ift=IFTConfig())  # whatever is found out once
     for share in (True, False):
-        model._ift_patch.draws = Draws()  # the same for both
+        model._ift_patch.sampled_rows = SampledRows()  # the same for both
         with monkeypatch.context() as m:
             m.setattr(type(model), "forward", counted)
             output = model(**inputs, ift=IFTConfig(share_prompt=share, **options))
@@ -91,7 +91,7 @@ def test_a_shared_prompt_is_two_passes(name, batch_name, monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        {"rule": "sample"}, {"rule": "soft"}, {"rule": "topk"}, {"embedding_grad": True},
+        {"rule": "sample"}, {"rule": "soft"}, {"rule": "kth"}, {"embedding_grad": True},
         {"rule": "soft", "embedding_grad": True}, {"side": "right", "norm": "softmax"},
         {"objective": "paper"}, {"lam": 1.0, "num_rows": 7},
     ],
@@ -204,7 +204,7 @@ LENGTHS = {
 @pytest.mark.parametrize("name", ["opt", "bloom", "biogpt", "llama", "gpt2"])
 def test_padded_rows_of_unequal_length_are_those_of_whole_rows(name, lengths, left):
     inputs = uneven(LENGTHS[lengths], left=left)
-    for config in (IFTConfig(lam=0.5), IFTConfig(lam=1.0, rule="topk", embedding_grad=True)):
+    for config in (IFTConfig(lam=0.5), IFTConfig(lam=1.0, rule="kth", embedding_grad=True)):
         result = compare_models(by_mask(name), inputs, ift=config)
         assert result.verdict == "equal", str(result)
 

@@ -39,7 +39,7 @@ def test_schedules_agree(dtype, frozen, workspace):
     inputs = [hidden] if frozen else [hidden, weight, bias]
     results = {}
     for schedule in SCHEDULES:
-        with K.use_schedule(schedule):
+        with plan.use_schedule(schedule):
             loss = K.linear_cross_entropy(
                 hidden, weight, target, bias=bias, label_smoothing=0.1, z_loss=0.01, softcap=20.0,
                 workspace=workspace,
@@ -64,7 +64,7 @@ def test_forward_gradients_are_not_recomputed(monkeypatch):
     calls = []
     original = engine.recomputed
     monkeypatch.setattr(engine, "recomputed", lambda *a: calls.append(a) or original(*a))
-    with K.use_schedule("forward"):
+    with plan.use_schedule("forward"):
         loss = K.linear_cross_entropy(hidden, weight, target, bias=bias, workspace=3 << 19)
         calls.clear()
         loss.backward()
@@ -88,7 +88,7 @@ def test_two_blocks_of_tokens_round_bfloat16_once_more_and_no_more():
     wanted = torch.autograd.grad(dense, exact[:2])
     errors = []
     for workspace in (64 << 20, 8 << 20):
-        with K.use_schedule("forward"):
+        with plan.use_schedule("forward"):
             loss = K.linear_cross_entropy(hidden, weight, target, bias=bias, workspace=workspace)
         got = torch.autograd.grad(loss, [hidden, weight])
         errors.append([distance(a, b) for a, b in zip(got, wanted, strict=True)])
@@ -101,7 +101,7 @@ def test_gradients_accumulate_over_calls():
     hidden, weight, bias, target = head(200, 16, 2000, torch.float32)
     for schedule in SCHEDULES:
         hidden.grad = weight.grad = bias.grad = None
-        with K.use_schedule(schedule):
+        with plan.use_schedule(schedule):
             one = K.linear_cross_entropy(hidden, weight, target, bias=bias, workspace=1 << 20)
             one.backward()
             once = [g.clone() for g in (hidden.grad, weight.grad, bias.grad)]
@@ -141,7 +141,7 @@ def test_kept_16_bit_products_are_transposed_whole(rows):
     upstream = torch.randn(rows)
     gradients = []
     for schedule in ("recompute", "keep"):
-        with K.use_schedule(schedule):
+        with plan.use_schedule(schedule):
             stats = K.linear_logprobs(hidden, weight, target, workspace=128 << 20)
             loss = (stats.logprob * upstream).sum()
             gradients.append(torch.autograd.grad(loss, [hidden, weight]))
@@ -187,12 +187,12 @@ def test_nan_stays_in_its_row(dtype, width, vocabulary):
     with torch.no_grad():
         hidden[10] = float("nan")
     for schedule in SCHEDULES:
-        with K.use_schedule(schedule):
+        with plan.use_schedule(schedule):
             stats = K.linear_logprobs(hidden, weight, target, workspace=1 << 20)
             (d_hidden,) = torch.autograd.grad(stats.logprob.sum(), hidden)
         assert stats.logprob.isnan().nonzero().flatten().tolist() == [10]
         assert d_hidden.isnan().any(1).nonzero().flatten().tolist() == [10]
-        with K.use_schedule(schedule):
+        with plan.use_schedule(schedule):
             loss = K.linear_cross_entropy(hidden, weight, target, workspace=1 << 20)
             (of_loss,) = torch.autograd.grad(loss, hidden)
         assert of_loss.isnan().any(1).nonzero().flatten().tolist() == [10]
@@ -215,7 +215,7 @@ def test_plans_fit_the_workspace(rows, vocabulary, dtype, scalar, need_weight):
 
 def test_forced_schedule_must_exist():
     with pytest.raises(ValueError, match=r"name: expected one of .* got 'fast'"):
-        K.use_schedule("fast").__enter__()
+        plan.use_schedule("fast").__enter__()
 
 
 @pytest.mark.parametrize("kind", ["loss", "logprob"])
@@ -227,7 +227,7 @@ def test_float16_gradients_wait_for_the_loss_scale(kind):
     weight = (torch.randn(2000, 32) / 6).bfloat16()
     target = torch.randint(2000, (256,))
     scale, items = 2.0**16, 2.0**20
-    with torch.autocast("cpu", torch.bfloat16), K.use_schedule("forward"):
+    with torch.autocast("cpu", torch.bfloat16), plan.use_schedule("forward"):
         if kind == "loss":
             loss = K.linear_cross_entropy(hidden, weight, target, num_items=int(items))
         else:

@@ -71,7 +71,7 @@ OPERATIONS = {
         linear_divergence(h, w, th, tw, bias=b, teacher_bias=tb, mask=m, reduction="none"),
     ),
     "greedy": lambda h, w, b: tuple(linear_token(h, w, bias=b)),
-    "kth": lambda h, w, b: tuple(linear_token(h, w, bias=b, rule="topk", k=3)),
+    "kth": lambda h, w, b: tuple(linear_token(h, w, bias=b, rule="kth", k=3)),
     "sample": lambda h, w, b: tuple(linear_token(h, w, bias=b, rule="sample", seed=3)),
     "influence": lambda h, y, th, ty, w, b: (influence(h, y, th, ty, w, bias=b),),
     "residual": lambda e, y, ty, labels: (temporal_residual(e, y % V, ty % V, labels, 0.3),),

@@ -9,6 +9,7 @@ import transformers as hf
 from torch.utils.data import Dataset
 
 from causal_lms import V, assert_close, make
+from ift.cli.preference import PairTrainer
 from ift.cli.trainer import RunTrainer
 from ift.config import IFTConfig
 from ift.integrations.transformers import IFTTrainer
@@ -314,6 +315,11 @@ def test_several_devices_in_one_process_are_refused(tmp_path):
 
 
 @pytest.mark.slow  # Dynamo traces for long
+@pytest.mark.parametrize("kind", [IFTTrainer, PairTrainer], ids=lambda kind: kind.__name__)
+def test_a_trainer_is_one_class_under_that_of_transformers(kind):
+    assert [cls for cls in kind.__mro__ if issubclass(cls, hf.Trainer)] == [kind, hf.Trainer]
+
+
 @pytest.mark.parametrize("config", [None, IFTConfig(share_prompt=False)], ids=["sft", "ift"])
 def test_torch_compile(tmp_path, config):
     """Losses, metrics and evaluation are those of the model as it is, in training and after."""

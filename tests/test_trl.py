@@ -1,4 +1,4 @@
-"""TRL's trainers on our log-probabilities, and `IFTTrainer` on TRL's data."""
+"""TRL's trainers on our log-probabilities, and `IFTSFTTrainer` on TRL's data."""
 
 import copy
 
@@ -173,7 +173,7 @@ def test_scales_caps_and_auxiliary_losses_are_those_of_the_model(architecture, t
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
 
 
-# --- IFTTrainer ----------------------------------------------------------------------------------
+# --- IFTSFTTrainer -------------------------------------------------------------------------------
 
 
 def policy(tokenizer):
@@ -181,9 +181,9 @@ def policy(tokenizer):
 
 
 def ift_trainer(tokenizer, directory, rows=COMPLETIONS, peft_config=None, ift=None, **changes):
-    return integration.IFTTrainer(
+    return integration.IFTSFTTrainer(
         policy(tokenizer),
-        arguments(integration.IFTConfig, directory, ift=ift, **changes),
+        arguments(integration.IFTSFTConfig, directory, ift=ift, **changes),
         train_dataset=Dataset.from_list(rows),
         processing_class=copy.deepcopy(tokenizer),
         peft_config=peft_config,
@@ -299,12 +299,12 @@ def test_what_cannot_serve_is_refused(tokenizer, tmp_path):
 
     with pytest.raises(TypeError, match="trainer: expected one of TRL's"):
         integration.use_ift_kernels(Other())
-    with pytest.raises(TypeError, match="args: expected an IFTConfig"):
-        integration.IFTTrainer(make("llama"), arguments(SFTConfig, tmp_path))
-    several = arguments(integration.IFTConfig, tmp_path)
+    with pytest.raises(TypeError, match="args: expected an IFTSFTConfig"):
+        integration.IFTSFTTrainer(make("llama"), arguments(SFTConfig, tmp_path))
+    several = arguments(integration.IFTSFTConfig, tmp_path)
     several._n_gpu = 2
     with pytest.raises(ValueError, match="DataParallel"):
-        integration.IFTTrainer(
+        integration.IFTSFTTrainer(
             policy(tokenizer), several, train_dataset=Dataset.from_list(COMPLETIONS),
             processing_class=copy.deepcopy(tokenizer),
         )  # fmt: skip

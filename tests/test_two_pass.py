@@ -67,7 +67,7 @@ def test_defaults_are_the_released_algorithm(name):
 @pytest.mark.parametrize(
     ("options", "theirs"),
     [
-        ({"rule": "topk", "k": 3}, {"rule": "topk", "k": 3}),
+        ({"rule": "kth", "k": 3}, {"rule": "kth", "k": 3}),
         ({"lam": 0.7, "gamma": 0.5}, {"lam": 0.7, "gamma": 0.5}),
         ({"lam": 0.0, "gamma": 0.0}, {"lam": 0.0, "gamma": 0.0}),
         ({"lam": 1.0, "objective": "paper"}, {"lam": 1.0, "objective": "paper"}),
@@ -309,7 +309,7 @@ def test_models_that_take_more_than_embeddings_from_their_ids(name, left):
 
 
 def looks_up(kind):
-    """A Llama whose code looks its tokens up in another way than once, as whole rows."""
+    """A Llama whose code does not embed its tokens in one call on whole rows."""
 
     class Model(hf.LlamaModel):
         def forward(self, input_ids=None, **kwargs):
@@ -332,7 +332,7 @@ def looks_up(kind):
 def test_other_ways_to_look_tokens_up_are_refused_by_name(kind):
     model, inputs = patch(looks_up(kind)), batch()
     assert torch.isfinite(model(**inputs).loss)
-    match = "looks up other tokens" if kind == "other tokens" else "LlamaForCausalLM: looks up"
+    match = "embeds other tokens" if kind == "other tokens" else "LlamaForCausalLM: calls its"
     with pytest.raises(RuntimeError, match=match):
         model(**inputs, ift=IFTConfig())
     assert torch.isfinite(model(**inputs).loss)

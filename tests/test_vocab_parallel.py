@@ -9,16 +9,17 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from ift_kernels import (
     ActiveSet,
+    TokenStats,
     backends,
     linear_logprobs,
     use_backend,
-    use_schedule,
     vocab_parallel_logprobs,
 )
+from ift_kernels.plan import use_schedule
 from processes import join, leave, start
 
 V, D, SHAPE = 131, 24, (3, 9)  # odd: the shards are not of one size
-OUTPUTS = ("logprob", "lse", "entropy", "argmax", "second_logprob", "sum_sq", "mean_logit")
+OUTPUTS = TokenStats._fields
 CASES = {
     "plain": {},
     "softcap": {"softcap": 3.0, "logit_scale": 0.7, "temperature": 1.3},

@@ -14,8 +14,8 @@ from ift.losses.ift import Objective, check_objective
 from ift_kernels import checks
 from ift_kernels.propagation import Kind, Norm, Side
 
-Rule = Literal["greedy", "topk", "sample", "soft"]
-RULES = ("greedy", "topk", "sample", "soft")
+Rule = Literal["greedy", "kth", "sample", "soft"]
+RULES = ("greedy", "kth", "sample", "soft")
 LAMBDA_SCHEDULES = ("constant", "linear")
 
 # Relative standard deviation of λ under `lam_noise`, from the released code.
@@ -39,10 +39,10 @@ class IFTConfig:
         side: "left" (losses that follow) or "right" (inverse of the losses that precede).
         norm: "L1", "L2", "softmax" or "log".
         detach_weights: keep the weights out of the gradient; the released code does not.
-        rule: the predicted token: "greedy"; "topk", the `k`-th best; "sample", drawn at
+        rule: the predicted token: "greedy"; "kth", the `k`-th best; "sample", drawn at
             `sample_temperature` (what the released code calls nucleus); "soft", the mean embedding
             under the whole distribution (ours).
-        k: rank for rule "topk", from 1 (greedy).
+        k: rank for rule "kth", from 1 (greedy).
         sample_temperature: positive, for rule "sample".
         embedding_grad: let gradient reach the input embedding through the second pass's inputs. The
             released code uses a frozen copy. Where input and output embeddings are not tied, False

@@ -93,7 +93,7 @@ def encode(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Encoded:
 
     Raises:
         DataError: the chat template refuses a conversation, no tokens of a completion decode to it
-            behind its prompt, or no row has a completion token left.
+            after its prompt, or no row has a completion token left.
     """
     rows = list(rows)
     encoded = encode_each(rows, tokenizer, max_length)

@@ -1,4 +1,4 @@
-"""Training text as it stands in a JSONL file: its rows, read and checked.
+"""Rows of a JSONL file of training text, read and checked.
 
 A row is ``{"prompt": str, "completion": str}`` or ``{"messages": [{"role": str, "content": str},
 …]}``. A preference has two responses, ``"chosen"`` and ``"rejected"``, and a prompt, ``"prompt"``
@@ -26,7 +26,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One valid JSONL row and where it stands."""
+    """One valid JSONL row, and its file and line."""
 
     where: str  # "train.jsonl line 3"
     content: dict[str, Any]
@@ -55,7 +55,7 @@ def read_jsonl(path: str | Path) -> list[Row]:
 
 
 def parsed_lines(path: Path, formats: str) -> list[tuple[Any, str]]:
-    """The JSON value of each line that is not blank, and where it stands."""
+    """The JSON value of each line that is not blank, with its file and line."""
     rows = []
     try:
         with path.open("rb") as file:

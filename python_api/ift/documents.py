@@ -1,7 +1,7 @@
-"""Where documents start in a batch, and what that makes of its labels.
+"""Where documents start in a batch, and the shifted targets of its labels.
 
-A row of a batch is one document unless the batch says otherwise, as transformers does for packed
-rows: `position_ids` that do not continue by one, or `cu_seq_lens_q` over the flattened tokens.
+A row of a batch is one document, unless it is packed as in transformers: with `position_ids` that
+do not continue by one, or `cu_seq_lens_q` over the flattened tokens.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def shifted_targets(
 
 
 def rows_with_targets(batch: dict[str, Tensor]) -> Tensor:
-    """One bool per document of `batch` (some more, false, when packed): has it any target?
+    """Whether each document of `batch` has a target: one bool each (some more, false, if packed).
 
     The rows over which the IFT loss is a mean; their sum over a whole optimizer step is its
     `num_rows`. No host synchronisation beyond that of `document_starts`.

@@ -1,9 +1,9 @@
 """Run a causal LM's own forward with its output head computing a result in place of logits.
 
-The result is computed inside the head module's forward, from its weight as that forward finds it:
-that is where sharding (FSDP2, ZeRO-3) has gathered it and where tied weights are one. The model's
-code gets an empty placeholder for the logits, and its call of `self.loss_function` the loss of the
-result, so that every argument that the model's code gives to that call is honoured or refused.
+The result is computed inside the head module's forward, where sharding (FSDP2, ZeRO-3) has gathered
+its weight and tied weights are one tensor. The model's code gets an empty placeholder for the
+logits, and its call of `self.loss_function` returns the loss of the result. Every argument of that
+call is used or refused.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ift_kernels.vocab_parallel import is_sharded, whole
 
 
 class UnsupportedModel(RuntimeError):
-    """The model's own code does what no loss without logits can follow; the message names both."""
+    """The model's own code does something that a loss without logits cannot reproduce."""
 
 
 HeadCallback = Callable[[Tensor, Tensor, "Tensor | None"], Any]  # (hidden, weight, bias) → result
-# Arguments of a patched forward; any of them reaching another function was lost on its way.
+# Arguments of a patched forward; another function that gets one would ignore it.
 PATCH_ARGUMENTS = ("ift", "skip_logits", "loss")
 
 
@@ -43,14 +43,14 @@ class LossArguments:
 
     @property
     def target(self) -> Tensor:
-        """The token that each position is to predict, as transformers' ForCausalLMLoss has it."""
+        """The token that each position predicts, as in transformers' ForCausalLMLoss."""
         if self.shift_labels is not None:
             return self.shift_labels
         assert self.labels is not None
         return shifted_targets(self.labels, ignore_index=self.ignore_index)
 
     def same_target(self, other: LossArguments) -> bool:
-        """Waits for the device only where the model's code has made new tensors."""
+        """Whether the targets are equal; synchronises only if the model's code made new tensors."""
         if self.ignore_index != other.ignore_index:
             return False
         pairs = ((self.shift_labels, other.shift_labels), (self.labels, other.labels))
@@ -59,8 +59,8 @@ class LossArguments:
                 return True
             if mine is not None or theirs is not None:
                 break
-        own, given = self.target.flatten(), other.target.flatten()
-        return torch.equal(own, given.to(own.device))
+        target, others = self.target.flatten(), other.target.flatten()
+        return torch.equal(target, others.to(target.device))
 
 
 LossCallback = Callable[[Any, LossArguments], Tensor]  # (result, arguments) → scalar
@@ -75,17 +75,17 @@ class _HeadCall:
     placeholder: Tensor | None  # (V,): the logits of every token; None: empty, (*shape, 0)
     results: list[Any] = field(default_factory=list)
     losses: int = 0
-    copies: list[tuple[Tensor, int, Tensor]] = field(default_factory=list)  # see `_copy_labels`
+    copies: list[tuple[Tensor, int, Tensor]] = field(default_factory=list)  # of `_copy_labels`
     shape: tuple[int, ...] = ()  # of the hidden states, without their width
     columns: int = 0  # rows of the head's weight, of all shards together
 
 
-# One per thread and task, so that neither an exception nor a nested call leaves one behind.
+# One per thread and task; `head_pass` restores the previous value.
 _current: ContextVar[_HeadCall | None] = ContextVar("ift_head_call", default=None)
 
 
 def in_head_pass(model: nn.Module) -> bool:
-    """Is a `head_pass` of this model running in this thread?"""
+    """Whether a `head_pass` of this model is running in this thread."""
     call = _current.get()
     return call is not None and call.model is model
 
@@ -93,7 +93,7 @@ def in_head_pass(model: nn.Module) -> bool:
 class HeadForward:
     """The forward of a patched head: the original one, unless a `head_pass` uses this head.
 
-    An object and not a bound method, which would unpickle as the class's own forward.
+    An object, since a bound method would unpickle as the class's own forward.
     """
 
     def __init__(self, head: nn.Linear) -> None:
@@ -114,29 +114,29 @@ class HeadForward:
         call.results.append(call.callback(hidden, weight, bias))
         call.shape, call.columns = hidden.shape[:-1], weight.shape[0]
         if call.placeholder is not None:
-            made = call.placeholder.to(hidden.device)
-            return _like_logits(made.expand(*call.shape, -1).clone(), weight)
+            logits = call.placeholder.to(hidden.device)
+            return _like_logits(logits.expand(*call.shape, -1).clone(), weight)
         logprob: Tensor | None = getattr(call.results[-1], "logprob", None)
         if logprob is None or not logprob.requires_grad:
             return _like_logits(hidden.new_empty((*call.shape, 0)), weight)
-        # Empty, but of the result's graph: sharding gathers the weight for backward when a gradient
-        # reaches the head's output, which therefore has to lie between the loss and the result.
+        # Empty, but in the result's graph: sharding gathers the weight for backward when a gradient
+        # reaches the head's output, so the graph from loss to result has to go through it.
         return _like_logits(logprob[..., None][..., :0].to(hidden.dtype).clone(), weight)
 
 
 def _like_logits(placeholder: Tensor, weight: Tensor) -> Tensor:
-    """As the head returns it: a DTensor if its weight is one."""
+    """The placeholder as a DTensor if the head's weight is one."""
     if not is_sharded(weight):
         return placeholder
     from torch.distributed.tensor import DTensor, Replicate
 
     sharded: Any = weight
-    made: Tensor = DTensor.from_local(placeholder, sharded.device_mesh, [Replicate()])
-    return made
+    logits: Tensor = DTensor.from_local(placeholder, sharded.device_mesh, [Replicate()])
+    return logits
 
 
 class LossFunction:
-    """The loss function of a patched model: the standard one, unless a `head_pass` has its own.
+    """The loss function of a patched model: the standard one outside a `head_pass` with a loss.
 
     Args:
         standard: transformers' ForCausalLMLoss, which the model had before.
@@ -166,8 +166,8 @@ class LossFunction:
         for extra in _loss_options(self.standard):
             if kwargs.get(extra) is not None:
                 raise ValueError(
-                    f"{extra}: {name} passes it to its loss function; expected None, for "
-                    "the loss without logits does not have it"
+                    f"{extra}: {name} passes it to its loss function; expected None, "
+                    "the loss without logits has no such option"
                 )
         if vocab_size != call.columns:
             raise ValueError(
@@ -196,11 +196,11 @@ class LossFunction:
 
 
 def _copy_labels(call: _HeadCall, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Let the model's code have copies of the labels: it may change them in place."""
+    """Pass copies of the labels to the model's code, which may change them in place."""
     for name in ("labels", "shift_labels"):
         given = kwargs.get(name)
         if isinstance(given, Tensor):
-            with torch.inference_mode(False):  # an inference tensor would not count its changes
+            with torch.inference_mode(False):  # an inference tensor has no version
                 copy = given.clone()
             call.copies.append((copy, copy._version, given))
             kwargs = {**kwargs, name: copy}
@@ -208,7 +208,7 @@ def _copy_labels(call: _HeadCall, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unless_changed(call: _HeadCall, labels: Tensor | None) -> Tensor | None:
-    """The caller's tensor in the place of its copy, unless the model's code has changed that."""
+    """The caller's tensor in place of its copy, unless the model's code has changed the copy."""
     for copy, version, given in call.copies:
         if labels is copy and copy._version == version:
             return given
@@ -216,7 +216,7 @@ def _unless_changed(call: _HeadCall, labels: Tensor | None) -> Tensor | None:
 
 
 def refuse_lost_arguments(name: str, kwargs: dict[str, Any]) -> None:
-    """Raise where arguments of a patched forward have reached a function that ignores them."""
+    """Raise if `kwargs` holds arguments of a patched forward, which this function ignores."""
     for argument in PATCH_ARGUMENTS:
         if kwargs.get(argument) is not None:
             raise RuntimeError(
@@ -227,7 +227,7 @@ def refuse_lost_arguments(name: str, kwargs: dict[str, Any]) -> None:
 
 @cache
 def _loss_options(standard: Callable[..., Tensor]) -> tuple[str, ...]:
-    """What the standard loss takes beyond what `LossFunction` honours, in this transformers."""
+    """Options of this transformers' standard loss that `LossFunction` does not have."""
     from transformers.loss.loss_utils import fixed_cross_entropy
 
     named = {*inspect.signature(standard).parameters}
@@ -237,7 +237,7 @@ def _loss_options(standard: Callable[..., Tensor]) -> tuple[str, ...]:
 
 
 def plain_head(model: nn.Module) -> nn.Linear:
-    """The output head of `model`: a module that computes ``hidden @ weight.T + bias`` and no more.
+    """The output head of `model`: a module that computes ``hidden @ weight.T + bias`` alone.
 
     Raises:
         TypeError: there is none, or it is another kind of module (LoRA on the head, quantized).
@@ -275,9 +275,9 @@ def plain_head(model: nn.Module) -> nn.Linear:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """A tensor whose elements are its values: torchao, for one, quantizes in subclasses."""
-    home = type(weight).__module__.split(".")[0]
-    return home in ("torch", "deepspeed") and not type(weight).__module__.startswith("torch.ao")
+    """Whether the elements are the values; torchao, for one, quantizes in subclasses."""
+    package = type(weight).__module__.split(".")[0]
+    return package in ("torch", "deepspeed") and not type(weight).__module__.startswith("torch.ao")
 
 
 def head_pass(
@@ -294,18 +294,17 @@ def head_pass(
     Args:
         forward: the unpatched forward of `model`.
         callback: called with (hidden, weight, bias) inside the head's forward.
-        loss: with labels in `kwargs`: the loss of that result and of the arguments that the
-            model's code gives to its loss function, returned to the model's code in its place, so
-            that it adds what it adds (auxiliary losses). The model's `loss_function` has to be a
-            `LossFunction`.
+        loss: with labels in `kwargs`: a function of that result and of the arguments of the call
+            of `self.loss_function`, whose return value it replaces; the model's code then adds its
+            auxiliary losses. The model's `loss_function` has to be a `LossFunction`.
         placeholder: (V,), the logits that the head returns for every token; by default empty ones.
 
     Returns:
         The model's output, a ModelOutput, and the result.
 
     Raises:
-        RuntimeError: the model does not work this way: head called never or twice, loss not taken
-            from ``self.loss_function``, logits reshaped.
+        RuntimeError: the model calls its head never or twice, does not take its loss from
+            ``self.loss_function``, or reshapes its logits.
     """
     name = type(model).__name__
     head = plain_head(model)
@@ -345,8 +344,8 @@ def head_pass(
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode: no dropout, no noise. The random state is restored behind it, since some
-    models draw in evaluation, too."""
+    """Evaluation mode: no dropout, no noise. The random state is restored at the end, since some
+    models draw random numbers in evaluation, too."""
     training = [module for module in model.modules() if module.training]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     for module in training:

@@ -1,7 +1,7 @@
-"""The input embeddings of a causal LM, mixed with those of predicted tokens as they are looked up.
+"""The input embeddings of a causal LM, mixed with those of predicted tokens.
 
-The model runs on token ids, so that it finds positions, images, masks and whatever else it takes
-from ids as in any other forward; only the module that looks up their embeddings returns mixed ones.
+The model runs on token ids, so positions, masks, images and everything else that it derives from
+ids are those of any other forward. Only its input embedding returns mixed rows.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ift_kernels.vocab_parallel import is_sharded
 
 @dataclass
 class Mixture:
-    """What a forward's input embeddings are: (1 − λ)·E(ids) + λ·E(predicted) at its targets."""
+    """Input embeddings of a forward: (1 − λ)·E(ids) + λ·E(predicted) at its targets."""
 
     ids: Tensor  # (B, T), like the next two
     labels: Tensor
     target: Tensor
-    # Ids (B, T) of the token predicted at each position, or the embeddings (n, E) of what is
-    # predicted for the n positions with a target; None: nothing is mixed in.
+    # Ids (B, T) of the token predicted at each position, or the embeddings (n, E) predicted at the
+    # n positions with a target; None: no mixing.
     predicted: Tensor | None = None
     lam: float = 0.0
     cu_seqlens: Tensor | None = None
-    track: bool = False  # gradient reaches the embedding through the inputs
+    embedding_grad: bool = False  # gradient reaches the embedding through the inputs
 
 
 @dataclass
@@ -50,9 +50,9 @@ _current: ContextVar[_Lookup | None] = ContextVar("ift_mixture", default=None)
 
 
 class EmbeddingForward:
-    """The forward of an input embedding that can mix: the original one outside `mixing`.
+    """The forward of an input embedding: mixed rows inside `mixing`, the original otherwise.
 
-    An object and not a bound method, which would unpickle as the class's own forward.
+    An object, since a bound method would unpickle as the class's own forward.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -60,17 +60,17 @@ class EmbeddingForward:
         self.previous: Callable[..., Tensor] | None = module.__dict__.get("forward")
 
     def original(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the module computes without mixing."""
-        token = _current.set(None)  # what was wrapped around this forward may end in it again
+        """The module's embeddings without mixing."""
+        token = _current.set(None)  # a wrapper around this forward may call it again
         try:
             if self.previous is not None:
                 return self.previous(*args, **kwargs)
-            made: Tensor = type(self.module).forward(self.module, *args, **kwargs)
-            return made
+            embeddings: Tensor = type(self.module).forward(self.module, *args, **kwargs)
+            return embeddings
         finally:
             _current.reset(token)
 
-    def take_off(self) -> None:
+    def remove(self) -> None:
         """Undo the replacement, if this is still the module's forward."""
         del self.module.forward
         if self.previous is not None:
@@ -82,17 +82,17 @@ class EmbeddingForward:
             return self.original(input, *args, **kwargs)
         mixture = lookup.mixture
         if input.shape != mixture.ids.shape:
-            return self.original(input, *args, **kwargs)  # of single tokens, by the model's code
+            return self.original(input, *args, **kwargs)  # the model's code embeds single tokens
         lookup.calls += 1
         if input is not mixture.ids:
-            # Multimodal models look up another id in the place of an image.
+            # Multimodal models replace the ids of an image.
             changed = (_local(input) != mixture.ids) & (mixture.labels != IGNORE_INDEX)
             if bool(changed.any()):
                 raise RuntimeError(
-                    f"{type(self.module).__name__}: the model looks up other tokens than its "
+                    f"{type(self.module).__name__}: the model embeds other tokens than its "
                     "input_ids where labels are given, so IFT cannot mix its embeddings"
                 )
-        with torch.set_grad_enabled(mixture.track and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(mixture.embedding_grad and torch.is_grad_enabled()):
             mixed = self._mixed(input, mixture)
         if torch.is_grad_enabled() and not mixed.requires_grad:
             if lookup.zero_gradient:
@@ -106,44 +106,43 @@ class EmbeddingForward:
         if predicted is None:
             return self.original(ids)
         if predicted.is_floating_point():
-            own = self.original(ids)
-            other = own.clone()
-            other[F.pad(mixture.target != IGNORE_INDEX, (1, -1))] = predicted.to(own)
-            return torch.lerp(own, other, lam)
-        if self.previous is None and is_bare_table(self.module, mixture.track):
+            embeddings = self.original(ids)
+            mixed_in = embeddings.clone()
+            mixed_in[F.pad(mixture.target != IGNORE_INDEX, (1, -1))] = predicted.to(embeddings)
+            return torch.lerp(embeddings, mixed_in, lam)
+        if self.previous is None and is_plain_embedding(self.module, mixture.embedding_grad):
             weight: Any = self.module.weight
             return temporal_residual(
                 weight, ids, predicted, mixture.labels, lam, cu_seqlens=mixture.cu_seqlens
             )
-        further = further_tokens(
+        mixed_in = further_tokens(
             _local(ids), predicted, mixture.labels, cu_seqlens=mixture.cu_seqlens
         )
-        other = self.original(_as_given(further, ids))
+        other = self.original(_sharded_like(mixed_in, ids))
         return torch.lerp(self.original(ids), other, lam)  # exact where they agree
 
 
 def _local(ids: Any) -> Tensor:
-    """Ids that tensor parallelism has made a DTensor, as a tensor again."""
-    made: Tensor = ids.to_local() if is_sharded(ids) else ids
-    return made
+    """A plain tensor of ids that tensor parallelism has made a DTensor."""
+    local: Tensor = ids.to_local() if is_sharded(ids) else ids
+    return local
 
 
-def _as_given(ids: Tensor, given: Any) -> Tensor:
+def _sharded_like(ids: Tensor, given: Any) -> Tensor:
     if not is_sharded(given):
         return ids
     from torch.distributed.tensor import DTensor
 
-    made: Tensor = DTensor.from_local(ids, given.device_mesh, given.placements)
-    return made
+    sharded: Tensor = DTensor.from_local(ids, given.device_mesh, given.placements)
+    return sharded
 
 
 @contextlib.contextmanager
 def mixing(model: Any, mixture: Mixture) -> Iterator[None]:
-    """Let one forward of `model` on the ids of `mixture` see its input embeddings mixed.
+    """Mix the input embeddings of one forward of `model` on the ids of `mixture`.
 
     Raises:
-        RuntimeError: the model does not look its input ids up once, as whole rows, in its input
-            embedding.
+        RuntimeError: the model does not call its input embedding once on its ids, (B, T).
     """
     module = _input_embedding(model)
     if not isinstance(module.__dict__.get("forward"), EmbeddingForward):
@@ -163,8 +162,8 @@ def mixing(model: Any, mixture: Mixture) -> Iterator[None]:
         _current.reset(token)
     if lookup.calls != 1:
         raise RuntimeError(
-            f"{type(model).__name__}: looks up its input ids {lookup.calls} times in its input "
-            "embedding, so IFT cannot mix its embeddings; expected once, (B, T) ids as given"
+            f"{type(model).__name__}: calls its input embedding {lookup.calls} times on its input "
+            "ids, so IFT cannot mix its embeddings; expected one call on (B, T) ids as given"
         )
 
 
@@ -180,14 +179,14 @@ def _input_embedding(model: Any) -> Any:
     return module
 
 
-def is_bare_table(embedding: nn.Module, track: bool) -> bool:
-    """Is the module's own forward the same, in value and gradient, as indexing its weight?"""
+def is_plain_embedding(embedding: nn.Module, needs_grad: bool) -> bool:
+    """Whether the module's forward equals, in value and gradient, indexing its weight."""
     return (
         type(embedding).forward is nn.Embedding.forward
         and type(embedding.weight) is nn.Parameter
         and embedding.max_norm is None
-        and not (track and (embedding.sparse or embedding.scale_grad_by_freq))
-        and not (track and embedding.padding_idx is not None)
+        and not (needs_grad and (embedding.sparse or embedding.scale_grad_by_freq))
+        and not (needs_grad and embedding.padding_idx is not None)
     )
 
 
@@ -202,9 +201,9 @@ def embedding_table(model: Any) -> tuple[Tensor, float]:
     if isinstance(weight, nn.Parameter) and not hasattr(weight, "full_tensor"):
         probe = torch.arange(min(16, weight.shape[0]), device=weight.device)
         with evaluating(embedding), torch.no_grad():
-            made, rows = embedding.forward(probe).double(), weight[probe].double()
-        scale = float((made * rows).sum() / (rows * rows).sum())
-        if torch.allclose(made, scale * rows, rtol=4 * torch.finfo(weight.dtype).eps):
+            output, rows = embedding.forward(probe).double(), weight[probe].double()
+        scale = float((output * rows).sum() / (rows * rows).sum())
+        if torch.allclose(output, scale * rows, rtol=4 * torch.finfo(weight.dtype).eps):
             return weight, scale
     raise RuntimeError(
         f"{type(model).__name__}: rule 'soft' needs input embeddings that are scaled rows of one "

@@ -1,7 +1,7 @@
-"""What a causal LM's own code does to its logits and to its labels: measured, not looked up.
+"""Measure what a causal LM's own code does to its logits and to its labels.
 
-A forward of a few tokens whose head returns known logits shows scale and softcap. No table of
-architectures is needed, and code that does something else cannot pass.
+A forward of a few tokens whose head returns given logits shows scale and softcap. This needs no
+table of architectures, and code that does something else is refused.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from ift.one_pass import loss_pass
 from ift_kernels.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded
 
-# A model is in evaluation mode while it is measured, in whichever thread.
+# A model is in evaluation mode while it is measured: one thread at a time.
 measuring = threading.RLock()
 
-# Logits given to the model's code: the first two show cap and scale.
+# Logits that the head returns: the first two show cap and scale.
 _PROBES = (1e6, 2.0**-13, 1.0, -1.0, 30.0, -75.0, 0.0, 300.0)
 
 
 class Measured(NamedTuple):
-    """What the code around a head does, as `measure` found it."""
+    """Result of `measure`."""
 
     transform: LogitTransform
-    # The model takes its labels as the targets of their own positions, not of those before.
+    # Labels are the targets of their own positions, not of the positions before.
     unshifted: bool
 
 
@@ -85,16 +85,16 @@ def measure_transform(
             model, forward, kwargs, lambda hidden, *_: hidden.shape[:-1], loss=loss,
             placeholder=values,
         )  # fmt: skip
-    made = output.logits.detach()
-    made = (made.full_tensor() if is_sharded(made) else made).cpu()
-    if made.shape == (*shape, width) and made.dtype in (torch.float32, torch.float64):
-        made = made.double()
-        top, small = made.flatten()[:2].tolist()
+    logits = output.logits.detach()
+    logits = (logits.full_tensor() if is_sharded(logits) else logits).cpu()
+    if logits.shape == (*shape, width) and logits.dtype in (torch.float32, torch.float64):
+        logits = logits.double()
+        top, small = logits.flatten()[:2].tolist()
         scale = small / _PROBES[1]
         capped = not math.isclose(top, scale * _PROBES[0], rel_tol=1e-4)
         transform = LogitTransform(scale, abs(top) if capped else 0.0)
-        expected = transform.apply(values.double(), None).expand_as(made)
-        if math.isfinite(top + small) and torch.allclose(made, expected, rtol=1e-5, atol=0.0):
+        expected = transform.apply(values.double(), None).expand_as(logits)
+        if math.isfinite(top + small) and torch.allclose(logits, expected, rtol=1e-5, atol=0.0):
             return transform
     raise UnsupportedModel(
         f"{type(model).__name__}: expected its logits to be scale * (hidden @ weight.T + bias), "
@@ -134,20 +134,20 @@ def check_kind(model: Any) -> None:
 
 
 def try_few_tokens(model: Any, forward: Callable[..., Any]) -> Measured | None:
-    """Measure a model on text of its own making, and compare its fused loss with its own.
+    """Measure a model on four tokens, and compare its loss with and without logits.
 
-    None where it cannot run here: weights on the meta device or in shards, or a model that needs
-    more than token ids. It is measured with the inputs of its first loss then.
+    None where it cannot run: weights on the meta device or in shards, or a model that needs more
+    than token ids. It is then measured with the inputs of its first loss.
 
     Raises:
         RuntimeError: as `measure`, or the two losses differ.
     """
-    if any(_is_elsewhere(p) for p in model.parameters()):
+    if any(_has_no_values(p) for p in model.parameters()):
         return None
     with evaluating(model), torch.no_grad():
         try:
             plain = forward(**_few_tokens(model)).loss
-        except Exception:  # whatever a model raises that wants an image, say
+        except Exception:  # a model that needs an image, say, may raise anything
             _refuse_if_unsupported(model, forward, _few_tokens(model))
             return None
         measured = measure(model, forward, _few_tokens(model))
@@ -165,22 +165,21 @@ def try_few_tokens(model: Any, forward: Callable[..., Any]) -> Measured | None:
 
 
 def _refuse_if_unsupported(model: Any, forward: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-    """Of a model that cannot compute its loss here: what is seen of its code until it fails."""
+    """Refuse what `measure` can already refuse in a model that needs other inputs."""
     try:
         measure(model, forward, kwargs)
     except UnsupportedModel:
         raise
-    except Exception:  # its own, as before
+    except Exception:  # the model's, as above
         return
 
 
-def _is_elsewhere(parameter: Tensor) -> bool:
+def _has_no_values(parameter: Tensor) -> bool:
     return parameter.is_meta or is_sharded(parameter) or hasattr(parameter, "ds_id")
 
 
 def _few_tokens(model: Any) -> dict[str, Any]:
-    """Four tokens of plain text, labels included, in tensors of their own: a model may change them
-    in place."""
+    """Four tokens of plain text with labels, in new tensors: a model may change them in place."""
     embedding = model.get_input_embeddings()
     tensors = itertools.chain(embedding.parameters(), embedding.buffers(), model.parameters())
     ids = torch.tensor([plain_ids(model)[:4]], device=next(tensors).device)
@@ -188,7 +187,7 @@ def _few_tokens(model: Any) -> dict[str, Any]:
 
 
 def plain_ids(model: Any) -> list[int]:
-    """The vocabulary without the ids that the configuration gives a meaning."""
+    """The vocabulary without the ids that the configuration names (``…_token_id``)."""
     config = model.config
     special: set[int] = set()
     for part in (config, config.get_text_config()):

@@ -1,4 +1,4 @@
-"""One forward of a causal LM with its loss computed in the head: SFT, or a loss of the caller's."""
+"""One forward of a causal LM with its loss computed in the head: SFT, or the caller's loss."""
 
 from __future__ import annotations
 
@@ -32,19 +32,21 @@ def loss_pass(
     """Output and token metrics of one forward, whose loss is `loss` or that of transformers.
 
     transformers' is the mean over targets, or their sum over ``num_items_in_batch``. The head
-    computes the log-probabilities of the targets that `kwargs` imply. Where the model's code then
-    gives other targets to its loss function, the forward is run once more with those.
+    computes the log-probabilities of the targets that `kwargs` imply. If the model's code then
+    gives other targets to its loss function, the forward runs again with those.
 
     Args:
         unshifted: the model takes labels as targets of their own positions (`measure.measure`).
         loss: a function of (logprob, mask), or of (stats, mask) with an attribute `takes_stats`.
-        warned: what was logged before; no warnings without it.
+        warned: warnings already logged; None: log none.
 
     Raises:
         ValueError: `kwargs` without the targets of the positions that they keep.
         RuntimeError: the model's code gives other targets each time.
     """
     expected = _expected(model, kwargs, unshifted)
+    takes_stats = getattr(loss, "takes_stats", False)  # a loss of this package, as ValleyGuard
+    outputs = ("logprob", "entropy", "argmax", *(("argmax_logprob",) if takes_stats else ()))
     for _ in range(2):
         found: list[LossArguments] = []
         target, ignore_index = expected.target, expected.ignore_index
@@ -61,14 +63,15 @@ def loss_pass(
                 return stats.logprob.new_zeros(())
             mask = (expected.target != expected.ignore_index).reshape(stats.logprob.shape)
             mask = mask.to(stats.logprob.device)
-            if loss is not None:  # one of this package's own may want more than log-probabilities
-                return loss(stats if getattr(loss, "takes_stats", False) else stats.logprob, mask)
+            if loss is not None:
+                return loss(stats if takes_stats else stats.logprob, mask)
             return sft_loss(stats.logprob, mask, num_items=given.num_items)
 
         # As transformers' Trainer does: a cache costs memory and hides packed rows from the mask.
         output, stats = head_pass(
             model, forward, {"use_cache": False, **kwargs},
-            token_stats(target, transform, gradient, ignore_index=ignore_index), loss=compute,
+            token_stats(target, transform, gradient, ignore_index=ignore_index, outputs=outputs),
+            loss=compute,
         )  # fmt: skip
         if expected.same_target(found[0]):
             return output, token_metrics(stats, target, ignore_index)
@@ -87,10 +90,10 @@ def loss_pass(
 
 
 def _expected(model: Any, kwargs: dict[str, Any], unshifted: bool) -> LossArguments:
-    """What the model's code will give to its loss function, if it changes nothing."""
+    """The arguments that the model's code gives to its loss function if it changes none."""
     labels, shift_labels = kwargs["labels"], kwargs.get("shift_labels")
     if shift_labels is None and isinstance(kwargs.get("logits_to_keep"), Tensor):
-        # Of as many positions as there are labels, perhaps, but of others.
+        # It may keep as many positions as there are labels, but other ones.
         raise ValueError(
             f"shift_labels: expected the targets of the positions that {type(model).__name__} "
             "keeps with logits_to_keep, got None"

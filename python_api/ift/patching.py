@@ -52,7 +52,7 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
       given beside `loss` it is an error.
     - ``ift``: an `ift.IFTConfig`; both passes of Intuitive Fine-Tuning inside this one forward.
     - ``skip_logits``: True or False to choose; None, the default, skips them when labels are given
-      and the model is training or gradients are enabled. Else the original forward runs untouched.
+      and the model is training or gradients are enabled. Else the original forward runs.
 
     Without logits the output has ``logits=None``, and `model.ift_metrics` holds three scalar
     tensors of this call: the number of targets, ``tokens``, and the sums over them of ``correct``
@@ -115,7 +115,7 @@ def _install(base: nn.Module, state: _State | None) -> None:
         with measuring:
             measured = try_few_tokens(base, forward.original)
         if measured is not None:
-            _remember(base, measured)
+            _store_measured(base, measured)
     except BaseException:
         unpatch(base)
         raise
@@ -157,12 +157,12 @@ def unpatch(model: Model) -> Model:
         if isinstance(forward, HeadForward):
             del module.forward
         elif isinstance(forward, EmbeddingForward):
-            forward.take_off()
+            forward.remove()
     return model
 
 
 def _is_patched(forward: Any) -> bool:
-    """Is it a patched forward, or a wrapper that shows what it wraps and ends in one?"""
+    """Whether it is a patched forward, or wraps one (``__wrapped__``)."""
     while forward is not None:
         if getattr(forward, "is_ift", False):
             return True
@@ -199,16 +199,16 @@ def base_model(model: nn.Module) -> nn.Module:
 
 @dataclass
 class _State:
-    """What a patched model remembers. Plain data, so that copies and pickles of it work."""
+    """State of a patched model. Plain data, so that it can be copied and pickled."""
 
     forward: PatchedForward  # the one in place
     loss_function: Callable[..., Any] | None  # one that was set on the object before
     measured: Measured | None = None
     hooks: tuple[int, ...] = ()  # of the head, when it was measured
     gradient: str | ActiveSet = "exact"  # of the head
-    sharing: Sharing | None = None  # how its prompts can be shared; None: not found out yet
-    warned: set[str] = field(default_factory=set)  # what was logged once
-    draws: two_pass.Draws = field(default_factory=two_pass.Draws)
+    sharing: Sharing | None = None  # how its prompts can be shared; None: not measured yet
+    warned: set[str] = field(default_factory=set)  # warnings already logged
+    sampled_rows: two_pass.SampledRows = field(default_factory=two_pass.SampledRows)
     last_backward: tuple[int, int] | None = None  # see two_pass.warn_of_accumulation
 
     @property
@@ -219,8 +219,8 @@ class _State:
 class PatchedForward:
     """The forward of a patched model.
 
-    Looks like a bound method (`__self__`, `__func__`, a signature): accelerate takes it apart and
-    Trainer inspects it. Is an object: a bound method would unpickle as the class's forward.
+    It has the interface of a bound method (`__self__`, `__func__`, a signature), which accelerate
+    and Trainer use. It is an object, since a bound method would unpickle as the class's forward.
 
     Args:
         previous: a forward that was set on the object before.
@@ -259,9 +259,10 @@ class PatchedForward:
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return PatchedForward(model, previous)(*args, **kwargs)  # `model` may be a copy
 
-        own = self.__signature__
+        signature = self.__signature__
         first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        forward.__signature__ = own.replace(parameters=[first, *own.parameters.values()])  # type: ignore[attr-defined]  # read by inspect
+        parameters = [first, *signature.parameters.values()]
+        forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # read by inspect
         forward.is_ift = True  # type: ignore[attr-defined]  # a method made from it is still ours
         return forward
 
@@ -273,8 +274,8 @@ class PatchedForward:
             for name in PATCH_ARGUMENTS
         ]
         parameters = list(original.parameters.values())
-        at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        return original.replace(parameters=[*parameters[:at], *extra, *parameters[at:]])
+        end = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        return original.replace(parameters=[*parameters[:end], *extra, *parameters[end:]])
 
 
 def original_forward(model: nn.Module) -> Callable[..., Any]:
@@ -284,11 +285,13 @@ def original_forward(model: nn.Module) -> Callable[..., Any]:
 
 
 def logit_transform(model: nn.Module, kwargs: dict[str, Any]) -> LogitTransform:
-    """What a patched model does to its logits; measured with the inputs in `kwargs` if it has not
-    been, or if the forward hooks of its head have changed since.
+    """Scale and softcap of a patched model's logits.
+
+    Measured with the inputs in `kwargs` where they are not yet, or where the forward hooks of its
+    head have changed since.
 
     Raises:
-        RuntimeError: it does something that `ift.patch` does not know.
+        RuntimeError: it does something else than scale and softcap.
     """
     return _measured(model, kwargs).transform
 
@@ -298,12 +301,12 @@ def _measured(model: nn.Module, kwargs: dict[str, Any]) -> Measured:
     if state.measured is None or state.hooks != tuple(plain_head(model)._forward_hooks):
         with measuring:
             if state.measured is None or state.hooks != tuple(plain_head(model)._forward_hooks):
-                _remember(model, measure(model, state.forward.original, _two_tokens(kwargs)))
+                _store_measured(model, measure(model, state.forward.original, _two_tokens(kwargs)))
     assert state.measured is not None
     return state.measured
 
 
-def _remember(model: nn.Module, measured: Measured) -> None:
+def _store_measured(model: nn.Module, measured: Measured) -> None:
     state: _State = getattr(model, _STATE)
     state.measured, state.hooks = measured, tuple(plain_head(model)._forward_hooks)
 
@@ -329,7 +332,7 @@ def _forward(
     if args:
         kwargs = _by_name(model, original, args, kwargs)
     if kwargs.get("labels") is None and skip_logits and kwargs.get("shift_labels") is not None:
-        kwargs["labels"] = kwargs["shift_labels"]  # the original asks for a loss only with labels
+        kwargs["labels"] = kwargs["shift_labels"]  # the original computes a loss with labels only
     has_labels = kwargs.get("labels") is not None
     if skip_logits is None:
         skip_logits = (
@@ -342,8 +345,8 @@ def _forward(
             raise ValueError("skip_logits: expected True or None with ift, got False")
         return original(**kwargs)
     if not has_labels:
-        asked = "loss" if loss is not None else "skip_logits=True" if ift is None else "ift"
-        raise ValueError(f"labels: expected (B, T) token ids with {asked}, got None")
+        argument = "loss" if loss is not None else "skip_logits=True" if ift is None else "ift"
+        raise ValueError(f"labels: expected (B, T) token ids with {argument}, got None")
 
     state: _State = getattr(model, _STATE)
     measured = _measured(model, kwargs)
@@ -364,7 +367,7 @@ def _by_name(
     """The arguments by their names; a TypeError where Python would raise one."""
     signature = inspect.signature(original)
     if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
-        # A wrapper that hides the names passes them on to the forward of the class.
+        # A wrapper with *args passes them on to the forward of the class.
         signature = inspect.signature(MethodType(type(model).forward, model))
     given = dict(signature.bind_partial(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
@@ -386,7 +389,7 @@ def _two_tokens(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _without_logits(output: Any, model: nn.Module, kwargs: dict[str, Any]) -> Any:
     """The same output without the placeholder, as a tuple where one was asked for."""
     output = type(output)(**{key: value for key, value in output.items() if key != "logits"})
-    wanted = kwargs.get("return_dict")
-    if wanted is None:
-        wanted = getattr(getattr(model, "config", None), "return_dict", True)
-    return output if wanted else output.to_tuple()
+    return_dict = kwargs.get("return_dict")
+    if return_dict is None:
+        return_dict = getattr(getattr(model, "config", None), "return_dict", True)
+    return output if return_dict else output.to_tuple()

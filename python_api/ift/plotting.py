@@ -14,7 +14,7 @@ from typing import Any
 
 # Colours that stay apart in greyscale and for colour-blind readers (Okabe and Ito).
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
-# What preference losses tell beyond the others, in the log and in the picture.
+# Metrics of preference losses, in the log and in the picture.
 PAIR_KEYS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy",
              "logprob_chosen", "logprob_rejected", "kl")  # fmt: skip
 STYLE: Any = {
@@ -29,7 +29,7 @@ STYLE: Any = {
 
 
 def available() -> bool:
-    """Is matplotlib installed?"""
+    """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

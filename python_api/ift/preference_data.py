@@ -14,7 +14,7 @@ from ift.data_rows import DataError, PairRow, Row
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Examples of pairs: ``chosen``, ``rejected`` and, once known, their reference sums."""
+    """Examples of pairs: ``chosen``, ``rejected`` and, once computed, their reference sums."""
 
     examples: list[dict[str, Any]]
     dropped: list[str]
@@ -25,7 +25,7 @@ class EncodedPairs:
         return Encoded(list(self.sides()), []).target_tokens
 
     def sides(self) -> Iterator[dict[str, np.ndarray]]:
-        """Every sequence: chosen, rejected, chosen, …, and KTO's mismatched ones behind them."""
+        """Every sequence, pair by pair: chosen, rejected and, for KTO, the mismatched one."""
         for example in self.examples:
             yield from (example[name] for name in ("chosen", "rejected", "kl") if name in example)
 
@@ -42,7 +42,7 @@ def encode_pairs(
         mismatched: also ``kl``, the prompt with the chosen response of the next row, for KTO.
 
     Raises:
-        DataError: as `ift.data.encode`; or the responses of a pair answer different prompts.
+        DataError: as `ift.data.encode`; or the responses of a pair have different prompts.
     """
     sides = [
         encode_each([getattr(row, key) for row in rows], tokenizer, max_length)
@@ -55,11 +55,11 @@ def encode_pairs(
             pairs[index] = {"chosen": chosen, "rejected": rejected}
     if mismatched:
         kept = list(pairs)
-        others = [
+        mismatches = [
             _mismatch(rows[index], rows[following])
             for index, following in zip(kept, [*kept[1:], *kept[:1]], strict=True)
         ]
-        for index, kl in zip(kept, encode_each(others, tokenizer, max_length), strict=True):
+        for index, kl in zip(kept, encode_each(mismatches, tokenizer, max_length), strict=True):
             if kl is None:
                 del pairs[index]
             else:
@@ -88,8 +88,8 @@ def _share_prompt(
             "that differ in the last assistant turn alone"
         )
     for side in both:
-        own = int((side["labels"] != IGNORE_INDEX).argmax())
-        side["labels"][start:own] = side["input_ids"][start:own]
+        first = int((side["labels"] != IGNORE_INDEX).argmax())
+        side["labels"][start:first] = side["input_ids"][start:first]
 
 
 def _mismatch(row: PairRow, other: PairRow) -> Row:

@@ -1,7 +1,7 @@
-"""Where both passes of Intuitive Fine-Tuning may share one run over the prompts, and how.
+"""Shared prompts: both passes of Intuitive Fine-Tuning continue one forward over the prompts.
 
-Prompt tokens are never mixed and attention looks back only, so both passes agree on the prompt. It
-runs once, with gradient; the passes go over the responses on its keys and values, detached for the
+Prompt tokens are never mixed and attention is causal, so both passes agree on the prompt. It runs
+once, with gradient; each pass runs over the responses with its keys and values, detached for the
 first. That costs (3 + r)/3 of supervised fine-tuning for a share r of response tokens, not 4/3.
 """
 
@@ -18,21 +18,21 @@ from ift.documents import IGNORE_INDEX, shifted_targets
 from ift.head_pass import evaluating, head_pass
 from ift.measure import measuring, plain_ids
 
-# Tensors that are followed through moved rows and a cache; any other would need rules of its own.
-_FOLLOWED = ("input_ids", "labels", "attention_mask", "num_items_in_batch")
-# Results that would be those of a part of each row.
+# The tensor arguments that rows can be shifted and split in; others would need rules of their own.
+_SPLITTABLE = ("input_ids", "labels", "attention_mask", "num_items_in_batch")
+# Outputs that would hold a part of each row.
 _WHOLE_ROWS = ("output_hidden_states", "output_attentions")
-# Of the work of two full passes, at most this much: else the passes would not be worth parting.
-_WORTH = 0.95
+# Prompts are shared where that takes at most this share of the work of two full passes.
+_MAX_WORK = 0.95
 
 
 class Aligned(NamedTuple):
-    """A batch whose responses all start in one column; what is left of it are prompts."""
+    """A batch whose responses all start in one column, prompts to the left of it."""
 
     ids: Tensor  # (B, T'), like the others
     labels: Tensor
     mask: Tensor
-    positions: Tensor | None  # the columns that moved rows came from; None: none moved
+    positions: Tensor | None  # the original columns of shifted rows; None: none is shifted
     start: int  # columns of prompt that both passes share: all but the last
 
     def before(self, value: Tensor) -> Tensor:
@@ -45,16 +45,16 @@ class Aligned(NamedTuple):
 
 
 class Sharing(NamedTuple):
-    """How a model can go on from the cache of its prompts, as `find_sharing` has tried."""
+    """How a model can continue from the cache of its prompts, as `find_sharing` has measured."""
 
-    plain: bool = False  # rows where they are
-    moved: str = ""  # moved rows: with the "columns" they came from as positions, or its "own"
-    shorter_than: float = math.inf  # rows of this length on change the model's rotary frequencies
+    plain: bool = False  # rows that are not shifted
+    moved: str = ""  # shifted rows: positions are their original "columns", or the model's "own"
+    shorter_than: float = math.inf  # rows of this length or more change its rotary frequencies
 
-    def serves(self, rows: Aligned, length: int) -> bool:
-        """Whether these rows would give what whole rows, of `length`, give."""
+    def supports(self, rows: Aligned, length: int) -> bool:
+        """Whether these rows give the results of whole rows, of `length`."""
         if max(length, rows.ids.shape[1]) >= self.shorter_than:
-            return False  # prompts would get other frequencies than the responses behind them
+            return False  # prompts would get other frequencies than the responses after them
         return bool(self.moved) if rows.positions is not None else self.plain
 
     def prompt(self, rows: Aligned) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Sharing(NamedTuple):
         return {**given, **self._positions(rows, rows.before), "use_cache": True}
 
     def rest(self, rows: Aligned) -> dict[str, Any]:
-        """Arguments of a forward over the rest, but for its cache."""
+        """Arguments of a forward over the rest, without its cache."""
         given = {"input_ids": rows.after(rows.ids), "attention_mask": rows.mask}
         return {**given, **self._positions(rows, rows.after)}
 
@@ -74,34 +74,34 @@ class Sharing(NamedTuple):
 
 
 def aligned(
-    ids: Tensor, labels: Tensor, mask: Tensor | None, worth: float = _WORTH
+    ids: Tensor, labels: Tensor, mask: Tensor | None, max_work: float = _MAX_WORK
 ) -> Aligned | None:
-    """The batch with its rows moved right until their responses start together.
+    """The batch with its rows shifted right until their responses start together.
 
-    Tokens behind a row's last label are dropped, for nothing that counts looks at them. None where
-    sharing would not pay, short prompts or lengths so uneven that the moved rows are much longer,
-    and where a label follows padding: what a model makes of padding depends on what surrounds it.
+    Tokens after a row's last label are dropped: no target depends on them. None where sharing does
+    not pay (short prompts, or lengths so uneven that shifted rows are much longer), and where a
+    label follows padding, whose hidden state depends on what surrounds it.
     """
     length = ids.shape[1]
     column = torch.arange(length, device=ids.device)
     response = (labels != IGNORE_INDEX) & (column > 0)
     first = torch.where(response, column, length).amin(1)
     last = torch.where(response, column, 0).amax(1)
-    some = first < length
-    at = torch.where(some, first, 0).amax()
-    shift = torch.where(some, at - first, 0)
-    end = (torch.where(some, last + shift, 0)).amax() + 1
+    has_response = first < length
+    start = torch.where(has_response, first, 0).amax()
+    shift = torch.where(has_response, start - first, 0)
+    end = (torch.where(has_response, last + shift, 0)).amax() + 1
     moved = (shift > 0).any()
     mask = torch.ones_like(ids) if mask is None else mask
-    loose = (response[:, 1:] & (mask[:, :-1] == 0)).any()
-    values = torch.stack([at, end, moved.long(), loose.long()])
-    at_, end_, moved_, loose_ = values.tolist()  # one synchronisation
-    start = int(at_) - 1
-    if 3 * start + 4 * (end_ - start) > worth * 4 * length or start < 1 or loose_:
+    after_padding = (response[:, 1:] & (mask[:, :-1] == 0)).any()
+    values = torch.stack([start - 1, end, moved.long(), after_padding.long()])
+    shared, width, is_moved, is_after_padding = values.tolist()  # one synchronisation
+    work = 3 * shared + 4 * (width - shared)
+    if work > max_work * 4 * length or shared < 1 or is_after_padding:
         return None
-    if not moved_:
-        return Aligned(ids[:, :end_], labels[:, :end_], mask[:, :end_], None, start)
-    source = torch.arange(int(end_), device=ids.device)[None] - shift[:, None]
+    if not is_moved:
+        return Aligned(ids[:, :width], labels[:, :width], mask[:, :width], None, shared)
+    source = torch.arange(width, device=ids.device)[None] - shift[:, None]
     inside = (source >= 0) & (source < length)
     source = source.clamp(0, length - 1)
     return Aligned(
@@ -109,19 +109,19 @@ def aligned(
         labels.gather(1, source).masked_fill(~inside, IGNORE_INDEX),
         mask.gather(1, source) * inside.to(mask.dtype),
         source,
-        start,
+        shared,
     )
 
 
 def unsupported_reason(model: Any, kwargs: dict[str, Any]) -> str:
-    """Empty if prompts can be shared in this call as far as model and arguments show, else why."""
+    """Why prompts cannot be shared in this call; empty if model and arguments allow it."""
     config = getattr(model, "config", None)
     for name in _WHOLE_ROWS:
-        asked = kwargs.get(name)
-        if asked or (asked is None and getattr(config, name, False)):
+        value = kwargs.get(name)
+        if value or (value is None and getattr(config, name, False)):
             return f"{name} is given"
     for name, value in kwargs.items():
-        if name not in _FOLLOWED and not isinstance(value, (bool, int, float, str, type(None))):
+        if name not in _SPLITTABLE and not isinstance(value, (bool, int, float, str, type(None))):
             return f"{name} is given"
     mask = kwargs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
@@ -129,7 +129,7 @@ def unsupported_reason(model: Any, kwargs: dict[str, Any]) -> str:
     if kwargs.get("output_router_logits") or getattr(config, "output_router_logits", False):
         return "its auxiliary loss is over whole rows"
     if config is not None and config.get_text_config() is not config:
-        # Positions behind a cache may be those of the last batch that had images.
+        # Positions after a cache may be those of the last batch that had images.
         return "it is a multimodal model"
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "DeepSpeed ZeRO-3 gathers parameters around one forward"
@@ -147,15 +147,15 @@ def unsupported_reason(model: Any, kwargs: dict[str, Any]) -> str:
 
 
 def find_sharing(model: Any, forward: Callable[..., Any], device: torch.device) -> Sharing:
-    """Which rows does the model go on with from a cache as if it had seen them whole?
+    """Measure which rows the model continues from a cache with the results of whole rows.
 
-    Tried in evaluation mode on rows of three lengths, padded on the left and on the right: what
-    reaches the head at their targets, whole and in parts.
+    In evaluation mode, on rows of three lengths, padded on the left and on the right: the hidden
+    states at the head, at their targets, of whole rows and of parts.
     """
     ids = plain_ids(model)
-    # Far apart, for tokens that are alike would hide each other's positions.
-    some = [ids[i * len(ids) // 24] for i in range(24)]
-    tokens = torch.tensor(some, device=device).view(3, 8)
+    # Different tokens: equal ones would hide an error in their positions.
+    spread = [ids[i * len(ids) // 24] for i in range(24)]
+    tokens = torch.tensor(spread, device=device).view(3, 8)
     whole, plain = _try_batch(tokens, padding=(0, 2, 0), responses=((5, 8), (5, 8), (5, 6)))
     uneven, moved = _try_batch(tokens, padding=(0, 3, 0), responses=((6, 8), (5, 8), (3, 6)))
     with measuring, evaluating(model), torch.no_grad():
@@ -196,7 +196,7 @@ def _try_batch(
     left = torch.tensor(padding, device=ids.device)[:, None]
     mask = ((column >= left) & (column < last)).to(ids.dtype)
     labels = torch.where((column >= first) & (column < last), ids, IGNORE_INDEX)
-    rows = aligned(ids, labels, mask, worth=float("inf"))
+    rows = aligned(ids, labels, mask, max_work=float("inf"))
     assert rows is not None
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}, rows
 
@@ -225,13 +225,13 @@ def _agrees(
         _, parts = run(given, rows.after(rows.labels))
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False  # it takes no positions, or no cache
-    # What all positions have in common says nothing of any, and may be far larger than the rest.
+    # The mean over positions may be far larger than their differences, which are compared.
     limit = torch.finfo(whole.dtype).eps ** 0.5 * (whole - whole.mean(0)).abs().max()
     return whole.shape == parts.shape and bool((whole - parts).abs().max() <= limit)
 
 
 def _is_random(module: nn.Module) -> bool:
-    """Dropout or noise that this module would draw anew in every pass, as far as its names tell."""
+    """Whether the names of its attributes show dropout or noise, drawn anew in every pass."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
     return any(

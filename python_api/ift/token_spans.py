@@ -1,8 +1,8 @@
 """Which tokens of a text belong to a part of it.
 
-Some tokenizers put a space in front of every text they are given, or join pieces across a border,
-so parts that are tokenised apart need not join to the tokens of the whole. Here the whole is
-tokenised, and its tokens are assigned to the parts.
+Some tokenizers put a space in front of every text, or join pieces across a border, so the tokens of
+the parts need not be the tokens of the whole. The whole is tokenised, and its tokens are assigned
+to the parts.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def tokenised(
     Batches use the tokenizer's own threads.
     """
     for first in range(0, len(texts), batch):
-        some = tokenizer(
+        encoded = tokenizer(
             list(texts[first : first + batch]), add_special_tokens=False, verbose=False
         )
-        encodings = getattr(some, "encodings", None)  # a slow tokenizer has none
-        for index, ids in enumerate(some["input_ids"]):
+        encodings = getattr(encoded, "encodings", None)  # a slow tokenizer has none
+        for index, ids in enumerate(encoded["input_ids"]):
             yield list(ids), encodings[index].offsets if encodings else None
 
 
@@ -74,7 +74,7 @@ def prompt_and_completion_ids(
 
 
 def _ends_in_unknown(prompt: list[int], whole: list[int], tokenizer: Any) -> bool:
-    """Is there an unknown word across the border, whose text no token can give back?"""
+    """Whether an unknown word lies across the border: no tokens decode to its text."""
     shared = _shared_length(prompt, whole)
     return tokenizer.unk_token_id in whole[max(0, shared - 1) : shared + 1]
 

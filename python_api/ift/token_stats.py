@@ -1,4 +1,4 @@
-"""What losses compute in a head in place of its logits: statistics of each target."""
+"""The head callback of losses: statistics of each target in place of logits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def token_stats(
     detached: tuple[str, ...] = ("entropy",),
     temperature: float = 1.0,
 ) -> Callable[[Tensor, Tensor, Tensor | None], TokenStats]:
-    """The head callback of losses: each target's log-probability, and two statistics for the logs.
+    """A head callback: each target's log-probability, and two statistics for the logs.
 
     `target` has one entry per row of the hidden states that reach the head, in any shape.
     """
@@ -62,7 +62,7 @@ def token_stats(
 def token_metrics(
     stats: TokenStats, target: Tensor, ignore_index: int = IGNORE_INDEX
 ) -> dict[str, Tensor]:
-    """Sums over the targets, as scalar tensors: nothing here waits for the device."""
+    """Sums over the targets, as scalar tensors; it does not synchronise."""
     assert stats.argmax is not None and stats.entropy is not None
     target = target.reshape(stats.argmax.shape).to(stats.argmax.device)
     valid = target != ignore_index

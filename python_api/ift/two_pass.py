@@ -1,9 +1,8 @@
 """Both passes of Intuitive Fine-Tuning inside one forward of a causal LM (docs/patching.md).
 
-Pass 1, without gradient: what would the model have said at each response position? Pass 2, with
-gradient: the same batch, whose input embeddings are a little of that. The loss is
-`ift.losses.ift_loss` of pass 2. Only response positions pass through the head, in both. Both run on
-the same ids and other inputs; pass 2 mixes embeddings where the model looks them up.
+Pass 1, without gradient, predicts a token at each response position. Pass 2, with gradient, runs
+the same inputs with the embeddings of those tokens mixed into its input embeddings. The loss is
+`ift.losses.ift_loss` of pass 2. Only response positions go through the head, in both.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ Forward = Callable[..., Any]
 
 
 @dataclass
-class Draws:
-    """Rows of rule "sample" drawn so far in an optimizer step, so that none shares its noise.
+class SampledRows:
+    """RNG row counter of rule "sample": rows drawn so far in an optimizer step, none drawn twice.
 
     Four forwards of one row then draw what one forward of four rows draws.
     """
@@ -49,8 +48,8 @@ class Draws:
     step: int = 0
     rows: int = 0
 
-    def take(self, step: int, rows: int) -> int:
-        """The number of the first of `rows` new rows, in a range of this process's own."""
+    def next_rows(self, step: int, rows: int) -> int:
+        """The number of the first of `rows` new rows, in this process's range."""
         if step != self.step:
             self.step, self.rows = step, 0
         first = self.rows
@@ -60,16 +59,16 @@ class Draws:
 
 
 class State(Protocol):
-    """What this module reads and writes of a patched model's state."""
+    """The part of a patched model's state that this module uses."""
 
     @property
     def transform(self) -> LogitTransform | None:
         """Of the logits, measured by now."""
 
     gradient: str | ActiveSet  # of the head
-    sharing: prefix.Sharing | None  # how its prompts can be shared; None: not found out yet
-    warned: set[str]  # what was logged once
-    draws: Draws
+    sharing: prefix.Sharing | None  # how its prompts can be shared; None: not measured yet
+    warned: set[str]  # warnings already logged
+    sampled_rows: SampledRows
     last_backward: tuple[int, int] | None
 
 
@@ -79,10 +78,10 @@ def ift_forward(
     """Output (loss set, logits a placeholder) and token metrics of one IFT forward.
 
     Raises:
-        ValueError: `kwargs` without input_ids, or with what cannot serve here.
-        RuntimeError: the model changes its labels, or looks up embeddings in another way.
+        ValueError: `kwargs` without input_ids, or with arguments that IFT does not support.
+        RuntimeError: the model changes its labels, or does not embed its ids in one call.
     """
-    kwargs = _checked(kwargs, config)
+    kwargs = _pass_kwargs(kwargs, config)
     ids, labels = kwargs["input_ids"], kwargs["labels"]
     transform = state.transform
     assert transform is not None
@@ -97,7 +96,7 @@ def ift_forward(
     if shared is not None:
         mixture, first, kwargs = shared
         target = mixture.target
-    if lam > 0.0:  # else nothing would be mixed in
+    if lam > 0.0:  # else there is nothing to mix
         predict = _prediction(model, target != IGNORE_INDEX, config, state)
         given = {k: v for k, v in first.items() if k not in _FIRST_PASS_DROPS}
         with torch.no_grad():
@@ -122,7 +121,7 @@ def ift_forward(
     callback = token_stats(target, transform, state.gradient, config.workspace)
     with mixing(model, mixture):
         output, stats = head_pass(model, forward, kwargs, callback, loss=loss)
-    if shared is not None:  # its cache was a means
+    if shared is not None:  # the cache is ours, the caller asked for none
         output = type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
     if config.num_rows is None and output.loss.requires_grad:
         output.loss.register_hook(lambda grad: _warn_of_accumulation(model, grad, state))
@@ -137,8 +136,9 @@ def _shared_prompt(
     config: IFTConfig,
     state: State,
 ) -> tuple[Mixture, dict[str, Any], dict[str, Any]] | None:
-    """Run the prompts once for both passes: what is left of the batch, and the arguments of each
-    pass. None where that cannot serve, which is logged once.
+    """Run the prompts once for both passes: the rest of the batch, and the arguments of each pass.
+
+    None where the model or the batch does not support it; of a model that is logged once.
     """
     if not config.share_prompt or batch.lam == 0.0:
         return None
@@ -157,36 +157,38 @@ def _shared_prompt(
         return None
     assert sharing is not None
     rows = prefix.aligned(batch.ids, batch.labels, kwargs.get("attention_mask"))
-    if rows is None or not sharing.serves(rows, batch.ids.shape[1]):
-        return None  # this batch cannot, the next one may
+    if rows is None or not sharing.supports(rows, batch.ids.shape[1]):
+        return None  # another batch may
     kwargs = {k: v for k, v in kwargs.items() if k not in ("input_ids", "attention_mask")}
     prompt = {k: v for k, v in kwargs.items() if k != "labels"} | sharing.prompt(rows)
-    # The embeddings of prompts are as free of gradient as those that are mixed.
+    # Prompt embeddings get a gradient under the same option as mixed ones.
     with mixing(model, Mixture(prompt["input_ids"], *(rows.before(rows.labels),) * 2,
-                               track=batch.track)):  # fmt: skip
+                               embedding_grad=batch.embedding_grad)):  # fmt: skip
         output, _ = head_pass(model, forward, prompt, lambda *_: None)
     layers = prefix.cached_layers(output.get("past_key_values"))
-    assert layers is not None  # prefix.find_sharing has seen one
+    assert layers is not None  # prefix.find_sharing has checked it
     left = kwargs | sharing.rest(rows) | {"labels": rows.after(rows.labels)}
     first, second = (
         {**left, "use_cache": True, "past_key_values": prefix.new_cache(layers, detached=detached)}
         for detached in (True, False)
     )
     target = rows.after(shifted_targets(rows.labels))
-    mixture = Mixture(left["input_ids"], left["labels"], target, None, batch.lam, None, batch.track)
+    mixture = Mixture(
+        left["input_ids"], left["labels"], target, None, batch.lam, None, batch.embedding_grad
+    )
     return mixture, first, second
 
 
-# What pass 1 does not need of the caller's arguments.
+# Arguments of the caller that pass 1 does not need.
 _FIRST_PASS_DROPS = ("labels", "output_hidden_states", "output_attentions")
 
 
-def _checked(kwargs: dict[str, Any], config: IFTConfig) -> dict[str, Any]:
+def _pass_kwargs(kwargs: dict[str, Any], config: IFTConfig) -> dict[str, Any]:
     """The arguments of a pass: a copy of `kwargs` without cache, or a ValueError."""
     ids, labels = kwargs.get("input_ids"), kwargs["labels"]
     if ids is None or ids.dim() != 2:
-        came = None if ids is None else tuple(ids.shape)
-        raise ValueError(f"input_ids: expected token ids (B, T) with ift, got {came}")
+        shape = None if ids is None else tuple(ids.shape)
+        raise ValueError(f"input_ids: expected token ids (B, T) with ift, got {shape}")
     if labels.shape != ids.shape:
         raise ValueError(
             f"labels: expected the shape of input_ids, {tuple(ids.shape)}, "
@@ -213,7 +215,7 @@ def _checked(kwargs: dict[str, Any], config: IFTConfig) -> dict[str, Any]:
 
 
 def _check_labels(model: Any, labels: Tensor, given: LossArguments) -> None:
-    """Refuse a model that gives other labels to its loss function than it was given."""
+    """Refuse a model whose code changes its labels before its loss."""
     if not LossArguments(labels, None, IGNORE_INDEX, None).same_target(given):
         raise RuntimeError(
             f"{type(model).__name__}: changes its labels before its loss, so IFT, which mixes "
@@ -244,20 +246,20 @@ def _warn_of_accumulation(model: nn.Module, grad: Tensor, state: State) -> None:
 
 
 def _prediction(
-    model: Any, wanted: Tensor, config: IFTConfig, state: State
+    model: Any, positions: Tensor, config: IFTConfig, state: State
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """The head callback of pass 1: what is predicted at the positions `wanted` (B, T) bool.
+    """The head callback of pass 1: the predictions at `positions`, (B, T) bool.
 
-    Token ids (B, T), 0 elsewhere; for rule "soft" embeddings (positions wanted, E).
+    Token ids (B, T), 0 at other positions; for rule "soft" embeddings, one row per position.
     """
     assert state.transform is not None
     options = transform_options(state.transform)
 
     def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        here = wanted.to(hidden.device)
-        rows = hidden[here]
+        mask = positions.to(hidden.device)
+        rows = hidden[mask]
         if is_sharded(weight):
-            return _greedy_of_shards(rows, weight, bias, here, config, options).to(wanted.device)
+            return _greedy_of_shards(rows, weight, bias, mask, config, options).to(positions.device)
         if config.rule == "soft":
             table, scale = embedding_table(model)
             soft = linear_expected_embedding(
@@ -267,7 +269,7 @@ def _prediction(
         if config.rule == "sample":
             options["temperature"] = config.sample_temperature
             options["seed"] = (config.seed << 20 ^ config.step) % 2**64
-            options["row_offset"] = state.draws.take(config.step, rows.shape[0])
+            options["row_offset"] = state.sampled_rows.next_rows(config.step, rows.shape[0])
         choice = linear_token(
             rows,
             weight,
@@ -277,8 +279,8 @@ def _prediction(
             workspace=config.workspace,
             **options,
         )
-        ids = torch.zeros(here.shape, dtype=torch.int64, device=here.device)
-        return ids.masked_scatter_(here, choice.ids).to(wanted.device)
+        ids = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
+        return ids.masked_scatter_(mask, choice.ids).to(positions.device)
 
     return callback
 
@@ -287,7 +289,7 @@ def _greedy_of_shards(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    here: Tensor,
+    mask: Tensor,
     config: IFTConfig,
     options: dict[str, Any],
 ) -> Tensor:
@@ -296,10 +298,16 @@ def _greedy_of_shards(
         raise ValueError(
             f"rule: expected 'greedy' with a vocabulary-parallel head, got {config.rule!r}"
         )
-    some = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
+    no_target = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
     stats = vocab_parallel_logprobs(
-        rows, weight, some, bias=bias, outputs=("argmax",), workspace=config.workspace, **options
+        rows,
+        weight,
+        no_target,
+        bias=bias,
+        outputs=("argmax",),
+        workspace=config.workspace,
+        **options,
     )
     assert stats.argmax is not None
-    ids = torch.zeros(here.shape, dtype=torch.int64, device=here.device)
-    return ids.masked_scatter_(here, stats.argmax)
+    ids = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
+    return ids.masked_scatter_(mask, stats.argmax)

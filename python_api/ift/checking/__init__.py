@@ -1,4 +1,4 @@
-"""Does a patched model compute what the model itself computes? `compare` answers for one batch."""
+"""`compare`: the loss and gradients of a patched model against those of the model itself."""
 
 from ift.checking.compare import Comparison, compare
 

@@ -27,7 +27,7 @@ REFUSALS = (TypeError, ValueError, RuntimeError, NotImplementedError)
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found. ``str()`` is a report in one line.
+    """Result of `compare`. ``str()`` is a report in one line.
 
     Attributes:
         model: class name of the causal LM.
@@ -45,7 +45,7 @@ class Comparison:
         worst_parameter: the name of that parameter.
         tokens: targets in the batch.
         wrong_argmax: targets with another argmax than the naive logits have, ties excepted.
-        notes: what the package logged meanwhile, as that prompts are not shared.
+        notes: warnings of the package, such as that prompts are not shared.
     """
 
     model: str
@@ -166,7 +166,7 @@ class _Fused:
 
 
 class _Capture:
-    """A loss that keeps the statistics it is given."""
+    """A loss that stores the statistics it gets."""
 
     takes_stats = True  # `ift.patch` then passes them, instead of the log-probability alone
 
@@ -194,7 +194,7 @@ def _fused(model: Any, batch: dict[str, Any], config: IFTConfig | None) -> _Fuse
 
 
 def _gradients(model: nn.Module, loss: Tensor) -> Gradients:
-    """Gradients of the loss by name, for parameters that it reaches; those of `model` are spent."""
+    """Gradients of the loss by name, for parameters that it reaches; clears those of `model`."""
     if loss.requires_grad:
         loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -271,7 +271,7 @@ def _all_finite(gradients: Gradients) -> bool:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Was it raised on purpose: by this package, with a message that begins with a name?"""
+    """Whether this package raised it on purpose: its message begins with a name."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = (str(Path(ift_kernels.__file__).parent), str(Path(__file__).parent.parent))
     named = re.match(r"[\w.]+: ", str(error)) is not None

@@ -173,15 +173,15 @@ def _auxiliary(output: Any, logprob: Tensor, mask: Tensor) -> Tensor:
 
 
 def naive_predict(logits: Tensor, *, rule: str, k: int = 2, temperature: float = 0.7) -> Tensor:
-    """The token that the model would have said at each position, (B, T)."""
+    """The token that the model predicts at each position, (B, T)."""
     if rule == "greedy":
         return logits.argmax(-1)
-    if rule == "topk":
+    if rule == "kth":
         return logits.topk(k, dim=-1).indices[..., -1]
     if rule == "sample":  # called nucleus in the released code, which draws from everything
         p = (logits.float() / temperature).softmax(-1)
         return p.flatten(0, 1).multinomial(1).view(p.shape[:2])
-    raise ValueError(f"rule: expected one of ['greedy', 'sample', 'topk'], got {rule!r}")
+    raise ValueError(f"rule: expected one of ['greedy', 'kth', 'sample'], got {rule!r}")
 
 
 def naive_logprob(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ def examine() -> dict[str, Any]:
         report["backends"] = backends.describe()
         report["serves"] = _serves(torch, backends)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
-        # A shared library is missing, or IFT_BACKEND asks for what there is not.
+        # A shared library is missing, or IFT_BACKEND names a backend that is not built.
         report["problem"] = f"{type(error).__name__}: {error}"
     return report
 

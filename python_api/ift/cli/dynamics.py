@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ift.cli import train
+from ift.cli.arguments import flag_of
 from ift.cli.errors import CliError
 from ift.cli.processes import note
 from ift.data_rows import FORMATS, DataError, parsed_lines
@@ -30,8 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         for name in ("probes", "probe_test"):
             path = getattr(arguments, name)
             if path is not None and not Path(path).is_file():
-                flag = "--" + name.replace("_", "-")
-                raise CliError(flag, f"no file {path}; expected a JSONL file")
+                raise CliError(flag_of(name), f"no file {path}; expected a JSONL file")
         return train.run(arguments, watch)
     from ift.dynamics import report
     from ift.dynamics.monitor import before_and_after
@@ -133,7 +133,7 @@ def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokeni
 
 
 def _trained(path: str, held_out: list[Any]) -> list[dict[str, Any]]:
-    """The rows of a file as they stand, but those that are held out."""
+    """The raw rows of a file, without those that are held out."""
     apart = {row.where for row in held_out}
     return [row for row, where in parsed_lines(Path(path), FORMATS) if where not in apart]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
+
+from ift.cli.arguments import flag_of
 
 
 class CliError(Exception):
-    """Bad input: names the argument, what came and what was expected."""
+    """Bad input: the message names the argument, the given and the expected value."""
 
     def __init__(self, argument: str, problem: object) -> None:
         super().__init__(f"{argument}: {' '.join(str(problem).split())}")
@@ -15,14 +17,15 @@ class CliError(Exception):
 
 @contextlib.contextmanager
 def refusals(
-    argument: str, options: Collection[str] = (), applies: Callable[[], bool] = lambda: True
+    argument: str, options: Mapping[str, str] = {}, applies: Callable[[], bool] = lambda: True
 ) -> Iterator[None]:
     """What our own code refuses in this block becomes a CliError, while `applies` holds.
 
     Errors of torch and others pass: their tracebacks are needed.
 
     Args:
-        argument: whose fault it is, unless the message names one of `options`.
+        argument: the flag to name, unless the message names a parameter among `options`.
+        options: parameter → option of the command line that sets it.
     """
     try:
         yield
@@ -31,7 +34,7 @@ def refusals(
             raise
         name, _, problem = str(error).partition(": ")
         if name in options:
-            raise CliError("--" + name.replace("_", "-"), problem) from None
+            raise CliError(flag_of(options[name]), problem) from None
         raise CliError(argument, error) from None
 
 

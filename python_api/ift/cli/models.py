@@ -14,7 +14,7 @@ from ift.cli.errors import CliError
 
 
 def check_model_path(model: str) -> None:
-    """Refuse what is meant as a path and is none; a hub id is `name` or `owner/name`."""
+    """Refuse a path without a model; a hub id is `name` or `owner/name`."""
     if model == "tiny":
         return
     if Path(model).exists():
@@ -84,7 +84,7 @@ def load_model(
 
 @contextlib.contextmanager
 def loading_warnings() -> Iterator[None]:
-    """What transformers warns of while it loads reaches the user, from one of the processes."""
+    """Show the warnings of transformers while it loads, in one process."""
     import transformers
 
     before = transformers.logging.get_verbosity()
@@ -103,7 +103,7 @@ def token_ids(model: Any, count: int) -> list[int]:
 
 
 def check_causal(model: Any, name: str, flag: str) -> None:
-    """Refuse a model whose output at a token depends on the tokens behind it: it sees the answer.
+    """Refuse a model whose output at a token depends on later tokens.
 
     Measured on two rows of four tokens that differ in the last one.
     """
@@ -116,8 +116,8 @@ def check_causal(model: Any, name: str, flag: str) -> None:
     try:
         with torch.no_grad(), evaluating(model):
             logits = model(input_ids=ids.to(model.device)).logits.float()
-    except (RuntimeError, ValueError, NotImplementedError) as error:  # needs an accelerator, say
-        processes.note(f"{flag}: whether {name} is causal is not known ({error})")
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # it needs an accelerator, say
+        processes.note(f"{flag}: could not check that {name} is causal ({error})")
         return
     if (logits[0, :3] - logits[1, :3]).abs().max() > 1e-4 * logits.std():
         decoder = getattr(model.config, "is_decoder", None)
@@ -130,7 +130,7 @@ def check_causal(model: Any, name: str, flag: str) -> None:
 
 
 def check_positions(model: Any, length: int, flag: str) -> None:
-    """Refuse a row that is longer than the positions the model has; rotary ones go on.
+    """Refuse a row that is longer than the model's table of positions; rotary ones have no end.
 
     Args:
         length: tokens of the longest row.

@@ -1,67 +1,33 @@
-"""The arguments of ``ift``, their defaults and presets.
+"""The parser of ``ift``: options of a run, their defaults and presets.
 
-The parser leaves what was not given at None; `resolve` fills it from the preset, then from the
-defaults, so a preset never overrides what the user asked for.
+The parser leaves options that are not given at None; `resolve` fills them from the preset, then
+from the defaults, so a preset never overrides a given option.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ift.cli.errors import CliError
-
-DEFAULTS: dict[str, Any] = {
-    "loss": "ift",
-    "eval_split": 0.0,
-    "epochs": 1.0,
-    "max_steps": None,
-    "lr": 5e-5,
-    "optimizer": "adamw",
-    "scheduler": "linear",
-    "lr_warmup_steps": 0,
-    "batch_size": 8,
-    "accumulate": 1,
-    "max_length": 1024,
-    "bf16": False,
-    "gradient": "exact",
-    "freeze_head": False,
-    "seed": 0,
-    "save_steps": 500,
-    "eval_steps": None,
-    "log_steps": 10,
-    "resume": False,
-    "cpu": False,
-    "allow_new_weights": False,
-    "probe_every": 25,
-    "probe_size": 64,
-    "probe_sample": 32,
-}
-
-# Options of the IFT loss; their defaults are those of ift.IFTConfig, which checks combinations.
-IFT_OPTIONS = (
-    *("lam", "gamma", "objective", "propagation", "side", "norm", "detach_weights"),
-    *("rule", "k", "sample_temperature", "embedding_grad"),
-    *("lambda_schedule", "min_lam", "warmup_steps", "lam_noise"),
+from ift.cli.arguments import (
+    Option,
+    add_options,
+    flag_of,
+    fraction,
+    natural,
+    number,
+    positive,
+    positive_int,
 )
-
-# Options of the preference losses, and which losses have each (None: the loss's own default).
-PAIR_LOSSES = ("dpo", "kto", "orpo", "simpo", "cpo", "slic")
-PAIR_OPTIONS = {
-    "beta": PAIR_LOSSES,
-    "dpo_kind": ("dpo",),
-    "label_smoothing": ("dpo", "simpo", "cpo"),
-    "margin": ("simpo", "slic"),
-    "nll_weight": ("orpo", "cpo", "slic"),
-    "reference": ("dpo", "kto"),
-}
+from ift.cli.errors import CliError
+from ift.cli.losses import IFT_OPTIONS, LOSSES, OPTIONS, PAIR_OPTIONS, losses_with
 
 # The settings reported in the IFT paper; the loss options of the preset are IFTConfig.paper()'s.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
+        "loss": "ift",
         "epochs": 3.0,
         "lr": 5e-7,
         "optimizer": "rmsprop",
@@ -73,10 +39,56 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
 }
 PRESETS["noisy"] = PRESETS["paper"]  # with λ noise: IFTConfig.noisy()
+RUN_OPTIONS = {
+    "eval_split": Option("share of the rows to hold out for evaluation", fraction, "F", 0.0),
+    "eval_data": Option("JSONL to evaluate on, instead of a split", str, "FILE"),
+    "eval_steps": Option("evaluate every N steps (default: once an epoch)", positive_int, "N"),
+    "log_steps": Option("log every N steps", positive_int, "N", 10),
+    "save_steps": Option("write a checkpoint every N steps, and at the end", positive_int, "N",
+                         500),
+    "resume": Option("continue from the last checkpoint in --output", default=False),
+}  # fmt: skip
+TRAINING_OPTIONS = {
+    "loss": Option("loss to train with", choices=LOSSES, default="ift"),
+    "preset": Option("settings of a publication; options given beside it win", choices=PRESETS),
+    "epochs": Option("passes over the data", positive, "X", 1.0),
+    "max_steps": Option("optimizer steps, instead of --epochs", positive_int, "N"),
+    "lr": Option("peak learning rate", positive, "X", 5e-5),
+    "gradient": Option("of the head; active approximates it by the columns that matter",
+                       choices=("exact", "active"), default="exact"),
+    "freeze_head": Option("do not train the output head (nor an embedding tied to it)",
+                          default=False),
+    "optimizer": Option("", choices=("adamw", "rmsprop", "sgd", "adafactor"), default="adamw"),
+    "scheduler": Option("of the learning rate", choices=("linear", "cosine", "constant"),
+                        default="linear"),
+    "lr_warmup_steps": Option("steps of linear learning-rate warm-up", natural, "N", 0),
+    "batch_size": Option("rows per forward on each device", positive_int, "N", 8),
+    "accumulate": Option("forwards per optimizer step", positive_int, "N", 1),
+    "max_length": Option("cut rows at N tokens",
+                         number("a whole number of at least 2", lambda x: x >= 2, int), "N", 1024),
+    "bf16": Option("bf16 autocast over fp32 weights", default=False),
+    "seed": Option("of the initial weights, the order of the data and the sampling",
+                   number("a whole number in [0, 2**32)", lambda x: 0 <= x < 2**32, int), "N", 0),
+    "cpu": Option("stay off the accelerator", default=False),
+}  # fmt: skip
+PROBE_OPTIONS = {
+    "probes": Option("probe set to use (default: made from --data)", str, "FILE"),
+    "probe_every": Option("measure every N steps", positive_int, "N", 25),
+    "probe_size": Option("prompts of the set that is made", positive_int, "N", 64),
+    "probe_test": Option("JSONL of rows not trained on, for the type `unrelated` (default: the "
+                         "rows held out)", str, "FILE"),
+    "probe_sample": Option("tokens of a sample of the model before training, for the type "
+                           "`sample`; 0: none", natural, "N", 32),
+}  # fmt: skip
+DEFAULTS = {
+    name: option.default
+    for options in (RUN_OPTIONS, TRAINING_OPTIONS, PROBE_OPTIONS)
+    for name, option in options.items()
+}
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line: argument, what came, what was expected."""
+    """An ArgumentParser whose errors are one line: argument, given and expected value."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -89,7 +101,7 @@ class Parser(argparse.ArgumentParser):
         raise CliError(self.prog.removeprefix("ift").strip() or "arguments", message)
 
     def parse(self, args: Sequence[str] | None = None) -> argparse.Namespace:
-        """As `parse_args`, but an unknown option is reported with the closest known ones."""
+        """As `parse_args`, but an unknown option is reported with the closest existing ones."""
         parsed, unknown = self.parse_known_args(args)
         if unknown:
             command = " ".join(filter(None, (parsed.command, getattr(parsed, "action", None))))
@@ -110,46 +122,6 @@ class Parser(argparse.ArgumentParser):
         )
 
 
-def number(
-    expected: str, accepts: Callable[[float], bool], kind: type = float
-) -> Callable[[str], Any]:
-    """An argparse type: a finite number for which `accepts` holds."""
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-            good = math.isfinite(value) and accepts(value)
-        except ValueError:
-            good = False
-        if not good:
-            raise argparse.ArgumentTypeError(f"got {text!r}; expected {expected}")
-        return value
-
-    return convert
-
-
-def one_of(*names: str) -> Callable[[str], str]:
-    """An argparse type: one of the names."""
-
-    def convert(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"got {text!r}; expected one of {', '.join(names)}")
-        return text
-
-    return convert
-
-
-def unit(name: str) -> Callable[[str], float]:
-    """An argparse type: a number in [0, 1]."""
-    return number(f"{name} in [0, 1]", lambda x: 0 <= x <= 1)
-
-
-positive = number("a number above 0", lambda x: x > 0)
-positive_int = number("a whole number of at least 1", lambda x: x >= 1, int)
-natural = number("a whole number of at least 0", lambda x: x >= 0, int)
-fraction = number("a fraction in [0, 1)", lambda x: 0 <= x < 1)
-
-
 def build_parser() -> Parser:
     """The parser of ``ift``."""
     parser = Parser(prog="ift", description="Fine-tune language models with fused losses.")
@@ -165,53 +137,6 @@ def build_parser() -> Parser:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    _add_run(parser)
-    _add_training(parser)
-    _add_ift(parser)
-    _add_pairs(parser)
-
-
-def _add_dynamics(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="action")
-    run = actions.add_parser("run", help="train as `ift train`, measuring a probe set on the way")
-    _add_train(run)
-    add = _Group(run, "probes; into DIR/probes.jsonl and DIR/dynamics")
-    add("--probes", str, "probe set to use (default: made from --data)", "FILE")
-    add("--probe-every", positive_int, "measure every N steps", "N")
-    add("--probe-size", positive_int, "prompts of the set that is made", "N")
-    add("--probe-test", str, "JSONL of rows not trained on, for the type `unrelated` "
-        "(default: the rows held out)", "FILE")  # fmt: skip
-    add("--probe-sample", natural, "tokens of a sample of the model before training, for the type "
-        "`sample`; 0: none", "N")  # fmt: skip
-    plot = actions.add_parser("plot", help="draw the curves of a run again")
-    plot.add_argument("run", metavar="DIR", help="output of `ift dynamics run`, or of the callback")
-    plot.add_argument("--title", default="", help="above the picture")
-    compare = actions.add_parser("compare", help="draw runs over one another, and print a table")
-    compare.add_argument("runs", nargs="+", metavar="DIR", help="outputs of `ift dynamics run`")
-    compare.add_argument("--output", default="compare.png", metavar="PNG")
-
-
-class _Group:
-    """`group(flag, …)` with defaults left at None and shown in the help."""
-
-    def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
-        self._group = parser.add_argument_group(title)
-
-    def __call__(self, flag: str, type: Any, help: str, metavar: str | None = None) -> None:
-        default = DEFAULTS.get(flag.lstrip("-").replace("-", "_"))
-        if default is not None:
-            help += f" (default: {default})"
-        self._group.add_argument(flag, type=type, help=help, metavar=metavar)
-
-    def choice(self, flag: str, help: str, *names: str) -> None:
-        self(flag, one_of(*names), help, "{" + ",".join(names) + "}")
-
-    def switch(self, flag: str, help: str) -> None:
-        action = argparse.BooleanOptionalAction
-        self._group.add_argument(flag, action=action, default=None, help=help)
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
     required = parser.add_argument_group("what to train")
     required.add_argument(
         "--model",
@@ -239,73 +164,27 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="gets checkpoints, model/, log.jsonl and curves.png",
     )
-    add = _Group(parser, "evaluation, log and checkpoints")
-    add("--eval-split", fraction, "share of the rows to hold out for evaluation", "F")
-    add("--eval-data", str, "JSONL to evaluate on, instead of a split", "FILE")
-    add("--eval-steps", positive_int, "evaluate every N steps (default: once an epoch)", "N")
-    add("--log-steps", positive_int, "log every N steps", "N")
-    add("--save-steps", positive_int, "write a checkpoint every N steps, and at the end", "N")
-    add.switch("--resume", "continue from the last checkpoint in --output")
+    add_options(parser, "evaluation, log and checkpoints", RUN_OPTIONS)
+    add_options(parser, "training", TRAINING_OPTIONS)
+    add_options(parser, "IFT loss (--loss ift); defaults as released", IFT_OPTIONS)
+    pairs = {
+        name: option._replace(help=f"{option.help} [{', '.join(losses_with(name))}]")
+        for name, option in PAIR_OPTIONS.items()
+    }
+    add_options(parser, "preference losses; defaults as in ift.losses", pairs)
 
 
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    add = _Group(parser, "training")
-    add.choice("--loss", "loss to train with", "sft", "ift", *PAIR_LOSSES)
-    add.choice("--preset", "settings of a publication; options given beside it win", *PRESETS)
-    add("--epochs", positive, "passes over the data", "X")
-    add("--max-steps", positive_int, "optimizer steps, instead of --epochs", "N")
-    add("--lr", positive, "peak learning rate", "X")
-    add.choice("--gradient", "of the head; active approximates it by the columns that matter",
-               "exact", "active")  # fmt: skip
-    add.switch("--freeze-head", "do not train the output head (nor an embedding tied to it)")
-    add.choice("--optimizer", "", "adamw", "rmsprop", "sgd", "adafactor")
-    add.choice("--scheduler", "of the learning rate", "linear", "cosine", "constant")
-    add("--lr-warmup-steps", natural, "steps of linear learning-rate warm-up", "N")
-    add("--batch-size", positive_int, "rows per forward on each device", "N")
-    add("--accumulate", positive_int, "forwards per optimizer step", "N")
-    add("--max-length", number("a whole number of at least 2", lambda x: x >= 2, int),
-        "cut rows at N tokens", "N")  # fmt: skip
-    add.switch("--bf16", "bf16 autocast over fp32 weights")
-    add(
-        "--seed",
-        number("a whole number in [0, 2**32)", lambda x: 0 <= x < 2**32, int),
-        "of the initial weights, the order of the data and the sampling",
-        "N",
-    )
-    add.switch("--cpu", "stay off the accelerator")
-
-
-def _add_ift(parser: argparse.ArgumentParser) -> None:
-    add = _Group(parser, "IFT loss (--loss ift); defaults as released")
-    add("--lam", unit("λ"), "weight of the predicted token in the residual (0.2)", "λ")
-    add("--gamma", unit("γ"), "decay of the propagation (0.95)", "γ")
-    add.choice("--objective", "", "released", "paper", "algorithm1")
-    add.choice("--propagation", "what is propagated (loss)", "loss", "logps", "mask")
-    add.choice("--side", "suffix or prefix sums (left)", "left", "right")
-    add.choice("--norm", "of the weights (L1)", "L1", "L2", "softmax", "log")
-    add.switch("--detach-weights", "no gradient through the weights")
-    add.choice("--rule", "of the predicted token (greedy)", "greedy", "topk", "sample", "soft")
-    add("--k", positive_int, "take the k-th best token (--rule topk; 2)", "N")
-    add("--sample-temperature", positive, "of --rule sample (0.7)", "T")
-    add.switch("--embedding-grad", "let the gradient reach the input embedding")
-    add.choice("--lambda-schedule", "of λ (constant)", "constant", "linear")
-    add("--min-lam", unit("λ"), "where the linear schedule starts (0)", "λ")
-    add("--warmup-steps", natural, "steps in which it reaches --lam (0)", "N")
-    add.switch("--lam-noise", "multiply λ by 1 + n/2, n ~ N(0, 1), at each step")
-
-
-def _add_pairs(parser: argparse.ArgumentParser) -> None:
-    add = _Group(parser, "preference losses; defaults as in ift.losses")
-    add("--beta", positive, "strength (dpo, kto, orpo, cpo .1; simpo 2; slic 1)", "β")
-    add("--dpo-kind", str, "formula of --loss dpo (sigmoid), as ift.losses.dpo_loss", "NAME")
-    add("--label-smoothing", number("ε in [0, 0.5]", lambda x: 0 <= x <= 0.5),
-        "share of wrong labels (dpo, simpo, cpo)", "ε")  # fmt: skip
-    add("--margin", number("a number of at least 0", lambda x: x >= 0),
-        "γ of simpo, δ of slic", "X")  # fmt: skip
-    add("--nll-weight", number("a number of at least 0", lambda x: x >= 0),
-        "of the likelihood of the chosen (orpo, cpo 1; slic 0)", "X")  # fmt: skip
-    add("--reference", str, "reference model of dpo and kto (default: --model before training); "
-        "its log-probabilities are kept in DIR/reference", "MODEL")  # fmt: skip
+def _add_dynamics(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="action")
+    run = actions.add_parser("run", help="train as `ift train`, and measure a probe set meanwhile")
+    _add_train(run)
+    add_options(run, "probes; into DIR/probes.jsonl and DIR/dynamics", PROBE_OPTIONS)
+    plot = actions.add_parser("plot", help="draw the curves of a run again")
+    plot.add_argument("run", metavar="DIR", help="output of `ift dynamics run`, or of the callback")
+    plot.add_argument("--title", default="", help="above the picture")
+    compare = actions.add_parser("compare", help="draw runs over one another, and print a table")
+    compare.add_argument("runs", nargs="+", metavar="DIR", help="outputs of `ift dynamics run`")
+    compare.add_argument("--output", default="compare.png", metavar="PNG")
 
 
 def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
@@ -317,15 +196,13 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
     given = {key: value for key, value in vars(arguments).items() if value is not None}
     preset = PRESETS.get(given.get("preset", ""), {})
     values = {**dict.fromkeys(vars(arguments)), **DEFAULTS, **preset, **given}
-    if values["loss"] != "ift":
-        for name in (*IFT_OPTIONS, "preset"):
-            if name in given:
-                flag = "--" + name.replace("_", "-")
-                raise CliError(flag, f"got it with --loss {values['loss']}; expected --loss ift")
-    for name, users in PAIR_OPTIONS.items():
-        if name in given and values["loss"] not in users:
-            flag, expected = "--" + name.replace("_", "-"), " or ".join(users)
-            raise CliError(flag, f"got it with --loss {values['loss']}; expected --loss {expected}")
+    loss = values["loss"]
+    for name in OPTIONS:
+        if name in given and not LOSSES[loss].takes(name):
+            expected = " or ".join(losses_with(name))
+            raise CliError(flag_of(name), f"got it with --loss {loss}; expected --loss {expected}")
+    if preset and loss != preset["loss"]:
+        raise CliError("--preset", f"got it with --loss {loss}; expected --loss {preset['loss']}")
     if "eval_data" in given and given.get("eval_split"):
         raise CliError("--eval-split", "got it beside --eval-data; expected one of the two")
     if "max_steps" in given and "epochs" in given:

@@ -1,224 +1,24 @@
-"""Preference losses in ``ift train``: which there are, the frozen reference, and the trainer."""
+"""`PairTrainer`: the trainer of ``ift train`` for preference losses."""
 
 from __future__ import annotations
 
-import argparse
-import functools
-import hashlib
-import os
-from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped]  # no annotations
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import Trainer
 
 from ift import losses
-from ift.cli import processes
-from ift.cli.errors import CliError
-from ift.cli.models import load_model
-from ift.cli.trainer import RunTrainer
-from ift.data import Collator
+from ift.cli.trainer import ResumableRun
 from ift.head_pass import evaluating
-from ift.integrations.transformers import count_flags
+from ift.integrations.metrics import TargetMetrics
+from ift.integrations.transformers import count_flags, refuse_unsupported
 from ift.losses import Loss
 from ift.losses.dpo import SORTED
-from ift.patching import base_model, patch
-from ift.preference_data import EncodedPairs
-
-
-class Kind(NamedTuple):
-    """A preference loss of the command line."""
-
-    build: Callable[..., Loss]
-    options: dict[str, str]  # option of the command line → of the loss
-    reference: bool = False
-
-
-KINDS = {
-    "dpo": Kind(
-        losses.DPOLoss,
-        {"beta": "beta", "label_smoothing": "label_smoothing", "dpo_kind": "kind"},
-        reference=True,
-    ),
-    "kto": Kind(losses.KTOLoss, {"beta": "beta"}, reference=True),
-    "orpo": Kind(losses.ORPOLoss, {"beta": "beta", "nll_weight": "nll_weight"}),
-    "simpo": Kind(
-        losses.SimPOLoss,
-        {"beta": "beta", "margin": "gamma", "label_smoothing": "label_smoothing"},
-    ),
-    "cpo": Kind(
-        # Means over rows: the trainer counts pairs of a step, not chosen tokens.
-        functools.partial(losses.CPOLoss, nll="row"),
-        {"beta": "beta", "nll_weight": "nll_weight", "label_smoothing": "label_smoothing"},
-    ),
-    "slic": Kind(losses.SLiCLoss, {"beta": "beta", "margin": "delta", "nll_weight": "nll_weight"}),
-}
-METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy",
-           "logprob_chosen", "logprob_rejected", "kl")  # fmt: skip
-
-
-def pair_loss(arguments: argparse.Namespace) -> Any:
-    """The module of a preference loss, with the options given."""
-    kind = KINDS[arguments.loss]
-    if arguments.dpo_kind == "rejected_free":
-        problem = "got rejected_free, whose rows are all chosen ones; expected a kind of pairs"
-        raise CliError("--dpo-kind", problem)
-    names = {ours: name for name, ours in kind.options.items()}
-    given = {ours: getattr(arguments, name) for ours, name in names.items()}
-    parts = arguments.accumulate * processes.count()
-    if parts > 1 and arguments.dpo_kind in SORTED:
-        problem = (
-            f"got {arguments.dpo_kind}, which sorts all pairs of a step; expected --accumulate 1 "
-            f"and one process, got {parts} parts of a step"
-        )
-        raise CliError("--dpo-kind", problem)
-    try:
-        return kind.build(**{name: value for name, value in given.items() if value is not None})
-    except ValueError as error:
-        name, _, problem = str(error).partition(": ")
-        raise CliError("--" + names.get(name, name).replace("_", "-"), problem) from None
-
-
-# ---- the reference -------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def sequence_logprobs(
-    model: nn.Module,
-    examples: Iterable[dict[str, np.ndarray]],
-    collate: Collator,
-    batch_size: int,
-    device: torch.device,
-    *,
-    bf16: bool = False,
-) -> np.ndarray:
-    """Summed log-probability of the targets of each example, float32 (n,); no logits are held.
-
-    With `bf16` under autocast, as the policy is computed.
-    """
-    waiting, sums = list(examples), []
-    order = sorted(range(len(waiting)), key=lambda i: len(waiting[i]["input_ids"]))
-
-    def keep(logprob: Tensor, mask: Tensor) -> Tensor:
-        sums.append((logprob * mask).sum(1).float().cpu())
-        return logprob.new_zeros(())
-
-    with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for first in range(0, len(order), batch_size):
-            batch = collate([waiting[i] for i in order[first : first + batch_size]])
-            model(**{k: v.to(device) for k, v in batch.items()}, loss=keep)
-    found = np.empty(len(order), np.float32)
-    found[order] = torch.cat(sums).numpy()
-    return found
-
-
-def fingerprint(model: nn.Module, examples: Iterable[dict[str, np.ndarray]], bf16: bool) -> str:
-    """Hash of all that the log-probabilities depend on: weights, structure, data, precision."""
-    digest = hashlib.sha256(repr(base_model(model)).encode())
-    digest.update(b"bf16" if bf16 else b"")
-    config = getattr(base_model(model), "config", None)
-    digest.update(b"" if config is None else config.to_json_string().encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    for example in examples:
-        for part in (example["input_ids"], example["labels"]):
-            digest.update(np.int64(len(part)).tobytes() + part.tobytes())
-    return digest.hexdigest()
-
-
-def add_reference(
-    data: EncodedPairs,
-    model: nn.Module,
-    collate: Collator,
-    batch_size: int,
-    device: torch.device,
-    cache: Path,
-    *,
-    bf16: bool = False,
-) -> bool:
-    """Give every pair the reference sums of its sequences; from `cache` where they are known.
-
-    A damaged file there is computed and written again.
-
-    Returns:
-        Were they found there?
-    """
-    file = cache / f"{fingerprint(model, data.sides(), bf16)}.npy"
-    sums = _read_sums(file, sum(1 for _ in data.sides()))
-    known = sums is not None
-    if sums is None:
-        patch(model)
-        sums = sequence_logprobs(model, data.sides(), collate, 2 * batch_size, device, bf16=bf16)
-        cache.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.stem}.{os.getpid()}.npy")
-        np.save(unfinished, sums)
-        unfinished.replace(file)
-    if data.examples:
-        for example, mine in zip(data.examples, sums.reshape(len(data.examples), -1), strict=True):
-            example["reference"] = mine
-    return known
-
-
-def _read_sums(file: Path, count: int) -> np.ndarray | None:
-    """The reference sums in a file of the cache; None if it is not there or not whole."""
-    try:
-        with file.open("rb") as stream:
-            sums: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
-    except (OSError, EOFError, ValueError):
-        return None
-    return sums if sums.dtype == np.float32 and sums.shape == (count,) else None
-
-
-def refer(
-    arguments: argparse.Namespace,
-    policy: tuple[Any, Any],
-    rows: list[Any],
-    sets: tuple[Any, ...],
-    collator: Collator,
-    device: torch.device,
-) -> None:
-    """Add the reference's log-probabilities to the pairs: of a model loaded here, or the policy.
-
-    Args:
-        policy: the model before training, or None if it is that no more, and the tokenizer.
-    """
-    model, tokenizer = policy
-    if model is None:
-        named = argparse.Namespace(**vars(arguments))
-        named.model = arguments.reference or arguments.model
-        flag = "--model" if arguments.reference is None else "--reference"
-        model, own = load_model(named, rows, None, flag)
-        check_same_tokens(named.model, own.get_vocab(), tokenizer.get_vocab())
-    model.to(device)
-    cache = Path(arguments.output) / "reference"
-    for data in sets:
-        if data.examples and add_reference(
-            data, model, collator, arguments.batch_size, device, cache, bf16=arguments.bf16
-        ):
-            processes.note(
-                f"reference log-probabilities of {len(data.examples)} pairs read from {cache}"
-            )
-
-
-def check_same_tokens(reference: str, theirs: dict[str, int], ours: dict[str, int]) -> None:
-    """Refuse a reference model for which the ids of the data would be other tokens."""
-    for token in sorted(theirs.keys() | ours.keys()):
-        there, here = theirs.get(token), ours.get(token)
-        if there != here:
-            raise CliError(
-                "--reference",
-                f"{reference}: the token {token!r} is {there} in its tokenizer; expected {here} as "
-                "in that of --model",
-            )
-
-
-# ---- the trainer ---------------------------------------------------------------------------------
-
+from ift.patching import patch
+from ift.plotting import PAIR_KEYS
 
 NAMES = ("input_ids", "attention_mask", "labels")
 
@@ -232,25 +32,28 @@ class EvalPair(NamedTuple):
     kl: Tensor | None  # (3,), as `reference_point` takes them
 
 
-class PairTrainer(RunTrainer):
-    """A `RunTrainer` of a preference loss over batches of `PairCollator`.
+class PairTrainer(ResumableRun, TargetMetrics, Trainer):
+    """`transformers.Trainer` with a preference loss over batches of `PairCollator`.
 
     The loss is a mean over the pairs (KTO: rows) of the whole optimizer step. Evaluation calls it
     once, on the log-probabilities of the whole set, with one reference point (KTO) and one order
     (AOT) for all. Rewards and margins join both logs.
 
     Args:
-        loss: a module of `ift.losses`.
-        The rest: as `RunTrainer`.
+        loss: a module of `ift.losses`; without `pairs` it takes `desirable` and `kl`, as KTO's.
+        gradient: of the head, as in `ift.patch`.
+        The rest: as `transformers.Trainer`.
     """
 
     rows_per_example = 2
 
-    def __init__(self, *args: Any, loss: Loss, **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, args: Any, *, loss: Loss, gradient: str | None = None, **kwargs: Any
+    ) -> None:
         self.pair_loss = loss
-        self.paired = not isinstance(loss, losses.KTOLoss)
         self._eval_pairs: list[EvalPair] = []
-        super().__init__(*args, **kwargs)
+        super().__init__(patch(model, gradient=gradient), args, **kwargs)
+        refuse_unsupported(self)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -273,9 +76,9 @@ class PairTrainer(RunTrainer):
         batch = {k: inputs[k] for k in NAMES}
         call: dict[str, Any] = {}
         if num_items_in_batch is not None and self.pair_loss.options.get("kind") not in SORTED:
-            name, share = ("num_pairs", 2) if self.paired else ("num_rows", 1)
+            name, share = ("num_pairs", 2) if self.pair_loss.pairs else ("num_rows", 1)
             call[name] = torch.as_tensor(num_items_in_batch) / share
-        if not self.paired:
+        if not self.pair_loss.pairs:
             call["kl"] = reference_point(self.accelerator.gather(self._kl_rows(model, inputs)))
 
         def loss(logprob: Tensor, mask: Tensor) -> Tensor:
@@ -283,13 +86,10 @@ class PairTrainer(RunTrainer):
 
         output = model(**batch, loss=loss)
         found = self.pair_loss.metrics
-        tokens: Any = self._patched(model).ift_metrics
         zero = torch.zeros((), device=output.loss.device)
         pairs = batch["labels"].shape[0] / 2
-        values = [found.get(name, zero).to(zero) * pairs for name in METRICS]
-        values += [zero + pairs, *(tokens[k].to(zero) for k in ("correct", "entropy", "tokens"))]
-        sums, seen = torch.stack(values), self._train_sums
-        self._train_sums = sums if seen is None else seen.to(sums) + sums
+        values = [found.get(name, zero).to(zero) * pairs for name in PAIR_KEYS]
+        self._add_train_sums(model, [*values, zero + pairs])
         value = output.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             value = value * self.accelerator.num_processes  # DDP averages
@@ -299,7 +99,7 @@ class PairTrainer(RunTrainer):
         """The loss of rows of which the first half are chosen ones."""
         if reference is not None:
             call["reference"] = reference
-        if not self.paired:
+        if not self.pair_loss.pairs:
             rows = len(mask)
             call["desirable"] = torch.arange(rows, device=mask.device) < rows // 2
         value: Tensor = self.pair_loss(logprob, mask, **call)
@@ -311,8 +111,8 @@ class PairTrainer(RunTrainer):
         found: list[Tensor] = []
 
         def keep(logprob: Tensor, mask: Tensor) -> Tensor:
-            own = ((logprob * mask).sum(1), mask.any(1), inputs["kl_reference"])
-            found.append(torch.stack([part.to(logprob) for part in own], 1))
+            columns = ((logprob * mask).sum(1), mask.any(1), inputs["kl_reference"])
+            found.append(torch.stack([part.to(logprob) for part in columns], 1))
             return logprob.new_zeros(())
 
         with evaluating(self.accelerator.unwrap_model(model)):
@@ -339,7 +139,7 @@ class PairTrainer(RunTrainer):
         self._add_eval(logprob.new_zeros((), device=self.args.device), model)
         count = len(mask) // 2
         reference, kl = inputs.get("reference"), None
-        if not self.paired:
+        if not self.pair_loss.pairs:
             kl = self._kl_rows(model, inputs).cpu()
         for i in range(count):
             if not mask[i].any():  # a pair that fills up the last batch
@@ -359,23 +159,22 @@ class PairTrainer(RunTrainer):
         reference, call = None, {}
         if pairs[0].reference is not None:
             reference = torch.tensor([pair.reference[side] for side in (0, 1) for pair in pairs])
-        if not self.paired:
+        if not self.pair_loss.pairs:
             call["kl"] = reference_point(torch.stack([pair.kl for pair in pairs]))
         value = self._loss(logprob, mask, reference, **call)
         found = self.pair_loss.metrics
         means = super()._eval_metrics(total, tokens, correct, entropy)
-        means |= {name: float(found[name]) for name in METRICS if name in found}
+        means |= {name: float(found[name]) for name in PAIR_KEYS if name in found}
         return {**means, "loss": float(value)}
 
-    def _train_metrics(self) -> dict[str, float]:
-        sums, self._train_sums = self._train_sums, None
-        if sums is None:
-            return {}
-        *metrics, pairs, correct, entropy, tokens = self.accelerator.reduce(sums, "sum").tolist()
-        kept = {name: value / max(pairs, 1.0) for name, value in
-                zip(METRICS, metrics, strict=True) if name in self.pair_loss.metrics}  # fmt: skip
-        tokens = max(tokens, 1.0)
-        return {**kept, "token_accuracy": correct / tokens, "entropy": entropy / tokens}
+    def _train_means(self, sums: Tensor) -> dict[str, float]:
+        *metrics, pairs = sums[:-3].tolist()
+        means = {
+            name: value / max(pairs, 1.0)
+            for name, value in zip(PAIR_KEYS, metrics, strict=True)
+            if name in self.pair_loss.metrics
+        }
+        return means | super()._train_means(sums)
 
 
 def reference_point(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The processes of a run: how many there are, and which of them speaks."""
+"""The processes of a run: how many there are, and which of them prints."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def count() -> int:
 
 
 def is_first() -> bool:
-    """Is this the process that speaks?"""
+    """Whether this is the process that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def note(text: str) -> None:
-    """Tell the user something that is no error, once and not by every process."""
+    """Print a line that is no error, from one process."""
     if is_first():
         print(f"ift train: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a run tells: ``log.jsonl``, the progress bar and ``curves.png``."""
+"""Output of a run: ``log.jsonl``, the progress bar and ``curves.png``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from ift import plotting
 
-# Keys of a record, in order; what a step has no value for (no evaluation then) is absent.
+# Keys of a record, in order; a key without a value (no evaluation at this step) is absent.
 KEYS = (
     *("step", "epoch", "loss", "token_accuracy", "entropy", "eval_loss", "eval_token_accuracy"),
     *(f"{of}{name}" for of in ("", "eval_") for name in plotting.PAIR_KEYS),
@@ -39,14 +39,14 @@ class JsonlLog:
             file.write(json.dumps(finite) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole records; a last line that a kill tore is none."""
+        """All records; an incomplete last line is left out."""
         if not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`: a resumed run logs it again."""
+        """Remove the records after `step`: a resumed run logs them again."""
         kept = [record for record in self.read() if record["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
@@ -59,14 +59,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class RunLog(TrainerCallback):
-    """Ask for records and evaluations when they are due, write them, and show progress.
+    """Request records and evaluations when they are due, write them, and show progress.
 
-    They fall due together, so that one step is one record.
+    Both are due at the same steps, so that one step is one record.
 
     Args:
         log: where records go.
-        eval_steps: evaluate every so many steps and at the end; None: there is nothing to
-            evaluate on.
+        eval_steps: evaluate every so many steps and at the end; None: no evaluation
+            set.
         title: of the picture.
     """
 
@@ -84,7 +84,7 @@ class RunLog(TrainerCallback):
         self.bar = tqdm(total=total, initial=done, unit="step", disable=not shown)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Move the bar; ask for a record and an evaluation when they are due."""
+        """Move the bar; request a record and an evaluation when they are due."""
         self.bar.update()
         last = state.global_step >= state.max_steps
         if self.eval_steps and (last or state.global_step % self.eval_steps == 0):
@@ -108,13 +108,13 @@ class RunLog(TrainerCallback):
         self._write(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Draw what is known at each checkpoint; the last one is at the end."""
+        """Draw the records at each checkpoint; the last one is at the end."""
         records = self.log.read() if state.is_world_process_zero and plotting.available() else []
         if records:
             plotting.plot_run(records, self.log.path.with_name("curves.png"), self.title)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave the bar where it is."""
+        """Close the bar."""
         self.bar.close()
 
     def _write(self, state: Any) -> None:

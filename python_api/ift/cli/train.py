@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -15,16 +14,17 @@ from typing import Any
 
 from ift import plotting
 from ift.cli import options, processes
+from ift.cli.arguments import flag_of
 from ift.cli.errors import CliError, refusals
+from ift.cli.losses import LOSSES, OPTIONS, build_loss
 from ift.cli.models import check_model_path, check_positions, load_model, padding_id
 from ift.cli.processes import note
 from ift.data import Collator, Encoded, encode, split_rows
 from ift.data_rows import DataError, read_jsonl, read_preferences
 from ift.preference_data import EncodedPairs, PairCollator, encode_pairs
 
-# A run continued with another value of these would not be the run that was interrupted.
+# A run continued with another value of these, or of an option of its loss, would be another run.
 FIXED = (
-    *("model", "loss", "preset", *options.IFT_OPTIONS, *options.PAIR_OPTIONS),
     *("eval_split", "epochs", "max_steps", "lr", "optimizer", "scheduler", "lr_warmup_steps"),
     *("batch_size", "accumulate", "max_length", "bf16", "gradient", "freeze_head"),
     "seed",
@@ -54,12 +54,14 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     import torch  # from here on it takes seconds
     import transformers
 
+    from ift.cli.preference import PairTrainer
+    from ift.cli.reference import add_references
     from ift.cli.runlog import JsonlLog, RunLog, write_atomically
     from ift.cli.trainer import RunTrainer, StopOnSignal, last_checkpoint, step_of
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    config = ift_config(arguments)
+    kind, loss = LOSSES[arguments.loss], build_loss(arguments)
     start = last_checkpoint(output) if arguments.resume else None
     check_same_run(arguments, output, started=start is not None)
     if arguments.resume and start is None:
@@ -72,9 +74,10 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     )
     if arguments.freeze_head:
         model.get_output_embeddings().requires_grad_(False)
-    train_data = tokenise(train_rows, tokenizer, arguments, "--data")
+    mismatched = kind.pairs and not loss.pairs  # KTO scores other prompts' responses, too
+    train_data = tokenise(train_rows, tokenizer, arguments, "--data", mismatched)
     flag = "--eval-split" if arguments.eval_data is None else "--eval-data"
-    eval_data = tokenise(eval_rows, tokenizer, arguments, flag)
+    eval_data = tokenise(eval_rows, tokenizer, arguments, flag, mismatched)
     for data, of in ((train_data, "--data"), (eval_data, flag)):
         check_positions(model, longest_row(data), of)
     training_arguments = build_training_arguments(arguments, transformers)
@@ -88,25 +91,23 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
              "steps, so the learning rate does not reach --lr")  # fmt: skip
     stop = StopOnSignal(alone=training_arguments.world_size == 1)
     collator: Any = Collator(padding_id(tokenizer))
-    build: Any = functools.partial(RunTrainer, ift_config=config)
-    if arguments.loss in options.PAIR_LOSSES:
-        from ift.cli.preference import PairTrainer, pair_loss, refer
-
-        build = functools.partial(PairTrainer, loss=pair_loss(arguments))
     callbacks: list[Any] = [RunLog(log, eval_steps, title_of(arguments)), stop]
     if watch is not None:
         callbacks.append(watch(arguments, eval_rows, model, tokenizer))
-    with refusals("--model", options.IFT_OPTIONS):
-        if arguments.loss in options.PAIR_OPTIONS["reference"]:
+    with refusals("--model", kind.flags):
+        if kind.reference:
             original = model if start is None and arguments.reference is None else None
             with training_arguments.main_process_first(local=False):  # the others read its files
-                refer(arguments, (original, tokenizer), train_rows, (train_data, eval_data),
-                      collator, training_arguments.device)  # fmt: skip
-        if arguments.loss in options.PAIR_LOSSES:
+                add_references(arguments, (original, tokenizer), train_rows,
+                               (train_data, eval_data), collator,
+                               training_arguments.device)  # fmt: skip
+        if kind.pairs:
             collator = PairCollator(collator)
-        trainer = build(
+        trainer_class: Any = PairTrainer if kind.pairs else RunTrainer
+        trainer = trainer_class(
             model,
             training_arguments,
+            **{"loss" if kind.pairs else "ift_config": loss},
             gradient=arguments.gradient,
             data_collator=collator,
             train_dataset=train_data.examples,
@@ -130,7 +131,7 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
         if not complete:
             first = 0 if start is None else step_of(start)
             at_first = lambda: trainer.state.global_step <= first  # noqa: E731  # later it is a bug
-            with refusals("--model", options.IFT_OPTIONS, at_first):
+            with refusals("--model", kind.flags, at_first):
                 trainer.train(resume_from_checkpoint=None if start is None else str(start))
             if trainer.state.global_step < trainer.state.max_steps:
                 done = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
@@ -149,7 +150,7 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
 
 def read_rows(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """Training and evaluation rows, or pairs for a preference loss."""
-    read: Any = read_preferences if arguments.loss in options.PAIR_LOSSES else read_jsonl
+    read: Any = read_preferences if LOSSES[arguments.loss].pairs else read_jsonl
     try:
         rows = read(arguments.data)
     except DataError as error:
@@ -180,26 +181,10 @@ def check_output(output: Path, resume: bool) -> None:
         )
 
 
-def ift_config(arguments: argparse.Namespace) -> Any:
-    """The `ift.IFTConfig` of the arguments, or None for another loss."""
-    from ift import IFTConfig
-
-    if arguments.loss != "ift":
-        return None
-    given = {name: getattr(arguments, name) for name in options.IFT_OPTIONS}
-    given = {name: value for name, value in given.items() if value is not None}
-    builders: dict[str | None, Any] = {"paper": IFTConfig.paper, "noisy": IFTConfig.noisy}
-    build = builders.get(arguments.preset, IFTConfig)
-    try:
-        return build(**given, seed=arguments.seed)
-    except (TypeError, ValueError) as error:
-        name, _, problem = str(error).partition(": ")
-        raise CliError("--" + name.replace("_", "-"), problem) from None
-
-
 def fingerprint(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What makes two runs the same: the arguments in FIXED and the bytes of the data."""
-    found = {name: getattr(arguments, name) for name in FIXED}
+    """Equal for equal runs: FIXED, the options of losses, and a hash of the data."""
+    names = ("model", "loss", "preset", *OPTIONS, *FIXED)
+    found = {name: getattr(arguments, name) for name in names}
     found["processes"] = processes.count()
     for name in ("data", "eval_data"):
         path = getattr(arguments, name)
@@ -218,17 +203,21 @@ def check_same_run(arguments: argparse.Namespace, output: Path, *, started: bool
     for name, value in now.items():
         # A run of a version without the option had its default.
         if before.get(name, options.DEFAULTS.get(name)) != value:
-            flag = "--" + name.removesuffix("_sha256").replace("_", "-")
-            flag = "torchrun --nproc-per-node" if name == "processes" else flag
+            argument = flag_of(name.removesuffix("_sha256"))
+            argument = "torchrun --nproc-per-node" if name == "processes" else argument
             if name.endswith("_sha256"):
-                raise CliError(flag, f"other contents than when the run in {output} was started")
+                raise CliError(
+                    argument, f"other contents than when the run in {output} was started"
+                )
             got, was = ("the default" if v is None else v for v in (value, before.get(name)))
-            raise CliError(flag, f"got {got}; expected {was}, as the run in {output} was started")
+            raise CliError(
+                argument, f"got {got}; expected {was}, as the run in {output} was started"
+            )
 
 
 @contextlib.contextmanager
 def damage_in(path: Path | None) -> Iterator[None]:
-    """What cannot be read of an earlier run is a CliError."""
+    """Turn errors in reading an earlier run into a CliError."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -237,7 +226,7 @@ def damage_in(path: Path | None) -> Iterator[None]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Is it the checkpoint of the last step?  `Trainer` would do one step more."""
+    """Whether it is the checkpoint of the last step: `Trainer` would do one step more."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return bool(state["global_step"] >= state["max_steps"])
 
@@ -246,17 +235,23 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def tokenise(
-    rows: list[Any], tokenizer: Any, arguments: argparse.Namespace, flag: str
+    rows: list[Any],
+    tokenizer: Any,
+    arguments: argparse.Namespace,
+    flag: str,
+    mismatched: bool,
 ) -> Encoded | EncodedPairs:
-    """Encode rows or pairs and say which were dropped; no rows give no examples."""
+    """Encode rows or pairs and say which were dropped; no rows give no examples.
+
+    `mismatched` is that of `encode_pairs`.
+    """
     if not rows:
         return Encoded([], [])
     max_length = arguments.max_length
     try:
         encoded: Encoded | EncodedPairs
-        if arguments.loss in options.PAIR_LOSSES:
-            kto = arguments.loss == "kto"
-            encoded = encode_pairs(rows, tokenizer, max_length, mismatched=kto)
+        if LOSSES[arguments.loss].pairs:
+            encoded = encode_pairs(rows, tokenizer, max_length, mismatched=mismatched)
         else:
             encoded = encode(rows, tokenizer, max_length)
     except DataError as error:
@@ -300,9 +295,9 @@ def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -
             logging_steps=arguments.log_steps,
             save_steps=arguments.save_steps,
             save_strategy="steps",
-            eval_strategy="no",  # RunLog asks, on the steps that are logged
+            eval_strategy="no",  # RunLog requests it, at steps that are logged
             report_to="none",
-            disable_tqdm=True,  # RunLog has the bar
+            disable_tqdm=True,  # RunLog shows the bar
             dataloader_pin_memory=accelerated,
             remove_unused_columns=False,
             prediction_loss_only=True,
@@ -312,11 +307,11 @@ def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -
         raise CliError("--bf16" if "bf16" in str(error) else "arguments", error) from None
 
 
-# ---- words ---------------------------------------------------------------------------------------
+# ---- messages ------------------------------------------------------------------------------------
 
 
 def title_of(arguments: argparse.Namespace) -> str:
-    """What the picture is of."""
+    """The title of the picture."""
     model, data = Path(arguments.model).name, Path(arguments.data).name
     return f"{arguments.loss.upper()} of {model} on {data}"
 
@@ -329,7 +324,7 @@ def describe(
     eval_data: Encoded | EncodedPairs,
     training_arguments: Any,
 ) -> str:
-    """One line on what is about to happen."""
+    """One line about the run that starts."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     return (
         f"{arguments.loss} of {arguments.model} ({millions:.1f} M parameters, "

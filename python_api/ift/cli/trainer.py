@@ -1,7 +1,7 @@
-"""`RunTrainer`: an `IFTTrainer` whose run can be killed at any moment and then continued unchanged.
+"""Runs that can be killed at any moment and then continued unchanged; `RunTrainer` for SFT and IFT.
 
-A checkpoint is written beside its final place and renamed when it is whole.  It also carries what
-was summed since the last record of the log, so that a record across an interruption is the same.
+A checkpoint is written beside its final place and renamed when it is whole. It also holds the sums
+since the last record of the log, so that a record across an interruption is the same.
 """
 
 from __future__ import annotations
@@ -13,13 +13,21 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
+from ift.integrations.metrics import TargetMetrics
 from ift.integrations.transformers import IFTTrainer
+
+if TYPE_CHECKING:
+
+    class _Base(TargetMetrics, Trainer):
+        """What the mixin is used with."""
+else:
+    _Base = object
 
 UNFINISHED = ".unfinished"  # subdirectory of the output in which things are written
 WINDOW = "log_window_{}.json"  # of each process
@@ -44,15 +52,11 @@ class Window:
     steps: int = 0
     tokens: int = 0  # not counting padding
     seconds: float = 0.0  # of training; not of evaluation or saving
-    metrics: list[float] | None = None  # IFTTrainer's own sums
+    metrics: list[float] | None = None  # the sums of `TargetMetrics`
 
 
-class RunTrainer(IFTTrainer):
-    """An `IFTTrainer` with atomic checkpoints and seamless resumption.
-
-    Args:
-        as `IFTTrainer`.
-    """
+class ResumableRun(_Base):
+    """Mixin for a Trainer with `TargetMetrics`: atomic checkpoints and seamless resumption."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -105,11 +109,9 @@ class RunTrainer(IFTTrainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the parent's, with the mean loss over the window, tokens/s and λ."""
+        """As the parent's, with the mean loss over the window and tokens/s."""
         if "loss" in logs:
             logs = {**logs, **self._drain()}
-            if self.ift_config is not None:
-                logs["lam"] = self.ift_config.lam_at(self.state.global_step - 1)
         super().log(logs, *args, **kwargs)
 
     def _settle(self) -> None:
@@ -132,10 +134,20 @@ class RunTrainer(IFTTrainer):
         return {"loss": loss, "tokens_per_second": tokens / max(window.seconds, 1e-9)}
 
 
+class RunTrainer(ResumableRun, IFTTrainer):
+    """`ift.IFTTrainer` as ``ift train`` runs it, with λ in its log."""
+
+    def _train_metrics(self) -> dict[str, float]:
+        means = super()._train_metrics()
+        if self.ift_config is not None:
+            means["lam"] = self.ift_config.lam_at(self.state.global_step - 1)
+        return means
+
+
 class _Staged:
     """``with _Staged(trainer, path) as unfinished``: write there; at the end it becomes `path`."""
 
-    def __init__(self, trainer: RunTrainer, path: Path) -> None:
+    def __init__(self, trainer: ResumableRun, path: Path) -> None:
         self.trainer, self.path = trainer, path
         self.unfinished = path.parent / UNFINISHED / path.name
 
@@ -157,9 +169,9 @@ class _Staged:
 
 
 class _Clock(TrainerCallback):
-    """Times the steps of a `RunTrainer`."""
+    """Times the steps of a `ResumableRun`."""
 
-    def __init__(self, trainer: RunTrainer) -> None:
+    def __init__(self, trainer: ResumableRun) -> None:
         self.trainer = trainer
         self.started = 0.0
 

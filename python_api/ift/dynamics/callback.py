@@ -26,10 +26,10 @@ REDRAW_SECONDS = 30.0  # a picture takes half a second; the last one is always d
 class ProbeCallback(TrainerCallback):
     """Measures a probe set before training, every `every` updates, and at the end.
 
-    Into `output` go ``curves.jsonl`` (a line per evaluation: means over the probes by type, and
-    what the squeezing monitor says), ``tokens.jsonl`` (a line per evaluation and response, with
-    every token), ``curves.png`` and ``curves.html``. A run resumed from a checkpoint continues the
-    files where that checkpoint was. Training is not touched: same random state, no gradients.
+    It writes to `output` ``curves.jsonl`` (a line per evaluation: means over the probes by type,
+    and the record of the squeezing monitor), ``tokens.jsonl`` (a line per evaluation and response,
+    with every token), ``curves.png`` and ``curves.html``. A run resumed from a checkpoint continues
+    the files from its step. Training is unchanged: same random state, no gradients.
 
     With several processes each measures (models may be sharded) and the first writes.
 
@@ -45,8 +45,8 @@ class ProbeCallback(TrainerCallback):
         pictures: whether to draw ``curves.png`` and ``curves.html``, default True.
 
     Raises:
-        TypeError, ValueError: `every` is no whole number of at least 1; no tokenizer here and none
-            with the trainer; what `ProbeEvaluator` refuses.
+        TypeError, ValueError: `every` is no whole number of at least 1; neither `tokenizer` nor a
+            processing class of the trainer; what `ProbeEvaluator` refuses.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class ProbeCallback(TrainerCallback):
         self.monitor = SqueezeMonitor() if monitor is None else monitor
         self.token_log, self.pictures = token_log, pictures
         self.evaluator: ProbeEvaluator | None = None
-        if tokenizer is not None:  # what is wrong with the set shows here
+        if tokenizer is not None:  # errors in the set are raised at once
             self._prepare(tokenizer)
         self._drawn = 0.0
         self._measured: int | None = None  # the step of the last evaluation
@@ -180,7 +180,7 @@ def token_record(step: int, one: Measurement) -> dict[str, Any]:
 
 
 def read_records(output: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The evaluations in a directory, by step; a last line that a kill tore is none.
+    """The evaluations in a directory, by step; an incomplete last line is left out.
 
     Raises:
         ValueError: a line is no evaluation.
@@ -196,7 +196,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = []
-    # By "\n" alone: `splitlines` also parts at characters that JSON may hold.
+    # By "\n" alone: `splitlines` also splits at characters that JSON strings may contain.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         try:
             record = json.loads(line)
@@ -224,7 +224,7 @@ def _append(path: Path, records: Any) -> None:
 
 
 def _rewind(path: Path, step: int) -> None:
-    """Forget what was measured after `step`; a new run, at step 0, forgets all."""
+    """Remove the records after `step`; all of them for a new run, at step 0."""
     if not path.exists():
         return
     if step == 0:

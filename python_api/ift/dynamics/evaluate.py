@@ -1,11 +1,11 @@
 """One pass over a probe set: no padding, every prompt run once for all its responses, no logits.
 
-A group is a prompt and its responses, laid out behind one another. A mask lets each response see
-the prompt and itself, and positions go on from the prompt in each, so every token's hidden state is
-what it would be in a sequence of its own. Groups are packed until a forward is full.
+A group is a prompt followed by its responses. Under the mask each response attends to the prompt
+and itself, and its positions continue from the prompt, so every hidden state equals that of a
+sequence of its own. Groups are packed until a forward is full.
 
-Not every model takes such a mask. The first evaluation of a model compares some groups with plain
-sequences; a model that disagrees gets plain rows from then on.
+Not every model supports such a mask. The first evaluation of a model compares some groups with
+plain sequences; a model whose results differ gets plain rows from then on.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from ift_kernels.transform import LogitTransform
 
 logger = logging.getLogger(__name__)
 
-OUTPUTS = ("logprob", "entropy", "argmax", "sum_sq")
-SHARED_ATTENTION = ("eager", "sdpa")  # those that take any mask
+OUTPUTS = ("logprob", "entropy", "argmax", "argmax_logprob", "sum_sq")
+SHARED_ATTENTION = ("eager", "sdpa")  # implementations that take any mask
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class EncodedResponse:
-    """A response in tokens, and what comes before it."""
+    """A response in tokens, and the tokens before it."""
 
     probe: int
     type: str
     prefix: tuple[int, ...]  # at least one token
     ids: tuple[int, ...]  # from the first target to the last
-    target: tuple[int, ...]  # the same, IGNORE_INDEX where a template put something between
+    target: tuple[int, ...]  # `ids`, IGNORE_INDEX at tokens of the template
 
 
 class _Batch:
@@ -102,7 +102,7 @@ class _Batch:
 
     @classmethod
     def shared(cls, groups: list[list[EncodedResponse]]) -> _Batch:
-        """Groups behind one another in one row."""
+        """One row with the groups one after another."""
         ids: list[int] = []
         position: list[int] = []
         group: list[int] = []
@@ -140,7 +140,7 @@ class _Batch:
         return cls(inputs, torch.tensor(rows), responses)
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What the model is called with; `dtype` is the mask's, which no batch keeps: it is T²."""
+        """Arguments of the model; the mask, T² of `dtype`, is made for each call."""
         inputs = {name: value.to(device) for name, value in self._inputs.items()}
         if self._parts is not None:
             group, branch = self._parts.to(device)
@@ -154,7 +154,7 @@ class _Batch:
 
 
 class ProbeEvaluator:
-    """Measures a probe set under a model, as often as asked.
+    """Measures a probe set under a model.
 
     Args:
         probes: the set. It is tokenised here, once, as `ift train` tokenises: a prompt given as
@@ -166,7 +166,7 @@ class ProbeEvaluator:
 
     Raises:
         DataError: no response has a token left.
-        TypeError, ValueError: probes or options of another kind.
+        TypeError, ValueError: probes or options of the wrong type or range.
     """
 
     def __init__(
@@ -181,16 +181,15 @@ class ProbeEvaluator:
         if checks.integer("max_length", max_length) < 1:
             raise ValueError(f"max_length: expected at least 1, got {max_length}")
         self.responses = _responses(probes, tokenizer, max_length)
-        self.shares_prompts: bool | None = None  # not known before the first evaluation
-        self._seen: weakref.ref[nn.Module] | None = None  # the model that these two belong to
+        self.shares_prompts: bool | None = None  # None before the first evaluation
+        self._model: weakref.ref[nn.Module] | None = None  # the model that these two belong to
         self._transform: LogitTransform | None = None
         self._batches: list[_Batch] | None = None
 
     @property
     def tokens(self) -> int:
         """Distinct tokens of a pass: each prompt once, each response but its last token."""
-        groups = groups_of(self.responses)
-        return sum(_size(group) for group in groups)
+        return sum(_size(group) for group in groups_of(self.responses))
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> list[Measurement]:
@@ -207,9 +206,9 @@ class ProbeEvaluator:
             TypeError, RuntimeError: as `ift.patch`.
         """
         base: Any = base_model(model)
-        if self._seen is None or self._seen() is not base:
-            self._seen, self._transform, self._batches = weakref.ref(base), None, None
-        with evaluating(base), _asking(base):
+        if self._model is None or self._model() is not base:
+            self._model, self._transform, self._batches = weakref.ref(base), None, None
+        with evaluating(base), _callback_head(base):
             if self._transform is None:
                 self._transform = measure_transform(base, base, self._two_tokens(base))
             if self._batches is None:
@@ -224,13 +223,13 @@ class ProbeEvaluator:
         return {"input_ids": ids, "use_cache": False}
 
     def _plan(self, model: Any) -> list[_Batch]:
-        """The batches of all passes to come: shared, if the model computes the same that way."""
+        """The batches of every evaluation, with shared prompts if the model supports them."""
         packs = _packed(groups_of(self.responses), self.tokens_per_forward)
         self.shares_prompts = self._may_share(model, packs)
         if self.shares_prompts:
             return [_Batch.shared(pack) for pack in packs]
         logger.warning(
-            "%s: computes something else with prompts shared; probes run as rows of their own",
+            "%s: computes something else with shared prompts; responses run as rows of their own",
             type(model).__name__,
         )
         rows = sorted(self.responses, key=lambda r: len(r.prefix) + len(r.ids))
@@ -251,72 +250,73 @@ class ProbeEvaluator:
         longest = max(len(r.prefix) + len(r.ids) for r in self.responses)
         if (getattr(config, "sliding_window", None) or longest) < longest:
             return False
-        # Two short groups, so that what leaks between groups shows too, of such as have something
-        # to leak; and the fullest forward: some models go by a token's place in the row.
+        # Two short groups with several responses and tokens, which shows attention between groups;
+        # and the fullest forward, since some models use a token's index in the row.
         groups = [group for pack in packs for group in pack]
-        telling = sorted(groups, key=lambda g: (min(len(g), 2) < 2, max(len(r.ids) for r in g) < 3,
+        short = sorted(groups, key=lambda g: (min(len(g), 2) < 2, max(len(r.ids) for r in g) < 3,
                                                 _size(g)))[:2]  # fmt: skip
         fullest = max(packs, key=lambda pack: sum(map(_size, pack)))
-        return all(self._agrees(model, pack) for pack in (telling, fullest))
+        return all(self._agrees(model, pack) for pack in (short, fullest))
 
     def _agrees(self, model: Any, pack: list[list[EncodedResponse]]) -> bool:
-        """Does the model make of these groups in one row what it makes of plain sequences?"""
+        """Whether these groups in one row have the hidden states of plain sequences."""
         try:
             shared = self._hidden(model, _Batch.shared(pack))
         except (ValueError, RuntimeError, TypeError, IndexError) as error:
             logger.warning("%s: refuses the mask: %s", type(model).__name__, error)
             return False
-        wanted = torch.cat([self._hidden(model, _Batch.plain([r])) for g in pack for r in g])
+        plain = torch.cat([self._hidden(model, _Batch.plain([r])) for g in pack for r in g])
         tolerance = 1e-3 if shared.dtype in (torch.float32, torch.float64) else 5e-2
-        scale = wanted.abs().max().clamp(min=1e-6)
-        return bool((shared - wanted).abs().max() <= tolerance * scale)
+        scale = plain.abs().max().clamp(min=1e-6)
+        return bool((shared - plain).abs().max() <= tolerance * scale)
 
     def _hidden(self, model: Any, batch: _Batch) -> Tensor:
-        """What reaches the head at the rows of the batch."""
+        """Hidden states at the head, of the rows of the batch."""
         hidden: Tensor = self._run(model, batch, lambda hidden, *_: hidden)
         return hidden
 
     def _measure(self, model: Any, batch: _Batch) -> Iterator[Measurement]:
         target = batch.target.to(_device(model))
 
-        def answer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStats:
+        def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStats:
             assert self._transform is not None
             return linear_logprobs(
                 hidden, weight, target.to(hidden.device), bias=bias, outputs=OUTPUTS,
                 **transform_options(self._transform),
             )  # fmt: skip
 
-        stats = self._run(model, batch, answer)
-        at = 0
-        values = {name: getattr(stats, name).cpu() for name in (*OUTPUTS, "argmax_logprob")}
+        stats = self._run(model, batch, callback)
+        start = 0
+        values = {name: getattr(stats, name).cpu() for name in OUTPUTS}
         for response in batch.responses:
             count = len(response.ids)
-            kept = batch.target[at : at + count] != IGNORE_INDEX
-            mine = {name: value[at : at + count][kept] for name, value in values.items()}
-            ids = batch.target[at : at + count][kept]
+            part = slice(start, start + count)
+            valid = batch.target[part] != IGNORE_INDEX
+            mine = {name: value[part][valid] for name, value in values.items()}
+            ids = batch.target[part][valid]
             yield Measurement(response.probe, response.type, ids, **mine)
-            at += count
+            start += count
 
-    def _run(self, model: Any, batch: _Batch, answer: Any) -> Any:
-        """One forward, whose head answers for the rows of the batch."""
+    def _run(self, model: Any, batch: _Batch, callback: Any) -> Any:
+        """The result of `callback` in the head, for the rows of the batch, of one forward."""
         device = _device(model)
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         inputs: dict[str, Any] = {**batch.inputs(device, dtype)}
         if getattr(getattr(model, "config", None), "output_router_logits", False):
-            # The auxiliary loss of experts is not asked for, and takes no mask of this shape.
+            # The auxiliary loss of experts is not needed and takes no mask of this shape.
             inputs["output_router_logits"] = False
         rows = batch.rows.to(device)
 
         def chosen(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
             flat = hidden.reshape(-1, hidden.shape[-1])
-            return answer(flat.index_select(0, rows.to(flat.device)), weight, bias)
+            return callback(flat.index_select(0, rows.to(flat.device)), weight, bias)
 
         return head_pass(model, model, {**inputs, "use_cache": False}, chosen)[1]
 
 
 @contextlib.contextmanager
-def _asking(model: Any) -> Iterator[None]:
-    """Let the head of a model that is not patched answer, and leave no trace."""
+def _callback_head(model: Any) -> Iterator[None]:
+    """Let `head_pass` use the head of a model that is not patched; undone at the end."""
     head: Any = plain_head(model)
     patched = "forward" in head.__dict__
     if not patched:
@@ -347,8 +347,8 @@ def _responses(probes: Sequence[Probe], tokenizer: Any, max_length: int) -> list
             raise TypeError(f"probes[{i}]: expected a Probe, got {type(each).__name__}")
         for name, text in each.responses.items():
             if not isinstance(text, str):
-                came = type(text).__name__
-                raise TypeError(f"probes[{i}]: expected text as response {name!r}, got {came}")
+                got = type(text).__name__
+                raise TypeError(f"probes[{i}]: expected text as response {name!r}, got {got}")
     named = [
         (i, t, p.prompt, text) for i, p in enumerate(probes) for t, text in p.responses.items()
     ]
@@ -385,7 +385,7 @@ def _size(group: list[EncodedResponse]) -> int:
 
 
 def _packed(groups: list[list[EncodedResponse]], budget: int) -> list[list[list[EncodedResponse]]]:
-    """As many groups behind one another as fit the budget, always one: first fit, largest first."""
+    """Groups in forwards of `budget` tokens, at least one each: first fit, largest first."""
     packs: list[list[list[EncodedResponse]]] = []
     sizes: list[int] = []
     for group in sorted(groups, key=_size, reverse=True):

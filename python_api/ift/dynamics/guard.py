@@ -15,13 +15,13 @@ from ift_kernels import TokenStats, checks
 class ValleyGuard:
     """Wraps a loss for ``model(..., loss=guard)`` of a patched model.
 
-    A negative gradient is one that lowers a token's log-probability: ∂loss/∂logprob > 0. Which
-    those are is read from the gradients themselves, so any loss will do. After each backward
-    `negative_tokens` and `valley_tokens` have grown by this batch's.
+    A negative gradient lowers a token's log-probability: ∂loss/∂logprob > 0. The guard reads the
+    gradients, so it works with any loss. Each backward adds its batch to `negative_tokens` and
+    `valley_tokens`.
 
-    With ``mask=True`` those in the valley are set to 0: a token that is next to impossible is not
-    pushed further down, so its push does not feed the argmax. That is this package's own
-    mitigation, from no publication, and changes the objective: off by default.
+    With ``mask=True`` negative gradients in the valley are set to 0: a token of almost no
+    probability is not pushed further down, and its mass does not go to the argmax. This mitigation
+    is this package's own, from no publication. It changes the objective: off by default.
 
     Args:
         loss: a function of (logprob, mask), as ``model(..., loss=)`` takes it.
@@ -36,7 +36,7 @@ class ValleyGuard:
     >>> # model(input_ids=ids, labels=labels, loss=guard).loss.backward()
     """
 
-    takes_stats = True  # `ift.patch` hands over the statistics and not only the log-probability
+    takes_stats = True  # `ift.patch` passes the statistics instead of the log-probability
 
     def __init__(
         self,
@@ -72,13 +72,13 @@ class ValleyGuard:
         return 0 if self._counts is None else int(self._counts[1])
 
     def add(self, negative: Tensor, valley: Tensor) -> None:
-        """Count; on the device, so that nothing waits for it."""
+        """Add to the counts, on the device: no synchronisation."""
         found = torch.stack([negative.sum(), valley.sum()])
         self._counts = found if self._counts is None else self._counts.to(found.device) + found
 
 
 class _Guarded(torch.autograd.Function):
-    """The identity; backward counts, and masks where the guard says so."""
+    """The identity; backward counts, and masks with ``guard.mask``."""
 
     @staticmethod
     def forward(ctx: Any, logprob: Tensor, valley: Tensor, guard: ValleyGuard) -> Tensor:
@@ -90,6 +90,6 @@ class _Guarded(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (valley,) = ctx.saved_tensors
         negative = grad > 0
-        hit = negative & valley
-        ctx.guard.add(negative, hit)
-        return torch.where(hit, 0, grad) if ctx.guard.mask else grad, None, None
+        in_the_valley = negative & valley
+        ctx.guard.add(negative, in_the_valley)
+        return torch.where(in_the_valley, 0, grad) if ctx.guard.mask else grad, None, None

@@ -1,7 +1,7 @@
 """Squeezing: the mass that negative gradients push off rare tokens goes to the argmax alone.
 
-The sign of it in training: the chosen answers lose probability while the greedy tokens gain. What
-causes it: negative gradients on tokens in the *valley*, far less likely than the argmax of a peaked
+Its sign in training: the chosen answers lose probability while the greedy tokens gain. Its cause:
+negative gradients on tokens in the *valley*, far less likely than the argmax of a peaked
 distribution. docs/dynamics.md has the lemma.
 """
 
@@ -26,7 +26,7 @@ PEAK = 0.5  # p of the argmax, at least
 def in_valley(
     logprob: Tensor, argmax_logprob: Tensor, valley: float = VALLEY, peak: float = PEAK
 ) -> Tensor:
-    """Bool per token: is p of the token at most `valley` and p of the argmax at least `peak`?"""
+    """Bool per token: p of the token ≤ `valley` and p of the argmax ≥ `peak`."""
     return (logprob.exp() <= valley) & (argmax_logprob.exp() >= peak)
 
 
@@ -36,8 +36,8 @@ class SqueezeMonitor:
 
     A record is flagged when the mean log-probability of the chosen answers has fallen by more than
     `tolerance` since the first evaluation while that of the greedy tokens in their place has risen
-    by more than `tolerance`. Beside it stand the tokens of rejected answers, which preference
-    losses give negative gradients, and how many of them lie in the valley.
+    by more than `tolerance`. The record also counts the tokens of rejected answers, which
+    preference losses give negative gradients, and those of them in the valley.
 
     Args:
         chosen: the type that should rise.
@@ -60,7 +60,7 @@ class SqueezeMonitor:
     flagged: int | None = field(default=None, init=False)  # the step of the first flag
 
     def __post_init__(self) -> None:
-        if isinstance(self.negative, str):  # whose parts would count as types
+        if isinstance(self.negative, str):  # its characters would be types
             raise TypeError(f"negative: expected a tuple of types, got {self.negative!r}")
         checks.unit_interval("valley", self.valley)
         checks.unit_interval("peak", self.peak)
@@ -70,7 +70,7 @@ class SqueezeMonitor:
     def update(
         self, step: int, types: Mapping[str, Mapping[str, float]], found: Sequence[Measurement]
     ) -> dict[str, Any]:
-        """What is to be said of this evaluation.
+        """The record of this evaluation.
 
         Args:
             step: the optimizer step.
@@ -85,31 +85,37 @@ class SqueezeMonitor:
         for one in found:
             if one.type in self.negative:
                 negative += one.logprob.numel()
-                hit = in_valley(one.logprob, one.argmax_logprob, self.valley, self.peak)
-                valley += int(hit.sum())
-        told: dict[str, Any] = {"negative_tokens": negative, "valley_tokens": valley, "flag": False}
+                in_the_valley = in_valley(one.logprob, one.argmax_logprob, self.valley, self.peak)
+                valley += int(in_the_valley.sum())
+        record: dict[str, Any] = {
+            "negative_tokens": negative,
+            "valley_tokens": valley,
+            "flag": False,
+        }
         if self.chosen in types:
             now = {"chosen": types[self.chosen]["mean_logprob"],
                    "greedy": types[self.chosen]["greedy_logprob"]}  # fmt: skip
             self.first = self.first or now
-            told |= {name: value - self.first[name] for name, value in now.items()}
-            told["flag"] = told["chosen"] < -self.tolerance and told["greedy"] > self.tolerance
-        if told["flag"] and self.flagged is None:
+            record |= {name: value - self.first[name] for name, value in now.items()}
+            record["flag"] = (
+                record["chosen"] < -self.tolerance and record["greedy"] > self.tolerance
+            )
+        if record["flag"] and self.flagged is None:
             self.flagged = step
             logger.warning(
                 "squeezing at step %d: chosen answers %+.3f nats per token since the first "
                 "evaluation, greedy tokens %+.3f; %d of %d rejected tokens in the valley",
-                step, told["chosen"], told["greedy"], valley, negative,
+                step, record["chosen"], record["greedy"], valley, negative,
             )  # fmt: skip
-        return told
+        return record
 
     def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Take up the first evaluation and the first flag of a log, and forget any other's."""
+        """Set the first evaluation and the first flag from the records of a log."""
         self.first = self.flagged = None
         for record in records:
             chosen = record["types"].get(self.chosen)
-            known = chosen is not None and chosen["mean_logprob"] is not None
-            if self.first is None and known:
+            measured = chosen is not None and chosen["mean_logprob"] is not None
+            if self.first is None and measured:
                 self.first = {"chosen": chosen["mean_logprob"], "greedy": chosen["greedy_logprob"]}
             if self.flagged is None and record.get("squeeze", {}).get("flag"):
                 self.flagged = record["step"]

@@ -1,4 +1,4 @@
-"""Probe sets: prompts, each with responses of several types, none of which needs a paid model."""
+"""Probe sets: prompts, each with responses of several types, made without another model."""
 
 from __future__ import annotations
 
@@ -115,16 +115,16 @@ def build_probe_set(
     draw = random.Random(seed)
     chosen = sorted(draw.sample(range(len(rows)), min(size, len(rows))))
     words = _words([row["chosen"] for row in rows], tokenizer)
-    pool = [word for own in words for word in own]
+    pool = [word for text in words for word in text]
     probes = []
     for index in chosen:
-        row, own = rows[index], words[index]
+        row, answer_words = rows[index], words[index]
         responses = {k: row[k] for k in TYPES if k in row}
         responses["other_train"] = _other_answer(row, rows, draw)
         if other:
             responses["unrelated"] = _unrelated(row, other, draw)
-        responses["permuted"] = _permuted(own, row["chosen"], draw)
-        responses["random_words"] = _random_words(len(own), pool, row["chosen"], draw)
+        responses["permuted"] = _permuted(answer_words, row["chosen"], draw)
+        responses["random_words"] = _random_words(len(answer_words), pool, row["chosen"], draw)
         probes.append(Probe(row["prompt"], responses))
     if sample is not None:
         for probe, text in zip(probes, sample([p.prompt for p in probes]), strict=True):
@@ -140,8 +140,8 @@ def _compared(probes: list[Probe]) -> list[Probe]:
         kept: dict[str, str] = {}
         for name in (name for name in TYPES if name in probe.responses):
             text = probe.responses[name]
-            others = ("chosen", "rejected") if name == "rejected_paraphrase" else ("chosen",)
-            if text and not any(_same(text, kept[o]) for o in others if o in kept):
+            compared = ("chosen", "rejected") if name == "rejected_paraphrase" else ("chosen",)
+            if text and not any(_same(text, kept[o]) for o in compared if o in kept):
                 kept[name] = text
             else:
                 missing[name] += 1
@@ -156,7 +156,7 @@ def _compared(probes: list[Probe]) -> list[Probe]:
 
 
 def _same(one: str, other: str) -> bool:
-    """Are the texts equal, white space apart?"""
+    """Whether the texts are equal, white space apart."""
     space = "" if UNSPACED.search(one) else " "
     return space.join(one.split()) == space.join(other.split())
 
@@ -190,7 +190,7 @@ def _permuted(words: list[str], answer: str, draw: random.Random) -> str:
 
 
 def _random_words(count: int, pool: list[str], answer: str, draw: random.Random) -> str:
-    """So many words of the pool, another text than the answer; "" where none is found."""
+    """`count` words of the pool, another text than the answer; "" where none is found."""
     for _ in range(TRIES if count else 0):
         text = _joined(draw.choices(pool, k=count))
         if not _same(text, answer):
@@ -202,9 +202,9 @@ def _words(texts: list[str], tokenizer: Any) -> list[list[str]]:
     """Of each text the words that `_joined` joins, most with a space in front."""
     words = [[" " + word for word in text.split()] for text in texts]
     unspaced = [index for index, text in enumerate(texts) if UNSPACED.search(text)]
-    some = [texts[index] for index in unspaced]
-    parts = itertools.repeat(([], None)) if tokenizer is None else tokenised(some, tokenizer)
-    for index, text, (_, offsets) in zip(unspaced, some, parts, strict=False):
+    their_texts = [texts[index] for index in unspaced]
+    parts = itertools.repeat(([], None)) if tokenizer is None else tokenised(their_texts, tokenizer)
+    for index, text, (_, offsets) in zip(unspaced, their_texts, parts, strict=False):
         words[index] = _pieces(text, offsets or [])
     return words
 
@@ -340,13 +340,13 @@ def sampler(
             torch.manual_seed(seed)
             for prompt in prompts:
                 ids = torch.tensor([prompt_ids(prompt, tokenizer)], device=model.device)
-                room = min(max_new_tokens, positions - ids.shape[1])
-                if room < 1 or not ids.numel():
+                length = min(max_new_tokens, positions - ids.shape[1])
+                if length < 1 or not ids.numel():
                     answers.append("")
                     continue
                 made = model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids),
-                    max_new_tokens=room, pad_token_id=tokenizer.pad_token_id, **options,
+                    max_new_tokens=length, pad_token_id=tokenizer.pad_token_id, **options,
                 )  # fmt: skip
                 answers.append(_answer_text(prompt, made[0].tolist(), ids.shape[1], tokenizer))
         return answers

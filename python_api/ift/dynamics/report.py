@@ -37,7 +37,7 @@ def label(name: str) -> str:
 
 
 def ordered_types(records: Records) -> list[str]:
-    """The types of a log, known ones in their usual order."""
+    """The types of a log, those of `TYPES` first, in their order."""
     seen = dict.fromkeys(type_ for record in records for type_ in record["types"])
     return [t for t in TYPES if t in seen] + [t for t in seen if t not in TYPES]
 
@@ -88,7 +88,7 @@ def plot_comparison(runs: Mapping[str, Records], path: str | Path) -> None:
         path: the PNG; it is replaced in one step.
     """
     types = ordered_types([record for records in runs.values() for record in records])
-    colors = list(dict.fromkeys(style["color"] for style in STYLES))  # dots are taken
+    colors = list(dict.fromkeys(style["color"] for style in STYLES))  # dotted: greedy tokens
     columns = min(3, len(types))
     rows = math.ceil(len(types) / columns)
     with plotting.picture(path, rows, columns, width=4.2 * columns, height=3.2 * rows) as made:

@@ -79,7 +79,7 @@ def use_ift_kernels(trainer: Any, *, gradient: str | ActiveSet | None = None) ->
 
 @dataclass
 class FusedHeadOutput(ModelOutput):
-    """What a model answers to ``fused_lm_head=True``, with the fields of TRL's class of this kind.
+    """What a model returns for ``fused_lm_head=True``; the fields are those of TRL's class.
 
     Per-token fields are (B, T - 1), the target of position t being the label of t + 1; with
     ``shift_labels`` they have its shape. They are float32 and 0 where the label is -100.
@@ -118,7 +118,7 @@ _FIELDS = {
 def add_fused_forward(
     model: nn.Module, outputs: tuple[str, ...] = ("logprob",), temperature: float = 1.0
 ) -> None:
-    """Let a patched causal LM answer ``fused_lm_head=True`` with a `FusedHeadOutput`. In place.
+    """Let a patched causal LM return a `FusedHeadOutput` for ``fused_lm_head=True``. In place.
 
     ``model(..., labels=labels, fused_lm_head=True)`` then computes the statistics of
     softmax(logits / temperature) without logits; ``shift_labels`` in place of ``labels`` are
@@ -155,8 +155,8 @@ def add_fused_forward(
 class _FusedForward:
     """The forward of a model with `add_fused_forward`; like that of `ift.patch`, an object.
 
-    accelerate wraps its `__func__`, and would follow a ``__wrapped__`` past it to the class's
-    forward when it unwraps. A bound method would unpickle as the class's forward.
+    accelerate wraps its `__func__`, and when it unwraps it would follow a ``__wrapped__`` to the
+    class's forward. A bound method would unpickle as the class's forward.
     """
 
     is_ift = True  # `unpatch` may remove it
@@ -174,8 +174,8 @@ class _FusedForward:
 
     def _call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not kwargs.pop("fused_lm_head", False):
-            own = model is self.model  # accelerate's wrapper of a copy calls with the copy
-            before = self.before if own else MethodType(self.before.__func__, model)
+            is_copy = model is not self.model  # accelerate's wrapper of a copy passes the copy
+            before = self.before if not is_copy else MethodType(self.before.__func__, model)
             return before(*args, **kwargs)
         if args:
             raise TypeError("fused_lm_head: expected keyword arguments only")
@@ -191,9 +191,10 @@ class _FusedForward:
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return self._call(model, args, kwargs)
 
-        own = self.__signature__
+        signature = self.__signature__
         first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        forward.__signature__ = own.replace(parameters=[first, *own.parameters.values()])  # type: ignore[attr-defined]  # read by inspect
+        parameters = [first, *signature.parameters.values()]
+        forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # read by inspect
         forward.is_ift = True  # type: ignore[attr-defined]  # a method made from it is still ours
         return forward
 
@@ -221,7 +222,7 @@ def _fused(
             raise ValueError("labels: expected (B, T) token ids with fused_lm_head, got None")
         target = shifted_targets(labels)
     transform = logit_transform(model, kwargs)
-    answer = token_stats(
+    callback = token_stats(
         target,
         transform,
         model._ift_patch.gradient,
@@ -229,7 +230,7 @@ def _fused(
         detached=tuple(name for name in ("mean_logit", "sum_sq") if name in outputs),
         temperature=temperature,
     )
-    output, stats = head_pass(model, original_forward(model), kwargs, answer)
+    output, stats = head_pass(model, original_forward(model), kwargs, callback)
 
     def columns(name: str) -> Tensor | None:
         value: Tensor | None = getattr(stats, name)
@@ -272,7 +273,7 @@ def pair_forward(self: Any, model: nn.Module, batch: dict[str, Any]) -> tuple[Te
     completion = rows["concatenated_labels"]
     orpo = not hasattr(self, "cpo_alpha")
     labels = torch.where(mask == 1, ids, IGNORE_INDEX) if orpo else completion
-    # What is scored: every label of either kind.
+    # Scored: every label of either kind.
     scored = torch.where(completion == IGNORE_INDEX, labels, completion)
     options = {"output_router_logits": True} if self.aux_loss_enabled else {}
     out = model(input_ids=ids, attention_mask=mask, labels=scored, fused_lm_head=True, **options)
@@ -281,13 +282,13 @@ def pair_forward(self: Any, model: nn.Module, batch: dict[str, Any]) -> tuple[Te
     logps = (out.log_probs * count).sum(-1)
     if orpo or self.loss_type in ("ipo", "simpo"):
         logps = logps / count.sum(-1)
-    taught = labels[:chosen, 1:] != IGNORE_INDEX
+    nll_mask = labels[:chosen, 1:] != IGNORE_INDEX
     nll = logps.new_zeros(())
     if orpo or self.cpo_alpha != 0:
-        nll = -(out.log_probs[:chosen] * taught).sum() / taught.sum()
+        nll = -(out.log_probs[:chosen] * nll_mask).sum() / nll_mask.sum()
     means = [
-        (part * here).sum() / here.sum().clamp(min=1)
-        for part, here in zip(
+        (logits * mask).sum() / mask.sum().clamp(min=1)
+        for logits, mask in zip(
             out.mean_logits.split([chosen, len(ids) - chosen]),
             count.split([chosen, len(ids) - chosen]),
             strict=True,

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 from transformers.utils import logging
 
 from ift.config import IFTConfig
 from ift.documents import IGNORE_INDEX, rows_with_targets
 from ift.head_pass import plain_head
-from ift.integrations.evaluation import WholeSetEvaluation, forward_was_replaced
+from ift.integrations.metrics import TargetMetrics
 from ift.patching import base_model, patch, unpatch
 from ift_kernels import ActiveSet
 
@@ -70,7 +71,7 @@ def refuse_unsupported(trainer: Any) -> None:
         )
 
 
-class IFTTrainer(WholeSetEvaluation):
+class IFTTrainer(TargetMetrics, Trainer):
     """`transformers.Trainer` with SFT or IFT losses that never hold logits.
 
     The model is patched (`ift.patch`). λ follows the optimizer step. The IFT loss is a mean over
@@ -110,7 +111,6 @@ class IFTTrainer(WholeSetEvaluation):
             )
         self.ift_config = ift_config
         self._gradient = gradient
-        self._train_sums: Tensor | None = None  # since the last log
         super().__init__(self._prepared(model), args, *rest, **kwargs)
         if self.args.label_smoothing_factor:
             raise ValueError(
@@ -151,35 +151,15 @@ class IFTTrainer(WholeSetEvaluation):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """As the parent's, with the configuration of this step; collects what the logs want."""
+        """As the parent's, with the options of this step; adds to the sums for the logs."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs)
-        base = self._patched(model)
-        base.__dict__.pop("ift_metrics", None)
+        self._patched(model).__dict__.pop("ift_metrics", None)  # of the forward before
         if self.ift_config is not None:
             config = self.ift_config.replace(
                 step=self.state.global_step, num_rows=num_items_in_batch
             )
             inputs = {**inputs, "ift": config}
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        metrics = base.__dict__.get("ift_metrics")
-        if metrics is None:
-            raise forward_was_replaced(base)
-        sums = torch.stack([metrics[k].float() for k in ("correct", "entropy", "tokens")])
-        self._train_sums = sums if self._train_sums is None else self._train_sums + sums
+        self._add_train_sums(model)
         return result
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the parent's, with token accuracy and entropy beside the training loss."""
-        if "loss" in logs:
-            logs = {**logs, **self._train_metrics()}
-        super().log(logs, *args, **kwargs)
-
-    def _train_metrics(self) -> dict[str, float]:
-        """Means over the tokens seen since the last call, in all processes."""
-        sums, self._train_sums = self._train_sums, None
-        if sums is None:
-            return {}
-        correct, entropy, tokens = self.accelerator.reduce(sums, "sum").tolist()
-        tokens = max(tokens, 1.0)
-        return {"token_accuracy": correct / tokens, "entropy": entropy / tokens}

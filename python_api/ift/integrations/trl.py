@@ -1,8 +1,7 @@
 """TRL: Intuitive Fine-Tuning as an `SFTTrainer`, and TRL's own trainers on our log-probabilities.
 
-TRL's trainers ask their model for ``model(..., labels=..., fused_lm_head=True)`` and make every
-loss from the log-probabilities in the answer. `use_ift_kernels` gives that answer; the formulas of
-the losses stay TRL's.
+TRL's trainers call ``model(..., labels=..., fused_lm_head=True)`` and compute every loss from the
+log-probabilities in its output. `use_ift_kernels` computes that output; the losses stay TRL's.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ except ImportError as error:
         f'ift.integrations.trl needs TRL 1.16 or later ({error}): pip install "ift-kernels[trl]"'
     ) from error
 
-from ift.config import IFTConfig as Options
-from ift.integrations.evaluation import WholeSetEvaluation
+from ift.config import IFTConfig
 from ift.integrations.fused_head import use_ift_kernels
+from ift.integrations.metrics import TargetMetrics
 from ift.integrations.transformers import (
     count_rows,
     freeze_unreached_embedding,
@@ -29,16 +28,16 @@ from ift.integrations.transformers import (
 )
 from ift.patching import base_model
 
-__all__ = ["IFTConfig", "IFTTrainer", "use_ift_kernels"]
+__all__ = ["IFTSFTConfig", "IFTSFTTrainer", "use_ift_kernels"]
 
 
 @dataclass
-class IFTConfig(SFTConfig):
-    """`trl.SFTConfig` with the options of Intuitive Fine-Tuning.
+class IFTSFTConfig(SFTConfig):
+    """`trl.SFTConfig` with two more fields: the options of `ift.IFTConfig`, and `gradient`.
 
     Args:
-        ift: options of `ift.IFTConfig` by name, ``{"lam": 0.1}``; `step` and `num_rows` are the
-            trainer's to set.
+        ift: options of `ift.IFTConfig` by name, ``{"lam": 0.1}``, or as JSON; the trainer sets
+            `step` and `num_rows`.
         gradient: of the head, as in `ift.patch`.
     """
 
@@ -52,15 +51,18 @@ class IFTConfig(SFTConfig):
     )
 
 
-class IFTTrainer(WholeSetEvaluation, SFTTrainer):
+class IFTSFTTrainer(TargetMetrics, SFTTrainer):
     """`trl.SFTTrainer` whose training loss is that of Intuitive Fine-Tuning.
+
+    It is to `trl.SFTTrainer` what `ift.IFTTrainer` is to `transformers.Trainer`; its ``args.ift``
+    holds the options of the `ift.IFTConfig` that `ift.IFTTrainer` takes as `ift_config`.
 
     Data, chat templates, packing, completion masks and PEFT are those of `SFTTrainer`; evaluation
     measures cross-entropy per target of the whole set. λ, rows and the frozen input embedding are
     as in `ift.IFTTrainer`.
 
     Args:
-        As `trl.SFTTrainer`; `args` an `IFTConfig` or None.
+        As `trl.SFTTrainer`; `args` an `IFTSFTConfig` or None.
 
     Raises:
         TypeError: `args` is something else. ValueError: ``loss_type``, label smoothing or a
@@ -70,16 +72,16 @@ class IFTTrainer(WholeSetEvaluation, SFTTrainer):
 
     accuracy_name = "mean_token_accuracy"
 
-    def __init__(self, model: Any = None, args: IFTConfig | None = None, **kwargs: Any) -> None:
+    def __init__(self, model: Any = None, args: IFTSFTConfig | None = None, **kwargs: Any) -> None:
         if args is None:
-            args = IFTConfig(output_dir="ift-output")
-        if not isinstance(args, IFTConfig):
-            raise TypeError(f"args: expected an IFTConfig or None, got {type(args).__name__}")
+            args = IFTSFTConfig(output_dir="ift-output")
+        if not isinstance(args, IFTSFTConfig):
+            raise TypeError(f"args: expected an IFTSFTConfig or None, got {type(args).__name__}")
         if args.loss_type != "nll" or args.label_smoothing_factor:
             raise ValueError("loss_type, label_smoothing_factor: expected 'nll' and 0 with IFT")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: expected None, the loss is that of IFT")
-        self.ift_config = Options(**(args.ift or {}))  # type: ignore[arg-type]  # a dict by now
+        self.ift_config = IFTConfig(**(args.ift or {}))  # type: ignore[arg-type]  # a dict by now
         super().__init__(model, args, **kwargs)
         refuse_unsupported(self)
         use_ift_kernels(self, gradient=args.gradient)

@@ -15,11 +15,6 @@ from ift.losses._tokens import Metrics, record
 from ift_kernels import ActiveSet, TokenStats, linear_logprobs
 from ift_kernels.rows import Rows
 
-# Keyword arguments that belong to a call, not to a loss.
-PER_CALL = frozenset(
-    ("cu_seqlens", "metrics", "num_items", "num_pairs", "num_rows", "entropy", "lse", "mean_logit",
-     "weights", "importance", "reference", "values", "old_values", "returns", "kl")
-)  # fmt: skip
 # Statistics of `linear_logprobs` that losses with these options take.
 STATISTICS = {
     "entropy": ("entropy_coef",),
@@ -80,7 +75,7 @@ def from_hidden(
         args, options: what else the loss takes.
         reference: log-probabilities of the reference model, or its `Head`, whose are then computed
             here without gradient: one product with its weight.
-        metrics: gets what the loss tells, and ``token_accuracy`` and ``entropy`` of the same pass.
+        metrics: gets the metrics of the loss, and ``token_accuracy`` and ``entropy`` of the pass.
 
     Returns:
         What the loss returns.
@@ -102,24 +97,26 @@ def from_hidden(
     }  # fmt: skip
     taken = accepted(loss)
     given = {**loss.options, **options} if isinstance(loss, Loss) else options
-    wanted = tuple(
+    statistics = tuple(
         name for name, users in STATISTICS.items()
         if name in taken and any(given.get(user) for user in users)
     )  # fmt: skip
-    outputs = ("logprob", "entropy", "argmax", *(n for n in wanted if n != "entropy"))
-    detached = () if "entropy" in wanted else ("entropy",)  # for the metrics alone
+    outputs = ("logprob", "entropy", "argmax", *(n for n in statistics if n != "entropy"))
+    detached = () if "entropy" in statistics else ("entropy",)  # for the metrics alone
     stats = linear_logprobs(
         hidden, weight, target, outputs=outputs, detached=detached, gradient=gradient, **head
     )
     mask = target != ignore_index
     if isinstance(reference, Head):
-        own = reference._asdict()
-        states, rows = own.pop("hidden"), own.pop("weight")
+        options_of_reference = reference._asdict()
+        states = options_of_reference.pop("hidden")
+        rows = options_of_reference.pop("weight")
         with torch.no_grad():
-            reference = linear_logprobs(states, rows, target, **{**head, **own}).logprob
+            found = linear_logprobs(states, rows, target, **{**head, **options_of_reference})
+        reference = found.logprob
     if reference is not None:
         options["reference"] = reference
-    options |= {name: getattr(stats, name) for name in wanted}
+    options |= {name: getattr(stats, name) for name in statistics}
     metrics = {} if metrics is None else metrics
     value = loss(cast(Tensor, stats.logprob), mask, *args, metrics=metrics, **options)
     record_statistics(metrics, stats, target, mask)
@@ -148,11 +145,14 @@ class Loss(nn.Module):
     """A loss function with its options held by a module.
 
     Call it as the function. ``from_hidden(hidden, weight, target, ...)`` computes the same without
-    logits. `metrics` holds detached scalars of the last call; `position_ids` may stand in for
+    logits. `metrics` holds detached scalars of the last call; `position_ids` may replace
     `cu_seqlens`.
 
+    A subclass sets `function` and names the function's options as parameters of its own, with the
+    same defaults: all keyword arguments except those that change from call to call.
+
     Args:
-        options: keyword arguments of the function, other than those of a single call.
+        options: keyword arguments that every call of the function gets.
 
     Raises:
         TypeError, ValueError: an option that the function does not have or refuses.
@@ -160,22 +160,16 @@ class Loss(nn.Module):
 
     function: ClassVar[Callable[..., Tensor]]
     needs: ClassVar[int] = 0  # tensors per row after (logprob, mask)
-    pairs: ClassVar[bool] = False  # does the order of the rows make pairs?
+    pairs: ClassVar[bool] = False  # rows are the chosen responses, then the rejected ones
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        parameters = inspect.signature(self.function).parameters
-        known = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-        known = {n: default for n, default in known.items() if n not in PER_CALL}
-        for name in options:
-            if name not in known:
-                raise TypeError(f"{name}: expected an option of {sorted(known)}, got {name!r}")
-        self.options = {**known, **options}
+        self.options = options
         self.metrics: Metrics = {}
-        self._try()
+        self._check_options()
 
-    def _try(self) -> None:
-        """Let the function check the options, on rows of one token."""
+    def _check_options(self) -> None:
+        """Call the function on rows of one token: it refuses options out of range."""
         size = self.options.get("group_size", 2)
         count = size if isinstance(size, int) and size > 0 else 2
         one = torch.zeros(count, 1, device="cpu")  # whatever the default device is
@@ -194,19 +188,19 @@ class Loss(nn.Module):
         """As the function; see there.
 
         Args:
-            position_ids: (B, T), or (T,): where they do not go on by one a packed document starts.
+            position_ids: (B, T), or (T,); a document starts where they do not continue by one.
         """
         if position_ids is not None:
             if call.get("cu_seqlens") is not None:
                 raise ValueError("position_ids: expected None with cu_seqlens, got both")
             call["cu_seqlens"] = cu = documents(logprob, position_ids)
             if self.pairs and cu is not None:
-                held = Rows(mask, cu).sum((mask != 0).to(torch.float32)) > 0
-                if not bool(held.all()):  # padding, or an empty response? it would shift the pairs
+                has_tokens = Rows(mask, cu).sum((mask != 0).to(torch.float32)) > 0
+                if not bool(has_tokens.all()):  # an empty document would shift the pairs
                     raise ValueError(
                         "position_ids: expected response tokens in every document, got "
-                        f"{int((~held).sum())} without any (padding?); leave position_ids out for "
-                        "padded rows, or give cu_seqlens"
+                        f"{int((~has_tokens).sum())} without any (padding?); leave position_ids "
+                        "out for padded rows, or give cu_seqlens"
                     )
         found = call.pop("metrics", None)
         self.metrics = {} if found is None else found
@@ -223,7 +217,7 @@ class Loss(nn.Module):
 
 
 def documents(like: Tensor, position_ids: Tensor) -> Tensor | None:
-    """`cu_seqlens` of the packed documents that `position_ids` tell of; None if rows are documents.
+    """`cu_seqlens` of the documents that `position_ids` pack; None if each row is one document.
 
     Raises:
         ValueError: another shape than that of `like` (or one row of it).

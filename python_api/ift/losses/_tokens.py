@@ -1,4 +1,4 @@
-"""What every loss starts from: checked tokens, masked and in float32, and their sums per row."""
+"""Input of every loss: checked tokens, masked and in float32, and their sums per row."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def record(metrics: Metrics | None, **values: Tensor) -> None:
 
 
 def record_tokens(metrics: Metrics | None, tokens: Tokens) -> None:
-    """What every loss tells of its tokens: how many, and the perplexity of the targets."""
+    """Metrics of every loss: how many tokens, and the perplexity of the targets."""
     if metrics is not None:
         perplexity = torch.exp(-tokens.mean(tokens.logprob.detach()))
         record(metrics, tokens=tokens.total, perplexity=perplexity)

@@ -1,4 +1,4 @@
-"""What policy gradients weigh log-probabilities with: advantages from rewards and values."""
+"""Advantages, the weights of policy gradients, from rewards and values."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
         As `group_advantages`.
     """
     groups = _groups(rewards, group_size)
-    others = (~groups.isnan()).sum(1, keepdim=True) - 1
-    baseline = (groups.nansum(1, keepdim=True) - groups) / others
+    other_count = (~groups.isnan()).sum(1, keepdim=True) - 1
+    baseline = (groups.nansum(1, keepdim=True) - groups) / other_count
     return (groups - baseline).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).flatten()
 
 
@@ -72,9 +72,9 @@ def gae_advantages(
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (arXiv 1506.02438) over the tokens of each row.
 
-    ``δ_t = r_t + gamma · V_{t+1} - V_t``, ``A_t = Σ_k (gamma · lam)^k δ_{t+k}``; behind a row's
-    last token the value is 0. t counts response tokens alone: over a gap, such as what a tool
-    answered, the next response token is the next state, and nothing is discounted.
+    ``δ_t = r_t + gamma · V_{t+1} - V_t``, ``A_t = Σ_k (gamma · lam)^k δ_{t+k}``; after a row's
+    last token the value is 0. t counts response tokens alone: over a gap, such as the output
+    of a tool, the next response token is the next state, and nothing is discounted.
 
     Args:
         rewards: per token, (B, T) or packed (T,).
@@ -90,7 +90,7 @@ def gae_advantages(
     checks.same_shape("values", values, rewards, "rewards")
     gamma, lam = checks.unit_interval("gamma", gamma), checks.unit_interval("lam", lam)
     counts = Rows(rewards, cu_seqlens).sum(mask.long())
-    # Response tokens behind one another: gaps and padding are gone.
+    # Response tokens alone, one after another, without gaps and padding.
     reward, value = rewards.detach().float()[mask], values.detach().float()[mask]
     ends = counts.cumsum(0)
     follows = torch.cat([value[1:], value[:1]])
@@ -110,9 +110,9 @@ def _groups(rewards: Tensor, group_size: int) -> Tensor:
             f"group_size: expected a divisor of the rows of rewards (rows,), got {size} with shape "
             f"{tuple(rewards.shape)}"
         )
-    # In bf16 a mean of 100.5 and 101 would be neither.
-    wide = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    return rewards.detach().to(wide).reshape(-1, size)
+    # In bf16 a mean of 100.5 and 101 would be rounded to one of them.
+    accum_dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    return rewards.detach().to(accum_dtype).reshape(-1, size)
 
 
 def _nanstd(groups: Tensor) -> Tensor:

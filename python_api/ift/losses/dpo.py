@@ -24,7 +24,7 @@ LARGEST_EXPONENT = 40.0
 
 
 class Ratios(NamedTuple):
-    """What the formulas are of; (pairs,) each."""
+    """Arguments of the formulas; (pairs,) each."""
 
     chosen: Tensor  # log π(y⁺) − log π_ref(y⁺)
     rejected: Tensor  # log π(y⁻) − log π_ref(y⁻)
@@ -36,8 +36,8 @@ class Ratios(NamedTuple):
 
 def _exo(r: Ratios) -> Tensor:
     log_p, log_q = F.logsigmoid(r.h), F.logsigmoid(-r.h)
-    wanted = math.log1p(-r.smoothing), math.log(r.smoothing)
-    return log_p.exp() * (log_p - wanted[0]) + log_q.exp() * (log_q - wanted[1])
+    log_target = math.log1p(-r.smoothing), math.log(r.smoothing)
+    return log_p.exp() * (log_p - log_target[0]) + log_q.exp() * (log_q - log_target[1])
 
 
 def _discopop(r: Ratios) -> Tensor:
@@ -184,7 +184,7 @@ def dpo_loss(
 
 
 class _Chosen(PairTokens):
-    """A batch of chosen responses alone: what is rejected has no tokens and log-probability 0."""
+    """A batch of chosen responses alone: the rejected ones have no tokens, log-probability 0."""
 
     def halves(self, values: Tensor) -> Pairs:
         """Every row is chosen."""
@@ -192,7 +192,7 @@ class _Chosen(PairTokens):
 
 
 def _sorted(x: Tensor, counted: Tensor) -> Tensor:
-    """The values that count, ascending, at the places that count; the others behave as absent."""
+    """The values of the counted pairs, ascending, at their places; others as if absent."""
     order = torch.where(counted, x.detach(), torch.inf).argsort(stable=True)
     places = (~counted).to(torch.int8).argsort(stable=True)
     return x[order][places.argsort()]
@@ -240,3 +240,21 @@ class DPOLoss(Loss):
 
     function = staticmethod(dpo_loss)
     pairs = True
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        kind: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        divergence: str = "reverse_kl",
+        alpha: float = 0.5,
+        length_normalized: bool = False,
+        discopop_tau: float = 0.05,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> None:
+        super().__init__(
+            beta=beta, kind=kind, label_smoothing=label_smoothing, divergence=divergence,
+            alpha=alpha, length_normalized=length_normalized, discopop_tau=discopop_tau,
+            reduction=reduction
+        )  # fmt: skip

@@ -36,7 +36,7 @@ def ift_loss(
     reduction: Literal["mean", "none"] = "mean",
     metrics: Metrics | None = None,
 ) -> Tensor:
-    """IFT loss: per-token losses, each weighted by how much hangs on it, as a mean over rows.
+    """IFT loss: per-token losses weighted by the losses that follow, as a mean over rows.
 
     In eager torch, per row, with ``loss = -logprob`` and every masked position 0::
 
@@ -68,7 +68,7 @@ def ift_loss(
         side: "left" or "right".
         norm: "L1", "L2", "softmax" or "log".
         detach_weights: keep the weights out of the gradient; default False, as released.
-        cu_seqlens: (documents + 1,) int32 or int64: the rows are documents packed behind one
+        cu_seqlens: (documents + 1,) int32 or int64: the rows are packed documents, one after
             another, with the values and gradients of the same documents padded.
         num_rows: divide the sum over rows by this instead of by the rows that have response tokens
             here. Under gradient accumulation or data parallelism, pass the number of such rows in
@@ -145,3 +145,19 @@ class IFTLoss(Loss):
     """
 
     function = staticmethod(ift_loss)
+
+    def __init__(
+        self,
+        *,
+        gamma: float = 0.95,
+        objective: Objective = "released",
+        propagation: Kind = "loss",
+        side: Side = "left",
+        norm: Norm = "L1",
+        detach_weights: bool = False,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> None:
+        super().__init__(
+            gamma=gamma, objective=objective, propagation=propagation, side=side, norm=norm,
+            detach_weights=detach_weights, reduction=reduction
+        )  # fmt: skip

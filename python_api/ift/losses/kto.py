@@ -66,21 +66,21 @@ def kto_loss(
     not_negative("undesirable_weight", undesirable_weight)
     tokens = Tokens(logprob, mask, cu_seqlens)
     if not isinstance(desirable, Tensor) or desirable.shape != (tokens.rows.count,):
-        came = tuple(desirable.shape) if isinstance(desirable, Tensor) else type(desirable).__name__
-        raise ValueError(f"desirable: expected shape ({tokens.rows.count},), got {came}")
-    wanted = desirable != 0
+        got = tuple(desirable.shape) if isinstance(desirable, Tensor) else type(desirable).__name__
+        raise ValueError(f"desirable: expected shape ({tokens.rows.count},), got {got}")
+    is_desirable = desirable != 0
     ratio = tokens.sums(tokens.logprob)
     if reference is not None:
         ratio = ratio - tokens.sums_of("reference", reference).detach()
     point = torch.as_tensor(kl if kind == "kto" else 0.0, device=ratio.device).to(ratio).detach()
     if point.numel() != 1:
         raise ValueError(f"kl: expected one number, got shape {tuple(point.shape)}")
-    sign = torch.where(wanted, 1.0, -1.0).to(ratio)
-    weight = torch.where(wanted, desirable_weight, undesirable_weight).to(ratio)
+    sign = torch.where(is_desirable, 1.0, -1.0).to(ratio)
+    weight = torch.where(is_desirable, desirable_weight, undesirable_weight).to(ratio)
     loss = weight * torch.sigmoid(-beta * sign * (ratio - point))
     loss = torch.where(tokens.counts > 0, loss, 0)
     if metrics is not None:
-        for name, rows in (("chosen", wanted), ("rejected", ~wanted)):
+        for name, rows in (("chosen", is_desirable), ("rejected", ~is_desirable)):
             rows = rows & (tokens.counts > 0)
             total = torch.where(rows, beta * ratio.detach(), 0).sum()
             record(metrics, **{f"reward_{name}": total / rows.sum().clamp(min=1)})
@@ -122,3 +122,17 @@ class KTOLoss(Loss):
 
     function = staticmethod(kto_loss)
     needs = 1
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        kind: Literal["kto", "apo_zero"] = "kto",
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> None:
+        super().__init__(
+            beta=beta, kind=kind, desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight, reduction=reduction
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""GRPO and its relatives: one table of surrogates and of what their mean is over."""
+"""GRPO and its relatives: one table of surrogates and their means."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def average(
     num_rows: float | Tensor | None,
     max_length: int | None,
 ) -> Tensor:
-    """The mean of a per-token loss, over what the kind says."""
+    """The mean of a per-token loss: over "token"s, rows ("row_mean", "row_sum"), or "fixed"."""
     for name, value, users in (
         ("num_items", num_items, ("token",)),
         ("num_rows", num_rows, ("row_mean", "row_sum", "fixed")),
@@ -188,7 +188,7 @@ def entropy_bonus(
     num_items: float | Tensor | None,
     num_rows: float | Tensor | None,
 ) -> Tensor | float:
-    """What the entropy takes off a loss: its mean over tokens (of the whole step), weighed."""
+    """``entropy_coef`` times the mean entropy over tokens (of the whole step)."""
     if not entropy_coef:
         return 0.0
     if entropy is None:
@@ -205,3 +205,23 @@ class GRPOLoss(Loss):
 
     function = staticmethod(grpo_loss)
     needs = 1
+
+    def __init__(
+        self,
+        *,
+        kind: str = "grpo",
+        epsilon: float = 0.2,
+        epsilon_high: float | None = None,
+        delta: float | None = None,
+        temperatures: tuple[float, float] = (1.0, 1.05),
+        kl_coef: float = 0.0,
+        kl_kind: str = "k3",
+        kl_correction: bool = False,
+        entropy_coef: float = 0.0,
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__(
+            kind=kind, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta,
+            temperatures=temperatures, kl_coef=kl_coef, kl_kind=kl_kind,
+            kl_correction=kl_correction, entropy_coef=entropy_coef, max_length=max_length
+        )  # fmt: skip

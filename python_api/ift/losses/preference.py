@@ -62,7 +62,7 @@ class PairTokens(Tokens):
     ) -> Tensor:
         """Negative log-likelihood of the chosen responses per pair, (pairs,).
 
-        Per row its token mean; per token so that `reduce` makes of it a mean over chosen tokens.
+        "row": its mean per token. "token": scaled so that `reduce` gives the mean over tokens.
         """
         checks.one_of("nll", average, NLL)
         if average == "row":
@@ -225,10 +225,10 @@ def log1mexp(x: Tensor) -> Tensor:
     without gradient: the exact value would be −∞.
     """
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
-    near = x > -math.log(2)
-    # Both branches see safe arguments, lest the gradient of the one not taken be NaN.
-    small = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
-    return torch.where(near, small, torch.log1p(-torch.exp(torch.where(near, -1.0, x))))
+    is_small = x > -math.log(2)
+    # Both branches get safe arguments: else the gradient of the one not taken would be NaN.
+    small = torch.log(-torch.expm1(torch.where(is_small, x, -1.0)))
+    return torch.where(is_small, small, torch.log1p(-torch.exp(torch.where(is_small, -1.0, x))))
 
 
 def orpo_loss(
@@ -316,12 +316,40 @@ class CPOLoss(Loss):
     function = staticmethod(cpo_loss)
     pairs = True
 
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        kind: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid",
+        gamma: float = 0.5,
+        label_smoothing: float = 0.0,
+        nll_weight: float = 1.0,
+        nll: Literal["row", "token"] = "token",
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> None:
+        super().__init__(
+            beta=beta, kind=kind, gamma=gamma, label_smoothing=label_smoothing,
+            nll_weight=nll_weight, nll=nll, reduction=reduction
+        )  # fmt: skip
+
 
 class SimPOLoss(Loss):
     """`simpo_loss` with its options held by a module; call it on ``(logprob, mask)``."""
 
     function = staticmethod(simpo_loss)
     pairs = True
+
+    def __init__(
+        self,
+        *,
+        beta: float = 2.0,
+        gamma: float = 1.0,
+        label_smoothing: float = 0.0,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> None:
+        super().__init__(
+            beta=beta, gamma=gamma, label_smoothing=label_smoothing, reduction=reduction
+        )  # fmt: skip
 
 
 class ORPOLoss(Loss):
@@ -330,9 +358,34 @@ class ORPOLoss(Loss):
     function = staticmethod(orpo_loss)
     pairs = True
 
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        nll_weight: float = 1.0,
+        nll: Literal["row", "token"] = "row",
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> None:
+        super().__init__(beta=beta, nll_weight=nll_weight, nll=nll, reduction=reduction)
+
 
 class SLiCLoss(Loss):
     """`slic_loss` with its options held by a module; call it on ``(logprob, mask)``."""
 
     function = staticmethod(slic_loss)
     pairs = True
+
+    def __init__(
+        self,
+        *,
+        delta: float = 1.0,
+        beta: float = 1.0,
+        nll_weight: float = 0.0,
+        nll: Literal["row", "token"] = "row",
+        length_normalized: bool = False,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> None:
+        super().__init__(
+            delta=delta, beta=beta, nll_weight=nll_weight, nll=nll,
+            length_normalized=length_normalized, reduction=reduction
+        )  # fmt: skip

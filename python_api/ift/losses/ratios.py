@@ -16,9 +16,9 @@ LARGEST_LOG_RATIO = 20.0
 
 
 def ratio_of(log_ratio: Tensor) -> Tensor:
-    """exp, which stops at e²⁰ in value; its derivative goes on as the ratio itself.
+    """exp, at most e²⁰ in value; its derivative is that value, also above e²⁰.
 
-    So a ratio of e¹⁰⁰⁰⁰ gives finite losses, and gradients that still point the right way.
+    A ratio of e¹⁰⁰⁰⁰ gives finite losses, and gradients in the right direction.
     """
     stopped = log_ratio.detach().clamp(max=LARGEST_LOG_RATIO)
     return torch.exp(stopped + (log_ratio - log_ratio.detach()))
@@ -91,7 +91,7 @@ def record_ratio(
     surrogate: str,
     most: float | None = None,
 ) -> None:
-    """How far the policy has moved, and how much of that was clipped away; options of `clipped`."""
+    """Metrics of the ratio, and shares of clipped tokens; options of `clipped`."""
     if metrics is None:
         return
     log_ratio = log_ratio.detach()

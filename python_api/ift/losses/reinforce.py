@@ -59,7 +59,7 @@ def rloo_loss(
     `rloo_advantages`. At r = 1 its gradient is that of REINFORCE.
 
     Args:
-        rewards: (rows,), groups of `group_size` responses to one prompt behind one another.
+        rewards: (rows,), the `group_size` responses to one prompt one after another.
         old_logprob: per token, or sums (rows,).
         group_size: at least 2 for a gradient.
         The rest: as `grpo_loss`.
@@ -86,9 +86,25 @@ class REINFORCELoss(Loss):
     function = staticmethod(reinforce_loss)
     needs = 1
 
+    def __init__(
+        self,
+        *,
+        entropy_coef: float = 0.0,
+    ) -> None:
+        super().__init__(entropy_coef=entropy_coef)
+
 
 class RLOOLoss(Loss):
     """`rloo_loss`, options held by a module; call it on ``(logprob, mask, rewards, old)``."""
 
     function = staticmethod(rloo_loss)
     needs = 1
+
+    def __init__(
+        self,
+        *,
+        group_size: int = 2,
+        epsilon: float = 0.2,
+        epsilon_high: float | None = None,
+    ) -> None:
+        super().__init__(group_size=group_size, epsilon=epsilon, epsilon_high=epsilon_high)

@@ -1,12 +1,13 @@
-"""Evaluation over a whole set: its targets counted once each, whatever the batches and processes.
+"""`TargetMetrics`: a trainer's loss, accuracy and entropy as means over targets.
 
-`transformers.Trainer` reports a mean of batch means, in which a batch with one target weighs as
-much as one with thousands, and in several processes counts the rows that fill up the last batch.
+`transformers.Trainer` evaluates to a mean of batch means, in which a batch with one target weighs
+as much as one with thousands, and in several processes counts the rows that fill the last batch.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import (  # type: ignore[import-untyped]  # has no annotations
@@ -14,13 +15,17 @@ from accelerate.data_loader import (  # type: ignore[import-untyped]  # has no a
     IterableDatasetShard,
 )
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.utils import logging
 
 from ift.documents import IGNORE_INDEX, document_starts
 from ift.patching import base_model
 
 logger = logging.get_logger(__name__)
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object  # so that the mixin goes before any Trainer
 
 
 def forward_was_replaced(model: nn.Module) -> RuntimeError:
@@ -31,13 +36,15 @@ def forward_was_replaced(model: nn.Module) -> RuntimeError:
     )
 
 
-class WholeSetEvaluation(Trainer):
-    """A Trainer of a patched model whose evaluation is a mean over the targets of the whole set.
+class TargetMetrics(_Base):
+    """Mixin for a Trainer of a patched model: metrics are means over targets, not over batches.
 
-    ``loss = -Σ log p(y) / N``, with token accuracy and entropy over the same N targets: sums over
-    every batch and process, in which no example counts twice. It is cross-entropy alone, without
-    the auxiliary loss of a mixture of experts, which is a property of a batch. Where logits are
-    wanted too, for `compute_metrics`, a second forward makes them. NaN without any target.
+    Evaluation: ``loss = -Σ log p(y) / N``, with token accuracy and entropy over the same N targets:
+    sums over every batch and process, in which no example counts twice. It is cross-entropy alone,
+    without the auxiliary loss of a mixture of experts, which is a property of a batch. Where
+    `compute_metrics` needs logits, a second forward makes them. NaN without any target.
+
+    Training: sums that `_add_train_sums` collects between two logs; `_train_metrics` names them.
 
     Raises:
         ValueError: in several processes, an evaluation set whose repeated examples are not known.
@@ -47,6 +54,38 @@ class WholeSetEvaluation(Trainer):
     rows_per_example = 1  # of the labels
     _eval_loader: Any = None  # of the evaluation that runs
     _eval_sums: list[Tensor]  # of each of its batches: -Σ log p(y), targets, correct, entropy
+    _train_sums: Tensor | None = None  # since the last log; its end: correct, entropy, tokens
+
+    # ---- training ----
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the parent's, with the training metrics beside the training loss."""
+        if "loss" in logs:
+            logs = {**logs, **self._train_metrics()}
+        super().log(logs, *args, **kwargs)
+
+    def _add_train_sums(self, model: nn.Module, values: Sequence[Tensor] = ()) -> None:
+        """Add `values`, and the sums over the targets of the last forward."""
+        metrics = self._patched(model).__dict__.get("ift_metrics")
+        if metrics is None:
+            raise forward_was_replaced(self._patched(model))
+        parts = (*values, *(metrics[name] for name in ("correct", "entropy", "tokens")))
+        sums = torch.stack([part.detach().to(parts[-1].device).float() for part in parts])
+        before = self._train_sums
+        self._train_sums = sums if before is None else before.to(sums) + sums
+
+    def _train_metrics(self) -> dict[str, float]:
+        """Means over the tokens since the last call, in all processes."""
+        sums, self._train_sums = self._train_sums, None
+        return {} if sums is None else self._train_means(self.accelerator.reduce(sums, "sum"))
+
+    def _train_means(self, sums: Tensor) -> dict[str, float]:
+        """The means, by name, from the sums of all processes."""
+        correct, entropy, tokens = sums[-3:].tolist()
+        tokens = max(tokens, 1.0)
+        return {"token_accuracy": correct / tokens, "entropy": entropy / tokens}
+
+    # ---- evaluation ----
 
     def evaluation_loop(
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
@@ -56,8 +95,8 @@ class WholeSetEvaluation(Trainer):
         if isinstance(dataset, IterableDatasetShard) and not dataset.drop_last:
             raise ValueError(
                 "eval_dataset: an iterable one that each process reads by itself "
-                "(dispatch_batches=False) is filled up with repeated rows that cannot be told "
-                "apart; expected a dataset with a length, dispatch_batches=None, or "
+                "(dispatch_batches=False) is filled up with repeated rows that cannot be "
+                "recognised; expected a dataset with a length, dispatch_batches=None, or "
                 "dataloader_drop_last=True"
             )
         self._eval_loader, self._eval_sums = dataloader, []
@@ -130,7 +169,7 @@ class WholeSetEvaluation(Trainer):
         }
 
     def _patched(self, model: nn.Module) -> nn.Module:
-        """The patched causal LM inside what accelerate, torch.compile and PEFT made of it."""
+        """The patched causal LM inside the wrappers of accelerate, torch.compile and PEFT."""
         return base_model(self.accelerator.unwrap_model(model, keep_torch_compile=False))
 
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -152,18 +191,20 @@ class WholeSetEvaluation(Trainer):
             rank = sampler.process_index
             examples = sampler.batch_size
             examples //= sampler.num_processes if sampler.split_batches else 1
-        own = max(0, state.remainder - rank * examples)
+        first_repeat = max(0, state.remainder - rank * examples)
         named = {k: v.clone() for k, v in inputs.items() if k.endswith("labels")}
         if rows != examples:
             where = self._example_of_tokens(inputs, examples)
-            return {**inputs, **{k: v.masked_fill(where >= own, -100) for k, v in named.items()}}
+            repeated = where >= first_repeat
+            masked = {k: v.masked_fill(repeated, IGNORE_INDEX) for k, v in named.items()}
+            return {**inputs, **masked}
         for labels in named.values():
             for side in labels.split(examples):  # chosen and rejected, or all there is
-                side[own:] = IGNORE_INDEX
+                side[first_repeat:] = IGNORE_INDEX
         return {**inputs, **named}
 
     def _example_of_tokens(self, inputs: dict[str, Any], examples: int) -> Tensor:
-        """Of each token the number of its example, in a batch that a collator has flattened."""
+        """The number of each token's example, in a batch that a collator has flattened."""
         starts = document_starts(
             inputs["labels"], inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
         )

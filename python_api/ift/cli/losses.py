@@ -1,0 +1,162 @@
+"""The losses of ``ift train``: one table, read by the parser, the validation and the trainers.
+
+To add a loss, add a row to `LOSSES`, and to `PAIR_OPTIONS` each option that no other loss has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections import ChainMap
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ift.cli import processes
+from ift.cli.arguments import (
+    Option,
+    flag_of,
+    natural,
+    not_negative,
+    number,
+    positive,
+    positive_int,
+    unit,
+)
+from ift.cli.errors import CliError
+
+# Options that are None where they are not given: the loss has its own default.
+IFT_OPTIONS = {
+    "lam": Option("weight of the predicted token in the residual (0.2)", unit("λ"), "λ"),
+    "gamma": Option("decay of the propagation (0.95)", unit("γ"), "γ"),
+    "objective": Option("(released)", choices=("released", "paper", "algorithm1")),
+    "propagation": Option("what is propagated (loss)", choices=("loss", "logps", "mask")),
+    "side": Option("suffix or prefix sums (left)", choices=("left", "right")),
+    "norm": Option("of the weights (L1)", choices=("L1", "L2", "softmax", "log")),
+    "detach_weights": Option("no gradient through the weights"),
+    "rule": Option("of the predicted token (greedy)", choices=("greedy", "kth", "sample", "soft")),
+    "k": Option("take the k-th best token (--rule kth; 2)", positive_int, "N"),
+    "sample_temperature": Option("of --rule sample (0.7)", positive, "T"),
+    "embedding_grad": Option("let the gradient reach the input embedding"),
+    "lambda_schedule": Option("of λ (constant)", choices=("constant", "linear")),
+    "min_lam": Option("where the linear schedule starts (0)", unit("λ"), "λ"),
+    "warmup_steps": Option("steps in which it reaches --lam (0)", natural, "N"),
+    "lam_noise": Option("multiply λ by 1 + n/2, n ~ N(0, 1), at each step"),
+}
+PAIR_OPTIONS = {
+    "beta": Option("strength (0.1; simpo 2; slic 1)", positive, "β"),
+    "dpo_kind": Option("formula (sigmoid), as in ift.losses.dpo_loss", str, "NAME"),
+    "label_smoothing": Option("share of wrong labels (0)",
+                              number("ε in [0, 0.5]", lambda x: 0 <= x <= 0.5), "ε"),
+    "margin": Option("γ of simpo (1), δ of slic (1)", not_negative, "X"),
+    "nll_weight": Option("of the likelihood of the chosen (1; slic 0)", not_negative, "X"),
+    "reference": Option("reference model (--model before training); its log-probabilities are kept "
+                        "in DIR/reference", str, "MODEL"),
+}  # fmt: skip
+OPTIONS = ChainMap(PAIR_OPTIONS, IFT_OPTIONS)
+
+
+class CliLoss(NamedTuple):
+    """A loss of the command line.
+
+    Args:
+        builds: "module:name", imported when it trains: a module of `ift.losses` for preference
+            losses, `ift.IFTConfig`, or None for cross-entropy.
+        options: option of the command line → parameter of `builds`.
+        pairs: whether its rows hold a chosen and a rejected response.
+        reference: whether it compares with a frozen model (``--reference``).
+        fixed: further arguments of `builds`.
+    """
+
+    builds: str | None = None
+    options: Mapping[str, str] = {}
+    pairs: bool = False
+    reference: bool = False
+    fixed: Mapping[str, Any] = {}
+
+    def takes(self, option: str) -> bool:
+        """Whether the loss has this option of the command line."""
+        return self.reference if option == "reference" else option in self.options
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """Parameter of `builds` → option of the command line."""
+        return {parameter: name for name, parameter in self.options.items()}
+
+
+LOSSES = {
+    "sft": CliLoss(),
+    "ift": CliLoss("ift:IFTConfig", {name: name for name in (*IFT_OPTIONS, "seed")}),
+    "dpo": CliLoss(
+        "ift.losses:DPOLoss",
+        {"beta": "beta", "label_smoothing": "label_smoothing", "dpo_kind": "kind"},
+        pairs=True,
+        reference=True,
+    ),
+    "kto": CliLoss("ift.losses:KTOLoss", {"beta": "beta"}, pairs=True, reference=True),
+    "orpo": CliLoss(
+        "ift.losses:ORPOLoss", {"beta": "beta", "nll_weight": "nll_weight"}, pairs=True
+    ),
+    "simpo": CliLoss(
+        "ift.losses:SimPOLoss",
+        {"beta": "beta", "margin": "gamma", "label_smoothing": "label_smoothing"},
+        pairs=True,
+    ),
+    "cpo": CliLoss(
+        "ift.losses:CPOLoss",
+        {"beta": "beta", "nll_weight": "nll_weight", "label_smoothing": "label_smoothing"},
+        pairs=True,
+        fixed={"nll": "row"},  # the trainer counts pairs of a step, not chosen tokens
+    ),
+    "slic": CliLoss(
+        "ift.losses:SLiCLoss",
+        {"beta": "beta", "margin": "delta", "nll_weight": "nll_weight"},
+        pairs=True,
+    ),
+}
+
+
+def losses_with(option: str) -> tuple[str, ...]:
+    """The losses that have an option of the command line."""
+    return tuple(name for name, loss in LOSSES.items() if loss.takes(option))
+
+
+def build_loss(arguments: argparse.Namespace) -> Any:
+    """The `ift.IFTConfig` or loss module of the arguments; None for cross-entropy.
+
+    Raises:
+        CliError: an option outside its range, or one that another rules out.
+    """
+    loss = LOSSES[arguments.loss]
+    if loss.builds is None:
+        return None
+    _check_dpo_kind(arguments)
+    module, _, name = loss.builds.partition(":")
+    build = getattr(importlib.import_module(module), name)
+    if arguments.preset is not None:
+        build = getattr(build, arguments.preset)
+    given = {parameter: getattr(arguments, option) for option, parameter in loss.options.items()}
+    given = {parameter: value for parameter, value in given.items() if value is not None}
+    try:
+        return build(**given, **loss.fixed)
+    except (TypeError, ValueError) as error:
+        name, separator, problem = str(error).partition(": ")
+        if not separator or name not in loss.flags:
+            raise CliError("--loss", error) from None
+        raise CliError(flag_of(loss.flags[name]), problem) from None
+
+
+def _check_dpo_kind(arguments: argparse.Namespace) -> None:
+    """Refuse the kinds of DPO that the trainer of pairs cannot serve."""
+    from ift.losses.dpo import SORTED
+
+    kind = arguments.dpo_kind
+    if kind == "rejected_free":
+        problem = "got rejected_free, whose rows are all chosen ones; expected a kind of pairs"
+        raise CliError("--dpo-kind", problem)
+    parts = arguments.accumulate * processes.count()
+    if parts > 1 and kind in SORTED:
+        problem = (
+            f"got {kind}, which sorts all pairs of a step; expected --accumulate 1 "
+            f"and one process, got {parts} parts of a step"
+        )
+        raise CliError("--dpo-kind", problem)

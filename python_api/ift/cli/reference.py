@@ -1,0 +1,153 @@
+"""The frozen reference model of ``ift train``: its log-probabilities, computed once and cached."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ift.cli import processes
+from ift.cli.errors import CliError
+from ift.cli.models import load_model
+from ift.data import Collator
+from ift.head_pass import evaluating
+from ift.patching import base_model, patch
+from ift.preference_data import EncodedPairs
+
+
+@torch.no_grad()
+def sequence_logprobs(
+    model: nn.Module,
+    examples: Iterable[dict[str, np.ndarray]],
+    collate: Collator,
+    batch_size: int,
+    device: torch.device,
+    *,
+    bf16: bool = False,
+) -> np.ndarray:
+    """Summed log-probability of the targets of each example, float32 (n,); no logits are held.
+
+    With `bf16` under autocast, as the policy is computed.
+    """
+    waiting, sums = list(examples), []
+    order = sorted(range(len(waiting)), key=lambda i: len(waiting[i]["input_ids"]))
+
+    def keep(logprob: Tensor, mask: Tensor) -> Tensor:
+        sums.append((logprob * mask).sum(1).float().cpu())
+        return logprob.new_zeros(())
+
+    with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        for first in range(0, len(order), batch_size):
+            batch = collate([waiting[i] for i in order[first : first + batch_size]])
+            model(**{k: v.to(device) for k, v in batch.items()}, loss=keep)
+    found = np.empty(len(order), np.float32)
+    found[order] = torch.cat(sums).numpy()
+    return found
+
+
+def fingerprint(model: nn.Module, examples: Iterable[dict[str, np.ndarray]], bf16: bool) -> str:
+    """Hash of everything the log-probabilities depend on: weights, structure, data, precision."""
+    digest = hashlib.sha256(repr(base_model(model)).encode())
+    digest.update(b"bf16" if bf16 else b"")
+    config = getattr(base_model(model), "config", None)
+    digest.update(b"" if config is None else config.to_json_string().encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    for example in examples:
+        for part in (example["input_ids"], example["labels"]):
+            digest.update(np.int64(len(part)).tobytes() + part.tobytes())
+    return digest.hexdigest()
+
+
+def add_reference(
+    data: EncodedPairs,
+    model: nn.Module,
+    collate: Collator,
+    batch_size: int,
+    device: torch.device,
+    cache: Path,
+    *,
+    bf16: bool = False,
+) -> bool:
+    """Add the reference sums of its sequences to every pair; from `cache` where it has them.
+
+    A damaged file is computed and written again.
+
+    Returns:
+        Whether the cache had them.
+    """
+    file = cache / f"{fingerprint(model, data.sides(), bf16)}.npy"
+    sums = _read_sums(file, sum(1 for _ in data.sides()))
+    cached = sums is not None
+    if sums is None:
+        patch(model)
+        sums = sequence_logprobs(model, data.sides(), collate, 2 * batch_size, device, bf16=bf16)
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f".{file.stem}.{os.getpid()}.npy")
+        np.save(unfinished, sums)
+        unfinished.replace(file)
+    if data.examples:
+        for example, mine in zip(data.examples, sums.reshape(len(data.examples), -1), strict=True):
+            example["reference"] = mine
+    return cached
+
+
+def _read_sums(file: Path, count: int) -> np.ndarray | None:
+    """The reference sums in a file of the cache; None if it is not there or not whole."""
+    try:
+        with file.open("rb") as stream:
+            sums: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+    except (OSError, EOFError, ValueError):
+        return None
+    return sums if sums.dtype == np.float32 and sums.shape == (count,) else None
+
+
+def add_references(
+    arguments: argparse.Namespace,
+    policy: tuple[Any, Any],
+    rows: list[Any],
+    sets: tuple[Any, ...],
+    collator: Collator,
+    device: torch.device,
+) -> None:
+    """Add the reference's log-probabilities to the pairs: of a model loaded here, or the policy.
+
+    Args:
+        policy: the model before training, or None if it is that no more, and the tokenizer.
+    """
+    model, tokenizer = policy
+    if model is None:
+        named = argparse.Namespace(**vars(arguments))
+        named.model = arguments.reference or arguments.model
+        flag = "--model" if arguments.reference is None else "--reference"
+        model, its_tokenizer = load_model(named, rows, None, flag)
+        check_same_tokens(named.model, its_tokenizer.get_vocab(), tokenizer.get_vocab())
+    model.to(device)
+    cache = Path(arguments.output) / "reference"
+    for data in sets:
+        if data.examples and add_reference(
+            data, model, collator, arguments.batch_size, device, cache, bf16=arguments.bf16
+        ):
+            processes.note(
+                f"reference log-probabilities of {len(data.examples)} pairs read from {cache}"
+            )
+
+
+def check_same_tokens(reference: str, theirs: dict[str, int], ours: dict[str, int]) -> None:
+    """Refuse a reference model for which the ids of the data would be other tokens."""
+    for token in sorted(theirs.keys() | ours.keys()):
+        there, here = theirs.get(token), ours.get(token)
+        if there != here:
+            raise CliError(
+                "--reference",
+                f"{reference}: the token {token!r} is {there} in its tokenizer; expected {here} as "
+                "in that of --model",
+            )
