@@ -5,7 +5,7 @@ import torch
 
 import dense
 import ift_kernels as K
-from bench import lmlike
+from bench.harness import data as lmlike
 from ift_kernels import active, active_backward, plan
 from ift_kernels.active_set import ActiveSet
 from ift_kernels.backends import cpu, reference
