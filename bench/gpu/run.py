@@ -99,12 +99,9 @@ def steps(part: str, out: Path, dry: bool) -> list[Step]:
 
 
 def _suite(suite: str, name: str, arguments: list[str], out: Path) -> Step:
-    command = [sys.executable, "-m", "bench", suite, *arguments, *_files(out / name)]
+    files = ["--json", f"{out / name}.json", "--plot", f"{out / name}.png"]
+    command = [sys.executable, "-m", "bench", suite, *arguments, *files]
     return Step(name, command, INTERPRETED if "cpu" in arguments else {})
-
-
-def _files(stem: Path) -> list[str]:
-    return ["--json", f"{stem}.json", "--plot", f"{stem}.png"]
 
 
 def results_folder(dry: bool) -> Path:
@@ -154,14 +151,8 @@ def _run(step: Step, out: Path, limit: float) -> dict[str, Any]:
         # Nothing may be fetched: what is not here is left out.
         env = {**os.environ, **step.env, "HF_HUB_OFFLINE": "1"}
         try:
-            done = subprocess.run(
-                step.command,
-                cwd=ROOT,
-                env=env,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=limit,
-            )
+            done = subprocess.run(step.command, cwd=ROOT, env=env, stdout=file,
+                                  stderr=subprocess.STDOUT, timeout=limit)  # fmt: skip
             outcome = "done" if done.returncode == 0 else f"failed with {done.returncode}"
         except subprocess.TimeoutExpired:
             outcome = f"stopped after {limit:.0f} s"

@@ -39,16 +39,8 @@ LIMITS = Path(__file__).with_name("static_limits.json")
 NARROW = {"marks", "merge"}
 # Touch every element once, so what they ask for may hardly exceed the least; but for a bias, which
 # every row reads again from a cache.
-STREAMING = {
-    "stats",
-    "dlogits",
-    "probabilities",
-    "top_k",
-    "gumbel",
-    "scan",
-    "residual",
-    "tile_sums",
-}
+STREAMING = {"stats", "dlogits", "probabilities", "top_k", "gumbel", "scan", "residual",
+             "tile_sums"}  # fmt: skip
 MAX_RATIO = 1.1
 MATRIX = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 PRODUCTS = {"fused"}
@@ -236,10 +228,9 @@ def _output(*command: str) -> str:
 
 
 def variants(
-    architecture: str,
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32),
-    fullness: tuple[bool, ...] = (False, True),
-) -> list[Variant]:
+    architecture: str, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
+    fullness: Sequence[bool] = (False, True),
+) -> list[Variant]:  # fmt: skip
     """Every kernel as the backend would have it compiled for the architecture."""
     with captured(architecture) as found:
         for dtype in dtypes:
@@ -249,12 +240,9 @@ def variants(
 
 
 def complaints(
-    which: Variant,
-    found: Resources,
-    architecture: str,
-    limit: int | None,
+    which: Variant, found: Resources, architecture: str, limit: int | None,
     moved: traffic.Bytes | None = None,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """What is wrong with a kernel; empty if nothing is. `limit` of registers."""
     wrong = []
     if found.spills:

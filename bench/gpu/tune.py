@@ -80,7 +80,6 @@ def calls(backend: Any, device: torch.device, rows: int, columns: int) -> dict[s
     ids = torch.full((rows, 2), -1, device=device)
     best, logit = torch.full((2, rows), -torch.inf, device=device)
     drawn = torch.zeros_like(target)
-    spread = torch.rand(columns, generator=generator).to(device)
     row_weights = torch.rand(rows, generator=generator).to(device)
     sequence = torch.randn(rows, columns, generator=generator).to(device)
     table = x[: max(rows // 4, 1)]
@@ -88,7 +87,6 @@ def calls(backend: Any, device: torch.device, rows: int, columns: int) -> dict[s
     grad = torch.randn(1, rows, columns, generator=generator).to(device, torch.bfloat16)
     chunk, moved = (x, None, PLAIN), x.numel() * x.element_size()
     mixing = (tokens, tokens.roll(1, 1), tokens, None, 0.2, -100)
-    mask = backend.active_marks(*chunk, target, 0, level, 32)
 
     def new_state() -> None:
         for tensor, first in zip((state, argmax), backend.new_state(rows, device), strict=True):
@@ -106,13 +104,6 @@ def calls(backend: Any, device: torch.device, rows: int, columns: int) -> dict[s
         return Call(moved, lambda: backend.stats_update(*chunk, target, 0, state, argmax, track),
                     lambda: [state[:3 if track > 1 else 2], argmax], new_state)  # fmt: skip
 
-    def split() -> list[Tensor]:
-        mean = torch.empty(-(-columns // 64), rows, device=device)
-        widths = (mask.sum(1) + 31) // 32 * 32
-        active = x.new_zeros(32 * int(widths.sum()))
-        backend.active_rows(x, mask, 32, 64, spread, mean, active)
-        return [mean, active]
-
     return {
         "stats_update": statistics_of(1),
         "stats_update, all": statistics_of(31),
@@ -129,7 +120,6 @@ def calls(backend: Any, device: torch.device, rows: int, columns: int) -> dict[s
         "active_marks": returning(
             lambda: [backend.active_marks(*chunk, target, 0, level, 32)], moved
         ),
-        "active_rows": returning(split, moved),
         "tile_sums": returning(lambda: [backend.tile_sums(x, 64, row_weights)], moved),
         "scan": returning(lambda: [backend.scan(sequence, None, None, 0.95, True)], 4 * moved),
         "residual": returning(lambda: [backend.residual(table, *mixing)], 3 * moved),
@@ -274,7 +264,6 @@ EPILOGUES = {
     "top_k": ("top_k_update", ROWWISE), "gumbel": ("gumbel_update", ROWWISE),
     "scan": ("scan", ROWWISE), "residual": ("residual", ROWWISE),
     "marks": ("active_marks", grid(ROWS=(16, 32), BLOCK=(64, 128), num_warps=(2, 4, 8))),
-    "rows": ("active_rows", grid(ROWS=(8, 16, 32), BLOCK=(64, 128, 256), num_warps=(4, 8))),
     "segments": ("tile_sums", grid(ITEMS=(4, 8, 16), BLOCK=(128, 256, 512), num_warps=(2, 4))),
 }  # fmt: skip
 CANDIDATES: dict[str, Configs] = {name: some for name, (_, some) in EPILOGUES.items()} | {

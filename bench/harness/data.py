@@ -69,14 +69,9 @@ class Data:
 
 
 def generate(
-    rows: int,
-    width: int,
-    vocabulary: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    shape: Shape | None = None,
-    seed: int = 0,
-) -> Data:
+    rows: int, width: int, vocabulary: int, *, dtype: torch.dtype = torch.float32,
+    shape: Shape | None = None, seed: int = 0,
+) -> Data:  # fmt: skip
     """LM-like data of N = `rows`, D = `width`, V = `vocabulary`, the same for the same seed.
 
     Raises:
@@ -122,7 +117,7 @@ def generate(
 
 
 def survival(data: Data, *, threshold: float = THRESHOLD, seed: int = 1) -> dict[str, float]:
-    """The three published figures on `data`, and two more that tell what kind of data it is.
+    """The three published figures on `data`, and two more that show what kind of data it is.
 
     Returns:
         ``above``: share of probabilities above the threshold; ``natural`` and ``permuted``: share
@@ -222,19 +217,14 @@ def exact(hidden: Tensor, weight: Tensor, target: Tensor, seed: int = 0) -> Exac
         top = torch.cat([top, z.topk(min(2, z.shape[1])).values], 1).topk(2).values
     z = hidden[rows].double() @ weight.double().T
     logp = z.log_softmax(-1)
+    gradients = f"of hidden on {len(rows)} rows, of weight on {len(columns)} columns"
     return Exact(
-        lse=lse,
-        best=top[:, 0],
-        second=top[:, 1],
-        logprob=(hidden.double() * weight[target].double()).sum(-1) - lse,
-        rows=rows,
-        entropy=-(logp.exp() * logp).sum(-1),
-        mean=logp.exp() @ weight.double(),
-        columns=columns,
-        p=(hidden.double() @ weight[columns].double().T - lse[:, None]).exp(),
-        words=f"log-sum-exp of all rows in {str(work).removeprefix('torch.')}; gradients of hidden "
-        f"on {len(rows)} rows, of weight on {len(columns)} columns, in float64",
-    )
+        lse, top[:, 0], top[:, 1], (hidden.double() * weight[target].double()).sum(-1) - lse, rows,
+        -(logp.exp() * logp).sum(-1), logp.exp() @ weight.double(), columns,
+        (hidden.double() @ weight[columns].double().T - lse[:, None]).exp(),
+        f"log-sum-exp of all rows in {str(work).removeprefix('torch.')}; gradients {gradients}, in "
+        "float64",
+    )  # fmt: skip
 
 
 class Errors:

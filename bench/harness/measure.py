@@ -86,16 +86,12 @@ class Cell:
 
     def record(self) -> dict[str, Any]:
         """What a report keeps of it."""
-        return {
-            "case": self.case,
-            "implementation": self.implementation,
-            "seconds": self.seconds,
-            "spread": self.spread,
-            "samples": self.samples,
-            "extra_bytes": self.extra_bytes,
-            "errors": self.errors,
-            "reason": self.reason,
-        }
+        names = ("case", "implementation", "seconds", "spread", "samples", "extra_bytes", "errors",
+                 "reason")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+
+Records = Iterator[dict[str, Any]]
 
 
 class Suite(NamedTuple):
@@ -105,7 +101,7 @@ class Suite(NamedTuple):
     cases: Mapping[str, Any]  # by name; each has a title
     add_arguments: Callable[[argparse.ArgumentParser], None]
     # (arguments, settings, progress) → one record per group, as soon as the group is complete
-    run: Callable[..., Iterator[dict[str, Any]]]
+    run: Callable[..., Records]
 
 
 def record(
@@ -170,11 +166,7 @@ def measure(
 
 
 def rounds(
-    costs: Sequence[float],
-    weights: Sequence[float],
-    least: Sequence[int],
-    most: int,
-    budget: float,
+    costs: Sequence[float], weights: Sequence[float], least: Sequence[int], most: int, budget: float
 ) -> list[int]:
     """How many samples each cell gets: `most` if time allows, else as many as its share buys.
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,9 +25,12 @@ import ift_kernels
 from ift_kernels import ActiveSet
 
 KINDS = ("loss", "logprob", "statistics", "ids")
+LOGPROB_ONLY = {"statistics": "gives neither entropy nor ids", "ids": "gives no ids"}
+LOSS_ONLY = LOGPROB_ONLY | {"logprob": "no gradient of its own per token"}
+Statistics = tuple[Tensor, Tensor, Tensor | None]
 
 
-def _optional(name: str) -> tuple[ModuleType | None, str]:
+def _optional(name: str) -> tuple[Any, str]:
     """A module, or why there is none."""
     try:
         return importlib.import_module(name), ""
@@ -58,13 +60,21 @@ class Peer:
     slowness = 1.3  # a guess, against bare GEMMs, until it has been measured
     lacks: dict[str, str] = {}  # noqa: RUF012  kind → why it is not offered; read only
     gradient_limit: float | None = None  # relative error that is refused; None: beyond rounding
+    missing = ""  # why its package cannot be used
+    gpu_only = False
 
     def unsupported_reason(self, kind: str, device: torch.device, dtype: torch.dtype) -> str:
         """Empty if it can run."""
         return self.unavailable(device, dtype) or self.lacks.get(kind, "")
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        return ""
+        return "its kernels need a GPU" if self.gpu_only and device.type == "cpu" else self.missing
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return -self.logprob(hidden, weight, target).sum() / (target != -100).sum()
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def function(self, kind: str) -> Callable[..., Any]:
         return getattr(self, kind)
@@ -89,9 +99,7 @@ class Naive(Peer):
         logp = self.logits(hidden, weight).log_softmax(-1)
         return _pick(logp, target)
 
-    def statistics(
-        self, hidden: Tensor, weight: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def statistics(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Statistics:
         logp = self.logits(hidden, weight).log_softmax(-1)
         return _pick(logp, target), -(logp.exp() * logp).sum(-1), logp.argmax(-1)
 
@@ -106,11 +114,8 @@ class NaiveFloat(Naive):
     lacks = {"ids": "the same as naive"}  # noqa: RUF012
 
     def unsupported_reason(self, kind: str, device: torch.device, dtype: torch.dtype) -> str:
-        return (
-            "the same as naive"
-            if dtype == torch.float32
-            else super().unsupported_reason(kind, device, dtype)
-        )
+        same = "the same as naive" if dtype == torch.float32 else ""
+        return same or super().unsupported_reason(kind, device, dtype)
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.linear(hidden, weight).float()
@@ -120,9 +125,7 @@ class Compiled(Peer):
     """`NaiveFloat` through inductor, once per shape."""
 
     name, title, compiled = "compile", "torch.compile of naive", True
-
-    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        return _inductor_missing
+    missing = _inductor_missing
 
     def function(self, kind: str) -> Callable[..., Any]:
         return compiled(getattr(NaiveFloat(), kind))
@@ -132,10 +135,7 @@ class TorchChunked(Peer):
     """torch's own fused head, chunked; without options it is the naive one."""
 
     name, title, slowness = "torch-chunked", "F.linear_cross_entropy, chunked", 10.0
-    lacks = {  # noqa: RUF012
-        "statistics": "gives neither entropy nor ids",
-        "ids": "gives no ids",
-    }
+    lacks = LOGPROB_ONLY
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
         has = hasattr(torch.nn, "LinearCrossEntropyOptions")
@@ -165,21 +165,15 @@ class TrlChunked(Peer):
         has = hasattr(_trl, "_ChunkedLogProbFunction")
         return "" if has else "needs TRL 1.16 or a later one that still has its chunked logprob"
 
-    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -self.logprob(hidden, weight, target).sum() / (target != -100).sum()
-
     def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return self._call(hidden, weight, target, ())[0]
 
-    def statistics(
-        self, hidden: Tensor, weight: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor, None]:
+    def statistics(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Statistics:
         return (*self._call(hidden, weight, target, ("entropy", "is_top1"))[:2], None)
 
     def _call(
         self, hidden: Tensor, weight: Tensor, target: Tensor, outputs: tuple[str, ...]
     ) -> tuple[Tensor, ...]:
-        assert _trl is not None
         mask = target != -100
         chunk = _trl._CHUNKED_LOGPROB_CHUNK_SIZE
         apply = _trl._ChunkedLogProbFunction.apply
@@ -191,14 +185,8 @@ class CutCrossEntropy(Peer):
     """Its Triton kernels on a GPU; elsewhere what it offers there, a compiled dense loss."""
 
     name, title = "cce", "Cut Cross-Entropy"
-    lacks = {  # noqa: RUF012
-        "statistics": "gives neither entropy nor ids",
-        "ids": "gives no ids",
-    }
-    compiled = True
-
-    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        return _cce_missing
+    lacks = LOGPROB_ONLY
+    compiled, missing = True, _cce_missing
 
     def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return self._call(hidden, weight, target, "mean")
@@ -207,7 +195,6 @@ class CutCrossEntropy(Peer):
         return -self._call(hidden, weight, target, "none")
 
     def _call(self, hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
-        assert _cce is not None
         mode = "cce" if hidden.is_cuda else "torch_compile"
         return _cce.linear_cross_entropy(hidden, weight, target, reduction=reduction, impl=mode)
 
@@ -216,17 +203,10 @@ class Liger(Peer):
     """Chunks of tokens, gradients in forward."""
 
     name, title = "liger", "Liger-Kernel"
-    lacks = {  # noqa: RUF012
-        "logprob": "no gradient of its own per token",
-        "statistics": "gives neither entropy nor ids",
-        "ids": "gives no ids",
-    }
-
-    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        return "its Triton kernels need a GPU" if device.type == "cpu" else _liger_missing
+    lacks = LOSS_ONLY
+    gpu_only, missing = True, _liger_missing
 
     def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        assert _liger is not None
         return _liger.liger_fused_linear_cross_entropy(hidden, weight, target)
 
 
@@ -234,19 +214,14 @@ class Quack(Peer):
     """Chunks of tokens, kernels for Hopper and Blackwell, gradients in forward."""
 
     name, title, compiled = "quack", "QuACK", True
-    lacks = {  # noqa: RUF012
-        "logprob": "no gradient of its own per token",
-        "statistics": "gives neither entropy nor ids",
-        "ids": "gives no ids",
-    }
+    lacks = LOSS_ONLY
+    gpu_only, missing = True, _quack_missing
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        if device.type == "cpu":
-            return "its kernels need a GPU"
-        return _quack_missing or ("16-bit data only" if dtype.itemsize > 2 else "")
+        found = super().unavailable(device, dtype)
+        return found or ("16-bit data only" if dtype.itemsize > 2 else "")
 
     def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        assert _quack is not None
         return _quack.chunked_linear_cross_entropy(hidden, weight, target)
 
 
@@ -259,25 +234,18 @@ class Verl(Peer):
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
         return _verl_torch_missing if device.type == "cpu" else _verl_missing
 
-    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -self.logprob(hidden, weight, target).sum() / (target != -100).sum()
-
     def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         # It has no ignored targets: its users mask what comes out.
         logprob = self._call(hidden, weight, target.clamp(min=0))[0]
         return logprob.masked_fill(target == -100, 0)
 
-    def statistics(
-        self, hidden: Tensor, weight: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor, None]:
+    def statistics(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Statistics:
         logprob, entropy = self._call(hidden, weight, target)
         return logprob, entropy, None
 
     def _call(self, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if hidden.is_cuda:
-            assert _verl is not None
             return _verl.linear_cross_entropy(hidden, weight, target, 1.0, "none")
-        assert _verl_torch is not None
         return _verl_torch.FusedLinearForPPO()(hidden, weight, target)
 
 
@@ -285,19 +253,11 @@ class FlashAttention(Naive):
     """Its kernel of the loss over logits that are held, with the gradient in their place."""
 
     name, title, slowness = "flash", "naive, flash-attn's cross-entropy", 1.4
-    lacks = {  # noqa: RUF012
-        "statistics": "gives neither entropy nor ids",
-        "ids": "gives no ids",
-    }
-
-    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        return "its Triton kernels need a GPU" if device.type == "cpu" else _flash_missing
-
-    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -self.logprob(hidden, weight, target).sum() / (target != -100).sum()
+    lacks = LOGPROB_ONLY
+    gpu_only, missing = True, _flash_missing
+    loss = Peer.loss
 
     def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        assert _flash is not None
         logits = self.logits(hidden, weight)
         return -_flash.cross_entropy_loss(logits, target, inplace_backward=True)[0]
 
@@ -313,9 +273,7 @@ class Ours(Peer):
     def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return _given(ift_kernels.linear_logprobs(hidden, weight, target).logprob)
 
-    def statistics(
-        self, hidden: Tensor, weight: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def statistics(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Statistics:
         outputs = ("logprob", "entropy", "argmax")
         stats = ift_kernels.linear_logprobs(hidden, weight, target, outputs=outputs)
         return _given(stats.logprob), _given(stats.entropy), _given(stats.argmax)

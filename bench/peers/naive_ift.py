@@ -11,44 +11,20 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ift.checking.naive import (
-    naive_logprob,
-    naive_predict,
-    naive_propagation_loss,
-    naive_weights,
-)
+from ift.checking.naive import naive_logprob, naive_predict, naive_propagation_loss, naive_weights
 
-__all__ = [
-    "frozen_embedding",
-    "naive_ift_loss",
-    "naive_logprob",
-    "naive_predict",
-    "naive_propagation_loss",
-    "naive_sft_loss",
-    "naive_weights",
-    "refresh",
-]
+__all__ = ("frozen_embedding", "naive_ift_loss", "naive_logprob", "naive_predict",
+           "naive_propagation_loss", "naive_sft_loss", "naive_weights", "refresh")  # fmt: skip
 
 
 def naive_ift_loss(
     model: nn.Module,
     input_ids: Tensor,  # (B, T), as are labels and attention_mask
-    labels: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    lam: float = 0.2,
-    gamma: float = 0.95,
-    objective: str = "released",
-    kind: str = "loss",
-    side: str = "left",
-    norm: str = "L1",
-    detach: bool = False,
-    rule: str = "greedy",
-    k: int = 2,
-    temperature: float = 0.7,
-    embedding: nn.Module | None = None,
-    predicted: Tensor | None = None,
-) -> Tensor:
+    labels: Tensor, attention_mask: Tensor | None = None, *, lam: float = 0.2, gamma: float = 0.95,
+    objective: str = "released", kind: str = "loss", side: str = "left", norm: str = "L1",
+    detach: bool = False, rule: str = "greedy", k: int = 2, temperature: float = 0.7,
+    embedding: nn.Module | None = None, predicted: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """IFT loss of a causal language model of the transformers kind, by two full passes.
 
     Args:
@@ -71,15 +47,9 @@ def naive_ift_loss(
     logits = model(inputs_embeds=mixed, attention_mask=attention_mask).logits
     logprob, mask = naive_logprob(logits, labels)
     return naive_propagation_loss(
-        logprob,
-        mask,
-        gamma=gamma,
-        objective=objective,
-        kind=kind,
-        side=side,
-        norm=norm,
+        logprob, mask, gamma=gamma, objective=objective, kind=kind, side=side, norm=norm,
         detach=detach,
-    )
+    )  # fmt: skip
 
 
 def naive_sft_loss(

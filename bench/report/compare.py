@@ -24,7 +24,7 @@ from rich.console import Console
 
 from bench.harness.machine import ROOT
 from bench.report.ranking import OURS
-from bench.report.tables import SCHEMA, Report, Table, duration, size, terminal
+from bench.report.tables import SCHEMA, Report, Table, duration, size, terminal, write
 
 TOLERANCE = 0.05
 PAGES = 2**20  # bytes of memory that differ from run to run
@@ -184,7 +184,7 @@ def run(base: str, suite: list[str], repeats: int, keep: Path | None) -> tuple[R
             for turn in range(repeats):
                 for root in (there, ROOT) if turn % 2 == 0 else (ROOT, there):
                     out = Path(folder, f"{root.name}-{turn}.json")
-                    _measure(root, [*suite, "--json", str(out)])
+                    _checked([*COMMAND, *suite, "--json", str(out)], root)
                     both[root].append(load(out))
         finally:
             _git("worktree", "remove", "--force", str(there))
@@ -192,8 +192,7 @@ def run(base: str, suite: list[str], repeats: int, keep: Path | None) -> tuple[R
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
         for name, report in (("base", before), ("here", after)):
-            text = json.dumps(report, indent=1, ensure_ascii=False)
-            (keep / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+            write(report, keep / f"{name}.json")
     return before, after
 
 
@@ -208,10 +207,6 @@ def _extension(there: Path, base: str) -> None:
             (there / "ift_kernels" / file.name).write_bytes(file.read_bytes())
     elif built:
         _checked([sys.executable, "setup.py", "build_ext", "--inplace"], there)
-
-
-def _measure(root: Path, suite: list[str]) -> None:
-    _checked([*COMMAND, *suite], root)
 
 
 def _checked(command: list[str], root: Path) -> None:

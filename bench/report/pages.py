@@ -23,7 +23,7 @@ from typing import Any
 from bench.harness import data
 from bench.harness.machine import RESULTS, ROOT
 from bench.report import pictures, ranking, tables
-from bench.report.ranking import ABOUT, ORDER, TITLES, Case
+from bench.report.ranking import ABOUT, ORDER, Case
 from bench.report.tables import Report, Source, Table, escape, web
 
 HTML = ROOT / "build" / "benchmarks.html"
@@ -240,7 +240,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var
   margin: 0 auto; max-width: 1240px; padding: 0 16px 48px; }
 p, ul { max-width: 820px; } ul { padding-left: 20px; }
 h1 { font-size: 28px; } h2 { border-bottom: 2px solid var(--link); margin-top: 48px; }
-h2 small { color: var(--dim); font-weight: 400; } h3 { font-size: 17px; margin: 28px 0 6px; }
+h3 { font-size: 17px; margin: 28px 0 6px; }
 nav a { display: inline-block; margin: 0 14px 4px 0; } a { color: var(--link); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
@@ -277,14 +277,10 @@ def html_page(sources: Sequence[Source]) -> str:
     """The HTML page, with its pictures inside."""
     found = {suite: ranking.suite_tables(sources, suite) for suite in ORDER}
     suites = [suite for suite in ORDER if found[suite]]
-    links = {suite: TITLES[suite] for suite in suites} | {"provenance": "Provenance"}
-    nav = " ".join(f'<a href="#{at}">{escape(title)}</a>' for at, title in links.items())
+    nav = " ".join(f'<a href="#{name}">{name}</a>' for name in (*suites, "provenance"))
     parts = [web(ranking.summary(sources))]
     for suite in suites:
-        parts.append(
-            f'<h2 id="{suite}">{escape(TITLES[suite])} <small>{suite}</small></h2>'
-            f"<p>{escape(ABOUT[suite])}</p>"
-        )
+        parts.append(f'<h2 id="{suite}">{suite}</h2><p>{escape(ABOUT[suite])}</p>')
         some = [source for source in sources if source.report["suite"] == suite]
         for group, cases in ranking.by_group(sources, suite).items():
             parts += [web(table) for table in found[suite][group]]

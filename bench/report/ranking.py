@@ -18,16 +18,6 @@ from bench.report.tables import (
 )
 
 ORDER = ("e2e", "losses", "masked", "head", "active", "scaling", "ops", "overhead")
-TITLES = {
-    "e2e": "Whole training steps",
-    "losses": "Training losses",
-    "masked": "Ignored targets",
-    "head": "Linear head",
-    "active": "Active-set backward",
-    "scaling": "Cost against size",
-    "ops": "Other operations",
-    "overhead": "Small calls",
-}
 ABOUT = {
     "e2e": "Whole training steps of small random models: tokens per second, memory over weights "
     "and optimizer, and the most rows that fit. A heading names the architecture, layers x width, "
@@ -229,7 +219,7 @@ def summary(sources: Sequence[Source]) -> Table:
     head = ["suite", *["fastest", "leanest"] * len(devices)]
     over = [("", 1), *((device, 2) for device in devices)]
     return Table("Cases in which ours is fastest or leanest, or within 3 % of that", head, rows,
-                 over, TITLES)  # fmt: skip
+                 over)  # fmt: skip
 
 
 def not_run(sources: Sequence[Source], suite: str) -> Table:

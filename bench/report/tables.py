@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import rich.table
@@ -327,15 +327,8 @@ def _joined(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 class Progress:
     """A bar with the time left in a terminal, nothing elsewhere."""
 
-    def __init__(self, console: Console) -> None:
-        columns = (
-            SpinnerColumn(), BarColumn(20), TextColumn("{task.percentage:3.0f} %"),
-            TimeElapsedColumn(), TextColumn("{task.fields[left]}"),
-            TextColumn("{task.description}", style="dim"),
-        )  # fmt: skip
-        quiet = not console.is_terminal
-        self._bars = Bars(*columns, console=console, transient=True, disable=quiet)
-        self._task = self._bars.add_task("", total=1.0, left="")
+    def __init__(self, bars: Bars) -> None:
+        self._bars, self._task = bars, bars.add_task("", total=1.0, left="")
 
     def at(self, what: str) -> None:
         """What happens now."""
@@ -349,14 +342,14 @@ class Progress:
             left = max(1 - task.completed, 0) * task.elapsed / task.completed
             self._bars.update(self._task, left=f"{int(left) // 60}:{int(left) % 60:02d} left")
 
-    def __enter__(self) -> Progress:
-        self._bars.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bars.stop()
+@contextlib.contextmanager
+def progress(console: Console) -> Iterator[Progress]:
+    """A bar as long as the ``with`` block."""
+    columns = (
+        SpinnerColumn(), BarColumn(20), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"), TextColumn("{task.description}", style="dim"),
+    )  # fmt: skip
+    quiet = not console.is_terminal
+    with Bars(*columns, console=console, transient=True, disable=quiet) as bars:
+        yield Progress(bars)

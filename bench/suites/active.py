@@ -19,7 +19,7 @@ import multiprocessing
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tqdm import tqdm
 import ift
 import ift_kernels
 from bench.harness.machine import provenance
-from bench.harness.measure import Settings, Suite
+from bench.harness.measure import Records, Settings, Suite
 from bench.peers.heads import PEERS
 from bench.report import pictures
 from bench.suites import grid, head
@@ -76,9 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flat", action="store_true", help="random data, not LM-like")
 
 
-def run(
-    arguments: argparse.Namespace, settings: Settings, progress: Any
-) -> Iterator[dict[str, Any]]:
+def run(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Records:
     """Measure; one record per shape and dtype."""
     grids = [
         Grid(f"{grid.words(sizes)} {dtype}", points(sizes, arguments), dtype, arguments.flat)
@@ -112,30 +110,21 @@ GRADIENTS = ("exact", "active")
 LOSSES = ("sft", "ift")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Sizes of the model and of its batches."""
-
-    vocab_size: int = 8192
-    hidden: int = 128
-    layers: int = 2
-    batch_size: int = 8
-    max_length: int = 96
-    lr: float = 1e-3
+SETTING = {"vocab_size": 8192, "hidden": 128, "layers": 2, "batch_size": 8, "max_length": 96}
+LEARNING_RATE = 1e-3
 
 
 class Study:
     """Data, its split, and what is rare in it; shared by all runs of a process."""
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
+    def __init__(self) -> None:
         train, held_out = ([Row("", row) for row in rows] for rows in docstrings.collect())
         texts = (text for row in train for text in row.texts)
-        self.tokenizer = tiny.train_tokenizer(texts, setting.vocab_size)
-        self.examples = encode(train, self.tokenizer, setting.max_length).examples
+        self.tokenizer = tiny.train_tokenizer(texts, SETTING["vocab_size"])
+        self.examples = encode(train, self.tokenizer, SETTING["max_length"]).examples
         random.Random(0).shuffle(self.examples)
-        held = encode(held_out, self.tokenizer, setting.max_length).examples
-        self.collate, size = Collator(self.tokenizer.pad_token_id), setting.batch_size
+        held = encode(held_out, self.tokenizer, SETTING["max_length"]).examples
+        self.collate, size = Collator(self.tokenizer.pad_token_id), SETTING["batch_size"]
         self.held_out = [self.collate(held[i : i + size]) for i in range(0, len(held), size)]
         self.counts = Counter(
             int(i) for example in self.examples for i in example["labels"] if i >= 0
@@ -149,15 +138,15 @@ class Study:
     ) -> tuple[dict[str, Any], Any]:
         """One training; its record, and the model."""
         model = tiny.tiny_llama(
-            self.tokenizer, hidden=self.setting.hidden, layers=self.setting.layers,
-            max_length=self.setting.max_length, seed=seed, tied=False,
+            self.tokenizer, hidden=SETTING["hidden"], layers=SETTING["layers"],
+            max_length=SETTING["max_length"], seed=seed, tied=False,
         )  # fmt: skip
         model.lm_head.requires_grad_(not frozen)
         ift.patch(model, gradient=gradient)
         options = {"ift": ift.IFTConfig(embedding_grad=True)} if loss == "ift" else {}
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.setting.lr)
-        losses, shares, size = [], [], self.setting.batch_size
+        optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+        losses, shares, size = [], [], SETTING["batch_size"]
         for step in range(seed * steps, (seed + 1) * steps):
             some = [(step * size + i) % len(self.examples) for i in range(size)]
             batch = self.collate([self.examples[i] for i in some])
@@ -241,10 +230,10 @@ def _dense(
 _study: Study | None = None
 
 
-def _start(setting: Setting) -> None:
+def _start() -> None:
     global _study
     torch.set_num_threads(1)
-    _study = Study(setting)
+    _study = Study()
 
 
 def _work(job: tuple[int, str, bool, str, int]) -> dict[str, Any]:
@@ -268,10 +257,6 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "loss": loss, "frozen": frozen, "of": what,
                 "spread": max(of["exact"]) - min(of["exact"]),
                 "mean": {g: sum(v) / len(v) for g, v in of.items()},
-                "largest difference of a seed": {
-                    g: max(abs(a - b) for a, b in zip(v, of["exact"], strict=True))
-                    for g, v in of.items()
-                },
             })  # fmt: skip
     return found
 
@@ -285,7 +270,6 @@ def train(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    setting = Setting()
     jobs = [
         (seed, loss, frozen, gradient, options.steps)
         for seed in range(options.seeds) for loss in LOSSES for frozen in (False, True)
@@ -293,10 +277,10 @@ def train(arguments: Sequence[str]) -> int:
     ]  # fmt: skip
     about = provenance(torch.device("cpu"), 1)
     context = multiprocessing.get_context("spawn")
-    with context.Pool(options.processes, _start, (setting,)) as pool:
+    with context.Pool(options.processes, _start) as pool:
         runs = list(tqdm(pool.imap(_work, jobs), total=len(jobs), unit="run"))
     real = next(r.pop("real_head") for r in runs if "real_head" in r)
-    done = {"provenance": about, "setting": asdict(setting), "steps": options.steps,
+    done = {"provenance": about, "setting": SETTING | {"lr": LEARNING_RATE}, "steps": options.steps,
             "summary": summary(runs), "real_head": real, "runs": runs}  # fmt: skip
     for line in (*done["summary"], real):
         print(json.dumps(line))

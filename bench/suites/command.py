@@ -15,8 +15,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     about = provenance(torch.device(options.device), options.threads)
     groups: list[tables.Report] = []
     interrupted = False
-    with tables.Progress(Console(stderr=True)) as progress:
+    with tables.progress(Console(stderr=True)) as progress:
         try:
             for group in SUITES[options.suite].run(options, settings, progress):
                 tables.compare(group)
@@ -145,32 +145,28 @@ PATIENCE = 20.0  # seconds for a suite that is interrupted to write what it has
 INTERRUPTED = (130, -signal.SIGINT)
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One suite, and its share of the time."""
 
     suite: str
     share: float
-    options: tuple[str, ...] = ()
+    options: str = ""
 
 
 # Without what compiles (minutes by itself), in bfloat16, and small: every cell is called at least
 # four times in a process of its own, and a long start leaves nothing for the end.
 PARTS = (
-    Part("head", 0.14, ("--shapes", "512x896x32000", "--dtype", "bf16", "--cases", "statistics",
-                        "scalar", "per-token", "--implementations", "floor", "floor-t", "ours",
-                        "naive", "trl")),
-    Part("active", 0.11, ("--shapes", "512x896x32000", "--dtype", "bf16", "--cases", "per-token",
-                          "per-token-frozen", "--implementations", "floor", "floor-t", "ours",
-                          "active", "naive")),
-    Part("losses", 0.15, ("--shape", "4x64x896x32000", "--cases", "sft", "ift", "dpo", "orpo",
-                          "grpo")),
-    Part("masked", 0.13, ("--shapes", "512x896x32000", "--implementations", "floor", "ours",
-                          "active", "naive", "--kinds", "per-token")),
-    Part("scaling", 0.11, ("--base", "512x256x8192",)),
-    Part("ops", 0.12, ("--shape", "256x256x16000", "--implementations", "floor", "ours", "naive")),
-    Part("overhead", 0.09, ("--implementations", "ours", "naive")),
-    Part("e2e", 0.15, ("--rows", "2", "--hidden", "128", "--layers", "2")),
+    Part("head", 0.14, "--shapes 512x896x32000 --dtype bf16 --cases statistics scalar per-token "
+         "--implementations floor floor-t ours naive trl"),
+    Part("active", 0.11, "--shapes 512x896x32000 --dtype bf16 --cases per-token per-token-frozen "
+         "--implementations floor floor-t ours active naive"),
+    Part("losses", 0.15, "--shape 4x64x896x32000 --cases sft ift dpo orpo grpo"),
+    Part("masked", 0.13, "--shapes 512x896x32000 --implementations floor ours active naive "
+         "--kinds per-token"),
+    Part("scaling", 0.11, "--base 512x256x8192"),
+    Part("ops", 0.12, "--shape 256x256x16000 --implementations floor ours naive"),
+    Part("overhead", 0.09, "--implementations ours naive"),
+    Part("e2e", 0.15, "--rows 2 --hidden 128 --layers 2"),
 )  # fmt: skip
 
 
@@ -192,8 +188,8 @@ def run_short(parts: Sequence[Part], out: Path, minutes: float, threads: int) ->
         left = sum(later.share for later in parts[at:])
         seconds = max(measuring.left(), 0.0) * part.share / left
         file = out / f"{part.suite}.json"
-        command = [sys.executable, "-m", "bench", part.suite, *part.options, "--rounds", "3",
-                   "--threads", str(threads), "--minutes", f"{seconds / 60:.3f}",
+        command = [sys.executable, "-m", "bench", part.suite, *part.options.split(),
+                   "--rounds", "3", "--threads", str(threads), "--minutes", f"{seconds / 60:.3f}",
                    "--json", str(file)]  # fmt: skip
         if pictures.available():
             command += ["--plot", str(file.with_suffix(".png"))]

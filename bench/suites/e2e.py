@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,16 @@ from torch import Tensor
 
 import ift
 from bench.harness.data import Wrong
-from bench.harness.measure import Cell, Settings, Subject, Suite, measure, peak_bytes, record
+from bench.harness.measure import (
+    Cell,
+    Records,
+    Settings,
+    Subject,
+    Suite,
+    measure,
+    peak_bytes,
+    record,
+)
 from bench.harness.worker import Failed
 from bench.peers import naive_ift
 from bench.suites.grid import DTYPES, RATE
@@ -52,7 +61,6 @@ class Case:
     name: str
     title: str
     products: int  # of tokens · V · D multiply-adds, naive
-    pairs: bool = False
     reference: bool = False
 
 
@@ -60,7 +68,7 @@ CASES = {
     case.name: case
     for case in (
         Case("sft", "SFT", 3),
-        Case("dpo", "DPO, reference in the step", 4, pairs=True, reference=True),
+        Case("dpo", "DPO, reference in the step", 4, reference=True),
         Case("ift", "IFT, both passes", 4),
     )
 }  # fmt: skip
@@ -80,50 +88,34 @@ class Setting:
     device: str
 
     @property
-    def words(self) -> str:
-        v = self.vocabulary or ARCHITECTURES[self.architecture][2]
-        return f"{self.architecture} {self.layers}x{self.hidden} V={v}"
+    def vocabulary_size(self) -> int:
+        """Size of the vocabulary: that of the real models where none is asked for."""
+        return self.vocabulary or ARCHITECTURES[self.architecture][2]
 
     @property
     def name(self) -> str:
-        return f"{self.words}, {self.rows}x{self.length} tokens, {self.dtype}"
+        return (f"{self.architecture} {self.layers}x{self.hidden} V={self.vocabulary_size}, "
+                f"{self.rows}x{self.length} tokens, {self.dtype}")  # fmt: skip
 
 
 # --- in the workers -------------------------------------------------------------------------------
 
 
-def make_model(
-    architecture: str,
-    *,
-    hidden: int,
-    layers: int,
-    vocabulary: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> Any:
-    """A new model with random weights, in training mode.
-
-    Args:
-        hidden: width, a multiple of 64; heads have 64, the MLP 8/3 of it.
-        vocabulary: None: that of the real models of this architecture.
-    """
-    config_class, special, real = ARCHITECTURES[architecture]
-    heads = max(hidden // 64, 1)
+def make_model(setting: Setting) -> Any:
+    """A new model with random weights, in training mode; heads of 64, an MLP of 8/3 the width."""
+    config_class, special, _ = ARCHITECTURES[setting.architecture]
+    heads = max(setting.hidden // 64, 1)
     config = getattr(transformers, config_class)(
-        vocab_size=vocabulary or real,
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3 // 32 * 32,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
-        max_position_embeddings=4096,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        attn_implementation="eager" if architecture == "gemma2" else "sdpa",
-        use_cache=False,
-        **special,
+        vocab_size=setting.vocabulary_size, hidden_size=setting.hidden,
+        intermediate_size=setting.hidden * 8 // 3 // 32 * 32, num_hidden_layers=setting.layers,
+        num_attention_heads=heads, num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
+        max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        attn_implementation="eager" if setting.architecture == "gemma2" else "sdpa",
+        use_cache=False, **special,
     )  # fmt: skip
-    torch.manual_seed(seed)
-    return transformers.AutoModelForCausalLM.from_config(config).to(dtype).train()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    return model.to(setting.device, DTYPES[setting.dtype]).train()
 
 
 Batch = dict[str, Tensor]
@@ -132,9 +124,8 @@ Step = Callable[[Any, Any, Any, Batch], Tensor]  # model, reference, frozen embe
 
 def batch(setting: Setting, rows: int) -> Batch:
     """Random tokens; the prompt has no labels."""
-    v = setting.vocabulary or ARCHITECTURES[setting.architecture][2]
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, v, (rows, setting.length), generator=generator)
+    ids = torch.randint(3, setting.vocabulary_size, (rows, setting.length), generator=generator)
     labels = ids.clone()
     labels[:, : int(PROMPT * setting.length)] = -100
     found = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
@@ -201,10 +192,7 @@ class Trainer:
     """A model, what its loss needs beside it, and the optimizer."""
 
     def __init__(self, setting: Setting, case: Case, implementation: str) -> None:
-        self.model = make_model(
-            setting.architecture, hidden=setting.hidden, layers=setting.layers,
-            vocabulary=setting.vocabulary, dtype=DTYPES[setting.dtype],
-        ).to(setting.device)  # fmt: skip
+        self.model = make_model(setting)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if case.reference else None
         self.frozen = None
         if implementation != "naive":
@@ -297,9 +285,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--most", type=int, default=64, help="rows that are tried for it, at most")
 
 
-def run(
-    arguments: argparse.Namespace, settings: Settings, progress: Any
-) -> Iterator[dict[str, Any]]:
+def run(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Records:
     """Measure; one record per architecture and dtype."""
     if arguments.rows < 2 or arguments.rows % 2:
         raise SystemExit(f"python -m bench e2e: --rows: expected an even number of at least 2, got "
@@ -341,13 +327,9 @@ def run(
 
 
 def largest(
-    arguments: Callable[[int], tuple[Any, ...]],
-    memory: int,
-    settings: Settings,
-    *,
-    most: int,
-    least: int = 2,
-) -> dict[str, Any]:
+    arguments: Callable[[int], tuple[Any, ...]], memory: int, settings: Settings, *,
+    most: int, least: int = 2,
+) -> dict[str, Any]:  # fmt: skip
     """The most rows, even, whose call takes at most `memory` bytes over its inputs.
 
     Rows double until a call no longer fits; then the gap is halved. Every count is a call that was
@@ -387,8 +369,8 @@ def _with_rows(setting: Setting, case: str, implementation: str, rows: int) -> t
 
 
 def _cell(setting: Setting, case: Case, implementation: str) -> Cell:
-    v = setting.vocabulary or ARCHITECTURES[setting.architecture][2]
-    work = case.products * setting.rows * setting.length * v * setting.hidden
+    tokens = setting.rows * setting.length
+    work = case.products * tokens * setting.vocabulary_size * setting.hidden
     rate = RATE[torch.device(setting.device).type, DTYPES[setting.dtype].itemsize]
     return Cell(
         setting.name, case.name, implementation, prepare, (setting, case.name, implementation),

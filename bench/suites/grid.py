@@ -273,16 +273,25 @@ def shape(text: str) -> tuple[int, int, int]:
         raise argparse.ArgumentTypeError(
             f"expected one of {', '.join(MODELS)} before @, got {text!r}"
         )
-    try:
-        n, d, v = (int(part) for part in parts)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected NxDxV, as 2048x1024x32000, or a model and rows, as llama-3-8b@4096, got "
-            f"{text!r}"
-        ) from None
-    if min(n, v) < 1 or d < 8:
-        raise argparse.ArgumentTypeError(f"expected N, V ≥ 1 and D ≥ 8, got {text!r}")
+    n, d, v = sizes(
+        "x".join(parts), "NxDxV", "2048x1024x32000, or a model and rows, as llama-3-8b@4096"
+    )
+    if d < 8:
+        raise argparse.ArgumentTypeError(f"expected D ≥ 8, got {text!r}")
     return n, d, v
+
+
+def sizes(text: str, form: str, example: str) -> tuple[int, ...]:
+    """Numbers of at least 1, as many as `form` has, joined by ``x``."""
+    try:
+        found = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        found = ()
+    if len(found) != form.count("x") + 1 or min(found) < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected {form} of at least 1, as {example}, got {text!r}"
+        )
+    return found
 
 
 def words(sizes: Sequence[int]) -> str:

@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from bench.harness.measure import Settings, Suite
+from bench.harness.measure import Records, Settings, Suite
 from bench.peers.heads import PEERS
 from bench.suites import grid
 from bench.suites.grid import CORE, DTYPES, FEW, FLOORS, SHAPES, Case, Grid, Point, shape
 
 IGNORED = 0.7
-TINY = (4, 16, 64)  # so little work that what remains is the cost of the call
 CASES = {
     case.name: case
     for case in (
@@ -47,7 +46,6 @@ CASES = {
 }  # fmt: skip
 # torch's chunked loss is timed where a call takes seconds, not where it takes minutes.
 CHUNKED_WORK = 1e11  # multiply-adds of a GEMM
-TINY_CASES = ("forward", "scalar", "per-token")
 IMPLEMENTATIONS = (*FLOORS, *(name for name in PEERS if name not in ("active", "dropped")))
 
 
@@ -59,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "2048x1024x32000 1024x896x151936",
     )  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    parser.add_argument("--cases", nargs="+", choices=[*CASES, "overhead"], metavar="CASE",
+    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE",
                         help="default: all; see --list")  # fmt: skip
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, metavar="NAME",
                         help="default: all; see --list")  # fmt: skip
@@ -71,18 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flat", action="store_true", help="random data, not LM-like")
 
 
-def run(
-    arguments: argparse.Namespace, settings: Settings, progress: Any
-) -> Iterator[dict[str, Any]]:
-    """Measure; one record per shape and dtype, and one of calls that compute next to nothing."""
-    shapes = [] if arguments.cases == ["overhead"] else arguments.shapes
+def run(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Records:
+    """Measure; one record per shape and dtype."""
     grids = [
         Grid(f"{grid.words(sizes)} {dtype}", points(sizes, arguments), dtype, arguments.flat)
-        for sizes in shapes
+        for sizes in arguments.shapes
         for dtype in arguments.dtype
     ]
-    if not arguments.cases or "overhead" in arguments.cases:
-        grids.append(overhead(arguments))
     return grid.run(grids, arguments, settings, progress)
 
 
@@ -102,17 +95,6 @@ def points(sizes: tuple[int, int, int], arguments: argparse.Namespace) -> list[P
         absent = {"torch-chunked": "may take minutes: only with --everyone"} if slow else {}
         found.append(Point(sizes, case, names, absent))
     return found
-
-
-def overhead(arguments: argparse.Namespace) -> Grid:
-    """Calls that compute next to nothing."""
-    asked = arguments.implementations or IMPLEMENTATIONS
-    found = []
-    for case in (CASES[name] for name in TINY_CASES):
-        names = [name for name in IMPLEMENTATIONS if name in asked and name not in FLOORS
-                 and (case.everyone or arguments.everyone or name in CORE)]  # fmt: skip
-        found.append(Point(TINY, replace(case, call=True), names))
-    return Grid(f"overhead {arguments.dtype[0]}", found, arguments.dtype[0], flat=True)
 
 
 # --- along an axis --------------------------------------------------------------------------------
@@ -162,9 +144,7 @@ def masked_arguments(parser: argparse.ArgumentParser) -> None:
                   "compile", "cce", "quack", "verl", "flash", "trl", "liger"))  # fmt: skip
 
 
-def run_masked(
-    arguments: argparse.Namespace, settings: Settings, progress: Any
-) -> Iterator[Record]:
+def run_masked(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Records:
     """Measure; one record per shape and dtype."""
     axes = [
         axis("ignored", kind, "% of the targets ignored",
@@ -235,9 +215,7 @@ def scaling_arguments(parser: argparse.ArgumentParser) -> None:
     axis_arguments(parser, KINDS, ["per-token"], ("floor", "ours", "naive"))
 
 
-def run_scaling(
-    arguments: argparse.Namespace, settings: Settings, progress: Any
-) -> Iterator[Record]:
+def run_scaling(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Records:
     """Measure; one record per dtype."""
     lines = {
         (name, kind): along(arguments.base, name, kind)
@@ -277,9 +255,7 @@ def overhead_arguments(parser: argparse.ArgumentParser) -> None:
     axis_arguments(parser, CALLS, CALLS, ("ours", "naive", "compile"))
 
 
-def run_overhead(
-    arguments: argparse.Namespace, settings: Settings, progress: Any
-) -> Iterator[Record]:
+def run_overhead(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Records:
     """Measure; one record per dtype."""
     axes = [
         axis("N", kind, "rows", {OVERHEAD[kind, rows].name: rows for rows in ROWS})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness.data import Wrong
-from bench.harness.measure import Cell, Settings, Subject, Suite, measure, record
-from bench.suites.grid import DTYPES, RATE
+from bench.harness.measure import Cell, Records, Settings, Subject, Suite, measure, record
+from bench.suites.grid import DTYPES, RATE, sizes
 from ift import losses
 
 SHAPE = (8, 64, 896, 151936)  # responses, tokens of each, D, V
@@ -175,9 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all")
 
 
-def run(
-    arguments: argparse.Namespace, settings: Settings, progress: Any
-) -> Iterator[dict[str, Any]]:
+def run(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Records:
     """Measure; one record per dtype."""
     rows, length, d, v = shape = arguments.shape
     cases = [CASES[name] for name in arguments.cases or CASES]
@@ -201,15 +199,10 @@ def run(
 
 def _shape(text: str) -> tuple[int, ...]:
     """Responses, tokens, width and vocabulary: ``8x64x896x151936`` as numbers."""
-    try:
-        sizes = tuple(int(part) for part in text.lower().split("x"))
-    except ValueError:
-        sizes = ()
-    if len(sizes) != 4 or min(sizes) < 1 or sizes[0] % 2:
-        raise argparse.ArgumentTypeError(
-            f"expected RxTxDxV with an even number of responses, as 8x64x896x151936, got {text!r}"
-        )
-    return sizes
+    found = sizes(text, "RxTxDxV", "8x64x896x151936")
+    if found[0] % 2:
+        raise argparse.ArgumentTypeError(f"expected an even number of responses, got {text!r}")
+    return found
 
 
 SUITE = Suite(__doc__.splitlines()[0], CASES, add_arguments, run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ift_kernels
 from bench.harness.data import WRONG, Errors, Exact, Wrong
-from bench.harness.measure import Cell, Settings, Subject, Suite, measure, record
+from bench.harness.measure import Cell, Records, Settings, Subject, Suite, measure, record
 from bench.harness.worker import Worker
 from bench.peers import heads
 from bench.peers.naive_ift import naive_weights
@@ -252,16 +252,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this suite."""
     parser.add_argument("--shape", type=grid.shape, default=SHAPE, metavar="NxDxV",
                         help="of the head; D and V of the embedding")  # fmt: skip
-    parser.add_argument("--batch", type=_batch, default=BATCH, metavar="BxT",
+    parser.add_argument("--batch", default=BATCH, metavar="BxT",
+                        type=lambda text: grid.sizes(text, "BxT", "16x1024"),
                         help="rows and positions of sequences")  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=grid.DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all")
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS)
 
 
-def run(
-    arguments: argparse.Namespace, settings: Settings, progress: Any
-) -> Iterator[dict[str, Any]]:
+def run(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Records:
     """Measure; one record per group, as soon as it is complete."""
     asked = [CASES[name] for name in arguments.cases or CASES]
     n, d, v = arguments.shape
@@ -302,8 +301,8 @@ def _cells(
     cells = []
     for case in cases:
         for name in IMPLEMENTATIONS:
-            wanted = not arguments.implementations or name in arguments.implementations
-            if not wanted or (name == "floor" and not case.gemms):
+            asked = arguments.implementations or IMPLEMENTATIONS
+            if name not in asked or (name == "floor" and not case.gemms):
                 continue
             work = case.gemms * n * d * v / grid.RATE[device.type, grid.DTYPES[dtype].itemsize]
             cell = Cell(
@@ -314,17 +313,6 @@ def _cells(
                 cell.reason = heads.PEERS["compile"].unavailable(device, grid.DTYPES[dtype])
             cells.append(cell)
     return cells
-
-
-def _batch(text: str) -> tuple[int, int]:
-    """Rows and positions: ``16x1024`` as numbers."""
-    try:
-        rows, length = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected BxT, as 16x1024, got {text!r}") from None
-    if min(rows, length) < 1:
-        raise argparse.ArgumentTypeError(f"expected sizes of at least 1, got {text!r}")
-    return rows, length
 
 
 SUITE = Suite(__doc__, CASES, add_arguments, run)

@@ -27,5 +27,5 @@ def test_ours_is_the_naive_form(case, dtype):
 def test_shape_is_checked():
     assert losses._shape("8x64x896x151936") == losses.SHAPE
     for text in ("8x64", "3x4x5x6", "axbxcxd"):
-        with pytest.raises(argparse.ArgumentTypeError, match="expected RxTxDxV"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected RxTxDxV|an even number"):
             losses._shape(text)
