@@ -73,11 +73,11 @@ def read(libraries: Iterable[Path], architecture: str = "90a") -> list[Kernel]:
         raise RuntimeError("cuobjdump: expected in CUDA_HOME/bin or on PATH")
     kernels = []
     for library in libraries:
-        ask = [tool, "-arch", f"sm_{architecture}", str(library)]
+        dump = [tool, "-arch", f"sm_{architecture}", str(library)]
         path = os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])  # nvdisasm
         usage, sass = (
             subprocess.run(
-                [*ask, option], env={**os.environ, "PATH": path}, capture_output=True, text=True,
+                [*dump, option], env={**os.environ, "PATH": path}, capture_output=True, text=True,
                 check=True,
             ).stdout
             for option in ("-res-usage", "-sass")

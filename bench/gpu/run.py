@@ -138,7 +138,7 @@ def run(part: str, out: Path, dry: bool, minutes: float) -> int:
         state_file.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         print(f"{part}: {step.name}: {outcome['outcome']} ({outcome['seconds']:.0f} s)")
         if outcome["outcome"] == "absent":
-            print(f"{part}: {step.name} needs {step.needs}, which is not here: left out")
+            print(f"{part}: {step.name} needs {step.needs}, which is not installed: left out")
         bad += outcome["outcome"] not in ("done", "absent")
     return bad
 
@@ -148,7 +148,7 @@ def _run(step: Step, out: Path, limit: float) -> dict[str, Any]:
         return {"outcome": "absent", "seconds": 0.0, "needs": step.needs}
     start, log = machine.now(), out / f"{step.name}.log"
     with log.open("w", encoding="utf-8") as file:
-        # Nothing may be fetched: what is not here is left out.
+        # Nothing may be fetched: what is not installed is left out.
         env = {**os.environ, **step.env, "HF_HUB_OFFLINE": "1"}
         try:
             done = subprocess.run(step.command, cwd=ROOT, env=env, stdout=file,

@@ -1,10 +1,10 @@
-"""Static: what every kernel of the Triton backend takes on GPUs that need not be here.
+"""Static: what every kernel of the Triton backend takes on GPUs that need not be installed.
 
 A launch is captured on CPU tensors instead of being run: types, alignment and constants are those
 that a GPU would see. Each is compiled in every committed configuration, for NVIDIA and AMD
 architectures, by Triton's own compiler, and the machine code is read with the disassembler that
 comes with it. Committed limits: registers, no spills, 16-byte loads and stores of global memory,
-the matrix instructions of the architecture where there is a product, and bytes that are asked for
+the matrix instructions of the architecture where there is a product, and bytes that are requested
 against the least that could be (`bench.gpu.traffic`).
 """
 
@@ -37,8 +37,8 @@ from ift_kernels.backends.triton import launch
 LIMITS = Path(__file__).with_name("static_limits.json")
 # Reads bytes, single flags or lists of ids; nothing to gain from wide accesses.
 NARROW = {"marks", "merge"}
-# Touch every element once, so what they ask for may hardly exceed the least; but for a bias, which
-# every row reads again from a cache.
+# Touch every element once, so the bytes requested may hardly exceed the least; but for a bias,
+# which every row reads again from a cache.
 STREAMING = {"stats", "dlogits", "probabilities", "top_k", "gumbel", "scan", "residual",
              "tile_sums"}  # fmt: skip
 MAX_RATIO = 1.1
@@ -46,7 +46,7 @@ MATRIX = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma
 PRODUCTS = {"fused"}
 
 
-# --- compiling for GPUs that are not here ---------------------------------------------------------
+# --- compiling for GPUs that are not installed ----------------------------------------------------
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -170,20 +170,18 @@ def compile_for(which: Variant, architecture: str) -> Resources:
     read = _amd if target.backend == "hip" else _nvidia
     registers, spills, loads, stores, matrix = read(compiled.asm)
     programs = _programs(architecture, registers, shared, warps)
-    most = UNITS[architecture][2]
-    return Resources(
-        registers, spills, shared, warps, programs, programs * warps / most, loads, stores, matrix
-    )
+    occupancy = programs * warps / UNITS[architecture][2]
+    return Resources(registers, spills, shared, warps, programs, occupancy, loads, stores, matrix)
 
 
 def _programs(architecture: str, registers: int, shared: int, warps: int) -> int:
     """How many programs fit on a multiprocessor: registers are given out to warps in lots."""
-    file, memory, most_warps, most = UNITS[architecture]
+    file, memory, max_warps, max_programs = UNITS[architecture]
     width = TARGETS[architecture].warp_size
     per_warp = -(-max(registers, 1) * width // 256) * 256
     reserved = 1024 if width == 32 else 0  # shared memory that the driver takes of each program
-    by_memory = memory // (shared + reserved) if shared + reserved else most
-    return max(0, min(most, most_warps // warps, file // (per_warp * warps), by_memory))
+    by_memory = memory // (shared + reserved) if shared + reserved else max_programs
+    return max(0, min(max_programs, max_warps // warps, file // (per_warp * warps), by_memory))
 
 
 @functools.cache

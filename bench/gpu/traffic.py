@@ -1,4 +1,4 @@
-"""Every launch of the Triton backend, and the bytes that it asks memory for.
+"""Every launch of the Triton backend, and the bytes that it requests from memory.
 
 Bytes are counted in Triton's interpreter.
 
@@ -95,12 +95,12 @@ class Bytes(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How often what is needed once is asked for."""
+        """How often what is needed once is requested."""
         return self.requested / self.least
 
 
 def key(name: str, about: str) -> str:
-    """The name of a variant here: constants in capitals only, and not the precision of products."""
+    """The name of a variant: constants in capitals only, and not the precision of products."""
     types = DTYPES.values()
     kept = [
         word for word in about.split()

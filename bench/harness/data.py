@@ -1,14 +1,14 @@
 """Inputs of a head, and what is exact on them.
 
-Hidden states, head weight and targets whose probabilities look like those of a language model.
+Hidden states, head weight and targets whose probabilities are like those of a language model.
 
 Random logits are not LM-like: every token gets about the same share, so schedules that depend on
-where the probability mass lies look wonderful or useless for no reason. Here the logit of
+where the probability mass lies would measure far too well or too badly. Here the logit of
 vocabulary id v at position n is, before targets are drawn,
 
     z[n, v] = −slope · log rank[v] + σ · Gaussian[n, v]
 
-a Zipf law of frequencies, the same at every position, plus a part that tells positions apart, of
+a Zipf law of frequencies, the same at every position, plus a part that distinguishes positions, of
 which positions of one document share a portion. Ids are almost in order of frequency, as in a
 byte-pair vocabulary, with some disorder. Targets are drawn from softmax(z), and then every hidden
 state is moved towards its target, as training would have done. All of it is linear: z is exactly
@@ -48,7 +48,7 @@ WRONG = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.fl
 
 @dataclass(frozen=True)
 class Shape:
-    """How the distribution looks; the defaults are the calibrated ones."""
+    """Parameters of the distribution; the defaults are the calibrated ones."""
 
     slope: float = 1.12  # of log-probability against log rank
     sigma: float = 2.1  # standard deviation of the Gaussian part of a logit

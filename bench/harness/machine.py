@@ -99,7 +99,7 @@ def synchronize(device: torch.device) -> None:
 def freed_at_once() -> Iterator[None]:
     """Make free() give blocks of 64 KiB and more back to the system, where the C library can.
 
-    glibc otherwise keeps up to 64 MiB of them, and a later call that takes them again would look
+    glibc otherwise keeps up to 64 MiB of them, and a later call that takes them again would seem
     smaller than it is. Afterwards it does what it had come to do by itself in a process that frees
     large blocks.
     """
@@ -223,8 +223,8 @@ def clocks(device: torch.device) -> dict[str, str]:
     fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
     if shutil.which("nvidia-smi") is None:
         return {}
-    ask = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    done = subprocess.run(ask, capture_output=True, text=True)
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.splitlines() if done.returncode == 0 else []
     at = device.index or 0
     values = lines[at].split(", ") if at < len(lines) else []
@@ -237,7 +237,7 @@ def _cpu_clocks() -> dict[str, str]:
         found["now"] = f"{min(rates):.0f} to {max(rates):.0f} MHz"
     with contextlib.suppress(OSError):  # virtual machines have none
         limit = Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
-        found["most"] = f"{int(limit.read_text()) // 1000} MHz"
+        found["max"] = f"{int(limit.read_text()) // 1000} MHz"
     return found
 
 

@@ -4,8 +4,8 @@
    refused there and never timed. (What compiles does this in the process that it keeps.)
 2. Then every implementation has one process, kept alive, and rounds go through all cells of a
    group in turn, so that a machine that slows down slows all of them. Its allocator is the one that
-   users have, unless it is asked to keep what it frees. How many rounds a cell gets depends on its
-   time and the budget; calls so long that a budget would not hold a second one keep the first.
+   users have, unless an option makes it keep what it frees. How many rounds a cell gets depends on
+   its time and the budget; calls so long that a budget would not hold a second one keep the first.
 
 A group (one shape and dtype) shares its inputs and its rounds: ratios are meant within a group.
 """
@@ -134,7 +134,7 @@ def measure(
 
     Args:
         share: of the time left, what this group may take.
-        whole: of the progress bar, what it stands for.
+        whole: its share of the progress bar.
     """
     later = (1 - share) * max(settings.budget.left(), 0.0)
     cells = [cell for cell in cells if not cell.reason]
@@ -166,24 +166,25 @@ def measure(
 
 
 def rounds(
-    costs: Sequence[float], weights: Sequence[float], least: Sequence[int], most: int, budget: float
-) -> list[int]:
-    """How many samples each cell gets: `most` if time allows, else as many as its share buys.
+    costs: Sequence[float], weights: Sequence[float], fewest: Sequence[int], limit: int,
+    budget: float,
+) -> list[int]:  # fmt: skip
+    """How many samples each cell gets: `limit` if time allows, else as many as its share buys.
 
     All cells have the same share of seconds, times their weight; it is the largest that fits
-    the budget. No cell gets fewer than its `least`.
+    the budget. No cell gets less than its number in `fewest`.
     """
 
     def buy(share: float) -> list[int]:
         return [
-            min(most, max(low, int(share * weight / cost))) if cost > 0 else most
-            for cost, weight, low in zip(costs, weights, least, strict=True)
+            min(limit, max(low, int(share * weight / cost))) if cost > 0 else limit
+            for cost, weight, low in zip(costs, weights, fewest, strict=True)
         ]
 
     def total(counts: list[int]) -> float:
         return sum(count * cost for count, cost in zip(counts, costs, strict=True))
 
-    low, high = 0.0, max((c / w for c, w in zip(costs, weights, strict=True)), default=0.0) * most
+    low, high = 0.0, limit * max((c / w for c, w in zip(costs, weights, strict=True)), default=0.0)
     if total(buy(high)) <= budget:
         return buy(high)
     for _ in range(40):
@@ -207,16 +208,16 @@ class Crew:
             if self._settings.keep_freed:
                 self._workers[name].call(keep_freed)
         try:
-            return self.ask(self._workers[name], cell, function, *arguments)
+            return self.call_in(self._workers[name], cell, function, *arguments)
         except Failed:
             self._workers.pop(name).close()
             raise
 
-    def ask(self, worker: Worker, cell: Cell, function: Callable[..., Any], *arguments: Any) -> Any:
+    def call_in(self, worker: Worker, cell: Cell, function: Callable[..., Any], *rest: Any) -> Any:
         """The same in any worker, with time for inputs and check, or for a compilation."""
         limit = self._settings.limit
         limit = 2 * limit + 120 if cell.compiled else limit + 20
-        return worker.call(function, cell.prepare, cell.arguments, *arguments, limit=limit)
+        return worker.call(function, cell.prepare, cell.arguments, *rest, limit=limit)
 
     def __enter__(self) -> Crew:
         return self
@@ -231,7 +232,7 @@ def _first(cell: Cell, settings: Settings, crew: Crew) -> None:
     try:
         if cell.fresh:
             with Worker(settings.threads) as worker:
-                found = crew.ask(worker, cell, _observe, settings.limit)
+                found = crew.call_in(worker, cell, _observe, settings.limit)
         else:
             found = crew.call(cell, _observe, settings.limit)
     except Failed as failure:
@@ -295,9 +296,9 @@ def _extra(prepare: Callable[..., Subject], arguments: tuple[Any, ...]) -> int |
         return observe(subject.call, subject.device).extra_bytes
 
 
-def due(turn: int, count: int, most: int) -> bool:
-    """Is a cell with `count` samples sampled in this of `most` rounds?"""
-    return math.floor((turn + 1) * count / most) > math.floor(turn * count / most)
+def due(turn: int, count: int, rounds: int) -> bool:
+    """Is a cell with `count` samples sampled in this of `rounds` rounds?"""
+    return math.floor((turn + 1) * count / rounds) > math.floor(turn * count / rounds)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods()
 
 
 class Failed(RuntimeError):
-    """What was asked of a worker did not work out; the message is the reason, in one line."""
+    """A call in a worker failed; the message is the reason, in one line."""
 
 
 class Worker:
@@ -35,10 +35,10 @@ class Worker:
         context: Any = multiprocessing.get_context(METHOD)
         if METHOD == "forkserver":
             context.set_forkserver_preload(["bench.suites.command"])
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
+        self._pipe, other_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other_end, threads), daemon=True)
         self._process.start()
-        theirs.close()
+        other_end.close()
 
     def call(self, function: Callable[..., Any], *args: Any, limit: float | None = None) -> Any:
         """``function(*args)``, computed there.

@@ -2,7 +2,7 @@
 
 A cell became slower when its median grew by more than the tolerance *and* its fastest sample is
 above the slowest one before. Where the bare GEMMs of the same case changed with it, the machine is
-slower, not the code: the growth of the floor is divided out, unless it makes things look worse.
+slower, not the code: the growth of the floor is divided out, unless that makes ours seem worse.
 Memory is compared by the tolerance alone, beyond a MiB. Only what is ours decides the exit code.
 """
 

@@ -107,17 +107,13 @@ def active_times(cells: Values) -> list[float | None]:
 
 def active_costs(cells: Values) -> list[float | None]:
     """A scalar loss, memory, and errors of dh."""
-    frozen, naive = "per-token-frozen", _value(cells, "per-token-frozen naive", "extra_bytes")
-    floor = _floor(cells, "scalar")
+    frozen, floor = "per-token-frozen", _floor(cells, "scalar")
+    naive = cells[f"{frozen} naive"]["extra_bytes"] if f"{frozen} naive" in cells else None
     return [
         *(_of(cells, f"scalar {name}", floor) for name in ("ours", "active")),
         *(_of(cells, f"{frozen} {name}", naive, "extra_bytes") for name in ("ours", "active")),
         *(_error(cells, f"{frozen} {name}", "d hidden") for name in ("ours", "active")),
     ]  # fmt: skip
-
-
-def _value(cells: Values, name: str, field: str) -> float | None:
-    return cells[name][field] if name in cells else None
 
 
 def active_flat(cells: Values) -> list[float | None]:
@@ -161,7 +157,7 @@ def _training() -> Report:
 
 
 def figures(sources: Sequence[Source], results: str) -> str:
-    """The look of the data beside what was published."""
+    """Figures of the data beside those that were published."""
     name = f"{DEVICE}/head-152k-bf16.json"
     (source,) = (s for s in sources if s.label == name)
     (found,) = (g["data"] for g in source.report["groups"] if g["shape"][2] == 151936)

@@ -35,7 +35,7 @@ ABOUT = {
 }
 WHAT = """\
 ift-kernels computes log-probabilities and losses of language models from hidden states and the
-output head, with gradients, without holding the tokens × vocabulary matrix of logits. Here are its
+output head, with gradients, without holding the tokens × vocabulary matrix of logits. Below are its
 time and memory beside those of what people write in plain torch (*naive*), and of other
 packages."""
 READ = (
@@ -119,8 +119,8 @@ def by_group(sources: Sequence[Source], suite: str) -> dict[str, dict[str, dict[
     of the file with most cases.
     """
     found: dict[str, dict[str, dict[str, Case]]] = {}
-    here = [source for source in sources if source.report["suite"] == suite]
-    for source in sorted(here, key=_cases, reverse=True):
+    of_suite = [source for source in sources if source.report["suite"] == suite]
+    for source in sorted(of_suite, key=_cases, reverse=True):
         for group in source.report["groups"]:
             for name in group["titles"]:
                 case = Case(name, group, source)
@@ -176,21 +176,21 @@ def _extra(group: str, cases: dict[str, dict[str, Case]], devices: list[str]) ->
     """Tokens per second and exponents, where a group has them."""
     steps, fits = [], []
     for device in devices:
-        here = [case[device] for case in cases.values() if device in case]
-        for case in here:
+        shown = [case[device] for case in cases.values() if device in case]
+        for case in shown:
             for cell in case.cells:
                 if cell.get("tokens_per_second"):
-                    most = cell.get("largest")
+                    largest = cell.get("largest")
                     steps.append([
                         device, case.name, case.names[cell["implementation"]],
                         f"{cell['tokens_per_second']:.0f}", size(cell["extra_bytes"]) or "–",
-                        rows_that_fit(most) if most else "–",
-                        f"{most['bytes'] / 2**30:g} GiB" if most else "–",
+                        rows_that_fit(largest) if largest else "–",
+                        f"{largest['bytes'] / 2**30:g} GiB" if largest else "–",
                     ])  # fmt: skip
-        for fit in here[0].group.get("fits", ()) if here else ():
+        for fit in shown[0].group.get("fits", ()) if shown else ():
             values = [f"{fit[q]:.2f}" if fit[q] is not None else "–"
                       for q in ("seconds", "extra_bytes")]  # fmt: skip
-            name = here[0].names[fit["implementation"]]
+            name = shown[0].names[fit["implementation"]]
             fits.append([device, fit["case"], fit["axis"], name, *values])
     found = []
     if steps:
@@ -210,8 +210,8 @@ def summary(sources: Sequence[Source]) -> Table:
         groups = by_group(sources, suite).values()
         row = [suite]
         for device in devices:
-            here = [c[device] for cases in groups for c in cases.values() if device in c]
-            for verdicts in ([c.fastest for c in here], [c.leanest for c in here]):
+            some = [c[device] for cases in groups for c in cases.values() if device in c]
+            for verdicts in ([c.fastest for c in some], [c.leanest for c in some]):
                 judged = [verdict for verdict in verdicts if verdict != "–"]
                 good = sum(not verdict.startswith("no") for verdict in judged)
                 row.append(f"{good} of {len(judged)}" if judged else "–")

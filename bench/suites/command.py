@@ -4,7 +4,7 @@
 find what became slower, ``counts`` what became more, ``training`` compares gradients by what they
 train, ``lmlike`` shows the data, and ``quick`` runs a short form of every suite.
 ``static``, ``cuda-static``, ``tune``, ``backends`` and ``gpu`` measure nothing about peers: kernels
-compiled for GPUs that are not here, launch configurations, our backends beside each other, and
+compiled for GPUs that are not installed, launch configurations, our backends beside each other, and
 everything that a machine with a GPU should run.
 """
 
@@ -122,7 +122,7 @@ def names() -> dict[str, str]:
 
 
 def show_list(console: Console) -> None:
-    """Print what can be measured here."""
+    """Print what can be measured on this machine."""
     for name, found in SUITES.items():
         console.print(f"[bold]{name}[/]: {found.about}", highlight=False)
         for case in found.cases.values():
@@ -132,7 +132,7 @@ def show_list(console: Console) -> None:
     for name, title in names().items():
         peer = PEERS.get(name)
         reason = peer.unavailable(device, torch.bfloat16) if peer else ""
-        console.print(f"  {name:<20}{title}" + (f" — not here: {reason}" if reason else ""),
+        console.print(f"  {name:<20}{title}" + (f" — not available: {reason}" if reason else ""),
                       highlight=False)  # fmt: skip
 
 

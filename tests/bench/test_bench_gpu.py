@@ -56,7 +56,7 @@ def test_a_part_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert gpu.run("ops", tmp_path, True, 10.0) == 1  # what is absent is no failure
     printed = capsys.readouterr().out
     assert "bad: failed with 3" in printed
-    assert "program needs no-such-program, which is not here: left out" in printed
+    assert "program needs no-such-program, which is not installed: left out" in printed
     state = json.loads((tmp_path / "ops.state.json").read_text())
     assert state["steps"]["good"]["outcome"] == "done"
     assert state["steps"]["program"]["outcome"] == "absent"
@@ -130,7 +130,7 @@ def test_tuner_writes_a_table(tmp_path):
     pytest.importorskip("triton")
     path = tmp_path / "launch.json"
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON", "IFT_"))}
-    tune = [sys.executable, "-m", "bench", "tune", "--dry-run", "--kernels", "residual", "forward"]
+    tune = [sys.executable, "-m", "bench", "tune", "--dry-run", "--kernels", "residual", "scan"]
     done = subprocess.run(
         [*tune, "--output", str(path)], env=kept, cwd=ROOT, capture_output=True, text=True,
         timeout=HANG,
@@ -140,9 +140,7 @@ def test_tuner_writes_a_table(tmp_path):
     committed = json.loads((ROOT / "ift_kernels/backends/triton/launch.json").read_text())
     written = table["architectures"].pop("interpreter")
     assert table["architectures"] == committed["architectures"]
-    assert set(written) == {"residual", "forward"} and set(written["residual"]) == {
-        "narrow",
-        "wide",
-    }
+    assert set(written) == {"residual", "scan"}
+    assert set(written["residual"]) == {"narrow", "wide"}
     times = table["measured"]["interpreter"]["times"]
     assert len(times) > 4 and all("seconds" in row for row in times)
