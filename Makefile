@@ -31,7 +31,7 @@ prove: $(VENV)/dev.stamp
 
 # Every suite in short, with a budget of nine minutes; ends in build/bench/report.html.
 bench: $(VENV)/bench.stamp
-	$(BIN)/python -m bench tour $(ARGS)
+	$(BIN)/python -m bench quick $(ARGS)
 
 # On a machine with a GPU: PART=tests|head|active|ops|losses|e2e|tune, all of them without; run it again to
 # go on where it stopped. DRY=1 goes the same way on a CPU. MINUTES=8 is for each part.

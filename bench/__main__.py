@@ -1,4 +1,4 @@
-"""``python -m bench``: a command of its own module, else a suite of `bench.suites`."""
+"""``python -m bench``: a command of its own module, else a suite of `bench.suites.command`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from collections.abc import Sequence
 # Name → its module and function. Only what is asked for is imported: the suites import every peer,
 # which takes longer than most commands.
 COMMANDS = {
-    "report": ("page", "main"), "tour": ("tour", "main"),
-    "compare": ("regress", "compare"), "run": ("regress", "run_base"),
-    "static": ("static", "main"), "tune": ("tune", "main"), "backends": ("backends", "main"),
-    "gpu": ("gpu", "main"), "counts": ("counts", "main"),
+    "report": ("report.pages", "main"), "quick": ("suites.command", "quick"),
+    "compare": ("report.compare", "compare"), "run": ("report.compare", "run_base"),
+    "counts": ("suites.counts", "main"), "training": ("suites.active", "train"),
+    "lmlike": ("harness.data", "main"), "gpu": ("gpu.run", "main"),
+    "tune": ("gpu.tune", "tune"), "backends": ("gpu.tune", "backends"),
+    "static": ("gpu.static", "main"), "cuda-static": ("gpu.cuda_static", "main"),
 }  # fmt: skip
 
 
@@ -20,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = given[0] if given else ""
-    module, function = COMMANDS.get(name, ("suites", "main"))
+    module, function = COMMANDS.get(name, ("suites.command", "main"))
     run = getattr(importlib.import_module(f"bench.{module}"), function)
     return int(run(given[1:] if name in COMMANDS else given))
 

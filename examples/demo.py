@@ -3,8 +3,9 @@
 ``python -m examples.demo`` from the root of the checkout, or ``make demo``.  Naive and fused SFT,
 naive and fused IFT start from the same weights and see the same batches; a table and a picture
 compare losses, speed and the memory of the output head.  Naive SFT is the model's own loss over
-full logits; naive IFT is the plain port of the released algorithm in ``bench/naive_ift.py``.  At a
-few steps of each fused training, loss and gradients are computed in both ways from its weights.
+full logits; naive IFT is the plain port of the released algorithm in ``bench/peers/naive_ift.py``.
+At a few steps of each fused training, loss and gradients are computed in both ways from its
+weights.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ift
-from bench.naive_ift import frozen_embedding, naive_ift_loss, refresh
+from bench.peers.naive_ift import frozen_embedding, naive_ift_loss, refresh
 from examples import docstrings, picture
 from examples.head_memory import head_peak_bytes
 from ift import tiny

@@ -11,9 +11,9 @@ HANG = 3600
 NEVER_ENDS = ["--minutes", "1000", "--limit", str(HANG)]
 
 # Imported once, in the process that all others are forked from: that is most of their time.
-# It is also the one of bench.worker: what comes first decides for both.
+# It is also the one of bench.harness.worker: what comes first decides for both.
 PRELOADED = [
-    "bench.suites",
+    "bench.suites.command",
     "ift.integrations.transformers",
     "torch.distributed.tensor",
     "torch.distributed.fsdp",

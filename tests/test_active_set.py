@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dense
 import ift_kernels as K
-from bench import lmlike
+from bench.harness import data as lmlike
 from ift_kernels import active_hidden, plan
 from ift_kernels.active_set import ActiveSet
 

@@ -5,7 +5,7 @@ import torch
 
 import causal_lms
 import ift
-from bench.naive_ift import naive_ift_loss
+from bench.peers.naive_ift import naive_ift_loss
 from ift.checking import compare
 from ift.checking.naive import naive_ift
 

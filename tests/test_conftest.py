@@ -33,7 +33,7 @@ def test_compiled_code_still_traces():
 
 
 # A clock, a sleep, or a limit that a busy machine may reach. A test counts, puts a counter in place
-# of `bench.clock.now`, gives what never ends a limit of 0, and everything else HANG seconds.
+# of `bench.harness.machine.now`, gives what never ends a limit of 0, and all else HANG seconds.
 CLOCKS = re.compile(
     r"\bimport time\b|\bfrom time import|\btime(?:it)?\.\w+\(|perf_counter|monotonic\("
     r"|datetime\.now|\bsleep\(|\b(?:timeout|timedelta\(seconds)=(?P<seconds>[\d.]+)"

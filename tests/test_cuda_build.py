@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 
 import ift_kernels
-from bench import cuda_static
+from bench.gpu import cuda_static
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA extension is for Linux")

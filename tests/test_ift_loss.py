@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ift_kernels
-from bench import naive_ift
+from bench.peers import naive_ift
 from ift.losses import IFTLoss, SFTLoss, ift_loss, sft_loss
 from ift_kernels import discounted_cumsum
 from serving import BACKENDS

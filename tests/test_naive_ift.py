@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ift_kernels
-from bench import naive_ift
+from bench.peers import naive_ift
 from ift.losses import ift_loss
 from ift_kernels import temporal_residual
 from serving import BACKENDS

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ift_kernels
-from bench.naive_ift import naive_weights
+from bench.peers.naive_ift import naive_weights
 from ift_kernels import discounted_cumsum, propagation_weights
 from serving import BACKENDS
 

@@ -10,7 +10,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 import ift
 import recipes
-from bench.naive_ift import naive_ift_loss
+from bench.peers.naive_ift import naive_ift_loss
 from causal_lms import assert_close, batch, gradients, make
 from ift_kernels import linear_logprobs
 from recipes import install, recipe, run

@@ -83,7 +83,7 @@ def test_committed_sources_compile(architecture):
     The digest is of all sources, constants and configurations. Where it differs,
     ``python -m bench static --write`` compiles everything, which takes minutes.
     """
-    from bench import static
+    from bench.gpu import static
 
     known = static.committed()
     if static.triton.__version__ != known["triton"]:
@@ -97,13 +97,13 @@ def test_committed_sources_compile(architecture):
 @pytest.mark.parametrize("architecture", ["sm_90"])
 def test_compiled_kernels_stay_within_their_limits(architecture):
     """A quarter of the variants, compiled for certain; `test_committed_sources_compile` has all."""
-    from bench import offline, static
+    from bench.gpu import static
 
     limits = static.committed()["registers"][architecture]
     some = static.variants(architecture, (torch.bfloat16,), (False,))
     assert {v.name for v in some} == set(limits)
     for which in dict(reversed([(v.name, v) for v in some])).values():  # one of each kernel
-        found = offline.compile_for(which, architecture)
+        found = static.compile_for(which, architecture)
         wrong = static.complaints(which, found, architecture, limits.get(which.name))
         assert not wrong, f"{which.name} {which.about}: {'; '.join(wrong)}"
 
@@ -112,10 +112,10 @@ def test_complaints():
     """The check of the table finds what it is there to find."""
     from dataclasses import replace
 
-    from bench import offline, static, traffic
+    from bench.gpu import static, traffic
 
     which = next(v for v in static.variants("sm_90", (torch.bfloat16,)) if v.name == "fused")
-    good = offline.Resources(90, 0, 1024, 8, 2, 0.25, 4, 2, "wgmma")
+    good = static.Resources(90, 0, 1024, 8, 2, 0.25, 4, 2, "wgmma")
     assert static.complaints(which, good, "sm_90", 100) == []
     for change, word in (
         ({"spills": 8}, "spills"), ({"registers": 101}, "limit 100"), ({"programs": 0}, "fit"),

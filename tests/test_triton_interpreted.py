@@ -319,8 +319,8 @@ def test_greedy_and_the_rest():
 
 
 def test_bytes_that_kernels_ask_for():
-    """bench.traffic: an address once per access of a program, against once at all."""
-    from bench import traffic
+    """bench.gpu.traffic: an address once per access of a program, against once at all."""
+    from bench.gpu import traffic
 
     x, target = torch.randn(8, 1024).bfloat16(), torch.zeros(8, dtype=torch.int64)
     norm, coef = torch.zeros(2, 8), torch.ones(4, 8)

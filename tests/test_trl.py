@@ -14,7 +14,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.kto_trainer import KTOConfig, KTOTrainer
 
-from bench.naive_ift import frozen_embedding, naive_ift_loss, refresh
+from bench.peers.naive_ift import frozen_embedding, naive_ift_loss, refresh
 from causal_lms import assert_close, make
 from ift.integrations import trl as integration
 from ift.tiny import train_tokenizer

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 
-from bench.naive_ift import naive_ift_loss
+from bench.peers.naive_ift import naive_ift_loss
 from causal_lms import ARCHITECTURES, V, assert_close, batch, gradients, make
 from ift.checking import compare as compare_models
 from ift.config import IFTConfig

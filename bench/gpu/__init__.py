@@ -1,0 +1,1 @@
+"""Kernels and launches of GPUs, on a machine with one or without."""

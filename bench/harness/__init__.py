@@ -1,0 +1,1 @@
+"""How anything is measured: processes, memory, time, data, and the exact result."""

@@ -1,0 +1,373 @@
+"""The implementations that are compared: how to call each in its best mode, and why one cannot run.
+
+Each offers some of the kinds below, as functions of hidden (N, D), weight (V, D) and target (N,),
+with −100 where a target is ignored:
+
+* ``loss``: mean cross-entropy, a scalar;
+* ``logprob``: (N,) log-probability of each target, 0 where ignored;
+* ``statistics``: that, the entropy (N,) and the most likely id (N,);
+* ``ids``: the most likely id (N,).
+
+What the peers print or warn stays in the process of the worker that runs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ift_kernels
+from ift_kernels import ActiveSet
+
+KINDS = ("loss", "logprob", "statistics", "ids")
+LOGPROB_ONLY = {"statistics": "gives neither entropy nor ids", "ids": "gives no ids"}
+LOSS_ONLY = LOGPROB_ONLY | {"logprob": "no gradient of its own per token"}
+Statistics = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _optional(name: str) -> tuple[Any, str]:
+    """A module, or why there is none."""
+    try:
+        return importlib.import_module(name), ""
+    except ModuleNotFoundError as error:
+        return None, f"{error.name} is not installed"
+    except Exception as error:  # whatever a peer's import raises, the others still run
+        return None, f"does not import: {type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+# Imported once, by the server that workers are forked from.
+_trl, _trl_missing = _optional("trl.trainer.utils")
+_cce, _cce_missing = _optional("cut_cross_entropy")
+_liger, _liger_missing = _optional("liger_kernel.transformers.functional")
+_quack, _quack_missing = _optional("quack.linear_cross_entropy")
+_verl, _verl_missing = _optional("verl.utils.kernel.linear_cross_entropy")
+_verl_torch, _verl_torch_missing = _optional("verl.utils.experimental.torch_functional")
+_flash, _flash_missing = _optional("flash_attn.ops.triton.cross_entropy")
+_inductor, _inductor_missing = _optional("torch._inductor.compile_fx")
+
+
+class Peer:
+    """One implementation. `name` is what options and files call it, `title` what readers see."""
+
+    name = ""
+    title = ""
+    compiled = False  # its first call compiles: neither its time nor its memory is measured
+    slowness = 1.3  # a guess, against bare GEMMs, until it has been measured
+    lacks: dict[str, str] = {}  # noqa: RUF012  kind → why it is not offered; read only
+    gradient_limit: float | None = None  # relative error that is refused; None: beyond rounding
+    missing = ""  # why its package cannot be used
+    gpu_only = False
+
+    def unsupported_reason(self, kind: str, device: torch.device, dtype: torch.dtype) -> str:
+        """Empty if it can run."""
+        return self.unavailable(device, dtype) or self.lacks.get(kind, "")
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
+        return "its kernels need a GPU" if self.gpu_only and device.type == "cpu" else self.missing
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return -self.logprob(hidden, weight, target).sum() / (target != -100).sum()
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def function(self, kind: str) -> Callable[..., Any]:
+        return getattr(self, kind)
+
+    def details(self, call: Callable[[], Any]) -> dict[str, float]:
+        """What to report beside the errors of a call."""
+        return {}
+
+
+class Naive(Peer):
+    """What people write, in the dtype of the model."""
+
+    name, title, slowness = "naive", "naive", 1.6
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight)
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(hidden, weight), target)
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        logp = self.logits(hidden, weight).log_softmax(-1)
+        return _pick(logp, target)
+
+    def statistics(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Statistics:
+        logp = self.logits(hidden, weight).log_softmax(-1)
+        return _pick(logp, target), -(logp.exp() * logp).sum(-1), logp.argmax(-1)
+
+    def ids(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight).argmax(-1)
+
+
+class NaiveFloat(Naive):
+    """The same with the logits cast to float32, as transformers does."""
+
+    name, title, slowness = "naive-float", "naive, fp32 logits", 1.8
+    lacks = {"ids": "the same as naive"}  # noqa: RUF012
+
+    def unsupported_reason(self, kind: str, device: torch.device, dtype: torch.dtype) -> str:
+        same = "the same as naive" if dtype == torch.float32 else ""
+        return same or super().unsupported_reason(kind, device, dtype)
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight).float()
+
+
+class Compiled(Peer):
+    """`NaiveFloat` through inductor, once per shape."""
+
+    name, title, compiled = "compile", "torch.compile of naive", True
+    missing = _inductor_missing
+
+    def function(self, kind: str) -> Callable[..., Any]:
+        return compiled(getattr(NaiveFloat(), kind))
+
+
+class TorchChunked(Peer):
+    """torch's own fused head, chunked; without options it is the naive one."""
+
+    name, title, slowness = "torch-chunked", "F.linear_cross_entropy, chunked", 10.0
+    lacks = LOGPROB_ONLY
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
+        has = hasattr(torch.nn, "LinearCrossEntropyOptions")
+        return "" if has else f"needs torch 2.13, this is {torch.__version__}"
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return self._call(hidden, weight, target, "mean")
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return -self._call(hidden, weight, target, "none")
+
+    def _call(self, hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
+        options = torch.nn.LinearCrossEntropyOptions()
+        call: Any = F.linear_cross_entropy
+        return call(hidden, weight, target, reduction=reduction, options=options)
+
+
+class TrlChunked(Peer):
+    """The function under TRL's fused heads, with the chunk that its trainers pass."""
+
+    name, title, slowness = "trl", "TRL chunked logprob", 5.0
+    lacks = {"ids": "reports whether the target is the most likely id, not which one is"}  # noqa: RUF012
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
+        if _trl is None:
+            return _trl_missing
+        has = hasattr(_trl, "_ChunkedLogProbFunction")
+        return "" if has else "needs TRL 1.16 or a later one that still has its chunked logprob"
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return self._call(hidden, weight, target, ())[0]
+
+    def statistics(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Statistics:
+        return (*self._call(hidden, weight, target, ("entropy", "is_top1"))[:2], None)
+
+    def _call(
+        self, hidden: Tensor, weight: Tensor, target: Tensor, outputs: tuple[str, ...]
+    ) -> tuple[Tensor, ...]:
+        mask = target != -100
+        chunk = _trl._CHUNKED_LOGPROB_CHUNK_SIZE
+        apply = _trl._ChunkedLogProbFunction.apply
+        found = apply(hidden, weight, None, target.clamp(min=0), 1.0, chunk, None, 1.0, outputs)
+        return found[0].masked_fill(~mask, 0), *found[1:]
+
+
+class CutCrossEntropy(Peer):
+    """Its Triton kernels on a GPU; elsewhere what it offers there, a compiled dense loss."""
+
+    name, title = "cce", "Cut Cross-Entropy"
+    lacks = LOGPROB_ONLY
+    compiled, missing = True, _cce_missing
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return self._call(hidden, weight, target, "mean")
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return -self._call(hidden, weight, target, "none")
+
+    def _call(self, hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
+        mode = "cce" if hidden.is_cuda else "torch_compile"
+        return _cce.linear_cross_entropy(hidden, weight, target, reduction=reduction, impl=mode)
+
+
+class Liger(Peer):
+    """Chunks of tokens, gradients in forward."""
+
+    name, title = "liger", "Liger-Kernel"
+    lacks = LOSS_ONLY
+    gpu_only, missing = True, _liger_missing
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return _liger.liger_fused_linear_cross_entropy(hidden, weight, target)
+
+
+class Quack(Peer):
+    """Chunks of tokens, kernels for Hopper and Blackwell, gradients in forward."""
+
+    name, title, compiled = "quack", "QuACK", True
+    lacks = LOSS_ONLY
+    gpu_only, missing = True, _quack_missing
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
+        found = super().unavailable(device, dtype)
+        return found or ("16-bit data only" if dtype.itemsize > 2 else "")
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return _quack.chunked_linear_cross_entropy(hidden, weight, target)
+
+
+class Verl(Peer):
+    """Its Triton kernels on a GPU, elsewhere its chunks of 512 tokens in torch."""
+
+    name, title, compiled, slowness = "verl", "verl fused linear", True, 2.0
+    lacks = {"ids": "gives no ids"}  # noqa: RUF012
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
+        return _verl_torch_missing if device.type == "cpu" else _verl_missing
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        # It has no ignored targets: its users mask what comes out.
+        logprob = self._call(hidden, weight, target.clamp(min=0))[0]
+        return logprob.masked_fill(target == -100, 0)
+
+    def statistics(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Statistics:
+        logprob, entropy = self._call(hidden, weight, target)
+        return logprob, entropy, None
+
+    def _call(self, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if hidden.is_cuda:
+            return _verl.linear_cross_entropy(hidden, weight, target, 1.0, "none")
+        return _verl_torch.FusedLinearForPPO()(hidden, weight, target)
+
+
+class FlashAttention(Naive):
+    """Its kernel of the loss over logits that are held, with the gradient in their place."""
+
+    name, title, slowness = "flash", "naive, flash-attn's cross-entropy", 1.4
+    lacks = LOGPROB_ONLY
+    gpu_only, missing = True, _flash_missing
+    loss = Peer.loss
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        logits = self.logits(hidden, weight)
+        return -_flash.cross_entropy_loss(logits, target, inplace_backward=True)[0]
+
+
+class Ours(Peer):
+    """This package, with its defaults."""
+
+    name, title, slowness = "ours", "ift-kernels", 1.2
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return ift_kernels.linear_cross_entropy(hidden, weight, target)
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return _given(ift_kernels.linear_logprobs(hidden, weight, target).logprob)
+
+    def statistics(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Statistics:
+        outputs = ("logprob", "entropy", "argmax")
+        stats = ift_kernels.linear_logprobs(hidden, weight, target, outputs=outputs)
+        return _given(stats.logprob), _given(stats.entropy), _given(stats.argmax)
+
+    def ids(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return ift_kernels.linear_token(hidden, weight).ids
+
+
+class Active(Ours):
+    """dh from the active set; dW, where the head is trained, is exact."""
+
+    name, title = "active", "ift-kernels, active dh"
+    lacks = {"statistics": "no gradient", "ids": "no gradient"}  # noqa: RUF012
+    gradient_limit = 0.05  # more is not an approximation but a mistake
+
+    def __init__(self, options: ActiveSet | None = None) -> None:
+        self.options = options or ActiveSet()
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return ift_kernels.linear_cross_entropy(hidden, weight, target, gradient=self.options)
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        stats = ift_kernels.linear_logprobs(hidden, weight, target, gradient=self.options)
+        return _given(stats.logprob)
+
+    def details(self, call: Callable[[], Any]) -> dict[str, float]:
+        with ift_kernels.record_active_sets() as report:
+            call()
+        # Without a gradient there is none; its share is NaN where it was formed in backward.
+        found = [r for r in report if r.share == r.share]
+        return {"share": found[0].share, "tail": found[0].tail_mean} if found else {}
+
+
+class Dropped(Peer):
+    """dh without the tail of each block, as CCE's filter does; dense products in float32."""
+
+    name, title = "dropped", "tail dropped, error alone"
+    lacks = dict.fromkeys(("loss", "statistics", "ids"), "log-probabilities only")
+    gradient_limit = 10.0
+
+    def __init__(self, options: ActiveSet | None = None) -> None:
+        self.options = options or ActiveSet()
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        found = _DroppedFunction.apply(hidden, weight, target.clamp(min=0), self.options)
+        return found.masked_fill(target == -100, 0)  # type: ignore[no-any-return]
+
+
+class _DroppedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, options: Any) -> Tensor:
+        ctx.save_for_backward(hidden, weight, target)
+        ctx.options = options
+        logits = (hidden @ weight.T).float()
+        return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, weight, target = ctx.saved_tensors
+        d_hidden, d_weight = [], torch.zeros_like(weight, dtype=torch.float32)
+        for rows in range(0, hidden.shape[0], ctx.options.block):
+            some = slice(rows, rows + ctx.options.block)
+            p = (hidden[some] @ weight.T).float().softmax(1)
+            active = (p > ctx.options.threshold).any(0)
+            active[target[some]] = True
+            dz = p.neg_()
+            dz[torch.arange(len(dz)), target[some]] += 1
+            dz *= upstream[some, None]
+            d_weight += dz.T @ hidden[some].float()
+            d_hidden.append(dz[:, active] @ weight[active].float())
+        return torch.cat(d_hidden).to(hidden.dtype), d_weight.to(weight.dtype), None, None
+
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Ours(), Naive(), NaiveFloat(), Compiled(), CutCrossEntropy(), TrlChunked(), TorchChunked(),
+        Liger(), Quack(), Verl(), FlashAttention(), Active(), Dropped(),
+    )
+}  # fmt: skip
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Through inductor, once per shape, and never in silence without it."""
+    config: Any = importlib.import_module("torch._dynamo.config")
+    config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, dynamic=False)
+
+
+def _pick(logp: Tensor, target: Tensor) -> Tensor:
+    found = logp.gather(-1, target.clamp(min=0)[:, None])[:, 0]
+    return found.masked_fill(target == -100, 0)
+
+
+def _given(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value

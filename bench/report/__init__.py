@@ -1,0 +1,1 @@
+"""What a reader sees of it: tables, pictures, pages, and what changed between two reports."""

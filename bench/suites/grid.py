@@ -1,0 +1,380 @@
+"""Cases of a linear head at any shape: their data, what is called, and how a grid of them is run.
+
+A point is a case at one shape. All points of a grid are measured in the same rounds, so that ratios
+between them (time against the share of ignored targets, against N) are within one group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import ift_kernels
+from bench.harness import data
+from bench.harness.data import Errors, Exact
+from bench.harness.measure import Cell, Settings, Subject, measure, record
+from bench.harness.worker import Worker
+from bench.peers.heads import PEERS
+from ift_kernels import ActiveSet
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+FEW = 16  # rows of the cases with few
+FLOORS = {"floor": "bare GEMMs", "floor-t": "bare GEMMs, dz stored transposed"}
+# Implementations whose cells get twice the share of the time.
+CORE = ("floor", "floor-t", "ours", "naive")
+# Multiply-adds per second, a guess.
+RATE = {("cpu", 4): 1e11, ("cpu", 2): 4e11, ("cuda", 4): 2e13, ("cuda", 2): 3e14}
+# Width and vocabulary, from the configuration files of the models.
+MODELS = {
+    "qwen2.5-0.5b": (896, 151936),
+    "qwen2.5-7b": (3584, 152064),
+    "llama-3-8b": (4096, 128256),
+    "mistral-7b": (4096, 32000),
+    "gemma-2-2b": (2304, 256000),
+    "deepseek-v3": (7168, 129280),
+}
+SHAPES = ((2048, 1024, 32000), (1024, 896, 151936))  # N, D, V
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is computed, and how much of it needs a gradient."""
+
+    name: str
+    title: str
+    kind: str  # of bench.peers
+    backward: bool = False
+    frozen: bool = False  # the head weight needs no gradient
+    ignored: float = 0.0  # share of the targets
+    few: bool = False  # 16 rows
+    everyone: bool = False  # all peers, not only what every case has
+    call: bool = False  # what a call costs the host: no memory, no wait for a GPU
+    active: ActiveSet | None = None  # other options than its defaults
+
+    @property
+    def gemms(self) -> int:
+        """Products of N·V·D multiply-adds that cannot be avoided."""
+        return 1 + self.backward * (1 if self.frozen else 2)
+
+
+class Point(NamedTuple):
+    """One case at one shape; the case's name is unique in its grid."""
+
+    shape: tuple[int, int, int]
+    case: Case
+    implementations: Sequence[str]
+    absent: dict[str, str] = {}  # noqa: RUF012  implementation → why it is left out; read only
+
+
+@dataclass
+class Grid:
+    """Points that share their rounds, and what else their record has."""
+
+    name: str
+    points: Sequence[Point]
+    dtype: str
+    flat: bool = False  # random data, not LM-like
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+class Inputs(NamedTuple):
+    """Of one case, on the device; hidden and weight are leaves."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    target: Tensor  # (N,), −100 where ignored
+    known: Tensor  # (N,) the same before any was ignored
+    upstream: Tensor  # (N,) ∂/∂logprob of the per-token cases, signs mixed
+    reference: Exact
+
+
+# --- in the workers -------------------------------------------------------------------------------
+
+
+def make_groups(
+    shape: tuple[int, int, int], paths: dict[str, str], flat: bool, device: str, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Write the inputs of one shape for some dtypes (name → file); return figures of them."""
+    n, d, v = shape
+    if flat:
+        generator = torch.Generator().manual_seed(seed)
+        made = data.Data(
+            torch.randn(n, d, generator=generator),
+            torch.randn(v, d, generator=generator) * d**-0.5,
+            torch.randint(v, (n,), generator=generator),
+        )
+    else:
+        made = data.generate(n, d, v, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    sizes = torch.rand(n, generator=generator).mul(4).sub(3).exp()
+    upstream = sizes * (torch.randint(0, 2, (n,), generator=generator) * 2 - 1) / n
+    chance = torch.rand(n, generator=generator)  # a target is ignored where it is below the share
+    chance[0] = 1.0  # at least one token has a loss
+    figures: dict[str, dict[str, Any]] = {}
+    for name, path in paths.items():
+        hidden, weight = made.hidden.to(DTYPES[name]), made.weight.to(DTYPES[name])
+        first = data.Data(hidden[: data.TILE], weight, made.target[: data.TILE])
+        figures[name] = dict(data.survival(first))
+        h, w, target = (t.to(device) for t in (hidden, weight, made.target))
+        references = {"all": data.exact(h, w, target)}
+        if n > FEW:
+            references["few"] = data.exact(h[:FEW], w, target[:FEW])
+        figures[name]["reference"] = references["all"].words
+        inputs = {"hidden": hidden, "weight": weight, "target": made.target, "upstream": upstream}
+        saved = {key: vars(value) for key, value in references.items()}
+        torch.save({**inputs, "chance": chance, "references": saved}, path)
+    return figures
+
+
+@functools.lru_cache(maxsize=1)
+def load(path: str, device: str) -> dict[str, Any]:
+    """A group's file, every page of it in memory."""
+    found = torch.load(path, map_location=device, mmap=device == "cpu", weights_only=True)
+    for name in ("hidden", "weight"):
+        found[name].sum()
+    return found
+
+
+def inputs(path: str, case: Case, device: str) -> Inputs:
+    """The inputs of a case, from the file of its group."""
+    found = load(path, device)
+    rows = slice(0, FEW if case.few else None)
+    known = found["target"][rows]
+    return Inputs(
+        hidden=found["hidden"][rows].detach().requires_grad_(case.backward),
+        weight=found["weight"].detach().requires_grad_(case.backward and not case.frozen),
+        target=known.masked_fill(found["chance"][rows] < case.ignored, -100),
+        known=known,
+        upstream=found["upstream"][rows],
+        reference=Exact(**found["references"]["few" if case.few else "all"]),
+    )
+
+
+def prepare(path: str, case: Case, implementation: str, device: str) -> Subject:
+    """An implementation in any case, ready to be measured."""
+    given = inputs(path, case, device)
+    if implementation in FLOORS:
+        return _floor(case, given, implementation == "floor-t")
+    peer = PEERS[implementation]
+    if case.active:
+        peer = type(peer)(case.active)  # type: ignore[call-arg]
+    function = peer.function(case.kind)
+    call = caller(function, case, given)
+
+    def found(result: Any) -> dict[str, float]:
+        return check(case, given, result, peer.gradient_limit) | peer.details(call)
+
+    return Subject(
+        call, caller(function, case, few(given, case)), found, torch.device(device),
+        peer.compiled, case.call,
+    )  # fmt: skip
+
+
+def few(inputs: Inputs, case: Case) -> Inputs:
+    """A few of the rows and of the vocabulary, to warm up with."""
+    return Inputs(
+        inputs.hidden[:8].detach().requires_grad_(case.backward),
+        inputs.weight[:1024].detach().requires_grad_(inputs.weight.requires_grad),
+        torch.zeros_like(inputs.target[:8]),
+        *inputs[3:],
+    )
+
+
+def caller(function: Callable[..., Any], case: Case, inputs: Inputs) -> Callable[[], Any]:
+    """What is measured: `function`, and its gradients where the case has a backward."""
+    hidden, weight, target = inputs.hidden, inputs.weight, inputs.target
+    arguments = (hidden, weight) if case.kind == "ids" else (hidden, weight, target)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return function(*arguments)
+
+    def both() -> Any:
+        value = function(*arguments)
+        upstream = None
+        if case.kind == "logprob":
+            upstream = inputs.upstream[: value.shape[0]].to(value.dtype)
+        wanted = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
+        return value.detach(), *torch.autograd.grad(value, wanted, upstream)
+
+    return both if case.backward else forward
+
+
+def check(
+    case: Case, inputs: Inputs, result: Any, gradient_limit: float | None = None
+) -> dict[str, float]:
+    """Errors of a result; raises Wrong. `gradient_limit`: for gradients that approximate."""
+    valid_mask = inputs.target != -100
+    errors = Errors(inputs.reference, inputs.hidden, inputs.weight, inputs.known, valid_mask)
+    with torch.no_grad():
+        if case.kind == "ids":
+            errors.ids(result, inputs.reference.best)
+        elif case.kind == "statistics":
+            errors.logprob(result[0])
+            errors.entropy(result[1])
+            if result[2] is not None:
+                errors.ids(result[2], inputs.reference.best)
+        else:
+            value, *gradients = result if case.backward else (result,)
+            (errors.loss if case.kind == "loss" else errors.logprob)(value)
+            upstream = torch.full_like(inputs.upstream, -1.0 / int(valid_mask.sum()))
+            upstream = (inputs.upstream if case.kind == "logprob" else upstream) * valid_mask
+            errors.limit = gradient_limit or errors.limit
+            compare = errors.d_hidden, errors.d_weight
+            for against, gradient in zip(compare, gradients, strict=False):
+                against(gradient, upstream)
+    return errors.found
+
+
+@functools.lru_cache(maxsize=2)
+def scratch(
+    rows: int, width: int, v: int, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """What the bare GEMMs read and write: logits, the same transposed, dh, dW."""
+    sizes = ((rows, v), (v, rows), (rows, width), (v, width))
+    return [torch.full(size, 1e-3, dtype=dtype, device=device) for size in sizes]
+
+
+def _floor(case: Case, inputs: Inputs, transposed: bool) -> Subject:
+    """The GEMMs that cannot be avoided, on the valid rows, into memory that is allocated."""
+    rows = int((inputs.target != -100).sum())
+    h, w = inputs.hidden.detach()[:rows], inputs.weight.detach()
+    z, z_t, dh, dw = scratch(inputs.hidden.shape[0], h.shape[1], w.shape[0], h.dtype, h.device)
+    z, dh = z[:rows], dh[:rows]
+    dz_t = z_t.view(-1)[: rows * w.shape[0]].view(w.shape[0], rows) if transposed else z.T
+
+    def call() -> None:
+        torch.mm(h, w.T, out=z)
+        if case.gemms > 1:
+            torch.mm(z, w, out=dh)
+        if case.gemms > 2:
+            torch.mm(dz_t, h, out=dw)
+
+    warm = functools.partial(torch.mm, h[:8], w[:1024].T)
+    return Subject(call, warm, lambda result: {}, h.device)
+
+
+# --- in the command -------------------------------------------------------------------------------
+
+
+def shape(text: str) -> tuple[int, int, int]:
+    """Parse N, D and V: ``2048x1024x32000`` as numbers, or ``llama-3-8b@4096``, a model and N."""
+    name, at, rows = text.lower().partition("@")
+    parts = [rows, *map(str, MODELS[name])] if name in MODELS else text.lower().split("x")
+    if at and name not in MODELS:
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(MODELS)} before @, got {text!r}"
+        )
+    n, d, v = sizes(
+        "x".join(parts), "NxDxV", "2048x1024x32000, or a model and rows, as llama-3-8b@4096"
+    )
+    if d < 8:
+        raise argparse.ArgumentTypeError(f"expected D ≥ 8, got {text!r}")
+    return n, d, v
+
+
+def sizes(text: str, form: str, example: str) -> tuple[int, ...]:
+    """Numbers of at least 1, as many as `form` has, joined by ``x``."""
+    try:
+        found = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        found = ()
+    if len(found) != form.count("x") + 1 or min(found) < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected {form} of at least 1, as {example}, got {text!r}"
+        )
+    return found
+
+
+def words(sizes: Sequence[int]) -> str:
+    """``1024x896x151936``."""
+    return "x".join(map(str, sizes))
+
+
+def run(
+    grids: Sequence[Grid], arguments: argparse.Namespace, settings: Settings, progress: Any
+) -> Iterator[dict[str, Any]]:
+    """Measure grids, each with a share of the time that grows with its work; one record each."""
+    with tempfile.TemporaryDirectory() as folder:
+        plans = [_plan(grid, arguments.device, Path(folder)) for grid in grids]
+        costs = [sum(cell.estimate + 0.3 for cell in cells) for cells, _ in plans]
+        for done, (grid, (cells, absent)) in enumerate(zip(grids, plans, strict=True)):
+            shapes, figures = list(dict.fromkeys(point.shape for point in grid.points)), {}
+            for sizes in shapes:
+                progress.at(f"making data of {words(sizes)}")
+                path = _path(Path(folder), grid, sizes)
+                with Worker(settings.threads) as worker:
+                    figures = worker.call(
+                        make_groups, sizes, {grid.dtype: path}, grid.flat, arguments.device
+                    )[grid.dtype]
+            left = max(sum(costs[done:]), 1e-9)
+            measure(cells, settings, progress, costs[done] / left, costs[done] / sum(costs))
+            for sizes in shapes:
+                Path(_path(Path(folder), grid, sizes)).unlink()
+            yield _record(grid, cells, absent, figures, arguments.device)
+
+
+def _path(folder: Path, grid: Grid, sizes: Sequence[int]) -> str:
+    return str(folder / f"{grid.name.replace(' ', '-')}-{words(sizes)}.pt")
+
+
+def _plan(grid: Grid, device: str, folder: Path) -> tuple[list[Cell], dict[str, dict[str, str]]]:
+    """What is to be measured, and what is not (case → implementation → reason)."""
+    cells: list[Cell] = []
+    absent: dict[str, dict[str, str]] = {}
+    dtype = DTYPES[grid.dtype]
+    for point in grid.points:
+        (n, d, v), case = point.shape, point.case
+        work = case.gemms * (FEW if case.few else n) * v * d / RATE[device, dtype.itemsize]
+        for name in point.implementations:
+            if name == "floor-t" and (case.gemms < 3 or dtype.itemsize > 2):
+                continue  # how dz is stored matters to the product of dW in 16 bits alone
+            peer = PEERS.get(name)
+            reason = peer.unsupported_reason(case.kind, torch.device(device), dtype) if peer else ""
+            if reason := reason or point.absent.get(name, ""):
+                absent.setdefault(case.name, {})[name] = reason
+                continue
+            cells.append(
+                Cell(
+                    grid.name, case.name, name, prepare,
+                    (_path(folder, grid, point.shape), case, name, device),
+                    estimate=1e-4 + work * (peer.slowness if peer else 1.0),
+                    weight=2.0 if name in CORE else 1.0,
+                    memory=peer is not None and name != "dropped" and not case.call,
+                    compiled=peer is not None and peer.compiled,
+                )
+            )  # fmt: skip
+    return cells, absent
+
+
+def _record(
+    grid: Grid, cells: list[Cell], absent: dict[str, Any], figures: dict[str, Any], device: str
+) -> dict[str, Any]:
+    measured = {cell.case for cell in cells}
+    points = [point for point in grid.points if point.case.name in measured]
+    return record(
+        grid.name, grid.points[-1].shape, grid.dtype, cells,
+        {point.case.name: point.case.title for point in points}, data=figures, absent=absent,
+        plans={p.case.name: explain(p, grid.dtype, device) for p in points if p.case.kind != "ids"},
+        **grid.more,
+    )  # fmt: skip
+
+
+def explain(point: Point, dtype: str, device: str) -> str:
+    """The plan that ours follows."""
+    (n, d, v), case = point.shape, point.case
+    rows = FEW if case.few else round(n * (1 - case.ignored))
+    return str(
+        ift_kernels.explain(
+            rows, v, d, DTYPES[dtype], device=device, scalar=case.kind == "loss",
+            need_hidden=case.backward, need_weight=case.backward and not case.frozen,
+        )
+    )  # fmt: skip

@@ -1,0 +1,318 @@
+"""Token choice, expected embedding, temporal residual and scans."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ift_kernels
+from bench.harness.data import WRONG, Errors, Exact, Wrong
+from bench.harness.measure import Cell, Records, Settings, Subject, Suite, measure, record
+from bench.harness.worker import Worker
+from bench.peers import heads
+from bench.peers.naive_ift import naive_weights
+from bench.suites import grid
+
+SHAPE = (2048, 1024, 32000)  # N, D, V of the head; V and D of the embedding
+BATCH = (16, 1024)  # rows and positions of the operations on sequences
+GAMMA, LAM = 0.95, 0.2
+IMPLEMENTATIONS = ("floor", "ours", "naive", "compile")
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation, forward alone or with its backward."""
+
+    name: str
+    title: str
+    operation: str  # key of NAIVE and OURS
+    leaves: tuple[str, ...] = ()  # inputs that get a gradient; none: forward alone
+    gemms: int = 0  # products that cannot be avoided
+
+    @property
+    def group(self) -> str:
+        return "head" if self.gemms else "residual" if "residual" in self.name else "scan"
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("greedy", "linear_token, greedy", "greedy", gemms=1),
+        Case("topk", "linear_token, second best", "topk", gemms=1),
+        Case("sample", "linear_token, sampled", "sample", gemms=1),
+        Case("soft", "linear_expected_embedding", "soft", gemms=2),
+        Case("soft-backward", "the same, forward and backward", "soft",
+             ("hidden", "weight", "embedding"), gemms=6),
+        Case("residual", "temporal_residual", "residual"),
+        Case("residual-backward", "the same, forward and backward", "residual", ("embedding",)),
+        Case("cumsum", "discounted_cumsum", "cumsum"),
+        Case("cumsum-backward", "the same, forward and backward", "cumsum", ("x",)),
+        Case("weights", "propagation_weights", "weights"),
+        Case("weights-backward", "the same, forward and backward", "weights", ("x",)),
+    )
+}  # fmt: skip
+
+
+def _further(t: Tensors) -> Tensor:
+    shifted = torch.cat([t["ids"][:, :1], t["predicted"][:, :-1]], 1)
+    return torch.where(t["labels"] == -100, t["ids"], shifted)
+
+
+def _residual(t: Tensors) -> Tensor:
+    given, further = F.embedding(t["ids"], t["embedding"]), F.embedding(_further(t), t["embedding"])
+    return (1 - LAM) * given + LAM * further
+
+
+def _cumsum(t: Tensors) -> Tensor:
+    """As the released code does it, by a dense (T, T) matrix."""
+    x, mask = t["x"], t["mask"]
+    position = torch.arange(x.shape[1], device=x.device)
+    distance = position[None, :] - position[:, None]
+    discount = torch.where(distance >= 0, GAMMA ** distance.clamp(min=0).to(x.dtype), 0)
+    return mask * ((mask * x) @ discount.T)
+
+
+def _logits(t: Tensors) -> Tensor:
+    return F.linear(t["hidden"], t["weight"])
+
+
+NAIVE: dict[str, Callable[[Tensors], Tensor]] = {
+    "greedy": lambda t: _logits(t).argmax(-1),
+    "topk": lambda t: _logits(t).topk(2).indices[:, 1],
+    "sample": lambda t: _logits(t).float().softmax(-1).multinomial(1)[:, 0],
+    "soft": lambda t: _logits(t).softmax(-1) @ t["embedding"],
+    "residual": _residual,
+    "cumsum": _cumsum,
+    "weights": lambda t: naive_weights(
+        t["x"], t["mask"], gamma=GAMMA, kind="loss", side="left", norm="L1"
+    ),
+}
+OURS: dict[str, Callable[[Tensors], Tensor]] = {
+    "greedy": lambda t: ift_kernels.linear_token(t["hidden"], t["weight"]).ids,
+    "topk": lambda t: ift_kernels.linear_token(t["hidden"], t["weight"], rule="kth", k=2).ids,
+    "sample": lambda t: ift_kernels.linear_token(t["hidden"], t["weight"], rule="sample").ids,
+    "soft": lambda t: ift_kernels.linear_expected_embedding(
+        t["hidden"], t["weight"], t["embedding"]
+    ),
+    "residual": lambda t: ift_kernels.temporal_residual(
+        t["embedding"], t["ids"], t["predicted"], t["labels"], LAM
+    ),
+    "cumsum": lambda t: ift_kernels.discounted_cumsum(t["x"], GAMMA, mask=t["mask"]),
+    "weights": lambda t: ift_kernels.propagation_weights(t["x"], t["mask"], gamma=GAMMA),
+}
+
+
+# --- in the workers -------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def _sequences(rows: int, length: int, width: int, v: int, dtype: str, device: str) -> Tensors:
+    """Tokens, a table, and log-probabilities; the first quarter of every row is prompt."""
+    generator = torch.Generator().manual_seed(0)
+    ids, predicted = (torch.randint(v, (rows, length), generator=generator) for _ in range(2))
+    prompt = torch.arange(length).expand(rows, length) < length // 4
+    made = {
+        "embedding": torch.randn(v, width, generator=generator).to(grid.DTYPES[dtype]),
+        "ids": ids,
+        "predicted": predicted,
+        "labels": ids.masked_fill(prompt, -100),
+        "x": -torch.rand(rows, length, generator=generator) * 4 - 0.01,
+        "mask": ~prompt,
+    }
+    return {name: tensor.to(device) for name, tensor in made.items()}
+
+
+def prepare(
+    case_name: str, implementation: str, dtype: str, source: str | tuple[int, ...], device: str
+) -> Subject:
+    """One cell: `source` is the file of a head, or the sizes of sequences."""
+    case = CASES[case_name]
+    if isinstance(source, str):
+        found = grid.load(source, device)
+        tensors = {"hidden": found["hidden"], "weight": found["weight"]}
+        tensors["embedding"] = tensors["weight"].clone()
+    else:
+        tensors = dict(_sequences(*source, dtype, device))
+    for name in case.leaves:
+        tensors[name] = tensors[name].detach().requires_grad_()
+    if implementation == "floor":
+        return _floor(case, tensors, torch.device(device))
+    function = (OURS if implementation == "ours" else NAIVE)[case.operation]
+    compiled = implementation == "compile"
+    if compiled:
+        function = heads.compiled(function)
+    call = functools.partial(_call, function, case, tensors)
+    check = _check_head if isinstance(source, str) else _check_sequences
+    return Subject(
+        call,
+        call,
+        functools.partial(check, case, tensors, source, device),
+        torch.device(device),
+        compiled,
+    )
+
+
+def _call(function: Callable[[Tensors], Tensor], case: Case, tensors: Tensors) -> Any:
+    if not case.leaves:
+        with torch.no_grad():
+            return function(tensors)
+    value = function(tensors)
+    wanted = [tensors[name] for name in case.leaves]
+    return value.detach(), *torch.autograd.grad(value, wanted, _upstream(value))
+
+
+def _upstream(value: Tensor) -> Tensor:
+    """Gradients of mixed sign for any output, which cost little to make."""
+    last = torch.arange(value.shape[-1], device=value.device)
+    return (((last % 7) - 3.0) / 3).to(value.dtype).expand_as(value)
+
+
+def _check_head(
+    case: Case, tensors: Tensors, path: str, device: str, result: Any
+) -> dict[str, float]:
+    found = grid.load(path, device)
+    reference = Exact(**found["references"]["all"])
+    everyone = torch.ones_like(found["target"], dtype=torch.bool)
+    hidden, weight = found["hidden"], found["weight"]
+    errors = Errors(reference, hidden, weight, found["target"], everyone)
+    rows = reference.rows
+    if case.operation == "greedy":
+        errors.ids(result, reference.best)
+    elif case.operation == "topk":
+        errors.ids(result, reference.second)
+    elif case.operation == "sample":
+        # Surprise of a draw from p has p's entropy as its mean.
+        surprise = (reference.lse - errors.logits(result))[rows]
+        spread = surprise.std() / len(rows) ** 0.5
+        off = float((surprise - reference.entropy).mean().abs() / spread.clamp(min=1e-9))
+        if off > 6:
+            raise Wrong(f"ids: their mean surprise is {off:.1f} standard errors off the entropy")
+    elif not case.leaves:
+        errors.relative("value", result[rows], reference.mean)
+    else:
+        h = hidden[rows].double().requires_grad_()
+        soft = (h @ weight.double().T).softmax(-1) @ weight.double()
+        upstream = _upstream(soft)
+        errors.relative("value", result[0][rows], soft.detach())
+        errors.relative("d hidden", result[1][rows], torch.autograd.grad(soft, h, upstream)[0])
+        # The upstream gradient u is the same for every row: dz = p (E u − soft u).
+        columns, p, u = reference.columns, reference.p, upstream[0]
+        dz = p * (weight[columns].double() @ u - (result[0].double() @ u)[:, None])
+        errors.relative("d weight", result[2][columns], dz.T @ hidden.double())
+        errors.relative("d embedding", result[3][columns], p.sum(0)[:, None] * u)
+    return errors.found
+
+
+def _check_sequences(
+    case: Case, tensors: Tensors, source: Any, device: str, result: Any
+) -> dict[str, float]:
+    """Against the naive form in float64."""
+    wide = {k: v.detach().double() if v.is_floating_point() else v for k, v in tensors.items()}
+    for name in case.leaves:
+        wide[name].requires_grad_()
+    true = _call(NAIVE[case.operation], case, wide)
+    names = ("value", *(f"d {name}" for name in case.leaves))
+    errors = {}
+    for name, mine, theirs in zip(
+        names, *(r if isinstance(r, tuple) else (r,) for r in (result, true)), strict=True
+    ):
+        errors[name] = float((mine.double() - theirs).norm() / theirs.norm())
+        if not errors[name] <= WRONG[mine.dtype]:
+            raise Wrong(f"{name}: error {errors[name]:.2g}")
+    return errors
+
+
+def _floor(case: Case, t: Tensors, device: torch.device) -> Subject:
+    """The products of hidden, weight and embedding, into memory that is allocated."""
+    h, w = t["hidden"].detach(), t["weight"].detach()
+    z, z_t, dh, dw = grid.scratch(*h.shape, w.shape[0], h.dtype, device)
+    products = [(h, w.T, z), (z, w, dh), (h, w.T, z), (z, w, dh), (z_t, h, dw), (z_t, h, dw)]
+
+    def call() -> None:
+        for a, b, out in products[: case.gemms]:
+            torch.mm(a, b, out=out)
+
+    return Subject(call, call, lambda result: {}, device)
+
+
+# --- in the command -------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this suite."""
+    parser.add_argument("--shape", type=grid.shape, default=SHAPE, metavar="NxDxV",
+                        help="of the head; D and V of the embedding")  # fmt: skip
+    parser.add_argument("--batch", default=BATCH, metavar="BxT",
+                        type=lambda text: grid.sizes(text, "BxT", "16x1024"),
+                        help="rows and positions of sequences")  # fmt: skip
+    parser.add_argument("--dtype", nargs="+", choices=grid.DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all")
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS)
+
+
+def run(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Records:
+    """Measure; one record per group, as soon as it is complete."""
+    asked = [CASES[name] for name in arguments.cases or CASES]
+    n, d, v = arguments.shape
+    rows, length = arguments.batch
+    # Log-probabilities are float32 whatever the dtype of the model.
+    planned = [
+        (kind, dtype, cases)
+        for kind in ("head", "residual", "scan")
+        if (cases := [case for case in asked if case.group == kind])
+        for dtype in (["fp32"] if kind == "scan" else arguments.dtype)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: str(Path(folder, f"{name}.pt")) for name in arguments.dtype}
+        figures: dict[str, dict[str, Any]] = {}
+        if planned[0][0] == "head":
+            progress.at("making data")
+            with Worker(settings.threads) as worker:
+                made = (arguments.shape, paths, False, arguments.device)
+                figures = worker.call(grid.make_groups, *made)
+        for at, (kind, dtype, cases) in enumerate(planned):
+            source = paths[dtype] if kind == "head" else (rows, length, d, v)
+            sizes = {"head": f"{n}x{d}x{v}", "residual": f"{rows}x{length}, {v}x{d}"}
+            name = f"{kind} {sizes.get(kind, f'{rows}x{length}')} {dtype}"
+            cells = _cells(name, cases, source, dtype, arguments)
+            measure(cells, settings, progress, 1 / (len(planned) - at), 1 / len(planned))
+            yield record(
+                name, [n, d, v] if kind == "head" else [rows, length, d, v], dtype, cells,
+                {case.name: case.title for case in cases},
+                data=figures[dtype] if kind == "head" else {},
+            )  # fmt: skip
+
+
+def _cells(
+    group: str, cases: list[Case], source: Any, dtype: str, arguments: argparse.Namespace
+) -> list[Cell]:
+    device = torch.device(arguments.device)
+    n, d, v = arguments.shape
+    cells = []
+    for case in cases:
+        for name in IMPLEMENTATIONS:
+            asked = arguments.implementations or IMPLEMENTATIONS
+            if name not in asked or (name == "floor" and not case.gemms):
+                continue
+            work = case.gemms * n * d * v / grid.RATE[device.type, grid.DTYPES[dtype].itemsize]
+            cell = Cell(
+                group, case.name, name, prepare, (case.name, name, dtype, source, device.type),
+                estimate=0.01 + 1.5 * work, memory=name != "floor", compiled=name == "compile",
+            )  # fmt: skip
+            if name == "compile":
+                cell.reason = heads.PEERS["compile"].unavailable(device, grid.DTYPES[dtype])
+            cells.append(cell)
+    return cells
+
+
+SUITE = Suite(__doc__, CASES, add_arguments, run)

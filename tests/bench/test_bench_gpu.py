@@ -1,0 +1,146 @@
+"""What a machine with a GPU runs: its dry runs, and how a part goes on where it stopped."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench.gpu import run as gpu
+from bench.gpu import tune
+from bench.harness import machine
+from bench.harness.machine import ROOT
+from bench.suites import command
+from processes import HANG
+
+
+@pytest.mark.parametrize("part", gpu.PARTS)
+def test_every_part_has_a_dry_run(part, tmp_path):
+    """With the same steps as on a GPU, none of which asks for one."""
+    dry, real = ({step.name for step in gpu.steps(part, tmp_path, d)} for d in (True, False))
+    assert len(dry) >= 1 and len(real) >= 1
+    for step in gpu.steps(part, tmp_path, True):
+        assert step.command[0] in (sys.executable, step.needs)
+        assert "cuda" not in step.command
+        written = [word for word in step.command if word != sys.executable]
+        assert str(ROOT) not in " ".join(written)  # results stay out of the checkout
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_suites_know_the_options_that_they_are_given(dry, tmp_path):
+    seen = set()
+    for part in gpu.PARTS:
+        for step in gpu.steps(part, tmp_path, dry):
+            if step.command[1:3] == ["-m", "bench"] and step.command[3] in command.SUITES:
+                seen.add(command.parse(step.command[3:]).suite)
+    assert seen >= {"head", "active", "ops", "losses"}
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def test_a_part_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    ran = tmp_path / "ran"
+    note = f"open({str(ran)!r}, 'a').write('x')"
+    found = [
+        gpu.Step("good", python(note)),
+        gpu.Step("bad", python("raise SystemExit(3)")),
+        gpu.Step("program", python(note), needs="no-such-program"),
+    ]
+    monkeypatch.setattr(gpu, "steps", lambda part, out, dry: found)
+    monkeypatch.setattr(gpu, "revision", lambda: "one")
+    monkeypatch.setattr(machine, "now", lambda: 0.0)
+    assert gpu.run("ops", tmp_path, True, 10.0) == 1  # what is absent is no failure
+    printed = capsys.readouterr().out
+    assert "bad: failed with 3" in printed
+    assert "program needs no-such-program, which is not installed: left out" in printed
+    state = json.loads((tmp_path / "ops.state.json").read_text())
+    assert state["steps"]["good"]["outcome"] == "done"
+    assert state["steps"]["program"]["outcome"] == "absent"
+    found[1] = gpu.Step("bad", python("pass"))
+    assert gpu.run("ops", tmp_path, True, 10.0) == 0
+    assert "good: done, not run again" in capsys.readouterr().out
+    assert ran.read_text() == "x"
+    monkeypatch.setattr(gpu, "revision", lambda: "two")
+    assert gpu.run("ops", tmp_path, True, 10.0) == 0
+    assert ran.read_text() == "xx"
+    assert gpu.run("ops", tmp_path, True, 0.0) == 1  # no time for what is absent to be looked for
+
+
+def test_a_step_that_takes_too_long_is_stopped(tmp_path):
+    step = gpu.Step("long", python("while True: pass"))
+    assert gpu._run(step, tmp_path, 0)["outcome"] == "stopped after 0 s"
+
+
+def test_results_do_not_change_the_revision(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "core.hooksPath=/dev/null"]
+    for git in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", "-C", str(tmp_path), *git], check=True)
+    clean = machine.revision()
+    (tmp_path / "bench/results/gpu").mkdir(parents=True)
+    (tmp_path / "bench/results/gpu/ops.json").write_text("{}")
+    assert machine.revision() == clean and len(clean) == 12
+    (tmp_path / "bench/ops.py").write_text("")
+    assert machine.revision() == clean + "+"
+
+
+def test_backends_beside_each_other():
+    found = tune.compare(torch.device("cpu"), True)
+    served = {row["backend"] for row in found["rows"]}
+    assert "reference" in served
+    assert not [row for row in found["rows"] if "refused" in row]
+    for row in found["rows"]:
+        assert row["seconds"] > 0 and row["overhead"] > 0 and row["of_copy"] > 0
+
+
+def test_a_backend_with_another_result_gets_no_time(monkeypatch):
+    reference = tune.installed.BACKENDS["reference"]
+
+    class Wrong:
+        why_not = staticmethod(lambda device, dtype: "")
+        scan = staticmethod(lambda *arguments: reference.scan(*arguments) + 1)
+
+        def __getattr__(self, name):
+            return getattr(reference, name)
+
+    some = {"reference": reference, "wrong": Wrong()}
+    monkeypatch.setattr(tune.installed, "BACKENDS", some)
+    rows = tune.compare(torch.device("cpu"), True)["rows"]
+    assert [(r["backend"], r["function"]) for r in rows if "refused" in r] == [("wrong", "scan")]
+
+
+def test_what_is_faster():
+    def row(function, backend, seconds):
+        return {"function": function, "backend": backend, "seconds": seconds}
+
+    rows = [
+        row("scan", "triton", 2.0), row("scan", "cuda", 1.0), row("scan", "reference", 9.0),
+        row("dlogits_", "triton", 1.0), row("dlogits_", "cuda", 0.99),
+        {"function": "residual", "backend": "triton", "refused": "another result"},
+        row("residual", "cuda", 1.0),
+    ]  # fmt: skip
+    assert tune.faster(rows) == {"scan": "cuda"}
+
+
+def test_tuner_writes_a_table(tmp_path):
+    pytest.importorskip("triton")
+    path = tmp_path / "launch.json"
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON", "IFT_"))}
+    tune = [sys.executable, "-m", "bench", "tune", "--dry-run", "--kernels", "residual", "scan"]
+    done = subprocess.run(
+        [*tune, "--output", str(path)], env=kept, cwd=ROOT, capture_output=True, text=True,
+        timeout=HANG,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = json.loads(path.read_text())
+    committed = json.loads((ROOT / "ift_kernels/backends/triton/launch.json").read_text())
+    written = table["architectures"].pop("interpreter")
+    assert table["architectures"] == committed["architectures"]
+    assert set(written) == {"residual", "scan"}
+    assert set(written["residual"]) == {"narrow", "wide"}
+    times = table["measured"]["interpreter"]["times"]
+    assert len(times) > 4 and all("seconds" in row for row in times)
