@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import ift_kernels
-from ift_kernels import backends, settings, use_backend
+from ift_kernels import backends, use_backend
+from ift_kernels.common import settings
 from operations import OPERATIONS
 from serving import BACKENDS
 

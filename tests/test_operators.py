@@ -1,4 +1,4 @@
-"""What `ift_kernels.operators` promises for every operator: no derivative is silently wrong."""
+"""What `operators.library` promises for every operator: no derivative is silently wrong."""
 
 import functools
 import re
