@@ -255,6 +255,6 @@ def test_opcheck():
     hidden, weight, bias, target, _ = problem(torch.float32, True)
     torch.library.opcheck(
         torch.ops.ift_kernels.linear_frozen,
-        (hidden, weight, bias, target, -100, 1.0, 0.0, 1.0, 2 << 20, torch.float32, 0),
+        (hidden, weight, bias, target, -100, 1.0, 0.0, 1.0, 2 << 20, torch.float32, 0, []),
         test_utils=("test_schema", "test_autograd_registration"),
     )
