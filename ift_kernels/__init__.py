@@ -6,16 +6,16 @@ from hidden states and the head weight, with gradients, inside a fixed amount of
 
 import torch  # noqa: F401  first: the extensions share torch's OpenMP runtime
 
-from ift_kernels.active_set import ActiveSet, ActiveSetStats, record_active_sets
 from ift_kernels.backends import use_backend
-from ift_kernels.divergence import linear_divergence
-from ift_kernels.expected_embedding import linear_expected_embedding
+from ift_kernels.common.active_set import ActiveSet, ActiveSetStats, record_active_sets
 from ift_kernels.influence import exact_influence, influence
 from ift_kernels.linear import TokenStats, linear_cross_entropy, linear_logprobs
-from ift_kernels.plan import Plan, explain
+from ift_kernels.linear_divergence import linear_divergence
+from ift_kernels.linear_expected_embedding import linear_expected_embedding
+from ift_kernels.linear_token import TokenChoice, linear_token
 from ift_kernels.propagation import discounted_cumsum, propagation_weights
-from ift_kernels.residual import further_tokens, temporal_residual
-from ift_kernels.token_choice import TokenChoice, linear_token
+from ift_kernels.schedule.plan import Plan, explain
+from ift_kernels.temporal_residual import further_tokens, temporal_residual
 from ift_kernels.vocab_parallel import vocab_parallel_logprobs
 
 __version__ = "0.1.0"

@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ift_kernels import checks, engine, head_call, linear_ops, plan
-from ift_kernels.backends import reference as ref
-from ift_kernels.sums import wide_dtype
-from ift_kernels.transform import LogitTransform
+from ift_kernels.backends import contract, reference
+from ift_kernels.common import checks
+from ift_kernels.common.transform import LogitTransform
+from ift_kernels.operators import head_call, linear_stats
+from ift_kernels.schedule import plan
+from ift_kernels.schedule.accumulate import accum_dtype
+from ift_kernels.schedule.head import Head, empty_padded, slices
 
 Parameters = Mapping[str, Tensor]
 
@@ -119,7 +122,7 @@ def influence(
             checks.same_shape(name, value, target, "target")
     if all(value is None for value in given.values()):
         d_logprob = -torch.ones(target.shape, dtype=torch.float64, device=target.device)
-    dtype = wide_dtype(weight.dtype)
+    dtype = accum_dtype(weight.dtype)
     budget = checks.workspace_bytes(workspace, hidden.device, dtype)
     options = (
         ignore_index,
@@ -151,14 +154,14 @@ class _Side:
         upstream: tuple[Tensor | None, Tensor | None, Tensor | None],  # logprob, lse, entropy
     ) -> None:
         d_logprob, d_lse, d_entropy = (None if g is None else g.double() for g in upstream)
-        track = 0 if d_entropy is None else ref.TRACK_ENTROPY
+        track = 0 if d_entropy is None else contract.TRACK_ENTROPY
         values = torch.ops.ift_kernels.linear_stats(
             hidden, weight, bias, target, *options, track, [False] * 3, "", []
         )
         norm, entropy = values[8], values[2]
         valid = target != options[0]
         self.call = head_call.Call(hidden, weight, bias, valid, options, (False, False, False))
-        coef = linear_ops.row_coefficients(
+        coef = linear_stats.row_coefficients(
             norm, entropy, weight.shape[0], d_logprob, d_lse, d_entropy, None
         )
         self.target = self.call.select(target).contiguous()
@@ -171,7 +174,7 @@ class _Side:
 
     def buffer(self, columns: int) -> Tensor:
         head = self.call.head
-        return engine.new_rows(head.backend, head.hidden, self.rows, columns)
+        return empty_padded(head.backend, head.hidden, self.rows, columns)
 
     def gradient(self, columns: slice, weight: Tensor, buffer: Tensor) -> Tensor:
         """∂L/∂x of these columns, (rows, columns)."""
@@ -192,12 +195,12 @@ def _overlap(probe: _Side, train: _Side, budget: int) -> Tensor:
         return total
     # Products of both sides, what the reference's epilogue makes of the larger, and cast weights.
     cast = 0 if head.weight.dtype == head.hidden.dtype else head.hidden.shape[1]
-    wide = max(probe.rows, train.rows) if head.backend is ref else 0
+    wide = max(probe.rows, train.rows) if head.backend is reference else 0
     per_column = head.hidden.element_size() * (probe.rows + train.rows + 10 * wide + cast)
     fit = min(budget, plan.TILE_BYTES * 8) // per_column
     columns = min(head.vocabulary, max(16, fit))
     buffers = probe.buffer(columns), train.buffer(columns)
-    for chunk in engine.slices(0, head.vocabulary, columns):
+    for chunk in slices(0, head.vocabulary, columns):
         weight = head.weight_chunk(chunk)
         a = probe.gradient(chunk, weight, buffers[0])
         e = train.gradient(chunk, weight, buffers[1])
@@ -205,10 +208,10 @@ def _overlap(probe: _Side, train: _Side, budget: int) -> Tensor:
     return total
 
 
-def _times_kernel_(part: Tensor, probe: engine.Head, train: engine.Head, budget: int) -> None:
+def _times_kernel_(part: Tensor, probe: Head, train: Head, budget: int) -> None:
     """`part` times K_ou, in place and by rows: K is as large as the result."""
     rows = max(1, min(budget, plan.TILE_BYTES) // max(1, part.shape[1] * part.element_size()))
-    for block in engine.slices(0, part.shape[0], rows):
+    for block in slices(0, part.shape[0], rows):
         kernel = probe.hidden[block] @ train.hidden.T
         if train.bias is not None:
             kernel += 1

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ift_kernels import checks, frozen_op, head_call, linear_ops, plan
-from ift_kernels import loss_op as _loss_op  # noqa: F401  registers an operator
-from ift_kernels.active_set import ActiveSet
-from ift_kernels.active_set import options as active_options
-from ift_kernels.backends import reference as ref
-from ift_kernels.transform import LogitTransform
+from ift_kernels.backends import contract
+from ift_kernels.common import checks
+from ift_kernels.common.active_set import ActiveSet
+from ift_kernels.common.active_set import options as active_options
+from ift_kernels.common.transform import LogitTransform
+from ift_kernels.operators import frozen_head, head_call, linear_stats
+from ift_kernels.operators import scalar_loss as _loss_op  # noqa: F401  registers an operator
+from ift_kernels.schedule import plan
 
 
 class TokenStats(NamedTuple):
@@ -36,16 +38,7 @@ class TokenStats(NamedTuple):
 
 
 # Names of `outputs` and what the epilogue must track for each.
-OUTPUTS = {
-    "logprob": 0,
-    "lse": 0,
-    "entropy": ref.TRACK_ENTROPY,
-    "argmax": ref.TRACK_ARGMAX,
-    "argmax_logprob": ref.TRACK_ARGMAX,
-    "second_logprob": ref.TRACK_SECOND,
-    "sum_sq": ref.TRACK_SQ,
-    "mean_logit": ref.TRACK_MEAN,
-}
+OUTPUTS = {statistic.name: statistic.track for statistic in contract.STATISTICS}
 
 
 def linear_logprobs(
@@ -115,7 +108,7 @@ def linear_logprobs(
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
     call = _Call(hidden, weight, target, bias, ignore_index, transform, workspace)
     stats = call.stats_and_norm(track, active, differentiable)[0]
-    if track & ref.TRACK_MEAN:
+    if track & contract.TRACK_MEAN:
         stats = stats._replace(mean_logit=stats.mean_logit + stats.lse)
     stats = stats._replace(**{name: getattr(stats, name).detach() for name in detached})
     return TokenStats(*(v if k in outputs else None for k, v in stats._asdict().items()))
@@ -209,7 +202,7 @@ def linear_cross_entropy(
             call.for_hidden(active),
         )  # fmt: skip
         return cast(Tensor, results[0])
-    track = ref.TRACK_MEAN if label_smoothing else 0
+    track = contract.TRACK_MEAN if label_smoothing else 0
     stats = call.stats(track, active)  # mean_logit relative to lse
     loss = -stats.logprob
     if label_smoothing:
@@ -278,7 +271,7 @@ class _Call:
 
         `differentiable`: what of `track` may get a gradient.
         """
-        early = self.schedule != "recompute" and frozen_op.serves(self.needs, differentiable)
+        early = self.schedule != "recompute" and frozen_head.serves(self.needs, differentiable)
         if early and self.plan(active).schedule == "forward":
             values = torch.ops.ift_kernels.linear_frozen(
                 *self.tensors, *self.options, track, self.for_hidden(active)
@@ -288,5 +281,5 @@ class _Call:
                 *self.tensors, *self.options, track, self.needs, self.schedule,
                 self.for_hidden(active),
             )  # fmt: skip
-        pairs = zip(values[:8], linear_ops.tracked(track)[:8], strict=True)
+        pairs = zip(values[:8], linear_stats.tracked(track)[:8], strict=True)
         return TokenStats(*(v.view(self.shape) if asked else v for v, asked in pairs)), values[8]

@@ -11,8 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ift_kernels import backends, checks, operators
-from ift_kernels.rows import Rows
+from ift_kernels import backends
+from ift_kernels.common import checks
+from ift_kernels.common.packed_rows import Rows
+from ift_kernels.operators import library
 
 __all__ = ["discounted_cumsum", "propagation_weights"]
 
@@ -188,7 +190,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None,
     return op(grad, mask, cu_seqlens, ctx.gamma, not ctx.left), None, None, None, None
 
 
-operators.register(
+library.register(
     "discounted_cumsum(Tensor x, Tensor? mask, Tensor? cu_seqlens, float gamma, bool left)"
     " -> Tensor",
     _forward,

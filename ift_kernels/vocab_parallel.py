@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ift_kernels import checks, head_call, linear, operators
-from ift_kernels.active_set import ActiveSet
-from ift_kernels.active_set import options as active_options
-from ift_kernels.backends import reference as ref
+from ift_kernels import linear
+from ift_kernels.backends import contract
+from ift_kernels.common import checks
+from ift_kernels.common.active_set import ActiveSet
+from ift_kernels.common.active_set import options as active_options
+from ift_kernels.common.transform import LogitTransform
 from ift_kernels.linear import TokenStats
-from ift_kernels.transform import LogitTransform
+from ift_kernels.operators import head_call, library
 
 _LITTLE = -1e30  # a logit
 _IGNORE = -100  # of the local calls, whatever the caller's is: their ids are the shard's own
@@ -69,13 +71,13 @@ def vocab_parallel_logprobs(
 
     >>> # logprob = vocab_parallel_logprobs(hidden, lm_head.weight, target).logprob
     """
-    operators.check_transforms("vocab_parallel_logprobs", (hidden, weight, bias))
+    library.check_transforms("vocab_parallel_logprobs", (hidden, weight, bias))
     shard = _Shard.of(weight, bias, group)
     hidden = whole(hidden, weight)
     ignore_index = checks.integer("ignore_index", ignore_index)
     track, differentiable = linear.tracks(outputs, detached)
-    if track & ref.TRACK_SECOND:
-        track |= ref.TRACK_ARGMAX  # says whose second it is
+    if track & contract.TRACK_SECOND:
+        track |= contract.TRACK_ARGMAX  # says whose second it is
     active = active_options(gradient)
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
     target = checks.token_ids("target", target, hidden.shape[:-1], hidden.device)
@@ -250,30 +252,30 @@ def _combined(local: _Local, here: Tensor, shard: _Shard, track: int) -> TokenSt
     relative = (local.top - most).double() + local.log_sum + edge
     # Each shard's parts depend on that shard alone: only of the sums do all make the same loss.
     parts = [relative.exp(), torch.where(here, stats.logprob + relative, 0)]
-    if track & ref.TRACK_ENTROPY:
+    if track & contract.TRACK_ENTROPY:
         parts.append(relative.exp() * (stats.entropy - relative))
-    if track & ref.TRACK_SQ:
+    if track & contract.TRACK_SQ:
         parts.append((2 * relative.detach()).exp() * stats.sum_sq)
-    if track & ref.TRACK_MEAN:  # comes less lse
+    if track & contract.TRACK_MEAN:  # comes less lse
         parts.append((stats.mean_logit + relative) * (shard.weight.shape[0] / shard.vocabulary))
     sums = iter(_sum_of_shards(torch.stack(parts), group))
     log_sum = next(sums).log()
     dtype = stats.lse.dtype
     out = TokenStats((next(sums) - log_sum).to(dtype), (most + log_sum).to(dtype))
-    if track & ref.TRACK_ENTROPY:
+    if track & contract.TRACK_ENTROPY:
         out = out._replace(entropy=(next(sums) * (-log_sum).exp() + log_sum).to(dtype))
-    if track & ref.TRACK_SQ:
+    if track & contract.TRACK_SQ:
         out = out._replace(sum_sq=(next(sums) * (-2 * log_sum).exp()).detach().to(dtype))
-    if track & ref.TRACK_MEAN:
+    if track & contract.TRACK_MEAN:
         out = out._replace(mean_logit=(next(sums) + most).to(dtype))
-    if not track & ref.TRACK_ARGMAX:
+    if not track & contract.TRACK_ARGMAX:
         return cast(TokenStats, out)
     rest = log_sum.detach().to(dtype)
     # Ties go to the lowest id; with NaN alone, to the last.
     mine = torch.where(local.top == most, stats.argmax + shard.start, shard.vocabulary - 1)
     argmax = extreme(mine, dist.ReduceOp.MIN)
     out = out._replace(argmax=argmax, argmax_logprob=(most - most) - rest)
-    if track & ref.TRACK_SECOND:
+    if track & contract.TRACK_SECOND:
         inside = (argmax >= shard.start) & (argmax < shard.start + shard.weight.shape[0])
         second = torch.where(inside, stats.second_logprob + local.log_sum, 0) + (local.top - most)
         out = out._replace(second_logprob=extreme(second, dist.ReduceOp.MAX) - rest)

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from ift_kernels.backends import cpu_memory
+from ift_kernels.backends.cpu import memory
 
 # Two give the parallel paths something to do, and the same sums on every machine. xdist workers
 # already share the cores among them.
@@ -47,7 +47,7 @@ def nan_empty(monkeypatch):
 
         return wrapper
 
-    monkeypatch.setattr(cpu_memory, "LIMIT", 0)  # else it would hand out what was written before
+    monkeypatch.setattr(memory, "LIMIT", 0)  # else it would hand out what was written before
     for owner, name in ALLOCATORS:
         monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
 

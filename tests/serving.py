@@ -8,5 +8,5 @@ from ift_kernels import backends
 BACKENDS = [
     name
     for name, backend in backends.BACKENDS.items()
-    if not backend.why_not(torch.device("cpu"), torch.float32)
+    if not backend.unsupported_reason(torch.device("cpu"), torch.float32)
 ]

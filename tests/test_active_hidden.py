@@ -7,9 +7,10 @@ import torch
 
 import dense
 import ift_kernels as K
-from ift_kernels import active_hidden, backends, plan
-from ift_kernels.active_set import ActiveSet
-from ift_kernels.backends import reference_active
+from ift_kernels import backends
+from ift_kernels.backends import reference
+from ift_kernels.common.active_set import ActiveSet
+from ift_kernels.schedule import active, plan
 from serving import BACKENDS
 from test_active_set import (
     DTYPES,
@@ -30,7 +31,7 @@ MIB = 1 << 20
 @pytest.fixture
 def sparse(monkeypatch):
     """No tile is left dense, however many of its columns are active."""
-    monkeypatch.setattr(active_hidden, "DENSE_SHARE", 2.0)
+    monkeypatch.setattr(active, "DENSE_SHARE", 2.0)
 
 
 # --- the epilogue --------------------------------------------------------------------------------
@@ -240,5 +241,5 @@ def test_the_reference_takes_any_layout():
     tail_weights = torch.rand(40)
     tail_gradient, parts = by_the_definition(dz, mask, 32, 64, tail_weights)
     found, active = torch.empty(1, 50), torch.empty(sum(p.numel() for p in parts))
-    reference_active.split_active(dz, mask, 32, 64, tail_weights, found, active)
+    reference.split_active(dz, mask, 32, 64, tail_weights, found, active)
     torch.testing.assert_close(found.double(), tail_gradient, rtol=1e-5, atol=1e-6)

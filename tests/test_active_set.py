@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 import dense
 import ift_kernels as K
 from bench.harness import data as lmlike
-from ift_kernels import active_hidden, plan
-from ift_kernels.active_set import ActiveSet
+from ift_kernels.common.active_set import ActiveSet
+from ift_kernels.schedule import active, plan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ROUNDING = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
@@ -21,7 +21,7 @@ SMALL = {"block": 32, "tail_bucket": 64}
 @pytest.fixture
 def sparse(monkeypatch):
     """No tile is left dense, however many of its columns are active."""
-    monkeypatch.setattr(active_hidden, "DENSE_SHARE", 2.0)
+    monkeypatch.setattr(active, "DENSE_SHARE", 2.0)
 
 
 def upstream(n, outputs, seed=3):

@@ -3,6 +3,7 @@
 import functools
 import importlib.machinery
 import importlib.util
+import inspect
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from ift_kernels import (
     linear_logprobs,
     linear_token,
 )
+from ift_kernels.backends import contract
 from processes import HANG
 from serving import BACKENDS
 
@@ -199,10 +201,10 @@ def test_the_choice_by_device_and_dtype():
 
 def test_without_the_extension(monkeypatch):
     """What a machine without a compiler sees."""
-    from ift_kernels.backends import cpu
+    from ift_kernels.backends.cpu import extension
 
-    monkeypatch.setattr(cpu, "_cpu", None)
-    monkeypatch.setattr(cpu, "_import_error", "the C++ extension was not built")
+    monkeypatch.setattr(extension, "_cpu", None)
+    monkeypatch.setattr(extension, "_import_error", "the C++ extension was not built")
     row = next(row for row in backends.describe() if row["name"] == "cpu")
     assert not row["available"] and "not built" in row["reason"]
     h = dense.head(9, 4, 50)
@@ -221,7 +223,7 @@ SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 @pytest.mark.parametrize("suffix", importlib.machinery.EXTENSION_SUFFIXES)
 def test_sources_that_hide_an_installed_package(suffix, monkeypatch, tmp_path):
     """What is missing is not a compiler."""
-    from ift_kernels.backends import cpu
+    from ift_kernels.backends import loading
 
     here = Path(ift_kernels.__file__).resolve().parent
     installed = tmp_path / "site-packages" / "ift_kernels"
@@ -229,20 +231,20 @@ def test_sources_that_hide_an_installed_package(suffix, monkeypatch, tmp_path):
     (tmp_path / "linked").symlink_to(here.parent)  # the same sources by another name
     monkeypatch.setattr(sys, "path", [str(tmp_path / "linked"), *sys.path, str(installed.parent)])
     arguments = "the C++ extension", "_other", ImportError("no"), ": install a compiler"
-    assert cpu.extension_error(*arguments) == (
+    assert loading.extension_error(*arguments) == (
         "the C++ extension was not built: install a compiler"
     )
     (installed / f"_other{suffix}").touch()
-    said = cpu.extension_error(*arguments)
+    said = loading.extension_error(*arguments)
     assert str(here) in said and str(installed) in said and "python -m" in said
     assert "compiler" not in said and "not built" not in said
 
 
 def test_an_extension_that_does_not_load_is_another_matter(monkeypatch, tmp_path):
-    from ift_kernels.backends import cpu
+    from ift_kernels.backends import loading
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    said = cpu.extension_error("the C++ extension", "_cpu", ImportError("wrong ABI"), ": x")
+    said = loading.extension_error("the C++ extension", "_cpu", ImportError("wrong ABI"), ": x")
     assert said == "the C++ extension does not load (wrong ABI)"
 
 
@@ -295,18 +297,32 @@ def test_the_number_of_threads_changes_nothing(threads):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
-def operations(backend):
-    """What the schedules may call: the public functions of a backend."""
-    return {n for n, f in vars(backend).items() if callable(f) and n.islower() and n[0] != "_"}
+CONTRACT = [
+    name
+    for name, value in vars(contract.Backend).items()
+    if inspect.isfunction(value) and not name.startswith("__")
+]
 
 
 @pytest.mark.parametrize("name", backends.BACKENDS)
-def test_every_backend_has_every_operation(name):
-    """Also those that cannot run here: a missing one would show on somebody's GPU first."""
-    reference = {
-        n for n in operations(backends.BACKENDS["reference"])
-        if getattr(backends.BACKENDS["reference"], n).__module__.startswith("ift_kernels.backends")
-    } - {"philox"}  # fmt: skip  # its random words, which the others draw inside their kernels
-    assert "dlogits_" in reference and "divergence_terms" in reference
-    backend = backends.BACKENDS[name]
-    assert reference <= operations(backend) | set(getattr(backend, "_HOME", ()))  # loaded when used
+def test_every_backend_keeps_the_contract(name):
+    """Also those that cannot run here: a missing function would show on somebody's GPU first."""
+    assert "dlogits_" in CONTRACT and "residual_grad" in CONTRACT
+    for function in CONTRACT:
+        wanted = list(inspect.signature(getattr(contract.Backend, function)).parameters)[1:]
+        try:
+            given = getattr(backends.BACKENDS[name], function)
+        except ModuleNotFoundError:
+            pytest.skip("its kernels cannot be imported here")  # Triton is not everywhere
+        assert list(inspect.signature(given).parameters) == wanted, function
+
+
+def test_the_table_of_statistics_is_what_operators_return():
+    names = [s.name for s in contract.STATISTICS]
+    assert names == list(ift_kernels.TokenStats._fields)
+    assert len({s.track for s in contract.STATISTICS}) == 1 + 5  # argmax has two outputs
+    assert {row for s in contract.STATISTICS for row in s.state} == set(range(contract.STATE_ROWS))
+    differentiable = [s.name for s in contract.STATISTICS if s.differentiable]
+    h = dense.head(5, 4, 30)
+    stats = linear_logprobs(h.hidden, h.weight, h.target, outputs=dense.OUTPUTS)
+    assert [n for n in names if getattr(stats, n).requires_grad] == differentiable

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import ift_kernels
-from ift_kernels import backends, plan, settings, use_backend
+from ift_kernels import backends, use_backend
+from ift_kernels.common import settings
+from ift_kernels.schedule import plan
 from operations import OPERATIONS
 from serving import BACKENDS
 

@@ -7,12 +7,13 @@ import torch
 
 import dense
 from ift_kernels import ActiveSet, linear_cross_entropy, linear_logprobs, linear_token
-from ift_kernels.backends import cpu, cpu_memory
+from ift_kernels.backends import cpu
+from ift_kernels.backends.cpu import memory
 
 pytestmark = [
     pytest.mark.skipif(not cpu.describe()["available"], reason="the C++ extension is not built"),
     pytest.mark.skipif(
-        cpu_memory._use_count is None, reason="this torch does not count users of a storage"
+        memory._use_count is None, reason="this torch does not count users of a storage"
     ),
 ]
 MIB = 1 << 20
@@ -23,13 +24,13 @@ LIKE = torch.zeros(0)
 def kept(monkeypatch):
     """On, which it is not in other tests, and empty."""
     blocks = []
-    monkeypatch.setattr(cpu_memory, "LIMIT", 64 * MIB)
-    monkeypatch.setattr(cpu_memory, "_blocks", blocks)
+    monkeypatch.setattr(memory, "LIMIT", 64 * MIB)
+    monkeypatch.setattr(memory, "_blocks", blocks)
     return blocks
 
 
 def take(mib, dtype=torch.float32):
-    return cpu_memory.empty(LIKE.to(dtype), mib * MIB // dtype.itemsize)[0]
+    return memory.empty(LIKE.to(dtype), mib * MIB // dtype.itemsize)[0]
 
 
 def test_memory_is_used_again_once_nobody_uses_it():
@@ -39,7 +40,7 @@ def test_memory_is_used_again_once_nobody_uses_it():
     del first
     assert take(8).data_ptr() != address, "a view still uses it"
     del view
-    again, new = cpu_memory.empty(LIKE.bfloat16(), 3 * MIB)  # 6 MiB, in another dtype
+    again, new = memory.empty(LIKE.bfloat16(), 3 * MIB)  # 6 MiB, in another dtype
     assert (again.data_ptr() == address) and not new
     assert again.shape == (3 * MIB,) and again.dtype == torch.bfloat16
 
@@ -101,13 +102,13 @@ def test_results_do_not_depend_on_what_was_there(kept, dtype, gradient, monkeypa
                 value = operation(h.hidden, h.weight, h.target, gradient=gradient)
                 value = value if isinstance(value, torch.Tensor) else value.logprob.sin().sum()
                 found += [value.detach(), *dense.gradients(value, h.inputs)]
-                poison(block for block in kept if cpu_memory._use_count(block._cdata) == 1)
+                poison(block for block in kept if memory._use_count(block._cdata) == 1)
             found.append(linear_token(h.hidden, h.weight).ids)
         return found
 
     reused = results() and results()
     assert kept, "nothing was kept: the sizes are too small to test anything"
-    monkeypatch.setattr(cpu_memory, "LIMIT", 0)
+    monkeypatch.setattr(memory, "LIMIT", 0)
     for a, b in zip(reused, results(), strict=True):
         assert torch.equal(a, b)
 

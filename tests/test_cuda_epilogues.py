@@ -9,7 +9,7 @@ import torch
 import cuda_emulator
 import split_examples
 from ift_kernels.backends import cuda, reference
-from ift_kernels.transform import LogitTransform
+from ift_kernels.common.transform import LogitTransform
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux")
 INF, NAN = math.inf, math.nan

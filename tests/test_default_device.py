@@ -14,7 +14,7 @@ from ift_kernels import (
     record_active_sets,
     use_backend,
 )
-from ift_kernels.plan import use_schedule
+from ift_kernels.schedule.plan import use_schedule
 from operations import IDS, OPERATIONS, TEACHER
 from serving import BACKENDS
 

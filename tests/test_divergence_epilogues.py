@@ -8,10 +8,11 @@ import torch
 from ift_kernels import backends
 from ift_kernels.backends import cpu
 from ift_kernels.backends import reference as ref
-from ift_kernels.transform import LogitTransform
+from ift_kernels.common.transform import LogitTransform
 
 pytestmark = pytest.mark.skipif(
-    bool(cpu.why_not(torch.device("cpu"), torch.float32)), reason="the C++ extension is not built"
+    bool(cpu.unsupported_reason(torch.device("cpu"), torch.float32)),
+    reason="the C++ extension is not built",
 )
 KINDS = ref.KINDS
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

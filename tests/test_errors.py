@@ -12,8 +12,8 @@ from ift_kernels import (
     linear_expected_embedding,
     linear_logprobs,
     linear_token,
-    plan,
 )
+from ift_kernels.schedule import plan
 
 H = dense.head((4, 5), 7, 33, bias=True, ignored=0).map(torch.Tensor.detach)
 E = torch.randn(33, 3)

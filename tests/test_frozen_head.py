@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import ift_kernels as K
-from ift_kernels import engine, frozen_op, plan, syncfree
+from ift_kernels.common import sync_free
+from ift_kernels.operators import frozen_head
+from ift_kernels.schedule import plan, products
 
 ROWS, WIDTH, VOCABULARY = 300, 24, 3001
 ROOM = {torch.float32: 2 << 20, torch.float64: 4 << 20, torch.bfloat16: 1 << 20}
@@ -91,14 +93,14 @@ def test_one_upstream_alone(which):
 
 def test_products_are_formed_once(monkeypatch):
     rows = []
-    original = engine.products
+    original = products.tiles
 
     def counted(head, made, kept=None):
         assert kept.shape == (len(head.hidden), VOCABULARY)
         rows.append(len(head.hidden))
         return original(head, made, kept)
 
-    monkeypatch.setattr(engine, "products", counted)
+    monkeypatch.setattr(products, "tiles", counted)
     hidden, weight, _, target, _ = problem(torch.float32, False)
     made = K.explain(ROWS, VOCABULARY, WIDTH, torch.float32, need_weight=False, workspace=2 << 20)
     assert (made.schedule, made.products) == ("forward", 2.0)
@@ -110,12 +112,12 @@ def test_products_are_formed_once(monkeypatch):
 
 def test_who_is_served():
     mean, entropy = K.linear.OUTPUTS["mean_logit"], K.linear.OUTPUTS["entropy"]
-    assert frozen_op.serves([True, False, False], K.linear.OUTPUTS["argmax"])
-    assert not frozen_op.serves([True, False, False], mean)
-    assert not frozen_op.serves([True, False, False], entropy)
-    assert not frozen_op.serves([True, True, False], 0)
-    assert not frozen_op.serves([True, False, True], 0)
-    assert not frozen_op.serves([False, False, False], 0)
+    assert frozen_head.serves([True, False, False], K.linear.OUTPUTS["argmax"])
+    assert not frozen_head.serves([True, False, False], mean)
+    assert not frozen_head.serves([True, False, False], entropy)
+    assert not frozen_head.serves([True, True, False], 0)
+    assert not frozen_head.serves([True, False, True], 0)
+    assert not frozen_head.serves([False, False, False], 0)
 
 
 @pytest.mark.parametrize("name", ["entropy", "mean_logit"])
@@ -211,7 +213,7 @@ def test_backward_without_waiting_for_the_device():
     with plan.use_schedule("forward"):
         stats = K.linear_logprobs(hidden, weight, target, bias=bias, workspace=2 << 20)
     assert plan.ledger.held
-    with syncfree.sync_free():
+    with sync_free.sync_free():
         (got,) = torch.autograd.grad(stats.logprob, hidden, upstream[0])
     only = upstream * torch.tensor([[1.0], [0.0]])
     assert distance(got, dense(hidden, weight, bias, target, only)) <= 1e-6
@@ -253,6 +255,6 @@ def test_opcheck():
     hidden, weight, bias, target, _ = problem(torch.float32, True)
     torch.library.opcheck(
         torch.ops.ift_kernels.linear_frozen,
-        (hidden, weight, bias, target, -100, 1.0, 0.0, 1.0, 2 << 20, torch.float32, 0),
+        (hidden, weight, bias, target, -100, 1.0, 0.0, 1.0, 2 << 20, torch.float32, 0, []),
         test_utils=("test_schema", "test_autograd_registration"),
     )

@@ -11,7 +11,8 @@ import torch
 
 import dense
 import ift_kernels as K
-from ift_kernels import backends, syncfree
+from ift_kernels import backends
+from ift_kernels.common import sync_free
 
 CUDA = torch.cuda.is_available()
 pytestmark = [
@@ -29,9 +30,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(params=["triton", "cuda"], autouse=True)
 def serving(request):
     """The backend under test."""
-    why_not = backends.BACKENDS[request.param].why_not(DEVICE, torch.float32)
-    if why_not:
-        pytest.skip(f"{request.param}: {why_not}")
+    reason = backends.BACKENDS[request.param].unsupported_reason(DEVICE, torch.float32)
+    if reason:
+        pytest.skip(f"{request.param}: {reason}")
     with K.use_backend(request.param):
         yield request.param
 
@@ -121,7 +122,7 @@ def test_cuda_graph(gradient):
         ]
 
     def in_sync_free():
-        with syncfree.sync_free():
+        with sync_free.sync_free():
             return step()
 
     wanted = in_sync_free()
@@ -153,7 +154,7 @@ def test_no_wait_for_the_device():
     loss = K.linear_cross_entropy(h.hidden, h.weight, h.target)  # compiles what there is to compile
     loss.backward()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(syncfree.sync_free())
+        stack.enter_context(sync_free.sync_free())
         if CUDA:
             torch.cuda.set_sync_debug_mode("error")
             stack.callback(torch.cuda.set_sync_debug_mode, "default")

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 import dense
 import ift_kernels
-from ift_kernels import linear_cross_entropy, plan
+from ift_kernels import linear_cross_entropy
+from ift_kernels.schedule import plan
 from serving import BACKENDS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -8,8 +8,9 @@ import torch
 
 import dense
 import ift_kernels
-from ift_kernels import divergence_plan, engine
-from ift_kernels.transform import LogitTransform
+from ift_kernels.common.transform import LogitTransform
+from ift_kernels.schedule import divergence_plan
+from ift_kernels.schedule.head import Head
 
 KINDS = ["forward", "reverse", "jsd"]
 OPTIONS = {
@@ -77,7 +78,7 @@ def shrink(monkeypatch, name):
     monkeypatch.setattr(divergence_plan, "MIN_BLOCK", least)
     monkeypatch.setattr(divergence_plan, "ALIGN", 4)
     monkeypatch.setattr(divergence_plan, "BLOCK_COST", 1)
-    monkeypatch.setattr(ift_kernels.plan, "ALIGN", 16)
+    monkeypatch.setattr(ift_kernels.schedule.plan, "ALIGN", 16)
     return elements
 
 
@@ -85,14 +86,14 @@ def shrink(monkeypatch, name):
 def schedule(request, monkeypatch):
     """Workspace, as a function of the dtype."""
     elements = shrink(monkeypatch, request.param)
-    monkeypatch.setattr(ift_kernels.checks, "MIN_WORKSPACE", 1)
+    monkeypatch.setattr(ift_kernels.common.checks, "MIN_WORKSPACE", 1)
     return lambda dtype: None if elements is None else elements * dtype.itemsize
 
 
 def layout(monkeypatch, name, dtype, n=29):
     elements = shrink(monkeypatch, name)
     heads = [
-        engine.Head(
+        Head(
             ift_kernels.backends.get(torch.empty(0, dtype=dtype)), torch.empty(n, d, dtype=dtype),
             torch.empty(300, d, dtype=dtype), None, LogitTransform(),
         )

@@ -5,7 +5,8 @@ import torch
 
 import dense
 import ift_kernels
-from ift_kernels import linear_cross_entropy, linear_logprobs, plan
+from ift_kernels import linear_cross_entropy, linear_logprobs
+from ift_kernels.schedule import plan
 from serving import BACKENDS
 
 SMALL = 1 << 20
@@ -353,7 +354,7 @@ def test_rows_further_apart_than_an_int32_counts(dtype):
     values = torch.randn(2, v).to(dtype)
     x.copy_(values)
     from ift_kernels.backends import cpu, reference
-    from ift_kernels.transform import LogitTransform
+    from ift_kernels.common.transform import LogitTransform
 
     target, transform = torch.tensor([3, v - 1]), LogitTransform()
     states = []

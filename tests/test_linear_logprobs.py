@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 import dense
 import ift_kernels
-from ift_kernels import linear_logprobs, plan
+from ift_kernels import linear_logprobs
+from ift_kernels.schedule import plan
 from serving import BACKENDS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

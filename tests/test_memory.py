@@ -17,8 +17,8 @@ from ift_kernels import (
     linear_expected_embedding,
     linear_logprobs,
     linear_token,
-    plan,
 )
+from ift_kernels.schedule import plan
 from serving import BACKENDS
 
 MIB = 1 << 20

@@ -6,7 +6,7 @@ import torch
 
 from ift import losses
 from ift_kernels import linear_cross_entropy, linear_divergence
-from ift_kernels.plan import use_schedule
+from ift_kernels.schedule.plan import use_schedule
 
 FORMS = {
     "int": int,

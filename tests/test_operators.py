@@ -1,4 +1,4 @@
-"""What `ift_kernels.operators` promises for every operator: no derivative is silently wrong."""
+"""What `operators.library` promises for every operator: no derivative is silently wrong."""
 
 import functools
 import re
@@ -9,7 +9,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ift_kernels
-from ift_kernels import ActiveSet, exact_influence, linear_cross_entropy, linear_token, plan
+from ift_kernels import ActiveSet, exact_influence, linear_cross_entropy, linear_token
+from ift_kernels.schedule import plan
 from operations import HEAD, IDS, OPERATIONS, TEACHER
 
 REFUSED = "not supported, expected torch.autograd.grad or backward"

@@ -17,7 +17,8 @@ from ift.input_embeddings import embedding_table
 from ift.patching import original_forward, patch, unpatch
 from ift.prefix import find_sharing
 from ift.token_stats import token_stats
-from ift_kernels import ActiveSet, checks, record_active_sets
+from ift_kernels import ActiveSet, record_active_sets
+from ift_kernels.common import checks
 
 
 @pytest.fixture(params=ARCHITECTURES)

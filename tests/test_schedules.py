@@ -10,7 +10,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import ift_kernels as K
-from ift_kernels import plan, syncfree
+from ift_kernels.common import sync_free
+from ift_kernels.schedule import plan
 
 SCHEDULES = ("recompute", "keep", "forward")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -59,11 +60,11 @@ def test_schedules_agree(dtype, frozen, workspace):
 
 def test_forward_gradients_are_not_recomputed(monkeypatch):
     hidden, weight, bias, target = head(200, 16, 2000, torch.float32)
-    from ift_kernels import engine
+    from ift_kernels.schedule import gradients
 
     calls = []
-    original = engine.recomputed
-    monkeypatch.setattr(engine, "recomputed", lambda *a: calls.append(a) or original(*a))
+    original = gradients.recomputed_tiles
+    monkeypatch.setattr(gradients, "recomputed_tiles", lambda *a: calls.append(a) or original(*a))
     with plan.use_schedule("forward"):
         loss = K.linear_cross_entropy(hidden, weight, target, bias=bias, workspace=3 << 19)
         calls.clear()
@@ -254,12 +255,12 @@ def test_a_mode_that_changes_before_backward(scalar, frozen, gradient, where):
         return K.linear_logprobs(hidden, weight, target, gradient=gradient).logprob.sum()
 
     def backward():
-        with syncfree.sync_free() if where == "backward" else nullcontext():
+        with sync_free.sync_free() if where == "backward" else nullcontext():
             found.extend(torch.autograd.grad(out, inputs))
 
     found = []
     exact = [g.clone() for g in torch.autograd.grad(value(), inputs)]
-    with syncfree.sync_free() if where != "backward" else nullcontext():
+    with sync_free.sync_free() if where != "backward" else nullcontext():
         out = value()
         if where == "another thread":
             thread = threading.Thread(target=backward)

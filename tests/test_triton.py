@@ -52,7 +52,7 @@ def test_the_interpreter_is_chosen_before_kernels_load():
         "from ift_kernels.backends import triton\n"
         "from ift_kernels.backends.triton import launch\n"
         "os.environ['TRITON_INTERPRET'] = '1'\n"
-        "print(triton.why_not(torch.device('cpu'), torch.float32))\n"
+        "print(triton.unsupported_reason(torch.device('cpu'), torch.float32))\n"
     )
     assert "after the kernels had been loaded" in python("-c", code).stdout
 
@@ -68,7 +68,10 @@ def test_an_absent_triton(monkeypatch):
     backend._unavailable.cache_clear()
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     try:
-        assert backend.why_not(torch.device("cuda"), torch.float32) == "triton is not installed"
+        assert (
+            backend.unsupported_reason(torch.device("cuda"), torch.float32)
+            == "triton is not installed"
+        )
         row = backend.describe()
         assert not row["available"] and row["reason"] == "triton is not installed"
     finally:

@@ -14,11 +14,12 @@ import dense
 import ift_kernels as K
 import interpreter
 import test_backends
-from ift_kernels import backends, linear_ops
+from ift_kernels import backends
 from ift_kernels.backends import reference as ref
 from ift_kernels.backends import triton as backend
 from ift_kernels.backends.triton import launch, sampling
-from ift_kernels.transform import LogitTransform
+from ift_kernels.common.transform import LogitTransform
+from ift_kernels.operators import linear_stats
 
 interpreter.round_to_nearest()
 
@@ -101,9 +102,9 @@ def test_statistics(dtype, transform, bias, track, blocks):
         assert torch.equal(x.isnan(), before.isnan()) and torch.equal(
             x.nan_to_num(), before.nan_to_num()
         )
-    values = (linear_ops.row_values(*state, 196, track) for state in (ours, theirs))
+    values = (linear_stats.row_values(*state, 196, track) for state in (ours, theirs))
     for i, (a, b) in enumerate(zip(*values, strict=True)):
-        if linear_ops.tracked(track)[i] and i != 8:
+        if linear_stats.tracked(track)[i] and i != 8:
             close(a, b)
 
 

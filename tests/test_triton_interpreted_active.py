@@ -10,17 +10,19 @@ import dense
 import ift_kernels as K
 import interpreter
 import split_examples
-from ift_kernels import active_hidden, head_call, linear_ops, syncfree
 from ift_kernels.backends import reference
 from ift_kernels.backends import triton as backend
 from ift_kernels.backends.triton import launch
+from ift_kernels.common import sync_free
+from ift_kernels.operators import head_call, linear_stats
+from ift_kernels.schedule import active
 
 interpreter.round_to_nearest()
 
 
 @pytest.fixture(autouse=True)
 def served_by_triton(monkeypatch):
-    monkeypatch.setattr(active_hidden, "DENSE_SHARE", 2.0)  # no tile is left dense
+    monkeypatch.setattr(active, "DENSE_SHARE", 2.0)  # no tile is left dense
     small = {"COLUMNS": 64, "INNER": 16, "num_warps": 1}  # each step costs, however small
     with K.use_backend("triton"), launch.use_config("fused", small):
         yield
@@ -33,7 +35,7 @@ def distance(a, b):
 def gradients(h, gradient, backend_name="triton", sync_free=False, workspace=None):
     with K.use_backend(backend_name):
         if sync_free:
-            with syncfree.sync_free():
+            with sync_free.sync_free():
                 return gradients(h, gradient, backend_name, False, workspace)
         stats = K.linear_logprobs(
             h.hidden, h.weight, h.target, outputs=("logprob", "entropy"), gradient=gradient,
@@ -123,7 +125,7 @@ def test_sync_free(gradient, monkeypatch):
     with monkeypatch.context() as patch:
         for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero"):
             patch.setattr(torch.Tensor, name, refuse_on_data(getattr(torch.Tensor, name)))
-        for module in (linear_ops, head_call):  # it looks on the CPU alone
+        for module in (linear_stats, head_call):  # it looks on the CPU alone
             patch.setattr(module, "check_targets", lambda *_: None)
         ours = gradients(h, gradient, sync_free=True)
     for a, b in zip(ours, wanted, strict=True):
@@ -151,7 +153,7 @@ def test_sync_free_loss():
     for kwargs in ({}, {"label_smoothing": 0.1, "z_loss": 0.01}):
         results = []
         for mode in (False, True):
-            with syncfree.sync_free() if mode else K.use_backend("triton"):
+            with sync_free.sync_free() if mode else K.use_backend("triton"):
                 loss = K.linear_cross_entropy(h.hidden, h.weight, h.target, **kwargs)
                 results.append([loss, *torch.autograd.grad(loss, h.inputs)])
         for a, b in zip(*results, strict=True):

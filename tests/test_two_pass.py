@@ -14,7 +14,7 @@ from ift.config import IFTConfig
 from ift.measure import Measured
 from ift.patching import patch, unpatch
 from ift.two_pass import _prediction
-from ift_kernels.transform import LogitTransform
+from ift_kernels.common.transform import LogitTransform
 from proofs.tiny_models import architectures, tiny_model
 
 NAMES = [name for name in ARCHITECTURES if name != "mixtral"]  # tested by itself below

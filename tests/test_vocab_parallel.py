@@ -15,7 +15,7 @@ from ift_kernels import (
     use_backend,
     vocab_parallel_logprobs,
 )
-from ift_kernels.plan import use_schedule
+from ift_kernels.schedule.plan import use_schedule
 from processes import join, leave, start
 
 V, D, SHAPE = 131, 24, (3, 9)  # odd: the shards are not of one size

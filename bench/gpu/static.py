@@ -36,11 +36,11 @@ from ift_kernels.backends.triton import launch
 
 LIMITS = Path(__file__).with_name("static_limits.json")
 # Reads bytes, single flags or lists of ids; nothing to gain from wide accesses.
-NARROW = {"marks", "merge"}
+NARROW = {"mask", "merge"}
 # Touch every element once, so the bytes requested may hardly exceed the least; but for a bias,
 # which every row reads again from a cache.
 STREAMING = {"stats", "dlogits", "probabilities", "top_k", "gumbel", "scan", "residual",
-             "tile_sums"}  # fmt: skip
+             "bucket_sums"}  # fmt: skip
 MAX_RATIO = 1.1
 MATRIX = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 PRODUCTS = {"fused"}

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from bench.harness.machine import ROOT
 from ift_kernels.backends import triton as backend
-from ift_kernels.transform import LogitTransform
+from ift_kernels.backends.triton import launch
+from ift_kernels.common.transform import LogitTransform
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PLAIN, FULL = LogitTransform(), LogitTransform(0.7, 5.0, 1.3)
@@ -60,13 +61,13 @@ def _epilogues(dtype: torch.dtype, full: bool, c: int) -> None:
     backend.top_k_update(*chunk, 0, torch.zeros(n, k), torch.zeros(n, k, dtype=torch.int64))
     best = torch.zeros(n)
     backend.gumbel_update(*chunk, 0, 3, target, best, best.clone(), target.clone())
-    backend.active_marks(*chunk, target, 0, best, 32)
+    backend.active_mask(*chunk, target, 0, best, 32)
 
 
 def _whole_operations(dtype: torch.dtype, width: int) -> None:
     at = torch.zeros(48, dtype=torch.int64)
-    table, profile = torch.zeros(128, width, dtype=dtype), torch.zeros(128)
-    backend.tile_sums(table, 64, profile)
+    table = torch.zeros(128, width, dtype=dtype)
+    backend.bucket_sums(table, 64, torch.zeros(128))
     values = torch.zeros(4, width, dtype=dtype)
     ids = torch.arange(64).view(4, 16)
     predicted = ids + 64
@@ -83,8 +84,9 @@ def _products(dtype: torch.dtype, full: bool, n: int, v: int, d: int) -> None:
     bias, transform = (torch.zeros(v), FULL) if full else (None, PLAIN)
     target = torch.zeros(n, dtype=torch.int64)
     state, argmax = backend.new_state(n, hidden.device)
-    for track in (31,) if full else (0, 1):
-        backend.fused_statistics(hidden, weight, bias, transform, target, state, argmax, track)
+    with launch.use_config("forward", {"FUSED": 1}):
+        for track in (31,) if full else (0, 1):
+            backend.fused_statistics(hidden, weight, bias, transform, target, state, argmax, track)
 
 
 class Bytes(NamedTuple):

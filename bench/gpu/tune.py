@@ -34,7 +34,7 @@ from bench.harness import data, machine
 from bench.harness.machine import provenance, synchronize
 from bench.report.tables import Table, percent, terminal
 from ift_kernels import backends as installed
-from ift_kernels.transform import LogitTransform
+from ift_kernels.common.transform import LogitTransform
 
 CLEARLY = 0.97  # of the time of the backend that comes first
 PLAIN = LogitTransform()
@@ -117,10 +117,10 @@ def calls(backend: Any, device: torch.device, rows: int, columns: int) -> dict[s
             moved, lambda: backend.gumbel_update(*chunk, 0, 1, target, best, logit, drawn),
             lambda: [best, drawn], no_best,
         ),
-        "active_marks": returning(
-            lambda: [backend.active_marks(*chunk, target, 0, level, 32)], moved
+        "active_mask": returning(
+            lambda: [backend.active_mask(*chunk, target, 0, level, 32)], moved
         ),
-        "tile_sums": returning(lambda: [backend.tile_sums(x, 64, row_weights)], moved),
+        "bucket_sums": returning(lambda: [backend.bucket_sums(x, 64, row_weights)], moved),
         "scan": returning(lambda: [backend.scan(sequence, None, None, 0.95, True)], 4 * moved),
         "residual": returning(lambda: [backend.residual(table, *mixing)], 3 * moved),
         "residual_grad": returning(
@@ -186,7 +186,7 @@ def compare(device: torch.device, dry: bool) -> dict[str, Any]:
     serving = {
         name: module
         for name, module in installed.BACKENDS.items()
-        if not module.why_not(device, torch.bfloat16)
+        if not module.unsupported_reason(device, torch.bfloat16)
     }
     large, small = ((5, 96), (3, 40)) if dry else ((8192, 32000), (16, 1024))
     samples, repeats = (1, 1) if dry else (5, 20)
@@ -263,8 +263,8 @@ EPILOGUES = {
     "stats": ("stats_update", ROWWISE), "dlogits": ("dlogits_", ROWWISE),
     "top_k": ("top_k_update", ROWWISE), "gumbel": ("gumbel_update", ROWWISE),
     "scan": ("scan", ROWWISE), "residual": ("residual", ROWWISE),
-    "marks": ("active_marks", grid(ROWS=(16, 32), BLOCK=(64, 128), num_warps=(2, 4, 8))),
-    "segments": ("tile_sums", grid(ITEMS=(4, 8, 16), BLOCK=(128, 256, 512), num_warps=(2, 4))),
+    "mask": ("active_mask", grid(ROWS=(16, 32), BLOCK=(64, 128), num_warps=(2, 4, 8))),
+    "segments": ("bucket_sums", grid(ITEMS=(4, 8, 16), BLOCK=(128, 256, 512), num_warps=(2, 4))),
 }  # fmt: skip
 CANDIDATES: dict[str, Configs] = {name: some for name, (_, some) in EPILOGUES.items()} | {
     "fused": grid(ROWS=(64, 128), COLUMNS=(16, 32, 64, 128), INNER=(32, 64), num_warps=(4, 8),

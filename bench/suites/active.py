@@ -56,8 +56,9 @@ def _sweeps() -> Iterator[Case]:
         yield _sweep(f"threshold-{power}", title, ActiveSet(threshold=2.0**-power))
     for block in (64, 256, 512):
         yield _sweep(f"block-{block}", f"blocks of {block} tokens", ActiveSet(block=block))
-    for tile in (256, 512, 1024, 4096):
-        yield _sweep(f"tail-{tile}", f"tail tiles of {tile} ids", ActiveSet(tail_tile=tile))
+    for bucket in (256, 512, 1024, 4096):
+        title = f"buckets of {bucket} ids"
+        yield _sweep(f"tail-{bucket}", title, ActiveSet(tail_bucket=bucket))
 
 
 SWEEPS = {case.name: case for case in _sweeps()}
@@ -213,7 +214,7 @@ class Study:
 def _dense(
     h: Tensor, w: Tensor, t: Tensor, upstream: Tensor, options: ActiveSet
 ) -> tuple[Tensor, Tensor]:
-    """dh of dense products: exact, and with the tail of a tile spread evenly over its ids."""
+    """dh of dense products: exact, and with the tail of a bucket spread evenly over its ids."""
     (n, v), rows = (len(h), len(w)), torch.arange(len(t))
     p = (h @ w.T).softmax(1)
     active = p > options.threshold
@@ -221,9 +222,9 @@ def _dense(
     active = active.view(-1, options.block, v).any(1).repeat_interleave(options.block, 0)
     dz = -p * upstream[:, None]
     dz[rows, t] += upstream
-    tail = torch.where(active, 0.0, dz).view(n, -1, options.tail_tile)
-    mean = tail.sum(2) / (~active).view(n, -1, options.tail_tile).sum(2).clamp(min=1)
-    uniform = torch.where(active, dz, mean.repeat_interleave(options.tail_tile, 1))
+    tail = torch.where(active, 0.0, dz).view(n, -1, options.tail_bucket)
+    mean = tail.sum(2) / (~active).view(n, -1, options.tail_bucket).sum(2).clamp(min=1)
+    uniform = torch.where(active, dz, mean.repeat_interleave(options.tail_bucket, 1))
     return dz @ w, uniform @ w
 
 

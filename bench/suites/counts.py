@@ -25,7 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 import ift_kernels
 from bench.report.tables import Table, terminal
 from ift_kernels import backends
-from ift_kernels.backends import cpu_memory, reference
+from ift_kernels.backends import reference
+from ift_kernels.backends.cpu import memory
 
 COMMITTED = Path(__file__).with_name("counts.json")
 BACKENDS = ("reference", "cpu")
@@ -35,8 +36,7 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddb
 # What a backend may have, and a GPU launches.
 EPILOGUES = (
     "stats_update", "dlogits_", "probabilities_", "top_k_update", "gumbel_update", "scan",
-    "residual", "residual_grad", "fused_statistics", "tile_sums", "active_marks", "active_collect",
-    "active_form", "active_gradient_", "active_gradients", "active_rows", "combine_rows",
+    "residual", "residual_grad", "fused_statistics", "active_mask", "split_active", "bucket_sums",
     "transpose",
 )  # fmt: skip
 READS = ("aten::_local_scalar_dense", "aten::nonzero")
@@ -108,7 +108,7 @@ def count(call: Callable[[], Any], backend: Any = reference) -> Counts:
     """What one call does with `backend`, after one that fills caches."""
     call()
     activities = [ProfilerActivity.CPU]
-    kept, cpu_memory.LIMIT = cpu_memory.LIMIT, 0  # what an earlier call left would not be counted
+    kept, memory.LIMIT = memory.LIMIT, 0  # what an earlier call left would not be counted
     try:
         with contextlib.ExitStack() as stack:
             spies = [
@@ -119,7 +119,7 @@ def count(call: Callable[[], Any], backend: Any = reference) -> Counts:
             with profile(activities=activities, profile_memory=True, record_shapes=True) as seen:
                 call()
     finally:
-        cpu_memory.LIMIT = kept
+        memory.LIMIT = kept
     found = {"products": 0, "flops": 0, "bytes": 0, "operators": 0, "reads": 0}
     found["epilogues"] = sum(spy.call_count for spy in spies)
     for event in seen.events() or ():
@@ -143,7 +143,7 @@ def measure() -> dict[str, dict[str, Counts]]:
     found: dict[str, dict[str, Counts]] = {}
     torch.set_num_threads(1)  # the same everywhere
     for name in BACKENDS:
-        if not backends.BACKENDS[name].why_not(torch.device("cpu"), torch.float32):
+        if not backends.BACKENDS[name].unsupported_reason(torch.device("cpu"), torch.float32):
             with ift_kernels.use_backend(name):
                 found[name] = {
                     what: count(call, backends.BACKENDS[name])

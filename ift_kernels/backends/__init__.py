@@ -1,28 +1,27 @@
 """Which backend serves which tensor.
 
-A backend is a module that implements the same small set of epilogues and scans; the schedules that
-drive them (`ift_kernels.engine`) do not know which one they are talking to. The choice is by device
-first, then by what is available, then, operation by operation, by what was measured to be faster
-(`choice`). The environment variable ``IFT_BACKEND`` or the context manager `use_backend` overrides
-it.
+A backend is a package with the same small set of epilogues and scans (`contract.Backend`); the
+schedules that drive them are the same for all. The choice is by device first, then by what is
+available, then, operation by operation, by what was measured to be faster (`choice`). The
+environment variable ``IFT_BACKEND`` or the context manager `use_backend` overrides it.
 """
 
 from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ift_kernels.backends import choice, cpu, cuda, reference, triton
-from ift_kernels.settings import Setting
+from ift_kernels.backends.contract import Backend
+from ift_kernels.common.settings import Setting
 
 # In order of preference; `reference` serves whatever nothing else does.
-BACKENDS: dict[str, ModuleType] = {
-    "cpu": cpu, "triton": triton, "cuda": cuda, "reference": reference
+BACKENDS: dict[str, Backend] = {
+    "cpu": cpu, "triton": cast(Backend, triton), "cuda": cuda, "reference": reference
 }  # fmt: skip
 
 
@@ -60,7 +59,7 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     return _forced.use(_check_name(name, "name"))
 
 
-def get(tensor: Tensor, dtype: torch.dtype | None = None) -> Any:
+def get(tensor: Tensor, dtype: torch.dtype | None = None) -> Backend:
     """The backend for this tensor's device and `dtype` (default: the tensor's own).
 
     Raises:
@@ -69,11 +68,13 @@ def get(tensor: Tensor, dtype: torch.dtype | None = None) -> Any:
     dtype = tensor.dtype if dtype is None else dtype
     name = requested()
     if name is not None:
-        why_not = BACKENDS[name].why_not(tensor.device, dtype)
-        if why_not and dtype != torch.float64:  # fp64 always goes through the reference
-            raise RuntimeError(f"backend {name!r} was asked for but cannot serve: {why_not}")
-        return reference if why_not else BACKENDS[name]
-    serving = ((n, b) for n, b in BACKENDS.items() if not b.why_not(tensor.device, dtype))
+        reason = BACKENDS[name].unsupported_reason(tensor.device, dtype)
+        if reason and dtype != torch.float64:  # fp64 always goes through the reference
+            raise RuntimeError(f"backend {name!r} was asked for but cannot serve: {reason}")
+        return reference if reason else BACKENDS[name]
+    serving = (
+        (n, b) for n, b in BACKENDS.items() if not b.unsupported_reason(tensor.device, dtype)
+    )
     if not choice.FASTER:
         return next(serving, ("", reference))[1]  # without asking the others
     found = dict(serving)

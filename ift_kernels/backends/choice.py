@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 from typing import Any
 
 import torch
+
+from ift_kernels.backends.contract import Backend
 
 # By architecture ("sm_90") and function of a backend, the backend that measured faster on it; what
 # does not stand here goes to the first available one. Not measured: no entries.
@@ -16,7 +17,7 @@ FASTER: dict[str, dict[str, str]] = {}
 class Mixed:
     """A backend whose functions come from several."""
 
-    def __init__(self, first: ModuleType, others: dict[str, Any]) -> None:
+    def __init__(self, first: Backend, others: dict[str, Any]) -> None:
         self.__name__ = first.__name__
         self._first = first
         self.__dict__.update(others)
@@ -25,7 +26,7 @@ class Mixed:
         return getattr(self._first, name)
 
 
-def faster(serving: dict[str, ModuleType], device: torch.device) -> Any:
+def faster(serving: dict[str, Backend], device: torch.device) -> Backend:
     """The first of `serving`, but for the functions of which another is known to be faster."""
     first = next(iter(serving.values()))
     if device.type != "cuda" or not FASTER:

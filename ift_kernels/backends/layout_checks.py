@@ -1,9 +1,34 @@
-"""Shapes, dtypes and strides that the kernels of several backends rely on."""
+"""Shapes, dtypes and strides that kernels rely on which get raw addresses."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+# Codes of the dtypes that the extensions serve.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def check_rows(matrix: Tensor, columns: int | None = None) -> None:
+    """What raw addresses rely on: rows of consecutive elements, as many as expected."""
+    if matrix.stride(1) != 1 and matrix.shape[1] > 1:
+        raise RuntimeError(f"expected rows of consecutive elements, got strides {matrix.stride()}")
+    if columns is not None and matrix.shape[1] != columns:
+        raise RuntimeError(f"expected rows of {columns} elements, got {matrix.shape[1]}")
+
+
+def check_vectors(length: int, *vectors: Tensor | None) -> None:
+    for vector in vectors:
+        if vector is not None and not (vector.shape == (length,) and vector.is_contiguous()):
+            raise RuntimeError(f"expected ({length},) contiguous, got {tuple(vector.shape)}")
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def check_tail_weights(tail_weights: Tensor, columns: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ift.losses.ift import Objective, check_objective
-from ift_kernels import checks
+from ift_kernels.common import checks
 from ift_kernels.propagation import Kind, Norm, Side
 
 Rule = Literal["greedy", "kth", "sample", "soft"]

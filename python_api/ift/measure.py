@@ -25,7 +25,7 @@ from ift.head_pass import (
     plain_head,
 )
 from ift.one_pass import loss_pass
-from ift_kernels.transform import LogitTransform
+from ift_kernels.common.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded
 
 # A model is in evaluation mode while it is measured: one thread at a time.

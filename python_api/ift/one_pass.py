@@ -13,7 +13,7 @@ from ift.head_pass import LossArguments, head_pass
 from ift.losses import sft_loss
 from ift.token_stats import token_metrics, token_stats
 from ift_kernels import ActiveSet, TokenStats
-from ift_kernels.transform import LogitTransform
+from ift_kernels.common.transform import LogitTransform
 
 logger = logging.getLogger(__name__)
 

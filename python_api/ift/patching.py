@@ -31,8 +31,9 @@ from ift.input_embeddings import EmbeddingForward
 from ift.measure import Measured, check_kind, measure, measuring, try_few_tokens
 from ift.one_pass import loss_pass
 from ift.prefix import Sharing
-from ift_kernels import ActiveSet, checks
-from ift_kernels.transform import LogitTransform
+from ift_kernels import ActiveSet
+from ift_kernels.common import checks
+from ift_kernels.common.transform import LogitTransform
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ift.documents import IGNORE_INDEX
 from ift_kernels import ActiveSet, TokenStats, linear_logprobs, vocab_parallel_logprobs
-from ift_kernels.transform import LogitTransform
+from ift_kernels.common.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded
 
 

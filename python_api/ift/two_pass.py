@@ -28,7 +28,7 @@ from ift_kernels import (
     linear_token,
     vocab_parallel_logprobs,
 )
-from ift_kernels.transform import LogitTransform
+from ift_kernels.common.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded
 
 if TYPE_CHECKING:

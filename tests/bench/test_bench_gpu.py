@@ -101,7 +101,7 @@ def test_a_backend_with_another_result_gets_no_time(monkeypatch):
     reference = tune.installed.BACKENDS["reference"]
 
     class Wrong:
-        why_not = staticmethod(lambda device, dtype: "")
+        unsupported_reason = staticmethod(lambda device, dtype: "")
         scan = staticmethod(lambda *arguments: reference.scan(*arguments) + 1)
 
         def __getattr__(self, name):

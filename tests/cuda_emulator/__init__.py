@@ -82,14 +82,14 @@ def load() -> Any:
 
 def serve(put: Callable[[Any, str, Any], None] = setattr) -> Any:
     """Give CPU tensors to the emulated kernels, through `put` (monkeypatch.setattr undoes it)."""
-    from ift_kernels.backends import cuda
+    from ift_kernels.backends.cuda import extension as served
 
     extension = load()
-    put(cuda, "_cuda", extension)
-    put(cuda, "_import_error", "")
-    put(cuda, "DEVICE", "cpu")
-    put(cuda, "_queue", lambda device: extension.Queue(0, 0))
-    put(cuda, "_no_device", lambda: "")
+    put(served, "_cuda", extension)
+    put(served, "_import_error", "")
+    put(served, "DEVICE", "cpu")
+    put(served, "stream_of", lambda device: (0, 0))
+    put(served, "_no_device", lambda: "")
     return extension
 
 

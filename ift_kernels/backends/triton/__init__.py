@@ -37,7 +37,7 @@ _MODULES = {
     "scans": ("scan",),
     "temporal": ("residual", "residual_grad"),
     # Beyond the contract: what a schedule may use where a backend has it.
-    "fused": ("fused_statistics", "prefers_fused"),
+    "fused": ("fused_statistics",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -80,7 +80,7 @@ def _device_too_old(index: int) -> str:
     return "" if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str:
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str:
     if device.type not in ("cuda", "cpu"):
         return f"device {device.type} is not cuda"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
@@ -101,7 +101,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str:
 def describe() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    reason = why_not(device, torch.float32)
+    reason = unsupported_reason(device, torch.float32)
     if reason and not cuda:
         reason = _unavailable() or "torch sees no GPU"
     detail = ""

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ift_kernels.backends import reference_active
 from ift_kernels.backends.layout_checks import check_split_active_args, check_tail_weights
+from ift_kernels.backends.reference.active import bucket_sums as reference_bucket_sums
 from ift_kernels.backends.triton import DTYPES
 from ift_kernels.backends.triton.common import logits, transform_arguments
 from ift_kernels.backends.triton.launch import (
@@ -23,7 +23,7 @@ from ift_kernels.backends.triton.launch import (
     launch,
     shape_class,
 )
-from ift_kernels.transform import LogitTransform
+from ift_kernels.common.transform import LogitTransform
 
 PADDING = 32  # the active columns of a block are rounded up to this
 
@@ -186,7 +186,7 @@ def bucket_sums_kernel(
 
 def bucket_sums(matrix: Tensor, bucket: int, tail_weights: Tensor) -> Tensor:
     if matrix.dtype not in DTYPES or matrix.stride(1) != 1:
-        return reference_active.bucket_sums(matrix, bucket, tail_weights)
+        return reference_bucket_sums(matrix, bucket, tail_weights)
     count, width = matrix.shape
     check_tail_weights(tail_weights, count)
     sums = torch.empty((blocks(count, bucket), width), dtype=torch.float32, device=matrix.device)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ift_kernels.backends.triton.launch import INTERPRETED
-from ift_kernels.transform import LogitTransform
+from ift_kernels.common.transform import LogitTransform
 
 
 def transform_arguments(bias: Tensor | None, transform: LogitTransform) -> dict[str, object]:
@@ -95,7 +95,7 @@ def merge_into(
 ):  # fmt: skip
     """Fold statistics of further columns, relative to their own maximum, into a running state.
 
-    The rows are MAX, SUM, TARGET, E_Z, E_SQ, Z_SUM and SECOND of reference.py.
+    The rows are MAX, SUM, TARGET, E_Z, E_SQ, Z_SUM and SECOND of contract.py.
     """
     old = tl.load(state)
     old_total = tl.load(state + stride)

@@ -21,7 +21,7 @@ from ift_kernels.backends.triton.launch import (
     launch,
     shape_class,
 )
-from ift_kernels.transform import LogitTransform
+from ift_kernels.common.transform import LogitTransform
 
 
 @triton.jit(do_not_specialize=["offset", "column_blocks"])

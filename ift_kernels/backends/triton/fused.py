@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ift_kernels.backends import reference as ref
+from ift_kernels.backends import contract
 from ift_kernels.backends.triton.common import (
     logits,
     precision,
@@ -30,7 +30,7 @@ from ift_kernels.backends.triton.launch import (
     multiprocessors,
 )
 from ift_kernels.backends.triton.statistics import MAX_PARTS, merge_parts, part_states
-from ift_kernels.transform import LogitTransform
+from ift_kernels.common.transform import LogitTransform
 
 NO_COLUMN = tl.constexpr(2**31 - 1)  # larger than any
 
@@ -133,18 +133,23 @@ def fused_statistics(
     state: Tensor,
     argmax: Tensor,
     track: int,
-) -> None:
-    """Fold the whole vocabulary into an empty running state."""
+) -> bool:
+    """Statistics of the whole vocabulary into an empty running state.
+
+    False, with nothing done, where the table has not measured this to beat the vendor's product
+    and `stats_update`, or it cannot serve.
+    """
+    kind = "half" if hidden.dtype.itemsize == 2 else "single"
+    can_serve = hidden.dtype == weight.dtype and weight.stride(-1) == 1 and len(hidden) > 0
+    if not can_serve or not config("forward", kind, hidden.device)["FUSED"]:
+        return False
     (rows, width), columns = hidden.shape, weight.shape[0]
     check_rows("hidden", hidden)
     check_rows("weight", weight, width)
     check_rows("state", state, rows)
     check_vectors(rows, target=target, argmax=argmax)
     check_vectors(columns, bias=bias)
-    if weight.dtype != hidden.dtype:
-        raise RuntimeError(f"weight: expected {hidden.dtype} like hidden, got {weight.dtype}")
-    kind = "half" if hidden.dtype.itemsize == 2 else "single"
-    if track not in (0, ref.TRACK_ARGMAX):
+    if track not in (0, contract.TRACK_ARGMAX):
         kind += "-all"  # more to hold beside the products
     chosen = config("fused", kind, hidden.device)
     grain = 4 * chosen["COLUMNS"]  # in which the vocabulary is cut
@@ -163,10 +168,4 @@ def fused_statistics(
         PRECISION=precision(hidden.dtype), GRAIN=grain, **chosen,
     )  # fmt: skip
     merge_parts(whole, target, state, argmax, length * grain, columns, 0, track)
-
-
-def prefers_fused(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the table says that this kernel beats the vendor's product and `stats_update`."""
-    kind = "half" if hidden.dtype.itemsize == 2 else "single"
-    chosen = bool(config("forward", kind, hidden.device)["FUSED"])
-    return chosen and hidden.dtype == weight.dtype and weight.stride(-1) == 1 and len(hidden) > 0
+    return True

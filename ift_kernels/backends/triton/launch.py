@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ift_kernels.settings import Setting
+from ift_kernels.common.settings import Setting
 
 TABLE = Path(__file__).with_name("launch.json")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

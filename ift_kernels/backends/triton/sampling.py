@@ -20,7 +20,7 @@ from ift_kernels.backends.triton.launch import (
     power_of_two,
     shape_class,
 )
-from ift_kernels.transform import LogitTransform
+from ift_kernels.common.transform import LogitTransform
 
 LEAST = tl.constexpr(-(2**63))
 NO_ID = tl.constexpr(2**31 - 1)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ift_kernels.backends import reference as ref
+from ift_kernels.backends import contract
 from ift_kernels.backends.triton.common import logits, merge_into, transform_arguments
 from ift_kernels.backends.triton.launch import (
     blocks,
@@ -26,7 +26,7 @@ from ift_kernels.backends.triton.launch import (
     multiprocessors,
     shape_class,
 )
-from ift_kernels.transform import LogitTransform
+from ift_kernels.common.transform import LogitTransform
 
 NO_COLUMN = tl.constexpr(2**31 - 1)  # larger than any
 MAX_PARTS = 64
@@ -157,7 +157,7 @@ def stats_update(
     check_vectors(rows, target=target, argmax=argmax)
     check_vectors(columns, bias=bias)
     kind = shape_class(columns)
-    if track not in (0, ref.TRACK_ARGMAX):
+    if track not in (0, contract.TRACK_ARGMAX):
         kind += "-all"  # more to hold in registers
     chosen = config("stats", kind, x.device)
     parts = parts_of(rows, columns, chosen["BLOCK"], x.device)
@@ -183,9 +183,9 @@ def parts_of(rows: int, columns: int, block: int, device: torch.device) -> int:
 
 def part_states(parts: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Empty states (parts, STATE_ROWS, N) and arg maxima (parts, N)."""
-    state = torch.zeros((parts, ref.STATE_ROWS, rows), dtype=torch.float64, device=device)
-    state[:, ref.MAX] = -torch.inf
-    state[:, ref.SECOND] = -torch.inf
+    state = torch.zeros((parts, contract.STATE_ROWS, rows), dtype=torch.float64, device=device)
+    state[:, contract.MAX] = -torch.inf
+    state[:, contract.SECOND] = -torch.inf
     return state, torch.zeros((parts, rows), dtype=torch.int64, device=device)
 
 

@@ -17,7 +17,7 @@ from ift.dynamics import report
 from ift.dynamics.evaluate import Measurement, ProbeEvaluator
 from ift.dynamics.monitor import SqueezeMonitor
 from ift.dynamics.probes import Probe, read_probes
-from ift_kernels import checks
+from ift_kernels.common import checks
 
 CURVES, TOKENS = "curves.jsonl", "tokens.jsonl"
 REDRAW_SECONDS = 30.0  # a picture takes half a second; the last one is always drawn

@@ -27,8 +27,9 @@ from ift.head_pass import HeadForward, evaluating, head_pass, plain_head
 from ift.measure import measure_transform
 from ift.patching import base_model
 from ift.token_stats import transform_options
-from ift_kernels import TokenStats, checks, linear_logprobs
-from ift_kernels.transform import LogitTransform
+from ift_kernels import TokenStats, linear_logprobs
+from ift_kernels.common import checks
+from ift_kernels.common.transform import LogitTransform
 
 logger = logging.getLogger(__name__)
 

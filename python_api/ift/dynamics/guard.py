@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ift.dynamics.monitor import PEAK, VALLEY, in_valley
-from ift_kernels import TokenStats, checks
+from ift_kernels import TokenStats
+from ift_kernels.common import checks
 
 
 class ValleyGuard:

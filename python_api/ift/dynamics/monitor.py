@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ift.dynamics.evaluate import Measurement
-from ift_kernels import checks
+from ift_kernels.common import checks
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from ift.data_rows import (
     parsed_lines,
 )
 from ift.token_spans import tokenised
-from ift_kernels import checks
+from ift_kernels.common import checks
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,9 @@ from ift.head_pass import head_pass
 from ift.losses import sft_loss
 from ift.patching import base_model, logit_transform, original_forward, patch
 from ift.token_stats import token_stats
-from ift_kernels import ActiveSet, checks
-from ift_kernels.transform import LogitTransform
+from ift_kernels import ActiveSet
+from ift_kernels.common import checks
+from ift_kernels.common.transform import LogitTransform
 
 try:
     from transformers.utils import ModelOutput

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ift.documents import IGNORE_INDEX, boundaries, document_starts
 from ift.losses._tokens import Metrics, record
 from ift_kernels import ActiveSet, TokenStats, linear_logprobs
-from ift_kernels.rows import Rows
+from ift_kernels.common.packed_rows import Rows
 
 # Statistics of `linear_logprobs` that losses with these options take.
 STATISTICS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ift_kernels import checks
+from ift_kernels.common import checks
 
 
 def divide(total: Tensor, name: str, count: float | Tensor) -> Tensor:

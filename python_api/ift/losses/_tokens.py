@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ift_kernels import checks
-from ift_kernels.rows import Rows
+from ift_kernels.common import checks
+from ift_kernels.common.packed_rows import Rows
 
 Metrics = dict[str, Tensor]
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ift_kernels import checks, discounted_cumsum
-from ift_kernels.rows import Rows
+from ift_kernels import discounted_cumsum
+from ift_kernels.common import checks
+from ift_kernels.common.packed_rows import Rows
 
 
 def group_advantages(

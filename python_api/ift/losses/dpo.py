@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ift.losses._module import Loss
 from ift.losses._tokens import Metrics, Pairs
 from ift.losses.preference import PairTokens, check_pairs, logistic, positive, record_rewards
-from ift_kernels import checks
+from ift_kernels.common import checks
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 # e⁸⁰ and its square root's square are finite in float32; a score beyond has no gradient.

@@ -14,7 +14,8 @@ from torch import Tensor
 from ift.losses._module import Loss
 from ift.losses._reduce import mean_over_rows
 from ift.losses._tokens import Metrics, Tokens, record_tokens
-from ift_kernels import checks, discounted_cumsum, propagation_weights
+from ift_kernels import discounted_cumsum, propagation_weights
+from ift_kernels.common import checks
 from ift_kernels.propagation import KINDS, NORMS, SIDES, Kind, Norm, Side
 
 Objective = Literal["released", "paper", "algorithm1"]

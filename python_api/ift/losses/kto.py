@@ -11,7 +11,7 @@ from ift.losses._module import Loss
 from ift.losses._reduce import mean_over_rows
 from ift.losses._tokens import Metrics, Tokens, record, record_tokens
 from ift.losses.preference import not_negative, positive
-from ift_kernels import checks
+from ift_kernels.common import checks
 
 
 def kto_loss(

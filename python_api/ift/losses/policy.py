@@ -10,7 +10,7 @@ from ift.losses._reduce import divide, mean_over_rows
 from ift.losses._tokens import Metrics, Tokens, record
 from ift.losses.preference import not_negative, positive
 from ift.losses.ratios import clipped, kl_estimate, ratio_of, record_ratio
-from ift_kernels import checks
+from ift_kernels.common import checks
 
 # kind of GRPO: (surrogate, level of its ratio, what the mean is over)
 KINDS = {

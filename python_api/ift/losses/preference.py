@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ift.losses._module import Loss
 from ift.losses._reduce import divide
 from ift.losses._tokens import Metrics, Pairs, Tokens, record, record_tokens
-from ift_kernels import checks
+from ift_kernels.common import checks
 
 NLL = ("row", "token")
 

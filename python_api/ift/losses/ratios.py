@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ift.losses._tokens import Metrics, Tokens, record, record_tokens
 from ift.losses.preference import positive
-from ift_kernels import checks
+from ift_kernels.common import checks
 
 KL_KINDS = ("k1", "k2", "k3")
 LARGEST_LOG_RATIO = 20.0

@@ -10,7 +10,7 @@ from torch import Tensor
 from ift.losses._module import Loss
 from ift.losses._reduce import divide, mean_over_rows
 from ift.losses._tokens import Metrics, Tokens, record_tokens
-from ift_kernels import checks
+from ift_kernels.common import checks
 
 Reduction = Literal["mean", "sum", "row_mean", "none"]
 REDUCTIONS = ("mean", "sum", "row_mean", "none")

@@ -1,0 +1,162 @@
+"""What a backend implements, and what the running statistics of a row are.
+
+A backend is a module or package with the functions of `Backend`; `reference` is their executable
+specification. All work on chunks of raw products ``x = h @ W[chunk].T``, (N, C), whose first column
+is vocabulary id `offset`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ift_kernels.common.transform import LogitTransform
+
+# Rows of the running state. With m the running maximum of the logits z and e = exp(z − m):
+# m, Σe, z[target], Σe·(z−m), Σe², Σz, second maximum.
+MAX, SUM, TARGET, E_Z, E_SQ, Z_SUM, SECOND = range(7)
+STATE_ROWS = 7
+
+# What to track beyond m, Σe and z[target].
+TRACK_ARGMAX, TRACK_ENTROPY, TRACK_SQ, TRACK_MEAN, TRACK_SECOND = 1, 2, 4, 8, 16
+
+
+class Statistic(NamedTuple):
+    """One statistic of a token: what it is called, and what it takes."""
+
+    name: str  # of the output
+    track: int  # the bit that asks for it
+    state: tuple[int, ...]  # rows of the running state that it is made of
+    differentiable: bool
+    formula: str  # of the final state
+
+
+STATISTICS = (
+    Statistic("logprob", 0, (MAX, SUM, TARGET), True, "z[target] − m − log Σe"),
+    Statistic("lse", 0, (MAX, SUM), True, "m + log Σe"),
+    Statistic("entropy", TRACK_ENTROPY, (SUM, E_Z), True, "log Σe − Σe·(z−m) / Σe"),
+    Statistic("argmax", TRACK_ARGMAX, (), False, "the lowest id with z = m"),
+    Statistic("argmax_logprob", TRACK_ARGMAX, (SUM,), False, "−log Σe"),
+    Statistic("second_logprob", TRACK_SECOND, (MAX, SUM, SECOND), False, "second max − m − log Σe"),
+    Statistic("sum_sq", TRACK_SQ, (SUM, E_SQ), False, "Σe² / (Σe)²"),
+    Statistic("mean_logit", TRACK_MEAN, (MAX, SUM, Z_SUM), True, "Σz / V − m − log Σe, then + lse"),
+)
+
+
+def new_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Empty running statistics: float64 (STATE_ROWS, N) and the argmax, int64 (N,)."""
+    state = torch.zeros((STATE_ROWS, rows), dtype=torch.float64, device=device)
+    state[MAX] = -torch.inf
+    state[SECOND] = -torch.inf
+    return state, torch.zeros(rows, dtype=torch.int64, device=device)
+
+
+# Of the divergence of two heads.
+KINDS = ("forward", "reverse", "jsd")
+
+
+class Side(NamedTuple):
+    """One head's products of a tile, for a divergence of two, and what makes them logits."""
+
+    x: Tensor  # (N, C)
+    bias: Tensor | None  # (C,)
+    transform: LogitTransform
+
+
+class Backend(Protocol):
+    """The functions of a backend; `reference` says what each computes."""
+
+    __name__: str
+
+    def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Why it cannot serve; "" if it can."""
+
+    def describe(self) -> dict[str, Any]:
+        """Available, reason, detail: for errors and ``ift doctor``."""
+
+    def wants_transpose(self, dtype: torch.dtype) -> bool:
+        """Should `dlogits_` also write the gradient transposed, for a faster product of dW?"""
+
+    def scratch(self, like: Tensor, elements: int) -> Tensor:
+        """Uninitialised work memory, which a later call may get again."""
+
+    def new_state(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """As `new_state` of this module."""
+
+    def stats_update(
+        self, x: Tensor, bias: Tensor | None, transform: LogitTransform, target: Tensor,
+        offset: int, state: Tensor, argmax: Tensor, track: int,
+    ) -> None:  # fmt: skip
+        """Update the running statistics with a chunk."""
+
+    def dlogits_(
+        self, x: Tensor, bias: Tensor | None, transform: LogitTransform, target: Tensor,
+        offset: int, norm: Tensor, coef: Tensor, transposed: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Overwrite a chunk by its gradient, from (2, N) norm and (4, N) coefficients."""
+
+    def probabilities_(
+        self, x: Tensor, bias: Tensor | None, transform: LogitTransform, norm: Tensor
+    ) -> None:
+        """Overwrite a chunk by probabilities."""
+
+    def top_k_update(
+        self, x: Tensor, bias: Tensor | None, transform: LogitTransform, offset: int,
+        values: Tensor, ids: Tensor,
+    ) -> None:  # fmt: skip
+        """Update the k best logits with a chunk."""
+
+    def gumbel_update(
+        self, x: Tensor, bias: Tensor | None, transform: LogitTransform, offset: int, seed: int,
+        rows: Tensor, best: Tensor, logit: Tensor, ids: Tensor,
+    ) -> None:  # fmt: skip
+        """Update a Gumbel-max draw with a chunk."""
+
+    def active_mask(
+        self, x: Tensor, bias: Tensor | None, transform: LogitTransform, target: Tensor,
+        offset: int, level: Tensor, block: int,
+    ) -> Tensor:  # fmt: skip
+        """Which columns matter to which block of rows, uint8 (blocks, C)."""
+
+    def split_active(
+        self, dz: Tensor, mask: Tensor, block: int, bucket: int, tail_weights: Tensor,
+        tail_gradient: Tensor, active: Tensor,
+    ) -> None:  # fmt: skip
+        """Split a tile of gradients into active columns and sums of the rest."""
+
+    def bucket_sums(self, matrix: Tensor, bucket: int, tail_weights: Tensor) -> Tensor:
+        """Weighted sums of head rows over buckets."""
+
+    def divergence_terms(
+        self, student: Side, teacher: Side, kind: str, beta: float, norm: Tensor, value: Tensor,
+        centre: Tensor,
+    ) -> None:  # fmt: skip
+        """Add a tile's terms to the divergence of every row."""
+
+    def divergence_gradient_(
+        self, student: Side, teacher: Side, kind: str, beta: float, norm: Tensor, centre: Tensor,
+        upstream: Tensor, value: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Overwrite the student's tile by its gradient."""
+
+    def transpose(self, x: Tensor, out: Tensor) -> None:
+        """Copy a tile transposed, where `wants_transpose`."""
+
+    def scan(
+        self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, gamma: float, left: bool
+    ) -> Tensor:
+        """Discounted sums along rows or documents."""
+
+    def residual(
+        self, embedding: Tensor, ids: Tensor, predicted: Tensor, labels: Tensor,
+        cu_seqlens: Tensor | None, lam: float, ignore_index: int,
+    ) -> Tensor:  # fmt: skip
+        """Embeddings mixed with those of predicted tokens."""
+
+    def residual_grad(
+        self, grad: Tensor, ids: Tensor, predicted: Tensor, labels: Tensor,
+        cu_seqlens: Tensor | None, lam: float, ignore_index: int, vocabulary: int,
+    ) -> Tensor:  # fmt: skip
+        """The gradient of the table."""

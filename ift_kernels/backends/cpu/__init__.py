@@ -1,0 +1,42 @@
+"""The epilogues in C++ for CPU tensors: float32, bfloat16 and float16. See `reference`."""
+
+from ift_kernels.backends.contract import new_state
+from ift_kernels.backends.cpu.active import active_mask, bucket_sums, split_active
+from ift_kernels.backends.cpu.divergence import (
+    divergence_gradient_,
+    divergence_terms,
+    transpose,
+)
+from ift_kernels.backends.cpu.dlogits import dlogits_, probabilities_
+from ift_kernels.backends.cpu.extension import (
+    describe,
+    scratch,
+    unsupported_reason,
+    wants_transpose,
+)
+from ift_kernels.backends.cpu.sampling import gumbel_update, top_k_update
+from ift_kernels.backends.cpu.scans import scan
+from ift_kernels.backends.cpu.statistics import stats_update
+from ift_kernels.backends.cpu.temporal import residual, residual_grad
+
+__all__ = [
+    "active_mask",
+    "bucket_sums",
+    "describe",
+    "divergence_gradient_",
+    "divergence_terms",
+    "dlogits_",
+    "gumbel_update",
+    "new_state",
+    "probabilities_",
+    "residual",
+    "residual_grad",
+    "scan",
+    "scratch",
+    "split_active",
+    "stats_update",
+    "top_k_update",
+    "transpose",
+    "unsupported_reason",
+    "wants_transpose",
+]

@@ -1,0 +1,77 @@
+"""The epilogues of the active set in C++: csrc/cpu/isa/active.cpp. See reference/active.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ift_kernels.backends.cpu.extension import chunk, compiled
+from ift_kernels.backends.layout_checks import (
+    DTYPES,
+    check_split_active_args,
+    check_tail_weights,
+    check_vectors,
+)
+from ift_kernels.backends.reference.active import bucket_sums as reference_bucket_sums
+from ift_kernels.common.transform import LogitTransform
+
+PLAIN = LogitTransform()  # of gradients, which are no logits any more
+
+
+def active_mask(
+    x: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    target: Tensor,
+    offset: int,
+    level: Tensor,
+    block: int,
+) -> Tensor:
+    level = level.float()
+    check_vectors(x.shape[0], target, level)
+    mask = x.new_empty((-(-x.shape[0] // block), x.shape[1]), dtype=torch.uint8)
+    products = chunk(x, bias, transform, offset)
+    compiled().active_mask(products, target.data_ptr(), level.data_ptr(), block, mask.data_ptr())
+    return mask
+
+
+def split_active(
+    dz: Tensor,
+    mask: Tensor,
+    block: int,
+    bucket: int,
+    tail_weights: Tensor,
+    tail_gradient: Tensor,
+    active: Tensor,
+) -> None:
+    check_split_active_args(dz, mask, block, bucket, tail_weights, tail_gradient, active)
+    compiled().split_active(
+        chunk(dz, None, PLAIN, 0),
+        mask.data_ptr(),
+        block,
+        bucket,
+        tail_weights.data_ptr(),
+        tail_gradient.data_ptr(),
+        active.data_ptr(),
+        active.numel(),
+    )
+
+
+def bucket_sums(matrix: Tensor, bucket: int, tail_weights: Tensor) -> Tensor:
+    if matrix.dtype not in DTYPES or matrix.stride(1) != 1:
+        return reference_bucket_sums(matrix, bucket, tail_weights)
+    count, width = matrix.shape
+    check_tail_weights(tail_weights, count)
+    sums = matrix.new_empty((-(-count // bucket), width), dtype=torch.float32)
+    compiled().bucket_sums(
+        DTYPES[matrix.dtype],
+        matrix.data_ptr(),
+        count,
+        width,
+        matrix.stride(0),
+        bucket,
+        tail_weights.data_ptr(),
+        sums.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return sums

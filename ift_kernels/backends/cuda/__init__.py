@@ -1,0 +1,42 @@
+"""The epilogues in CUDA C++ for NVIDIA GPUs: float32, bfloat16 and float16. See `reference`."""
+
+from ift_kernels.backends.contract import new_state
+from ift_kernels.backends.cuda.active import active_mask, bucket_sums, split_active
+from ift_kernels.backends.cuda.dlogits import dlogits_, probabilities_
+from ift_kernels.backends.cuda.extension import (
+    describe,
+    unsupported_reason,
+    wants_transpose,
+)
+from ift_kernels.backends.cuda.sampling import gumbel_update, top_k_update
+from ift_kernels.backends.cuda.scans import scan
+from ift_kernels.backends.cuda.statistics import stats_update
+from ift_kernels.backends.cuda.temporal import residual, residual_grad
+from ift_kernels.backends.reference import scratch
+from ift_kernels.backends.reference.divergence import (
+    divergence_gradient_,
+    divergence_terms,
+    transpose,
+)
+
+__all__ = [
+    "active_mask",
+    "bucket_sums",
+    "describe",
+    "divergence_gradient_",
+    "divergence_terms",
+    "dlogits_",
+    "gumbel_update",
+    "new_state",
+    "probabilities_",
+    "residual",
+    "residual_grad",
+    "scan",
+    "scratch",
+    "split_active",
+    "stats_update",
+    "top_k_update",
+    "transpose",
+    "unsupported_reason",
+    "wants_transpose",
+]

@@ -1,0 +1,88 @@
+"""The epilogues of the active set in CUDA C++: csrc/cuda/active.cuh. See reference/active.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ift_kernels.backends.cuda.extension import compiled, products_of, queue_of
+from ift_kernels.backends.layout_checks import (
+    DTYPES,
+    check_split_active_args,
+    check_tail_weights,
+    check_vectors,
+)
+from ift_kernels.backends.reference.active import bucket_sums as reference_bucket_sums
+from ift_kernels.common.transform import LogitTransform
+
+
+def active_mask(
+    x: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    target: Tensor,
+    offset: int,
+    level: Tensor,
+    block: int,
+) -> Tensor:
+    level = level.float()
+    check_vectors(x.shape[0], target, level)
+    shape = -(-x.shape[0] // block), x.shape[1]
+    mask = torch.empty(shape, dtype=torch.uint8, device=x.device)
+    queue, products = products_of(x, bias, transform, offset)
+    compiled().active_mask(
+        queue, products, target.data_ptr(), level.data_ptr(), block, mask.data_ptr()
+    )
+    return mask
+
+
+def split_active(
+    dz: Tensor,
+    mask: Tensor,
+    block: int,
+    bucket: int,
+    tail_weights: Tensor,
+    tail_gradient: Tensor,
+    active: Tensor,
+) -> None:
+    blocks, buckets = check_split_active_args(
+        dz, mask, block, bucket, tail_weights, tail_gradient, active
+    )
+    queue, gradients = products_of(dz, None, LogitTransform(), 0)
+    counts = torch.empty((blocks, buckets), dtype=torch.int64, device=dz.device)
+    compiled().mask_counts(queue, mask.data_ptr(), blocks, dz.shape[1], bucket, counts.data_ptr())
+    ends = counts.cumsum(1)
+    elements = (ends[:, -1] + 31) // 32 * 32 * block
+    starts = elements.cumsum(0) - elements
+    compiled().split_active(
+        queue,
+        gradients,
+        mask.data_ptr(),
+        ends.data_ptr(),
+        starts.data_ptr(),
+        block,
+        bucket,
+        tail_weights.data_ptr(),
+        tail_gradient.data_ptr(),
+        active.data_ptr(),
+    )
+
+
+def bucket_sums(matrix: Tensor, bucket: int, tail_weights: Tensor) -> Tensor:
+    if matrix.dtype not in DTYPES or matrix.stride(1) != 1:
+        return reference_bucket_sums(matrix, bucket, tail_weights)
+    count, width = matrix.shape
+    check_tail_weights(tail_weights, count)
+    sums = torch.empty((-(-count // bucket), width), dtype=torch.float32, device=matrix.device)
+    compiled().bucket_sums(
+        queue_of(matrix.device),
+        DTYPES[matrix.dtype],
+        matrix.data_ptr(),
+        count,
+        width,
+        matrix.stride(0),
+        bucket,
+        tail_weights.data_ptr(),
+        sums.data_ptr(),
+    )
+    return sums

@@ -1,0 +1,31 @@
+"""Why a compiled module of this package is not there."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def extension_error(what: str, module: str, error: ImportError, remedy: str = "") -> str:
+    """Why a compiled module of this package is not there."""
+    if importlib.util.find_spec(f"ift_kernels.{module}") is not None:
+        return f"{what} does not load ({error})"
+    here = Path(__file__).resolve().parents[1]
+    if there := _installed_elsewhere(module, here):
+        return (
+            f"{what} is not in {here}, which hides the installed package in {there}: start Python "
+            "in another folder (python -m puts the current one first on sys.path)"
+        )
+    return f"{what} was not built{remedy}"
+
+
+def _installed_elsewhere(module: str, here: Path) -> Path | None:
+    """Another folder of this package on the path, which has the compiled module."""
+    for entry in sys.path:
+        folder = Path(entry, "ift_kernels").resolve()
+        files = (folder / f"{module}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+        if folder != here and any(file.exists() for file in files):
+            return folder
+    return None

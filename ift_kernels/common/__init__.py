@@ -1,0 +1,1 @@
+"""Leaves: imported by every layer, importing none of them."""

@@ -1,0 +1,184 @@
+"""The operator behind per-token results of a frozen head: dh is all but formed in forward.
+
+Of a row with target t, upstream gradients a of logp_t and c of lse, and slopes s_j = ∂z_j/∂x_j,
+
+    dh = (a·(1 − p_t) + c·p_t)·s_t·W_t + (c − a)·Σ_{j≠t} p_j·s_j·W_j
+
+The sum is known in forward, whatever a and c will be, and is as small as dh: products are formed
+once, not twice, and what waits for backward is (N, D). The target stands apart because 1 − p_t
+would be lost in a 16-bit sum that p_t is part of. Gradients of entropy and of the mean logit would
+each need a sum of their own: such calls go through `linear_stats`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ift_kernels.backends import contract
+from ift_kernels.common import sync_free
+from ift_kernels.operators import head_call, library, linear_stats
+from ift_kernels.schedule import gradients, plan, products
+from ift_kernels.schedule.accumulate import accum_dtype
+from ift_kernels.schedule.head import RowGradient, slices
+
+NEEDS = (True, False, False)
+GATHERED = 1 << 20  # elements of head rows at once
+
+
+def serves(needs: list[bool], differentiable: int) -> bool:
+    """Whether this is a call whose gradient can wait for no more than two factors a row."""
+    # In sync-free mode rows that do not count are still there: 0 times their NaN would not be 0.
+    return (
+        tuple(needs) == NEEDS
+        and not differentiable & (contract.TRACK_ENTROPY | contract.TRACK_MEAN)
+        and not sync_free.on()
+    )
+
+
+def _frozen(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, track, numbers = rest
+    valid, vocabulary = target != options[0], weight.shape[0]
+    head_call.check_targets(target, valid, vocabulary)
+    active = head_call.active_hidden(numbers)
+    call = head_call.Call(hidden, weight, bias, valid, tuple(options), NEEDS, True, active)
+    chosen = plan.make(call.problem, plan.ledger.held, "forward")
+    rows, wide = call.select(target), accum_dtype(call.dtype)
+    state, argmax = call.head.backend.new_state(len(rows), hidden.device)
+    near = state.new_zeros((2, len(rows)))
+    done = 0
+
+    def coefficients(part: Tensor, ids: Tensor) -> RowGradient:
+        nonlocal done
+        here = slice(done, done := done + len(ids))
+        state[:, here], argmax[here] = part, ids
+        logprob, *_, norm = linear_stats.row_values(part, ids, vocabulary, 0)
+        zero, p = torch.zeros_like(logprob), logprob.exp()
+        near[0, here], near[1, here] = -logprob.expm1(), p
+        coef = torch.stack([-p, zero + 1, zero, zero])  # p_j times 1, and p_t less at the target
+        return RowGradient(rows, norm.to(wide), coef.to(wide))
+
+    others = hidden.new_empty((0, hidden.shape[1]))
+    with torch.autocast(hidden.device.type, enabled=False):
+        if chosen.schedule == "forward":
+            formed = gradients.in_forward(
+                call.head, rows, coefficients, NEEDS, hidden.dtype, chosen, track, active
+            )
+            if active is not None:
+                active.record()
+            assert formed[0] is not None  # asked for by NEEDS
+            others = formed[0]
+            near *= _slopes(call, rows)
+        else:  # what earlier calls hold, or copies of the rows that count, left too little room
+            chosen = plan.make(call.problem, 0, "recompute")
+            state, argmax = products.statistics(call.head, rows, track, chosen)
+    outputs = linear_stats.outputs(call, state, argmax, track)
+    return (*outputs, call.scatter(near, wide), others)
+
+
+def _slopes(call: head_call.Call, target: Tensor) -> Tensor | float:
+    """∂z/∂x at every row's target; from products in float64 under a softcap.
+
+    Next to the cap it is what is left of 1 - 1: the rounding of a float32 logit would show.
+    """
+    head = call.head
+    if not head.transform.softcap:
+        return head.transform.derivative(target)
+    slope = torch.empty(len(target), dtype=torch.float64, device=target.device)
+    room = call.problem.workspace // 32
+    for part, nearest in _target_rows(head.weight, target, call.dtype, room):
+        x = (head.hidden[part].double() * nearest.double()).sum(1)
+        bias = None if head.bias is None else head.bias[target[part]]
+        slope[part] = head.transform.derivative(head.transform.apply(x, bias))
+    return slope
+
+
+def _target_rows(
+    weight: Tensor, target: Tensor, dtype: torch.dtype, elements: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Head rows of the targets in the dtype of the products, at most `elements` at a time."""
+    step = max(min(elements, GATHERED) // weight.shape[1], 1)
+    for part in slices(0, len(target), step):
+        yield part, weight.index_select(0, target[part]).to(dtype)
+
+
+def _frozen_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, track, _ = rest
+    out = linear_stats.outputs_fake(hidden, options[-1], track)
+    return (*out, torch.empty_like(out[8]), hidden.new_empty((0, hidden.shape[1])))
+
+
+def _d_hidden(
+    others: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    near: Tensor,  # (2, N): how much of the target's head row a unit of a and of c takes
+    d_logprob: Tensor | None,
+    d_lse: Tensor | None,
+    options: head_call.Options,
+) -> Tensor:
+    """The gradient of hidden, in place of `others` where every row counts."""
+    ignore_index, *_, workspace, dtype = options
+    zero = torch.zeros_like(near[0])
+    upstream = (zero if gradient is None else gradient for gradient in (d_logprob, d_lse))
+    columns = (target, *near, *upstream)
+    rows = None if len(others) == len(target) else (target != ignore_index).nonzero()[:, 0]
+    if rows is not None:
+        columns = tuple(value.index_select(0, rows) for value in columns)
+    ids, of_logprob, of_lse, a, c = columns
+    nearest, rest = a * of_logprob + c * of_lse, c - a
+    silent = (a == 0) & (c == 0)  # there 0 times a NaN is 0, as with every schedule
+    for part, head_rows in _target_rows(weight, ids, dtype, workspace // 10):
+        total = head_rows.to(rest.dtype) * nearest[part, None]
+        total.addcmul_(others[part].to(rest.dtype), rest[part, None])
+        others[part] = total.masked_fill_(silent[part, None], 0)
+    if rows is None:
+        return others
+    return others.new_zeros((len(target), others.shape[1])).index_copy_(0, rows, others)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, target, *options, _, active = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, target, *output[8:10])  # norm, near
+    ctx.options, ctx.active = tuple(options), active
+    # Not saved: consumed by the first backward, in place; a second one forms the products again.
+    ctx.others = head_call.Held(output[10:]) if output[10].shape[0] else None
+
+
+def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing: tuple[None, ...] = (None,) * 11
+    d_logprob, d_lse = grads[:2]
+    if d_logprob is None and d_lse is None:
+        return (None, *nothing)
+    hidden, weight, bias, target, norm, near = ctx.saved_tensors
+    if ctx.others is None or torch.is_grad_enabled() or sync_free.on():
+        unused = norm.new_empty(0)  # entropy
+        d_hidden, *_ = torch.ops.ift_kernels.linear_stats_backward(
+            hidden, weight, bias, target, norm, unused, d_logprob, d_lse, None, None,
+            *ctx.options, list(NEEDS), ctx.active,
+        )  # fmt: skip
+    else:
+        held, ctx.others = ctx.others, None
+        held.release()
+        (others,) = held.tensors
+        d_hidden = _d_hidden(others, weight, target, near, d_logprob, d_lse, ctx.options)
+    return (d_hidden, *nothing)
+
+
+library.register(
+    f"linear_frozen({linear_stats.HEAD}, {linear_stats.OPTIONS}, int track, float[] active)"
+    f" -> ({linear_stats.STATS}, Tensor norm, Tensor near, Tensor others)",
+    _frozen,
+    _frozen_fake,
+    _autograd,
+    _setup,
+)

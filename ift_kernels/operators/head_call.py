@@ -1,0 +1,158 @@
+"""What an operator on a head knows of its call: rows that count, the head, what to plan for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ift_kernels import backends
+from ift_kernels.common import sync_free
+from ift_kernels.common.active_set import ActiveSet
+from ift_kernels.common.transform import LogitTransform
+from ift_kernels.schedule import plan
+from ift_kernels.schedule.accumulate import accum_dtype
+from ift_kernels.schedule.active import ActiveHidden
+from ift_kernels.schedule.head import Head, pad_row_stride
+
+Options = tuple[int, float, float, float, int, torch.dtype]
+Needs = tuple[bool, bool, bool]
+
+
+class Held:
+    """Tensors kept from forward to the first backward, counted against later calls' workspace."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors = tensors
+        self._leave = [plan.ledger.enter(tensor) for tensor in tensors]
+
+    def release(self) -> None:
+        for leave in self._leave:
+            leave()
+
+    def gradients(self, upstream: Tensor) -> tuple[Tensor, ...]:
+        """What is held, gradients formed in forward, times `upstream`, in place; releases them."""
+        self.release()
+        if not (upstream.device.type == "cpu" and float(upstream) == 1.0):
+            for gradient in self.tensors:
+                gradient.mul_(upstream)
+        return self.tensors
+
+
+class Call:
+    """One call's rows that count, its head and its problem, whichever operator it came through."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        keep: Tensor,  # (N,) bool
+        options: Options,
+        needs: Needs,
+        early: bool = False,
+        active: ActiveHidden | None = None,
+    ) -> None:
+        _, scale, softcap, temperature, workspace, dtype = options
+        self.dtype = dtype
+        self.all_rows = hidden.shape[0]
+        self.keep: Tensor | None = None  # in sync-free mode, where every row stays
+        self.rows: Tensor | None = None
+        if sync_free.on():
+            self.keep, hidden = keep, sync_free.masked_rows(keep, hidden)
+        elif not bool(keep.all()):
+            self.rows = keep.nonzero()[:, 0]
+        if self.rows is not None:
+            hidden = hidden.index_select(0, self.rows)
+        # Copies count, but the products keep a quarter of the budget: less would crawl.
+        copies = (self.rows is not None) * hidden.element_size()
+        copies += (hidden.dtype != dtype) * dtype.itemsize
+        padded = pad_row_stride(plain := hidden.to(dtype))
+        copies += (padded is not plain) * dtype.itemsize
+        self.head = Head(
+            backends.get(hidden, dtype),
+            padded,
+            weight,
+            None if bias is None else bias.to(accum_dtype(dtype)).contiguous(),
+            LogitTransform(scale, softcap, temperature),
+        )
+        workspace = max(workspace - hidden.numel() * copies, workspace // 4)
+        self.problem = problem(hidden, weight, bias, dtype, workspace, needs, early, active)
+        if active is not None:
+            active.waiting_bytes = plan.tail_bytes(self.problem)
+
+    def select(self, value: Tensor) -> Tensor:
+        """The rows that count of (..., N)."""
+        return value if self.rows is None else value.index_select(-1, self.rows)
+
+    def scatter(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """(..., n) back to all rows, 0 elsewhere."""
+        if self.keep is not None:
+            value = value.masked_fill(~self.keep, 0)
+        if self.rows is None:
+            return value.to(dtype)
+        out = torch.zeros((*value.shape[:-1], self.all_rows), dtype=dtype, device=value.device)
+        return out.index_copy_(-1, self.rows, value.to(dtype))
+
+    def scatter_hidden(self, d_hidden: Tensor) -> Tensor:
+        if self.keep is not None:
+            return sync_free.masked_rows(self.keep, d_hidden)
+        if self.rows is None:
+            return d_hidden
+        out = d_hidden.new_zeros((self.all_rows, d_hidden.shape[1]))
+        return out.index_copy_(0, self.rows, d_hidden)
+
+
+def problem(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    workspace: int,
+    needs: Needs,
+    early: bool,
+    active: ActiveHidden | None = None,
+) -> plan.Problem:
+    """What `plan` has to know of a call in which all these rows of hidden count.
+
+    `early`: its gradients are known in forward, up to factors. `active`: what forms dh, if not all
+    columns do.
+    """
+    half = gives_half((hidden, weight, bias), needs)
+    transpose = backends.get(hidden, dtype).wants_transpose(dtype)
+    return plan.Problem(
+        hidden.shape[0], weight.shape[0], weight.shape[1], dtype, workspace, *needs,
+        early and not half, weight.dtype == dtype, transpose,
+        0 if active is None else active.options.tail_bucket,
+    )  # fmt: skip
+
+
+def active_hidden(active: list[float]) -> ActiveHidden | None:
+    """What forms dh from the active set that an operator was given: threshold, block, bucket."""
+    if not active or sync_free.on():  # it asks how many columns are active
+        return None
+    threshold, block, tail_bucket = active
+    return ActiveHidden(ActiveSet(threshold, int(block), int(tail_bucket)))
+
+
+def gives_half(tensors: tuple[Tensor | None, ...], needs: Needs | list[bool]) -> bool:
+    """Whether a gradient has to be float16: formed in forward, before a loss scale lifts it off its
+    underflow, it would be rounded to nothing.
+    """
+    pairs = zip(tensors, needs, strict=True)
+    return any(need and t is not None and t.dtype == torch.float16 for t, need in pairs)
+
+
+def check_targets(target: Tensor, valid: Tensor, vocabulary: int, name: str = "target") -> None:
+    """Raise a ValueError for a target outside the vocabulary, where looking costs no stall."""
+    if target.device.type != "cpu" or not target.numel():
+        return  # elsewhere a check would stall the device's queue
+    low, high = target.aminmax()
+    if int(low) >= 0 and int(high) < vocabulary:
+        return
+    bad = valid & ((target < 0) | (target >= vocabulary))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"{name}: expected ids in [0, {vocabulary}) or ignore_index, got {int(target[at])} "
+            f"at flat position {at}"
+        )

@@ -1,0 +1,280 @@
+"""The operators behind `linear`: what torch's dispatcher, autograd and compiler see.
+
+Read downward: schemas, then `linear_stats` forward and backward over `engine`, and its autograd
+formula. What a call needs to know is in `head_call`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ift_kernels.backends import contract
+from ift_kernels.common import sync_free
+from ift_kernels.operators import library
+from ift_kernels.operators.head_call import Call, Held, active_hidden, check_targets
+from ift_kernels.schedule import gradients, plan, products
+from ift_kernels.schedule.accumulate import accum_dtype
+from ift_kernels.schedule.head import Results, RowGradient, empty_padded
+
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
+OPTIONS = (
+    "int ignore_index, float scale, float softcap, float temperature, int workspace,"
+    " ScalarType dtype"
+)
+UPSTREAM = "Tensor? d_logprob, Tensor? d_lse, Tensor? d_entropy, Tensor? d_mean"
+STATS = (
+    "Tensor logprob, Tensor lse, Tensor entropy, Tensor argmax, Tensor argmax_logprob,"
+    " Tensor second_logprob, Tensor sum_sq, Tensor mean_logprob"
+)
+GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
+_BACKWARD = (
+    f"{HEAD}, Tensor norm, Tensor entropy, {UPSTREAM}, {OPTIONS}, bool[] needs, float[] active"
+)
+
+
+def row_values(state: Tensor, argmax: Tensor, vocabulary: int, track: int) -> tuple[Tensor, ...]:
+    """The outputs of `linear_stats` up to `norm`, from the final running state; float64.
+
+    What `track` does not ask for is empty: beside few tokens every operation counts.
+    """
+    top, total = state[contract.MAX], state[contract.SUM]
+    log_sum = total.log()
+    values: tuple[Callable[[], Tensor], ...] = (
+        lambda: (state[contract.TARGET] - top) - log_sum,
+        lambda: top + log_sum,
+        lambda: log_sum - state[contract.E_Z] / total,
+        lambda: argmax,
+        lambda: (top - top) - log_sum,  # NaN, not +inf, where every token is masked out
+        lambda: (state[contract.SECOND] - top) - log_sum,
+        lambda: state[contract.E_SQ] / total.square(),
+        # Relative to lse while still in float64: a large common logit would cost digits later.
+        lambda: (state[contract.Z_SUM] / vocabulary - top) - log_sum,
+        lambda: torch.stack([top, log_sum]),
+    )
+    pairs = zip(values, tracked(track), strict=True)
+    return tuple(value() if asked else state.new_empty(0) for value, asked in pairs)
+
+
+def row_coefficients(
+    norm: Tensor,
+    entropy: Tensor,
+    vocabulary: int,
+    d_logprob: Tensor | None,
+    d_lse: Tensor | None,
+    d_entropy: Tensor | None,
+    d_mean: Tensor | None,
+) -> Tensor:
+    """`coef` (4, N) of `dlogits_` from upstream gradients.
+
+    With a, b, c, d those of logprob, entropy, lse and mean logprob (docs/mathematics.md),
+    dz_j = a·1[j = target] + p_j·(c − a − d − b·(log p_j + H)) + d/V.
+    """
+    zero = torch.zeros_like(norm[0])
+    a, b, c, d = (zero if g is None else g for g in (d_logprob, d_entropy, d_lse, d_mean))
+    one = c - a - d if d_entropy is None else c - a - d - b * entropy
+    return torch.stack([a, one, -b, d / vocabulary]).to(norm.dtype)
+
+
+# --- linear_stats --------------------------------------------------------------------------------
+
+
+def tracked(track: int) -> tuple[int, ...]:
+    """Which outputs of `linear_stats` are asked for; the last is `norm`."""
+    return (*(1 if s.track == 0 else track & s.track for s in contract.STATISTICS), 1)
+
+
+def outputs(call: Call, state: Tensor, argmax: Tensor, track: int) -> tuple[Tensor, ...]:
+    """What `linear_stats` returns up to `norm`: all rows, empty where not asked for."""
+    values = row_values(state, argmax, call.head.vocabulary, track)
+    dtype = accum_dtype(call.dtype)
+    return tuple(
+        call.scatter(v, v.dtype if v.dtype == torch.int64 else dtype) if asked else v.to(dtype)
+        for v, asked in zip(values, tracked(track), strict=True)
+    )
+
+
+def outputs_fake(hidden: Tensor, compute: torch.dtype, track: int) -> tuple[Tensor, ...]:
+    """Shapes of `outputs` for products in the dtype `compute`."""
+    n, dtype = hidden.shape[0], accum_dtype(compute)
+    out = [
+        hidden.new_empty(n if asked else 0, dtype=torch.int64 if i == 3 and asked else dtype)
+        for i, asked in enumerate(tracked(track))
+    ]
+    out[8] = hidden.new_empty((2, n), dtype=dtype)
+    return tuple(out)
+
+
+def gradient_outputs(
+    call: Call, results: Results, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a backward operator returns: all rows, empty where no gradient is wanted."""
+    d_hidden, d_weight, d_bias = results
+    empty = call.head.hidden.new_empty(0)
+    return (
+        empty if d_hidden is None else call.scatter_hidden(d_hidden),
+        empty.clone() if d_weight is None else d_weight,
+        empty.clone() if d_bias is None or bias is None else d_bias.to(bias.dtype),
+    )
+
+
+def asked_upstream(track: int, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients of logprob, lse, entropy and mean; outputs not asked for are empty, and so are
+    their gradients.
+    """
+    d_entropy = grads[2] if track & contract.TRACK_ENTROPY else None
+    return grads[0], grads[1], d_entropy, grads[7] if track & contract.TRACK_MEAN else None
+
+
+def _stats(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, track, needs, schedule, numbers = rest
+    valid = target != options[0]
+    check_targets(target, valid, weight.shape[0])
+    active = active_hidden(numbers)
+    call = Call(hidden, weight, bias, valid, tuple(options), tuple(needs), active=active)
+    chosen = plan.make(call.problem, plan.ledger.held, schedule or None)
+    kept_rows = call.problem.rows if chosen.keep_columns else 0
+    kept = empty_padded(call.head.backend, call.head.hidden, kept_rows, chosen.keep_columns)
+    with torch.autocast(hidden.device.type, enabled=False):
+        state, argmax = products.statistics(
+            call.head, call.select(target), track, chosen, kept if chosen.keep_columns else None,
+            last=not any(needs),
+        )  # fmt: skip
+    return (*outputs(call, state, argmax, track), kept)
+
+
+def _stats_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, track, _, _, _ = rest
+    out = outputs_fake(hidden, options[-1], track)
+    return (*out, hidden.new_empty((0, 0), dtype=options[-1]))
+
+
+def _stats_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    norm: Tensor,
+    entropy: Tensor,
+    d_logprob: Tensor | None,
+    d_lse: Tensor | None,
+    d_entropy: Tensor | None,
+    d_mean: Tensor | None,
+    *rest: Any,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *options, needs, numbers = rest
+    active = active_hidden(numbers)
+    coef = row_coefficients(norm, entropy, weight.shape[0], d_logprob, d_lse, d_entropy, d_mean)
+    valid = target != options[0]
+    # Rows without upstream gradient teach nothing. A NaN upstream is not 0 and so stays in.
+    count = valid & (coef != 0).any(0)
+    wait = not sync_free.on()
+    coef = coef if wait else coef.masked_fill(~count, 0)
+    if kept is not None and wait and 3 * int(count.sum()) < 2 * kept.shape[0]:
+        kept = None  # three products on these rows alone cost less than two on all
+    if kept is not None:
+        # All rows again, with those that teach nothing neutral: 0 times a NaN would not be.
+        hidden = (
+            hidden.masked_fill((valid & ~count)[:, None], 0)
+            if not wait or bool((valid ^ count).any())
+            else hidden
+        )
+        count = valid
+    call = Call(hidden, weight, bias, count, tuple(options), tuple(needs), active=active)
+    # Of the same problem, so that with `kept` beside it everything fits as forward has planned.
+    chosen = plan.make(call.problem, 0, "recompute")
+    with torch.autocast(hidden.device.type, enabled=False):
+        results = gradients.in_backward(
+            call.head,
+            RowGradient(call.select(target), call.select(norm), call.select(coef)),
+            tuple(needs),
+            hidden.dtype,
+            chosen,
+            kept,
+            active,
+        )
+    if active is not None:
+        active.record()
+    return gradient_outputs(call, results, bias)
+
+
+def _stats_backward_kept(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _stats_backward(*args[:-1], kept=args[-1])
+
+
+def gradients_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of the gradients that are asked for."""
+    return (
+        hidden.new_empty(hidden.shape) if needs[0] else hidden.new_empty(0),
+        weight.new_empty(weight.shape) if needs[1] else hidden.new_empty(0),
+        bias.new_empty(bias.shape) if needs[2] and bias is not None else hidden.new_empty(0),
+    )
+
+
+def backward_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of what a backward operator returns, from its arguments."""
+    return gradients_fake(hidden, weight, bias, rest[13])
+
+
+def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, target, *options = inputs
+    ctx.mark_non_differentiable(*(output[i] for i in (3, 4, 5, 6, 8, 9)))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, target, output[8], output[2])
+    ctx.options, ctx.track, ctx.active = options[:6], options[6], options[9]
+    ctx.sync_free = sync_free.on()
+    # Not saved: consumed by the first backward, in place; a second one recomputes.
+    ctx.kept = Held(output[9:]) if output[9].shape[0] else None
+
+
+def _stats_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing: tuple[None, ...] = (None,) * 11
+    upstream = asked_upstream(ctx.track, grads)
+    if all(gradient is None for gradient in upstream):
+        return (None, None, None, *nothing)
+    needs = list(ctx.needs_input_grad[:3])
+    args = (*ctx.saved_tensors, *upstream, *ctx.options, needs, ctx.active)
+    # What forward kept has other rows than a backward that may not wait, where it did. And with
+    # create_graph the plain operator refuses clearly.
+    same = ctx.sync_free == sync_free.on()
+    if ctx.kept is None or not same or torch.is_grad_enabled():
+        results = torch.ops.ift_kernels.linear_stats_backward(*args)
+    else:
+        held, ctx.kept = ctx.kept, None
+        results = torch.ops.ift_kernels.linear_stats_backward_kept(*args, held.tensors[0])
+        held.release()
+    return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
+
+
+library.register(
+    f"linear_stats({HEAD}, {OPTIONS}, int track, bool[] needs, str schedule, float[] active)"
+    f" -> ({STATS}, Tensor norm, Tensor kept)",
+    _stats,
+    _stats_fake,
+    _stats_autograd,
+    _stats_setup,
+)
+library.register(
+    f"linear_stats_backward({_BACKWARD}) -> ({GRADIENTS})",
+    _stats_backward,
+    backward_fake,
+    library.no_second_derivative("linear_logprobs"),
+)
+# The same with products kept since forward, which it consumes.
+library.register(
+    f"linear_stats_backward_kept({_BACKWARD}, Tensor(a!) kept) -> ({GRADIENTS})",
+    _stats_backward_kept,
+    backward_fake,
+)

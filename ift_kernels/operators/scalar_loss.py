@@ -1,0 +1,128 @@
+"""The operator behind a scalar `linear_cross_entropy`: its gradients are formed in forward.
+
+The loss is `factor` times the sum of
+``(smoothing − 1)·logp − smoothing·(mean z − lse) + z_loss·lse²`` over the rows that count, so its
+upstream gradients are known as soon as a row's statistics are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ift_kernels.backends import contract
+from ift_kernels.operators import head_call, library, linear_stats
+from ift_kernels.schedule import gradients, plan, products
+from ift_kernels.schedule.accumulate import accum_dtype
+from ift_kernels.schedule.head import Results, RowGradient
+
+
+def _loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, factor: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, smoothing, z_loss, needs, numbers = rest
+    active = head_call.active_hidden(numbers)
+    valid = target != options[0]
+    head_call.check_targets(target, valid, weight.shape[0])
+    arguments = hidden, weight, bias, valid, tuple(options), tuple(needs), True, active
+    call = head_call.Call(*arguments)
+    chosen = plan.make(call.problem, plan.ledger.held, "forward")
+    # Gradients that earlier calls hold, or too few rows a block: backward recomputes instead.
+    # So it does where nothing may wait for the device: rows that do not count are still there.
+    early = chosen.schedule == "forward" and call.keep is None
+    vocabulary, dtype = weight.shape[0], accum_dtype(call.dtype)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    norms: list[Tensor] = []
+
+    def coefficients(state: Tensor, argmax: Tensor) -> RowGradient:
+        logprob, lse, *_, mean, norm = linear_stats.row_values(state, argmax, vocabulary, track)
+        loss = z_loss * lse.square() - (1 - smoothing) * logprob
+        if smoothing:
+            loss = loss - smoothing * mean
+        if call.keep is not None:
+            loss = loss.masked_fill(~call.keep, 0)
+        total.add_(loss.sum())
+        norms.append(norm.to(dtype))
+        upstream = loss_upstream(norm, factor, smoothing, z_loss)
+        coef = linear_stats.row_coefficients(norms[-1], norm[0], vocabulary, *upstream)
+        return RowGradient(target, norms[-1], coef)
+
+    results: Results = (None, None, None)
+    track = contract.TRACK_MEAN if smoothing else 0
+    rows = call.select(target)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if early:
+            results = gradients.in_forward(
+                call.head, rows, coefficients, tuple(needs), hidden.dtype, chosen, track, active
+            )
+            if active is not None:
+                active.record()
+        else:
+            chosen = plan.make(call.problem, 0, "recompute")
+            coefficients(*products.statistics(call.head, rows, track, chosen))
+    norm = torch.cat(norms, 1) if norms else hidden.new_empty((2, 0), dtype=dtype)
+    return (
+        (total * factor).to(dtype),
+        call.scatter(norm, dtype),
+        *linear_stats.gradient_outputs(call, results, bias),
+    )
+
+
+def loss_upstream(
+    norm: Tensor, factor: Tensor, smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, None, Tensor]:
+    """Upstream gradients of logprob, lse, entropy and mean logprob of the loss."""
+    lse = norm.sum(0)
+    each = factor.to(lse.dtype).expand_as(lse)
+    return (smoothing - 1) * each, 2 * z_loss * lse * each, None, -smoothing * each
+
+
+def _loss_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, factor: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, _, _, needs, _ = rest
+    dtype = accum_dtype(options[-1])
+    gradients = linear_stats.gradients_fake(hidden, weight, bias, needs)
+    norm = hidden.new_empty((2, hidden.shape[0]), dtype=dtype)
+    return hidden.new_empty((), dtype=dtype), norm, *gradients
+
+
+def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, target, factor, *options = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros as large as the gradients among the outputs
+    ctx.save_for_backward(hidden, weight, bias, target, factor, output[1])
+    ctx.options = options
+    formed = any(gradient.numel() for gradient in output[2:])
+    ctx.gradients = head_call.Held(output[2:]) if formed else None
+
+
+def _loss_autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    nothing: tuple[None, ...] = (None,) * 12
+    if upstream is None:
+        return (None, None, None, *nothing)
+    hidden, weight, bias, target, factor, norm = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    if ctx.gradients is None or torch.is_grad_enabled():
+        *options, smoothing, z_loss, _, active = ctx.options
+        rows = loss_upstream(norm, factor * upstream, smoothing, z_loss)
+        results = torch.ops.ift_kernels.linear_stats_backward(
+            hidden, weight, bias, target, norm, norm[0], *rows, *options, needs, active
+        )
+    else:
+        held, ctx.gradients = ctx.gradients, None
+        results = held.gradients(upstream)
+    return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
+
+
+library.register(
+    f"linear_loss({linear_stats.HEAD}, Tensor factor, {linear_stats.OPTIONS}, float smoothing,"
+    " float z_loss, bool[] needs, float[] active)"
+    f" -> (Tensor loss, Tensor norm, {linear_stats.GRADIENTS})",
+    _loss,
+    _loss_fake,
+    _loss_autograd,
+    _loss_setup,
+)

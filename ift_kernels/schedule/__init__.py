@@ -1,0 +1,1 @@
+"""Schedules: products of the head tile by tile, whichever backend has the epilogues."""

@@ -1,0 +1,288 @@
+"""The looks of `linear_divergence` at its products; the schedule is told in `divergence_plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ift_kernels.backends import contract, reference
+from ift_kernels.schedule.accumulate import Sum, accum_dtype
+from ift_kernels.schedule.divergence_plan import Heads, Layout, Needs, in_place, layout
+from ift_kernels.schedule.gradients import Gradients
+from ift_kernels.schedule.head import Head, Results, Tile, empty_padded, slices
+
+Pair = tuple[Tensor, Tensor]  # products of student and teacher
+
+
+class Products:
+    """The products of both heads: of blocks that keep them, and of sweeps."""
+
+    def __init__(self, heads: Heads, sizes: Layout) -> None:
+        self.heads, self.sizes = heads, sizes
+        self.rows = heads[0].hidden.shape[0]
+        same = heads[0].backend is heads[1].backend
+        self.backend = heads[0].backend if same else reference  # of both at once
+        self.held = self.rest = self.teacher = heads[0].hidden.new_empty(0)
+
+    def _buffer(self, head: Head, rows: int, columns: int) -> Tensor:
+        return empty_padded(head.backend, head.hidden, rows, columns)
+
+    def _columns(self, first: int = 0) -> Iterator[slice]:
+        return slices(first, self.heads[0].vocabulary, self.sizes.tile_columns)
+
+    def blocks(self) -> Iterator[slice]:
+        """Rows of all blocks, whose products are then `formed` and looked at again by `tiles`."""
+        block, vocabulary = min(self.sizes.block, self.rows), self.heads[0].vocabulary
+        self.held = self._buffer(self.heads[0], self.rows, self.sizes.held)
+        self.rest = self._buffer(self.heads[0], block, vocabulary - self.sizes.held)
+        self.teacher = self._buffer(self.heads[1], block, vocabulary)
+        yield from slices(0, self.rows, max(block, 1))
+        self.rest = self.teacher = self.held.new_empty(0)
+
+    def tiles(self, rows: slice) -> Iterator[tuple[slice, Pair]]:
+        """Columns and products of a block's tiles."""
+        held, count = self.sizes.held, rows.stop - rows.start
+        for columns in self._columns():
+            if columns.stop <= held:
+                student = self.held[rows, columns]
+            else:
+                student = self.rest[:count, columns.start - held : columns.stop - held]
+            yield columns, (student, self.teacher[:count, columns])
+
+    def formed(self, rows: slice) -> Iterator[tuple[slice, Pair]]:
+        """The tiles of a block, each formed first."""
+        for columns, pair in self.tiles(rows):
+            for head, product in zip(self.heads, pair, strict=True):
+                torch.mm(head.hidden[rows], head.weight_chunk(columns).T, out=product)
+            yield columns, pair
+
+    def gradients(self, rows: slice) -> list[tuple[slice, Tensor]]:
+        """What a block's products have become, by whole ranges of columns."""
+        held, count = self.sizes.held, rows.stop - rows.start
+        parts = (slice(0, held), self.held[rows]), (
+            slice(held, self.heads[0].vocabulary), self.rest[:count],
+        )  # fmt: skip
+        return [(columns, part) for columns, part in parts if columns.stop > columns.start]
+
+    def held_tiles(self) -> Iterator[Tile]:
+        """The gradients that blocks have left, for dW."""
+        for columns in slices(0, self.sizes.held, self.sizes.tile_columns):
+            for rows in slices(0, self.rows, self.sizes.tile_rows):
+                yield Tile(rows, columns, self.held[rows, columns])
+
+    def sweep(self, over: slice, first: int = 0) -> Iterator[tuple[slice, slice, Pair]]:
+        """Rows, columns from `first` on, and products formed anew, the vocabulary outermost."""
+        if first == self.heads[0].vocabulary:
+            return
+        tile_rows = min(self.sizes.tile_rows, over.stop - over.start)
+        scratch = [self._buffer(head, tile_rows, self.sizes.tile_columns) for head in self.heads]
+        for columns in self._columns(first):
+            width = columns.stop - columns.start
+            weights = [head.weight_chunk(columns) for head in self.heads]
+            scratch[0][:, width:] = 0  # as in new_rows, for a narrower last tile
+            for rows in slices(over.start, over.stop, max(tile_rows, 1)):
+                pair = (
+                    scratch[0][: rows.stop - rows.start, :width],
+                    scratch[1][: rows.stop - rows.start, :width],
+                )
+                for head, weight, product in zip(self.heads, weights, pair, strict=True):
+                    torch.mm(head.hidden[rows], weight.T, out=product)
+                yield rows, columns, pair
+
+    def sides(self, columns: slice, pair: Pair) -> tuple[contract.Side, contract.Side]:
+        student, teacher = (
+            contract.Side(product, head.bias_chunk(columns), head.transform)
+            for head, product in zip(self.heads, pair, strict=True)
+        )
+        return student, teacher
+
+
+class Norm:
+    """Both heads' running statistics of some rows."""
+
+    def __init__(self, heads: Heads, rows: int) -> None:
+        self.heads = heads
+        self.states = [h.backend.new_state(rows, h.hidden.device) for h in heads]
+        self.nobody = torch.full((rows,), -1, device=heads[0].hidden.device)
+
+    def fold(self, rows: slice, columns: slice, pair: Pair) -> None:
+        for head, product, (state, argmax) in zip(self.heads, pair, self.states, strict=True):
+            head.backend.stats_update(
+                product, head.bias_chunk(columns), head.transform, self.nobody[rows],
+                columns.start, state[:, rows], argmax[rows], 0,
+            )  # fmt: skip
+
+    def result(self) -> Tensor:
+        """Maximum and log of the sum of exponentials, (2 heads, 2, rows)."""
+        both = [
+            torch.stack([state[contract.MAX], state[contract.SUM].log()])
+            for state, _ in self.states
+        ]
+        return torch.stack(both).to(accum_dtype(self.heads[0].hidden.dtype))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of each row, or summed over the tiles."""
+
+    value: Tensor  # (N,) float64
+    centre: Tensor  # (N,) float64
+    norm: Tensor  # (2, 2, N)
+    upstream: Tensor | None  # (N,)
+
+    def part(self, rows: slice) -> Rows:
+        upstream = None if self.upstream is None else self.upstream[rows]
+        return Rows(self.value[rows], self.centre[rows], self.norm[..., rows], upstream)
+
+
+class Divergence:
+    """A call's looks at its products."""
+
+    def __init__(
+        self,
+        heads: Heads,
+        workspace: int,
+        kind: str,
+        beta: float,
+        needs: Needs,
+        hidden_dtype: torch.dtype,
+    ) -> None:
+        self.kind, self.beta, self.needs, self.hidden_dtype = kind, beta, needs, hidden_dtype
+        self.head = heads[0]
+        self.sizes = layout(heads, workspace, needs[0], needs[1])
+        self.products = Products(heads, self.sizes)
+        self.every = slice(0, heads[0].hidden.shape[0])
+
+    def values(self, given: Rows) -> None:
+        """Norm, value and centre of all rows."""
+        if self.sizes.block:
+            for rows in self.products.blocks():
+                self._norm(rows, given)
+                for columns, pair in self.products.tiles(rows):
+                    self._terms(columns, pair, given.part(rows))
+            return
+        self._swept_values(given)
+
+    def values_and_gradients(self, given: Rows) -> Results:
+        """The same, and the gradients by `given.upstream`."""
+        if not self.sizes.block:
+            self._swept_values(given)
+            return self.gradients(given)
+        total = self._total((False, *self.needs[1:]))
+        hidden: Tensor | None = None
+        if self.needs[0]:
+            hidden = self.head.hidden.new_empty(self.head.hidden.shape, dtype=self.hidden_dtype)
+        for rows in self.products.blocks():
+            part = given.part(rows)
+            self._norm(rows, given)
+            if self.kind != "forward":  # whose gradient needs no centre: its value comes with it
+                for columns, pair in self.products.tiles(rows):
+                    self._terms(columns, pair, part)
+            for columns, pair in self.products.tiles(rows):
+                self._gradient(columns, pair, part, with_value=self.kind == "forward")
+                if total.bias is not None:
+                    total.bias[columns] += pair[0].sum(0, dtype=total.bias.dtype)
+                if total.weight is not None and in_place(self.head):
+                    self._add_weight_in_place(total.weight[columns], rows, pair[0])
+            if hidden is not None:
+                hidden[rows] = self._hidden(rows)
+        if total.weight is not None and not in_place(self.head):
+            self._finish_weight(total, given)
+        return hidden, total.weight, total.bias
+
+    def gradients(self, given: Rows) -> Results:
+        """Gradients from known norm and centre: one sweep, or one for dh by rows and one for dW."""
+        n, needs = self.every.stop, self.needs
+        hidden: Tensor | None = None
+        if needs[0] and self.sizes.hidden_rows < n:
+            hidden = self.head.hidden.new_empty(self.head.hidden.shape, dtype=self.hidden_dtype)
+            for rows in slices(0, n, self.sizes.hidden_rows):
+                (part, *_) = self._sweep(rows, (True, False, False), given)
+                hidden[rows] = part  # type: ignore[assignment]  # asked for above
+            needs = (False, *needs[1:])
+        if not any(needs):
+            return hidden, None, None
+        swept, weight, bias = self._sweep(self.every, needs, given)
+        return swept if hidden is None else hidden, weight, bias
+
+    def _swept_values(self, given: Rows) -> None:
+        norm = Norm(self.products.heads, self.every.stop)
+        for rows, columns, pair in self.products.sweep(self.every):
+            norm.fold(rows, columns, pair)
+        given.norm.copy_(norm.result())
+        for rows, columns, pair in self.products.sweep(self.every):
+            self._terms(columns, pair, given.part(rows))
+
+    def _norm(self, rows: slice, given: Rows) -> None:
+        norm = Norm(self.products.heads, rows.stop - rows.start)
+        for columns, pair in self.products.formed(rows):
+            norm.fold(slice(None), columns, pair)
+        given.norm[..., rows] = norm.result()
+
+    def _terms(self, columns: slice, pair: Pair, given: Rows) -> None:
+        self.products.backend.divergence_terms(
+            *self.products.sides(columns, pair), self.kind, self.beta, given.norm, given.value,
+            given.centre,
+        )  # fmt: skip
+
+    def _gradient(self, columns: slice, pair: Pair, given: Rows, with_value: bool = False) -> None:
+        assert given.upstream is not None
+        self.products.backend.divergence_gradient_(
+            *self.products.sides(columns, pair), self.kind, self.beta, given.norm, given.centre,
+            given.upstream, given.value if with_value else None,
+        )  # fmt: skip
+
+    def _total(self, needs: Needs, head: Head | None = None) -> Gradients:
+        head = self.head if head is None else head
+        rows = min(self.sizes.tile_rows, head.hidden.shape[0])
+        total = Gradients(head, needs, self.hidden_dtype, self.sizes.tile_columns, rows)
+        if not head.hidden.shape[0] and total.weight is not None:
+            total.weight.zero_()
+        return total
+
+    def _hidden(self, rows: slice) -> Tensor:
+        """dh of a block; by whole ranges of columns, for vendor GEMMs want a long inner size."""
+        parts = self.products.gradients(rows)
+        if self.head.weight.dtype != self.head.hidden.dtype:  # cast by tiles
+            parts = [(columns, pair[0]) for columns, pair in self.products.tiles(rows)]
+        total = Sum((rows.stop - rows.start, self.head.hidden.shape[1]), self.head.hidden)
+        for columns, part in parts:
+            total.add(slice(None), part, self.head.weight_chunk(columns))
+        return total.total
+
+    def _add_weight_in_place(self, out: Tensor, rows: slice, product: Tensor) -> None:
+        if rows.start == 0:
+            torch.mm(product.T, self.head.hidden[rows], out=out)
+        else:
+            out.addmm_(product.T, self.head.hidden[rows])
+
+    def _finish_weight(self, total: Gradients, given: Rows) -> None:
+        for rows, columns, gradient in self.products.held_tiles():
+            self._add_weight(total, rows, columns, gradient)
+        for rows, columns, pair in self.products.sweep(self.every, self.sizes.held):
+            self._gradient(columns, pair, given.part(rows))
+            self._add_weight(total, rows, columns, pair[0])
+
+    def _add_weight(self, total: Gradients, rows: slice, columns: slice, gradient: Tensor) -> None:
+        flipped = None if total.transposed is None else total.transposed.of(gradient)
+        if flipped is None:
+            flipped = gradient.T
+        else:
+            self.head.backend.transpose(gradient, flipped)
+        total.add_weight(rows, columns, flipped)
+
+    def _sweep(self, over: slice, needs: Needs, given: Rows) -> Results:
+        total = self._total(needs, self.head.rows(over))
+        for rows, columns, pair in self.products.sweep(over):
+            self._gradient(columns, pair, given.part(rows))
+            if total.hidden is not None:
+                here = slice(rows.start - over.start, rows.stop - over.start)
+                total.hidden.add(here, pair[0], self.head.weight_chunk(columns))
+            if total.weight is not None:
+                self._add_weight(total, rows, columns, pair[0])
+            if total.bias is not None:
+                total.bias[columns] += pair[0].sum(0, dtype=total.bias.dtype)
+        return total.results()

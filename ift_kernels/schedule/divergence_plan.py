@@ -1,0 +1,97 @@
+"""The schedule of `linear_divergence`: which products are formed when, and what is kept.
+
+Both heads' products are looked at up to three times: for the log-sum-exps, for the sums that centre
+the gradient (see `backends.reference_divergence`), for the gradient. A *block* of rows keeps its
+products over the whole vocabulary for that, so they are formed once, 2 products of N·V·D, and dh
+and dW are 2 more. dW wants a tile's gradient from all rows at once, written once:
+
+* all rows are one block, if that fits;
+* or dW is summed over blocks in place, if its dtype can hold sums;
+* or each block leaves its gradient in the columns that are *held* for all rows, as many as fit. For
+  the others the products of both heads are formed once more in the end: up to 6 products.
+
+Where not even `MIN_BLOCK` rows fit, and in a backward of its own, every look is a *sweep*: tiles
+formed anew, the vocabulary outermost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ift_kernels.schedule import plan
+from ift_kernels.schedule.head import Head
+
+MIN_BLOCK = 64  # rows; fewer make thin products, slower than forming them three times
+ALIGN = 32  # rows of a block, unless it is the last
+# Rows by which a block counts as longer than it is: every block reads both weights anew. Products
+# of 64 rows take 1.3 times as long as of 512, of 128 rows 1.1 times (Zen 4).
+BLOCK_COST = 20
+Heads = tuple[Head, Head]  # student, teacher
+Needs = tuple[bool, bool, bool]  # gradients of hidden, weight, bias
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes that keep a call inside its workspace."""
+
+    tile_rows: int  # of a sweep
+    tile_columns: int
+    hidden_rows: int  # whose float32 sum of dh a sweep holds at once
+    block: int  # rows; 0: no blocks, only sweeps
+    held: int  # columns
+
+
+def layout(heads: Heads, workspace: int, need_hidden: bool, need_weight: bool) -> Layout:
+    """The cheapest sizes for a call that forms the gradients of hidden and weight asked for."""
+    student = heads[0]
+    (n, width), vocabulary = student.hidden.shape, student.vocabulary
+    own, other = (head.hidden.element_size() for head in heads)
+    flip = own * (need_weight and student.backend.wants_transpose(student.hidden.dtype))
+    cast = sum(
+        (head.weight.dtype != head.hidden.dtype) * head.weight.shape[1] * size
+        for head, size in zip(heads, (own, other), strict=True)
+    )
+    same = student.weight.dtype == student.hidden.dtype
+    sums = width * (own + 4)  # of dW's columns, unless a tile writes them once
+    budget = min(plan.TILE_BYTES, workspace // 4)
+    per_element = own + other + flip
+    per_column = cast + sums * (need_weight and not same)
+    tile_rows, columns = plan.tile(n, vocabulary, per_element, budget, per_column)
+    if need_weight and same and tile_rows < n:
+        tile_rows, columns = plan.tile(n, vocabulary, per_element, budget, cast + sums)
+    per_row = need_hidden * width * (own + 4)
+    hidden_rows = n
+    if n * per_row > workspace // 2:
+        hidden_rows = max(1, workspace // 2 // per_row)
+    room = workspace - budget
+    per_token = vocabulary * (own + other) + per_row
+    fit = room // per_token
+    if fit >= n:
+        return Layout(tile_rows, columns, hidden_rows, max(n, 1), vocabulary)
+    if fit < MIN_BLOCK:
+        return Layout(tile_rows, columns, hidden_rows, 0, 0)
+    if not need_weight or in_place(student):
+        return Layout(tile_rows, columns, hidden_rows, _even(n, fit), 0)
+
+    def held(block: int) -> int:
+        fitting = (room - block * per_token) // ((n - block) * own)
+        return vocabulary if fitting >= vocabulary else fitting // columns * columns
+
+    def cost(block: int) -> float:
+        """In products of N·V·D, less that for dW: two and dh by blocks, two where none is held."""
+        blocks = -(-n // block)
+        return 3 * (1 + BLOCK_COST * blocks / n) + 2 * (1 - held(block) / vocabulary)
+
+    block = min((_even(n, rows) for rows in range(MIN_BLOCK, fit + 1, ALIGN)), key=cost)
+    return Layout(tile_rows, columns, hidden_rows, block, held(block))
+
+
+def in_place(head: Head) -> bool:
+    """Whether dW can be summed over blocks where it stands."""
+    return head.weight.dtype == head.hidden.dtype and head.weight.dtype.itemsize >= 4
+
+
+def _even(rows: int, most: int) -> int:
+    """Rows of a block, at most `most`: all blocks about the same."""
+    block = -(-rows // -(-rows // most))
+    return min(most, -(-block // ALIGN) * ALIGN)

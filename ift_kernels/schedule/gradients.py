@@ -1,0 +1,255 @@
+"""Gradients of the head, tile by tile: a backend overwrites a product by its own gradient.
+
+Which schedule runs when, and how much memory it takes, is in `plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ift_kernels.schedule.accumulate import Sum, accum_dtype
+from ift_kernels.schedule.active import ActiveHidden
+from ift_kernels.schedule.head import Head, Results, RowGradient, Tile, empty_padded, slices
+from ift_kernels.schedule.plan import Plan
+from ift_kernels.schedule.products import recomputed_tiles, statistics
+
+
+class Transposed:
+    """Where a backend that wants it writes a tile's gradient transposed, tile after tile."""
+
+    def __init__(self, head: Head, columns: int, rows: int) -> None:
+        # Whole cache lines; one more keeps long rows off powers of two, where all would fall into
+        # the same cache sets.
+        width = -(-rows // 32) * 32 + (32 if rows >= 256 else 0)
+        room = head.backend.scratch(head.hidden, columns * width)
+        self._room: Tensor = room.view(columns, width)
+
+    def of(self, product: Tensor) -> Tensor:
+        """(columns, rows) for this tile, with zeros where a product reads on: see empty_padded."""
+        rows, columns = product.shape
+        self._room[:, rows:][:, : -rows % 32] = 0
+        return self._room[:columns, :rows]
+
+
+class Gradients:
+    """Accumulates the gradients of hidden, weight and bias, tile by tile."""
+
+    def __init__(
+        self,
+        head: Head,
+        needs: tuple[bool, bool, bool],
+        hidden_dtype: torch.dtype,
+        tile_columns: int,
+        tile_rows: int,
+        into: Tensor | None = None,
+        active: ActiveHidden | None = None,
+    ) -> None:
+        """`into`: where the gradient of hidden is best summed, see `Sum`; `active`: from which
+        columns alone, none for all.
+        """
+        self.head, self.hidden_dtype = head, hidden_dtype
+        self.active = active if needs[0] else None
+        n, width = head.hidden.shape
+        like = head.hidden
+        self.hidden = Sum((n, width), like, into) if needs[0] else None
+        self.weight, self.adds = None, False
+        if needs[1]:
+            self.weight = head.weight.new_empty((head.vocabulary, width))
+        self.bias = None
+        if needs[2]:
+            self.bias = like.new_zeros(head.vocabulary, dtype=accum_dtype(like.dtype))
+        self.chunk_sum: Sum | None = None
+        self.transposed: Transposed | None = None
+        if needs[1] and head.backend.wants_transpose(like.dtype):
+            self.transposed = Transposed(head, tile_columns, tile_rows)
+
+    def restart(self, head: Head, into: Tensor | None) -> None:
+        """The same for other rows: hidden's begins anew, those of weight and bias are added to."""
+        self.head, self.adds = head, True
+        if self.hidden is not None:
+            self.hidden.restart(head.hidden.shape[0], into)
+
+    def add(self, tile: Tile, row_gradient: RowGradient, hidden_too: bool = True) -> Tensor | None:
+        """Turn the tile into its gradient, in place, and add its share of every sum.
+
+        Returns its active mask, where hidden's gradient is from active columns.
+        """
+        head, (rows, columns, product) = self.head, tile
+        target, norm, coef = row_gradient
+        mask = None
+        if self.active is not None:  # while the products are there
+            mask = self.active.mask(head, tile, row_gradient)
+        flipped = None if self.transposed is None else self.transposed.of(product)
+        head.backend.dlogits_(
+            product,
+            head.bias_chunk(columns),
+            head.transform,
+            target[rows],
+            columns.start,
+            norm[:, rows],
+            coef[:, rows],
+            flipped,
+        )
+        if self.hidden is not None and hidden_too:
+            if self.active is None or mask is None:
+                self.hidden.add(rows, product, head.weight_chunk(columns))
+            else:
+                self.active.add(head, tile, mask, self.hidden)
+        if self.weight is not None:
+            self.add_weight(rows, columns, product.T if flipped is None else flipped)
+        if self.bias is not None:
+            self.bias[columns] += product.sum(0, dtype=self.bias.dtype)
+        return mask
+
+    def consume(self, kept: Tensor, row_gradient: RowGradient, tile_columns: int) -> None:
+        """The same for the first columns, whose products of all rows are `kept`."""
+        rows, first = slice(0, kept.shape[0]), kept.shape[1]
+        # dh from all of them in one product: vendor GEMMs want a long inner size (oneDNN is twice
+        # as fast from 16k on as at 4k), and it is rounded once. Not where that means a cast.
+        whole = self.head.weight.dtype == kept.dtype
+        tiles = (
+            (columns, self.add(Tile(rows, columns, kept[:, columns]), row_gradient, not whole))
+            for columns in slices(0, first, tile_columns)
+        )
+        if self.active is not None and self.hidden is not None and whole:
+            self.active.add_kept(self.head, kept, tiles, tile_columns, self.hidden)
+            return
+        for _ in tiles:
+            pass
+        if self.hidden is not None and whole:
+            self.hidden.add(rows, kept, self.head.weight[:first])
+
+    def add_weight(self, rows: slice, columns: slice, flipped: Tensor) -> None:
+        """DW of these columns: written once if the tile holds all rows, else summed over tiles."""
+        assert self.weight is not None
+        n, out = self.head.hidden.shape[0], self.weight[columns]
+        hidden = self.head.hidden[rows]
+        if rows == slice(0, n) and out.dtype == flipped.dtype:
+            if self.adds:
+                out.addmm_(flipped, hidden)
+            else:
+                torch.mm(flipped, hidden, out=out)
+            return
+        assert not self.adds  # blocks of rows come with dW in the dtype of the products, see `plan`
+        if rows.start == 0:
+            self.chunk_sum = Sum((out.shape[0], out.shape[1]), self.head.hidden)
+        assert self.chunk_sum is not None
+        self.chunk_sum.add(slice(None), flipped, hidden)
+        if rows.stop == n:
+            out.copy_(self.chunk_sum.result(out.dtype))
+            self.chunk_sum = None
+
+    def hidden_result(self) -> Tensor | None:
+        """The gradient of hidden, once all tiles are added."""
+        if self.hidden is None:
+            return None
+        if self.active is not None:
+            self.active.finish(self.head, self.hidden)
+        return self.hidden.result(self.hidden_dtype)
+
+    def results(self) -> Results:
+        return self.hidden_result(), self.weight, self.bias
+
+
+def in_backward(
+    head: Head,
+    row_gradient: RowGradient,
+    needs: tuple[bool, bool, bool],
+    hidden_dtype: torch.dtype,
+    plan: Plan,
+    kept: Tensor | None = None,
+    active: ActiveHidden | None = None,
+) -> Results:
+    """Gradients of hidden (in `hidden_dtype`), weight and bias; `kept` products are consumed."""
+    n = head.hidden.shape[0]
+    if kept is not None and len(kept) != n:
+        raise RuntimeError(f"kept: expected products of {n} rows, got {len(kept)}")
+    if n == 0:
+        return _nothing(head, needs, hidden_dtype)
+    if needs[0] and plan.hidden_rows < n:
+        hidden = _hidden_by_blocks(head, row_gradient, hidden_dtype, plan)
+        if not any(needs[1:]):
+            return hidden, None, None
+        needs = (False, needs[1], needs[2])
+        return hidden, *in_backward(head, row_gradient, needs, hidden_dtype, plan)[1:]
+    total = Gradients(
+        head,
+        needs,
+        hidden_dtype,
+        plan.tile_columns,
+        n if kept is not None else min(plan.tile_rows, n),
+        active=active,
+    )
+    if kept is not None:
+        total.consume(kept, row_gradient, plan.tile_columns)
+    for tile in recomputed_tiles(head, plan, 0 if kept is None else kept.shape[1]):
+        total.add(tile, row_gradient)
+    return total.results()
+
+
+def _hidden_by_blocks(
+    head: Head, row_gradient: RowGradient, hidden_dtype: torch.dtype, plan: Plan
+) -> Tensor:
+    """The gradient of hidden alone, tokens outermost: its running sum is one block of rows."""
+    n, width = head.hidden.shape
+    out = torch.empty((n, width), dtype=hidden_dtype, device=head.hidden.device)
+    for rows in slices(0, n, plan.hidden_rows):
+        total = Gradients(head.rows(rows), (True, False, False), hidden_dtype, 0, 0)
+        part = RowGradient(*(value[..., rows] for value in row_gradient))
+        for tile in recomputed_tiles(total.head, plan, 0):
+            total.add(tile, part)
+        out[rows] = total.results()[0]  # type: ignore[assignment]  # asked for above
+    return out
+
+
+def in_forward(
+    head: Head,
+    target: Tensor,
+    coefficients: Callable[[Tensor, Tensor], RowGradient],
+    needs: tuple[bool, bool, bool],
+    hidden_dtype: torch.dtype,
+    plan: Plan,
+    track: int,
+    active: ActiveHidden | None = None,
+) -> Results:
+    """Gradients whose coefficients are known in forward, without recomputing any product.
+
+    One block of tokens at a time against the whole vocabulary: products, statistics, and through
+    `coefficients` (the block's final state and argmax → its row gradient) the gradients. dW is
+    summed in place.
+    """
+    n, width = head.hidden.shape
+    if n == 0:
+        return _nothing(head, needs, hidden_dtype)
+    d_hidden = head.hidden.new_empty((n, width), dtype=hidden_dtype) if needs[0] else None
+    buffer = empty_padded(head.backend, head.hidden, min(plan.tile_rows, n), head.vocabulary)
+    total: Gradients | None = None
+    for rows in slices(0, n, plan.tile_rows):
+        part, into = head.rows(rows), None if d_hidden is None else d_hidden[rows]
+        kept = buffer[: part.hidden.shape[0]]
+        state, argmax = statistics(part, target[rows], track, plan, kept)
+        row_gradient = coefficients(state, argmax)._replace(target=target[rows])
+        if total is None:
+            size = plan.tile_columns, len(kept)
+            total = Gradients(part, needs, hidden_dtype, *size, into, active)
+        else:
+            total.restart(part, into)
+        total.consume(kept, row_gradient, plan.tile_columns)
+        formed = total.hidden_result()
+        if into is not None and formed is not None and formed is not into:
+            into.copy_(formed)
+    assert total is not None
+    return d_hidden, total.weight, total.bias
+
+
+def _nothing(head: Head, needs: tuple[bool, bool, bool], hidden_dtype: torch.dtype) -> Results:
+    """Gradients where every row was dropped."""
+    width, zeros = head.hidden.shape[1], head.hidden.new_zeros
+    return (
+        zeros((0, width), dtype=hidden_dtype) if needs[0] else None,
+        head.weight.new_zeros((head.vocabulary, width)) if needs[1] else None,
+        zeros(head.vocabulary, dtype=accum_dtype(head.hidden.dtype)) if needs[2] else None,
+    )

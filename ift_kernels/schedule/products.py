@@ -1,0 +1,81 @@
+"""Products of the head, tile by tile, and the statistics made of them.
+
+A *product* is a raw ``h @ W[chunk].T``, made by the vendor's GEMM; a backend reads it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ift_kernels.schedule.head import Head, Tile, empty_padded, slices
+from ift_kernels.schedule.plan import Plan
+
+
+def tiles(head: Head, plan: Plan, kept: Tensor | None = None) -> Iterator[Tile]:
+    """All tiles, the vocabulary outermost; the first columns go into `kept` (N, K), to stay."""
+    n = head.hidden.shape[0]
+    first = 0 if kept is None else kept.shape[1]
+    if kept is not None:
+        for columns in slices(0, first, plan.tile_columns):
+            product = kept[:, columns]
+            torch.mm(head.hidden, head.weight_chunk(columns).T, out=product)
+            yield Tile(slice(0, n), columns, product)
+    yield from recomputed_tiles(head, plan, first)
+
+
+def recomputed_tiles(head: Head, plan: Plan, first: int) -> Iterator[Tile]:
+    """Tiles from column `first` on, in one scratch buffer."""
+    if first == head.vocabulary:
+        return
+    n = head.hidden.shape[0]
+    scratch = empty_padded(head.backend, head.hidden, min(plan.tile_rows, n), plan.tile_columns)
+    for columns in slices(first, head.vocabulary, plan.tile_columns):
+        weight = head.weight_chunk(columns)
+        scratch[:, weight.shape[0] :] = 0  # as in empty_padded, for a narrower last tile
+        for rows in slices(0, n, plan.tile_rows):
+            hidden = head.hidden[rows]
+            product = scratch[: hidden.shape[0], : weight.shape[0]]
+            yield Tile(rows, columns, torch.mm(hidden, weight.T, out=product))
+
+
+def update(
+    head: Head, tile: Tile, target: Tensor, state: Tensor, argmax: Tensor, track: int
+) -> None:
+    """Update the running statistics with a tile."""
+    head.backend.stats_update(
+        tile.product,
+        head.bias_chunk(tile.columns),
+        head.transform,
+        target[tile.rows],
+        tile.columns.start,
+        state[:, tile.rows],
+        argmax[tile.rows],
+        track,
+    )
+
+
+def statistics(
+    head: Head,
+    target: Tensor,
+    track: int,
+    plan: Plan,
+    kept: Tensor | None = None,
+    last: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Running state (STATE_ROWS, N) and argmax (N,) after the whole vocabulary.
+
+    `last` says that nobody forms these products again, for gradients that have to fit them.
+    """
+    state, argmax = head.backend.new_state(head.hidden.shape[0], head.hidden.device)
+    # One kernel for products and statistics, where a backend has it and its table prefers it.
+    fused = getattr(head.backend, "fused_statistics", None)
+    if last and kept is None and fused is not None:
+        operands = head.hidden, head.weight, head.bias, head.transform
+        if fused(*operands, target, state, argmax, track):
+            return state, argmax
+    for tile in tiles(head, plan, kept):
+        update(head, tile, target, state, argmax, track)
+    return state, argmax
