@@ -340,5 +340,5 @@ def test_trl(tmp_path, monkeypatch):
         names |= run(part, **names)
         trained.append(names["trainer"])
         names["trainer"].train()
-    assert [type(each).__name__ for each in trained] == ["IFTTrainer", "DPOTrainer"]
+    assert [type(each).__name__ for each in trained] == ["IFTSFTTrainer", "DPOTrainer"]
     assert all(each.state.log_history for each in trained)
