@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from bench.harness.machine import ROOT
-from bench.report.ranking import OURS
-from bench.report.tables import SCHEMA, Report, Table, duration, size, terminal, write
+from bench.report.tables import OURS, SCHEMA, Report, Table, duration, size, terminal, write
 
 TOLERANCE = 0.05
 PAGES = 2**20  # bytes of memory that differ from run to run

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from bench.peers.heads import PEERS
 from bench.report.tables import (
+    OURS,
     Report,
     Source,
     Table,
@@ -56,7 +57,6 @@ COLUMNS = ["time", "of floor", "of naive", "memory", "of naive", "fastest", "lea
 CLOSE = 1.03  # times the fastest: within the noise of most machines
 # Peers that give the gradient of a sum over tokens alone.
 SUMS = tuple(name for name, peer in PEERS.items() if "logprob" in peer.lacks)
-OURS = ("ours", "active", "two-passes")
 ERRORS_ALONE = ("dropped",)  # measured for its error: not a way to train
 
 

@@ -17,6 +17,7 @@ from rich.progress import Progress as Bars
 
 Report = dict[str, Any]
 SCHEMA = 1
+OURS = ("ours", "active", "two-passes")  # implementations
 # Short names of errors, in the order in which they are shown.
 ERRORS = ("loss", "logprob", "entropy", "ids", "value", "d hidden", "d weight", "d embedding",
           "gradient", "share", "tail")  # fmt: skip
