@@ -223,8 +223,10 @@ def _at_all_tokens(
 ) -> Tensor:
     """`part` in its place among the ignored tokens, whose entries are 0."""
     part = part.to(dtype)
-    if probe.keep is not None and train.keep is not None:  # in sync-free mode every row is there
-        return part.masked_fill_(~probe.keep[:, None], 0).masked_fill_(~train.keep, 0)
+    if (
+        probe.valid_mask is not None and train.valid_mask is not None
+    ):  # in sync-free mode every row is there
+        return part.masked_fill_(~probe.valid_mask[:, None], 0).masked_fill_(~train.valid_mask, 0)
     if probe.rows is None and train.rows is None:
         return part
     out = part.new_zeros((probe.all_rows, train.all_rows))

@@ -195,8 +195,8 @@ def linear_cross_entropy(
         factor = (call.tensors[3] != ignore_index).sum().clamp(min=1).double().reciprocal()
     else:
         factor = checks.reciprocal("num_items", num_items, hidden.device)
-    early = reduction != "none" and call.schedule != "recompute"
-    if early and call.plan(active).schedule == "forward":
+    grads_in_forward = reduction != "none" and call.schedule != "recompute"
+    if grads_in_forward and call.plan(active).schedule == "forward":
         results = torch.ops.ift_kernels.linear_loss(
             *call.tensors, factor, *call.options, label_smoothing, z_loss, call.needs,
             call.for_hidden(active),
@@ -258,7 +258,7 @@ class _Call:
         needs = self.needs[0], self.needs[1], self.needs[2]
         of_hidden = head_call.active_hidden(self.for_hidden(active))
         problem = head_call.problem(hidden, weight, bias, dtype, budget, needs, True, of_hidden)
-        return plan.make(problem, plan.ledger.held, self.schedule or None)
+        return plan.make(problem, plan.ledger.reserved, self.schedule or None)
 
     def stats(self, track: int, active: ActiveSet | None) -> Any:
         """All of TokenStats that `track` asks for, mean_logit less lse; the others are empty."""
@@ -271,8 +271,10 @@ class _Call:
 
         `differentiable`: what of `track` may get a gradient.
         """
-        early = self.schedule != "recompute" and frozen_head.serves(self.needs, differentiable)
-        if early and self.plan(active).schedule == "forward":
+        grads_in_forward = self.schedule != "recompute" and frozen_head.serves(
+            self.needs, differentiable
+        )
+        if grads_in_forward and self.plan(active).schedule == "forward":
             values = torch.ops.ift_kernels.linear_frozen(
                 *self.tensors, *self.options, track, self.for_hidden(active)
             )

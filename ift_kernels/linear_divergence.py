@@ -117,19 +117,21 @@ def linear_divergence(
         factor = checks.reciprocal("num_items", num_items, hidden.device)
     dtype = checks.compute_dtype(hidden, weight)
     # Gradients formed in forward are consumed once, which graphs and hooks cannot have.
-    early = factor is not None and dtype != torch.float16 and plan.forced_or_safe() != "recompute"
-    early = early and not head_call.gives_half((hidden, weight, bias), needs)
+    grads_in_forward = (
+        factor is not None and dtype != torch.float16 and plan.forced_or_safe() != "recompute"
+    )
+    grads_in_forward = grads_in_forward and not head_call.gives_half((hidden, weight, bias), needs)
     each, total, *_ = torch.ops.ift_kernels.linear_divergence(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias,
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]), teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(), valid.reshape(-1).contiguous(),
-        factor if early else None, KINDS.index(kind), beta, student.scale, student.softcap,
-        teacher.scale, teacher.softcap, temperature,
+        factor if grads_in_forward else None, KINDS.index(kind), beta, student.scale,
+        student.softcap, teacher.scale, teacher.softcap, temperature,
         checks.workspace_bytes(workspace, hidden.device, dtype), dtype,
         checks.compute_dtype(teacher_hidden, teacher_weight, "teacher_"), needs,
     )  # fmt: skip
     if factor is not None:
-        return cast(Tensor, total if early else each.sum() * factor.to(each.dtype))
+        return cast(Tensor, total if grads_in_forward else each.sum() * factor.to(each.dtype))
     return cast(Tensor, each.view(shape))
 
 
@@ -173,9 +175,9 @@ def _divergence(*arguments: Any) -> tuple[Tensor, ...]:
     *tensors, factor = arguments[:8]
     *options, needs = arguments[8:]
     hidden = tensors[0]
-    early = factor is not None and any(needs)
+    grads_in_forward = factor is not None and any(needs)
     with torch.autocast(hidden.device.type, enabled=False):
-        call = _Call(tuple(tensors), tuple(options), needs if early else [False] * 3)
+        call = _Call(tuple(tensors), tuple(options), needs if grads_in_forward else [False] * 3)
         n, dtype = call.student.head.hidden.shape[0], accum_dtype(call.student.dtype)
         upstream = None if factor is None else factor.to(dtype).repeat(n)
         given = Rows(
@@ -185,7 +187,7 @@ def _divergence(*arguments: Any) -> tuple[Tensor, ...]:
             upstream,
         )
         results: Results = (None, None, None)
-        if early:
+        if grads_in_forward:
             results = call.divergence.values_and_gradients(given)
         else:
             call.divergence.values(given)
@@ -218,13 +220,15 @@ def _divergence_fake(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, weight, bias, *_, factor = arguments[:8]
     needs, dtype = arguments[-1], accum_dtype(arguments[-3])
     n = hidden.shape[0]
-    early = factor is not None
+    grads_in_forward = factor is not None
     return (
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty((2, 2, n), dtype=dtype),
         hidden.new_empty(n, dtype=torch.float64),
-        *linear_stats.gradients_fake(hidden, weight, bias, [need and early for need in needs]),
+        *linear_stats.gradients_fake(
+            hidden, weight, bias, [need and grads_in_forward for need in needs]
+        ),
     )
 
 
@@ -240,7 +244,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(*inputs[:8], *output[2:4])
     ctx.options = inputs[8:-1]
     formed = any(gradient.numel() for gradient in output[4:])
-    ctx.gradients = head_call.Held(output[4:]) if formed else None
+    ctx.gradients = head_call.SavedBuffers(output[4:]) if formed else None
 
 
 def _autograd(ctx: Any, d_each: Tensor | None, d_total: Tensor | None, *_: Any) -> Any:

@@ -242,16 +242,16 @@ def test_offloaded_saved_tensors(backend, schedule, operation):
 def test_what_is_kept_is_given_back(backend, operation):
     """After backward, and without one."""
     gc.collect()
-    start = plan.ledger.held
+    start = plan.ledger.reserved
     h = dense.head(129, 11, 1100, bias=True)
     operation(h).backward()
     loss = operation(h)
     with torch.no_grad():
         operation(h)
-    assert plan.ledger.held >= start
+    assert plan.ledger.reserved >= start
     del loss
     gc.collect()
-    assert plan.ledger.held == start
+    assert plan.ledger.reserved == start
 
 
 @pytest.mark.parametrize("hidden", [torch.float32, torch.bfloat16], ids=str)
@@ -331,7 +331,7 @@ def test_calls_from_several_threads(backend, operation):
         return [loss, *dense.gradients(loss, h.inputs)]
 
     wanted = [run(h) for h in heads]
-    got, held = [None] * len(heads), plan.ledger.held
+    got, held = [None] * len(heads), plan.ledger.reserved
 
     def work(which):
         with ift_kernels.use_backend(backend):  # a new thread starts with no choice of its own
@@ -345,7 +345,7 @@ def test_calls_from_several_threads(backend, operation):
         thread.join()
     for ours, theirs in zip(got, wanted, strict=True):
         close(ours, theirs)  # not to the bit: what one call keeps changes the tiles of the others
-    assert plan.ledger.held == held
+    assert plan.ledger.reserved == held
 
 
 def test_gradients_add_up_in_leaves(backend, schedule):

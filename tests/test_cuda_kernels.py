@@ -116,16 +116,16 @@ def test_two_threads_at_once(emulated):
 
 
 def test_the_faster_backend_serves_function_by_function(monkeypatch):
-    from ift_kernels.backends import choice, cpu, reference
+    from ift_kernels.backends import cpu, reference, selection
 
     device, serving = torch.device("cuda:0"), {"cpu": cpu, "reference": reference}
-    assert choice.faster(serving, device) is cpu  # nothing is measured
+    assert selection.faster(serving, device) is cpu  # nothing is measured
     table = {"sm_90": {"scan": "reference", "dlogits_": "absent"}}
-    monkeypatch.setattr(choice, "FASTER", table)
-    monkeypatch.setattr(choice, "_architecture", lambda index: "sm_90")
-    mixed = choice.faster(serving, device)
+    monkeypatch.setattr(selection, "FASTER", table)
+    monkeypatch.setattr(selection, "_architecture", lambda index: "sm_90")
+    mixed = selection.faster(serving, device)
     assert mixed.scan is reference.scan
     assert mixed.dlogits_ is cpu.dlogits_ and mixed.__name__ == cpu.__name__
-    monkeypatch.setattr(choice, "_architecture", lambda index: "sm_80")
-    assert choice.faster(serving, device) is cpu
-    assert choice.faster(serving, torch.device("cpu")) is cpu
+    monkeypatch.setattr(selection, "_architecture", lambda index: "sm_80")
+    assert selection.faster(serving, device) is cpu
+    assert selection.faster(serving, torch.device("cpu")) is cpu

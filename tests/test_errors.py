@@ -178,11 +178,11 @@ def test_the_calls_above_are_good_without_the_bad_argument():
 @pytest.mark.parametrize("call", CALLS, ids=lambda c: c.__name__)
 def test_an_error_leaves_nothing_behind(call):
     """After an error the same call works: nothing was half set."""
-    held = plan.ledger.held
+    held = plan.ledger.reserved
     with pytest.raises(ValueError, match="bias"):
         call(bias=H.bias[:3])
     call(bias=H.bias)
-    assert plan.ledger.held == held
+    assert plan.ledger.reserved == held
 
 
 def test_position_of_a_bad_target():

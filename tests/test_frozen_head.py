@@ -60,10 +60,10 @@ def test_the_gradient_is_that_of_dense_logits(dtype, options, ignored, backend):
             hidden, weight, target, bias=bias, outputs=("logprob", "lse", "argmax"),
             workspace=ROOM[dtype], **options,
         )  # fmt: skip
-        assert plan.ledger.held == (target != -100).sum() * WIDTH * dtype.itemsize
+        assert plan.ledger.reserved == (target != -100).sum() * WIDTH * dtype.itemsize
         loss = (stats.logprob * upstream[0] + stats.lse * upstream[1]).sum()
         first = torch.autograd.grad(loss, hidden, retain_graph=True)[0].clone()
-        assert plan.ledger.held == 0
+        assert plan.ledger.reserved == 0
         second = torch.autograd.grad(loss, hidden)[0]  # from products formed again
     with plan.use_schedule("recompute"):
         plain = K.linear_logprobs(
@@ -127,7 +127,7 @@ def test_what_is_only_logged_comes_detached(name):
         stats = K.linear_logprobs(
             hidden, weight, target, outputs=("logprob", name), detached=(name,), workspace=2 << 20
         )
-        assert plan.ledger.held == (target != -100).sum() * WIDTH * 4
+        assert plan.ledger.reserved == (target != -100).sum() * WIDTH * 4
         assert not getattr(stats, name).requires_grad
         (got,) = torch.autograd.grad(stats.logprob, hidden, upstream[0])
         plain = K.linear_logprobs(
@@ -156,7 +156,7 @@ def test_losses_from_hidden_states_form_it_in_forward():
             ift.losses.sft_loss, hidden[None], weight, target[None], metrics=metrics,
             workspace=2 << 20,
         )  # fmt: skip
-    assert plan.ledger.held == (target != -100).sum() * WIDTH * 4
+    assert plan.ledger.reserved == (target != -100).sum() * WIDTH * 4
     assert metrics["entropy"] > 0
     (got,) = torch.autograd.grad(loss, hidden)
     exact = hidden.detach().double().requires_grad_()
@@ -212,7 +212,7 @@ def test_backward_without_waiting_for_the_device():
     hidden, weight, bias, target, upstream = problem(torch.float32, True)
     with plan.use_schedule("forward"):
         stats = K.linear_logprobs(hidden, weight, target, bias=bias, workspace=2 << 20)
-    assert plan.ledger.held
+    assert plan.ledger.reserved
     with sync_free.sync_free():
         (got,) = torch.autograd.grad(stats.logprob, hidden, upstream[0])
     only = upstream * torch.tensor([[1.0], [0.0]])

@@ -90,10 +90,10 @@ OPERATIONS = {
 
 def measure(operation, h, workspace=4 * MIB):
     """Forward and backward of `operation` stay inside `workspace` beside results and gradients."""
-    start = plan.ledger.held
+    start = plan.ledger.reserved
     with Allocations() as forward:
         out = operation(h, workspace)
-    held = plan.ledger.held - start
+    held = plan.ledger.reserved - start
     assert held <= workspace
     assert forward.peak - size(out) <= allowed(h, workspace), f"forward {forward.peak / MIB} MiB"
     loss = out.sum()
@@ -101,7 +101,7 @@ def measure(operation, h, workspace=4 * MIB):
         loss.backward()
     peak = backward.peak + held - size(h.hidden.grad, h.weight.grad)
     assert peak <= allowed(h, workspace), f"backward {peak / MIB} MiB"
-    assert plan.ledger.held == start
+    assert plan.ledger.reserved == start
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
@@ -156,10 +156,10 @@ def test_peak_of_gradients_formed_in_forward(case):
     with ift_kernels.use_backend("cpu"), plan.use_schedule("forward"), autocast:
         operation(h, mib * MIB).sum().backward()  # the vendor's own memory, once
         hidden.grad = weight.grad = None
-        start = plan.ledger.held
+        start = plan.ledger.reserved
         with Allocations() as forward:
             out = operation(h, mib * MIB)
-        formed = plan.ledger.held - start
+        formed = plan.ledger.reserved - start
         assert formed == size(hidden, weight if trained else None)
         assert forward.peak - formed <= mib * MIB + 64 * 8 * rows + MIB // 4
         with Allocations() as backward:
@@ -183,7 +183,7 @@ def test_peak_of_the_reference(operation, dtype):
 def test_peak_of_divergence(workspace, dtype, width, reduction):
     h = dense.head(264, width, 30000, dtype, ignored=0)  # 32 or 63 MB of products for the two
     teacher = dense.head(264, 20, 30000, dtype, ignored=0, seed=1)
-    before = plan.ledger.held
+    before = plan.ledger.reserved
     with Allocations() as forward:
         out = linear_divergence(
             h.hidden, h.weight, teacher.hidden.detach(), teacher.weight.detach(),
@@ -198,7 +198,7 @@ def test_peak_of_divergence(workspace, dtype, width, reduction):
         out.sum().backward()
     grads = 0 if reduction == "sum" else size(h.hidden.grad, h.weight.grad)
     assert backward.peak - grads <= limit, f"backward {backward.peak / MIB} MiB"
-    assert plan.ledger.held == before
+    assert plan.ledger.reserved == before
 
 
 @pytest.mark.parametrize("rule", ["greedy", "kth", "sample"])
@@ -231,13 +231,13 @@ def test_peak_of_token_choice_under_autocast():
 # calls backward at the end, has one budget.
 def test_calls_share_what_they_keep():
     h = dense.head(100, 8, 20000)
-    start = plan.ledger.held
+    start = plan.ledger.reserved
     losses = [linear_cross_entropy(h.hidden, h.weight, h.target, workspace=16 * MIB)]
-    first = plan.ledger.held - start
+    first = plan.ledger.reserved - start
     assert 0 < first <= 16 * MIB
     losses += [linear_cross_entropy(h.hidden, h.weight, h.target, workspace=16 * MIB)] * 5
     losses += [linear_logprobs(h.hidden, h.weight, h.target, workspace=16 * MIB).logprob.sum()]
-    assert plan.ledger.held - start <= 16 * MIB
+    assert plan.ledger.reserved - start <= 16 * MIB
     wanted = dense.gradients(7 * dense.cross_entropy(h), h.inputs)
     items = (h.target != -100).sum()
     grads = dense.gradients(sum(losses[:6]) - losses[6] / items, h.inputs)

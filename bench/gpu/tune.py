@@ -3,7 +3,7 @@
 ``backends``: every function of the backends that serve a device. Time on a large shape, as a share
 of the bandwidth of a copy of the same size; and what a call costs the host on 16 rows, below the
 operators that users call. What is faster goes to the table `FASTER` of
-ift_kernels/backends/choice.py.
+ift_kernels/backends/selection.py.
 
 ``tune``: launch configurations of the Triton backend, measured and written to its table. Every
 candidate is checked before it is timed: its result must be that of the committed configuration.
@@ -242,7 +242,7 @@ def backends(arguments: Sequence[str]) -> int:
     ]  # fmt: skip
     head = ("function", "backend", "µs", "of copy", "µs on the host, 16 rows")
     Console(width=110).print(terminal(Table("", head, rows)))
-    print(f"faster, for ift_kernels/backends/choice.py: {found['faster']}")
+    print(f"faster, for ift_kernels/backends/selection.py: {found['faster']}")
     if options.json:
         about = {"provenance": provenance(device, torch.get_num_threads())}
         options.json.write_text(json.dumps(about | found, indent=2) + "\n", encoding="utf-8")

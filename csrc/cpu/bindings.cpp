@@ -3,8 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include "epilogues.h"
-#include "residual.h"
-#include "scan.h"
+#include "temporal.h"
+#include "scans.h"
 
 #ifdef __linux__
 #include <sys/mman.h>

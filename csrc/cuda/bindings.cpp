@@ -28,7 +28,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("driver_version", gpu::driver_version);
   m.def("row_parts", gpu::row_parts);
   m.attr("STATS_BYTES") = gpu::stats_bytes();
-  m.attr("MOST_TOP_K") = gpu::most_top_k();
+  m.attr("MAX_TOP_K") = gpu::max_top_k();
 
   py::class_<Queue>(m, "Queue", py::module_local()).def(py::init([](int device, uintptr_t stream) {
     return Queue{device, stream};

@@ -58,16 +58,17 @@ struct Zero {
 template <class T, bool kPlain>
 struct Gradient {
   const Chunk& c;
-  float top, log_sum, hit, one, per_log_p, flat;
+  float top, log_sum, c_target, c_prob, c_plogp, c_uniform;
   int at;
 
-  // One sum before the slope: p * one and hit nearly cancel where the token is nearly certain.
+  // One sum before the slope: p * c_prob and c_target nearly cancel where the token is nearly
+  // certain.
   __device__ float operator()(float x, int column) const {
     const float z = logit<kPlain>(c, x, column);
     const float log_p = (z - top) - log_sum, p = exp_of<T>(log_p);
     // 0 * (-inf) of a masked-out token must stay 0.
-    const float tail = per_log_p == 0.0f || p == 0.0f ? 0.0f : per_log_p * log_p;
-    const float sum = p * (one + tail) + (column == at ? hit : 0.0f) + flat;
+    const float tail = c_plogp == 0.0f || p == 0.0f ? 0.0f : c_plogp * log_p;
+    const float sum = p * (c_prob + tail) + (column == at ? c_target : 0.0f) + c_uniform;
     return sum * (c.slope * cap_slope<kPlain>(c, z));
   }
 };
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kThreads)
                               coef[3 * g.coef_ld],
                               local_target(c, g.target, r)};
   // Rows without any upstream gradient: 0, also where they have a NaN.
-  if (f.hit == 0.0f && f.one == 0.0f && f.per_log_p == 0.0f && f.flat == 0.0f)
+  if (f.c_target == 0.0f && f.c_prob == 0.0f && f.c_plogp == 0.0f && f.c_uniform == 0.0f)
     rewrite(row, segment, Zero{});
   else
     rewrite(row, segment, f);

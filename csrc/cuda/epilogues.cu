@@ -1,10 +1,10 @@
 // Launches of the epilogues over one chunk: statistics, gradients, token choice.
 #include <algorithm>
 
-#include "choice.cuh"
+#include "sampling.cuh"
 #include "dlogits.cuh"
 #include "launch.h"
-#include "stats.cuh"
+#include "statistics.cuh"
 
 namespace ift {
 namespace gpu {
@@ -17,7 +17,7 @@ constexpr int64_t kLeastPart = 1024;                 // columns: less is not wor
 }  // namespace
 
 int64_t stats_bytes() { return sizeof(RowPartial); }
-int64_t most_top_k() { return kMostBest; }
+int64_t max_top_k() { return kMostBest; }
 
 // Two blocks per multiprocessor hide the latency of memory; few rows are cut until there are so
 // many.

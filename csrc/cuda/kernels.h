@@ -47,7 +47,7 @@ void probabilities(const Queue&, const Products&, const float* norm, int64_t nor
 void gumbel(const Queue&, const Products&, uint64_t seed, const int64_t* row_numbers, float* best,
             float* logit, int64_t* ids, void* keys);
 void top_k(const Queue&, const Products&, float* values, int64_t* ids, int64_t k);
-int64_t most_top_k();
+int64_t max_top_k();
 
 void active_mask(const Queue&, const Products&, const int64_t* target, const float* level,
                  int64_t block, uint8_t* mask);

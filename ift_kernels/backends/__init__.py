@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ift_kernels.backends import choice, cpu, cuda, reference, triton
+from ift_kernels.backends import cpu, cuda, reference, selection, triton
 from ift_kernels.backends.contract import Backend
 from ift_kernels.common.settings import Setting
 
@@ -75,10 +75,10 @@ def get(tensor: Tensor, dtype: torch.dtype | None = None) -> Backend:
     serving = (
         (n, b) for n, b in BACKENDS.items() if not b.unsupported_reason(tensor.device, dtype)
     )
-    if not choice.FASTER:
+    if not selection.FASTER:
         return next(serving, ("", reference))[1]  # without asking the others
     found = dict(serving)
-    return choice.faster(found, tensor.device) if found else reference
+    return selection.faster(found, tensor.device) if found else reference
 
 
 def describe() -> list[dict[str, Any]]:

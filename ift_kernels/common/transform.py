@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ift_kernels.common import checks
 
-_LEAST = 1e-18  # kernels divide by, and multiply with, temperature and softcap in float32
+_MIN_FACTOR = 1e-18  # kernels divide by, and multiply with, temperature and softcap in float32
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class LogitTransform:
         temperature = checks.number("temperature", temperature)
         if not abs(scale) < float("inf"):  # math.isfinite would break a compiled graph
             raise ValueError(f"{of}logit_scale: expected a finite number, got {scale}")
-        if softcap is not None and not _LEAST <= cap <= 1 / _LEAST:
+        if softcap is not None and not _MIN_FACTOR <= cap <= 1 / _MIN_FACTOR:
             raise ValueError(
                 f"{of}softcap: expected None or a positive number that float32 can divide by, "
                 f"got {cap}"
             )
-        if not _LEAST <= temperature <= 1 / _LEAST:
+        if not _MIN_FACTOR <= temperature <= 1 / _MIN_FACTOR:
             raise ValueError(
                 f"temperature: expected a positive number that float32 can divide by, "
                 f"got {temperature}"

@@ -47,10 +47,10 @@ def _frozen(
     head_call.check_targets(target, valid, vocabulary)
     active = head_call.active_hidden(numbers)
     call = head_call.Call(hidden, weight, bias, valid, tuple(options), NEEDS, True, active)
-    chosen = plan.make(call.problem, plan.ledger.held, "forward")
+    chosen = plan.make(call.problem, plan.ledger.reserved, "forward")
     rows, wide = call.select(target), accum_dtype(call.dtype)
     state, argmax = call.head.backend.new_state(len(rows), hidden.device)
-    near = state.new_zeros((2, len(rows)))
+    target_coef = state.new_zeros((2, len(rows)))
     done = 0
 
     def coefficients(part: Tensor, ids: Tensor) -> RowGradient:
@@ -59,11 +59,11 @@ def _frozen(
         state[:, here], argmax[here] = part, ids
         logprob, *_, norm = linear_stats.row_values(part, ids, vocabulary, 0)
         zero, p = torch.zeros_like(logprob), logprob.exp()
-        near[0, here], near[1, here] = -logprob.expm1(), p
+        target_coef[0, here], target_coef[1, here] = -logprob.expm1(), p
         coef = torch.stack([-p, zero + 1, zero, zero])  # p_j times 1, and p_t less at the target
         return RowGradient(rows, norm.to(wide), coef.to(wide))
 
-    others = hidden.new_empty((0, hidden.shape[1]))
+    nontarget_sum = hidden.new_empty((0, hidden.shape[1]))
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen.schedule == "forward":
             formed = gradients.in_forward(
@@ -72,13 +72,13 @@ def _frozen(
             if active is not None:
                 active.record()
             assert formed[0] is not None  # asked for by NEEDS
-            others = formed[0]
-            near *= _slopes(call, rows)
+            nontarget_sum = formed[0]
+            target_coef *= _slopes(call, rows)
         else:  # what earlier calls hold, or copies of the rows that count, left too little room
             chosen = plan.make(call.problem, 0, "recompute")
             state, argmax = products.statistics(call.head, rows, track, chosen)
     outputs = linear_stats.outputs(call, state, argmax, track)
-    return (*outputs, call.scatter(near, wide), others)
+    return (*outputs, call.scatter(target_coef, wide), nontarget_sum)
 
 
 def _slopes(call: head_call.Call, target: Tensor) -> Tensor | float:
@@ -91,8 +91,8 @@ def _slopes(call: head_call.Call, target: Tensor) -> Tensor | float:
         return head.transform.derivative(target)
     slope = torch.empty(len(target), dtype=torch.float64, device=target.device)
     room = call.problem.workspace // 32
-    for part, nearest in _target_rows(head.weight, target, call.dtype, room):
-        x = (head.hidden[part].double() * nearest.double()).sum(1)
+    for part, target_rows in _target_rows(head.weight, target, call.dtype, room):
+        x = (head.hidden[part].double() * target_rows.double()).sum(1)
         bias = None if head.bias is None else head.bias[target[part]]
         slope[part] = head.transform.derivative(head.transform.apply(x, bias))
     return slope
@@ -116,42 +116,44 @@ def _frozen_fake(
 
 
 def _d_hidden(
-    others: Tensor,
+    nontarget_sum: Tensor,
     weight: Tensor,
     target: Tensor,
-    near: Tensor,  # (2, N): how much of the target's head row a unit of a and of c takes
+    target_coef: Tensor,  # (2, N): how much of the target's head row a unit of a and of c takes
     d_logprob: Tensor | None,
     d_lse: Tensor | None,
     options: head_call.Options,
 ) -> Tensor:
-    """The gradient of hidden, in place of `others` where every row counts."""
+    """The gradient of hidden, in place of `nontarget_sum` where every row counts."""
     ignore_index, *_, workspace, dtype = options
-    zero = torch.zeros_like(near[0])
+    zero = torch.zeros_like(target_coef[0])
     upstream = (zero if gradient is None else gradient for gradient in (d_logprob, d_lse))
-    columns = (target, *near, *upstream)
-    rows = None if len(others) == len(target) else (target != ignore_index).nonzero()[:, 0]
+    columns = (target, *target_coef, *upstream)
+    rows = None if len(nontarget_sum) == len(target) else (target != ignore_index).nonzero()[:, 0]
     if rows is not None:
         columns = tuple(value.index_select(0, rows) for value in columns)
-    ids, of_logprob, of_lse, a, c = columns
-    nearest, rest = a * of_logprob + c * of_lse, c - a
-    silent = (a == 0) & (c == 0)  # there 0 times a NaN is 0, as with every schedule
+    ids, per_logprob, per_lse, a, c = columns
+    target_rows, rest = a * per_logprob + c * per_lse, c - a
+    no_upstream = (a == 0) & (c == 0)  # there 0 times a NaN is 0, as with every schedule
     for part, head_rows in _target_rows(weight, ids, dtype, workspace // 10):
-        total = head_rows.to(rest.dtype) * nearest[part, None]
-        total.addcmul_(others[part].to(rest.dtype), rest[part, None])
-        others[part] = total.masked_fill_(silent[part, None], 0)
+        total = head_rows.to(rest.dtype) * target_rows[part, None]
+        total.addcmul_(nontarget_sum[part].to(rest.dtype), rest[part, None])
+        nontarget_sum[part] = total.masked_fill_(no_upstream[part, None], 0)
     if rows is None:
-        return others
-    return others.new_zeros((len(target), others.shape[1])).index_copy_(0, rows, others)
+        return nontarget_sum
+    return nontarget_sum.new_zeros((len(target), nontarget_sum.shape[1])).index_copy_(
+        0, rows, nontarget_sum
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, *options, _, active = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, target, *output[8:10])  # norm, near
+    ctx.save_for_backward(hidden, weight, bias, target, *output[8:10])  # norm, target_coef
     ctx.options, ctx.active = tuple(options), active
     # Not saved: consumed by the first backward, in place; a second one forms the products again.
-    ctx.others = head_call.Held(output[10:]) if output[10].shape[0] else None
+    ctx.nontarget_sum = head_call.SavedBuffers(output[10:]) if output[10].shape[0] else None
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -159,24 +161,26 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     d_logprob, d_lse = grads[:2]
     if d_logprob is None and d_lse is None:
         return (None, *nothing)
-    hidden, weight, bias, target, norm, near = ctx.saved_tensors
-    if ctx.others is None or torch.is_grad_enabled() or sync_free.on():
+    hidden, weight, bias, target, norm, target_coef = ctx.saved_tensors
+    if ctx.nontarget_sum is None or torch.is_grad_enabled() or sync_free.on():
         unused = norm.new_empty(0)  # entropy
         d_hidden, *_ = torch.ops.ift_kernels.linear_stats_backward(
             hidden, weight, bias, target, norm, unused, d_logprob, d_lse, None, None,
             *ctx.options, list(NEEDS), ctx.active,
         )  # fmt: skip
     else:
-        held, ctx.others = ctx.others, None
+        held, ctx.nontarget_sum = ctx.nontarget_sum, None
         held.release()
-        (others,) = held.tensors
-        d_hidden = _d_hidden(others, weight, target, near, d_logprob, d_lse, ctx.options)
+        (nontarget_sum,) = held.tensors
+        d_hidden = _d_hidden(
+            nontarget_sum, weight, target, target_coef, d_logprob, d_lse, ctx.options
+        )
     return (d_hidden, *nothing)
 
 
 library.register(
     f"linear_frozen({linear_stats.HEAD}, {linear_stats.OPTIONS}, int track, float[] active)"
-    f" -> ({linear_stats.STATS}, Tensor norm, Tensor near, Tensor others)",
+    f" -> ({linear_stats.STATS}, Tensor norm, Tensor target_coef, Tensor nontarget_sum)",
     _frozen,
     _frozen_fake,
     _autograd,

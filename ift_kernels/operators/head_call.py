@@ -18,7 +18,7 @@ Options = tuple[int, float, float, float, int, torch.dtype]
 Needs = tuple[bool, bool, bool]
 
 
-class Held:
+class SavedBuffers:
     """Tensors kept from forward to the first backward, counted against later calls' workspace."""
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
@@ -30,7 +30,7 @@ class Held:
             leave()
 
     def gradients(self, upstream: Tensor) -> tuple[Tensor, ...]:
-        """What is held, gradients formed in forward, times `upstream`, in place; releases them."""
+        """The buffers, gradients formed in forward, times `upstream`, in place; releases them."""
         self.release()
         if not (upstream.device.type == "cpu" and float(upstream) == 1.0):
             for gradient in self.tensors:
@@ -46,21 +46,21 @@ class Call:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        keep: Tensor,  # (N,) bool
+        valid: Tensor,  # (N,) bool
         options: Options,
         needs: Needs,
-        early: bool = False,
+        grads_in_forward: bool = False,
         active: ActiveHidden | None = None,
     ) -> None:
         _, scale, softcap, temperature, workspace, dtype = options
         self.dtype = dtype
         self.all_rows = hidden.shape[0]
-        self.keep: Tensor | None = None  # in sync-free mode, where every row stays
+        self.valid_mask: Tensor | None = None  # in sync-free mode, where every row stays
         self.rows: Tensor | None = None
         if sync_free.on():
-            self.keep, hidden = keep, sync_free.masked_rows(keep, hidden)
-        elif not bool(keep.all()):
-            self.rows = keep.nonzero()[:, 0]
+            self.valid_mask, hidden = valid, sync_free.masked_rows(valid, hidden)
+        elif not bool(valid.all()):
+            self.rows = valid.nonzero()[:, 0]
         if self.rows is not None:
             hidden = hidden.index_select(0, self.rows)
         # Copies count, but the products keep a quarter of the budget: less would crawl.
@@ -76,7 +76,9 @@ class Call:
             LogitTransform(scale, softcap, temperature),
         )
         workspace = max(workspace - hidden.numel() * copies, workspace // 4)
-        self.problem = problem(hidden, weight, bias, dtype, workspace, needs, early, active)
+        self.problem = problem(
+            hidden, weight, bias, dtype, workspace, needs, grads_in_forward, active
+        )
         if active is not None:
             active.waiting_bytes = plan.tail_bytes(self.problem)
 
@@ -86,16 +88,16 @@ class Call:
 
     def scatter(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """(..., n) back to all rows, 0 elsewhere."""
-        if self.keep is not None:
-            value = value.masked_fill(~self.keep, 0)
+        if self.valid_mask is not None:
+            value = value.masked_fill(~self.valid_mask, 0)
         if self.rows is None:
             return value.to(dtype)
         out = torch.zeros((*value.shape[:-1], self.all_rows), dtype=dtype, device=value.device)
         return out.index_copy_(-1, self.rows, value.to(dtype))
 
     def scatter_hidden(self, d_hidden: Tensor) -> Tensor:
-        if self.keep is not None:
-            return sync_free.masked_rows(self.keep, d_hidden)
+        if self.valid_mask is not None:
+            return sync_free.masked_rows(self.valid_mask, d_hidden)
         if self.rows is None:
             return d_hidden
         out = d_hidden.new_zeros((self.all_rows, d_hidden.shape[1]))
@@ -109,19 +111,19 @@ def problem(
     dtype: torch.dtype,
     workspace: int,
     needs: Needs,
-    early: bool,
+    grads_in_forward: bool,
     active: ActiveHidden | None = None,
 ) -> plan.Problem:
-    """What `plan` has to know of a call in which all these rows of hidden count.
+    """What `plan` needs of a call all of whose rows of hidden are valid.
 
-    `early`: its gradients are known in forward, up to factors. `active`: what forms dh, if not all
-    columns do.
+    `grads_in_forward`: its gradients are known in forward, up to factors. `active`: what forms dh,
+    if not all columns do.
     """
     half = gives_half((hidden, weight, bias), needs)
     transpose = backends.get(hidden, dtype).wants_transpose(dtype)
     return plan.Problem(
         hidden.shape[0], weight.shape[0], weight.shape[1], dtype, workspace, *needs,
-        early and not half, weight.dtype == dtype, transpose,
+        grads_in_forward and not half, weight.dtype == dtype, transpose,
         0 if active is None else active.options.tail_bucket,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ift_kernels.backends import contract
 from ift_kernels.common import sync_free
 from ift_kernels.operators import library
-from ift_kernels.operators.head_call import Call, Held, active_hidden, check_targets
+from ift_kernels.operators.head_call import Call, SavedBuffers, active_hidden, check_targets
 from ift_kernels.schedule import gradients, plan, products
 from ift_kernels.schedule.accumulate import accum_dtype
 from ift_kernels.schedule.head import Results, RowGradient, empty_padded
@@ -75,8 +75,8 @@ def row_coefficients(
     """
     zero = torch.zeros_like(norm[0])
     a, b, c, d = (zero if g is None else g for g in (d_logprob, d_entropy, d_lse, d_mean))
-    one = c - a - d if d_entropy is None else c - a - d - b * entropy
-    return torch.stack([a, one, -b, d / vocabulary]).to(norm.dtype)
+    c_prob = c - a - d if d_entropy is None else c - a - d - b * entropy
+    return torch.stack([a, c_prob, -b, d / vocabulary]).to(norm.dtype)
 
 
 # --- linear_stats --------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def _stats(
     check_targets(target, valid, weight.shape[0])
     active = active_hidden(numbers)
     call = Call(hidden, weight, bias, valid, tuple(options), tuple(needs), active=active)
-    chosen = plan.make(call.problem, plan.ledger.held, schedule or None)
+    chosen = plan.make(call.problem, plan.ledger.reserved, schedule or None)
     kept_rows = call.problem.rows if chosen.keep_columns else 0
     kept = empty_padded(call.head.backend, call.head.hidden, kept_rows, chosen.keep_columns)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -174,21 +174,23 @@ def _stats_backward(
     active = active_hidden(numbers)
     coef = row_coefficients(norm, entropy, weight.shape[0], d_logprob, d_lse, d_entropy, d_mean)
     valid = target != options[0]
-    # Rows without upstream gradient teach nothing. A NaN upstream is not 0 and so stays in.
-    count = valid & (coef != 0).any(0)
-    wait = not sync_free.on()
-    coef = coef if wait else coef.masked_fill(~count, 0)
-    if kept is not None and wait and 3 * int(count.sum()) < 2 * kept.shape[0]:
+    # Rows without upstream gradient send none. A NaN upstream is not 0 and so stays in.
+    nonzero_grad_rows = valid & (coef != 0).any(0)
+    allow_sync = not sync_free.on()
+    coef = coef if allow_sync else coef.masked_fill(~nonzero_grad_rows, 0)
+    if kept is not None and allow_sync and 3 * int(nonzero_grad_rows.sum()) < 2 * kept.shape[0]:
         kept = None  # three products on these rows alone cost less than two on all
     if kept is not None:
-        # All rows again, with those that teach nothing neutral: 0 times a NaN would not be.
+        # All rows again, with rows without upstream gradient neutral: 0 times a NaN would not be.
         hidden = (
-            hidden.masked_fill((valid & ~count)[:, None], 0)
-            if not wait or bool((valid ^ count).any())
+            hidden.masked_fill((valid & ~nonzero_grad_rows)[:, None], 0)
+            if not allow_sync or bool((valid ^ nonzero_grad_rows).any())
             else hidden
         )
-        count = valid
-    call = Call(hidden, weight, bias, count, tuple(options), tuple(needs), active=active)
+        nonzero_grad_rows = valid
+    call = Call(
+        hidden, weight, bias, nonzero_grad_rows, tuple(options), tuple(needs), active=active
+    )
     # Of the same problem, so that with `kept` beside it everything fits as forward has planned.
     chosen = plan.make(call.problem, 0, "recompute")
     with torch.autocast(hidden.device.type, enabled=False):
@@ -236,7 +238,7 @@ def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.options, ctx.track, ctx.active = options[:6], options[6], options[9]
     ctx.sync_free = sync_free.on()
     # Not saved: consumed by the first backward, in place; a second one recomputes.
-    ctx.kept = Held(output[9:]) if output[9].shape[0] else None
+    ctx.kept = SavedBuffers(output[9:]) if output[9].shape[0] else None
 
 
 def _stats_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

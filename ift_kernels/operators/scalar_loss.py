@@ -28,10 +28,10 @@ def _loss(
     head_call.check_targets(target, valid, weight.shape[0])
     arguments = hidden, weight, bias, valid, tuple(options), tuple(needs), True, active
     call = head_call.Call(*arguments)
-    chosen = plan.make(call.problem, plan.ledger.held, "forward")
+    chosen = plan.make(call.problem, plan.ledger.reserved, "forward")
     # Gradients that earlier calls hold, or too few rows a block: backward recomputes instead.
     # So it does where nothing may wait for the device: rows that do not count are still there.
-    early = chosen.schedule == "forward" and call.keep is None
+    grads_in_forward = chosen.schedule == "forward" and call.valid_mask is None
     vocabulary, dtype = weight.shape[0], accum_dtype(call.dtype)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     norms: list[Tensor] = []
@@ -41,8 +41,8 @@ def _loss(
         loss = z_loss * lse.square() - (1 - smoothing) * logprob
         if smoothing:
             loss = loss - smoothing * mean
-        if call.keep is not None:
-            loss = loss.masked_fill(~call.keep, 0)
+        if call.valid_mask is not None:
+            loss = loss.masked_fill(~call.valid_mask, 0)
         total.add_(loss.sum())
         norms.append(norm.to(dtype))
         upstream = loss_upstream(norm, factor, smoothing, z_loss)
@@ -53,7 +53,7 @@ def _loss(
     track = contract.TRACK_MEAN if smoothing else 0
     rows = call.select(target)
     with torch.autocast(hidden.device.type, enabled=False):
-        if early:
+        if grads_in_forward:
             results = gradients.in_forward(
                 call.head, rows, coefficients, tuple(needs), hidden.dtype, chosen, track, active
             )
@@ -96,7 +96,7 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.save_for_backward(hidden, weight, bias, target, factor, output[1])
     ctx.options = options
     formed = any(gradient.numel() for gradient in output[2:])
-    ctx.gradients = head_call.Held(output[2:]) if formed else None
+    ctx.gradients = head_call.SavedBuffers(output[2:]) if formed else None
 
 
 def _loss_autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:

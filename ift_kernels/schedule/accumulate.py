@@ -31,7 +31,7 @@ class Sum:
         self._total: Tensor | None = None
         self._part: Tensor | None = None
 
-    def _room(self, dtype: torch.dtype) -> Tensor:
+    def _buffer(self, dtype: torch.dtype) -> Tensor:
         if self._into is not None and self._into.dtype == dtype:
             return self._into
         return self._like.new_empty(self._shape, dtype=dtype)
@@ -42,14 +42,14 @@ class Sum:
         if self._total is None:
             dtype = accum_dtype(self._like.dtype)
             if self._first is None:
-                self._total = self._room(dtype).zero_()
+                self._total = self._buffer(dtype).zero_()
             else:
                 self._total = self._first.to(dtype)
         return self._total
 
     def add(self, rows: slice, a: Tensor, b: Tensor) -> None:
         if self._first is None and self._total is None and len(a) == self._shape[0]:
-            self._first = torch.mm(a, b, out=self._room(a.dtype))
+            self._first = torch.mm(a, b, out=self._buffer(a.dtype))
         elif self.total.dtype == a.dtype:
             self.total[rows].addmm_(a, b)
         else:

@@ -267,12 +267,12 @@ class Divergence:
             self._add_weight(total, rows, columns, pair[0])
 
     def _add_weight(self, total: Gradients, rows: slice, columns: slice, gradient: Tensor) -> None:
-        flipped = None if total.transposed is None else total.transposed.of(gradient)
-        if flipped is None:
-            flipped = gradient.T
+        transposed = None if total.transposed is None else total.transposed.of(gradient)
+        if transposed is None:
+            transposed = gradient.T
         else:
-            self.head.backend.transpose(gradient, flipped)
-        total.add_weight(rows, columns, flipped)
+            self.head.backend.transpose(gradient, transposed)
+        total.add_weight(rows, columns, transposed)
 
     def _sweep(self, over: slice, needs: Needs, given: Rows) -> Results:
         total = self._total(needs, self.head.rows(over))

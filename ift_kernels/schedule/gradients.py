@@ -24,14 +24,14 @@ class Transposed:
         # Whole cache lines; one more keeps long rows off powers of two, where all would fall into
         # the same cache sets.
         width = -(-rows // 32) * 32 + (32 if rows >= 256 else 0)
-        room = head.backend.scratch(head.hidden, columns * width)
-        self._room: Tensor = room.view(columns, width)
+        buffer = head.backend.scratch(head.hidden, columns * width)
+        self._buffer: Tensor = buffer.view(columns, width)
 
     def of(self, product: Tensor) -> Tensor:
         """(columns, rows) for this tile, with zeros where a product reads on: see empty_padded."""
         rows, columns = product.shape
-        self._room[:, rows:][:, : -rows % 32] = 0
-        return self._room[:columns, :rows]
+        self._buffer[:, rows:][:, : -rows % 32] = 0
+        return self._buffer[:columns, :rows]
 
 
 class Gradients:
@@ -82,7 +82,7 @@ class Gradients:
         mask = None
         if self.active is not None:  # while the products are there
             mask = self.active.mask(head, tile, row_gradient)
-        flipped = None if self.transposed is None else self.transposed.of(product)
+        transposed = None if self.transposed is None else self.transposed.of(product)
         head.backend.dlogits_(
             product,
             head.bias_chunk(columns),
@@ -91,7 +91,7 @@ class Gradients:
             columns.start,
             norm[:, rows],
             coef[:, rows],
-            flipped,
+            transposed,
         )
         if self.hidden is not None and hidden_too:
             if self.active is None or mask is None:
@@ -99,7 +99,7 @@ class Gradients:
             else:
                 self.active.add(head, tile, mask, self.hidden)
         if self.weight is not None:
-            self.add_weight(rows, columns, product.T if flipped is None else flipped)
+            self.add_weight(rows, columns, product.T if transposed is None else transposed)
         if self.bias is not None:
             self.bias[columns] += product.sum(0, dtype=self.bias.dtype)
         return mask
@@ -122,22 +122,22 @@ class Gradients:
         if self.hidden is not None and whole:
             self.hidden.add(rows, kept, self.head.weight[:first])
 
-    def add_weight(self, rows: slice, columns: slice, flipped: Tensor) -> None:
+    def add_weight(self, rows: slice, columns: slice, transposed: Tensor) -> None:
         """DW of these columns: written once if the tile holds all rows, else summed over tiles."""
         assert self.weight is not None
         n, out = self.head.hidden.shape[0], self.weight[columns]
         hidden = self.head.hidden[rows]
-        if rows == slice(0, n) and out.dtype == flipped.dtype:
+        if rows == slice(0, n) and out.dtype == transposed.dtype:
             if self.adds:
-                out.addmm_(flipped, hidden)
+                out.addmm_(transposed, hidden)
             else:
-                torch.mm(flipped, hidden, out=out)
+                torch.mm(transposed, hidden, out=out)
             return
         assert not self.adds  # blocks of rows come with dW in the dtype of the products, see `plan`
         if rows.start == 0:
             self.chunk_sum = Sum((out.shape[0], out.shape[1]), self.head.hidden)
         assert self.chunk_sum is not None
-        self.chunk_sum.add(slice(None), flipped, hidden)
+        self.chunk_sum.add(slice(None), transposed, hidden)
         if rows.stop == n:
             out.copy_(self.chunk_sum.result(out.dtype))
             self.chunk_sum = None

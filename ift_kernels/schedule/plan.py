@@ -55,7 +55,7 @@ class Problem:
     need_hidden: bool = False
     need_weight: bool = False
     need_bias: bool = False
-    early: bool = False  # gradients can be formed in forward
+    grads_in_forward: bool = False  # gradients can be formed in forward
     same_dtype: bool = True  # head weight (and its gradient) in the dtype of the products
     transpose: bool = False  # the backend wants the gradient of a tile transposed as well
     tail_bucket: int = 0  # of the active set that dh is formed from; 0: dh is exact
@@ -76,13 +76,13 @@ class Plan:
     products: float  # in units of N·V·D multiply-adds, forward and backward together
     # Rows whose float32 sum of dh is held at once; fewer than N: dh in a pass of its own.
     hidden_rows: int
-    held_bytes: int  # kept from forward to backward
+    kept_bytes: int  # kept from forward to backward
     peak_bytes: int  # of work memory, at most
 
     def __str__(self) -> str:
         return (
             f"{self.schedule}: {self.products:.2f} products of N*V*D, tiles of {self.tile_rows} x "
-            f"{self.tile_columns}, {self.keep_columns} columns kept ({self.held_bytes / 2**20:.0f} "
+            f"{self.tile_columns}, {self.keep_columns} columns kept ({self.kept_bytes / 2**20:.0f} "
             f"MiB), work memory {self.peak_bytes / 2**20:.0f} MiB"
             f", dh summed over {self.hidden_rows} rows at a time"
         )
@@ -118,7 +118,7 @@ def tail_bytes(problem: Problem) -> int:
 
 
 @functools.lru_cache(maxsize=256)  # a training step asks for the same plans again and again
-def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None) -> Plan:
+def make(problem: Problem, reserved_bytes: int = 0, schedule: str | None = None) -> Plan:
     """The cheapest plan that fits; `schedule` forces one (as far as it can serve the call)."""
     p = problem
     n, itemsize = max(p.rows, 1), p.dtype.itemsize
@@ -151,12 +151,12 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
     work = sums + columns * (rows * itemsize * copies + per_column)
     keep = 0
     if schedule != "recompute" and hidden_rows == n and rows == n:
-        keep = max(0, budget - held_elsewhere - work) // (n * itemsize)
+        keep = max(0, budget - reserved_bytes - work) // (n * itemsize)
         keep = p.vocabulary if keep >= p.vocabulary else keep // columns * columns
         keep = 0 if keep < min(MIN_KEEP, p.vocabulary) else keep
     if (
-        p.early
-        and held_elsewhere == 0
+        p.grads_in_forward
+        and reserved_bytes == 0
         # Its sums over blocks cost more than recomputing a tenth of the vocabulary.
         and (schedule == "forward" or (schedule is None and keep < 0.9 * p.vocabulary))
         # Gradients would be rounded to float16 before a loss scale lifts them off its underflow.
@@ -164,9 +164,11 @@ def make(problem: Problem, held_elsewhere: int = 0, schedule: str | None = None)
         and (not p.need_weight or p.same_dtype)
     ):
         _, across = tile(min(n, 1024), p.vocabulary, itemsize, budget // 4, cast)
-        flipped = across * itemsize * (copies - 1)  # per token: a tile's transpose, 64 rows wider
-        beside = across * (cast + gathered + masks) + 64 * flipped
-        per_token = p.vocabulary * itemsize + per_row + flipped + across * again
+        transposed = (
+            across * itemsize * (copies - 1)
+        )  # per token: a tile's transpose, 64 rows wider
+        beside = across * (cast + gathered + masks) + 64 * transposed
+        per_token = p.vocabulary * itemsize + per_row + transposed + across * again
         most = MAX_ROUNDED if p.need_weight and itemsize < 4 else n
         # The last quarter of the workspace buys a pass or two less over dW: not worth having.
         for room in (budget // 4 * 3, budget):
@@ -254,7 +256,7 @@ def explain(
         scalar or not need_weight,
         transpose=device.type == "cpu" and dtype.itemsize == 2,
     )  # fmt: skip
-    return make(problem, ledger.held, forced())
+    return make(problem, ledger.reserved, forced())
 
 
 class Ledger:
@@ -266,8 +268,8 @@ class Ledger:
         self._keys = itertools.count()
 
     @property
-    def held(self) -> int:
-        """Bytes held now."""
+    def reserved(self) -> int:
+        """Bytes reserved now."""
         return sum(list(self._sizes.values()))
 
     def enter(self, tensor: Tensor) -> Callable[[], object]:

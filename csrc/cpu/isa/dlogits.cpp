@@ -1,7 +1,7 @@
 // Products overwritten by their gradient, or by probabilities: one read and one write of the chunk.
 //
 //   log p = z - norm[0] - norm[1],  p = exp(log p)
-//   dx = dz/dx * (hit * 1[j = target] + p * (one + per_log_p * log p) + flat)
+//   dx = dz/dx * (c_target * 1[j = target] + p * (c_prob + c_plogp * log p) + c_uniform)
 // (ift_kernels/backends/reference.py: dlogits_). Floor as for the statistics, plus the write.
 //
 // On request the gradient is also written transposed, because the head gradient is dx^T @ h and
@@ -39,40 +39,43 @@ template <class T, bool kCapped, bool kBiased>
 void gradient_block(T* x, const Chunk& c, const Transform<kCapped, kBiased>& f, int64_t r,
                     const DlogitsRows& rows, int64_t begin, int64_t end) {
   const vf top = splat(rows.norm[r]), log_sum = splat(rows.norm[rows.norm_ld + r]);
-  const float hit = rows.coef[r], per_log_p = rows.coef[2 * rows.coef_ld + r];
-  const vf one = splat(rows.coef[rows.coef_ld + r]), flat = splat(rows.coef[3 * rows.coef_ld + r]);
-  const vf slope = f.slope((vf){}), sloped_one = one * slope, sloped_flat = flat * slope;
-  if (hit == 0.0f && per_log_p == 0.0f && one[0] == 0.0f && flat[0] == 0.0f) {
+  const float c_target = rows.coef[r], c_plogp = rows.coef[2 * rows.coef_ld + r];
+  const vf c_prob = splat(rows.coef[rows.coef_ld + r]),
+           c_uniform = splat(rows.coef[3 * rows.coef_ld + r]);
+  const vf slope = f.slope((vf){}), sloped_prob = c_prob * slope,
+           sloped_uniform = c_uniform * slope;
+  if (c_target == 0.0f && c_plogp == 0.0f && c_prob[0] == 0.0f && c_uniform[0] == 0.0f) {
     std::fill(x + begin, x + end, from_float<T>(0.0f));  // also where the row has a NaN
     return;
   }
   auto plain = [&](vf z) {
     vf p = vexp_small((z - top) - log_sum);
-    return kCapped ? (p * one + flat) * f.slope(z) : p * sloped_one + sloped_flat;
+    return kCapped ? (p * c_prob + c_uniform) * f.slope(z) : p * sloped_prob + sloped_uniform;
   };
   auto with_entropy = [&](vf z) {
     vf log_p = (z - top) - log_sum;
     vf p = vexp_small(log_p);
     // 0 * (-inf) of a masked-out token must stay 0.
-    vf tail = p == (vf){} ? (vf){} : per_log_p * log_p;
-    return (p * (one + tail) + flat) * f.slope(z);
+    vf tail = p == (vf){} ? (vf){} : c_plogp * log_p;
+    return (p * (c_prob + tail) + c_uniform) * f.slope(z);
   };
   const int64_t at = rows.target[r] - c.offset;
   const bool inside = at >= begin && at < end;
-  float hit_gradient = 0.0f;
+  float target_gradient = 0.0f;
   if (inside) {  // in float32, before the row is rounded to T
     vf z = f.logit(load_part(x + at, 1, 0.0f), kBiased ? splat(c.bias[at]) : (vf){});
     vf log_p = (z - top) - log_sum;
     vf p = vexp_small(log_p);
-    vf tail = per_log_p == 0.0f || p[0] == 0.0f ? (vf){} : per_log_p * log_p;
-    // One sum before the slope: p * one and hit nearly cancel where the token is nearly certain.
-    hit_gradient = ((p * (one + tail) + hit + flat) * f.slope(z))[0];
+    vf tail = c_plogp == 0.0f || p[0] == 0.0f ? (vf){} : c_plogp * log_p;
+    // One sum before the slope: p * c_prob and c_target nearly cancel where the token is nearly
+    // certain.
+    target_gradient = ((p * (c_prob + tail) + c_target + c_uniform) * f.slope(z))[0];
   }
-  if (per_log_p == 0.0f)
+  if (c_plogp == 0.0f)
     rewrite(x, c, f, begin, end, plain);
   else
     rewrite(x, c, f, begin, end, with_entropy);
-  if (inside) store_part(x + at, splat(hit_gradient), 1);
+  if (inside) store_part(x + at, splat(target_gradient), 1);
 }
 
 void dlogits(const Chunk& c, const DlogitsRows& rows) {

@@ -18,7 +18,7 @@ def top_k_update(
     values: Tensor,
     ids: Tensor,
 ) -> None:
-    if values.shape[1] > compiled().MOST_TOP_K:  # the kernel reads a row k times
+    if values.shape[1] > compiled().MAX_TOP_K:  # the kernel reads a row k times
         reference.top_k_update(x, bias, transform, offset, values, ids)
         return
     if not (values.shape == ids.shape and values.is_contiguous() and ids.is_contiguous()):

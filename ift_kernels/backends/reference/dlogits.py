@@ -21,16 +21,17 @@ def dlogits_(
 ) -> None:
     """Overwrite raw products with their gradient, in place; write it to `transposed` (C, N) too.
 
-    With log p = z − norm[0] − norm[1] and the rows (hit, one, log_p, flat) of `coef` (4, N):
-    ``dx = ∂z/∂x · (hit·1[j = target] + p·(one + log_p·log p) + flat)``.
+    With log p = z − norm[0] − norm[1] and the rows (c_target, c_prob, c_plogp, c_uniform) of
+    `coef` (4, N):
+    ``dx = ∂z/∂x · (c_target·1[j = target] + p·(c_prob + c_plogp·log p) + c_uniform)``.
     """
     z = logits(x, bias, transform)
-    hit, one, per_log_p, flat = coef.to(z.dtype)[:, :, None]
+    c_target, c_prob, c_plogp, c_uniform = coef.to(z.dtype)[:, :, None]
     log_p = (z - norm[0].to(z.dtype)[:, None]) - norm[1].to(z.dtype)[:, None]
     p = log_p.exp()
-    grad = p * (one + per_log_p * torch.where(p == 0, 0.0, log_p)) + flat
+    grad = p * (c_prob + c_plogp * torch.where(p == 0, 0.0, log_p)) + c_uniform
     inside, local = target_columns(target, offset, x.shape[1])
-    grad.scatter_add_(1, local[:, None], torch.where(inside[:, None], hit, 0.0))
+    grad.scatter_add_(1, local[:, None], torch.where(inside[:, None], c_target, 0.0))
     grad = grad * transform.derivative(z)
     x.copy_(torch.where((coef == 0).all(0)[:, None], 0.0, grad))  # also where the row has a NaN
     if transposed is not None:

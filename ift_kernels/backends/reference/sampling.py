@@ -78,7 +78,7 @@ def gumbel_update(
     u = (bits.to(z.dtype) + 0.5) * 2.0**-32
     score = z - torch.log(-torch.log1p(-u.clamp(max=1 - 2.0**-24)))
     top, at = score.max(dim=1)
-    beaten = (top > best) | (top.isnan() & ~best.isnan())
-    best.copy_(torch.where(beaten, top, best))
-    logit.copy_(torch.where(beaten, z.gather(1, at[:, None])[:, 0], logit))
-    ids.copy_(torch.where(beaten, at + offset, ids))
+    is_new_max = (top > best) | (top.isnan() & ~best.isnan())
+    best.copy_(torch.where(is_new_max, top, best))
+    logit.copy_(torch.where(is_new_max, z.gather(1, at[:, None])[:, 0], logit))
+    ids.copy_(torch.where(is_new_max, at + offset, ids))

@@ -32,7 +32,7 @@ PADDING = 32  # the active columns of a block are rounded up to this
 def mask_kernel(
     x, bias, target, level, mask_out,
     rows, columns, stride, offset, block, column_blocks,
-    gain, height, rate,
+    pre, post, plain_slope,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -49,7 +49,7 @@ def mask_kernel(
         there = row < rows
         at = x + row[:, None] * stride + column[None, :]
         z = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        z = logits(z, b[None, :], gain, height, HAS_BIAS, HAS_CAP)
+        z = logits(z, b[None, :], pre, post, HAS_BIAS, HAS_CAP)
         least = tl.load(level + row, mask=there, other=float("inf")).to(tl.float32)
         local = tl.load(target + row, mask=there, other=-1) - offset
         # "not ≤" rather than ">": a NaN must not be lost.

@@ -14,14 +14,14 @@ from ift_kernels.common.transform import LogitTransform
 def transform_arguments(bias: Tensor | None, transform: LogitTransform) -> dict[str, object]:
     """The arguments of a kernel that stand for the transform, and for whether there is a bias.
 
-    Without a softcap ``z = gain·(x + bias)``, with one ``z = height·tanh(gain·(x + bias))``; here
-    divisions cost nothing. `rate` is the derivative at 0.
+    Without a softcap ``z = pre·(x + bias)``, with one ``z = post·tanh(pre·(x + bias))``; here
+    divisions cost nothing. `plain_slope` is the derivative at 0.
     """
-    rate, cap = transform.scale / transform.temperature, transform.softcap
+    plain_slope, cap = transform.scale / transform.temperature, transform.softcap
     return {
-        "gain": transform.scale / cap if cap else rate,
-        "height": cap / transform.temperature if cap else 1.0,
-        "rate": rate,
+        "pre": transform.scale / cap if cap else plain_slope,
+        "post": cap / transform.temperature if cap else 1.0,
+        "plain_slope": plain_slope,
         "HAS_BIAS": bias is not None,
         "HAS_CAP": bool(cap),
     }
@@ -40,24 +40,24 @@ def tanh(u):
 
 
 @triton.jit
-def logits(x, bias, gain, height, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+def logits(x, bias, pre, post, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
     """Logits of float32 products; `bias` may be anything without HAS_BIAS."""
     z = x
     if HAS_BIAS:
         z = z + bias
-    z = z * gain
+    z = z * pre
     if HAS_CAP:
-        z = height * tanh(z)
+        z = post * tanh(z)
     return z
 
 
 @triton.jit
-def slope(z, height, rate, HAS_CAP: tl.constexpr):
+def slope(z, post, plain_slope, HAS_CAP: tl.constexpr):
     """∂z/∂x from the logits."""
-    s = tl.zeros_like(z) + rate
+    s = tl.zeros_like(z) + plain_slope
     if HAS_CAP:
-        part = z * (1.0 / height)
-        s = rate * (1.0 - part * part)
+        part = z * (1.0 / post)
+        s = plain_slope * (1.0 - part * part)
     return s
 
 
@@ -79,12 +79,12 @@ def product(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def row_gradient(z, norm_0, norm_1, one, per_log_p, flat):
-    """``p·(one + log_p·log p) + flat`` of `dlogits_`, without the term of the target."""
+def row_gradient(z, norm_0, norm_1, c_prob, c_plogp, c_uniform):
+    """``p·(c_prob + c_plogp·log p) + c_uniform`` of `dlogits_`, without the term of the target."""
     log_p = (z - norm_0) - norm_1
     p = tl.exp(log_p)
     # 0 · (−inf) of a token that is masked out would be NaN.
-    return p * (one + per_log_p * tl.where(p == 0.0, 0.0, log_p)) + flat
+    return p * (c_prob + c_plogp * tl.where(p == 0.0, 0.0, log_p)) + c_uniform
 
 
 @triton.jit
@@ -99,21 +99,25 @@ def merge_into(
     """
     old = tl.load(state)
     old_total = tl.load(state + stride)
-    beaten = (top > old) | ((top != top) & (old == old))
-    new = tl.where(beaten, top, old)
+    is_new_max = (top > old) | ((top != top) & (old == old))
+    new = tl.where(is_new_max, top, old)
     # A row of −inf only has no finite reference point.
     m = tl.where(new == float("-inf"), 0.0, new)
-    moved = tl.where(old == float("-inf"), 0.0, old - m)
-    shrink = tl.where(old == float("-inf"), 0.0, tl.exp(moved))
-    moved_here = tl.where(top == float("-inf"), 0.0, top - m)
-    shrink_here = tl.exp(moved_here)
+    delta_max = tl.where(old == float("-inf"), 0.0, old - m)
+    rescale = tl.where(old == float("-inf"), 0.0, tl.exp(delta_max))
+    delta_max_chunk = tl.where(top == float("-inf"), 0.0, top - m)
+    rescale_chunk = tl.exp(delta_max_chunk)
     if TRACK & 2:
         before = tl.load(state + 3 * stride)
-        both = shrink * (before + moved * old_total) + shrink_here * (e_z + moved_here * total)
+        both = rescale * (before + delta_max * old_total) + rescale_chunk * (
+            e_z + delta_max_chunk * total
+        )
         tl.store(state + 3 * stride, both)
     if TRACK & 4:
         before = tl.load(state + 4 * stride)
-        tl.store(state + 4 * stride, shrink * shrink * before + shrink_here * shrink_here * e_sq)
+        tl.store(
+            state + 4 * stride, rescale * rescale * before + rescale_chunk * rescale_chunk * e_sq
+        )
     if TRACK & 8:
         tl.store(state + 5 * stride, tl.load(state + 5 * stride) + z_sum)
     if TRACK & 16:
@@ -122,7 +126,7 @@ def merge_into(
         best = tl.where(second > before, second, before)
         tl.store(state + 6 * stride, tl.where(least > best, least, best))
     if TRACK & 1:
-        tl.store(argmax, tl.where(beaten, at, tl.load(argmax)))
-    tl.store(state + stride, shrink * old_total + shrink_here * total)
+        tl.store(argmax, tl.where(is_new_max, at, tl.load(argmax)))
+    tl.store(state + stride, rescale * old_total + rescale_chunk * total)
     tl.store(state, new)
     tl.store(state + 2 * stride, tl.where(has_target, picked, tl.load(state + 2 * stride)))

@@ -28,7 +28,7 @@ from ift_kernels.common.transform import LogitTransform
 def dlogits_kernel(
     x, bias, target, norm, coef,
     columns, stride, norm_stride, coef_stride, offset, column_blocks,
-    gain, height, rate,
+    pre, post, plain_slope,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -40,27 +40,27 @@ def dlogits_kernel(
     b = 0.0
     if HAS_BIAS:
         b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    z = logits(z, b, gain, height, HAS_BIAS, HAS_CAP)
-    hit = tl.load(coef + row).to(tl.float32)
-    one = tl.load(coef + coef_stride + row).to(tl.float32)
-    per_log_p = tl.load(coef + 2 * coef_stride + row).to(tl.float32)
-    flat = tl.load(coef + 3 * coef_stride + row).to(tl.float32)
+    z = logits(z, b, pre, post, HAS_BIAS, HAS_CAP)
+    c_target = tl.load(coef + row).to(tl.float32)
+    c_prob = tl.load(coef + coef_stride + row).to(tl.float32)
+    c_plogp = tl.load(coef + 2 * coef_stride + row).to(tl.float32)
+    c_uniform = tl.load(coef + 3 * coef_stride + row).to(tl.float32)
     norm_0 = tl.load(norm + row).to(tl.float32)
     norm_1 = tl.load(norm + norm_stride + row).to(tl.float32)
-    grad = row_gradient(z, norm_0, norm_1, one, per_log_p, flat)
+    grad = row_gradient(z, norm_0, norm_1, c_prob, c_plogp, c_uniform)
     local = tl.load(target + row) - offset
-    grad += tl.where(column == local, hit, 0.0)
-    grad *= slope(z, height, rate, HAS_CAP)
+    grad += tl.where(column == local, c_target, 0.0)
+    grad *= slope(z, post, plain_slope, HAS_CAP)
     # Nothing comes from a row without upstream gradient, even where it holds a NaN.
-    dead = (hit == 0.0) & (one == 0.0) & (per_log_p == 0.0) & (flat == 0.0)
-    tl.store(x + column, tl.where(dead, 0.0, grad).to(x.dtype.element_ty), mask=inside)
+    no_upstream = (c_target == 0.0) & (c_prob == 0.0) & (c_plogp == 0.0) & (c_uniform == 0.0)
+    tl.store(x + column, tl.where(no_upstream, 0.0, grad).to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["column_blocks"])
 def probabilities_kernel(
     x, bias, norm,
     columns, stride, norm_stride, column_blocks,
-    gain, height, rate,
+    pre, post, plain_slope,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -72,7 +72,7 @@ def probabilities_kernel(
     b = 0.0
     if HAS_BIAS:
         b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    z = logits(z, b, gain, height, HAS_BIAS, HAS_CAP)
+    z = logits(z, b, pre, post, HAS_BIAS, HAS_CAP)
     norm_0 = tl.load(norm + row).to(tl.float32)
     p = tl.exp((z - norm_0) - tl.load(norm + norm_stride + row).to(tl.float32))
     tl.store(x + column, p.to(x.dtype.element_ty), mask=inside)

@@ -39,7 +39,7 @@ NO_COLUMN = tl.constexpr(2**31 - 1)  # larger than any
 def fused_kernel(
     hidden, weight, bias, target, state, argmax,
     rows, columns, width, hidden_stride, weight_stride, state_stride, part_stride, argmax_stride,
-    parts, length, gain, height, rate,
+    parts, length, pre, post, plain_slope,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TRACK: tl.constexpr,
     PRECISION: tl.constexpr, GRAIN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
@@ -76,7 +76,7 @@ def fused_kernel(
         b = tl.zeros((COLUMNS,), tl.float32)
         if HAS_BIAS:
             b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-        z = logits(x, b[None, :], gain, height, HAS_BIAS, HAS_CAP)
+        z = logits(x, b[None, :], pre, post, HAS_BIAS, HAS_CAP)
         hit = (wanted[:, None] == column[None, :]) & inside[None, :]
         picked += tl.sum(tl.where(hit, z, 0.0), axis=1)
         found = tl.maximum(found, tl.max(tl.where(hit, 1, 0), axis=1))
@@ -99,16 +99,16 @@ def fused_kernel(
             poisoned = tl.where(fresh, 1, poisoned)
         new = tl.maximum(top, here)
         m = tl.where(new == float("-inf"), 0.0, new)
-        moved = tl.where(top == float("-inf"), 0.0, top - m)
-        shrink = tl.where(top == float("-inf"), 0.0, tl.exp(moved))
+        delta_max = tl.where(top == float("-inf"), 0.0, top - m)
+        rescale = tl.where(top == float("-inf"), 0.0, tl.exp(delta_max))
         centred = z - m[:, None]
         e = tl.exp(centred)
         if TRACK & 2:
             part_z = tl.sum(tl.where(e == 0.0, 0.0, e * centred), axis=1)
-            e_z = shrink * (e_z + moved * total) + part_z
+            e_z = rescale * (e_z + delta_max * total) + part_z
         if TRACK & 4:
-            e_sq = shrink * shrink * e_sq + tl.sum(e * e, axis=1)
-        total = shrink * total + tl.sum(e, axis=1)
+            e_sq = rescale * rescale * e_sq + tl.sum(e * e, axis=1)
+        total = rescale * total + tl.sum(e, axis=1)
         top = new
 
     state += part.to(tl.int64) * part_stride + row

@@ -22,7 +22,7 @@ from ift_kernels.backends.triton.launch import (
 )
 from ift_kernels.common.transform import LogitTransform
 
-LEAST = tl.constexpr(-(2**63))
+MIN_KEY = tl.constexpr(-(2**63))
 NO_ID = tl.constexpr(2**31 - 1)
 
 
@@ -39,7 +39,7 @@ def key_of(z, ids):
 def top_k_kernel(
     x, bias, values, ids,
     columns, stride, offset, k,
-    gain, height, rate,
+    pre, post, plain_slope,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -50,7 +50,7 @@ def top_k_kernel(
     chosen = tl.load(ids + row * k + slot, mask=used, other=0)
     # Slots not in use lie above everything and are never replaced; placeholders below everything,
     # all different, so that one of them is replaced at a time.
-    best = tl.where(chosen < 0, slot + LEAST, key_of(value, chosen.to(tl.int32)))
+    best = tl.where(chosen < 0, slot + MIN_KEY, key_of(value, chosen.to(tl.int32)))
     best = tl.where(used, best, 0x7FFFFFFFFFFFFFFF - slot)
     worst = tl.min(best)
     lane = tl.arange(0, BLOCK)
@@ -61,23 +61,23 @@ def top_k_kernel(
         b = 0.0
         if HAS_BIAS:
             b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-        z = logits(raw, b, gain, height, HAS_BIAS, HAS_CAP)
-        key = tl.where(inside, key_of(z, column + offset), LEAST)
+        z = logits(raw, b, pre, post, HAS_BIAS, HAS_CAP)
+        key = tl.where(inside, key_of(z, column + offset), MIN_KEY)
         top = tl.max(key)
         while top > worst:
             best = tl.where(best == worst, top, best)
             worst = tl.min(best)
-            key = tl.where(key == top, LEAST, key)
+            key = tl.where(key == top, MIN_KEY, key)
             top = tl.max(key)
     # Keys are unique, so the number of larger ones is the place in descending order.
-    real = tl.where(used, best, LEAST)
+    real = tl.where(used, best, MIN_KEY)
     place = tl.sum(tl.where(real[None, :] > best[:, None], 1, 0), axis=1)
     ordered = (best >> 32).to(tl.int32)
     bits = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
     logit = bits.to(tl.float32, bitcast=True)  # of 0x7FFFFFFF: a NaN
     found = (best & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
     # Fewer columns than k, so far: still a placeholder.
-    empty = best < LEAST + 64  # = the largest K
+    empty = best < MIN_KEY + 64  # = the largest K
     tl.store(values + row * k + place, tl.where(empty, float("-inf"), logit), mask=used)
     tl.store(ids + row * k + place, tl.where(empty, -1, found.to(tl.int64)), mask=used)
 
@@ -100,7 +100,7 @@ def minus_log_exponential(bits):
 def gumbel_kernel(
     x, bias, rows, best, logit, ids,
     columns, stride, best_stride, ids_stride, offset, seed_low, seed_high,
-    gain, height, rate,
+    pre, post, plain_slope,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, SKIPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -122,7 +122,7 @@ def gumbel_kernel(
         b = 0.0
         if HAS_BIAS:
             b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-        z = logits(raw, b, gain, height, HAS_BIAS, HAS_CAP)
+        z = logits(raw, b, pre, post, HAS_BIAS, HAS_CAP)
         counter = ((start + offset) // 4 + quarter).to(tl.uint32)
         blank = tl.zeros_like(counter)
         w0, w1, w2, w3 = tl.philox(seed, counter, blank + low, blank + high, blank)
@@ -142,10 +142,10 @@ def gumbel_kernel(
     found = tl.max(tl.where((top_at == at) & (top_logit == top_logit), top_logit, float("-inf")))
     found = tl.where(is_nan, float("nan"), found)
     old = tl.load(best + row * best_stride)
-    beaten = (score > old) | ((score != score) & (old == old))
-    tl.store(best + row * best_stride, score, mask=beaten)
-    tl.store(logit + row, found, mask=beaten)
-    tl.store(ids + row * ids_stride, at.to(tl.int64) + offset, mask=beaten)
+    is_new_max = (score > old) | ((score != score) & (old == old))
+    tl.store(best + row * best_stride, score, mask=is_new_max)
+    tl.store(logit + row, found, mask=is_new_max)
+    tl.store(ids + row * ids_stride, at.to(tl.int64) + offset, mask=is_new_max)
 
 
 def top_k_update(

@@ -17,13 +17,13 @@ from ift_kernels.backends.triton.launch import config, launch, shape_class
 # Powers of gamma > 0 stop at the smallest normal number instead of underflowing: a distant infinity
 # then arrives as in the recurrence, and not as 0 times infinity. Of a distant finite sum at most
 # 1.2e-38 of it arrives too much.
-LEAST = tl.constexpr(1.1754943508222875e-38)
+MIN_DECAY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
 def discounted(decay_a, sum_a, decay_b, sum_b):
     """What comes first in the direction of the scan is a."""
-    return tl.maximum(decay_a * decay_b, LEAST), sum_a * decay_b + sum_b
+    return tl.maximum(decay_a * decay_b, MIN_DECAY), sum_a * decay_b + sum_b
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def scan(
     starts = None if cu_seqlens is None else cu_seqlens.contiguous()
     chosen = config("scan", shape_class(length), x.device)
     launch(
-        scan_kernel, (programs,), x, x, flags, starts, out, length, max(gamma, LEAST.value),
+        scan_kernel, (programs,), x, x, flags, starts, out, length, max(gamma, MIN_DECAY.value),
         HAS_MASK=mask is not None, PACKED=starts is not None, LEFT=left, **chosen,
     )  # fmt: skip
     return out

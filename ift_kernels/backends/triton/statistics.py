@@ -36,7 +36,7 @@ MAX_PARTS = 64
 def stats_kernel(
     x, bias, target, state, argmax,
     columns, stride, state_stride, part_stride, argmax_stride, offset, parts, length,
-    gain, height, rate,
+    pre, post, plain_slope,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TRACK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -60,22 +60,22 @@ def stats_kernel(
         b = 0.0
         if HAS_BIAS:
             b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-        z = logits(raw, b, gain, height, HAS_BIAS, HAS_CAP)
+        z = logits(raw, b, pre, post, HAS_BIAS, HAS_CAP)
         if TRACK & 8:
             z_sum += tl.where(inside, z, 0.0)
         z = tl.where(inside, z, float("-inf"))
         known = tl.where(z == z, z, float("-inf"))
         new = tl.maximum(top, tl.max(known))
         m = tl.where(new == float("-inf"), 0.0, new)
-        moved = tl.where(top == float("-inf"), 0.0, top - m)
-        shrink = tl.where(top == float("-inf"), 0.0, tl.exp(moved))
+        delta_max = tl.where(top == float("-inf"), 0.0, top - m)
+        rescale = tl.where(top == float("-inf"), 0.0, tl.exp(delta_max))
         centred = z - m
         e = tl.exp(centred)
         if TRACK & 2:
-            e_z = shrink * (e_z + moved * total) + tl.where(e == 0.0, 0.0, e * centred)
+            e_z = rescale * (e_z + delta_max * total) + tl.where(e == 0.0, 0.0, e * centred)
         if TRACK & 4:
-            e_sq = shrink * shrink * e_sq + e * e
-        total = shrink * total + e
+            e_sq = rescale * rescale * e_sq + e * e
+        total = rescale * total + e
         top = new
         if TRACK & 16:
             second = tl.maximum(second, tl.minimum(best, known))
@@ -91,7 +91,7 @@ def stats_kernel(
         nan_at = tl.min(tl.where(best != best, best_at, NO_COLUMN))
         found = tl.min(tl.where(best == top, best_at, NO_COLUMN))
         at = tl.where(nan_at != NO_COLUMN, nan_at, found)
-        # All −inf: no lane has beaten its start.
+        # All −inf: no lane has exceeded its start.
         at = tl.where(at == NO_COLUMN, first, at)
         top_64 = tl.where(nan_at != NO_COLUMN, float("nan"), top_64)
         if TRACK & 16:
@@ -103,7 +103,7 @@ def stats_kernel(
     b = 0.0
     if HAS_BIAS:
         b = tl.load(bias + local, mask=has_target, other=0.0).to(tl.float32)
-    picked = logits(picked, b, gain, height, HAS_BIAS, HAS_CAP)
+    picked = logits(picked, b, pre, post, HAS_BIAS, HAS_CAP)
     merge_into(
         state, argmax, state_stride,
         top_64, tl.sum(total.to(tl.float64)), picked.to(tl.float64), has_target,

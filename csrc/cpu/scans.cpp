@@ -1,6 +1,6 @@
 // One sequential sweep per row, rows in parallel, sums in double: the values of a row are read once
 // and written once, so that memory bounds it and a wider sum costs nothing.
-#include "scan.h"
+#include "scans.h"
 
 #include "dtype.h"
 

@@ -1,5 +1,5 @@
 // Launch of the discounted sums, gamma > 0.
-#include "scan.cuh"
+#include "scans.cuh"
 
 #include "launch.h"
 

@@ -1,5 +1,5 @@
 // Launches of the row operations: temporal residual, its adjoint, sums of head rows.
-#include "rows.cuh"
+#include "temporal.cuh"
 
 #include "launch.h"
 

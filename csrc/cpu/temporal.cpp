@@ -1,7 +1,7 @@
 // Shift, mask, gather and lerp in one pass over the tokens; and its adjoint, a scatter that is
 // turned into a gather (tokens sorted by vocabulary row), so that each row is summed in fp32 by one
 // thread, in the order of the tokens, and rounded once: no atomics, no fp32 copy of the table.
-#include "residual.h"
+#include "temporal.h"
 
 #include <algorithm>
 #include <cstring>
