@@ -1,6 +1,6 @@
 """Per-token log-probabilities and statistics of a linear head, without its logits.
 
-The one differentiable primitive of the package; its operators are in `linear_ops`.
+The one differentiable primitive of the package; its operators are in `operators`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.common.active_set import options as active_options
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.operators import frozen_head, head_call, linear_stats
-from ift_kernels.operators import scalar_loss as _loss_op  # noqa: F401  registers an operator
+from ift_kernels.operators import scalar_loss as _scalar_loss  # noqa: F401  registers an operator
 from ift_kernels.schedule import plan
 
 
@@ -165,7 +165,7 @@ def linear_cross_entropy(
 
     Returns:
         float32 scalar, or per-token losses. With every target ignored the mean is 0, not NaN as in
-        ``torch.nn.functional.cross_entropy``: such a batch has nothing to teach.
+        ``torch.nn.functional.cross_entropy``: such a batch sends no gradient.
 
     Raises:
         As `linear_logprobs`; ValueError for options outside the ranges above.

@@ -148,7 +148,7 @@ _OPTIONS = (
 
 
 class _Call:
-    """The heads of a call on the rows that count."""
+    """The heads of a call on the valid rows."""
 
     def __init__(self, tensors: tuple[Any, ...], options: tuple[Any, ...], needs: list[bool]):
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, valid = tensors

@@ -130,7 +130,7 @@ def _checked(
 
 
 # Two operations, each the adjoint of the other in its floating point argument, so that gradients of
-# any order come from the same two. `tokens` stands for ids, predicted, labels, all (R, T) int64.
+# any order come from the same two. `tokens` are ids, predicted, labels, all (R, T) int64.
 
 
 def _readable(tokens: Tokens, cu: Tensor | None, ignore: int, size: int) -> None:

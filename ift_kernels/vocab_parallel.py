@@ -118,7 +118,7 @@ def whole(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Shard(NamedTuple):
-    """This process's part of the head, and where it stands in the vocabulary."""
+    """This process's part of the head, and its place in the vocabulary."""
 
     weight: Tensor
     bias: Tensor | None
@@ -203,7 +203,7 @@ _sum_of_shards: Any = _FromShards.apply
 
 
 class _Local(NamedTuple):
-    """What one shard knows of each token; `top` and `log_sum` make up `lse`, without gradient."""
+    """The statistics of one shard; `top` and `log_sum` make up `lse`, without gradient."""
 
     stats: Any  # TokenStats, mean_logit less lse
     top: Tensor

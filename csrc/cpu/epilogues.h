@@ -42,7 +42,7 @@ struct DlogitsRows {
   int64_t transposed_ld;
 };
 
-// The same order as ift_kernels/backends/reference_divergence.py.
+// The same order as ift_kernels/backends/contract.py.
 enum Divergence : int { kForwardKL, kReverseKL, kJensenShannon };
 
 // What the divergence of two heads needs to know of each row, or adds to it: norm (4, N), the

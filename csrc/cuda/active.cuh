@@ -1,6 +1,6 @@
 // The active set: which columns matter to a block of rows; a tile of gradients split into those
 // columns, row by row, and of what is left of every row its sum over that of the tail weights. The
-// layout is documented in ift_kernels/backends/reference_active.py.
+// layout is documented in ift_kernels/backends/reference/active.py.
 //
 // Bytes: the mask reads the tile once; the split reads it once, and what is active again from the
 // caches, and writes that. Roof: the bandwidth of memory.

@@ -1,6 +1,7 @@
 // The operations of the CUDA backend as the binding sees them. Every pointer is a device address
 // owned by the caller, every call returns as soon as its kernels are queued on the caller's stream.
-// What each does is told in ift_kernels/backends/reference*.py and at the head of the .cuh files.
+// What each does is documented in ift_kernels/backends/reference/ and at the head of the .cuh
+// files.
 #pragma once
 #include <cstdint>
 #include <stdexcept>

@@ -10,7 +10,7 @@ import torch
 from ift_kernels.backends.contract import Backend
 
 # By architecture ("sm_90") and function of a backend, the backend that measured faster on it; what
-# does not stand here goes to the first available one. Not measured: no entries.
+# is not here goes to the first available one. Not measured: no entries.
 FASTER: dict[str, dict[str, str]] = {}
 
 

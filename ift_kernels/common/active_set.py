@@ -94,5 +94,5 @@ def record_active_sets() -> Iterator[list[ActiveSetStats]]:
 
 
 def recording() -> list[ActiveSetStats] | None:
-    """The list of the innermost `record_active_sets`, or None: nobody asked."""
+    """The list of the innermost `record_active_sets`, or None outside of any."""
     return _report.get()

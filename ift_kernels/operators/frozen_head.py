@@ -5,7 +5,7 @@ Of a row with target t, upstream gradients a of logp_t and c of lse, and slopes 
     dh = (a·(1 − p_t) + c·p_t)·s_t·W_t + (c − a)·Σ_{j≠t} p_j·s_j·W_j
 
 The sum is known in forward, whatever a and c will be, and is as small as dh: products are formed
-once, not twice, and what waits for backward is (N, D). The target stands apart because 1 − p_t
+once, not twice, and what is kept for backward is (N, D). The target is apart because 1 − p_t
 would be lost in a 16-bit sum that p_t is part of. Gradients of entropy and of the mean logit would
 each need a sum of their own: such calls go through `linear_stats`.
 """
@@ -31,7 +31,7 @@ GATHERED = 1 << 20  # elements of head rows at once
 
 def serves(needs: list[bool], differentiable: int) -> bool:
     """Whether this is a call whose gradient can wait for no more than two factors a row."""
-    # In sync-free mode rows that do not count are still there: 0 times their NaN would not be 0.
+    # In sync-free mode rows that are not valid are still there: 0 times their NaN would not be 0.
     return (
         tuple(needs) == NEEDS
         and not differentiable & (contract.TRACK_ENTROPY | contract.TRACK_MEAN)
@@ -74,7 +74,7 @@ def _frozen(
             assert formed[0] is not None  # asked for by NEEDS
             nontarget_sum = formed[0]
             target_coef *= _slopes(call, rows)
-        else:  # what earlier calls hold, or copies of the rows that count, left too little room
+        else:  # what earlier calls keep, or copies of the valid rows, left too little workspace
             chosen = plan.make(call.problem, 0, "recompute")
             state, argmax = products.statistics(call.head, rows, track, chosen)
     outputs = linear_stats.outputs(call, state, argmax, track)
@@ -90,8 +90,8 @@ def _slopes(call: head_call.Call, target: Tensor) -> Tensor | float:
     if not head.transform.softcap:
         return head.transform.derivative(target)
     slope = torch.empty(len(target), dtype=torch.float64, device=target.device)
-    room = call.problem.workspace // 32
-    for part, target_rows in _target_rows(head.weight, target, call.dtype, room):
+    budget = call.problem.workspace // 32
+    for part, target_rows in _target_rows(head.weight, target, call.dtype, budget):
         x = (head.hidden[part].double() * target_rows.double()).sum(1)
         bias = None if head.bias is None else head.bias[target[part]]
         slope[part] = head.transform.derivative(head.transform.apply(x, bias))
@@ -124,7 +124,7 @@ def _d_hidden(
     d_lse: Tensor | None,
     options: head_call.Options,
 ) -> Tensor:
-    """The gradient of hidden, in place of `nontarget_sum` where every row counts."""
+    """The gradient of hidden, in place of `nontarget_sum` where every row is valid."""
     ignore_index, *_, workspace, dtype = options
     zero = torch.zeros_like(target_coef[0])
     upstream = (zero if gradient is None else gradient for gradient in (d_logprob, d_lse))

@@ -1,4 +1,4 @@
-"""What an operator on a head knows of its call: rows that count, the head, what to plan for."""
+"""A call of an operator on a head: its valid rows, the head, the problem to plan for."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SavedBuffers:
 
 
 class Call:
-    """One call's rows that count, its head and its problem, whichever operator it came through."""
+    """The valid rows of one call, its head and its problem, whichever operator it came through."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Call:
             active.waiting_bytes = plan.tail_bytes(self.problem)
 
     def select(self, value: Tensor) -> Tensor:
-        """The rows that count of (..., N)."""
+        """The valid rows of (..., N)."""
         return value if self.rows is None else value.index_select(-1, self.rows)
 
     def scatter(self, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,7 +130,7 @@ def problem(
 
 def active_hidden(active: list[float]) -> ActiveHidden | None:
     """What forms dh from the active set that an operator was given: threshold, block, bucket."""
-    if not active or sync_free.on():  # it asks how many columns are active
+    if not active or sync_free.on():  # how many columns are active depends on data
         return None
     threshold, block, tail_bucket = active
     return ActiveHidden(ActiveSet(threshold, int(block), int(tail_bucket)))

@@ -1,7 +1,7 @@
 """The operators behind `linear`: what torch's dispatcher, autograd and compiler see.
 
 Read downward: schemas, then `linear_stats` forward and backward over `engine`, and its autograd
-formula. What a call needs to know is in `head_call`.
+formula.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The operator behind a scalar `linear_cross_entropy`: its gradients are formed in forward.
 
 The loss is `factor` times the sum of
-``(smoothing − 1)·logp − smoothing·(mean z − lse) + z_loss·lse²`` over the rows that count, so its
+``(smoothing − 1)·logp − smoothing·(mean z − lse) + z_loss·lse²`` over the valid rows, so its
 upstream gradients are known as soon as a row's statistics are.
 """
 
@@ -30,7 +30,7 @@ def _loss(
     call = head_call.Call(*arguments)
     chosen = plan.make(call.problem, plan.ledger.reserved, "forward")
     # Gradients that earlier calls hold, or too few rows a block: backward recomputes instead.
-    # So it does where nothing may wait for the device: rows that do not count are still there.
+    # So it does where nothing may wait for the device: rows that are not valid are still there.
     grads_in_forward = chosen.schedule == "forward" and call.valid_mask is None
     vocabulary, dtype = weight.shape[0], accum_dtype(call.dtype)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)

@@ -91,7 +91,7 @@ class ActiveHidden:
         self._tails: list[_Tail] = []
         self._buckets: dict[tuple[int, int], _Buckets] = {}  # by their columns
         self._scratch: dict[str, Tensor] = {}
-        # The rows at work, told apart by their row gradient.
+        # The rows at work, known by their row gradient.
         self._of: RowGradient | None = None
         self._weights: TailWeights | None = None
         self._report = None if recording() is None else _Report()
@@ -172,7 +172,7 @@ class ActiveHidden:
         rows, waiting = slice(0, len(kept)), list[Tensor]()
         start = most = 0
         for columns, mask in tiles:
-            assert mask is not None  # made as this set asks for
+            assert mask is not None  # `add` of `Gradients` makes one
             more = int(mask.sum(1).amax())
             if waiting and most + more > limit:
                 some = slice(start, columns.start)

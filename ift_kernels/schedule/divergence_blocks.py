@@ -1,4 +1,4 @@
-"""The looks of `linear_divergence` at its products; the schedule is told in `divergence_plan`."""
+"""Passes of `linear_divergence` over its products; `divergence_plan` documents the schedule."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Products:
         return slices(first, self.heads[0].vocabulary, self.sizes.tile_columns)
 
     def blocks(self) -> Iterator[slice]:
-        """Rows of all blocks, whose products are then `formed` and looked at again by `tiles`."""
+        """Rows of all blocks, whose products are then `formed` and read again by `tiles`."""
         block, vocabulary = min(self.sizes.block, self.rows), self.heads[0].vocabulary
         self.held = self._buffer(self.heads[0], self.rows, self.sizes.held)
         self.rest = self._buffer(self.heads[0], block, vocabulary - self.sizes.held)
@@ -106,12 +106,12 @@ class Norm:
     def __init__(self, heads: Heads, rows: int) -> None:
         self.heads = heads
         self.states = [h.backend.new_state(rows, h.hidden.device) for h in heads]
-        self.nobody = torch.full((rows,), -1, device=heads[0].hidden.device)
+        self.no_target = torch.full((rows,), -1, device=heads[0].hidden.device)
 
-    def fold(self, rows: slice, columns: slice, pair: Pair) -> None:
+    def update(self, rows: slice, columns: slice, pair: Pair) -> None:
         for head, product, (state, argmax) in zip(self.heads, pair, self.states, strict=True):
             head.backend.stats_update(
-                product, head.bias_chunk(columns), head.transform, self.nobody[rows],
+                product, head.bias_chunk(columns), head.transform, self.no_target[rows],
                 columns.start, state[:, rows], argmax[rows], 0,
             )  # fmt: skip
 
@@ -139,7 +139,7 @@ class Rows:
 
 
 class Divergence:
-    """A call's looks at its products."""
+    """The passes of a call over its products."""
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class Divergence:
     def _swept_values(self, given: Rows) -> None:
         norm = Norm(self.products.heads, self.every.stop)
         for rows, columns, pair in self.products.sweep(self.every):
-            norm.fold(rows, columns, pair)
+            norm.update(rows, columns, pair)
         given.norm.copy_(norm.result())
         for rows, columns, pair in self.products.sweep(self.every):
             self._terms(columns, pair, given.part(rows))
@@ -219,7 +219,7 @@ class Divergence:
     def _norm(self, rows: slice, given: Rows) -> None:
         norm = Norm(self.products.heads, rows.stop - rows.start)
         for columns, pair in self.products.formed(rows):
-            norm.fold(slice(None), columns, pair)
+            norm.update(slice(None), columns, pair)
         given.norm[..., rows] = norm.result()
 
     def _terms(self, columns: slice, pair: Pair, given: Rows) -> None:

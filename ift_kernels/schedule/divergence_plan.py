@@ -1,7 +1,7 @@
 """The schedule of `linear_divergence`: which products are formed when, and what is kept.
 
 Both heads' products are looked at up to three times: for the log-sum-exps, for the sums that centre
-the gradient (see `backends.reference_divergence`), for the gradient. A *block* of rows keeps its
+the gradient (see `backends.reference.divergence`), for the gradient. A *block* of rows keeps its
 products over the whole vocabulary for that, so they are formed once, 2 products of N·V·D, and dh
 and dW are 2 more. dW wants a tile's gradient from all rows at once, written once:
 
@@ -10,7 +10,7 @@ and dW are 2 more. dW wants a tile's gradient from all rows at once, written onc
 * or each block leaves its gradient in the columns that are *held* for all rows, as many as fit. For
   the others the products of both heads are formed once more in the end: up to 6 products.
 
-Where not even `MIN_BLOCK` rows fit, and in a backward of its own, every look is a *sweep*: tiles
+Where not even `MIN_BLOCK` rows fit, and in a backward of its own, every pass is a *sweep*: tiles
 formed anew, the vocabulary outermost.
 """
 
@@ -87,7 +87,7 @@ def layout(heads: Heads, workspace: int, need_hidden: bool, need_weight: bool) -
 
 
 def in_place(head: Head) -> bool:
-    """Whether dW can be summed over blocks where it stands."""
+    """Whether dW can be summed over blocks in place."""
     return head.weight.dtype == head.hidden.dtype and head.weight.dtype.itemsize >= 4
 
 

@@ -39,7 +39,7 @@ class Head:
 
 
 class Tile(NamedTuple):
-    """A product and where it stands. It dies with the next one, unless it is kept."""
+    """A product and its rows and columns. The next one overwrites it, unless it is kept."""
 
     rows: slice
     columns: slice

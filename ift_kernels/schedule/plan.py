@@ -45,7 +45,7 @@ _forced = Setting[str | None]("ift_schedule", None)
 
 @dataclass(frozen=True)
 class Problem:
-    """One call: `rows` tokens that count, and what is asked."""
+    """One call: `rows` valid tokens, and the gradients that are needed."""
 
     rows: int
     vocabulary: int

@@ -67,7 +67,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Running state (STATE_ROWS, N) and argmax (N,) after the whole vocabulary.
 
-    `last` says that nobody forms these products again, for gradients that have to fit them.
+    `last`: these products are not formed again, for gradients that have to fit them.
     """
     state, argmax = head.backend.new_state(head.hidden.shape[0], head.hidden.device)
     # One kernel for products and statistics, where a backend has it and its table prefers it.

@@ -1,6 +1,6 @@
 // The divergence of two heads from their products: one read of both chunks for the sums of a row,
 // one read and one write of the student's for the gradient
-// (ift_kernels/backends/reference_divergence.py). Floor: bytes of the chunks over memory bandwidth;
+// (ift_kernels/backends/reference/divergence.py). Floor: bytes of the chunks over memory bandwidth;
 // in cache two exponentials per pair of logits, of "jsd" three and a logarithm.
 //
 // Logits of a block of columns go into the first-level cache as float32, whatever the two dtypes

@@ -1,7 +1,7 @@
 """Work memory of finished calls, kept for later ones.
 
 The C library gives large blocks back to the system when they are freed, and the next call then pays
-for every page again: a fault, and zeros that nobody reads. For the workspace of a head that is a
+for every page again: a fault, and zeros that are never read. For the workspace of a head that is a
 tenth of the time of its products, several times more where a virtual machine returns free memory to
 its host. torch caches memory on other devices, not here. What is kept stays within `LIMIT`, the
 largest workspace that a call has by default.
@@ -28,7 +28,7 @@ def empty(like: Tensor, elements: int) -> tuple[Tensor, bool]:
     And whether it was never touched and will be kept, so that its pages are worth a thought.
     """
     nbytes = elements * like.element_size()
-    # A storage that tells nobody how many tensors share it must not be handed out twice.
+    # A storage that does not report how many tensors share it must not be handed out twice.
     if nbytes < SMALL or nbytes > LIMIT or _use_count is None:
         return like.new_empty(elements), False
     with _lock:
@@ -41,14 +41,14 @@ def empty(like: Tensor, elements: int) -> tuple[Tensor, bool]:
             # A little more, for a next batch that is a little longer; unused pages cost nothing.
             step = 1 << max(nbytes.bit_length() - 5, 0)
             block = torch.UntypedStorage(-(-nbytes // step) * step, device="cpu")
-            new = _room_for(block.nbytes(), free)
+            new = _make_space(block.nbytes(), free)
             if new:
                 _blocks.append(block)
         tensor = torch.empty(0, dtype=like.dtype, device="cpu").set_(block, 0, (elements,), (1,))
         return tensor, new
 
 
-def _room_for(nbytes: int, free: list[torch.UntypedStorage]) -> bool:
+def _make_space(nbytes: int, free: list[torch.UntypedStorage]) -> bool:
     """Let go of free blocks, oldest first, until there is room for `nbytes`; False if there is not.
 
     Blocks in use stay until they are free: what they hold counts.

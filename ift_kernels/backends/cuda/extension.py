@@ -61,7 +61,7 @@ def compiled() -> Any:
 
 
 def wants_transpose(dtype: torch.dtype) -> bool:
-    """The vendor's products take a transposed operand as it stands."""
+    """The vendor's products take a transposed operand as it is."""
     return False
 
 

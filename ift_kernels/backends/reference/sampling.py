@@ -17,7 +17,7 @@ def top_k_update(
     values: Tensor,
     ids: Tensor,
 ) -> None:
-    """Fold one chunk into the k best logits so far, in place.
+    """Update the k best logits so far with one chunk, in place.
 
     `values` float32 (N, k), descending, starts at −inf and `ids` at −1; chunks come in order of
     `offset`, the first at 0 and at least k wide.
@@ -67,7 +67,7 @@ def gumbel_update(
     logit: Tensor,
     ids: Tensor,
 ) -> None:
-    """Fold one chunk into a Gumbel-max draw: `best` perturbed logit, its logit and id, in place.
+    """Update a Gumbel-max draw with one chunk: `best` perturbed logit, its logit and id, in place.
 
     `rows` (N,) are the global row numbers that key the generator.
     """

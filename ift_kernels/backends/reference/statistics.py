@@ -33,7 +33,7 @@ def stats_update(
     argmax: Tensor,
     track: int,
 ) -> None:
-    """Fold one chunk into the running statistics, in place."""
+    """Update the running statistics with one chunk, in place."""
     z = logits(x, bias, transform)
     top, at = z.max(dim=1)  # a NaN wins, as it does in torch.argmax; ties go to the lowest id
     old = state[MAX].clone()
