@@ -165,7 +165,7 @@ def test_machine_code_and_ptx(extension, cuobjdump):
 
 def test_registers_spills_and_wide_loads(extension, cuobjdump):
     table = cuda_static.worst(cuda_static.read([extension], "90a"))
-    assert len(table) >= 17
+    assert len(table) >= 16
     assert cuda_static.violations(table) == []
 
 

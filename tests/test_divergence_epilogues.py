@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ift_kernels import backends
-from ift_kernels.backends import cpu
+from ift_kernels.backends import contract, cpu
 from ift_kernels.backends import reference as ref
 from ift_kernels.common.transform import LogitTransform
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
     bool(cpu.unsupported_reason(torch.device("cpu"), torch.float32)),
     reason="the C++ extension is not built",
 )
-KINDS = ref.KINDS
+KINDS = contract.KINDS
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRANSFORMS = {"plain": LogitTransform(), "capped": LogitTransform(0.7, 9.0, 1.3)}
 
@@ -23,7 +23,7 @@ def side(rows, columns, dtype, transform, biased, seed):
     g = torch.Generator().manual_seed(seed)
     wide = torch.randn(rows, columns + 5, generator=g).mul_(6).to(dtype)
     bias = torch.randn(columns, generator=g) if biased else None
-    return ref.Side(wide[:, :columns], bias, TRANSFORMS[transform])
+    return contract.Side(wide[:, :columns], bias, TRANSFORMS[transform])
 
 
 def norm(*sides):
@@ -96,8 +96,8 @@ def test_forbidden_tokens_infinities_and_nan(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_certain_and_opposed_rows(kind):
     """Logits hundreds apart: probabilities of 1 and of exactly 0."""
-    student = ref.Side(torch.zeros(2, 40), None, LogitTransform())
-    teacher = ref.Side(torch.zeros(2, 40), None, LogitTransform())
+    student = contract.Side(torch.zeros(2, 40), None, LogitTransform())
+    teacher = contract.Side(torch.zeros(2, 40), None, LogitTransform())
     student.x[:, 0], teacher.x[0, 0], teacher.x[1, 1] = 300.0, 300.0, 300.0
     got, wanted = both(student, teacher, kind, norm(student, teacher), upstream=torch.ones(2))
     for a, b in zip(got, wanted, strict=True):

@@ -126,7 +126,7 @@ def test_every_layout_of_every_argument(operation, name, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["h", "w"])
-@pytest.mark.parametrize("operation", ["logprobs", "active head", "embedding"])
+@pytest.mark.parametrize("operation", ["logprobs", "active", "embedding"])
 def test_layouts_in_16_bits(operation, name, backend):
     check(operation, name, backend, torch.bfloat16, rtol=0.1, atol=0.1)
 

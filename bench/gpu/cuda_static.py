@@ -30,7 +30,7 @@ BLOCK = 256  # threads of every kernel
 SCALAR = {
     "stats_merge_kernel",
     "gumbel_merge_kernel",
-    "mark_counts_kernel",
+    "mask_counts_kernel",
     "residual_keys_kernel",
 }
 
