@@ -35,7 +35,7 @@ from bench.report.tables import Table, percent, terminal
 from ift_kernels.backends.triton import launch
 
 LIMITS = Path(__file__).with_name("static_limits.json")
-# Reads bytes, single flags or lists of ids; nothing to pre from wide accesses.
+# Reads bytes, single flags or lists of ids; nothing to gain from wide accesses.
 NARROW = {"mask", "merge"}
 # Touch every element once, so the bytes requested may hardly exceed the least; but for a bias,
 # which every row reads again from a cache.
