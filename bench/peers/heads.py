@@ -302,9 +302,8 @@ class Active(Ours):
     def details(self, call: Callable[[], Any]) -> dict[str, float]:
         with ift_kernels.record_active_sets() as report:
             call()
-        # Without a gradient there is none; its share is NaN where it was formed in backward.
-        found = [r for r in report if r.share == r.share]
-        return {"share": found[0].share, "tail": found[0].tail_mean} if found else {}
+        # Without a gradient there is none.
+        return {"share": report[0].share, "tail": report[0].tail_mean} if report else {}
 
 
 class Dropped(Peer):

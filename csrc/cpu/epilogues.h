@@ -14,7 +14,7 @@
 namespace ift {
 
 // Rows of the running state, float64 (kStateRows, N) with row stride `state_ld`.
-// The same order as ift_kernels/backends/reference.py.
+// The same order as ift_kernels/backends/reference/.
 enum State : int { kMax, kSum, kTarget, kEZ, kESq, kZSum, kSecond, kStateRows };
 
 enum Track : int { kArgmax = 1, kEntropy = 2, kSq = 4, kMean = 8, kTop2 = 16 };
@@ -30,7 +30,7 @@ struct Chunk {
 };
 
 // What the gradient needs to know of each row: norm (2, N) and coef (4, N) as in
-// ift_kernels/backends/reference.py, and where to write the gradient a second time, transposed
+// ift_kernels/backends/reference/, and where to write the gradient a second time, transposed
 // (cols, transposed_ld >= rows); null for nowhere. Only 16-bit types are written transposed.
 struct DlogitsRows {
   const int64_t* target;

@@ -1,4 +1,4 @@
-// Discounted sums along rows: see scan.cpp.
+// Discounted sums along rows: see scans.cpp.
 #pragma once
 #include <cstdint>
 

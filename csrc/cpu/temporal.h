@@ -1,4 +1,4 @@
-// The temporal residual and its adjoint: see residual.cpp.
+// The temporal residual and its adjoint: see temporal.cpp.
 #pragma once
 #include <cstdint>
 

@@ -9,7 +9,7 @@
 namespace ift {
 namespace gpu {
 
-// norm (2, rows) and coef (4, rows) as in ift_kernels/backends/reference.py.
+// norm (2, rows) and coef (4, rows) as in ift_kernels/backends/reference/.
 struct RowGradient {
   const int64_t* target;
   const float* norm;

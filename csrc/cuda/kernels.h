@@ -25,7 +25,7 @@ enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 struct Parts;
 struct ResidualTokens;
 
-// A chunk of raw products and its transform, as ift_kernels/backends/cpu.py describes it.
+// A chunk of raw products and its transform, as ift_kernels/backends/cpu/extension.py describes it.
 struct Products {
   void* x;
   int dtype;

@@ -14,7 +14,7 @@ namespace gpu {
 constexpr float kMostNoise = 22.9f;
 
 // Philox4x32-10 (Salmon et al., SC 2011): counter (id / 4, row low, row high, 0), key the seed;
-// word id % 4 is the id's. As in ift_kernels/backends/reference.py.
+// word id % 4 is the id's. As in ift_kernels/backends/reference/.
 __device__ inline uint4 philox(uint64_t seed, uint64_t row, uint32_t group) {
   uint32_t c0 = group, c1 = static_cast<uint32_t>(row), c2 = static_cast<uint32_t>(row >> 32);
   uint32_t c3 = 0, k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);

@@ -13,7 +13,7 @@
 namespace ift {
 namespace gpu {
 
-// Rows of the running state, float64; the same order as ift_kernels/backends/reference.py.
+// Rows of the running state, float64; the same order as ift_kernels/backends/reference/.
 enum State : int { kMax, kSum, kTarget, kEZ, kESq, kZSum, kSecond };
 
 // With m = max: sum e^(z-m), sum e^(z-m)·(z-m), sum e^(2(z-m)), sum z, second largest; the columns

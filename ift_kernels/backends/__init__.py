@@ -2,7 +2,7 @@
 
 A backend is a package with the same small set of epilogues and scans (`contract.Backend`); the
 schedules that drive them are the same for all. The choice is by device first, then by what is
-available, then, operation by operation, by what was measured to be faster (`choice`). The
+available, then, operation by operation, by what was measured to be faster (`selection`). The
 environment variable ``IFT_BACKEND`` or the context manager `use_backend` overrides it.
 """
 

@@ -2,7 +2,7 @@
 
 Autograd runs backward after the block has ended, or in a thread of its own, where context
 variables have other values. So every setting of this package is declared here: the autograd
-formulas run with the values that their forward had (`operators.register`).
+formulas run with the values that their forward had (`operators.library.register`).
 """
 
 from __future__ import annotations

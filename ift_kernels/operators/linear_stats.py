@@ -1,6 +1,6 @@
 """The operators behind `linear`: what torch's dispatcher, autograd and compiler see.
 
-Read downward: schemas, then `linear_stats` forward and backward over `engine`, and its autograd
+Read downward: schemas, then `linear_stats` forward and backward over `schedule`, and its autograd
 formula.
 """
 

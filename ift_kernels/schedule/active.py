@@ -83,7 +83,7 @@ class _Report:
 
 
 class ActiveHidden:
-    """What `engine.Gradients` calls, tile by tile, for its gradient of hidden."""
+    """What `gradients.Gradients` calls, tile by tile, for its gradient of hidden."""
 
     def __init__(self, options: ActiveSet) -> None:
         self.options = options

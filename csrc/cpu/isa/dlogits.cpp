@@ -2,7 +2,7 @@
 //
 //   log p = z - norm[0] - norm[1],  p = exp(log p)
 //   dx = dz/dx * (c_target * 1[j = target] + p * (c_prob + c_plogp * log p) + c_uniform)
-// (ift_kernels/backends/reference.py: dlogits_). Floor as for the statistics, plus the write.
+// (ift_kernels/backends/reference/: dlogits_). Floor as for the statistics, plus the write.
 //
 // On request the gradient is also written transposed, because the head gradient is dx^T @ h and
 // vendor GEMMs on 16-bit matrices are two to three times slower when their first operand is

@@ -28,7 +28,7 @@ divergence_terms = reference.divergence_terms
 divergence_gradient_ = reference.divergence_gradient_
 transpose = reference.transpose
 
-# Where the functions of the contract are; see reference.py for what they do.
+# Where the functions of the contract are; see `contract` for what they do.
 _MODULES = {
     "statistics": ("stats_update",),
     "dlogits": ("dlogits_", "probabilities_"),
