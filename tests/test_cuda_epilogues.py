@@ -214,7 +214,13 @@ def test_split_active_refuses_other_layouts():
 def test_bucket_sums(width, dtype):
     matrix = torch.randn(45, width + 3).to(dtype)[:, :width]
     weights = split_examples.tail_weights(45)
-    close(*(side.bucket_sums(matrix, 16, weights) for side in (cuda, reference)), torch.float32)
+    for bucket in (16, 20):
+        sums = [side.bucket_sums(matrix, bucket, weights) for side in (cuda, reference)]
+        close(*sums, torch.float32)
+    with pytest.raises(RuntimeError, match="45"):
+        cuda.bucket_sums(matrix, 20, weights[1:])
+    with pytest.raises(RuntimeError, match="tail_weights"):
+        cuda.bucket_sums(matrix, 20, weights.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

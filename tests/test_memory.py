@@ -265,8 +265,8 @@ def test_calls_share_what_they_keep():
 
 @pytest.mark.parametrize(
     ("dtype", "some_ignored"),
-    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)],
-    ids=["fp32-all-valid", "fp32-some-ignored", "bf16-some-ignored"],
+    [(dtype, some) for dtype in (torch.float32, torch.bfloat16) for some in (False, True)],
+    ids=["fp32-all-valid", "fp32-some-ignored", "bf16-all-valid", "bf16-some-ignored"],
 )
 def test_copies_do_not_starve_the_tiles(dtype, some_ignored):
     """Tiles of a row or two would be hundreds of times slower than tiles of hundreds.

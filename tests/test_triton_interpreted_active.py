@@ -200,7 +200,7 @@ def test_split_active_refuses_other_layouts():
         }  # fmt: skip
         with pytest.raises(RuntimeError, match=word):
             backend.split_active(block=32, bucket=64, **arguments)
-    with pytest.raises(RuntimeError, match="blocks of 40"):
+    with pytest.raises(RuntimeError, match="block: expected a multiple of 16, got 40"):
         backend.split_active(dz, mask[:2], 40, 64, tail_weights, tail_gradient, active)
 
 

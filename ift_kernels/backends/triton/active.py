@@ -143,13 +143,13 @@ def split_active(
     active: Tensor,
 ) -> None:
     rows, columns = dz.shape
+    chosen = config("split", shape_class(columns), dz.device)
+    if block % chosen["ROWS"]:
+        raise RuntimeError(f"block: expected a multiple of {chosen['ROWS']}, got {block}")
     _, buckets = check_split_active_args(
         dz, mask, block, bucket, tail_weights, tail_gradient, active
     )
     check_rows("dz", dz)
-    chosen = config("split", shape_class(columns), dz.device)
-    if block % chosen["ROWS"]:
-        raise RuntimeError(f"block: expected a multiple of {chosen['ROWS']}, got {block}")
     # How many active columns its block has up to a column, itself included; where the block begins.
     position = mask.cumsum(1, dtype=torch.int32)
     elements = (position[:, -1].long() + (PADDING - 1)) // PADDING * PADDING * block
