@@ -13,7 +13,7 @@ from ift_kernels.backends.cpu import memory
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 # Run by test_triton.py, in a process of its own.
-collect_ignore_glob = [] if "TRITON_INTERPRET" in os.environ else ["test_triton_interpreted*.py"]
+collect_ignore_glob = [] if "TRITON_INTERPRET" in os.environ else ["*test_triton_interpreted*.py"]
 
 ALLOCATORS = [
     (torch, "empty"),

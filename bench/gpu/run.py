@@ -53,7 +53,7 @@ def steps(part: str, out: Path, dry: bool) -> list[Step]:
     if part == "tests":
         pytest = [python, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
         env = INTERPRETED if dry else {}
-        gpu = [*pytest, "-m", "gpu", "tests/test_gpu.py"]
+        gpu = [*pytest, "-m", "gpu", "tests/kernels/backends/test_gpu.py"]
         few = ["-k", "extension or graph"]
         run = [
             Step("gpu-tests", gpu, env),

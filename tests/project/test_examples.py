@@ -13,7 +13,7 @@ EXAMPLES = ("train_loop", "train_transformers", "train_trl_ift", "train_trl_dpo"
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_they_are_short(name):
-    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
     assert len(path.read_text().splitlines()) < 60
 
 

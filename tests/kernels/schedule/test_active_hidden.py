@@ -4,14 +4,6 @@ import math
 
 import pytest
 import torch
-
-import dense
-import ift_kernels as K
-from ift_kernels import backends
-from ift_kernels.backends import reference
-from ift_kernels.common.active_set import ActiveSet
-from ift_kernels.schedule import active, plan
-from serving import BACKENDS
 from test_active_set import (
     DTYPES,
     OUTPUTS,
@@ -23,7 +15,15 @@ from test_active_set import (
     gradients,
     lm,
 )
-from test_memory import Allocations, allowed, size
+
+import dense
+import ift_kernels as K
+from allocations import Allocations, allowed, size
+from ift_kernels import backends
+from ift_kernels.backends import reference
+from ift_kernels.common.active_set import ActiveSet
+from ift_kernels.schedule import active, plan
+from serving import BACKENDS
 
 MIB = 1 << 20
 

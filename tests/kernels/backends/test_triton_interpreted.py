@@ -7,13 +7,13 @@ import contextlib
 import math
 
 import pytest
+import test_backends
 import torch
 import triton
 
 import dense
 import ift_kernels as K
 import interpreter
-import test_backends
 from ift_kernels import backends
 from ift_kernels.backends import reference as ref
 from ift_kernels.backends import triton as backend

@@ -6,10 +6,10 @@ that an operator makes and frees inside.
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import dense
 import ift_kernels
+from allocations import MIB, Allocations, allowed, size
 from ift_kernels import (
     backends,
     linear_cross_entropy,
@@ -20,8 +20,6 @@ from ift_kernels import (
 )
 from ift_kernels.schedule import plan
 from serving import BACKENDS
-
-MIB = 1 << 20
 
 
 @pytest.fixture
@@ -42,27 +40,6 @@ def no_products(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "addmm_", unchanged)
 
 
-class Allocations:
-    """Bytes alive over a ``with`` block, from what was alive at its start."""
-
-    def __enter__(self):
-        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self.profile.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.profile.__exit__(*error)
-        results = self.profile.profiler.kineto_results.events()
-        events = [e for e in results if e.name() == "[memory]"]
-        assert error[0] or events, "the profiler saw no allocation at all"
-        self.peak = self.alive = self.largest = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            self.alive += event.nbytes()
-            self.peak = max(self.peak, self.alive)
-            self.largest = max(self.largest, event.nbytes())
-        self.products = sum(e.name() in ("aten::mm", "aten::addmm_") for e in results)
-
-
 def test_the_instrument():
     """A matrix made and freed inside the block is seen, and so is one that stays."""
     with Allocations() as seen:
@@ -70,19 +47,6 @@ def test_the_instrument():
         keep = torch.empty(10, 1000)
     assert 4_000_000 <= seen.peak < 4_100_000 and seen.largest == 4_000_000
     assert seen.alive == keep.numel() * 4
-
-
-def size(*tensors):
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-def allowed(h, workspace):
-    """The workspace, a quarter more for what vendor products round up, and vectors of tokens.
-
-    The reference is written to be read: its epilogues make a dozen temporaries of a tile in fp32.
-    """
-    slack = 1.25 if backends.requested() == "cpu" else 12
-    return slack * workspace + 64 * 8 * h.target.numel() + MIB // 4
 
 
 # N·V of products would be 6 to 40 times the workspace. D: narrow, so that nothing but the

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = {"ift_kernels": "ift_kernels", "ift": "python_api/ift", "bench": "bench"}
 # From the leaves up; a module is in the first layer whose prefix fits.
 LAYERS = [

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from test_docs import blocks
 from torch import nn
 from torch.nn import functional as F
 from transformers import Seq2SeqTrainer, Trainer
 
-from test_docs import blocks
-
-PAGES = Path(__file__).parents[1] / "docs" / "integrations"
+PAGES = Path(__file__).parents[2] / "docs" / "integrations"
 
 
 def recipe(page, number=0):

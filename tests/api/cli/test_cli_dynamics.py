@@ -3,11 +3,11 @@
 import shutil
 
 import pytest
+from test_cli_preference import rows, write
 
 from ift.cli import main
 from ift.dynamics import read_probes, report
 from ift.dynamics.callback import read_records
-from test_cli_preference import rows, write
 
 SMALL = [
     "--model",

@@ -17,7 +17,8 @@ import torch
 import cuda_emulator
 from processes import HANG
 
-TESTS = Path(__file__).parent
+HERE = Path(__file__).parent
+TESTS = HERE.parents[1]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux")
 
 # In both orders of a block's threads, so that a missing barrier shows in one of them.
@@ -37,7 +38,7 @@ print("the same")
 
 
 def run_python(*arguments, **env):
-    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(HERE), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env},
@@ -56,8 +57,8 @@ def test_emulated_kernels_equal_the_reference(order):
 
 def test_operations_on_the_emulator():
     """Tests of the operations that any backend must pass, with the kernels serving them."""
-    names = "test_active_set.py", "test_active_hidden.py", "test_residual.py"
-    files = [str(TESTS / name) for name in names]
+    names = "schedule/test_active_set.py", "schedule/test_active_hidden.py", "test_residual.py"
+    files = [str(HERE.parent / name) for name in names]
     # Not what names another backend, nor what a backend has no part in and takes long: torch's own
     # checks of an operator. Of the gradients that the exact schedules form, not those of many ids.
     few = "not contract and not compile and not workspace and not cpu and not reference"

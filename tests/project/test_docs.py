@@ -10,7 +10,7 @@ import pytest
 import ift
 import ift_kernels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```python\n(?P<source>.*?)^(?P=indent)```$", re.M | re.S)
 NO_RUN = re.compile(r"<!-- no-run: (?P<reason>[^>]*\S) -->\n\Z")

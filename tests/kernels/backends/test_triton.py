@@ -14,7 +14,7 @@ from processes import HANG
 
 pytest.importorskip("triton")
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[2]
 
 
 def python(*arguments, **env):
@@ -29,7 +29,7 @@ def python(*arguments, **env):
 @pytest.mark.slow
 def test_interpreted():
     """TRITON_INTERPRET decides when kernels are imported, so it needs its own process."""
-    files = map(str, sorted(TESTS.glob("test_triton_interpreted*.py")))
+    files = map(str, sorted(Path(__file__).parent.glob("test_triton_interpreted*.py")))
     quiet = "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"
     done = python("-m", "pytest", "-n", "0", *quiet, *files, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

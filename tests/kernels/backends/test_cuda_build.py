@@ -19,7 +19,7 @@ import pytest
 import ift_kernels
 from bench.gpu import cuda_static
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA extension is for Linux")
 
 

@@ -5,7 +5,6 @@ the thread that called.
 """
 
 import pytest
-
 import test_active_set
 import test_autograd_contract
 import test_expected_embedding

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Slow optimisation is not what these tests are about; a later -O wins.
 QUICK = {"CXXFLAGS": "-O1", "IFT_REQUIRE_CPP": "1", "IFT_BUILD_CUDA": "0"}
 

@@ -99,8 +99,9 @@ def test_cpu_equals_reference(dtype):
 
 def run_python(code, *args, **env):
     """Runs `code` in a new process; its last line of output."""
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
+    here = Path(__file__).parent
+    tests = here.parents[1]
+    path = os.pathsep.join([str(here), str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", code, *args],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **env},

@@ -7,8 +7,8 @@ import torch
 
 import dense
 import ift_kernels
+from allocations import Allocations
 from ift_kernels import backends, exact_influence, influence
-from test_memory import Allocations
 
 BACKENDS = [row["name"] for row in backends.describe() if row["available"]]
 NAMES = ("d_logprob", "d_entropy", "d_lse")
