@@ -16,6 +16,7 @@ from ift_kernels.backends import contract, reference
 from ift_kernels.common import checks
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.operators import head_call, linear_stats
+from ift_kernels.operators.linear_stats import Upstream
 from ift_kernels.schedule import plan
 from ift_kernels.schedule.accumulate import accum_dtype
 from ift_kernels.schedule.head import Head, empty_padded, slices
@@ -124,18 +125,13 @@ def influence(
         d_logprob = -torch.ones(target.shape, dtype=torch.float64, device=target.device)
     dtype = accum_dtype(weight.dtype)
     budget = checks.workspace_bytes(workspace, hidden.device, dtype)
-    options = (
-        ignore_index,
-        transform.scale,
-        transform.softcap,
-        transform.temperature,
-        budget,
-        dtype,
+    options = head_call.Options(
+        ignore_index, transform.scale, transform.softcap, transform.temperature, budget, dtype
     )
     with torch.autocast(hidden.device.type, enabled=False):
         up = torch.ones(probe_target.shape, dtype=torch.float64, device=hidden.device)
-        probe = _Side(*sides[0], weight, bias, options, (up, None, None))
-        train = _Side(*sides[1], weight, bias, options, (d_logprob, d_lse, d_entropy))
+        probe = _Side(*sides[0], weight, bias, options, Upstream(up))
+        train = _Side(*sides[1], weight, bias, options, Upstream(d_logprob, d_lse, d_entropy))
         part = _overlap(probe, train, budget).mul_(-lr)
         _times_kernel_(part, probe.call.head, train.call.head, budget)
         return _at_all_tokens(part, probe.call, train.call, dtype)
@@ -151,21 +147,19 @@ class _Side:
         weight: Tensor,
         bias: Tensor | None,
         options: head_call.Options,
-        upstream: tuple[Tensor | None, Tensor | None, Tensor | None],  # logprob, lse, entropy
+        upstream: Upstream,
     ) -> None:
-        d_logprob, d_lse, d_entropy = (None if g is None else g.double() for g in upstream)
-        track = 0 if d_entropy is None else contract.TRACK_ENTROPY
-        values = torch.ops.ift_kernels.linear_stats(
+        upstream = Upstream(*(None if g is None else g.double() for g in upstream))
+        track = 0 if upstream.entropy is None else contract.TRACK_ENTROPY
+        *values, _ = torch.ops.ift_kernels.linear_stats(
             hidden, weight, bias, target, *options, track, [False] * 3, "", []
         )
-        norm, entropy = values[8], values[2]
-        valid = target != options[0]
+        row = linear_stats.Statistics(*values)
+        valid = target != options.ignore_index
         self.call = head_call.Call(hidden, weight, bias, valid, options, (False, False, False))
-        coef = linear_stats.row_coefficients(
-            norm, entropy, weight.shape[0], d_logprob, d_lse, d_entropy, None
-        )
+        coef = linear_stats.row_coefficients(row.norm, row.entropy, weight.shape[0], upstream)
         self.target = self.call.select(target).contiguous()
-        self.norm = self.call.select(norm).contiguous()
+        self.norm = self.call.select(row.norm).contiguous()
         self.coef = self.call.select(coef).contiguous()
 
     @property

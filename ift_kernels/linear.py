@@ -6,7 +6,7 @@ The one differentiable primitive of the package; its operators are in `operators
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -107,11 +107,11 @@ def linear_logprobs(
     track, differentiable = tracks(outputs, detached)
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
     call = _Call(hidden, weight, target, bias, ignore_index, transform, workspace)
-    stats = call.stats_and_norm(track, active, differentiable)[0]
+    found = call.statistics(track, active, differentiable)
     if track & contract.TRACK_MEAN:
-        stats = stats._replace(mean_logit=stats.mean_logit + stats.lse)
-    stats = stats._replace(**{name: getattr(stats, name).detach() for name in detached})
-    return TokenStats(*(v if k in outputs else None for k, v in stats._asdict().items()))
+        found = found._replace(mean_logit=found.mean_logit + found.lse)
+    asked = {name: getattr(found, name) for name in outputs}
+    return TokenStats(**asked | {name: asked[name].detach() for name in detached})
 
 
 def tracks(outputs: Collection[str], detached: Collection[str]) -> tuple[int, int]:
@@ -203,13 +203,13 @@ def linear_cross_entropy(
         )  # fmt: skip
         return cast(Tensor, results[0])
     track = contract.TRACK_MEAN if label_smoothing else 0
-    stats = call.stats(track, active)  # mean_logit relative to lse
+    stats = call.statistics(track, active, track)
     loss = -stats.logprob
     if label_smoothing:
         loss = (1.0 - label_smoothing) * loss - label_smoothing * stats.mean_logit
     if z_loss:
         loss = loss + z_loss * stats.lse.square()
-    return cast(Tensor, loss if reduction == "none" else loss.sum() * factor.to(loss.dtype))
+    return loss if reduction == "none" else loss.sum() * factor.to(loss.dtype)
 
 
 class _Call:
@@ -236,9 +236,9 @@ class _Call:
             bias,
             target.reshape(-1).contiguous(),
         )
-        self.options = (
-            ignore_index, transform.scale, transform.softcap, transform.temperature, budget, dtype,
-        )  # fmt: skip
+        self.options = head_call.Options(
+            ignore_index, transform.scale, transform.softcap, transform.temperature, budget, dtype
+        )
         self.needs: list[bool] = [
             torch.is_grad_enabled() and t is not None and t.requires_grad
             for t in (hidden, weight, bias)
@@ -254,20 +254,17 @@ class _Call:
     def plan(self, active: ActiveSet | None = None) -> plan.Plan:
         """The plan for this call if no target is ignored and gradients can be formed early."""
         hidden, weight, bias, _ = self.tensors
-        *_, budget, dtype = self.options
         needs = self.needs[0], self.needs[1], self.needs[2]
         of_hidden = head_call.active_hidden(self.for_hidden(active))
-        problem = head_call.problem(hidden, weight, bias, dtype, budget, needs, True, of_hidden)
+        problem = head_call.problem(
+            hidden, weight, bias, self.options.dtype, self.options.workspace, needs, True, of_hidden
+        )
         return plan.make(problem, plan.ledger.reserved, self.schedule or None)
 
-    def stats(self, track: int, active: ActiveSet | None) -> Any:
-        """All of TokenStats that `track` asks for, mean_logit less lse; the others are empty."""
-        return self.stats_and_norm(track, active, track)[0]
-
-    def stats_and_norm(
+    def statistics(
         self, track: int, active: ActiveSet | None, differentiable: int
-    ) -> tuple[Any, Tensor]:
-        """The same, and what lse is the sum of: largest logit and the rest, (2, tokens).
+    ) -> linear_stats.Statistics:
+        """What `track` asks for, shaped like the tokens, and `norm`; the others are empty.
 
         `differentiable`: what of `track` may get a gradient.
         """
@@ -283,5 +280,7 @@ class _Call:
                 *self.tensors, *self.options, track, self.needs, self.schedule,
                 self.for_hidden(active),
             )  # fmt: skip
-        pairs = zip(values[:8], linear_stats.tracked(track)[:8], strict=True)
-        return TokenStats(*(v.view(self.shape) if asked else v for v, asked in pairs)), values[8]
+        found = linear_stats.Statistics(*values[: len(linear_stats.Statistics._fields)])
+        asked = zip(found, linear_stats.tracked(track), strict=True)
+        shaped = (v.view(self.shape) if yes and v is not found.norm else v for v, yes in asked)
+        return linear_stats.Statistics(*shaped)

@@ -154,13 +154,15 @@ class _Call:
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, valid = tensors
         kind, beta, scale, softcap, t_scale, t_softcap, temperature, workspace, *dtypes = options
         self.bias = bias
-        student = head_call.Call(
-            hidden, weight, bias, valid,
-            (0, scale, softcap, temperature, workspace, dtypes[0]), (False, False, False),
-        )  # fmt: skip
-        teacher = head_call.Call(
-            teacher_hidden, teacher_weight, teacher_bias, valid,
-            (0, t_scale, t_softcap, temperature, workspace, dtypes[1]), (False, False, False),
+        student, teacher = (
+            head_call.Call(
+                *head, valid,
+                head_call.Options(0, *transform, temperature, workspace, dtype), (False,) * 3,
+            )
+            for head, transform, dtype in (
+                ((hidden, weight, bias), (scale, softcap), dtypes[0]),
+                ((teacher_hidden, teacher_weight, teacher_bias), (t_scale, t_softcap), dtypes[1]),
+            )
         )  # fmt: skip
         self.student = student
         budget = student.problem.workspace + teacher.problem.workspace - workspace

@@ -7,7 +7,7 @@ operators: every schedule, exact or active, serves a shard as it serves a whole 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from ift_kernels.common.active_set import options as active_options
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.linear import TokenStats
 from ift_kernels.operators import head_call, library
+from ift_kernels.operators.linear_stats import Statistics
 
 _LITTLE = -1e30  # a logit
 _IGNORE = -100  # of the local calls, whatever the caller's is: their ids are the shard's own
@@ -202,14 +203,6 @@ _to_shards: Any = _ToShards.apply
 _sum_of_shards: Any = _FromShards.apply
 
 
-class _Local(NamedTuple):
-    """The statistics of one shard; `top` and `log_sum` make up `lse`, without gradient."""
-
-    stats: Any  # TokenStats, mean_logit less lse
-    top: Tensor
-    log_sum: Tensor
-
-
 def _local(
     hidden: Tensor,
     shard: _Shard,
@@ -219,11 +212,12 @@ def _local(
     track: int,
     active: ActiveSet | None,
     differentiable: int,
-) -> _Local:
+) -> Statistics:
+    """The statistics of one shard, shaped like `target`, with `norm` (2, ...)."""
     if shard.weight.shape[0]:
         call = linear._Call(hidden, shard.weight, target, shard.bias, _IGNORE, transform, workspace)
-        stats, norm = call.stats_and_norm(track, active, differentiable)
-        return _Local(stats, *(part.view(target.shape) for part in norm))
+        stats = call.statistics(track, active, differentiable)
+        return stats._replace(norm=stats.norm.view(2, *target.shape))
     # No rows: next to no probability, by a finite number, so that 0 times it is 0. An edge of the
     # graph all the same, or this process would be missing where hidden's gradient is summed.
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -231,25 +225,25 @@ def _local(
     for part in (shard.weight, shard.bias):
         zero = zero if part is None else zero + part.sum()  # of nothing
     ids, fixed = torch.zeros_like(target), zero.detach()
-    stats = TokenStats(zero, zero, zero, ids, fixed, fixed, fixed, zero)
-    return _Local(stats, fixed + _LITTLE, fixed)
+    norm = torch.stack([fixed + _LITTLE, fixed])
+    return Statistics(zero, zero, zero, ids, fixed, fixed, fixed, zero, norm)
 
 
-def _combined(local: _Local, here: Tensor, shard: _Shard, track: int) -> TokenStats:
+def _combined(stats: Statistics, here: Tensor, shard: _Shard, track: int) -> TokenStats:
     """Statistics of the whole vocabulary from those of the shards."""
-    stats, group = local.stats, shard.group
-    out: Any
+    group = shard.group
+    top, rest_of_lse = stats.norm
 
     def extreme(value: Tensor, op: Any) -> Tensor:
         value = value.contiguous().clone()
         dist.all_reduce(value, op=op, group=group)
         return value
 
-    most = extreme(local.top, dist.ReduceOp.MAX)
+    most = extreme(top, dist.ReduceOp.MAX)
     # Relative to the largest logit, since a common one would cost digits; and in double, or nearly
     # certain tokens would lose theirs to the 1 of the sum.
     edge = stats.lse - stats.lse.detach()  # 0, for its gradient
-    relative = (local.top - most).double() + local.log_sum + edge
+    relative = (top - most).double() + rest_of_lse + edge
     # Each shard's parts depend on that shard alone: only of the sums do all make the same loss.
     parts = [relative.exp(), torch.where(here, stats.logprob + relative, 0)]
     if track & contract.TRACK_ENTROPY:
@@ -269,14 +263,14 @@ def _combined(local: _Local, here: Tensor, shard: _Shard, track: int) -> TokenSt
     if track & contract.TRACK_MEAN:
         out = out._replace(mean_logit=(next(sums) + most).to(dtype))
     if not track & contract.TRACK_ARGMAX:
-        return cast(TokenStats, out)
+        return out
     rest = log_sum.detach().to(dtype)
     # Ties go to the lowest id; with NaN alone, to the last.
-    mine = torch.where(local.top == most, stats.argmax + shard.start, shard.vocabulary - 1)
+    mine = torch.where(top == most, stats.argmax + shard.start, shard.vocabulary - 1)
     argmax = extreme(mine, dist.ReduceOp.MIN)
     out = out._replace(argmax=argmax, argmax_logprob=(most - most) - rest)
     if track & contract.TRACK_SECOND:
         inside = (argmax >= shard.start) & (argmax < shard.start + shard.weight.shape[0])
-        second = torch.where(inside, stats.second_logprob + local.log_sum, 0) + (local.top - most)
+        second = torch.where(inside, stats.second_logprob + rest_of_lse, 0) + (top - most)
         out = out._replace(second_logprob=extreme(second, dist.ReduceOp.MAX) - rest)
-    return cast(TokenStats, out)
+    return out

@@ -46,7 +46,8 @@ def _frozen(
     valid, vocabulary = target != options[0], weight.shape[0]
     head_call.check_targets(target, valid, vocabulary)
     active = head_call.active_hidden(numbers)
-    call = head_call.Call(hidden, weight, bias, valid, tuple(options), NEEDS, True, active)
+    arguments = hidden, weight, bias, valid, head_call.Options(*options), NEEDS
+    call = head_call.Call(*arguments, grads_in_forward=True, active=active)
     chosen = plan.make(call.problem, plan.ledger.reserved, "forward")
     rows, wide = call.select(target), accum_dtype(call.dtype)
     state, argmax = call.head.backend.new_state(len(rows), hidden.device)
@@ -57,11 +58,11 @@ def _frozen(
         nonlocal done
         here = slice(done, done := done + len(ids))
         state[:, here], argmax[here] = part, ids
-        logprob, *_, norm = linear_stats.row_values(part, ids, vocabulary, 0)
-        zero, p = torch.zeros_like(logprob), logprob.exp()
-        target_coef[0, here], target_coef[1, here] = -logprob.expm1(), p
+        row = linear_stats.row_values(part, ids, vocabulary, 0)
+        zero, p = torch.zeros_like(row.logprob), row.logprob.exp()
+        target_coef[0, here], target_coef[1, here] = -row.logprob.expm1(), p
         coef = torch.stack([-p, zero + 1, zero, zero])  # p_j times 1, and p_t less at the target
-        return RowGradient(rows, norm.to(wide), coef.to(wide))
+        return RowGradient(rows, row.norm.to(wide), coef.to(wide))
 
     nontarget_sum = hidden.new_empty((0, hidden.shape[1]))
     with torch.autocast(hidden.device.type, enabled=False):
@@ -69,8 +70,6 @@ def _frozen(
             formed = gradients.in_forward(
                 call.head, rows, coefficients, NEEDS, hidden.dtype, chosen, track, active
             )
-            if active is not None:
-                active.record()
             assert formed[0] is not None  # asked for by NEEDS
             nontarget_sum = formed[0]
             target_coef *= _slopes(call, rows)
@@ -111,8 +110,8 @@ def _frozen_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     *options, track, _ = rest
-    out = linear_stats.outputs_fake(hidden, options[-1], track)
-    return (*out, torch.empty_like(out[8]), hidden.new_empty((0, hidden.shape[1])))
+    out = linear_stats.outputs_fake(hidden, head_call.Options(*options).dtype, track)
+    return (*out, torch.empty_like(out.norm), hidden.new_empty((0, hidden.shape[1])))
 
 
 def _d_hidden(
@@ -125,17 +124,18 @@ def _d_hidden(
     options: head_call.Options,
 ) -> Tensor:
     """The gradient of hidden, in place of `nontarget_sum` where every row is valid."""
-    ignore_index, *_, workspace, dtype = options
     zero = torch.zeros_like(target_coef[0])
     upstream = (zero if gradient is None else gradient for gradient in (d_logprob, d_lse))
     columns = (target, *target_coef, *upstream)
-    rows = None if len(nontarget_sum) == len(target) else (target != ignore_index).nonzero()[:, 0]
+    rows = None
+    if len(nontarget_sum) != len(target):
+        rows = (target != options.ignore_index).nonzero()[:, 0]
     if rows is not None:
         columns = tuple(value.index_select(0, rows) for value in columns)
     ids, per_logprob, per_lse, a, c = columns
     target_rows, rest = a * per_logprob + c * per_lse, c - a
     no_upstream = (a == 0) & (c == 0)  # there 0 times a NaN is 0, as with every schedule
-    for part, head_rows in _target_rows(weight, ids, dtype, workspace // 10):
+    for part, head_rows in _target_rows(weight, ids, options.dtype, options.workspace // 10):
         total = head_rows.to(rest.dtype) * target_rows[part, None]
         total.addcmul_(nontarget_sum[part].to(rest.dtype), rest[part, None])
         nontarget_sum[part] = total.masked_fill_(no_upstream[part, None], 0)
@@ -147,18 +147,21 @@ def _d_hidden(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, *options, _, active = inputs
-    ctx.mark_non_differentiable(*output[2:])
+    hidden, weight, bias, target, *options, _, ctx.active = inputs
+    *statistics, target_coef, nontarget_sum = output
+    out = linear_stats.Statistics(*statistics)
+    ctx.mark_non_differentiable(*output[2:])  # all but logprob and lse
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, target, *output[8:10])  # norm, target_coef
-    ctx.options, ctx.active = tuple(options), active
+    ctx.save_for_backward(hidden, weight, bias, target, out.norm, target_coef)
+    ctx.options = head_call.Options(*options)
     # Not saved: consumed by the first backward, in place; a second one forms the products again.
-    ctx.nontarget_sum = head_call.SavedBuffers(output[10:]) if output[10].shape[0] else None
+    saved = head_call.SavedBuffers((nontarget_sum,)) if nontarget_sum.shape[0] else None
+    ctx.nontarget_sum = saved
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     nothing: tuple[None, ...] = (None,) * 11
-    d_logprob, d_lse = grads[:2]
+    d_logprob, d_lse, *_ = grads
     if d_logprob is None and d_lse is None:
         return (None, *nothing)
     hidden, weight, bias, target, norm, target_coef = ctx.saved_tensors
@@ -180,7 +183,7 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 library.register(
     f"linear_frozen({linear_stats.HEAD}, {linear_stats.OPTIONS}, int track, float[] active)"
-    f" -> ({linear_stats.STATS}, Tensor norm, Tensor target_coef, Tensor nontarget_sum)",
+    f" -> ({linear_stats.OUTPUTS}, Tensor target_coef, Tensor nontarget_sum)",
     _frozen,
     _frozen_fake,
     _autograd,

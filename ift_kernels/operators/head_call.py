@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,18 @@ from ift_kernels.schedule.accumulate import accum_dtype
 from ift_kernels.schedule.active import ActiveHidden
 from ift_kernels.schedule.head import Head, pad_row_stride
 
-Options = tuple[int, float, float, float, int, torch.dtype]
-Needs = tuple[bool, bool, bool]
+Needs = tuple[bool, bool, bool]  # of hidden, weight and bias
+
+
+class Options(NamedTuple):
+    """What every operator on a head takes beside tensors."""
+
+    ignore_index: int
+    scale: float
+    softcap: float
+    temperature: float
+    workspace: int  # bytes
+    dtype: torch.dtype  # of the products
 
 
 class SavedBuffers:
@@ -124,7 +136,7 @@ def problem(
     return plan.Problem(
         hidden.shape[0], weight.shape[0], weight.shape[1], dtype, workspace, *needs,
         grads_in_forward and not half, weight.dtype == dtype, transpose,
-        0 if active is None else active.options.tail_bucket,
+        None if active is None else active.options,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ formula.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,13 @@ from torch import Tensor
 from ift_kernels.backends import contract
 from ift_kernels.common import sync_free
 from ift_kernels.operators import library
-from ift_kernels.operators.head_call import Call, SavedBuffers, active_hidden, check_targets
+from ift_kernels.operators.head_call import (
+    Call,
+    Options,
+    SavedBuffers,
+    active_hidden,
+    check_targets,
+)
 from ift_kernels.schedule import gradients, plan, products
 from ift_kernels.schedule.accumulate import accum_dtype
 from ift_kernels.schedule.head import Results, RowGradient, empty_padded
@@ -25,19 +31,42 @@ OPTIONS = (
     "int ignore_index, float scale, float softcap, float temperature, int workspace,"
     " ScalarType dtype"
 )
-UPSTREAM = "Tensor? d_logprob, Tensor? d_lse, Tensor? d_entropy, Tensor? d_mean"
-STATS = (
-    "Tensor logprob, Tensor lse, Tensor entropy, Tensor argmax, Tensor argmax_logprob,"
-    " Tensor second_logprob, Tensor sum_sq, Tensor mean_logprob"
-)
 GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
+
+
+class Statistics(NamedTuple):
+    """Every statistic of `contract.STATISTICS`, (N,), empty where not asked for, and `norm`."""
+
+    logprob: Tensor
+    lse: Tensor
+    entropy: Tensor
+    argmax: Tensor
+    argmax_logprob: Tensor
+    second_logprob: Tensor
+    sum_sq: Tensor
+    mean_logit: Tensor  # less lse
+    norm: Tensor  # (2, N): the largest logit, and lse less it
+
+
+class Upstream(NamedTuple):
+    """Gradients that come from above, (N,), of the differentiable statistics."""
+
+    logprob: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+
+
+OUTPUTS: str = ", ".join(f"Tensor {name}" for name in Statistics._fields)
+_UPSTREAM = ", ".join(f"Tensor? d_{name}" for name in Upstream._fields)
 _BACKWARD = (
-    f"{HEAD}, Tensor norm, Tensor entropy, {UPSTREAM}, {OPTIONS}, bool[] needs, float[] active"
+    f"{HEAD}, Tensor norm, Tensor entropy, {_UPSTREAM}, {OPTIONS}, bool[] needs, float[] active"
 )
+_FIXED = [s.name for s in contract.STATISTICS if not s.differentiable] + ["norm"]
 
 
-def row_values(state: Tensor, argmax: Tensor, vocabulary: int, track: int) -> tuple[Tensor, ...]:
-    """The outputs of `linear_stats` up to `norm`, from the final running state; float64.
+def row_values(state: Tensor, argmax: Tensor, vocabulary: int, track: int) -> Statistics:
+    """The statistics of rows, from the final running state; float64.
 
     What `track` does not ask for is empty: beside few tokens every operation counts.
     """
@@ -56,56 +85,47 @@ def row_values(state: Tensor, argmax: Tensor, vocabulary: int, track: int) -> tu
         lambda: torch.stack([top, log_sum]),
     )
     pairs = zip(values, tracked(track), strict=True)
-    return tuple(value() if asked else state.new_empty(0) for value, asked in pairs)
+    return Statistics(*(value() if asked else state.new_empty(0) for value, asked in pairs))
 
 
-def row_coefficients(
-    norm: Tensor,
-    entropy: Tensor,
-    vocabulary: int,
-    d_logprob: Tensor | None,
-    d_lse: Tensor | None,
-    d_entropy: Tensor | None,
-    d_mean: Tensor | None,
-) -> Tensor:
+def row_coefficients(norm: Tensor, entropy: Tensor, vocabulary: int, upstream: Upstream) -> Tensor:
     """`coef` (4, N) of `dlogits_` from upstream gradients.
 
-    With a, b, c, d those of logprob, entropy, lse and mean logprob (docs/mathematics.md),
+    With a, b, c, d those of logprob, entropy, lse and mean_logit (docs/mathematics.md),
     dz_j = a·1[j = target] + p_j·(c − a − d − b·(log p_j + H)) + d/V.
     """
     zero = torch.zeros_like(norm[0])
-    a, b, c, d = (zero if g is None else g for g in (d_logprob, d_entropy, d_lse, d_mean))
-    c_prob = c - a - d if d_entropy is None else c - a - d - b * entropy
+    a, c, b, d = (zero if gradient is None else gradient for gradient in upstream)
+    c_prob = c - a - d if upstream.entropy is None else c - a - d - b * entropy
     return torch.stack([a, c_prob, -b, d / vocabulary]).to(norm.dtype)
 
 
 # --- linear_stats --------------------------------------------------------------------------------
 
 
-def tracked(track: int) -> tuple[int, ...]:
-    """Which outputs of `linear_stats` are asked for; the last is `norm`."""
-    return (*(1 if s.track == 0 else track & s.track for s in contract.STATISTICS), 1)
+def tracked(track: int) -> list[bool]:
+    """Which of `Statistics` are asked for."""
+    return [not s.track or bool(track & s.track) for s in contract.STATISTICS] + [True]
 
 
-def outputs(call: Call, state: Tensor, argmax: Tensor, track: int) -> tuple[Tensor, ...]:
-    """What `linear_stats` returns up to `norm`: all rows, empty where not asked for."""
+def outputs(call: Call, state: Tensor, argmax: Tensor, track: int) -> Statistics:
+    """The statistics of all rows, 0 where not valid, empty where not asked for."""
     values = row_values(state, argmax, call.head.vocabulary, track)
     dtype = accum_dtype(call.dtype)
-    return tuple(
-        call.scatter(v, v.dtype if v.dtype == torch.int64 else dtype) if asked else v.to(dtype)
-        for v, asked in zip(values, tracked(track), strict=True)
+    return Statistics(
+        *(
+            call.scatter(v, v.dtype if v.dtype == torch.int64 else dtype) if asked else v.to(dtype)
+            for v, asked in zip(values, tracked(track), strict=True)
+        )
     )
 
 
-def outputs_fake(hidden: Tensor, compute: torch.dtype, track: int) -> tuple[Tensor, ...]:
+def outputs_fake(hidden: Tensor, compute: torch.dtype, track: int) -> Statistics:
     """Shapes of `outputs` for products in the dtype `compute`."""
     n, dtype = hidden.shape[0], accum_dtype(compute)
-    out = [
-        hidden.new_empty(n if asked else 0, dtype=torch.int64 if i == 3 and asked else dtype)
-        for i, asked in enumerate(tracked(track))
-    ]
-    out[8] = hidden.new_empty((2, n), dtype=dtype)
-    return tuple(out)
+    out = Statistics(*(hidden.new_empty(n if each else 0, dtype=dtype) for each in tracked(track)))
+    ids = torch.int64 if track & contract.TRACK_ARGMAX else dtype
+    return out._replace(argmax=out.argmax.to(ids), norm=hidden.new_empty((2, n), dtype=dtype))
 
 
 def gradient_outputs(
@@ -121,12 +141,11 @@ def gradient_outputs(
     )
 
 
-def asked_upstream(track: int, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients of logprob, lse, entropy and mean; outputs not asked for are empty, and so are
-    their gradients.
-    """
-    d_entropy = grads[2] if track & contract.TRACK_ENTROPY else None
-    return grads[0], grads[1], d_entropy, grads[7] if track & contract.TRACK_MEAN else None
+def asked_upstream(track: int, grads: tuple[Tensor | None, ...]) -> Upstream:
+    """Upstream gradients of what was asked for; those of empty outputs are empty too."""
+    asked = zip(Statistics._fields, tracked(track), grads, strict=False)
+    of = {name: gradient if yes else None for name, yes, gradient in asked}
+    return Upstream(*(of[name] for name in Upstream._fields))
 
 
 def _stats(
@@ -136,7 +155,7 @@ def _stats(
     valid = target != options[0]
     check_targets(target, valid, weight.shape[0])
     active = active_hidden(numbers)
-    call = Call(hidden, weight, bias, valid, tuple(options), tuple(needs), active=active)
+    call = Call(hidden, weight, bias, valid, Options(*options), tuple(needs), active=active)
     chosen = plan.make(call.problem, plan.ledger.reserved, schedule or None)
     kept_rows = call.problem.rows if chosen.keep_columns else 0
     kept = empty_padded(call.head.backend, call.head.hidden, kept_rows, chosen.keep_columns)
@@ -166,13 +185,14 @@ def _stats_backward(
     d_logprob: Tensor | None,
     d_lse: Tensor | None,
     d_entropy: Tensor | None,
-    d_mean: Tensor | None,
+    d_mean_logit: Tensor | None,
     *rest: Any,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *options, needs, numbers = rest
     active = active_hidden(numbers)
-    coef = row_coefficients(norm, entropy, weight.shape[0], d_logprob, d_lse, d_entropy, d_mean)
+    upstream = Upstream(d_logprob, d_lse, d_entropy, d_mean_logit)
+    coef = row_coefficients(norm, entropy, weight.shape[0], upstream)
     valid = target != options[0]
     # Rows without upstream gradient send none. A NaN upstream is not 0 and so stays in.
     nonzero_grad_rows = valid & (coef != 0).any(0)
@@ -189,7 +209,7 @@ def _stats_backward(
         )
         nonzero_grad_rows = valid
     call = Call(
-        hidden, weight, bias, nonzero_grad_rows, tuple(options), tuple(needs), active=active
+        hidden, weight, bias, nonzero_grad_rows, Options(*options), tuple(needs), active=active
     )
     # Of the same problem, so that with `kept` beside it everything fits as forward has planned.
     chosen = plan.make(call.problem, 0, "recompute")
@@ -203,8 +223,6 @@ def _stats_backward(
             kept,
             active,
         )
-    if active is not None:
-        active.record()
     return gradient_outputs(call, results, bias)
 
 
@@ -227,18 +245,20 @@ def backward_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes of what a backward operator returns, from its arguments."""
-    return gradients_fake(hidden, weight, bias, rest[13])
+    *_, needs, _ = rest
+    return gradients_fake(hidden, weight, bias, needs)
 
 
 def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, *options = inputs
-    ctx.mark_non_differentiable(*(output[i] for i in (3, 4, 5, 6, 8, 9)))
+    hidden, weight, bias, target, *options, ctx.track, _, _, ctx.active = inputs
+    *statistics, kept = output
+    out = Statistics(*statistics)
+    ctx.mark_non_differentiable(*(getattr(out, name) for name in _FIXED), kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, target, output[8], output[2])
-    ctx.options, ctx.track, ctx.active = options[:6], options[6], options[9]
-    ctx.sync_free = sync_free.on()
+    ctx.save_for_backward(hidden, weight, bias, target, out.norm, out.entropy)
+    ctx.options, ctx.sync_free = options, sync_free.on()
     # Not saved: consumed by the first backward, in place; a second one recomputes.
-    ctx.kept = SavedBuffers(output[9:]) if output[9].shape[0] else None
+    ctx.kept = SavedBuffers((kept,)) if kept.shape[0] else None
 
 
 def _stats_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -262,7 +282,7 @@ def _stats_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
 
 library.register(
     f"linear_stats({HEAD}, {OPTIONS}, int track, bool[] needs, str schedule, float[] active)"
-    f" -> ({STATS}, Tensor norm, Tensor kept)",
+    f" -> ({OUTPUTS}, Tensor kept)",
     _stats,
     _stats_fake,
     _stats_autograd,
@@ -278,5 +298,5 @@ library.register(
 library.register(
     f"linear_stats_backward_kept({_BACKWARD}, Tensor(a!) kept) -> ({GRADIENTS})",
     _stats_backward_kept,
-    backward_fake,
+    lambda *args: backward_fake(*args[:-1]),
 )

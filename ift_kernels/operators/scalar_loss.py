@@ -26,8 +26,8 @@ def _loss(
     active = head_call.active_hidden(numbers)
     valid = target != options[0]
     head_call.check_targets(target, valid, weight.shape[0])
-    arguments = hidden, weight, bias, valid, tuple(options), tuple(needs), True, active
-    call = head_call.Call(*arguments)
+    arguments = hidden, weight, bias, valid, head_call.Options(*options), tuple(needs)
+    call = head_call.Call(*arguments, grads_in_forward=True, active=active)
     chosen = plan.make(call.problem, plan.ledger.reserved, "forward")
     # Gradients that earlier calls hold, or too few rows a block: backward recomputes instead.
     # So it does where nothing may wait for the device: rows that are not valid are still there.
@@ -37,16 +37,16 @@ def _loss(
     norms: list[Tensor] = []
 
     def coefficients(state: Tensor, argmax: Tensor) -> RowGradient:
-        logprob, lse, *_, mean, norm = linear_stats.row_values(state, argmax, vocabulary, track)
-        loss = z_loss * lse.square() - (1 - smoothing) * logprob
+        row = linear_stats.row_values(state, argmax, vocabulary, track)
+        loss = z_loss * row.lse.square() - (1 - smoothing) * row.logprob
         if smoothing:
-            loss = loss - smoothing * mean
+            loss = loss - smoothing * row.mean_logit
         if call.valid_mask is not None:
             loss = loss.masked_fill(~call.valid_mask, 0)
         total.add_(loss.sum())
-        norms.append(norm.to(dtype))
-        upstream = loss_upstream(norm, factor, smoothing, z_loss)
-        coef = linear_stats.row_coefficients(norms[-1], norm[0], vocabulary, *upstream)
+        norms.append(row.norm.to(dtype))
+        upstream = loss_upstream(row.norm, factor, smoothing, z_loss)
+        coef = linear_stats.row_coefficients(norms[-1], row.entropy, vocabulary, upstream)
         return RowGradient(target, norms[-1], coef)
 
     results: Results = (None, None, None)
@@ -57,8 +57,6 @@ def _loss(
             results = gradients.in_forward(
                 call.head, rows, coefficients, tuple(needs), hidden.dtype, chosen, track, active
             )
-            if active is not None:
-                active.record()
         else:
             chosen = plan.make(call.problem, 0, "recompute")
             coefficients(*products.statistics(call.head, rows, track, chosen))
@@ -72,18 +70,20 @@ def _loss(
 
 def loss_upstream(
     norm: Tensor, factor: Tensor, smoothing: float, z_loss: float
-) -> tuple[Tensor, Tensor, None, Tensor]:
-    """Upstream gradients of logprob, lse, entropy and mean logprob of the loss."""
+) -> linear_stats.Upstream:
+    """Upstream gradients that the loss sends to the statistics of each row."""
     lse = norm.sum(0)
     each = factor.to(lse.dtype).expand_as(lse)
-    return (smoothing - 1) * each, 2 * z_loss * lse * each, None, -smoothing * each
+    return linear_stats.Upstream(
+        (smoothing - 1) * each, 2 * z_loss * lse * each, None, -smoothing * each
+    )
 
 
 def _loss_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, factor: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     *options, _, _, needs, _ = rest
-    dtype = accum_dtype(options[-1])
+    dtype = accum_dtype(head_call.Options(*options).dtype)
     gradients = linear_stats.gradients_fake(hidden, weight, bias, needs)
     norm = hidden.new_empty((2, hidden.shape[0]), dtype=dtype)
     return hidden.new_empty((), dtype=dtype), norm, *gradients
@@ -91,12 +91,13 @@ def _loss_fake(
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, factor, *options = inputs
-    ctx.mark_non_differentiable(*output[1:])
+    _, norm, *gradients = output
+    ctx.mark_non_differentiable(norm, *gradients)
     ctx.set_materialize_grads(False)  # else zeros as large as the gradients among the outputs
-    ctx.save_for_backward(hidden, weight, bias, target, factor, output[1])
+    ctx.save_for_backward(hidden, weight, bias, target, factor, norm)
     ctx.options = options
-    formed = any(gradient.numel() for gradient in output[2:])
-    ctx.gradients = head_call.SavedBuffers(output[2:]) if formed else None
+    formed = any(gradient.numel() for gradient in gradients)
+    ctx.gradients = head_call.SavedBuffers(tuple(gradients)) if formed else None
 
 
 def _loss_autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:

@@ -166,15 +166,16 @@ class ActiveHidden:
     ) -> None:
         """Tiles of `kept`, gradients of all rows, given by their columns and active masks.
 
-        As many at once as have no more active columns in a block than `limit`, those of one tile:
-        vendor products want a long inner size.
+        As many at once as have no more active columns in a block than `limit`, those of one tile,
+        and fit: vendor products want a long inner size.
         """
         rows, waiting = slice(0, len(kept)), list[Tensor]()
         start = most = 0
         for columns, mask in tiles:
             assert mask is not None  # `add` of `Gradients` makes one
             more = int(mask.sum(1).amax())
-            if waiting and most + more > limit:
+            wide = 8 * (columns.stop - start) > self.waiting_bytes  # of their tail weights
+            if waiting and (most + more > limit or wide):
                 some = slice(start, columns.start)
                 self.add(head, Tile(rows, some, kept[:, some]), torch.cat(waiting, 1), total)
                 waiting, start, most = [], columns.start, 0

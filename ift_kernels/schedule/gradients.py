@@ -168,13 +168,14 @@ def in_backward(
     if kept is not None and len(kept) != n:
         raise RuntimeError(f"kept: expected products of {n} rows, got {len(kept)}")
     if n == 0:
-        return _nothing(head, needs, hidden_dtype)
+        return _recorded(_nothing(head, needs, hidden_dtype), active)
     if needs[0] and plan.hidden_rows < n:
-        hidden = _hidden_by_blocks(head, row_gradient, hidden_dtype, plan)
+        hidden = _hidden_by_blocks(head, row_gradient, hidden_dtype, plan, active)
         if not any(needs[1:]):
-            return hidden, None, None
+            return _recorded((hidden, None, None), active)
         needs = (False, needs[1], needs[2])
-        return hidden, *in_backward(head, row_gradient, needs, hidden_dtype, plan)[1:]
+        _, weight, bias = in_backward(head, row_gradient, needs, hidden_dtype, plan)
+        return _recorded((hidden, weight, bias), active)
     total = Gradients(
         head,
         needs,
@@ -187,17 +188,21 @@ def in_backward(
         total.consume(kept, row_gradient, plan.tile_columns)
     for tile in recomputed_tiles(head, plan, 0 if kept is None else kept.shape[1]):
         total.add(tile, row_gradient)
-    return total.results()
+    return _recorded(total.results(), active)
 
 
 def _hidden_by_blocks(
-    head: Head, row_gradient: RowGradient, hidden_dtype: torch.dtype, plan: Plan
+    head: Head,
+    row_gradient: RowGradient,
+    hidden_dtype: torch.dtype,
+    plan: Plan,
+    active: ActiveHidden | None,
 ) -> Tensor:
     """The gradient of hidden alone, tokens outermost: its running sum is one block of rows."""
     n, width = head.hidden.shape
     out = torch.empty((n, width), dtype=hidden_dtype, device=head.hidden.device)
     for rows in slices(0, n, plan.hidden_rows):
-        total = Gradients(head.rows(rows), (True, False, False), hidden_dtype, 0, 0)
+        total = Gradients(head.rows(rows), (True, False, False), hidden_dtype, 0, 0, None, active)
         part = RowGradient(*(value[..., rows] for value in row_gradient))
         for tile in recomputed_tiles(total.head, plan, 0):
             total.add(tile, part)
@@ -223,7 +228,7 @@ def in_forward(
     """
     n, width = head.hidden.shape
     if n == 0:
-        return _nothing(head, needs, hidden_dtype)
+        return _recorded(_nothing(head, needs, hidden_dtype), active)
     d_hidden = head.hidden.new_empty((n, width), dtype=hidden_dtype) if needs[0] else None
     buffer = empty_padded(head.backend, head.hidden, min(plan.tile_rows, n), head.vocabulary)
     total: Gradients | None = None
@@ -242,7 +247,14 @@ def in_forward(
         if into is not None and formed is not None and formed is not into:
             into.copy_(formed)
     assert total is not None
-    return d_hidden, total.weight, total.bias
+    return _recorded((d_hidden, total.weight, total.bias), active)
+
+
+def _recorded(results: Results, active: ActiveHidden | None) -> Results:
+    """`results`, whose active set, if any, goes to `record_active_sets`."""
+    if active is not None:
+        active.record()
+    return results
 
 
 def _nothing(head: Head, needs: tuple[bool, bool, bool], hidden_dtype: torch.dtype) -> Results:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ift_kernels.common import checks
+from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.common.settings import Setting
 
 SCHEDULES = ("recompute", "keep", "forward")
@@ -58,7 +59,7 @@ class Problem:
     grads_in_forward: bool = False  # gradients can be formed in forward
     same_dtype: bool = True  # head weight (and its gradient) in the dtype of the products
     transpose: bool = False  # the backend wants the gradient of a tile transposed as well
-    tail_bucket: int = 0  # of the active set that dh is formed from; 0: dh is exact
+    active: ActiveSet | None = None  # that dh is formed from; None: dh is exact
 
     @property
     def any_gradient(self) -> bool:
@@ -108,13 +109,17 @@ def tile(
 
 
 def tail_bytes(problem: Problem) -> int:
-    """Bytes for tail gradients, tail weights and the sums of head rows that they multiply.
+    """Bytes of tails that may wait until they are added to dh: see `_tail_bytes_of`."""
+    return min(problem.vocabulary * _tail_bytes_of(problem), problem.workspace // 16)
+
+
+def _tail_bytes_of(p: Problem) -> int:
+    """Bytes of a column for tail gradients, tail weights and sums of head rows beside them.
 
     Two of each: they are gathered at the end. Buckets begin anew with every tile of products.
     """
-    p = problem
-    tails = -(-p.vocabulary // min(p.tail_bucket, 512))
-    return min(8 * tails * (p.rows + p.width) + 8 * p.vocabulary, p.workspace // 16)
+    assert p.active is not None
+    return 8 * (p.rows + p.width) // min(p.active.tail_bucket, 512) + 8
 
 
 @functools.lru_cache(maxsize=256)  # a training step asks for the same plans again and again
@@ -132,9 +137,12 @@ def make(problem: Problem, reserved_bytes: int = 0, schedule: str | None = None)
         return Plan("statistics", rows, columns, 0, 1.0, n, 0, peak)
     per_gradient = p.need_hidden + (p.need_weight or p.need_bias)
     # Of a tile's gradient its active columns once more, a mask, and their head rows; tails.
-    again, masks, gathered = 0, 0, 0
-    if p.tail_bucket:
-        again, masks, gathered = itemsize, -(-n // 32), p.width * itemsize
+    copied, masks, gathered = 0, 0, 0
+    if p.active is not None:
+        block = min(p.active.block, -(-n // 32) * 32)
+        copied = -(-n // block) * block  # rows: whole blocks
+        masks = -(-n // 32)
+        gathered = p.width * itemsize + _tail_bytes_of(p)
         budget -= tail_bytes(p)
     # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it.
     per_row = p.width * (4 + itemsize) if p.need_hidden and itemsize < 4 else 0
@@ -146,7 +154,9 @@ def make(problem: Problem, reserved_bytes: int = 0, schedule: str | None = None)
     # A tile, its transpose, and what goes with each column.
     copies = 2 if p.transpose and p.need_weight else 1
     per_column = cast + p.width * (itemsize + 4) if cast and p.need_weight else cast
-    per_column += gathered + masks + n * again
+    per_column += gathered + masks + copied * itemsize
+    if copies == 2:  # the transpose has whole cache lines: see `gradients.Transposed`
+        per_column += (31 + 32 * (n >= 256)) * itemsize
     rows, columns = tile(n, p.vocabulary, itemsize * copies, (budget - sums) // 2, per_column)
     work = sums + columns * (rows * itemsize * copies + per_column)
     keep = 0
@@ -168,7 +178,8 @@ def make(problem: Problem, reserved_bytes: int = 0, schedule: str | None = None)
             across * itemsize * (copies - 1)
         )  # per token: a tile's transpose, 64 rows wider
         beside = across * (cast + gathered + masks) + 64 * transposed
-        per_token = p.vocabulary * itemsize + per_row + transposed + across * again
+        per_token = p.vocabulary * itemsize + per_row + transposed
+        per_token += -(-across * copied * itemsize // n)
         most = MAX_ROUNDED if p.need_weight and itemsize < 4 else n
         # The last quarter of the workspace buys a pass or two less over dW: not worth having.
         for room in (budget // 4 * 3, budget):

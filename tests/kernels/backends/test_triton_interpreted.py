@@ -104,7 +104,7 @@ def test_statistics(dtype, transform, bias, track, blocks):
         )
     values = (linear_stats.row_values(*state, 196, track) for state in (ours, theirs))
     for i, (a, b) in enumerate(zip(*values, strict=True)):
-        if linear_stats.tracked(track)[i] and i != 8:
+        if linear_stats.tracked(track)[i] and linear_stats.Statistics._fields[i] != "norm":
             close(a, b)
 
 

@@ -99,6 +99,22 @@ def test_peak_of_forward_and_backward(case, operation, no_products):
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+@pytest.mark.parametrize("gradient", ["exact", "active"])
+@pytest.mark.parametrize(("rows", "mib"), [(1, 1), (3, 2), (40, 1), (130, 1), (260, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peak_of_few_rows(rows, mib, dtype, gradient, no_products):
+    """Transposes have whole cache lines, active columns whole blocks of rows."""
+
+    def operation(h, workspace):
+        return linear_logprobs(
+            h.hidden, h.weight, h.target, workspace=workspace, gradient=gradient
+        ).logprob
+
+    with ift_kernels.use_backend("cpu"):
+        measure(operation, dense.head(rows, 64, 30000, dtype, ignored=0), mib * MIB)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
 @pytest.mark.parametrize("frozen", ["head", "trunk"])
 @pytest.mark.parametrize("case", ["wide-fp32", "wide-bf16"])
 def test_peak_with_one_side_frozen(case, frozen, no_products):
