@@ -42,8 +42,6 @@ STATISTICS = (
     Statistic("sum_sq", TRACK_SQ, (SUM, E_SQ), False, "Σe² / (Σe)²"),
     Statistic("mean_logit", TRACK_MEAN, (MAX, SUM, Z_SUM), True, "Σz / V − m − log Σe, then + lse"),
 )
-
-
 TRACK_ALL = sum({s.track for s in STATISTICS})
 
 # Of the divergence of two heads.
@@ -51,7 +49,7 @@ KINDS = ("forward", "reverse", "jsd")
 
 
 class Chunk(NamedTuple):
-    """Raw products of consecutive columns, and what makes them logits."""
+    """Raw products of consecutive columns, and what makes them logits: ``transform(x + bias)``."""
 
     x: Tensor  # (N, C)
     bias: Tensor | None = None  # (C,)
@@ -66,7 +64,7 @@ class RowState(NamedTuple):
     argmax: Tensor  # (N,) int64
 
     def rows(self, rows: slice) -> RowState:
-        return RowState(self.values[:, rows], self.argmax[rows])
+        return RowState(*(value[..., rows] for value in self))
 
 
 class RowGradient(NamedTuple):
@@ -81,7 +79,7 @@ class RowGradient(NamedTuple):
 
 
 def new_state(rows: int, device: torch.device, *parts: int) -> RowState:
-    """Empty running statistics; with `parts` in front of the shapes, of parts of rows."""
+    """Empty running statistics; `parts`, a further first dimension: of parts of every row."""
     values = torch.zeros((*parts, STATE_ROWS, rows), dtype=torch.float64, device=device)
     values[..., MAX, :] = -torch.inf
     values[..., SECOND, :] = -torch.inf

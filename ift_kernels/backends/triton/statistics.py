@@ -171,7 +171,7 @@ def merge_parts(
     offset: int,
     track: int,
 ) -> None:
-    """Fold the states of parts of `length` columns, together `columns`, into the running one."""
+    """Merge the states of parts of `length` columns, together `columns`, into the running one."""
     states, maxima = parts
     launch(
         merge_kernel, (len(target),), target,
