@@ -19,7 +19,7 @@ from ift_kernels.operators import head_call, linear_stats
 from ift_kernels.operators.linear_stats import Upstream
 from ift_kernels.schedule import plan
 from ift_kernels.schedule.accumulate import accum_dtype
-from ift_kernels.schedule.head import Head, empty_padded, slices
+from ift_kernels.schedule.head import Head, Tile, empty_padded, slices
 
 Parameters = Mapping[str, Tensor]
 
@@ -158,9 +158,8 @@ class _Side:
         valid = target != options.ignore_index
         self.call = head_call.Call(hidden, weight, bias, valid, options, (False, False, False))
         coef = linear_stats.row_coefficients(row.norm, row.entropy, weight.shape[0], upstream)
-        self.target = self.call.select(target).contiguous()
-        self.norm = self.call.select(row.norm).contiguous()
-        self.coef = self.call.select(coef).contiguous()
+        rows = (self.call.select(value).contiguous() for value in (target, row.norm, coef))
+        self.row_gradient = contract.RowGradient(*rows)
 
     @property
     def rows(self) -> int:
@@ -174,10 +173,8 @@ class _Side:
         """∂L/∂x of these columns, (rows, columns)."""
         head = self.call.head
         product = torch.mm(head.hidden, weight.T, out=buffer[:, : weight.shape[0]])
-        head.backend.dlogits_(
-            product, head.bias_chunk(columns), head.transform, self.target, columns.start,
-            self.norm, self.coef,
-        )  # fmt: skip
+        tile = Tile(slice(0, self.rows), columns, product)
+        head.backend.dlogits_(head.chunk(tile), self.row_gradient)
         return product
 
 

@@ -116,24 +116,24 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     head = _head(hidden, weight, bias, options)
     n, dtype = hidden.shape[0], head.hidden.dtype
-    state, argmax = head.backend.new_state(n, hidden.device)
+    state = contract.new_state(n, hidden.device)
     target = torch.full((n,), -1, dtype=torch.int64, device=hidden.device)
     total = torch.zeros((n, embedding.shape[1]), dtype=accum_dtype(dtype), device=hidden.device)
     reference_point = torch.zeros((2, n), dtype=total.dtype, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for tile in products.tiles(head, _plan(head, embedding, options[3], 0, 0)):
             rows, columns, product = tile
-            here = (product, head.bias_chunk(columns), head.transform)
-            before = state[contract.MAX, rows].clone()
-            products.update(head, tile, target, state, argmax, 0)
-            after = state[contract.MAX, rows]
+            before = state.values[contract.MAX, rows].clone()
+            products.update(head, tile, target, state, 0)
+            after = state.values[contract.MAX, rows]
             reference_point[0, rows] = torch.where(after == -torch.inf, 0.0, after).to(total.dtype)
-            head.backend.probabilities_(*here, reference_point[:, rows])
+            head.backend.probabilities_(head.chunk(tile), reference_point[:, rows])
             shrink = torch.where(before == -torch.inf, 0.0, (before - after).exp())
             total[rows] *= shrink.to(total.dtype)[:, None]
             total[rows] += torch.mm(product, embedding[columns].to(dtype))
-    soft = total / state[contract.SUM].to(total.dtype)[:, None]
-    norm = torch.stack([state[contract.MAX], state[contract.SUM].log()]).to(total.dtype)
+    top, sum_exp = state.values[contract.MAX], state.values[contract.SUM]
+    soft = total / sum_exp.to(total.dtype)[:, None]
+    norm = torch.stack([top, sum_exp.log()]).to(total.dtype)
     return soft, norm
 
 

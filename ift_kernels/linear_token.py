@@ -145,7 +145,7 @@ def _linear_token(
     problem = plan.Problem(
         n, weight.shape[0], weight.shape[1], dtype, workspace, same_dtype=weight.dtype == dtype
     )
-    state, argmax = backend.new_state(n, device)
+    state = contract.new_state(n, device)
     target = torch.full((n,), -1, dtype=torch.int64, device=device)
     track = 0 if sample or k > 1 else contract.TRACK_ARGMAX
     best = torch.full((n, 1 if sample else k), -torch.inf, dtype=wide, device=device)
@@ -154,22 +154,20 @@ def _linear_token(
     numbers = torch.arange(row_offset, row_offset + n, device=device)
     with torch.autocast(device.type, enabled=False):
         for tile in products.tiles(head, plan.make(problem)):
-            products.update(head, tile, target, state, argmax, track)
-            rows, columns, product = tile
-            here = (product, head.bias_chunk(columns), head.transform)
-            start = columns.start
+            products.update(head, tile, target, state, track)
+            rows, chunk = tile.rows, head.chunk(tile)
             if sample:
                 backend.gumbel_update(
-                    *here, start, seed, numbers[rows], best[rows, 0], logit[rows], ids[rows, 0]
+                    chunk, seed, numbers[rows], best[rows, 0], logit[rows], ids[rows, 0]
                 )
             elif k > 1:
-                backend.top_k_update(*here, start, best[rows], ids[rows])
-    top, log_sum = state[contract.MAX], state[contract.SUM].log()
+                backend.top_k_update(chunk, best[rows], ids[rows])
+    top, log_sum = state.values[contract.MAX], state.values[contract.SUM].log()
     if sample:
         return ids[:, 0].contiguous(), ((logit - top) - log_sum).to(wide)
     if k > 1:
         return ids[:, -1].contiguous(), ((best[:, -1] - top) - log_sum).to(wide)
-    return argmax, ((top - top) - log_sum).to(wide)
+    return state.argmax, ((top - top) - log_sum).to(wide)
 
 
 library.register(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.harness.machine import ROOT
+from ift_kernels.backends import contract
 from ift_kernels.backends import triton as backend
 from ift_kernels.backends.triton import launch
 from ift_kernels.common.transform import LogitTransform
@@ -48,20 +49,19 @@ def _epilogues(dtype: torch.dtype, full: bool, c: int) -> None:
     n, transform = 64, FULL if full else PLAIN
     x, target = torch.zeros(n, c, dtype=dtype), torch.zeros(n, dtype=torch.int64)
     norm, coef, bias = torch.zeros(2, n), torch.zeros(4, n), torch.zeros(c) if full else None
-    chunk = x, bias, transform
-    state, argmax = backend.new_state(n, x.device)
-    for track in (31,) if full else (0, 1):
-        for rows in (2, n):  # split or not
-            part = x[:rows], bias, transform
-            rest = target[:rows], 0, state[:, :rows], argmax[:rows], track
-            backend.stats_update(*part, *rest)
-    backend.dlogits_(*chunk, target, 0, norm, coef)
-    backend.probabilities_(*chunk, norm)
+    chunk = contract.Chunk(x, bias, transform)
+    state = contract.new_state(n, x.device)
+    for track in (contract.TRACK_ALL,) if full else (0, contract.TRACK_ARGMAX):
+        for rows in (slice(2), slice(n)):  # split or not
+            part = chunk._replace(x=x[rows])
+            backend.stats_update(part, target[rows], state.rows(rows), track)
+    backend.dlogits_(chunk, contract.RowGradient(target, norm, coef))
+    backend.probabilities_(chunk, norm)
     k = 64 if full else 2
-    backend.top_k_update(*chunk, 0, torch.zeros(n, k), torch.zeros(n, k, dtype=torch.int64))
+    backend.top_k_update(chunk, torch.zeros(n, k), torch.zeros(n, k, dtype=torch.int64))
     best = torch.zeros(n)
-    backend.gumbel_update(*chunk, 0, 3, target, best, best.clone(), target.clone())
-    backend.active_mask(*chunk, target, 0, best, 32)
+    backend.gumbel_update(chunk, 3, target, best, best.clone(), target.clone())
+    backend.active_mask(chunk, target, best, 32)
 
 
 def _whole_operations(dtype: torch.dtype, width: int) -> None:
@@ -83,10 +83,10 @@ def _products(dtype: torch.dtype, full: bool, n: int, v: int, d: int) -> None:
     hidden, weight = torch.zeros(n, d, dtype=dtype), torch.zeros(v, d, dtype=dtype)
     bias, transform = (torch.zeros(v), FULL) if full else (None, PLAIN)
     target = torch.zeros(n, dtype=torch.int64)
-    state, argmax = backend.new_state(n, hidden.device)
+    state = contract.new_state(n, hidden.device)
     with launch.use_config("forward", {"FUSED": 1}):
-        for track in (31,) if full else (0, 1):
-            backend.fused_statistics(hidden, weight, bias, transform, target, state, argmax, track)
+        for track in (contract.TRACK_ALL,) if full else (0, contract.TRACK_ARGMAX):
+            backend.fused_statistics(hidden, weight, bias, transform, target, state, track)
 
 
 class Bytes(NamedTuple):

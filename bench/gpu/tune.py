@@ -34,6 +34,7 @@ from bench.harness import data, machine
 from bench.harness.machine import provenance, synchronize
 from bench.report.tables import Table, percent, terminal
 from ift_kernels import backends as installed
+from ift_kernels.backends import contract
 from ift_kernels.common.transform import LogitTransform
 
 CLEARLY = 0.97  # of the time of the backend that comes first
@@ -66,7 +67,9 @@ def returning(function: Callable[[], list[Tensor]], moved: int = 0) -> Call:
     return Call(moved, run, lambda: kept)
 
 
-def calls(backend: Any, device: torch.device, rows: int, columns: int) -> dict[str, Call]:
+def calls(
+    backend: contract.Backend, device: torch.device, rows: int, columns: int
+) -> dict[str, Call]:
     """By name of the function; bfloat16 logits, float32 sequences."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, columns, generator=generator).to(device, torch.bfloat16)
@@ -74,8 +77,9 @@ def calls(backend: Any, device: torch.device, rows: int, columns: int) -> dict[s
     level = x.float().amax(1) - 2
     norm = torch.stack([x.float().amax(1), torch.full((rows,), 3.0, device=device)])
     coef = torch.ones(4, rows, device=device)
-    state, argmax = backend.new_state(rows, device)
+    state = contract.new_state(rows, device)
     y = x.clone()
+    row_gradient = contract.RowGradient(target, norm, coef)
     values = torch.full((rows, 2), -torch.inf, device=device)
     ids = torch.full((rows, 2), -1, device=device)
     best, logit = torch.full((2, rows), -torch.inf, device=device)
@@ -85,11 +89,11 @@ def calls(backend: Any, device: torch.device, rows: int, columns: int) -> dict[s
     table = x[: max(rows // 4, 1)]
     tokens = torch.arange(rows, device=device)[None] % len(table)
     grad = torch.randn(1, rows, columns, generator=generator).to(device, torch.bfloat16)
-    chunk, moved = (x, None, PLAIN), x.numel() * x.element_size()
+    chunk, moved = contract.Chunk(x), x.numel() * x.element_size()
     mixing = (tokens, tokens.roll(1, 1), tokens, None, 0.2, -100)
 
     def new_state() -> None:
-        for tensor, first in zip((state, argmax), backend.new_state(rows, device), strict=True):
+        for tensor, first in zip(state, contract.new_state(rows, device), strict=True):
             tensor.copy_(first)
 
     def no_values() -> None:
@@ -101,25 +105,25 @@ def calls(backend: Any, device: torch.device, rows: int, columns: int) -> dict[s
         drawn.zero_()
 
     def statistics_of(track: int) -> Call:
-        return Call(moved, lambda: backend.stats_update(*chunk, target, 0, state, argmax, track),
-                    lambda: [state[:3 if track > 1 else 2], argmax], new_state)  # fmt: skip
+        return Call(
+            moved, lambda: backend.stats_update(chunk, target, state, track),
+            lambda: [state.values[:3 if track > 1 else 2], state.argmax], new_state,
+        )  # fmt: skip
 
     return {
-        "stats_update": statistics_of(1),
-        "stats_update, all": statistics_of(31),
-        "dlogits_": Call(2 * moved, lambda: backend.dlogits_(y, None, PLAIN, target, 0, norm, coef),
+        "stats_update": statistics_of(contract.TRACK_ARGMAX),
+        "stats_update, all": statistics_of(contract.TRACK_ALL),
+        "dlogits_": Call(2 * moved, lambda: backend.dlogits_(contract.Chunk(y), row_gradient),
                          lambda: [y], lambda: y.copy_(x)),
-        "probabilities_": Call(2 * moved, lambda: backend.probabilities_(y, None, PLAIN, norm),
+        "probabilities_": Call(2 * moved, lambda: backend.probabilities_(contract.Chunk(y), norm),
                                lambda: [y], lambda: y.copy_(x)),
-        "top_k_update": Call(moved, lambda: backend.top_k_update(*chunk, 0, values, ids),
+        "top_k_update": Call(moved, lambda: backend.top_k_update(chunk, values, ids),
                              lambda: [values, ids], no_values),
         "gumbel_update": Call(
-            moved, lambda: backend.gumbel_update(*chunk, 0, 1, target, best, logit, drawn),
+            moved, lambda: backend.gumbel_update(chunk, 1, target, best, logit, drawn),
             lambda: [best, drawn], no_best,
         ),
-        "active_mask": returning(
-            lambda: [backend.active_mask(*chunk, target, 0, level, 32)], moved
-        ),
+        "active_mask": returning(lambda: [backend.active_mask(chunk, target, level, 32)], moved),
         "bucket_sums": returning(lambda: [backend.bucket_sums(x, 64, row_weights)], moved),
         "scan": returning(lambda: [backend.scan(sequence, None, None, 0.95, True)], 4 * moved),
         "residual": returning(lambda: [backend.residual(table, *mixing)], 3 * moved),
@@ -282,21 +286,23 @@ def subjects(dry: bool, device: torch.device) -> Iterator[tuple[str, str, Call]]
             yield kernel, kind, found[function]
         yield "stats", f"{kind}-all", found["stats_update, all"]
     for kind, dtype in (("half", torch.bfloat16), ("single", torch.float32)):
-        yield from _products(backend, kind, dtype, dry, device)
+        yield from _products(kind, dtype, dry, device)
 
 
 def _products(
-    backend: Any, kind: str, dtype: torch.dtype, dry: bool, device: torch.device
+    kind: str, dtype: torch.dtype, dry: bool, device: torch.device
 ) -> Iterator[tuple[str, str, Call]]:
     """The same of kernels with products, and of the choice between schedules."""
+    from ift_kernels.backends.triton.fused import fused_statistics  # imports Triton
+
     n, d, v = (20, 16, 300) if dry else (8192, 4096, 32000)
     made = data.generate(n, d, v, dtype=dtype)
     hidden, weight, target = (t.to(device) for t in (made.hidden, made.weight, made.target))
 
     def fused(track: int) -> list[Tensor]:
-        state, argmax = backend.new_state(n, device)
-        backend.fused_statistics(hidden, weight, None, PLAIN, target, state, argmax, track)
-        return [state[:3]]
+        state = contract.new_state(n, device)
+        fused_statistics(hidden, weight, None, PLAIN, target, state, track)
+        return [state.values[:3]]
 
     def forward() -> list[Tensor]:
         with torch.no_grad():
@@ -304,8 +310,8 @@ def _products(
         assert logprob is not None
         return [logprob]
 
-    yield "fused", f"{kind}-plain", returning(lambda: fused(1))
-    yield "fused", f"{kind}-plain-all", returning(lambda: fused(31))
+    yield "fused", f"{kind}-plain", returning(lambda: fused(contract.TRACK_ARGMAX))
+    yield "fused", f"{kind}-plain-all", returning(lambda: fused(contract.TRACK_ALL))
     yield "forward", kind, returning(forward)
 
 

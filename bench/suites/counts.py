@@ -26,6 +26,7 @@ import ift_kernels
 from bench.report.tables import Table, terminal
 from ift_kernels import backends
 from ift_kernels.backends import reference
+from ift_kernels.backends.contract import Backend
 from ift_kernels.backends.cpu import memory
 
 COMMITTED = Path(__file__).with_name("counts.json")
@@ -104,7 +105,7 @@ def operations() -> dict[str, Callable[[], Any]]:
     }
 
 
-def count(call: Callable[[], Any], backend: Any = reference) -> Counts:
+def count(call: Callable[[], Any], backend: Backend = reference) -> Counts:
     """What one call does with `backend`, after one that fills caches."""
     call()
     activities = [ProfilerActivity.CPU]

@@ -1,8 +1,7 @@
 """What a backend implements, and what the running statistics of a row are.
 
 A backend is a module or package with the functions of `Backend`; `reference` is their executable
-specification. All work on chunks of raw products ``x = h @ W[chunk].T``, (N, C), whose first column
-is vocabulary id `offset`.
+specification. Epilogues work on a `Chunk` of raw products ``x = h @ W[columns].T``.
 """
 
 from __future__ import annotations
@@ -43,26 +42,48 @@ STATISTICS = (
     Statistic("sum_sq", TRACK_SQ, (SUM, E_SQ), False, "Σe² / (Σe)²"),
     Statistic("mean_logit", TRACK_MEAN, (MAX, SUM, Z_SUM), True, "Σz / V − m − log Σe, then + lse"),
 )
-
-
-def new_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Empty running statistics: float64 (STATE_ROWS, N) and the argmax, int64 (N,)."""
-    state = torch.zeros((STATE_ROWS, rows), dtype=torch.float64, device=device)
-    state[MAX] = -torch.inf
-    state[SECOND] = -torch.inf
-    return state, torch.zeros(rows, dtype=torch.int64, device=device)
-
+TRACK_ALL = sum({s.track for s in STATISTICS})
 
 # Of the divergence of two heads.
 KINDS = ("forward", "reverse", "jsd")
 
 
-class Side(NamedTuple):
-    """One head's products of a tile, for a divergence of two, and what makes them logits."""
+class Chunk(NamedTuple):
+    """Raw products of consecutive columns, and what makes them logits: ``transform(x + bias)``."""
 
     x: Tensor  # (N, C)
-    bias: Tensor | None  # (C,)
-    transform: LogitTransform
+    bias: Tensor | None = None  # (C,)
+    transform: LogitTransform = LogitTransform()
+    offset: int = 0  # vocabulary id of the first column
+
+
+class RowState(NamedTuple):
+    """The running statistics of rows."""
+
+    values: Tensor  # (STATE_ROWS, N) float64
+    argmax: Tensor  # (N,) int64
+
+    def rows(self, rows: slice) -> RowState:
+        return RowState(*(value[..., rows] for value in self))
+
+
+class RowGradient(NamedTuple):
+    """What turns a product into its gradient, per row: see `dlogits_`."""
+
+    target: Tensor  # (N,)
+    norm: Tensor  # (2, N)
+    coef: Tensor  # (4, N)
+
+    def rows(self, rows: slice) -> RowGradient:
+        return RowGradient(*(value[..., rows] for value in self))
+
+
+def new_state(rows: int, device: torch.device, *parts: int) -> RowState:
+    """Empty running statistics; `parts`, a further first dimension: of parts of every row."""
+    values = torch.zeros((*parts, STATE_ROWS, rows), dtype=torch.float64, device=device)
+    values[..., MAX, :] = -torch.inf
+    values[..., SECOND, :] = -torch.inf
+    return RowState(values, torch.zeros((*parts, rows), dtype=torch.int64, device=device))
 
 
 class Backend(Protocol):
@@ -82,42 +103,26 @@ class Backend(Protocol):
     def scratch(self, like: Tensor, elements: int) -> Tensor:
         """Uninitialised work memory, which a later call may get again."""
 
-    def new_state(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """As `new_state` of this module."""
-
-    def stats_update(
-        self, x: Tensor, bias: Tensor | None, transform: LogitTransform, target: Tensor,
-        offset: int, state: Tensor, argmax: Tensor, track: int,
-    ) -> None:  # fmt: skip
+    def stats_update(self, chunk: Chunk, target: Tensor, state: RowState, track: int) -> None:
         """Update the running statistics with a chunk."""
 
     def dlogits_(
-        self, x: Tensor, bias: Tensor | None, transform: LogitTransform, target: Tensor,
-        offset: int, norm: Tensor, coef: Tensor, transposed: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Overwrite a chunk by its gradient, from (2, N) norm and (4, N) coefficients."""
-
-    def probabilities_(
-        self, x: Tensor, bias: Tensor | None, transform: LogitTransform, norm: Tensor
+        self, chunk: Chunk, row_gradient: RowGradient, transposed: Tensor | None = None
     ) -> None:
+        """Overwrite a chunk by its gradient."""
+
+    def probabilities_(self, chunk: Chunk, norm: Tensor) -> None:
         """Overwrite a chunk by probabilities."""
 
-    def top_k_update(
-        self, x: Tensor, bias: Tensor | None, transform: LogitTransform, offset: int,
-        values: Tensor, ids: Tensor,
-    ) -> None:  # fmt: skip
+    def top_k_update(self, chunk: Chunk, values: Tensor, ids: Tensor) -> None:
         """Update the k best logits with a chunk."""
 
     def gumbel_update(
-        self, x: Tensor, bias: Tensor | None, transform: LogitTransform, offset: int, seed: int,
-        rows: Tensor, best: Tensor, logit: Tensor, ids: Tensor,
-    ) -> None:  # fmt: skip
+        self, chunk: Chunk, seed: int, rows: Tensor, best: Tensor, logit: Tensor, ids: Tensor
+    ) -> None:
         """Update a Gumbel-max draw with a chunk."""
 
-    def active_mask(
-        self, x: Tensor, bias: Tensor | None, transform: LogitTransform, target: Tensor,
-        offset: int, level: Tensor, block: int,
-    ) -> Tensor:  # fmt: skip
+    def active_mask(self, chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tensor:
         """Which columns matter to which block of rows, uint8 (blocks, C)."""
 
     def split_active(
@@ -130,13 +135,13 @@ class Backend(Protocol):
         """Weighted sums of head rows over buckets."""
 
     def divergence_terms(
-        self, student: Side, teacher: Side, kind: str, beta: float, norm: Tensor, value: Tensor,
+        self, student: Chunk, teacher: Chunk, kind: str, beta: float, norm: Tensor, value: Tensor,
         centre: Tensor,
     ) -> None:  # fmt: skip
         """Add a tile's terms to the divergence of every row."""
 
     def divergence_gradient_(
-        self, student: Side, teacher: Side, kind: str, beta: float, norm: Tensor, centre: Tensor,
+        self, student: Chunk, teacher: Chunk, kind: str, beta: float, norm: Tensor, centre: Tensor,
         upstream: Tensor, value: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Overwrite the student's tile by its gradient."""

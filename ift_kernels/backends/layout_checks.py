@@ -5,22 +5,52 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ift_kernels.backends.contract import Chunk, RowGradient, RowState
+
 # Codes of the dtypes that the extensions serve.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def check_rows(matrix: Tensor, columns: int | None = None) -> None:
-    """What raw addresses rely on: rows of consecutive elements, as many as expected."""
+def check_rows(name: str, matrix: Tensor, columns: int | None = None) -> None:
+    """A RuntimeError unless rows are of consecutive elements, as many as expected."""
     if matrix.stride(1) != 1 and matrix.shape[1] > 1:
-        raise RuntimeError(f"expected rows of consecutive elements, got strides {matrix.stride()}")
+        raise RuntimeError(f"{name}: expected consecutive elements, strides {matrix.stride()}")
     if columns is not None and matrix.shape[1] != columns:
-        raise RuntimeError(f"expected rows of {columns} elements, got {matrix.shape[1]}")
+        raise RuntimeError(f"{name}: expected rows of {columns}, got {tuple(matrix.shape)}")
 
 
-def check_vectors(length: int, *vectors: Tensor | None) -> None:
-    for vector in vectors:
+def check_vectors(length: int, **vectors: Tensor | None) -> None:
+    """A RuntimeError unless all are contiguous, of this length."""
+    for name, vector in vectors.items():
         if vector is not None and not (vector.shape == (length,) and vector.is_contiguous()):
-            raise RuntimeError(f"expected ({length},) contiguous, got {tuple(vector.shape)}")
+            shape = tuple(vector.shape)
+            raise RuntimeError(f"{name}: expected ({length},) contiguous, got {shape}")
+
+
+def check_chunk(chunk: Chunk) -> tuple[int, int]:
+    """Its numbers of rows and columns, once its tensors are checked."""
+    rows, columns = chunk.x.shape
+    check_rows("x", chunk.x)
+    check_vectors(columns, bias=chunk.bias)
+    return rows, columns
+
+
+def check_state(rows: int, state: RowState, target: Tensor) -> None:
+    check_rows("state", state.values, rows)
+    check_vectors(rows, target=target, argmax=state.argmax)
+
+
+def check_row_gradient(rows: int, row_gradient: RowGradient) -> None:
+    check_vectors(rows, target=row_gradient.target)
+    check_rows("norm", row_gradient.norm, rows)
+    check_rows("coef", row_gradient.coef, rows)
+
+
+def check_top_k(rows: int, values: Tensor, ids: Tensor) -> None:
+    if not (values.shape == ids.shape and values.is_contiguous() and ids.is_contiguous()):
+        raise RuntimeError("values and ids: expected contiguous (N, k)")
+    if values.shape[0] != rows:
+        raise RuntimeError(f"values: {tuple(values.shape)} for {rows} rows")
 
 
 def address(tensor: Tensor | None) -> int:

@@ -23,7 +23,7 @@ from ift_kernels.common import sync_free
 from ift_kernels.operators import head_call, library, linear_stats
 from ift_kernels.schedule import gradients, plan, products
 from ift_kernels.schedule.accumulate import accum_dtype
-from ift_kernels.schedule.head import RowGradient, slices
+from ift_kernels.schedule.head import slices
 
 NEEDS = (True, False, False)
 GATHERED = 1 << 20  # elements of head rows at once
@@ -50,11 +50,11 @@ def _frozen(
     call = head_call.Call(*arguments, grads_in_forward=True, active=active)
     chosen = plan.make(call.problem, plan.ledger.reserved, "forward")
     rows, wide = call.select(target), accum_dtype(call.dtype)
-    state, argmax = call.head.backend.new_state(len(rows), hidden.device)
+    state, argmax = contract.new_state(len(rows), hidden.device)
     target_coef = state.new_zeros((2, len(rows)))
     done = 0
 
-    def coefficients(part: Tensor, ids: Tensor) -> RowGradient:
+    def coefficients(part: Tensor, ids: Tensor) -> contract.RowGradient:
         nonlocal done
         here = slice(done, done := done + len(ids))
         state[:, here], argmax[here] = part, ids
@@ -62,7 +62,7 @@ def _frozen(
         zero, p = torch.zeros_like(row.logprob), row.logprob.exp()
         target_coef[0, here], target_coef[1, here] = -row.logprob.expm1(), p
         coef = torch.stack([-p, zero + 1, zero, zero])  # p_j times 1, and p_t less at the target
-        return RowGradient(rows, row.norm.to(wide), coef.to(wide))
+        return contract.RowGradient(rows, row.norm.to(wide), coef.to(wide))
 
     nontarget_sum = hidden.new_empty((0, hidden.shape[1]))
     with torch.autocast(hidden.device.type, enabled=False):

@@ -24,7 +24,7 @@ from ift_kernels.operators.head_call import (
 )
 from ift_kernels.schedule import gradients, plan, products
 from ift_kernels.schedule.accumulate import accum_dtype
-from ift_kernels.schedule.head import Results, RowGradient, empty_padded
+from ift_kernels.schedule.head import Results, empty_padded
 
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
 OPTIONS = (
@@ -216,7 +216,7 @@ def _stats_backward(
     with torch.autocast(hidden.device.type, enabled=False):
         results = gradients.in_backward(
             call.head,
-            RowGradient(call.select(target), call.select(norm), call.select(coef)),
+            contract.RowGradient(call.select(target), call.select(norm), call.select(coef)),
             tuple(needs),
             hidden.dtype,
             chosen,

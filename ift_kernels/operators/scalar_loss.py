@@ -16,7 +16,7 @@ from ift_kernels.backends import contract
 from ift_kernels.operators import head_call, library, linear_stats
 from ift_kernels.schedule import gradients, plan, products
 from ift_kernels.schedule.accumulate import accum_dtype
-from ift_kernels.schedule.head import Results, RowGradient
+from ift_kernels.schedule.head import Results
 
 
 def _loss(
@@ -36,7 +36,7 @@ def _loss(
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     norms: list[Tensor] = []
 
-    def coefficients(state: Tensor, argmax: Tensor) -> RowGradient:
+    def coefficients(state: Tensor, argmax: Tensor) -> contract.RowGradient:
         row = linear_stats.row_values(state, argmax, vocabulary, track)
         loss = z_loss * row.lse.square() - (1 - smoothing) * row.logprob
         if smoothing:
@@ -47,7 +47,7 @@ def _loss(
         norms.append(row.norm.to(dtype))
         upstream = loss_upstream(row.norm, factor, smoothing, z_loss)
         coef = linear_stats.row_coefficients(norms[-1], row.entropy, vocabulary, upstream)
-        return RowGradient(target, norms[-1], coef)
+        return contract.RowGradient(target, norms[-1], coef)
 
     results: Results = (None, None, None)
     track = contract.TRACK_MEAN if smoothing else 0

@@ -24,9 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ift_kernels.backends.contract import RowGradient
 from ift_kernels.common.active_set import ActiveSet, ActiveSetStats, recording
 from ift_kernels.schedule.accumulate import Sum, accum_dtype
-from ift_kernels.schedule.head import Head, RowGradient, Tile
+from ift_kernels.schedule.head import Head, Tile
 from ift_kernels.schedule.tail_weights import TailWeights
 
 # Above this share of active columns a dense product costs no more than gathering the columns.
@@ -108,10 +109,7 @@ class ActiveHidden:
                 self._report.tail_mass.append(norm.new_zeros(norm.shape[1], dtype=torch.float64))
         block, threshold = self._block(tile.product), self.options.threshold
         level = norm[:, tile.rows].sum(0) + (math.log(threshold) if threshold else -math.inf)
-        mask: Tensor = head.backend.active_mask(
-            tile.product, head.bias_chunk(tile.columns), head.transform, target[tile.rows],
-            tile.columns.start, level, block,
-        )  # fmt: skip
+        mask = head.backend.active_mask(head.chunk(tile), target[tile.rows], level, block)
         if self._report is not None:
             self._report.measure(head, tile, norm, mask, block)
         return mask

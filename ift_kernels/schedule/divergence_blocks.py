@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ift_kernels.backends import contract, reference
+from ift_kernels.backends.contract import Chunk
 from ift_kernels.schedule.accumulate import Sum, accum_dtype
 from ift_kernels.schedule.divergence_plan import Heads, Layout, Needs, in_place, layout
 from ift_kernels.schedule.gradients import Gradients
 from ift_kernels.schedule.head import Head, Results, Tile, empty_padded, slices
 
-Pair = tuple[Tensor, Tensor]  # products of student and teacher
+Pair = tuple[Chunk, Chunk]  # of student and teacher
 
 
 class Products:
@@ -50,13 +51,13 @@ class Products:
                 student = self.held[rows, columns]
             else:
                 student = self.rest[:count, columns.start - held : columns.stop - held]
-            yield columns, (student, self.teacher[:count, columns])
+            yield columns, self._pair(rows, columns, student, self.teacher[:count, columns])
 
     def formed(self, rows: slice) -> Iterator[tuple[slice, Pair]]:
         """The tiles of a block, each formed first."""
         for columns, pair in self.tiles(rows):
-            for head, product in zip(self.heads, pair, strict=True):
-                torch.mm(head.hidden[rows], head.weight_chunk(columns).T, out=product)
+            for head, chunk in zip(self.heads, pair, strict=True):
+                torch.mm(head.hidden[rows], head.weight_chunk(columns).T, out=chunk.x)
             yield columns, pair
 
     def gradients(self, rows: slice) -> list[tuple[slice, Tensor]]:
@@ -82,20 +83,17 @@ class Products:
         for columns in self._columns(first):
             width = columns.stop - columns.start
             weights = [head.weight_chunk(columns) for head in self.heads]
-            scratch[0][:, width:] = 0  # as in new_rows, for a narrower last tile
+            scratch[0][:, width:] = 0  # as in empty_padded, for a narrower last tile
             for rows in slices(over.start, over.stop, max(tile_rows, 1)):
-                pair = (
-                    scratch[0][: rows.stop - rows.start, :width],
-                    scratch[1][: rows.stop - rows.start, :width],
-                )
-                for head, weight, product in zip(self.heads, weights, pair, strict=True):
+                products = [some[: rows.stop - rows.start, :width] for some in scratch]
+                for head, weight, product in zip(self.heads, weights, products, strict=True):
                     torch.mm(head.hidden[rows], weight.T, out=product)
-                yield rows, columns, pair
+                yield rows, columns, self._pair(rows, columns, *products)
 
-    def sides(self, columns: slice, pair: Pair) -> tuple[contract.Side, contract.Side]:
+    def _pair(self, rows: slice, columns: slice, *products: Tensor) -> Pair:
         student, teacher = (
-            contract.Side(product, head.bias_chunk(columns), head.transform)
-            for head, product in zip(self.heads, pair, strict=True)
+            head.chunk(Tile(rows, columns, product))
+            for head, product in zip(self.heads, products, strict=True)
         )
         return student, teacher
 
@@ -105,21 +103,18 @@ class Norm:
 
     def __init__(self, heads: Heads, rows: int) -> None:
         self.heads = heads
-        self.states = [h.backend.new_state(rows, h.hidden.device) for h in heads]
+        self.states = [contract.new_state(rows, head.hidden.device) for head in heads]
         self.no_target = torch.full((rows,), -1, device=heads[0].hidden.device)
 
-    def update(self, rows: slice, columns: slice, pair: Pair) -> None:
-        for head, product, (state, argmax) in zip(self.heads, pair, self.states, strict=True):
-            head.backend.stats_update(
-                product, head.bias_chunk(columns), head.transform, self.no_target[rows],
-                columns.start, state[:, rows], argmax[rows], 0,
-            )  # fmt: skip
+    def update(self, rows: slice, pair: Pair) -> None:
+        for head, chunk, state in zip(self.heads, pair, self.states, strict=True):
+            head.backend.stats_update(chunk, self.no_target[rows], state.rows(rows), 0)
 
     def result(self) -> Tensor:
         """Maximum and log of the sum of exponentials, (2 heads, 2, rows)."""
         both = [
-            torch.stack([state[contract.MAX], state[contract.SUM].log()])
-            for state, _ in self.states
+            torch.stack([values[contract.MAX], values[contract.SUM].log()])
+            for values, _ in self.states
         ]
         return torch.stack(both).to(accum_dtype(self.heads[0].hidden.dtype))
 
@@ -161,8 +156,8 @@ class Divergence:
         if self.sizes.block:
             for rows in self.products.blocks():
                 self._norm(rows, given)
-                for columns, pair in self.products.tiles(rows):
-                    self._terms(columns, pair, given.part(rows))
+                for _, pair in self.products.tiles(rows):
+                    self._terms(pair, given.part(rows))
             return
         self._swept_values(given)
 
@@ -179,14 +174,14 @@ class Divergence:
             part = given.part(rows)
             self._norm(rows, given)
             if self.kind != "forward":  # whose gradient needs no centre: its value comes with it
-                for columns, pair in self.products.tiles(rows):
-                    self._terms(columns, pair, part)
+                for _, pair in self.products.tiles(rows):
+                    self._terms(pair, part)
             for columns, pair in self.products.tiles(rows):
-                self._gradient(columns, pair, part, with_value=self.kind == "forward")
+                self._gradient(pair, part, with_value=self.kind == "forward")
                 if total.bias is not None:
-                    total.bias[columns] += pair[0].sum(0, dtype=total.bias.dtype)
+                    total.bias[columns] += pair[0].x.sum(0, dtype=total.bias.dtype)
                 if total.weight is not None and in_place(self.head):
-                    self._add_weight_in_place(total.weight[columns], rows, pair[0])
+                    self._add_weight_in_place(total.weight[columns], rows, pair[0].x)
             if hidden is not None:
                 hidden[rows] = self._hidden(rows)
         if total.weight is not None and not in_place(self.head):
@@ -210,30 +205,29 @@ class Divergence:
 
     def _swept_values(self, given: Rows) -> None:
         norm = Norm(self.products.heads, self.every.stop)
-        for rows, columns, pair in self.products.sweep(self.every):
-            norm.update(rows, columns, pair)
+        for rows, _, pair in self.products.sweep(self.every):
+            norm.update(rows, pair)
         given.norm.copy_(norm.result())
-        for rows, columns, pair in self.products.sweep(self.every):
-            self._terms(columns, pair, given.part(rows))
+        for rows, _, pair in self.products.sweep(self.every):
+            self._terms(pair, given.part(rows))
 
     def _norm(self, rows: slice, given: Rows) -> None:
         norm = Norm(self.products.heads, rows.stop - rows.start)
-        for columns, pair in self.products.formed(rows):
-            norm.update(slice(None), columns, pair)
+        for _, pair in self.products.formed(rows):
+            norm.update(slice(None), pair)
         given.norm[..., rows] = norm.result()
 
-    def _terms(self, columns: slice, pair: Pair, given: Rows) -> None:
+    def _terms(self, pair: Pair, given: Rows) -> None:
         self.products.backend.divergence_terms(
-            *self.products.sides(columns, pair), self.kind, self.beta, given.norm, given.value,
-            given.centre,
-        )  # fmt: skip
+            *pair, self.kind, self.beta, given.norm, given.value, given.centre
+        )
 
-    def _gradient(self, columns: slice, pair: Pair, given: Rows, with_value: bool = False) -> None:
+    def _gradient(self, pair: Pair, given: Rows, with_value: bool = False) -> None:
         assert given.upstream is not None
+        value = given.value if with_value else None
         self.products.backend.divergence_gradient_(
-            *self.products.sides(columns, pair), self.kind, self.beta, given.norm, given.centre,
-            given.upstream, given.value if with_value else None,
-        )  # fmt: skip
+            *pair, self.kind, self.beta, given.norm, given.centre, given.upstream, value
+        )
 
     def _total(self, needs: Needs, head: Head | None = None) -> Gradients:
         head = self.head if head is None else head
@@ -247,7 +241,7 @@ class Divergence:
         """dh of a block; by whole ranges of columns, for vendor GEMMs want a long inner size."""
         parts = self.products.gradients(rows)
         if self.head.weight.dtype != self.head.hidden.dtype:  # cast by tiles
-            parts = [(columns, pair[0]) for columns, pair in self.products.tiles(rows)]
+            parts = [(columns, pair[0].x) for columns, pair in self.products.tiles(rows)]
         total = Sum((rows.stop - rows.start, self.head.hidden.shape[1]), self.head.hidden)
         for columns, part in parts:
             total.add(slice(None), part, self.head.weight_chunk(columns))
@@ -263,8 +257,8 @@ class Divergence:
         for rows, columns, gradient in self.products.held_tiles():
             self._add_weight(total, rows, columns, gradient)
         for rows, columns, pair in self.products.sweep(self.every, self.sizes.held):
-            self._gradient(columns, pair, given.part(rows))
-            self._add_weight(total, rows, columns, pair[0])
+            self._gradient(pair, given.part(rows))
+            self._add_weight(total, rows, columns, pair[0].x)
 
     def _add_weight(self, total: Gradients, rows: slice, columns: slice, gradient: Tensor) -> None:
         transposed = None if total.transposed is None else total.transposed.of(gradient)
@@ -277,12 +271,12 @@ class Divergence:
     def _sweep(self, over: slice, needs: Needs, given: Rows) -> Results:
         total = self._total(needs, self.head.rows(over))
         for rows, columns, pair in self.products.sweep(over):
-            self._gradient(columns, pair, given.part(rows))
+            self._gradient(pair, given.part(rows))
             if total.hidden is not None:
                 here = slice(rows.start - over.start, rows.stop - over.start)
-                total.hidden.add(here, pair[0], self.head.weight_chunk(columns))
+                total.hidden.add(here, pair[0].x, self.head.weight_chunk(columns))
             if total.weight is not None:
-                self._add_weight(total, rows, columns, pair[0])
+                self._add_weight(total, rows, columns, pair[0].x)
             if total.bias is not None:
-                total.bias[columns] += pair[0].sum(0, dtype=total.bias.dtype)
+                total.bias[columns] += pair[0].x.sum(0, dtype=total.bias.dtype)
         return total.results()

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ift_kernels.backends.contract import RowGradient
 from ift_kernels.schedule.accumulate import Sum, accum_dtype
 from ift_kernels.schedule.active import ActiveHidden
-from ift_kernels.schedule.head import Head, Results, RowGradient, Tile, empty_padded, slices
+from ift_kernels.schedule.head import Head, Results, Tile, empty_padded, slices
 from ift_kernels.schedule.plan import Plan
 from ift_kernels.schedule.products import recomputed_tiles, statistics
 
@@ -78,21 +79,11 @@ class Gradients:
         Returns its active mask, where hidden's gradient is from active columns.
         """
         head, (rows, columns, product) = self.head, tile
-        target, norm, coef = row_gradient
         mask = None
         if self.active is not None:  # while the products are there
             mask = self.active.mask(head, tile, row_gradient)
         transposed = None if self.transposed is None else self.transposed.of(product)
-        head.backend.dlogits_(
-            product,
-            head.bias_chunk(columns),
-            head.transform,
-            target[rows],
-            columns.start,
-            norm[:, rows],
-            coef[:, rows],
-            transposed,
-        )
+        head.backend.dlogits_(head.chunk(tile), row_gradient.rows(rows), transposed)
         if self.hidden is not None and hidden_too:
             if self.active is None or mask is None:
                 self.hidden.add(rows, product, head.weight_chunk(columns))
@@ -203,7 +194,7 @@ def _hidden_by_blocks(
     out = torch.empty((n, width), dtype=hidden_dtype, device=head.hidden.device)
     for rows in slices(0, n, plan.hidden_rows):
         total = Gradients(head.rows(rows), (True, False, False), hidden_dtype, 0, 0, None, active)
-        part = RowGradient(*(value[..., rows] for value in row_gradient))
+        part = row_gradient.rows(rows)
         for tile in recomputed_tiles(total.head, plan, 0):
             total.add(tile, part)
         out[rows] = total.results()[0]  # type: ignore[assignment]  # asked for above
@@ -235,8 +226,8 @@ def in_forward(
     for rows in slices(0, n, plan.tile_rows):
         part, into = head.rows(rows), None if d_hidden is None else d_hidden[rows]
         kept = buffer[: part.hidden.shape[0]]
-        state, argmax = statistics(part, target[rows], track, plan, kept)
-        row_gradient = coefficients(state, argmax)._replace(target=target[rows])
+        state = statistics(part, target[rows], track, plan, kept)
+        row_gradient = coefficients(*state)._replace(target=target[rows])
         if total is None:
             size = plan.tile_columns, len(kept)
             total = Gradients(part, needs, hidden_dtype, *size, into, active)

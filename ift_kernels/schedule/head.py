@@ -1,4 +1,4 @@
-"""A head's operands, a tile of its products, and what turns a tile into its gradient."""
+"""A head's operands and a tile of its products."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ift_kernels.backends.contract import Backend
+from ift_kernels.backends.contract import Backend, Chunk
 from ift_kernels.common.transform import LogitTransform
 
 Results = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients of hidden, weight, bias
@@ -34,6 +34,11 @@ class Head:
     def bias_chunk(self, columns: slice) -> Tensor | None:
         return None if self.bias is None else self.bias[columns]
 
+    def chunk(self, tile: Tile) -> Chunk:
+        """What a backend's epilogues take."""
+        columns = tile.columns
+        return Chunk(tile.product, self.bias_chunk(columns), self.transform, columns.start)
+
     def rows(self, rows: slice) -> Head:
         return replace(self, hidden=self.hidden[rows])
 
@@ -44,14 +49,6 @@ class Tile(NamedTuple):
     rows: slice
     columns: slice
     product: Tensor
-
-
-class RowGradient(NamedTuple):
-    """What turns a product into its gradient, per row: see `dlogits_` of a backend."""
-
-    target: Tensor  # (N,)
-    norm: Tensor  # (2, N)
-    coef: Tensor  # (4, N)
 
 
 def empty_padded(backend: Backend, like: Tensor, rows: int, columns: int) -> Tensor:

@@ -5,11 +5,12 @@ A *product* is a raw ``h @ W[chunk].T``, made by the vendor's GEMM; a backend re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from ift_kernels.backends.contract import RowState, new_state
 from ift_kernels.schedule.head import Head, Tile, empty_padded, slices
 from ift_kernels.schedule.plan import Plan
 
@@ -41,20 +42,10 @@ def recomputed_tiles(head: Head, plan: Plan, first: int) -> Iterator[Tile]:
             yield Tile(rows, columns, torch.mm(hidden, weight.T, out=product))
 
 
-def update(
-    head: Head, tile: Tile, target: Tensor, state: Tensor, argmax: Tensor, track: int
-) -> None:
+def update(head: Head, tile: Tile, target: Tensor, state: RowState, track: int) -> None:
     """Update the running statistics with a tile."""
-    head.backend.stats_update(
-        tile.product,
-        head.bias_chunk(tile.columns),
-        head.transform,
-        target[tile.rows],
-        tile.columns.start,
-        state[:, tile.rows],
-        argmax[tile.rows],
-        track,
-    )
+    rows = tile.rows
+    head.backend.stats_update(head.chunk(tile), target[rows], state.rows(rows), track)
 
 
 def statistics(
@@ -64,18 +55,18 @@ def statistics(
     plan: Plan,
     kept: Tensor | None = None,
     last: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Running state (STATE_ROWS, N) and argmax (N,) after the whole vocabulary.
+) -> RowState:
+    """The running state after the whole vocabulary.
 
     `last`: these products are not formed again, for gradients that have to fit them.
     """
-    state, argmax = head.backend.new_state(head.hidden.shape[0], head.hidden.device)
+    state = new_state(head.hidden.shape[0], head.hidden.device)
     # One kernel for products and statistics, where a backend has it and its table prefers it.
-    fused = getattr(head.backend, "fused_statistics", None)
+    fused: Callable[..., bool] | None = getattr(head.backend, "fused_statistics", None)
     if last and kept is None and fused is not None:
         operands = head.hidden, head.weight, head.bias, head.transform
-        if fused(*operands, target, state, argmax, track):
-            return state, argmax
+        if fused(*operands, target, state, track):
+            return state
     for tile in tiles(head, plan, kept):
-        update(head, tile, target, state, argmax, track)
-    return state, argmax
+        update(head, tile, target, state, track)
+    return state

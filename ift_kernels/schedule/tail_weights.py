@@ -22,8 +22,9 @@ import math
 import torch
 from torch import Tensor
 
+from ift_kernels.backends.contract import RowGradient
 from ift_kernels.schedule.accumulate import accum_dtype
-from ift_kernels.schedule.head import Head, RowGradient, slices
+from ift_kernels.schedule.head import Head, slices
 
 MAX_RANGE, CAP_SHARE = 16.0, 0.25
 MAX_RANGE_TIMES_THRESHOLD = 2.0**-6

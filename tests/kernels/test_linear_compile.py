@@ -12,6 +12,7 @@ from ift_kernels import (
     linear_logprobs,
     linear_token,
 )
+from ift_kernels.backends.contract import TRACK_ALL
 from ift_kernels.schedule import plan
 from serving import BACKENDS
 
@@ -161,7 +162,7 @@ def stats_args(h, track):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ignored", [0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("track", [0, 31], ids=["logprob", "everything"])
+@pytest.mark.parametrize("track", [0, TRACK_ALL], ids=["logprob", "everything"])
 def test_opcheck_of_linear_stats(backend, ignored, dtype, track):
     h = dense.head(20, 6, 90, dtype, bias=True, ignored=ignored)
     with ift_kernels.use_backend(backend):

@@ -353,16 +353,16 @@ def test_rows_further_apart_than_an_int32_counts(dtype):
     x = torch.tensor([], dtype=dtype).set_(storage, 0, (2, v), (far, 1))
     values = torch.randn(2, v).to(dtype)
     x.copy_(values)
-    from ift_kernels.backends import cpu, reference
-    from ift_kernels.common.transform import LogitTransform
+    from ift_kernels.backends import contract, cpu, reference
 
-    target, transform = torch.tensor([3, v - 1]), LogitTransform()
+    target = torch.tensor([3, v - 1])
     states = []
-    for backend, chunk in ((cpu, x), (reference, values.clone())):
-        state, argmax = backend.new_state(2, torch.device("cpu"))
-        backend.stats_update(chunk, None, transform, target, 0, state, argmax, 1)
+    for backend, product in ((cpu, x), (reference, values.clone())):
+        chunk = contract.Chunk(product)
+        running = state, argmax = contract.new_state(2, torch.device("cpu"))
+        backend.stats_update(chunk, target, running, contract.TRACK_ARGMAX)
         states.append(torch.cat([state[:3], argmax[None]]))
         norm = torch.stack([state[0], state[1].log()]).float()
-        backend.probabilities_(chunk, None, transform, norm)
-        states.append(chunk.clone().double())
+        backend.probabilities_(chunk, norm)
+        states.append(product.clone().double())
     torch.testing.assert_close(states[:2], states[2:], rtol=1e-6, atol=1e-6)

@@ -1,6 +1,5 @@
 """The epilogues in C++ for CPU tensors: float32, bfloat16 and float16. See `reference`."""
 
-from ift_kernels.backends.contract import new_state
 from ift_kernels.backends.cpu.active import active_mask, bucket_sums, split_active
 from ift_kernels.backends.cpu.divergence import (
     divergence_gradient_,
@@ -27,7 +26,6 @@ __all__ = [
     "divergence_terms",
     "dlogits_",
     "gumbel_update",
-    "new_state",
     "probabilities_",
     "residual",
     "residual_grad",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ift_kernels.backends.cpu.extension import chunk, compiled
+from ift_kernels.backends.contract import Chunk
+from ift_kernels.backends.cpu.extension import compiled, products_of
 from ift_kernels.backends.layout_checks import (
     DTYPES,
     check_split_active_args,
@@ -13,24 +14,12 @@ from ift_kernels.backends.layout_checks import (
     check_vectors,
 )
 from ift_kernels.backends.reference.active import bucket_sums as reference_bucket_sums
-from ift_kernels.common.transform import LogitTransform
-
-PLAIN = LogitTransform()  # of gradients, which are no logits any more
 
 
-def active_mask(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    target: Tensor,
-    offset: int,
-    level: Tensor,
-    block: int,
-) -> Tensor:
-    level = level.float()
-    check_vectors(x.shape[0], target, level)
-    mask = x.new_empty((-(-x.shape[0] // block), x.shape[1]), dtype=torch.uint8)
-    products = chunk(x, bias, transform, offset)
+def active_mask(chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tensor:
+    products, (rows, columns), level = products_of(chunk), chunk.x.shape, level.float()
+    check_vectors(rows, target=target, level=level)
+    mask = chunk.x.new_empty((-(-rows // block), columns), dtype=torch.uint8)
     compiled().active_mask(products, target.data_ptr(), level.data_ptr(), block, mask.data_ptr())
     return mask
 
@@ -46,7 +35,7 @@ def split_active(
 ) -> None:
     check_split_active_args(dz, mask, block, bucket, tail_weights, tail_gradient, active)
     compiled().split_active(
-        chunk(dz, None, PLAIN, 0),
+        products_of(Chunk(dz)),
         mask.data_ptr(),
         block,
         bucket,

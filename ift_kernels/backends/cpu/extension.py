@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ift_kernels.backends.contract import Chunk
 from ift_kernels.backends.cpu import memory
-from ift_kernels.backends.layout_checks import DTYPES, check_rows, check_vectors
+from ift_kernels.backends.layout_checks import DTYPES, address, check_chunk
 from ift_kernels.backends.loading import extension_error
-from ift_kernels.common.transform import LogitTransform
 
 try:
     from ift_kernels import _cpu  # type: ignore[attr-defined]  # compiled, may be absent
@@ -68,17 +68,17 @@ def scratch(like: Tensor, elements: int) -> Tensor:
     return buffer
 
 
-def chunk(x: Tensor, bias: Tensor | None, transform: LogitTransform, offset: int) -> Any:
+def products_of(chunk: Chunk) -> Any:
     """The C++ record of a chunk."""
-    check_rows(x)
-    check_vectors(x.shape[1], bias)
+    check_chunk(chunk)
+    x, bias, transform, offset = chunk
     return _cpu.Chunk(
         x.data_ptr(),
         DTYPES[x.dtype],
         x.shape[0],
         x.shape[1],
         x.stride(0),
-        0 if bias is None else bias.data_ptr(),
+        address(bias),
         transform.scale,
         transform.softcap,
         transform.temperature,

@@ -4,41 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ift_kernels.backends.cpu.extension import chunk, compiled
-from ift_kernels.backends.layout_checks import check_vectors
-from ift_kernels.common.transform import LogitTransform
+from ift_kernels.backends.contract import Chunk
+from ift_kernels.backends.cpu.extension import compiled, products_of
+from ift_kernels.backends.layout_checks import check_top_k, check_vectors
 
 
-def top_k_update(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    offset: int,
-    values: Tensor,
-    ids: Tensor,
-) -> None:
-    if not (values.shape == ids.shape and values.is_contiguous() and ids.is_contiguous()):
-        raise RuntimeError("values and ids: expected contiguous (N, k)")
-    if values.shape[0] != x.shape[0]:
-        raise RuntimeError(f"values: {tuple(values.shape)} for {x.shape[0]} rows")
-    piece = chunk(x, bias, transform, offset)
-    compiled().top_k(piece, values.data_ptr(), ids.data_ptr(), values.shape[1])
+def top_k_update(chunk: Chunk, values: Tensor, ids: Tensor) -> None:
+    check_top_k(len(chunk.x), values, ids)
+    compiled().top_k(products_of(chunk), values.data_ptr(), ids.data_ptr(), values.shape[1])
 
 
 def gumbel_update(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    offset: int,
-    seed: int,
-    rows: Tensor,
-    best: Tensor,
-    logit: Tensor,
-    ids: Tensor,
+    chunk: Chunk, seed: int, rows: Tensor, best: Tensor, logit: Tensor, ids: Tensor
 ) -> None:
-    check_vectors(x.shape[0], rows, best, logit, ids)
+    check_vectors(len(chunk.x), rows=rows, best=best, logit=logit, ids=ids)
     compiled().gumbel(
-        chunk(x, bias, transform, offset),
+        products_of(chunk),
         seed % 2**64,
         rows.data_ptr(),
         best.data_ptr(),

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ift_kernels.backends.cpu.extension import chunk, compiled
-from ift_kernels.backends.layout_checks import check_rows, check_vectors
-from ift_kernels.common.transform import LogitTransform
+from ift_kernels.backends.contract import Chunk, RowState
+from ift_kernels.backends.cpu.extension import compiled, products_of
+from ift_kernels.backends.layout_checks import check_state
 
 
-def stats_update(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    target: Tensor,
-    offset: int,
-    state: Tensor,
-    argmax: Tensor,
-    track: int,
-) -> None:
-    check_rows(state, x.shape[0])
-    check_vectors(x.shape[0], target, argmax)
-    piece = chunk(x, bias, transform, offset)
+def stats_update(chunk: Chunk, target: Tensor, state: RowState, track: int) -> None:
+    check_state(len(chunk.x), state, target)
+    values, argmax = state
     compiled().stats(
-        piece, target.data_ptr(), state.data_ptr(), state.stride(0), argmax.data_ptr(), track
+        products_of(chunk),
+        target.data_ptr(),
+        values.data_ptr(),
+        values.stride(0),
+        argmax.data_ptr(),
+        track,
     )

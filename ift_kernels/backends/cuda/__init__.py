@@ -1,6 +1,5 @@
 """The epilogues in CUDA C++ for NVIDIA GPUs: float32, bfloat16 and float16. See `reference`."""
 
-from ift_kernels.backends.contract import new_state
 from ift_kernels.backends.cuda.active import active_mask, bucket_sums, split_active
 from ift_kernels.backends.cuda.dlogits import dlogits_, probabilities_
 from ift_kernels.backends.cuda.extension import (
@@ -27,7 +26,6 @@ __all__ = [
     "divergence_terms",
     "dlogits_",
     "gumbel_update",
-    "new_state",
     "probabilities_",
     "residual",
     "residual_grad",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ift_kernels.backends.contract import Chunk
 from ift_kernels.backends.cuda.extension import compiled, products_of, queue_of
 from ift_kernels.backends.layout_checks import (
     DTYPES,
@@ -13,23 +14,13 @@ from ift_kernels.backends.layout_checks import (
     check_vectors,
 )
 from ift_kernels.backends.reference.active import bucket_sums as reference_bucket_sums
-from ift_kernels.common.transform import LogitTransform
 
 
-def active_mask(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    target: Tensor,
-    offset: int,
-    level: Tensor,
-    block: int,
-) -> Tensor:
-    level = level.float()
-    check_vectors(x.shape[0], target, level)
-    shape = -(-x.shape[0] // block), x.shape[1]
-    mask = torch.empty(shape, dtype=torch.uint8, device=x.device)
-    queue, products = products_of(x, bias, transform, offset)
+def active_mask(chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tensor:
+    (rows, columns), level = chunk.x.shape, level.float()
+    check_vectors(rows, target=target, level=level)
+    mask = chunk.x.new_empty((-(-rows // block), columns), dtype=torch.uint8)
+    queue, products = products_of(chunk)
     compiled().active_mask(
         queue, products, target.data_ptr(), level.data_ptr(), block, mask.data_ptr()
     )
@@ -48,7 +39,7 @@ def split_active(
     blocks, buckets = check_split_active_args(
         dz, mask, block, bucket, tail_weights, tail_gradient, active
     )
-    queue, gradients = products_of(dz, None, LogitTransform(), 0)
+    queue, gradients = products_of(Chunk(dz))
     counts = torch.empty((blocks, buckets), dtype=torch.int64, device=dz.device)
     compiled().mask_counts(queue, mask.data_ptr(), blocks, dz.shape[1], bucket, counts.data_ptr())
     ends = counts.cumsum(1)

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ift_kernels.backends.contract import Chunk, RowGradient
 from ift_kernels.backends.cuda.extension import compiled, products_of
-from ift_kernels.backends.layout_checks import check_rows, check_vectors
-from ift_kernels.common.transform import LogitTransform
+from ift_kernels.backends.layout_checks import check_row_gradient, check_rows
 
 
-def dlogits_(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    target: Tensor,
-    offset: int,
-    norm: Tensor,
-    coef: Tensor,
-    transposed: Tensor | None = None,
-) -> None:
-    check_rows(norm, x.shape[0])
-    check_rows(coef, x.shape[0])
-    check_vectors(x.shape[0], target)
-    queue, products = products_of(x, bias, transform, offset)
+def dlogits_(chunk: Chunk, row_gradient: RowGradient, transposed: Tensor | None = None) -> None:
+    check_row_gradient(len(chunk.x), row_gradient)
+    target, norm, coef = row_gradient
+    queue, products = products_of(chunk)
     compiled().dlogits(
         queue,
         products,
@@ -33,10 +23,10 @@ def dlogits_(
         coef.stride(0),
     )
     if transposed is not None:
-        transposed.copy_(x.T)
+        transposed.copy_(chunk.x.T)
 
 
-def probabilities_(x: Tensor, bias: Tensor | None, transform: LogitTransform, norm: Tensor) -> None:
-    check_rows(norm, x.shape[0])
-    queue, products = products_of(x, bias, transform, 0)
+def probabilities_(chunk: Chunk, norm: Tensor) -> None:
+    check_rows("norm", norm, len(chunk.x))
+    queue, products = products_of(chunk)
     compiled().probabilities(queue, products, norm.data_ptr(), norm.stride(0))

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels.backends.layout_checks import DTYPES, check_rows, check_vectors
+from ift_kernels.backends.contract import Chunk
+from ift_kernels.backends.layout_checks import DTYPES, address, check_chunk
 from ift_kernels.backends.loading import extension_error
-from ift_kernels.common.transform import LogitTransform
 
 try:
     from ift_kernels import _cuda  # type: ignore[attr-defined]  # compiled, may be absent
@@ -76,19 +76,17 @@ def stream_of(device: torch.device) -> tuple[int, int]:
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
-def products_of(
-    x: Tensor, bias: Tensor | None, transform: LogitTransform, offset: int
-) -> tuple[Any, Any]:
+def products_of(chunk: Chunk) -> tuple[Any, Any]:
     """The C++ records of the queue and of a chunk."""
-    check_rows(x)
-    check_vectors(x.shape[1], bias)
+    check_chunk(chunk)
+    x, bias, transform, offset = chunk
     return queue_of(x.device), _cuda.Products(
         x.data_ptr(),
         DTYPES[x.dtype],
         x.shape[0],
         x.shape[1],
         x.stride(0),
-        0 if bias is None else bias.data_ptr(),
+        address(bias),
         transform.scale,
         transform.softcap,
         transform.temperature,

@@ -4,34 +4,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ift_kernels.backends.contract import TRACK_ARGMAX, TRACK_ENTROPY
+from ift_kernels.backends.contract import TRACK_ARGMAX, TRACK_ENTROPY, Chunk, RowState
 from ift_kernels.backends.cuda.extension import compiled, partials, products_of
-from ift_kernels.backends.layout_checks import check_rows, check_vectors
-from ift_kernels.common.transform import LogitTransform
+from ift_kernels.backends.layout_checks import check_state
 
 
-def stats_update(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    target: Tensor,
-    offset: int,
-    state: Tensor,
-    argmax: Tensor,
-    track: int,
-) -> None:
-    check_rows(state, x.shape[0])
-    check_vectors(x.shape[0], target, argmax)
-    queue, products = products_of(x, bias, transform, offset)
+def stats_update(chunk: Chunk, target: Tensor, state: RowState, track: int) -> None:
+    check_state(len(chunk.x), state, target)
+    queue, products = products_of(chunk)
     more = bool(track & ~(TRACK_ARGMAX | TRACK_ENTROPY))
-    _memory, between = partials(queue, x, compiled().STATS_BYTES)
+    _memory, between = partials(queue, chunk.x, compiled().STATS_BYTES)
     compiled().stats(
         queue,
         products,
         target.data_ptr(),
-        state.data_ptr(),
-        state.stride(0),
-        argmax.data_ptr(),
+        state.values.data_ptr(),
+        state.values.stride(0),
+        state.argmax.data_ptr(),
         more,
         between,
     )

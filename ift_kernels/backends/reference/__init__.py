@@ -1,7 +1,6 @@
 """The epilogues in plain torch: the executable specification that other backends are held to.
 
-All functions work on one chunk of raw products ``x = h @ W[chunk].T`` of shape (N, C), whose first
-column is vocabulary id `offset`. What each has to do is documented here and in `contract`.
+What each function has to do is documented here and in `contract`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels.backends.contract import new_state
 from ift_kernels.backends.reference.active import active_mask, bucket_sums, split_active
 from ift_kernels.backends.reference.divergence import (
     divergence_gradient_,
@@ -32,7 +30,6 @@ __all__ = [
     "divergence_terms",
     "dlogits_",
     "gumbel_update",
-    "new_state",
     "probabilities_",
     "residual",
     "residual_grad",

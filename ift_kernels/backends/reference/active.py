@@ -10,29 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ift_kernels.backends.contract import Chunk
 from ift_kernels.backends.reference.chunk import logits, target_columns
-from ift_kernels.common.transform import LogitTransform
 
 
-def active_mask(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    target: Tensor,
-    offset: int,
-    level: Tensor,
-    block: int,
-) -> Tensor:
+def active_mask(chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tensor:
     """uint8 (blocks, C): 1 where a row of the block has a logit not ≤ its `level`, or its target.
 
     A NaN is not ≤ anything, so it is never lost. Ids that a bias of −inf masks out are marked too:
     their gradient is 0, not the mean of a tail that they have no part in.
     """
-    above = ~(logits(x, bias, transform) <= level[:, None])
-    if bias is not None:
-        above |= bias == -torch.inf
-    rows, columns = x.shape
-    inside, local = target_columns(target, offset, columns)
+    above = ~(logits(chunk) <= level[:, None])
+    if chunk.bias is not None:
+        above |= chunk.bias == -torch.inf
+    rows, columns = above.shape
+    inside, local = target_columns(chunk, target)
     above[inside.nonzero()[:, 0], local[inside]] = True
     return F.pad(above, (0, 0, 0, -rows % block)).view(-1, block, columns).any(1).to(torch.uint8)
 

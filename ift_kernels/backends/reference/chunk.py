@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ift_kernels.common.transform import LogitTransform
+from ift_kernels.backends.contract import Chunk
 
 
-def logits(x: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    return transform.apply(x if x.dtype == torch.float64 else x.float(), bias)
+def logits(chunk: Chunk) -> Tensor:
+    x = chunk.x if chunk.x.dtype == torch.float64 else chunk.x.float()
+    return chunk.transform.apply(x, chunk.bias)
 
 
-def target_columns(target: Tensor, offset: int, columns: int) -> tuple[Tensor, Tensor]:
+def target_columns(chunk: Chunk, target: Tensor) -> tuple[Tensor, Tensor]:
     """Which rows have their target in this chunk, and where (0 where not)."""
-    local = target - offset
-    inside = (local >= 0) & (local < columns)
+    local = target - chunk.offset
+    inside = (local >= 0) & (local < chunk.x.shape[1])
     return inside, torch.where(inside, local, 0)

@@ -15,12 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ift_kernels.backends.contract import Side
+from ift_kernels.backends.contract import Chunk
+from ift_kernels.backends.reference.chunk import logits
 
 
 def divergence_terms(
-    student: Side,
-    teacher: Side,
+    student: Chunk,
+    teacher: Chunk,
     kind: str,
     beta: float,
     norm: Tensor,  # (2, 2, N): of student and teacher, maximum and log of the sum of exponentials
@@ -43,8 +44,8 @@ def divergence_terms(
 
 
 def divergence_gradient_(
-    student: Side,
-    teacher: Side,
+    student: Chunk,
+    teacher: Chunk,
     kind: str,
     beta: float,
     norm: Tensor,
@@ -76,12 +77,9 @@ def transpose(x: Tensor, out: Tensor) -> None:
     out.copy_(x.T)
 
 
-def _log_probs(student: Side, teacher: Side, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _log_probs(student: Chunk, teacher: Chunk, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The student's logits and both log-probabilities."""
-    z, y = (
-        side.transform.apply(side.x.to(torch.promote_types(side.x.dtype, torch.float32)), side.bias)
-        for side in (student, teacher)
-    )
+    z, y = logits(student), logits(teacher)
     norm = norm.to(z.dtype)[..., None]
     s, t = ((a - top) - log_sum for a, (top, log_sum) in zip((z, y.to(z.dtype)), norm, strict=True))
     return z, s, t

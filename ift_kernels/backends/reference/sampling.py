@@ -5,24 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ift_kernels.backends.contract import Chunk
 from ift_kernels.backends.reference.chunk import logits
-from ift_kernels.common.transform import LogitTransform
 
 
-def top_k_update(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    offset: int,
-    values: Tensor,
-    ids: Tensor,
-) -> None:
+def top_k_update(chunk: Chunk, values: Tensor, ids: Tensor) -> None:
     """Update the k best logits so far with one chunk, in place.
 
     `values` float32 (N, k), descending, starts at −inf and `ids` at −1; chunks come in order of
     `offset`, the first at 0 and at least k wide.
     """
-    z = logits(x, bias, transform).to(values.dtype)
+    z, offset = logits(chunk).to(values.dtype), chunk.offset
     columns = torch.arange(offset, offset + z.shape[1], device=z.device).expand_as(z)
     # The −inf placeholders of the first call (ids −1) must lose against tokens at −inf.
     parts = [(values, ids), (z, columns)] if offset else [(z, columns), (values, ids)]
@@ -57,21 +50,13 @@ def philox(seed: int, row: Tensor, ids: Tensor) -> Tensor:
 
 
 def gumbel_update(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    offset: int,
-    seed: int,
-    rows: Tensor,
-    best: Tensor,
-    logit: Tensor,
-    ids: Tensor,
+    chunk: Chunk, seed: int, rows: Tensor, best: Tensor, logit: Tensor, ids: Tensor
 ) -> None:
     """Update a Gumbel-max draw with one chunk: `best` perturbed logit, its logit and id, in place.
 
     `rows` (N,) are the global row numbers that key the generator.
     """
-    z = logits(x, bias, transform)
+    z, offset = logits(chunk), chunk.offset
     columns = torch.arange(offset, offset + z.shape[1], device=z.device)
     bits = philox(seed, rows[:, None], columns[None, :])
     # −log1p(−u) of a small u keeps its digits: the largest perturbation is 22.9, not 16.6.

@@ -18,33 +18,25 @@ from ift_kernels.backends.contract import (
     TRACK_SECOND,
     TRACK_SQ,
     Z_SUM,
+    Chunk,
+    RowState,
 )
 from ift_kernels.backends.reference.chunk import logits, target_columns
-from ift_kernels.common.transform import LogitTransform
 
 
-def stats_update(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    target: Tensor,
-    offset: int,
-    state: Tensor,
-    argmax: Tensor,
-    track: int,
-) -> None:
+def stats_update(chunk: Chunk, target: Tensor, state: RowState, track: int) -> None:
     """Update the running statistics with one chunk, in place."""
-    z = logits(x, bias, transform)
+    z, (values, argmax) = logits(chunk), state
     top, at = z.max(dim=1)  # a NaN wins, as it does in torch.argmax; ties go to the lowest id
-    old = state[MAX].clone()
+    old = values[MAX].clone()
     top64 = top.double()
     is_new_max = (top64 > old) | (top64.isnan() & ~old.isnan())
     if track & TRACK_SECOND:
         rest = z.scatter(1, at[:, None], -torch.inf).amax(dim=1).double()
-        contenders = torch.stack([torch.minimum(old, top64), rest, state[SECOND]])
-        state[SECOND] = contenders.amax(dim=0)
+        contenders = torch.stack([torch.minimum(old, top64), rest, values[SECOND]])
+        values[SECOND] = contenders.amax(dim=0)
     if track & TRACK_ARGMAX:
-        argmax.copy_(torch.where(is_new_max, at + offset, argmax))
+        argmax.copy_(torch.where(is_new_max, at + chunk.offset, argmax))
     new = torch.where(is_new_max, top64, old)
     # A row of −inf only has no finite reference point; 0 keeps exp(−inf − m) = 0.
     m = torch.where(new == -torch.inf, 0.0, new)
@@ -55,15 +47,15 @@ def stats_update(
         delta_max = torch.where(old == -torch.inf, 0.0, old - m)
         # Without this, 0 · (−inf) of a masked-out token would be NaN.
         e_z = torch.where(e == 0, 0.0, e * centred)
-        state[E_Z] = rescale * (state[E_Z] + delta_max * state[SUM]) + e_z.sum(
+        values[E_Z] = rescale * (values[E_Z] + delta_max * values[SUM]) + e_z.sum(
             1, dtype=torch.float64
         )
     if track & TRACK_SQ:
-        state[E_SQ] = rescale.square() * state[E_SQ] + e.square().sum(1, dtype=torch.float64)
+        values[E_SQ] = rescale.square() * values[E_SQ] + e.square().sum(1, dtype=torch.float64)
     if track & TRACK_MEAN:
-        state[Z_SUM] += z.sum(1, dtype=torch.float64)
-    state[SUM] = rescale * state[SUM] + e.sum(1, dtype=torch.float64)
-    state[MAX] = new
-    inside, local = target_columns(target, offset, x.shape[1])
+        values[Z_SUM] += z.sum(1, dtype=torch.float64)
+    values[SUM] = rescale * values[SUM] + e.sum(1, dtype=torch.float64)
+    values[MAX] = new
+    inside, local = target_columns(chunk, target)
     picked = z.gather(1, local[:, None])[:, 0].double()
-    state[TARGET] = torch.where(inside, picked, state[TARGET])
+    values[TARGET] = torch.where(inside, picked, values[TARGET])

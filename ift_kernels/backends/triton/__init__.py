@@ -20,7 +20,6 @@ from ift_kernels.backends import reference
 OLDEST = (3, 4)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-new_state = reference.new_state
 wants_transpose = reference.wants_transpose  # cuBLAS reads either operand transposed
 scratch = reference.scratch
 # In plain torch so far.

@@ -11,19 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ift_kernels.backends.layout_checks import check_split_active_args, check_tail_weights
+from ift_kernels.backends.contract import Chunk
+from ift_kernels.backends.layout_checks import (
+    check_chunk,
+    check_rows,
+    check_split_active_args,
+    check_tail_weights,
+    check_vectors,
+)
 from ift_kernels.backends.reference.active import bucket_sums as reference_bucket_sums
 from ift_kernels.backends.triton import DTYPES
 from ift_kernels.backends.triton.common import logits, transform_arguments
-from ift_kernels.backends.triton.launch import (
-    blocks,
-    check_rows,
-    check_vectors,
-    config,
-    launch,
-    shape_class,
-)
-from ift_kernels.common.transform import LogitTransform
+from ift_kernels.backends.triton.launch import blocks, config, launch, shape_class
 
 PADDING = 32  # the active columns of a block are rounded up to this
 
@@ -59,19 +58,10 @@ def mask_kernel(
     tl.store(mask_out + number * columns + column, marked.to(tl.uint8), mask=inside)
 
 
-def active_mask(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    target: Tensor,
-    offset: int,
-    level: Tensor,
-    block: int,
-) -> Tensor:
-    rows, columns = x.shape
-    check_rows("x", x)
+def active_mask(chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tensor:
+    rows, columns = check_chunk(chunk)
+    x, bias, transform, offset = chunk
     check_vectors(rows, target=target, level=level)
-    check_vectors(columns, bias=bias)
     chosen = config("mask", shape_class(columns), x.device)
     column_blocks = blocks(columns, chosen["BLOCK"])
     mask = torch.empty((blocks(rows, block), columns), dtype=torch.uint8, device=x.device)

@@ -12,16 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ift_kernels.backends.contract import Chunk, RowGradient
+from ift_kernels.backends.layout_checks import check_chunk, check_row_gradient, check_rows
 from ift_kernels.backends.triton.common import logits, row_gradient, slope, transform_arguments
-from ift_kernels.backends.triton.launch import (
-    blocks,
-    check_rows,
-    check_vectors,
-    config,
-    launch,
-    shape_class,
-)
-from ift_kernels.common.transform import LogitTransform
+from ift_kernels.backends.triton.launch import blocks, config, launch, shape_class
 
 
 @triton.jit(do_not_specialize=["offset", "column_blocks"])
@@ -78,22 +72,11 @@ def probabilities_kernel(
     tl.store(x + column, p.to(x.dtype.element_ty), mask=inside)
 
 
-def dlogits_(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    target: Tensor,
-    offset: int,
-    norm: Tensor,
-    coef: Tensor,
-    transposed: Tensor | None = None,
-) -> None:
-    rows, columns = x.shape
-    check_rows("x", x)
-    check_rows("norm", norm, rows)
-    check_rows("coef", coef, rows)
-    check_vectors(rows, target=target)
-    check_vectors(columns, bias=bias)
+def dlogits_(chunk: Chunk, row_gradient: RowGradient, transposed: Tensor | None = None) -> None:
+    rows, columns = check_chunk(chunk)
+    x, bias, transform, offset = chunk
+    check_row_gradient(rows, row_gradient)
+    target, norm, coef = row_gradient
     chosen, column_blocks = _blocks(x)
     launch(
         dlogits_kernel, (rows * column_blocks,), x,
@@ -104,11 +87,10 @@ def dlogits_(
         transposed.copy_(x.T)
 
 
-def probabilities_(x: Tensor, bias: Tensor | None, transform: LogitTransform, norm: Tensor) -> None:
-    rows, columns = x.shape
-    check_rows("x", x)
+def probabilities_(chunk: Chunk, norm: Tensor) -> None:
+    rows, columns = check_chunk(chunk)
+    x, bias, transform, _ = chunk
     check_rows("norm", norm, rows)
-    check_vectors(columns, bias=bias)
     chosen, column_blocks = _blocks(x)
     launch(
         probabilities_kernel, (rows * column_blocks,), x,

@@ -14,22 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ift_kernels.backends import contract
+from ift_kernels.backends.contract import TRACK_ARGMAX, RowState, new_state
+from ift_kernels.backends.layout_checks import check_rows, check_state, check_vectors
 from ift_kernels.backends.triton.common import (
     logits,
     precision,
     product,
     transform_arguments,
 )
-from ift_kernels.backends.triton.launch import (
-    blocks,
-    check_rows,
-    check_vectors,
-    config,
-    launch,
-    multiprocessors,
-)
-from ift_kernels.backends.triton.statistics import MAX_PARTS, merge_parts, part_states
+from ift_kernels.backends.triton.launch import blocks, config, launch, multiprocessors
+from ift_kernels.backends.triton.statistics import MAX_PARTS, merge_parts
 from ift_kernels.common.transform import LogitTransform
 
 NO_COLUMN = tl.constexpr(2**31 - 1)  # larger than any
@@ -130,8 +124,7 @@ def fused_statistics(
     bias: Tensor | None,  # (V,) float32
     transform: LogitTransform,
     target: Tensor,  # (N,)
-    state: Tensor,
-    argmax: Tensor,
+    state: RowState,
     track: int,
 ) -> bool:
     """Statistics of the whole vocabulary into an empty running state.
@@ -146,10 +139,9 @@ def fused_statistics(
     (rows, width), columns = hidden.shape, weight.shape[0]
     check_rows("hidden", hidden)
     check_rows("weight", weight, width)
-    check_rows("state", state, rows)
-    check_vectors(rows, target=target, argmax=argmax)
+    check_state(rows, state, target)
     check_vectors(columns, bias=bias)
-    if track not in (0, contract.TRACK_ARGMAX):
+    if track not in (0, TRACK_ARGMAX):
         kind += "-all"  # more to hold beside the products
     chosen = config("fused", kind, hidden.device)
     grain = 4 * chosen["COLUMNS"]  # in which the vocabulary is cut
@@ -158,14 +150,14 @@ def fused_statistics(
     parts = 4 * multiprocessors(index) // max(groups, 1)
     parts = max(1, min(parts, blocks(columns, grain), MAX_PARTS))
     length = blocks(blocks(columns, grain), parts)
-    whole = part_states(parts, rows, hidden.device)
+    whole = new_state(rows, hidden.device, parts)
     launch(
         fused_kernel, (groups * parts,), hidden,
         hidden, weight, bias, target, *whole, rows, columns, width,
-        hidden.stride(0), weight.stride(0), whole[0].stride(1), whole[0].stride(0),
-        whole[1].stride(0), parts, length,
+        hidden.stride(0), weight.stride(0), whole.values.stride(1),
+        whole.values.stride(0), whole.argmax.stride(0), parts, length,
         **transform_arguments(bias, transform), TRACK=track,
         PRECISION=precision(hidden.dtype), GRAIN=grain, **chosen,
     )  # fmt: skip
-    merge_parts(whole, target, state, argmax, length * grain, columns, 0, track)
+    merge_parts(whole, target, state, length * grain, columns, 0, track)
     return True

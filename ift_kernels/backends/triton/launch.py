@@ -118,18 +118,3 @@ def blocks(size: int, block: int) -> int:
 def power_of_two(size: int) -> int:
     """The least power of two that is at least `size`."""
     return int(triton.next_power_of_2(size))
-
-
-def check_rows(name: str, matrix: Tensor, columns: int | None = None) -> None:
-    """What the kernels rely on: rows of consecutive elements, as many as expected."""
-    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
-        raise RuntimeError(f"{name}: expected consecutive elements, strides {matrix.stride()}")
-    if columns is not None and matrix.shape[1] != columns:
-        raise RuntimeError(f"{name}: expected rows of {columns}, got {tuple(matrix.shape)}")
-
-
-def check_vectors(length: int, **vectors: Tensor | None) -> None:
-    """The same of vectors."""
-    for name, vector in vectors.items():
-        if vector is not None and not (vector.shape == (length,) and vector.is_contiguous()):
-            raise RuntimeError(f"{name}: expected ({length},) contiguous, got {vector.shape}")

@@ -11,16 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ift_kernels.backends.contract import Chunk
+from ift_kernels.backends.layout_checks import check_chunk, check_top_k, check_vectors
 from ift_kernels.backends.triton.common import logits, transform_arguments
-from ift_kernels.backends.triton.launch import (
-    check_rows,
-    check_vectors,
-    config,
-    launch,
-    power_of_two,
-    shape_class,
-)
-from ift_kernels.common.transform import LogitTransform
+from ift_kernels.backends.triton.launch import config, launch, power_of_two, shape_class
 
 MIN_KEY = tl.constexpr(-(2**63))
 NO_ID = tl.constexpr(2**31 - 1)
@@ -148,21 +142,10 @@ def gumbel_kernel(
     tl.store(ids + row * ids_stride, at.to(tl.int64) + offset, mask=is_new_max)
 
 
-def top_k_update(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    offset: int,
-    values: Tensor,
-    ids: Tensor,
-) -> None:
-    rows, columns = x.shape
-    check_rows("x", x)
-    check_vectors(columns, bias=bias)
-    if not (values.shape == ids.shape and values.is_contiguous() and ids.is_contiguous()):
-        raise RuntimeError("values and ids: expected contiguous (N, k)")
-    if values.shape[0] != rows:
-        raise RuntimeError(f"values: {tuple(values.shape)} for {rows} rows")
+def top_k_update(chunk: Chunk, values: Tensor, ids: Tensor) -> None:
+    rows, columns = check_chunk(chunk)
+    x, bias, transform, offset = chunk
+    check_top_k(rows, values, ids)
     k = values.shape[1]
     launch(
         top_k_kernel, (rows,), x,
@@ -173,23 +156,15 @@ def top_k_update(
 
 
 def gumbel_update(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    offset: int,
-    seed: int,
-    rows: Tensor,
-    best: Tensor,
-    logit: Tensor,
-    ids: Tensor,
+    chunk: Chunk, seed: int, rows: Tensor, best: Tensor, logit: Tensor, ids: Tensor
 ) -> None:
-    check_rows("x", x)
-    check_vectors(x.shape[1], bias=bias)
-    check_vectors(x.shape[0], rows=rows, logit=logit)
+    count, columns = check_chunk(chunk)
+    x, bias, transform, offset = chunk
+    check_vectors(count, rows=rows, logit=logit)
     launch(
-        gumbel_kernel, (x.shape[0],), x,
-        x, bias, rows, best, logit, ids, x.shape[1], x.stride(0), best.stride(0),
+        gumbel_kernel, (count,), x,
+        x, bias, rows, best, logit, ids, columns, x.stride(0), best.stride(0),
         ids.stride(0), offset, seed % 2**32, seed // 2**32 % 2**32,
         **transform_arguments(bias, transform), SKIPPED=offset % 4,
-        **config("gumbel", shape_class(x.shape[1]), x.device),
+        **config("gumbel", shape_class(columns), x.device),
     )  # fmt: skip

@@ -15,18 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ift_kernels.backends import contract
+from ift_kernels.backends.contract import TRACK_ARGMAX, Chunk, RowState, new_state
+from ift_kernels.backends.layout_checks import check_chunk, check_state
 from ift_kernels.backends.triton.common import logits, merge_into, transform_arguments
-from ift_kernels.backends.triton.launch import (
-    blocks,
-    check_rows,
-    check_vectors,
-    config,
-    launch,
-    multiprocessors,
-    shape_class,
-)
-from ift_kernels.common.transform import LogitTransform
+from ift_kernels.backends.triton.launch import blocks, config, launch, multiprocessors, shape_class
 
 NO_COLUMN = tl.constexpr(2**31 - 1)  # larger than any
 MAX_PARTS = 64
@@ -141,36 +133,25 @@ def merge_kernel(
         )  # fmt: skip
 
 
-def stats_update(
-    x: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    target: Tensor,
-    offset: int,
-    state: Tensor,
-    argmax: Tensor,
-    track: int,
-) -> None:
-    rows, columns = x.shape
-    check_rows("x", x)
-    check_rows("state", state, rows)
-    check_vectors(rows, target=target, argmax=argmax)
-    check_vectors(columns, bias=bias)
+def stats_update(chunk: Chunk, target: Tensor, state: RowState, track: int) -> None:
+    rows, columns = check_chunk(chunk)
+    x, bias, transform, offset = chunk
+    check_state(rows, state, target)
     kind = shape_class(columns)
-    if track not in (0, contract.TRACK_ARGMAX):
+    if track not in (0, TRACK_ARGMAX):
         kind += "-all"  # more to hold in registers
     chosen = config("stats", kind, x.device)
     parts = parts_of(rows, columns, chosen["BLOCK"], x.device)
     length = blocks(blocks(columns, parts), chosen["BLOCK"])  # in blocks
-    whole = (state, argmax) if parts == 1 else part_states(parts, rows, x.device)
+    whole = state if parts == 1 else new_state(rows, x.device, parts)
     launch(
         stats_kernel, (rows * parts,), x,
-        x, bias, target, *whole, columns, x.stride(0), whole[0].stride(-2),
-        whole[0].stride(0), whole[1].stride(0), offset, parts, length,
+        x, bias, target, *whole, columns, x.stride(0), whole.values.stride(-2),
+        whole.values.stride(0), whole.argmax.stride(0), offset, parts, length,
         **transform_arguments(bias, transform), TRACK=track, **chosen,
     )  # fmt: skip
     if parts > 1:
-        merge_parts(whole, target, state, argmax, length * chosen["BLOCK"], columns, offset, track)
+        merge_parts(whole, target, state, length * chosen["BLOCK"], columns, offset, track)
 
 
 def parts_of(rows: int, columns: int, block: int, device: torch.device) -> int:
@@ -181,28 +162,19 @@ def parts_of(rows: int, columns: int, block: int, device: torch.device) -> int:
     )
 
 
-def part_states(parts: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Empty states (parts, STATE_ROWS, N) and arg maxima (parts, N)."""
-    state = torch.zeros((parts, contract.STATE_ROWS, rows), dtype=torch.float64, device=device)
-    state[:, contract.MAX] = -torch.inf
-    state[:, contract.SECOND] = -torch.inf
-    return state, torch.zeros((parts, rows), dtype=torch.int64, device=device)
-
-
 def merge_parts(
-    parts: tuple[Tensor, Tensor],
+    parts: RowState,
     target: Tensor,
-    state: Tensor,
-    argmax: Tensor,
+    state: RowState,
     length: int,
     columns: int,
     offset: int,
     track: int,
 ) -> None:
-    """Fold the states of parts of `length` columns, together `columns`, into the running one."""
+    """Merge the states of parts of `length` columns, together `columns`, into the running one."""
     states, maxima = parts
     launch(
-        merge_kernel, (state.shape[1],), state,
-        states, maxima, target, state, argmax, len(states), states.stride(1), states.stride(0),
-        maxima.stride(0), state.stride(0), length, columns, offset, TRACK=track, num_warps=1,
+        merge_kernel, (len(target),), target,
+        states, maxima, target, *state, len(states), states.stride(1), states.stride(0),
+        maxima.stride(0), state.values.stride(0), length, columns, offset, TRACK=track, num_warps=1,
     )  # fmt: skip

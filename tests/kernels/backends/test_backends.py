@@ -23,7 +23,7 @@ from ift_kernels import (
     linear_logprobs,
     linear_token,
 )
-from ift_kernels.backends import contract
+from ift_kernels.backends import contract, cpu
 from processes import HANG
 from serving import BACKENDS
 
@@ -316,6 +316,29 @@ def test_every_backend_keeps_the_contract(name):
         except ModuleNotFoundError:
             pytest.skip("its kernels cannot be imported here")  # Triton is not everywhere
         assert list(inspect.signature(given).parameters) == wanted, function
+
+
+@needs_cpp
+def test_wrong_layouts_are_refused_by_name():
+    x, target = torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64)
+    chunk, state, long_state = (
+        contract.Chunk(x),
+        *(contract.new_state(n, x.device) for n in (4, 5)),
+    )
+    gradient = contract.RowGradient(target, torch.zeros(2, 4), torch.zeros(4, 4))
+    for function, arguments, word in (
+        (cpu.probabilities_, (chunk._replace(bias=x[0, 1:]), gradient.norm), "bias: expected .10"),
+        (cpu.probabilities_, (contract.Chunk(x.T), torch.zeros(2, 10)), "x: expected consecutive"),
+        (cpu.probabilities_, (chunk, gradient.norm[:, :3]), "norm: expected rows of 4"),
+        (cpu.stats_update, (chunk, target[:3], state, 0), "target"),
+        (cpu.stats_update, (chunk, target, long_state, 0), "state: expected rows of 4"),
+        (cpu.stats_update, (chunk, target, state._replace(argmax=long_state.argmax), 0), "argmax"),
+        (cpu.dlogits_, (chunk, gradient._replace(coef=torch.zeros(4, 5))), "coef"),
+        (cpu.dlogits_, (chunk, gradient, torch.zeros(10, 3)), "transposed"),
+        (cpu.top_k_update, (chunk, torch.zeros(3, 2), target[:3, None].repeat(1, 2)), "4 rows"),
+    ):
+        with pytest.raises(RuntimeError, match=word):
+            function(*arguments)
 
 
 def test_the_table_of_statistics_is_what_operators_return():

@@ -9,6 +9,7 @@ import torch
 import cuda_emulator
 import split_examples
 from ift_kernels.backends import cuda, reference
+from ift_kernels.backends.contract import TRACK_ALL, Chunk, RowGradient, new_state
 from ift_kernels.common.transform import LogitTransform
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux")
@@ -22,7 +23,7 @@ def _emulated(monkeypatch):
     cuda_emulator.serve(monkeypatch.setattr)
 
 
-def chunk(rows, cols, dtype, start=0, gap=0, spread=4.0):
+def product_of(rows, cols, dtype, start=0, gap=0, spread=4.0):
     """Products whose rows begin `start` elements into memory and stand `gap` elements apart."""
     storage = torch.full((start + rows * (cols + gap),), NAN, dtype=dtype)
     x = storage[start:].view(rows, cols + gap)[:, :cols]
@@ -47,15 +48,15 @@ LAYOUTS = [(3, 5, 0, 0), (9, 2048, 0, 8), (9, 2047, 3, 0), (2, 5000, 1, 1), (1, 
 @pytest.mark.parametrize("transform", [PLAIN, CAPPED], ids=["plain", "capped"])
 def test_statistics_and_gradients(layout, dtype, transform):
     rows, cols, start, gap = layout
-    x, storage = chunk(rows, cols, dtype, start, gap)
+    x, storage = product_of(rows, cols, dtype, start, gap)
     bias = None if transform is PLAIN else torch.randn(cols)
     target = torch.randint(2 * cols, (rows,))
     states = []
     for backend in (cuda, reference):
-        state, argmax = backend.new_state(rows, x.device)
+        state = new_state(rows, x.device)
         for offset in (0, cols):  # the same products twice: equal values, so the first id stays
-            backend.stats_update(x, bias, transform, target, offset, state, argmax, 31)
-        states.append((state, argmax))
+            backend.stats_update(Chunk(x, bias, transform, offset), target, state, TRACK_ALL)
+        states.append(state)
     (ours, at), (theirs, their_at) = states
     assert torch.equal(at, their_at)
     for row in range(7):
@@ -69,10 +70,11 @@ def test_statistics_and_gradients(layout, dtype, transform):
         for backend in (cuda, reference):
             memory = storage.clone()
             product = memory[start:].view(rows, cols + gap)[:, :cols]
+            chunk = Chunk(product, bias, transform, cols)
             if function == "dlogits_":
-                backend.dlogits_(product, bias, transform, target, cols, norm, coef)
+                backend.dlogits_(chunk, RowGradient(target, norm, coef))
             else:
-                backend.probabilities_(product, bias, transform, norm)
+                backend.probabilities_(chunk, norm)
             results.append((product, memory))
         close(results[0][0], results[1][0], dtype, function)
         outside = torch.ones(rows, cols + gap, dtype=torch.bool)
@@ -84,7 +86,7 @@ def test_statistics_and_gradients(layout, dtype, transform):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_special_values(cols, dtype):
     """NaN, infinities, rows of -inf, ties: state and argmax as the reference has them."""
-    x, _ = chunk(9, cols, dtype)
+    x, _ = product_of(9, cols, dtype)
     x[0, 7] = NAN
     x[1, 5] = x[1, 30] = NAN
     x[2, cols - 1] = INF
@@ -100,10 +102,10 @@ def test_special_values(cols, dtype):
     for some_bias in (None, bias):
         states = []
         for backend in (cuda, reference):
-            state, argmax = backend.new_state(9, x.device)
+            state = new_state(9, x.device)
             for offset in (0, cols):
-                backend.stats_update(x, some_bias, PLAIN, target, offset, state, argmax, 31)
-            states.append((state, argmax))
+                backend.stats_update(Chunk(x, some_bias, PLAIN, offset), target, state, TRACK_ALL)
+            states.append(state)
         (ours, at), (theirs, their_at) = states
         assert torch.equal(at, their_at)
         for row in range(7):
@@ -117,7 +119,7 @@ def test_special_values(cols, dtype):
 @pytest.mark.parametrize("cols", [9, 700, 5000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_token_choice(cols, dtype):
-    x, _ = chunk(7, cols, dtype, start=1, gap=2)
+    x, _ = product_of(7, cols, dtype, start=1, gap=2)
     x[3] = x[3].round()  # many equal values
     x[4, 5:] = -INF
     bias = torch.randn(cols)
@@ -131,9 +133,9 @@ def test_token_choice(cols, dtype):
         drawn = torch.zeros(7, dtype=torch.int64)
         # Offsets that are no multiple of 4 cut through a group of random words.
         for part, offset in ((x, 0), (x[:, :6], cols), (x, cols + 6)):
-            some = bias[: part.shape[1]]
-            backend.top_k_update(part, some, CAPPED, offset, values, ids)
-            backend.gumbel_update(part, some, CAPPED, offset, -3, numbers, best, logit, drawn)
+            chunk = Chunk(part, bias[: part.shape[1]], CAPPED, offset)
+            backend.top_k_update(chunk, values, ids)
+            backend.gumbel_update(chunk, -3, numbers, best, logit, drawn)
         results.append((values, ids, best, logit, drawn))
     for ours, theirs in zip(*results, strict=True):
         if theirs.is_floating_point():
@@ -148,7 +150,7 @@ def test_token_choice(cols, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transform", [PLAIN, CAPPED], ids=["plain", "capped"])
 def test_active_mask(rows, cols, block, dtype, transform):
-    x, _ = chunk(rows, cols, dtype, gap=-cols % 64)
+    x, _ = product_of(rows, cols, dtype, gap=-cols % 64)
     x[3, 17] = NAN
     bias = None
     if transform is CAPPED:
@@ -157,7 +159,7 @@ def test_active_mask(rows, cols, block, dtype, transform):
     target = torch.randint(-cols, 2 * cols, (rows,))
     level = torch.randn(rows) * 0.1 + (6.0 if transform is PLAIN else 8.0)
     ours, theirs = (
-        backend.active_mask(x, bias, transform, target, 5, level, block)
+        backend.active_mask(Chunk(x, bias, transform, 5), target, level, block)
         for backend in (cuda, reference)
     )
     assert torch.equal(ours, theirs) and 0 < ours.sum() < ours.numel()

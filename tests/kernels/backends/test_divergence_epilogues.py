@@ -23,12 +23,12 @@ def side(rows, columns, dtype, transform, biased, seed):
     g = torch.Generator().manual_seed(seed)
     wide = torch.randn(rows, columns + 5, generator=g).mul_(6).to(dtype)
     bias = torch.randn(columns, generator=g) if biased else None
-    return contract.Side(wide[:, :columns], bias, TRANSFORMS[transform])
+    return contract.Chunk(wide[:, :columns], bias, TRANSFORMS[transform])
 
 
 def norm(*sides):
     found = []
-    for x, bias, transform in sides:
+    for x, bias, transform, _ in sides:
         z = transform.apply(x.double(), None if bias is None else bias.double())
         top = z.amax(1)
         found.append(torch.stack([top, (z - top[:, None]).exp().sum(1).log()]))
@@ -96,8 +96,8 @@ def test_forbidden_tokens_infinities_and_nan(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_certain_and_opposed_rows(kind):
     """Logits hundreds apart: probabilities of 1 and of exactly 0."""
-    student = contract.Side(torch.zeros(2, 40), None, LogitTransform())
-    teacher = contract.Side(torch.zeros(2, 40), None, LogitTransform())
+    student = contract.Chunk(torch.zeros(2, 40))
+    teacher = contract.Chunk(torch.zeros(2, 40))
     student.x[:, 0], teacher.x[0, 0], teacher.x[1, 1] = 300.0, 300.0, 300.0
     got, wanted = both(student, teacher, kind, norm(student, teacher), upstream=torch.ones(2))
     for a, b in zip(got, wanted, strict=True):

@@ -12,6 +12,7 @@ import torch
 import dense
 import ift_kernels as K
 from ift_kernels import backends
+from ift_kernels.backends import contract
 from ift_kernels.common import sync_free
 
 CUDA = torch.cuda.is_available()
@@ -87,15 +88,15 @@ def test_more_than_2_31_elements_extension():
     rows, columns = (17000, 131072) if CUDA else (3, 200)
     x = torch.zeros(rows, columns, dtype=torch.bfloat16, device=DEVICE)
     x[-1, -1] = 20.0
-    backend, plain = backends.get(x), K.transform.LogitTransform()
+    backend, chunk = backends.get(x), contract.Chunk(x)
     target = torch.full((rows,), columns - 1, device=DEVICE)
-    state, argmax = backend.new_state(rows, DEVICE)
-    backend.stats_update(x, None, plain, target, 0, state, argmax, 1)
+    running = state, argmax = contract.new_state(rows, DEVICE)
+    backend.stats_update(chunk, target, running, contract.TRACK_ARGMAX)
     assert int(argmax[-1]) == columns - 1 and float(state[2, -1]) == 20.0
     norm = torch.stack([state[0], state[1].log()]).float()
     coef = torch.zeros(4, rows, device=DEVICE)
     coef[1] = 1.0
-    backend.dlogits_(x, None, plain, target, 0, norm, coef)
+    backend.dlogits_(chunk, contract.RowGradient(target, norm, coef))
     assert abs(float(x[-1].float().sum()) - 1.0) < 2e-2
 
 

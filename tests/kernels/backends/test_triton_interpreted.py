@@ -17,6 +17,7 @@ import interpreter
 from ift_kernels import backends
 from ift_kernels.backends import reference as ref
 from ift_kernels.backends import triton as backend
+from ift_kernels.backends.contract import TRACK_ALL, Chunk, RowGradient, new_state
 from ift_kernels.backends.triton import launch, sampling
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.operators import linear_stats
@@ -57,7 +58,7 @@ def blocks(request):
         yield
 
 
-def chunk(n, c, dtype, bias, seed=0):
+def products(n, c, dtype, bias, seed=0):
     generator = torch.Generator().manual_seed(seed)
     padded = torch.full((n, c + 5), torch.nan, dtype=dtype)  # what lies between rows is not read
     x = padded[:, :c]
@@ -88,17 +89,17 @@ CASES = [
 
 
 @pytest.mark.parametrize(("dtype", "transform", "bias"), CASES)
-@pytest.mark.parametrize("track", [0, 31])
+@pytest.mark.parametrize("track", [0, TRACK_ALL])
 def test_statistics(dtype, transform, bias, track, blocks):
-    n = 5  # of each kind of row that `chunk` makes
-    ours, theirs = (b.new_state(n, torch.device("cpu")) for b in (backend, ref))
+    n = 5  # of each kind of row that `products` makes
+    ours, theirs = (new_state(n, torch.device("cpu")) for _ in SIDES)
     for seed, (offset, c) in enumerate(((0, 131), (131, 64), (195, 1))):
-        x, b, target = chunk(n, c, dtype, bias, seed) if c > 2 else (
+        x, b, target = products(n, c, dtype, bias, seed) if c > 2 else (
             torch.zeros(n, c, dtype=dtype), None, torch.full((n,), 195))  # fmt: skip
-        arguments = x, b, transform, target, offset
+        chunk = Chunk(x, b, transform, offset)
         before = x.clone()
-        backend.stats_update(*arguments, *ours, track)
-        ref.stats_update(*arguments, *theirs, track)
+        backend.stats_update(chunk, target, ours, track)
+        ref.stats_update(chunk, target, theirs, track)
         assert torch.equal(x.isnan(), before.isnan()) and torch.equal(
             x.nan_to_num(), before.nan_to_num()
         )
@@ -110,20 +111,20 @@ def test_statistics(dtype, transform, bias, track, blocks):
 
 @pytest.mark.parametrize(("dtype", "transform", "bias"), CASES)
 def test_gradient_and_probabilities(dtype, transform, bias, blocks):
-    x, b, target = chunk(7, 300, dtype, bias)
+    x, b, target = products(7, 300, dtype, bias)
     norm = torch.stack([x.float().nan_to_num(0, 9, -9).amax(1), torch.rand(7) + 3])
     coef = torch.randn(4, 7)
     coef[:, 0] = coef[:, 5] = 0  # row 0 has a NaN and no upstream gradient
-    theirs, flipped = x.clone(), x.new_empty(300, 7)
-    ours = x.clone()
-    ref.dlogits_(theirs, b, transform, target, 100, norm, coef)
-    backend.dlogits_(ours, b, transform, target, 100, norm, coef, flipped)
+    theirs, transposed = x.clone(), x.new_empty(300, 7)
+    ours, row_gradient = x.clone(), RowGradient(target, norm, coef)
+    ref.dlogits_(Chunk(theirs, b, transform, 100), row_gradient)
+    backend.dlogits_(Chunk(ours, b, transform, 100), row_gradient, transposed)
     close(ours, theirs, dtype)
-    assert not ours[0].any() and torch.equal(flipped.isnan(), ours.T.isnan())
-    close(flipped, ours.T)
+    assert not ours[0].any() and torch.equal(transposed.isnan(), ours.T.isnan())
+    close(transposed, ours.T)
     ours, theirs = x.clone(), x.clone()
-    ref.probabilities_(theirs, b, transform, norm)
-    backend.probabilities_(ours, b, transform, norm)
+    ref.probabilities_(Chunk(theirs, b, transform, 100), norm)
+    backend.probabilities_(Chunk(ours, b, transform, 100), norm)
     close(ours, theirs, dtype)
 
 
@@ -134,8 +135,8 @@ def test_top_k(dtype, transform, bias, k, blocks):
     for b in (backend, ref):
         values, ids = torch.full((7, k), -torch.inf), torch.full((7, k), -1)
         for seed, (offset, c) in enumerate(((0, 131), (131, 70))):
-            x, extra, _ = chunk(7, c, dtype, bias, seed)
-            b.top_k_update(x, extra, transform, offset, values, ids)
+            x, extra, _ = products(7, c, dtype, bias, seed)
+            b.top_k_update(Chunk(x, extra, transform, offset), values, ids)
         both.append((values, ids))
     close(both[0][0], both[1][0])
     assert torch.equal(both[0][1], both[1][1])
@@ -143,13 +144,13 @@ def test_top_k(dtype, transform, bias, k, blocks):
 
 @pytest.mark.parametrize(("offset", "seed"), [(0, -1), (3, 0), (64, 2**63 - 5)])
 def test_gumbel(offset, seed, blocks):
-    x, bias, _ = chunk(7, 201, torch.float32, True)
+    x, bias, _ = products(7, 201, torch.float32, True)
     rows = torch.tensor([0, 1, 2, 2**31, 2**32 + 7, 2**40, 6])
     both = []
     for b in (backend, ref):
         best, logit = torch.full((2, 7), -torch.inf)
         ids = torch.zeros(7, dtype=torch.int64)
-        b.gumbel_update(x, bias, FULL, offset, seed, rows, best, logit, ids)
+        b.gumbel_update(Chunk(x, bias, FULL, offset), seed, rows, best, logit, ids)
         both.append((best, logit, ids))
     for a, b in zip(*both, strict=True):
         close(a, b) if a.is_floating_point() else torch.testing.assert_close(a, b)
@@ -173,13 +174,14 @@ def test_gumbel_noise_is_that_of_its_formula():
 
 @pytest.mark.parametrize(("dtype", "transform", "bias"), CASES)
 def test_active_mask(dtype, transform, bias, blocks):
-    x, b, target = chunk(70, 200, dtype, bias)
+    x, b, target = products(70, 200, dtype, bias)
     x[1:4] = torch.randn(3, 200)
     if b is not None:
         b[[3, 150]] = -torch.inf
     level = x.float().nan_to_num(0, 9, -9).amax(1).double() - 2.0
     level[7] = torch.nan
-    ours, theirs = (side.active_mask(x, b, transform, target, 30, level, 32) for side in SIDES)
+    chunk = Chunk(x, b, transform, 30)
+    ours, theirs = (side.active_mask(chunk, target, level, 32) for side in SIDES)
     assert torch.equal(ours, theirs) and 0 < ours.sum() < ours.numel()
 
 
@@ -324,11 +326,11 @@ def test_bytes_that_kernels_ask_for():
     from bench.gpu import traffic
 
     x, target = torch.randn(8, 1024).bfloat16(), torch.zeros(8, dtype=torch.int64)
-    norm, coef = torch.zeros(2, 8), torch.ones(4, 8)
+    row_gradient = RowGradient(target, torch.zeros(2, 8), torch.ones(4, 8))
 
     def work():
-        backend.dlogits_(x, None, PLAIN, target, 0, norm, coef)
-        backend.dlogits_(x, torch.zeros(1024), PLAIN, target, 0, norm, coef)
+        backend.dlogits_(Chunk(x), row_gradient)
+        backend.dlogits_(Chunk(x, torch.zeros(1024)), row_gradient)
 
     found = traffic.count("sm_90", work)
     plain, biased = (found[f"dlogits BLOCK=1024 {b}bf16"] for b in ("", "HAS_BIAS "))

@@ -8,9 +8,10 @@ import torch
 import dense
 import ift_kernels as K
 from ift_kernels import backends
+from ift_kernels.backends.contract import RowGradient
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.common.transform import LogitTransform
-from ift_kernels.schedule.head import Head, RowGradient
+from ift_kernels.schedule.head import Head
 from ift_kernels.schedule.tail_weights import CAP_SHARE, MAX_RANGE, TailWeights
 
 THRESHOLD = 2.0**-10
