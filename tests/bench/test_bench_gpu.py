@@ -1,9 +1,13 @@
 """What a machine with a GPU runs: its dry runs, and how a part goes on where it stopped."""
 
+import ast
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from bench.gpu import tune
 from bench.harness import machine
 from bench.harness.machine import ROOT
 from bench.suites import command
+from ift_kernels.backends import triton as backend
 from processes import HANG
 
 
@@ -126,11 +131,52 @@ def test_what_is_faster():
     assert tune.faster(rows) == {"scan": "cuda"}
 
 
+def triton_modules():
+    """Every module of the Triton backend."""
+    found = pkgutil.walk_packages(backend.__path__, f"{backend.__name__}.")
+    return [backend, *(importlib.import_module(module.name) for module in found)]
+
+
+def test_every_kernel_is_captured():
+    """What `bench static` does not capture has no limits, and nothing is compiled of it."""
+    pytest.importorskip("triton")
+    from triton.runtime.jit import JITFunction
+
+    from bench.gpu import static
+
+    kernels, launched = set(), set()
+    for module in triton_modules():
+        kernels |= {
+            value for name, value in vars(module).items()
+            if isinstance(value, JITFunction) and name.endswith("_kernel")
+        }  # fmt: skip
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "launch":
+                launched.add(ast.unparse(node.args[0]))
+    names = sorted(kernel.__name__ for kernel in kernels)  # of two with one name both
+    assert names == sorted(launched)
+    captured = {which.kernel for which in static.variants("sm_90", (torch.bfloat16,), (False,))}
+    assert names == sorted(kernel.__name__ for kernel in captured)
+
+
+def test_every_function_has_a_call():
+    """In the comparison of backends, and for every class of shapes of the launch table."""
+    pytest.importorskip("triton")
+    from ift_kernels.backends.triton import launch
+
+    cpu = torch.device("cpu")
+    compared = {name.partition(",")[0] for name in tune.calls(backend, cpu, 3, 40)}
+    assert compared == backend._HOME.keys() - {"fused_statistics"}  # no other backend has that
+    tuned = {(kernel, kind) for kernel, kind, _ in tune.subjects(True, cpu)}
+    table = launch.table()["architectures"]["default"]
+    assert tuned == {(kernel, kind) for kernel, kinds in table.items() for kind in kinds}
+
+
 def test_tuner_writes_a_table(tmp_path):
     pytest.importorskip("triton")
     path = tmp_path / "launch.json"
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON", "IFT_"))}
-    tune = [sys.executable, "-m", "bench", "tune", "--dry-run", "--kernels", "residual", "scan"]
+    tune = [sys.executable, "-m", "bench", "tune", "--dry-run", "--kernels", "residual", "split"]
     done = subprocess.run(
         [*tune, "--output", str(path)], env=kept, cwd=ROOT, capture_output=True, text=True,
         timeout=HANG,
@@ -140,7 +186,7 @@ def test_tuner_writes_a_table(tmp_path):
     committed = json.loads((ROOT / "ift_kernels/backends/triton/launch.json").read_text())
     written = table["architectures"].pop("interpreter")
     assert table["architectures"] == committed["architectures"]
-    assert set(written) == {"residual", "scan"}
+    assert set(written) == {"residual", "split"}
     assert set(written["residual"]) == {"narrow", "wide"}
     times = table["measured"]["interpreter"]["times"]
     assert len(times) > 4 and all("seconds" in row for row in times)
