@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import json
 import os
 import pkgutil
@@ -157,6 +158,73 @@ def test_every_kernel_is_captured():
     assert names == sorted(launched)
     captured = {which.kernel for which in static.variants("sm_90", (torch.bfloat16,), (False,))}
     assert names == sorted(kernel.__name__ for kernel in captured)
+
+
+CODE = """
+import triton
+import triton.language as tl
+
+LIMIT = tl.constexpr(3)
+
+
+@triton.jit
+def inner(value):
+    return value + LIMIT
+
+
+@triton.jit
+def outer(value):
+    return inner(value) * 2
+
+
+@triton.jit(do_not_specialize=["rows"])
+def some_kernel(x, rows, BLOCK: tl.constexpr):
+    at = x + tl.arange(0, BLOCK)
+    tl.store(at, outer(tl.load(at)))
+"""
+
+
+def some_kernel(path, code):
+    """The kernel of a module with this code."""
+    path.write_text(code)
+    spec = importlib.util.spec_from_file_location("some_module", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.some_kernel
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("import triton\n", "import math\nimport triton\n\n\ndef more():\n    pass\n", True),
+        ("    return inner", "    # twice what comes\n    return inner", True),
+        ("inner(value) * 2", "(\n        inner(value) * 2\n    )", False),
+        ("value + LIMIT", "value - LIMIT", False),
+        ("constexpr(3)", "constexpr(4)", False),
+        ('["rows"]', '["x", "rows"]', False),
+        ("outer(tl.load(at))", "inner(tl.load(at))", False),
+    ],
+)
+def test_digests_are_of_code(old, new, same, tmp_path):
+    """Of a kernel, what it calls and reads: not of the lines where it is, nor of comments."""
+    pytest.importorskip("triton")
+    from bench.gpu import static
+
+    changed = CODE.replace(old, new)
+    assert changed != CODE
+    before = static.source(some_kernel(tmp_path / "before.py", CODE))
+    after = static.source(some_kernel(tmp_path / "after.py", changed))
+    assert (before == after) == same
+
+
+def test_digests_refuse_what_they_do_not_see(tmp_path):
+    pytest.importorskip("triton")
+    from bench.gpu import static
+
+    code = CODE.replace("import triton\n", "import triton\nfrom ift_kernels import backends\n", 1)
+    kernel = some_kernel(tmp_path / "some.py", code.replace("outer(tl", "backends.outer(tl"))
+    with pytest.raises(TypeError, match="some_kernel: import what it uses of backends by name"):
+        static.source(kernel)
 
 
 def test_every_function_has_a_call():
