@@ -269,7 +269,7 @@ def complaints(
     return wrong
 
 
-def source(kernel: Any) -> str:
+def kernel_code(kernel: Any) -> str:
     """Code of a kernel and of what it calls, with the constants that they read, without comments.
 
     Triton's own key also has the line where each begins, which edits of other functions move.
@@ -296,7 +296,7 @@ def source(kernel: Any) -> str:
 
 def digest(architecture: str, which: list[Variant]) -> str:
     """Of everything that decides what comes out: sources, constants, configurations, compiler."""
-    code = {kernel: source(kernel) for kernel in {v.kernel for v in which}}
+    code = {kernel: kernel_code(kernel) for kernel in {v.kernel for v in which}}
     parts = sorted(
         f"{code[v.kernel]} {v.signature} {v.constants} {v.aligned} {v.options}" for v in which
     )

@@ -252,7 +252,7 @@ def explain(
         workspace, device: as the operations.
 
     Raises:
-        TypeError, ValueError: `gradient` or `workspace` is none of these.
+        TypeError, ValueError: a `gradient` or `workspace` that does not fit.
 
     >>> print(explain(2048, 32000, 1024, torch.bfloat16).schedule)
     keep
