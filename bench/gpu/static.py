@@ -14,13 +14,17 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import inspect
+import io
 import json
 import re
 import subprocess
 import tempfile
+import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -265,9 +269,37 @@ def complaints(
     return wrong
 
 
+def kernel_code(kernel: Any) -> str:
+    """Code of a kernel and of what it calls, with the constants that they read, without comments.
+
+    Triton's own key also has the line where each begins, which edits of other functions move.
+    """
+    found: dict[str, Any] = {}
+    waiting = [kernel]
+    while waiting:
+        function = waiting.pop()
+        where, names = function.__module__, function.fn.__code__.co_names
+        words = tokenize.generate_tokens(io.StringIO(inspect.getsource(function.fn)).readline)
+        found[f"{where}.{function.__name__}"] = [
+            word.string for word in words if word.type not in (tokenize.COMMENT, tokenize.NL)
+        ]
+        for name, value in ((name, function.__globals__.get(name)) for name in names):
+            if isinstance(value, triton.language.constexpr):
+                found[f"{where}.{name}"] = value.value
+            elif isinstance(value, ModuleType) and value.__name__.startswith("ift_kernels"):
+                raise TypeError(f"{function.__name__}: import what it uses of {name} by name")
+            elif isinstance(value, triton.runtime.JITFunction):
+                key = f"{value.__module__}.{value.__name__}"
+                waiting += [] if key in found or key.startswith("triton.") else [value]
+    return repr(sorted(found.items()))
+
+
 def digest(architecture: str, which: list[Variant]) -> str:
     """Of everything that decides what comes out: sources, constants, configurations, compiler."""
-    parts = sorted(f"{v.source().hash()} {v.options}" for v in which)
+    code = {kernel: kernel_code(kernel) for kernel in {v.kernel for v in which}}
+    parts = sorted(
+        f"{code[v.kernel]} {v.signature} {v.constants} {v.aligned} {v.options}" for v in which
+    )
     whole = "\n".join([architecture, triton.__version__, *parts])
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 

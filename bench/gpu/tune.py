@@ -91,6 +91,13 @@ def calls(
     grad = torch.randn(1, rows, columns, generator=generator).to(device, torch.bfloat16)
     chunk, moved = contract.Chunk(x), x.numel() * x.element_size()
     mixing = (tokens, tokens.roll(1, 1), tokens, None, 0.2, -100)
+    # Every eighth column is active, in blocks and buckets of the default size.
+    block, bucket, width = 128, 2048, -(-len(range(0, columns, 8)) // 32) * 32
+    few = (torch.arange(columns, device=device) % 8 == 0).to(torch.uint8)
+    few = few.expand(-(-rows // block), -1).contiguous()
+    active = x.new_zeros(block * len(few) * width)
+    tails = torch.zeros(-(-columns // bucket), rows, device=device)
+    tail_weights = torch.rand(columns, generator=generator).to(device)
 
     def new_state() -> None:
         for tensor, first in zip(state, contract.new_state(rows, device), strict=True):
@@ -124,6 +131,11 @@ def calls(
             lambda: [best, drawn], no_best,
         ),
         "active_mask": returning(lambda: [backend.active_mask(chunk, target, level, 32)], moved),
+        "split_active": Call(
+            moved + moved // 8,
+            lambda: backend.split_active(x, few, block, bucket, tail_weights, tails, active),
+            lambda: [tails, active],
+        ),
         "bucket_sums": returning(lambda: [backend.bucket_sums(x, 64, row_weights)], moved),
         "scan": returning(lambda: [backend.scan(sequence, None, None, 0.95, True)], 4 * moved),
         "residual": returning(lambda: [backend.residual(table, *mixing)], 3 * moved),
@@ -268,6 +280,7 @@ EPILOGUES = {
     "top_k": ("top_k_update", ROWWISE), "gumbel": ("gumbel_update", ROWWISE),
     "scan": ("scan", ROWWISE), "residual": ("residual", ROWWISE),
     "mask": ("active_mask", grid(ROWS=(16, 32), BLOCK=(64, 128), num_warps=(2, 4, 8))),
+    "split": ("split_active", grid(ROWS=(8, 16, 32), BLOCK=(64, 128, 256), num_warps=(4, 8))),
     "segments": ("bucket_sums", grid(ITEMS=(4, 8, 16), BLOCK=(128, 256, 512), num_warps=(2, 4))),
 }  # fmt: skip
 CANDIDATES: dict[str, Configs] = {name: some for name, (_, some) in EPILOGUES.items()} | {
@@ -310,8 +323,8 @@ def _products(
         assert logprob is not None
         return [logprob]
 
-    yield "fused", f"{kind}-plain", returning(lambda: fused(contract.TRACK_ARGMAX))
-    yield "fused", f"{kind}-plain-all", returning(lambda: fused(contract.TRACK_ALL))
+    yield "fused", kind, returning(lambda: fused(contract.TRACK_ARGMAX))
+    yield "fused", f"{kind}-all", returning(lambda: fused(contract.TRACK_ALL))
     yield "forward", kind, returning(forward)
 
 

@@ -25,8 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 import ift_kernels
 from bench.report.tables import Table, terminal
 from ift_kernels import backends
-from ift_kernels.backends import reference
-from ift_kernels.backends.contract import Backend
+from ift_kernels.backends import contract, reference
 from ift_kernels.backends.cpu import memory
 
 COMMITTED = Path(__file__).with_name("counts.json")
@@ -34,12 +33,13 @@ BACKENDS = ("reference", "cpu")
 SIZES = (256, 64, 3000)  # N, D, V: several blocks in every schedule
 WORKSPACE = 1 << 20
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
-# What a backend may have, and a GPU launches.
+# Functions of a backend that launch nothing on a GPU.
+ON_HOST = ("unsupported_reason", "describe", "wants_transpose", "scratch")
+# The others, and what goes beyond the contract.
 EPILOGUES = (
-    "stats_update", "dlogits_", "probabilities_", "top_k_update", "gumbel_update", "scan",
-    "residual", "residual_grad", "fused_statistics", "active_mask", "split_active", "bucket_sums",
-    "transpose",
-)  # fmt: skip
+    *(n for n in vars(contract.Backend) if not n.startswith("_") and n not in ON_HOST),
+    "fused_statistics",
+)
 READS = ("aten::_local_scalar_dense", "aten::nonzero")
 # Views and bookkeeping launch nothing.
 FREE = frozenset(
@@ -62,6 +62,7 @@ def operations() -> dict[str, Callable[[], Any]]:
     target = torch.randint(v, (n,), generator=generator)
     upstream = torch.randn(n, generator=generator)
     x, ids = torch.randn(4, n // 4, generator=generator), target.view(4, -1)
+    teacher = hidden.detach().flip(0)
     size = {"workspace": WORKSPACE}
     # Few columns of a block matter, or it would be dense; a block has whole rows in its workspace.
     peaked, wide = (8 * hidden.detach()).requires_grad_(), 4 * WORKSPACE
@@ -102,10 +103,13 @@ def operations() -> dict[str, Callable[[], Any]]:
         "temporal_residual": lambda: ift_kernels.temporal_residual(
             weight.detach(), ids, ids, ids, 0.2
         ),
+        "linear_divergence, backward": lambda: gradients(
+            ift_kernels.linear_divergence(hidden, weight, teacher, weight.detach(), workspace=wide)
+        ),
     }
 
 
-def count(call: Callable[[], Any], backend: Backend = reference) -> Counts:
+def count(call: Callable[[], Any], backend: contract.Backend = reference) -> Counts:
     """What one call does with `backend`, after one that fills caches."""
     call()
     activities = [ProfilerActivity.CPU]

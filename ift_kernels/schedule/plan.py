@@ -28,8 +28,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ift_kernels.common import checks
+from ift_kernels.common import checks, sync_free
 from ift_kernels.common.active_set import ActiveSet
+from ift_kernels.common.active_set import options as active_options
 from ift_kernels.common.settings import Setting
 
 SCHEDULES = ("recompute", "keep", "forward")
@@ -245,6 +246,7 @@ def explain(
     need_hidden: bool = True,
     need_weight: bool = True,
     scalar: bool = False,
+    gradient: str | ActiveSet = "exact",
     workspace: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Plan:
@@ -255,17 +257,31 @@ def explain(
         dtype: of hidden and weight.
         need_hidden, need_weight: which inputs require gradients, not through entropy or mean_logit.
         scalar: the loss is `linear_cross_entropy` with reduction "mean" or "sum".
+        gradient: "exact" or "active" (an `ActiveSet` for its options), as in `linear_logprobs`. How
+            many columns are active depends on data, so `products` counts all of them: the most.
         workspace, device: as the operations.
+
+    Raises:
+        TypeError, ValueError: a `gradient` or `workspace` that does not fit.
 
     >>> print(explain(2048, 32000, 1024, torch.bfloat16).schedule)
     keep
+    >>> exact, active = (
+    ...     explain(2048, 32000, 1024, need_weight=False, gradient=name)
+    ...     for name in ("exact", "active")
+    ... )
+    >>> active.peak_bytes > exact.peak_bytes  # the active columns of a tile are copied
+    True
     """
+    active = active_options(gradient)
     device = torch.device(device)
     budget = checks.workspace_bytes(workspace, device, dtype)
     problem = Problem(
         rows, vocabulary, width, dtype, budget, need_hidden, need_weight, False,
         scalar or not need_weight,
         transpose=device.type == "cpu" and dtype.itemsize == 2,
+        # As `head_call`: gradients are exact where no size may depend on data.
+        active=active if need_hidden and not sync_free.on() else None,
     )  # fmt: skip
     return make(problem, ledger.reserved, forced())
 

@@ -54,6 +54,30 @@ def test_epilogues_are_counted_and_the_backend_is_left_as_it_was():
     assert counts.reference.scan is before
 
 
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_epilogues_of_divergences_are_counted(kind):
+    h, w, y = torch.ones(4, 8, requires_grad=True), torch.ones(50, 8), torch.zeros(4, 8)
+
+    def call(reduction):
+        loss = counts.ift_kernels.linear_divergence(h, w, y, w, kind=kind, reduction=reduction)
+        torch.autograd.grad(loss.sum(), h)
+
+    with counts.ift_kernels.use_backend("reference"):
+        for reduction in ("mean", "none"):
+            found = counts.count(lambda reduction=reduction: call(reduction))
+            # Statistics of both heads, the gradient; terms unless the gradient's pass has them.
+            assert found["epilogues"] >= 3
+
+
+def test_every_function_of_the_contract_is_an_epilogue_or_on_the_host():
+    """A new one is counted without being listed here or there."""
+    named = {name for name in vars(counts.contract.Backend) if not name.startswith("_")}
+    assert set(counts.EPILOGUES) | set(counts.ON_HOST) == named | {"fused_statistics"}
+    assert set(counts.ON_HOST) <= named  # renamed, it would be missed there
+    for name in counts.EPILOGUES:
+        assert hasattr(counts.reference, name) or name == "fused_statistics"
+
+
 @pytest.mark.parametrize("more", ["products", "bytes", "operators", "reads", "epilogues"])
 def test_more_of_anything_fails_and_less_does_not(more, monkeypatch, capsys):
     known = counts.committed()

@@ -1,9 +1,14 @@
 """What a machine with a GPU runs: its dry runs, and how a part goes on where it stopped."""
 
+import ast
+import importlib
+import importlib.util
 import json
 import os
+import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ from bench.gpu import tune
 from bench.harness import machine
 from bench.harness.machine import ROOT
 from bench.suites import command
+from ift_kernels.backends import triton as backend
 from processes import HANG
 
 
@@ -126,11 +132,119 @@ def test_what_is_faster():
     assert tune.faster(rows) == {"scan": "cuda"}
 
 
+def triton_modules():
+    """Every module of the Triton backend."""
+    found = pkgutil.walk_packages(backend.__path__, f"{backend.__name__}.")
+    return [backend, *(importlib.import_module(module.name) for module in found)]
+
+
+def test_every_kernel_is_captured():
+    """What `bench static` does not capture has no limits, and nothing is compiled of it."""
+    pytest.importorskip("triton")
+    from triton.runtime.jit import JITFunction
+
+    from bench.gpu import static
+
+    kernels, launched = set(), set()
+    for module in triton_modules():
+        kernels |= {
+            value for name, value in vars(module).items()
+            if isinstance(value, JITFunction) and name.endswith("_kernel")
+        }  # fmt: skip
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "launch":
+                launched.add(ast.unparse(node.args[0]))
+    names = sorted(kernel.__name__ for kernel in kernels)  # of two with one name both
+    assert names == sorted(launched)
+    captured = {which.kernel for which in static.variants("sm_90", (torch.bfloat16,), (False,))}
+    assert names == sorted(kernel.__name__ for kernel in captured)
+
+
+CODE = """
+import triton
+import triton.language as tl
+
+LIMIT = tl.constexpr(3)
+
+
+@triton.jit
+def inner(value):
+    return value + LIMIT
+
+
+@triton.jit
+def outer(value):
+    return inner(value) * 2
+
+
+@triton.jit(do_not_specialize=["rows"])
+def some_kernel(x, rows, BLOCK: tl.constexpr):
+    at = x + tl.arange(0, BLOCK)
+    tl.store(at, outer(tl.load(at)))
+"""
+
+
+def some_kernel(path, code):
+    """The kernel of a module with this code."""
+    path.write_text(code)
+    spec = importlib.util.spec_from_file_location("some_module", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.some_kernel
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("import triton\n", "import math\nimport triton\n\n\ndef more():\n    pass\n", True),
+        ("    return inner", "    # twice what comes\n    return inner", True),
+        ("tl.arange(0, BLOCK)", "tl.arange(\n        0, BLOCK\n    )", True),
+        ("value + LIMIT", "value - LIMIT", False),
+        ("constexpr(3)", "constexpr(4)", False),
+        ('["rows"]', '["x", "rows"]', False),
+        ("outer(tl.load(at))", "inner(tl.load(at))", False),
+    ],
+)
+def test_digests_are_of_code(old, new, same, tmp_path):
+    """Of a kernel, what it calls and reads: not of the lines where it is, nor of comments."""
+    pytest.importorskip("triton")
+    from bench.gpu import static
+
+    changed = CODE.replace(old, new)
+    assert changed != CODE
+    before = static.kernel_code(some_kernel(tmp_path / "before.py", CODE))
+    after = static.kernel_code(some_kernel(tmp_path / "after.py", changed))
+    assert (before == after) == same
+
+
+def test_digests_refuse_what_they_do_not_see(tmp_path):
+    pytest.importorskip("triton")
+    from bench.gpu import static
+
+    code = CODE.replace("import triton\n", "import triton\nfrom ift_kernels import backends\n", 1)
+    kernel = some_kernel(tmp_path / "some.py", code.replace("outer(tl", "backends.outer(tl"))
+    with pytest.raises(TypeError, match="some_kernel: import what it uses of backends by name"):
+        static.kernel_code(kernel)
+
+
+def test_every_function_has_a_call():
+    """In the comparison of backends, and for every class of shapes of the launch table."""
+    pytest.importorskip("triton")
+    from ift_kernels.backends.triton import launch
+
+    cpu = torch.device("cpu")
+    compared = {name.partition(",")[0] for name in tune.calls(backend, cpu, 3, 40)}
+    assert compared == backend._HOME.keys() - {"fused_statistics"}  # no other backend has that
+    tuned = {(kernel, kind) for kernel, kind, _ in tune.subjects(True, cpu)}
+    table = launch.table()["architectures"]["default"]
+    assert tuned == {(kernel, kind) for kernel, kinds in table.items() for kind in kinds}
+
+
 def test_tuner_writes_a_table(tmp_path):
     pytest.importorskip("triton")
     path = tmp_path / "launch.json"
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON", "IFT_"))}
-    tune = [sys.executable, "-m", "bench", "tune", "--dry-run", "--kernels", "residual", "scan"]
+    tune = [sys.executable, "-m", "bench", "tune", "--dry-run", "--kernels", "residual", "split"]
     done = subprocess.run(
         [*tune, "--output", str(path)], env=kept, cwd=ROOT, capture_output=True, text=True,
         timeout=HANG,
@@ -140,7 +254,7 @@ def test_tuner_writes_a_table(tmp_path):
     committed = json.loads((ROOT / "ift_kernels/backends/triton/launch.json").read_text())
     written = table["architectures"].pop("interpreter")
     assert table["architectures"] == committed["architectures"]
-    assert set(written) == {"residual", "scan"}
+    assert set(written) == {"residual", "split"}
     assert set(written["residual"]) == {"narrow", "wide"}
     times = table["measured"]["interpreter"]["times"]
     assert len(times) > 4 and all("seconds" in row for row in times)

@@ -4,6 +4,8 @@ nvcc comes from CUDA_HOME, PATH or the Python packages of the extra `nvcc`; wher
 what needs it is skipped and says so. No test here needs a GPU.
 """
 
+import json
+import math
 import os
 import re
 import runpy
@@ -178,6 +180,19 @@ def test_violations_are_seen(monkeypatch, tmp_path):
     for change in ({"registers": 41}, {"local": 8}, {"stack": 8}, {"wide_loads": 0}):
         assert len(cuda_static.violations({"a_kernel": fine | change})) == 1
     assert len(cuda_static.violations({"b_kernel": fine})) == 2
+
+
+def test_limits_and_table_are_of_the_kernels_in_the_sources():
+    """A renamed kernel is compiled anew: its numbers are measured, and are not those of before."""
+    names = runpy.run_path(str(ROOT / ".ci/nvrtc.py"))["kernels"]()
+    kernels = {name.partition("<")[0].rpartition(":")[2] for name in names}
+    limits = json.loads(cuda_static.LIMITS.read_text())
+    saved = json.loads((ROOT / "bench/results/cuda-static/sm_90a.json").read_text())
+    assert kernels == limits.keys() == saved.keys()
+    assert cuda_static.violations(saved) == []
+    for name, row in saved.items():
+        found = {"registers": math.ceil(row["registers"] / 8) * 8, "shared": row["shared"]}
+        assert limits[name] == found, name
 
 
 def test_it_links_and_exports_nothing_of_cuda(extension):

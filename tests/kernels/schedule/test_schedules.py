@@ -223,6 +223,47 @@ def test_plans_fit_the_workspace(rows, vocabulary, dtype, scalar, need_weight):
     assert 2.0 <= made.products <= 5.0
 
 
+@pytest.mark.parametrize("gradient", ["exact", "active", K.ActiveSet(tail_bucket=64)], ids=str)
+@pytest.mark.parametrize(
+    ("workspace", "scalar", "need_hidden", "need_weight", "schedule"),
+    [
+        (1 << 20, False, True, True, "recompute"),
+        (4 << 20, False, True, False, "forward"),
+        (4 << 20, True, True, True, "forward"),
+        (8 << 20, False, True, True, "keep"),
+        (8 << 20, True, False, True, "forward"),
+    ],
+)
+def test_explained_plans_are_followed(
+    gradient, workspace, scalar, need_hidden, need_weight, schedule, monkeypatch
+):
+    rows, vocabulary, width = 256, 6000, 32
+    hidden = torch.randn(rows, width, requires_grad=need_hidden)
+    weight = torch.randn(vocabulary, width, requires_grad=need_weight)
+    target = torch.arange(rows)
+    explained = K.explain(
+        rows, vocabulary, width, torch.float32, need_hidden=need_hidden, need_weight=need_weight,
+        scalar=scalar, gradient=gradient, workspace=workspace,
+    )  # fmt: skip
+    made, original = [], plan.make
+    monkeypatch.setattr(plan, "make", lambda *a: made.append(original(*a)) or made[-1])
+    function = K.linear_cross_entropy if scalar else K.linear_logprobs
+    function(hidden, weight, target, gradient=gradient, workspace=workspace)
+    assert explained == made[-1] and explained.schedule == schedule
+
+
+def test_explained_gradients_are_exact_or_active():
+    for gradient in ("auto", None, True):
+        with pytest.raises(ValueError, match=r"gradient: expected one of \['active', 'exact'\]"):
+            K.explain(8, 100, 8, gradient=gradient)
+    exact, active = (K.explain(256, 6000, 32, gradient=name) for name in ("exact", "active"))
+    assert exact != active
+    with sync_free.sync_free():  # sizes may not depend on data: as "exact"
+        assert K.explain(256, 6000, 32, gradient="active") == exact
+    without = (K.explain(256, 6000, 32, need_hidden=False, gradient=n) for n in ("exact", "active"))
+    assert len(set(without)) == 1
+
+
 def test_forced_schedule_must_exist():
     with pytest.raises(ValueError, match=r"name: expected one of .* got 'fast'"):
         plan.use_schedule("fast").__enter__()
