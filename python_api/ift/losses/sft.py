@@ -117,14 +117,7 @@ class SFTLoss(Loss):
 
     function = staticmethod(sft_loss)
 
-    def __init__(
-        self,
-        *,
-        reduction: Reduction = "mean",
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        scaling: Literal["none", "dft"] = "none",
-    ) -> None:
-        super().__init__(
-            reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss, scaling=scaling
-        )  # fmt: skip
+    reduction: Reduction = "mean"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    scaling: Literal["none", "dft"] = "none"
