@@ -25,6 +25,7 @@ from bench.harness.machine import RESULTS, ROOT
 from bench.report import pictures, ranking, tables
 from bench.report.ranking import ABOUT, ORDER, Case
 from bench.report.tables import Report, Source, Table, escape, web
+from ift import plotting
 
 HTML = ROOT / "build" / "benchmarks.html"
 Values = dict[str, Any]
@@ -312,7 +313,7 @@ def drawn(group: str, cases: dict[str, dict[str, Case]], sources: Sequence[Sourc
 
     Bars are of the cells that the table shows. Curves and sweeps are of one file each.
     """
-    if not pictures.available():
+    if not plotting.available():
         return []
     found = []
     for device in dict.fromkeys(device for by_device in cases.values() for device in by_device):

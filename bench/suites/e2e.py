@@ -36,6 +36,7 @@ from bench.harness.worker import Failed
 from bench.peers import naive_ift
 from bench.suites.grid import DTYPES, RATE
 from ift import losses
+from ift.one_pass import target_logprobs
 
 IMPLEMENTATIONS = ("ours", "two-passes", "naive")
 PROMPT = 0.5  # share of a row
@@ -132,11 +133,7 @@ def batch(setting: Setting, rows: int) -> Batch:
     return {name: value.to(setting.device) for name, value in found.items()}
 
 
-def _naive_sft(model: Any, reference: Any, frozen: Any, given: Batch) -> Tensor:
-    return naive_ift.naive_sft_loss(model, **_split(given))
-
-
-def _naive_dpo(model: Any, reference: Any, frozen: Any, given: Batch) -> Tensor:
+def _naive_dpo(model: Any, reference: Any, given: Batch) -> Tensor:
     def summed(one: Any) -> Tensor:
         logits = one(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits
         logprob, _ = naive_ift.naive_logprob(logits, given["labels"])
@@ -148,44 +145,26 @@ def _naive_dpo(model: Any, reference: Any, frozen: Any, given: Batch) -> Tensor:
     return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
 
 
-def _naive_ift(model: Any, reference: Any, frozen: Any, given: Batch) -> Tensor:
-    return naive_ift.naive_ift_loss(model, **_split(given), embedding=frozen)
-
-
-def _our_sft(model: Any, reference: Any, frozen: Any, given: Batch) -> Tensor:
-    return model(**given, loss=losses.sft_loss).loss
-
-
-def _our_dpo(model: Any, reference: Any, frozen: Any, given: Batch) -> Tensor:
-    kept: list[Tensor] = []
-
-    def keep(logprob: Tensor, mask: Tensor) -> Tensor:
-        kept.append((logprob * mask).sum(-1))
-        return logprob.new_zeros(())
-
+def _our_dpo(model: Any, reference: Any, given: Batch) -> Tensor:
     with torch.no_grad():
-        reference(**given, loss=keep)
-    return model(**given, loss=functools.partial(losses.dpo_loss, reference=kept[0])).loss
-
-
-def _our_ift(model: Any, reference: Any, frozen: Any, given: Batch) -> Tensor:
-    return model(**given, ift=ift.IFTConfig()).loss
-
-
-def _two_passes(model: Any, reference: Any, frozen: Any, given: Batch) -> Tensor:
-    return model(**given, ift=ift.IFTConfig(share_prompt=False)).loss
+        logprob, mask = target_logprobs(reference, **given)
+    sums = (logprob * mask).sum(-1)
+    return model(**given, loss=functools.partial(losses.dpo_loss, reference=sums)).loss
 
 
 STEPS: dict[tuple[str, str], Step] = {
-    ("sft", "naive"): _naive_sft, ("sft", "ours"): _our_sft,
-    ("dpo", "naive"): _naive_dpo, ("dpo", "ours"): _our_dpo,
-    ("ift", "naive"): _naive_ift, ("ift", "ours"): _our_ift,
-    ("ift", "two-passes"): _two_passes,
-}  # fmt: skip
-
-
-def _split(given: Batch) -> dict[str, Any]:
-    return {name: given[name] for name in ("input_ids", "labels", "attention_mask")}
+    ("sft", "naive"): lambda model, _, frozen, given: naive_ift.naive_sft_loss(model, **given),
+    ("sft", "ours"): lambda model, _, frozen, given: model(**given, loss=losses.sft_loss).loss,
+    ("dpo", "naive"): lambda model, reference, _, given: _naive_dpo(model, reference, given),
+    ("dpo", "ours"): lambda model, reference, _, given: _our_dpo(model, reference, given),
+    ("ift", "naive"): lambda model, _, frozen, given: naive_ift.naive_ift_loss(
+        model, **given, embedding=frozen
+    ),
+    ("ift", "ours"): lambda model, _, frozen, given: model(**given, ift=ift.IFTConfig()).loss,
+    ("ift", "two-passes"): lambda model, _, frozen, given: (
+        model(**given, ift=ift.IFTConfig(share_prompt=False)).loss
+    ),
+}
 
 
 class Trainer:

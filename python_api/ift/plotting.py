@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ift.files import replacing
 
 # Colours that stay apart in greyscale and for colour-blind readers (Okabe and Ito).
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
@@ -108,10 +109,8 @@ def draw(axes: Any, records: Sequence[Mapping[str, Any]], key: str, **style: Any
 
 
 @contextlib.contextmanager
-def picture(
-    path: str | Path, rows: int, columns: int, *, width: float, height: float
-) -> Iterator[tuple[Any, Any]]:
-    """A figure and its axes to draw on; at the end the PNG is there, or the old one still is.
+def figure(path: str | Path, width: float, height: float, style: Any, layout: Any) -> Iterator[Any]:
+    """A figure of so many inches; at the end the PNG is there, or the old one still is.
 
     It needs no display, and is safe beside a program that uses pyplot.
     """
@@ -119,15 +118,18 @@ def picture(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure, figure.subplots(rows, columns)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            figure.savefig(unfinished, format="png")
-            unfinished.replace(path)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
+    with rc_context(style):
+        made = Figure(figsize=(width, height), layout=layout)
+        FigureCanvasAgg(made)
+        yield made
+        with replacing(Path(path)) as unfinished:
+            made.savefig(unfinished, format="png")
+
+
+@contextlib.contextmanager
+def picture(
+    path: str | Path, rows: int, columns: int, *, width: float, height: float
+) -> Iterator[tuple[Any, Any]]:
+    """A `figure` and its axes to draw on."""
+    with figure(path, width, height, STYLE, "constrained") as made:
+        yield made, made.subplots(rows, columns)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ift.cli import processes
 from ift.cli.errors import CliError
 from ift.cli.models import load_model
 from ift.data import Collator
+from ift.files import replacing
 from ift.head_pass import evaluating
+from ift.one_pass import target_logprobs
 from ift.patching import base_model, patch
 from ift.preference_data import EncodedPairs
 
@@ -39,14 +40,11 @@ def sequence_logprobs(
     waiting, sums = list(examples), []
     order = sorted(range(len(waiting)), key=lambda i: len(waiting[i]["input_ids"]))
 
-    def keep(logprob: Tensor, mask: Tensor) -> Tensor:
-        sums.append((logprob * mask).sum(1).float().cpu())
-        return logprob.new_zeros(())
-
     with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for first in range(0, len(order), batch_size):
             batch = collate([waiting[i] for i in order[first : first + batch_size]])
-            model(**{k: v.to(device) for k, v in batch.items()}, loss=keep)
+            logprob, mask = target_logprobs(model, **{k: v.to(device) for k, v in batch.items()})
+            sums.append((logprob * mask).sum(1).float().cpu())
     found = np.empty(len(order), np.float32)
     found[order] = torch.cat(sums).numpy()
     return found
@@ -91,9 +89,8 @@ def add_reference(
         patch(model)
         sums = sequence_logprobs(model, data.sides(), collate, 2 * batch_size, device, bf16=bf16)
         cache.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.stem}.{os.getpid()}.npy")
-        np.save(unfinished, sums)
-        unfinished.replace(file)
+        with replacing(file) as unfinished, unfinished.open("wb") as stream:
+            np.save(stream, sums)
     if data.examples:
         for example, mine in zip(data.examples, sums.reshape(len(data.examples), -1), strict=True):
             example["reference"] = mine
