@@ -20,7 +20,8 @@ from ift.cli.losses import LOSSES, OPTIONS, build_loss
 from ift.cli.models import check_model_path, check_positions, load_model, padding_id
 from ift.cli.processes import note
 from ift.data import Collator, Encoded, encode, split_rows
-from ift.data_rows import DataError, read_jsonl, read_preferences
+from ift.data_rows import read_jsonl, read_preferences
+from ift.files import JsonlLog, write_text
 from ift.preference_data import EncodedPairs, PairCollator, encode_pairs
 
 # A run continued with another value of these, or of an option of its loss, would be another run.
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
 
     from ift.cli.preference import PairTrainer
     from ift.cli.reference import add_references
-    from ift.cli.runlog import JsonlLog, RunLog, write_atomically
+    from ift.cli.runlog import RunLog
     from ift.cli.trainer import RunTrainer, StopOnSignal, last_checkpoint, step_of
 
     transformers.logging.set_verbosity_error()
@@ -119,7 +120,7 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
 
     if trainer.is_world_process_zero():
         note(describe(arguments, model, tokenizer, train_data, eval_data, training_arguments))
-        write_atomically(output / "run.json", json.dumps(fingerprint(arguments), indent=2) + "\n")
+        write_text(output / "run.json", json.dumps(fingerprint(arguments), indent=2) + "\n")
         with damage_in(log.path):
             log.rewind(0 if start is None else step_of(start))
     if start is not None:
@@ -151,17 +152,13 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
 def read_rows(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """Training and evaluation rows, or pairs for a preference loss."""
     read: Any = read_preferences if LOSSES[arguments.loss].pairs else read_jsonl
-    try:
+    with refusals("--data"):
         rows = read(arguments.data)
-    except DataError as error:
-        raise CliError("--data", error) from None
-    try:
-        if arguments.eval_data is not None:
+    if arguments.eval_data is not None:
+        with refusals("--eval-data"):
             return rows, read(arguments.eval_data)
+    with refusals("--eval-split"):
         return split_rows(rows, arguments.eval_split, arguments.seed)
-    except DataError as error:
-        flag = "--eval-data" if arguments.eval_data is not None else "--eval-split"
-        raise CliError(flag, error) from None
 
 
 def check_output(output: Path, resume: bool) -> None:
@@ -205,14 +202,11 @@ def check_same_run(arguments: argparse.Namespace, output: Path, *, started: bool
         if before.get(name, options.DEFAULTS.get(name)) != value:
             argument = flag_of(name.removesuffix("_sha256"))
             argument = "torchrun --nproc-per-node" if name == "processes" else argument
-            if name.endswith("_sha256"):
-                raise CliError(
-                    argument, f"other contents than when the run in {output} was started"
-                )
             got, was = ("the default" if v is None else v for v in (value, before.get(name)))
-            raise CliError(
-                argument, f"got {got}; expected {was}, as the run in {output} was started"
-            )
+            problem = f"got {got}; expected {was}, as the run in {output} was started"
+            if name.endswith("_sha256"):
+                problem = f"other contents than when the run in {output} was started"
+            raise CliError(argument, problem)
 
 
 @contextlib.contextmanager
@@ -248,14 +242,12 @@ def tokenise(
     if not rows:
         return Encoded([], [])
     max_length = arguments.max_length
-    try:
-        encoded: Encoded | EncodedPairs
+    encoded: Encoded | EncodedPairs
+    with refusals(flag):
         if LOSSES[arguments.loss].pairs:
             encoded = encode_pairs(rows, tokenizer, max_length, mismatched=mismatched)
         else:
             encoded = encode(rows, tokenizer, max_length)
-    except DataError as error:
-        raise CliError(flag, error) from None
     if encoded.dropped:
         note(
             f"{flag}: dropped {len(encoded.dropped)} of {len(rows)} rows, which have no completion "
