@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType, NoneType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -217,17 +217,19 @@ class _State:
         return None if self.measured is None else self.measured.transform
 
 
-class PatchedForward:
-    """The forward of a patched model.
+class BoundForward:
+    """A forward for one model object, with the interface of a bound method.
 
-    It has the interface of a bound method (`__self__`, `__func__`, a signature), which accelerate
-    and Trainer use. It is an object, since a bound method would unpickle as the class's forward.
+    accelerate and Trainer use `__self__`, `__func__` and the signature; when accelerate unwraps a
+    model it would follow a ``__wrapped__`` to the class's forward. It is an object, since a bound
+    method would unpickle as the class's forward.
 
     Args:
         previous: a forward that was set on the object before.
     """
 
-    is_ift = True
+    is_ift = True  # `unpatch` may remove it
+    keywords: ClassVar[dict[str, Any]] = {}  # arguments beside those of the original, and defaults
 
     def __init__(self, model: nn.Module, previous: Callable[..., Any] | None) -> None:
         self.model = model
@@ -240,14 +242,14 @@ class PatchedForward:
             return self.previous
         return MethodType(type(self.model).forward, self.model)
 
+    def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of `model`, which may be a copy of the one that this belongs to."""
+        raise NotImplementedError
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.model:
             args = args[1:]  # as from a method made of this object: accelerate's unwrap_model does
-        if _STATE not in self.model.__dict__:  # unpatched, but still inside of a wrapper
-            refuse_lost_arguments(type(self.model).__name__, kwargs)
-        elif not in_head_pass(self.model):  # else one patched forward is inside of another
-            return _forward(self.model, self.original, *args, **kwargs)
-        return self.original(*args, **{k: v for k, v in kwargs.items() if k not in PATCH_ARGUMENTS})
+        return self.call(self.model, args, kwargs)
 
     @property
     def __self__(self) -> nn.Module:
@@ -255,10 +257,8 @@ class PatchedForward:
 
     @property
     def __func__(self) -> Callable[..., Any]:
-        previous = self.previous
-
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return PatchedForward(model, previous)(*args, **kwargs)  # `model` may be a copy
+            return self.call(model, args, kwargs)
 
         signature = self.__signature__
         first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -271,12 +271,27 @@ class PatchedForward:
     def __signature__(self) -> inspect.Signature:
         original = inspect.signature(self.original)
         extra = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-            for name in PATCH_ARGUMENTS
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+            for name, default in self.keywords.items()
         ]
         parameters = list(original.parameters.values())
         end = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
         return original.replace(parameters=[*parameters[:end], *extra, *parameters[end:]])
+
+
+class PatchedForward(BoundForward):
+    """The forward of a patched model."""
+
+    keywords: ClassVar[dict[str, Any]] = dict.fromkeys(PATCH_ARGUMENTS)
+
+    def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """With the arguments of `patch`."""
+        original = PatchedForward(model, self.previous).original
+        if _STATE not in model.__dict__:  # unpatched, but still inside of a wrapper
+            refuse_lost_arguments(type(model).__name__, kwargs)
+        elif not in_head_pass(model):  # else one patched forward is inside of another
+            return _forward(model, original, *args, **kwargs)
+        return original(*args, **{k: v for k, v in kwargs.items() if k not in PATCH_ARGUMENTS})
 
 
 def original_forward(model: nn.Module) -> Callable[..., Any]:
@@ -285,19 +300,15 @@ def original_forward(model: nn.Module) -> Callable[..., Any]:
     return state.forward.original
 
 
-def logit_transform(model: nn.Module, kwargs: dict[str, Any]) -> LogitTransform:
-    """Scale and softcap of a patched model's logits.
+def measured_model(model: nn.Module, kwargs: dict[str, Any]) -> Measured:
+    """What the code of a patched model does to its logits and labels.
 
-    Measured with the inputs in `kwargs` where they are not yet, or where the forward hooks of its
-    head have changed since.
+    Measured with the inputs in `kwargs` where it is not yet, or where the forward hooks of its head
+    have changed since.
 
     Raises:
         RuntimeError: it does something else than scale and softcap.
     """
-    return _measured(model, kwargs).transform
-
-
-def _measured(model: nn.Module, kwargs: dict[str, Any]) -> Measured:
     state: _State = getattr(model, _STATE)
     if state.measured is None or state.hooks != tuple(plain_head(model)._forward_hooks):
         with measuring:
@@ -350,7 +361,7 @@ def _forward(
         raise ValueError(f"labels: expected (B, T) token ids with {argument}, got None")
 
     state: _State = getattr(model, _STATE)
-    measured = _measured(model, kwargs)
+    measured = measured_model(model, kwargs)
     if ift is None:
         output, metrics = loss_pass(
             model, original, kwargs, measured.transform, unshifted=measured.unshifted,

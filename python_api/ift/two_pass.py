@@ -258,56 +258,29 @@ def _prediction(
     def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         mask = positions.to(hidden.device)
         rows = hidden[mask]
+        chosen: Any = {"bias": bias, "workspace": config.workspace, **options}
         if is_sharded(weight):
-            return _greedy_of_shards(rows, weight, bias, mask, config, options).to(positions.device)
-        if config.rule == "soft":
+            predicted = _greedy_of_shards(rows, weight, config.rule, chosen)
+        elif config.rule == "soft":
             table, scale = embedding_table(model)
-            soft = linear_expected_embedding(
-                rows, weight, table, bias=bias, workspace=config.workspace, **options
-            )
-            return soft * scale
-        if config.rule == "sample":
-            options["temperature"] = config.sample_temperature
-            options["seed"] = (config.seed << 20 ^ config.step) % 2**64
-            options["row_offset"] = state.sampled_rows.next_rows(config.step, rows.shape[0])
-        choice = linear_token(
-            rows,
-            weight,
-            bias=bias,
-            rule=config.rule,
-            k=config.k,
-            workspace=config.workspace,
-            **options,
-        )
+            return linear_expected_embedding(rows, weight, table, **chosen) * scale
+        else:
+            if config.rule == "sample":
+                chosen["temperature"] = config.sample_temperature
+                chosen["seed"] = (config.seed << 20 ^ config.step) % 2**64
+                chosen["row_offset"] = state.sampled_rows.next_rows(config.step, rows.shape[0])
+            predicted = linear_token(rows, weight, rule=config.rule, k=config.k, **chosen).ids
         ids = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
-        return ids.masked_scatter_(mask, choice.ids).to(positions.device)
+        return ids.masked_scatter_(mask, predicted).to(positions.device)
 
     return callback
 
 
-def _greedy_of_shards(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor,
-    config: IFTConfig,
-    options: dict[str, Any],
-) -> Tensor:
+def _greedy_of_shards(rows: Tensor, weight: Tensor, rule: str, options: Any) -> Tensor:
     """The predicted ids of a head whose vocabulary is spread over processes."""
-    if config.rule != "greedy":
-        raise ValueError(
-            f"rule: expected 'greedy' with a vocabulary-parallel head, got {config.rule!r}"
-        )
+    if rule != "greedy":
+        raise ValueError(f"rule: expected 'greedy' with a vocabulary-parallel head, got {rule!r}")
     no_target = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
-    stats = vocab_parallel_logprobs(
-        rows,
-        weight,
-        no_target,
-        bias=bias,
-        outputs=("argmax",),
-        workspace=config.workspace,
-        **options,
-    )
+    stats = vocab_parallel_logprobs(rows, weight, no_target, outputs=("argmax",), **options)
     assert stats.argmax is not None
-    ids = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
-    return ids.masked_scatter_(mask, stats.argmax)
+    return stats.argmax
