@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import time
@@ -27,11 +26,10 @@ from tqdm import tqdm
 
 import ift
 from bench.peers.naive_ift import frozen_embedding, naive_ift_loss, refresh
-from examples import docstrings, picture
+from examples import picture
+from examples.corpus import Corpus
 from examples.head_memory import head_peak_bytes
 from ift import tiny
-from ift.data import Collator, encode
-from ift.data_rows import Row
 
 WAYS = ("naive SFT", "fused SFT", "naive IFT", "fused IFT")
 Batch = dict[str, Tensor]
@@ -84,27 +82,12 @@ class Setting:
     seed: int = 0
 
 
-class Demo:
+class Demo(Corpus):
     """Data and initial weights, shared by the four trainings."""
 
     def __init__(self, setting: Setting) -> None:
+        super().__init__(setting.vocab_size, setting.max_length, setting.batch_size, setting.seed)
         self.setting = setting
-        train, held_out = ([Row("", row) for row in rows] for rows in docstrings.collect())
-        self.tokenizer = tiny.train_tokenizer(
-            (text for row in train for text in row.texts), setting.vocab_size
-        )
-        self.examples = encode(train, self.tokenizer, setting.max_length).examples
-        random.Random(setting.seed).shuffle(self.examples)
-        held = encode(held_out, self.tokenizer, setting.max_length).examples
-        self.collate = Collator(self.tokenizer.pad_token_id)
-        size = setting.batch_size
-        self.held_out = [self.collate(held[i : i + size]) for i in range(0, len(held), size)]
-
-    def batch(self, step: int) -> Batch:
-        """The batch of a step; every training sees the same."""
-        size = self.setting.batch_size
-        chosen = [(step * size + i) % len(self.examples) for i in range(size)]
-        return self.collate([self.examples[i] for i in chosen])
 
     def model(self) -> Any:
         """A model with the common initial weights."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,33 +49,44 @@ CHUNKED_WORK = 1e11  # multiply-adds of a GEMM
 IMPLEMENTATIONS = (*FLOORS, *(name for name in PEERS if name not in ("active", "dropped")))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this suite."""
+def shape_arguments(
+    parser: argparse.ArgumentParser, cases: Sequence[str], implementations: Sequence[str]
+) -> None:
+    """Options of ``head`` and ``active``."""
     parser.add_argument(
         "--shapes", nargs="+", type=shape, default=SHAPES, metavar="NxDxV",
         help="rows, width and vocabulary, or a model and rows, as llama-3-8b@4096; default: "
         "2048x1024x32000 1024x896x151936",
     )  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE",
+    parser.add_argument("--cases", nargs="+", choices=cases, metavar="CASE",
                         help="default: all; see --list")  # fmt: skip
-    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, metavar="NAME",
+    parser.add_argument("--implementations", nargs="+", choices=implementations, metavar="NAME",
                         help="default: all; see --list")  # fmt: skip
+    parser.add_argument("--flat", action="store_true", help="random data, not LM-like")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this suite."""
+    shape_arguments(parser, list(CASES), IMPLEMENTATIONS)
     parser.add_argument(
         "--everyone", action="store_true",
         help="every peer in every case; by default the variants of a case (head frozen, targets "
         "ignored, few rows) have the floor, naive and ours, and no call takes minutes",
     )  # fmt: skip
-    parser.add_argument("--flat", action="store_true", help="random data, not LM-like")
 
 
-def run(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Records:
-    """Measure; one record per shape and dtype."""
+def run(
+    arguments: argparse.Namespace, settings: Settings, progress: Any,
+    points_at: Callable[[tuple[int, int, int], argparse.Namespace], list[Point]] | None = None,
+) -> Records:  # fmt: skip
+    """Measure; one record per shape and dtype. `points_at`: default `points`."""
     grids = [
-        Grid(f"{grid.words(sizes)} {dtype}", points(sizes, arguments), dtype, arguments.flat)
+        Grid(f"{grid.words(sizes)} {dtype}", (points_at or points)(sizes, arguments), dtype,
+             arguments.flat)
         for sizes in arguments.shapes
         for dtype in arguments.dtype
-    ]
+    ]  # fmt: skip
     return grid.run(grids, arguments, settings, progress)
 
 

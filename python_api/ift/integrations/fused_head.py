@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ift.bound_forward import BoundForward
 from ift.documents import IGNORE_INDEX, shifted_targets
 from ift.head_pass import head_pass
 from ift.losses import sft_loss
-from ift.patching import BoundForward, base_model, measured_model, original_forward, patch
+from ift.patching import base_model, measured_model, original_forward, patch
 from ift.token_stats import token_stats
 from ift_kernels import ActiveSet
 from ift_kernels.common import checks
