@@ -56,6 +56,9 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
     - ``skip_logits``: True or False to choose; None, the default, skips them when labels are given
       and the model is training or gradients are enabled. Else the original forward runs.
 
+    No cache of keys and values is made unless ``use_cache=True`` asks for one; with `ift`, whose
+    passes have their own, that is an error.
+
     Without logits the output has ``logits=None``, and `model.ift_metrics` holds three scalar
     tensors of this call: the number of targets, ``tokens``, and the sums over them of ``correct``
     (argmax equals target) and ``entropy``.
@@ -211,7 +214,7 @@ class _State:
     sharing: Sharing | None = None  # how its prompts can be shared; None: not measured yet
     warned: set[str] = field(default_factory=set)  # warnings already logged
     sampled_rows: two_pass.SampledRows = field(default_factory=two_pass.SampledRows)
-    last_backward: tuple[int, int] | None = None  # see two_pass.warn_of_accumulation
+    last_backward: tuple[int, int, Tensor] | None = None  # see two_pass.warn_of_accumulation
 
     @property
     def transform(self) -> LogitTransform | None:

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ift import prefix
-from ift.documents import IGNORE_INDEX, boundaries, document_starts, shifted_targets
+from ift.documents import (
+    IGNORE_INDEX,
+    boundaries,
+    document_starts,
+    documents_with_targets,
+    shifted_targets,
+)
 from ift.head_pass import LossArguments, head_pass
 from ift.input_embeddings import Mixture, embedding_table, mixing
 from ift.losses import ift_loss
@@ -69,7 +75,7 @@ class State(Protocol):
     sharing: prefix.Sharing | None  # how its prompts can be shared; None: not measured yet
     warned: set[str]  # warnings already logged
     sampled_rows: SampledRows
-    last_backward: tuple[int, int] | None
+    last_backward: tuple[int, int, Tensor] | None
 
 
 def ift_forward(
@@ -87,7 +93,7 @@ def ift_forward(
     assert transform is not None
     starts = document_starts(labels, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"))
     cu_seqlens = boundaries(starts)
-    target = shifted_targets(labels, starts)
+    target = target_of_batch = shifted_targets(labels, starts)
 
     lam = config.lam_at(config.step)
     mixture = Mixture(ids, labels, target, None, lam, cu_seqlens, config.embedding_grad)
@@ -124,7 +130,8 @@ def ift_forward(
     if shared is not None:  # the cache is ours, the caller asked for none
         output = type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
     if config.num_rows is None and output.loss.requires_grad:
-        output.loss.register_hook(lambda grad: _warn_of_accumulation(model, grad, state))
+        rows = documents_with_targets(target_of_batch, starts).sum()
+        output.loss.register_hook(lambda grad: _warn_of_accumulation(model, grad, rows, state))
     return output, token_metrics(stats, target)
 
 
@@ -197,6 +204,8 @@ def _pass_kwargs(kwargs: dict[str, Any], config: IFTConfig) -> dict[str, Any]:
     for name in ("inputs_embeds", "past_key_values", "shift_labels"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: expected None with ift, which needs whole rows of input_ids")
+    if kwargs.get("use_cache"):
+        raise ValueError("use_cache: expected False or None with ift, whose passes have their own")
     keep = kwargs.get("logits_to_keep")
     if keep is not None and (isinstance(keep, Tensor) or keep != 0):
         raise ValueError(f"logits_to_keep: expected 0 with ift, got {keep}")
@@ -223,19 +232,21 @@ def _check_labels(model: Any, labels: Tensor, given: LossArguments) -> None:
         )
 
 
-def _warn_of_accumulation(model: nn.Module, grad: Tensor, state: State) -> None:
-    """Warn once when the gradients of two forwards add up as if each was the whole step.
+def _warn_of_accumulation(model: nn.Module, grad: Tensor, rows: Tensor, state: State) -> None:
+    """Warn once when gradients of two forwards add up to another one than that of all their rows.
 
-    Every loss is then a mean over its own rows, and their sum N times that of all rows at once.
+    Every loss is a mean over its own `rows`. The sum of N is N times that of all rows at once;
+    divided by N it is that only where all have the same number of rows.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     if "accumulation" in state.warned or not trained:
         return
     last = trained[-1]
-    seen, state.last_backward = state.last_backward, (id(last), last._version)
-    if seen != state.last_backward or last.grad is None:
+    seen, state.last_backward = state.last_backward, (id(last), last._version, rows)
+    if seen is None or seen[:2] != state.last_backward[:2] or last.grad is None:
         return
-    if bool((grad >= 1).all()) and bool((last.grad != 0).any()):  # not divided, not set to zero
+    divided_alike = (grad < 1).all() & (seen[2].to(rows.device) == rows)
+    if not bool(divided_alike) and bool((last.grad != 0).any()):  # else it was set to zero
         state.warned.add("accumulation")
         logger.warning(
             "%s: gradients of several IFT forwards add up without IFTConfig.num_rows, each a mean "

@@ -181,6 +181,8 @@ def _fused(
     for name in ("ift", "loss", "skip_logits"):
         if kwargs.pop(name, None) is not None:
             raise ValueError(f"{name}: expected None with fused_lm_head")
+    if kwargs.get("use_cache"):
+        raise ValueError("use_cache: expected False or None with fused_lm_head, got True")
     kwargs = {**kwargs, "use_cache": False}
     labels, target = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
     num_items = kwargs.pop("num_items_in_batch", None)
