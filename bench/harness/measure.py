@@ -104,6 +104,11 @@ class Suite(NamedTuple):
     run: Callable[..., Records]
 
 
+def by_name(*cases: Any) -> dict[str, Any]:
+    """The cases of a suite, by name."""
+    return {case.name: case for case in cases}
+
+
 def record(
     name: str, shape: Sequence[int], dtype: str, cells: Sequence[Cell], titles: Mapping[str, str],
     **more: Any,

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import ift
 import ift_kernels
 from bench.harness.machine import provenance
-from bench.harness.measure import Suite
+from bench.harness.measure import Suite, by_name
 from bench.peers.heads import PEERS
 from bench.report import pictures
 from bench.suites import head
@@ -59,7 +59,7 @@ def _sweeps() -> Iterator[Case]:
         yield _sweep(f"tail-{bucket}", title, ActiveSet(tail_bucket=bucket))
 
 
-SWEEPS = {case.name: case for case in _sweeps()}
+SWEEPS: dict[str, Case] = by_name(*_sweeps())
 CASES = {name: head.CASES[name] for name in MAIN} | SWEEPS
 
 

@@ -28,6 +28,7 @@ from bench.harness.measure import (
     Settings,
     Subject,
     Suite,
+    by_name,
     measure,
     peak_bytes,
     record,
@@ -65,14 +66,11 @@ class Case:
     reference: bool = False
 
 
-CASES = {
-    case.name: case
-    for case in (
-        Case("sft", "SFT", 3),
-        Case("dpo", "DPO, reference in the step", 4, reference=True),
-        Case("ift", "IFT, both passes", 4),
-    )
-}  # fmt: skip
+CASES: dict[str, Case] = by_name(
+    Case("sft", "SFT", 3),
+    Case("dpo", "DPO, reference in the step", 4, reference=True),
+    Case("ift", "IFT, both passes", 4),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

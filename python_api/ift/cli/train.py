@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     flag = "--eval-split" if arguments.eval_data is None else "--eval-data"
     eval_data = tokenise(eval_rows, tokenizer, arguments, flag, mismatched)
     for data, of in ((train_data, "--data"), (eval_data, flag)):
-        check_positions(model, longest_row(data), of)
+        check_positions(model, max((len(row["input_ids"]) for row in data.sides()), default=0), of)
     training_arguments = build_training_arguments(arguments, transformers)
     log = JsonlLog(output / "log.jsonl")
     steps_per_epoch = -(-len(train_data.examples) // training_arguments.train_batch_size)
@@ -92,7 +92,8 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
              "steps, so the learning rate does not reach --lr")  # fmt: skip
     stop = StopOnSignal(alone=training_arguments.world_size == 1)
     collator: Any = Collator(padding_id(tokenizer))
-    callbacks: list[Any] = [RunLog(log, eval_steps, title_of(arguments)), stop]
+    title = f"{arguments.loss.upper()} of {Path(arguments.model).name} on "
+    callbacks: list[Any] = [RunLog(log, eval_steps, title + Path(arguments.data).name), stop]
     if watch is not None:
         callbacks.append(watch(arguments, eval_rows, model, tokenizer))
     with refusals("--model", kind.flags):
@@ -123,12 +124,14 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
         write_text(output / "run.json", json.dumps(fingerprint(arguments), indent=2) + "\n")
         with damage_in(log.path):
             log.rewind(0 if start is None else step_of(start))
+    complete = False
     if start is not None:
         with damage_in(start):
             trainer.restore_window(start)
+            state = json.loads((start / "trainer_state.json").read_text(encoding="utf-8"))
+            # At its last step: `Trainer` would do one more.
+            complete = state["global_step"] >= state["max_steps"]
     with stop:
-        with damage_in(start):
-            complete = start is not None and is_complete(start)
         if not complete:
             first = 0 if start is None else step_of(start)
             at_first = lambda: trainer.state.global_step <= first  # noqa: E731  # later it is a bug
@@ -210,19 +213,13 @@ def check_same_run(arguments: argparse.Namespace, output: Path, *, started: bool
 
 
 @contextlib.contextmanager
-def damage_in(path: Path | None) -> Iterator[None]:
+def damage_in(path: Path) -> Iterator[None]:
     """Turn errors in reading an earlier run into a CliError."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise CliError("--resume", f"{path} is damaged ({problem})") from None
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether it is the checkpoint of the last step: `Trainer` would do one step more."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return bool(state["global_step"] >= state["max_steps"])
 
 
 # ---- building ------------------------------------------------------------------------------------
@@ -254,12 +251,6 @@ def tokenise(
             f"token within --max-length {max_length} (first: {encoded.dropped[0]})"
         )
     return encoded
-
-
-def longest_row(data: Encoded | EncodedPairs) -> int:
-    """Tokens of the longest row of a set."""
-    rows = data.sides() if isinstance(data, EncodedPairs) else data.examples
-    return max((len(row["input_ids"]) for row in rows), default=0)
 
 
 def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -> Any:
@@ -300,12 +291,6 @@ def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -
 
 
 # ---- messages ------------------------------------------------------------------------------------
-
-
-def title_of(arguments: argparse.Namespace) -> str:
-    """The title of the picture."""
-    model, data = Path(arguments.model).name, Path(arguments.data).name
-    return f"{arguments.loss.upper()} of {model} on {data}"
 
 
 def describe(
