@@ -14,7 +14,7 @@ from ift import losses
 from ift.cli.trainer import ResumableRun
 from ift.head_pass import evaluating
 from ift.integrations.metrics import TargetMetrics
-from ift.integrations.transformers import count_flags, refuse_unsupported
+from ift.integrations.transformers import refuse_unsupported
 from ift.losses import Loss
 from ift.losses.dpo import SORTED
 from ift.one_pass import target_logprobs
@@ -56,15 +56,8 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
         super().__init__(patch(model, gradient=gradient), args, **kwargs)
         refuse_unsupported(self)
 
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Any]:
-        """As the parent's, counting rows instead of tokens: what the losses are means over."""
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if count is None:
-            return batches, None
-        flags = [torch.zeros_like(batch["labels"][:, 0]) for batch in batches]
-        return batches, count_flags(self, flags, device)
+    def _counted(self, batch: dict[str, Any]) -> Tensor:
+        return torch.zeros_like(batch["labels"][:, 0])  # rows instead of tokens
 
     def compute_loss(
         self,
