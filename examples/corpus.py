@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from examples import docstrings
 from ift import tiny
@@ -29,3 +34,18 @@ class Corpus:
         """The batch of a step; every training sees the same."""
         some = range(step * self.batch_size, (step + 1) * self.batch_size)
         return self.collate([self.examples[i % len(self.examples)] for i in some])
+
+    @torch.no_grad()
+    def held_out_states(self, model: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Hidden states (n, D) and ids (n,) of the targets of each held-out batch."""
+        for batch in self.held_out:
+            hidden = model.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+            target = batch["labels"][:, 1:]
+            yield hidden[:, :-1][target >= 0], target[target >= 0]
+
+    @torch.no_grad()
+    def held_out_costs(self, model: Any) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of every held-out target, in plain torch, and its id."""
+        head, found = model.lm_head.weight.T, list(self.held_out_states(model))
+        costs = [F.cross_entropy(states @ head, ids, reduction="none") for states, ids in found]
+        return torch.cat(costs), torch.cat([ids for _, ids in found])

@@ -107,7 +107,7 @@ class Demo(Corpus):
         batches = [self.batch(step) for step in range(steps)]
         largest = max(batches, key=lambda batch: batch["labels"].numel())
         result.head_mib = head_peak_bytes(model.model, lambda: loss_of(largest, steps)) / 2**20
-        result.eval_loss = self.evaluate(model)
+        result.eval_loss = self.held_out_costs(model)[0].mean().item()
         return result
 
     def fit(
@@ -158,21 +158,6 @@ class Demo(Corpus):
             (((fused[n] - g).abs().max() / g.abs().max()).item(), n) for n, g in naive.items()
         )
         return Difference(step, abs(values[0] - values[1]), worst, name)
-
-    @torch.no_grad()
-    def evaluate(self, model: Any) -> float:
-        """Cross-entropy per held-out target token, in plain torch for all four."""
-        total, count = 0.0, 0
-        for batch in self.held_out:
-            hidden = model.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
-            labels = batch["labels"][:, 1:]
-            targets = labels != -100
-            logits = hidden[:, :-1][targets] @ model.lm_head.weight.T
-            total += torch.nn.functional.cross_entropy(
-                logits, labels[targets], reduction="sum"
-            ).item()
-            count += int(targets.sum())
-        return total / count
 
 
 def make_loss(way: str, model: Any) -> tuple[Callable[[Batch, int], Tensor], Callable[[], None]]:

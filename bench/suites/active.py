@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import multiprocessing
 from collections import Counter
@@ -24,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -103,7 +103,8 @@ class Study(Corpus):
         self.counts = Counter(
             int(i) for example in self.examples for i in example["labels"] if i >= 0
         )
-        targets = torch.cat([b["labels"][:, 1:][b["labels"][:, 1:] >= 0] for b in self.held_out])
+        labels = [batch["labels"][:, 1:] for batch in self.held_out]
+        targets = torch.cat([each[each >= 0] for each in labels])
         seen = torch.tensor([self.counts[int(i)] for i in targets])
         self.rare = float(seen.double().quantile(0.1))  # times a token of the rarest tenth occurs
 
@@ -139,29 +140,16 @@ class Study(Corpus):
         }  # fmt: skip
         return record, model
 
-    @torch.no_grad()
     def held_out_loss(self, model: Any) -> tuple[float, float]:
         """Cross-entropy per held-out target: of all, and of the rarest tenth."""
-        costs, rare = [], []
-        for batch in self.held_out:
-            logits = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
-            target = batch["labels"][:, 1:]
-            valid = target >= 0
-            costs.append(F.cross_entropy(logits[valid], target[valid], reduction="none"))
-            rare.append(torch.tensor([self.counts[int(i)] <= self.rare for i in target[valid]]))
-        cost, is_rare = torch.cat(costs), torch.cat(rare)
+        cost, ids = self.held_out_costs(model)
+        is_rare = torch.tensor([self.counts[int(i)] <= self.rare for i in ids])
         return cost.mean().item(), cost[is_rare].mean().item()
 
     def real_head(self, model: Any) -> dict[str, Any]:
         """Errors of dh at the default options, on held-out text."""
-        hidden, target = [], []
-        with torch.no_grad():
-            for batch in self.held_out[:16]:
-                states = model.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
-                valid = batch["labels"][:, 1:] >= 0
-                hidden.append(states[:, :-1][valid])
-                target.append(batch["labels"][:, 1:][valid])
-        h, t = torch.cat(hidden)[:2048], torch.cat(target)[:2048]
+        some = itertools.islice(self.held_out_states(model), 16)
+        h, t = (torch.cat(parts)[:2048] for parts in zip(*some, strict=True))
         w = model.lm_head.weight.detach()
         upstream = torch.full((h.shape[0],), -1.0 / h.shape[0])
 

@@ -51,16 +51,14 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: str | Path, title: str 
         loss, accuracy, schedule = axes[0] if pairs else axes
         if pairs:
             _draw_pairs(axes[1], records)
-        draw(loss, records, "loss", label="training", color=BLUE)
         held_out = "held out" if pairs else "held out (cross-entropy)"
-        draw(loss, records, "eval_loss", label=held_out, color=ORANGE, marker="o")
-        loss.set(title="loss", xlabel="step")
-        draw(accuracy, records, "token_accuracy", label="training", color=BLUE)
-        draw(accuracy, records, "eval_token_accuracy", label="held out", color=ORANGE, marker="o")
-        accuracy.set(title="token accuracy", xlabel="step")
-        for axes in (loss, accuracy):
-            if axes.has_data():
-                axes.legend()
+        lines = ((loss, "loss", held_out), (accuracy, "token_accuracy", "held out"))
+        for panel, key, about in lines:
+            draw(panel, records, key, label="training", color=BLUE)
+            draw(panel, records, f"eval_{key}", label=about, color=ORANGE, marker="o")
+            panel.set(title=key.replace("_", " "), xlabel="step")
+            if panel.has_data():
+                panel.legend()
         draw(schedule, records, "lr", color=GREEN)
         schedule.set(title="schedules", xlabel="step", ylim=(0, None))
         schedule.set_ylabel("learning rate", color=GREEN)
@@ -84,10 +82,9 @@ def _draw_pairs(panels: Sequence[Any], records: Sequence[Mapping[str, Any]]) -> 
     """Rewards, margin with accuracy, and log-probabilities of both responses."""
     rewards, margin, logprob = panels
     for axes, key in ((rewards, "reward"), (logprob, "logprob")):
-        draw(axes, records, f"{key}_chosen", label="chosen", color=BLUE)
-        draw(axes, records, f"{key}_rejected", label="rejected", color=ORANGE)
-        draw(axes, records, f"eval_{key}_chosen", color=BLUE, marker="o", linestyle=":")
-        draw(axes, records, f"eval_{key}_rejected", color=ORANGE, marker="o", linestyle=":")
+        for side, color in (("chosen", BLUE), ("rejected", ORANGE)):
+            draw(axes, records, f"{key}_{side}", label=side, color=color)
+            draw(axes, records, f"eval_{key}_{side}", color=color, marker="o", linestyle=":")
     rewards.set(title="rewards (dotted: held out)", xlabel="step")
     logprob.set(title="log-probability of a response", xlabel="step")
     draw(margin, records, "reward_margin", label="margin", color=BLUE)

@@ -256,13 +256,8 @@ def pair_forward(self: Any, model: nn.Module, batch: dict[str, Any]) -> tuple[Te
     nll = logps.new_zeros(())
     if orpo or self.cpo_alpha != 0:
         nll = -(out.log_probs[:chosen] * nll_mask).sum() / nll_mask.sum()
-    means = [
-        (logits * mask).sum() / mask.sum().clamp(min=1)
-        for logits, mask in zip(
-            out.mean_logits.split([chosen, len(ids) - chosen]),
-            count.split([chosen, len(ids) - chosen]),
-            strict=True,
-        )
-    ]
+    sides = (slice(None, chosen), slice(chosen, None))
+    logits = out.mean_logits * count
+    means = [logits[side].sum() / count[side].sum().clamp(min=1) for side in sides]
     result = (logps[:chosen], logps[chosen:], *means, nll)
     return (*result, out.aux_loss) if self.aux_loss_enabled else result
