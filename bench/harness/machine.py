@@ -183,9 +183,10 @@ def _bytes(result: Any) -> int:
 
 def provenance(device: torch.device, threads: int) -> dict[str, Any]:
     """Plain JSON values: machine, versions, revision, settings, date, and how busy it was."""
+    cpu = cpu_name()
     return {
-        "device": device_name(device),
-        "cpu": cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "cpu": cpu,
         "cores": usable_cpus(),
         "threads": threads,
         "isa": torch.backends.cpu.get_cpu_capability(),
@@ -205,11 +206,6 @@ def provenance(device: torch.device, threads: int) -> dict[str, Any]:
 def load() -> float | None:
     """Processes that wanted to run in the last minute; above `cores` a timing means little."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def device_name(device: torch.device) -> str:
-    """The model of the processor or GPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def clocks(device: torch.device) -> dict[str, str]:

@@ -297,7 +297,8 @@ def run(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Rec
             if arguments.memory and not cell.reason:
                 progress.at(f"most rows of {cell.case}, {cell.implementation}")
                 kept["largest"] = largest(
-                    functools.partial(_with_rows, *cell.arguments),
+                    lambda rows, cell=cell: (replace(cell.arguments[0], rows=rows),
+                                             *cell.arguments[1:]),
                     int(arguments.memory * GIB), settings, most=arguments.most,
                 )  # fmt: skip
         yield found
@@ -339,10 +340,6 @@ def largest(
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return {"rows": good, "capped": good == most, "bytes": memory,
             "tried": {str(rows): value for rows, value in sorted(tried.items())}}  # fmt: skip
-
-
-def _with_rows(setting: Setting, case: str, implementation: str, rows: int) -> tuple[Any, ...]:
-    return replace(setting, rows=rows), case, implementation
 
 
 def _cell(setting: Setting, case: Case, implementation: str) -> Cell:

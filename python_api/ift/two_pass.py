@@ -110,7 +110,12 @@ def ift_forward(
 
     def loss(stats: TokenStats, given: LossArguments) -> Tensor:
         assert stats.logprob is not None
-        _check_labels(model, kwargs["labels"], given)
+        expected = LossArguments(kwargs["labels"], None, IGNORE_INDEX, None)
+        if not expected.same_target(given):
+            raise RuntimeError(
+                f"{type(model).__name__}: changes its labels before its loss, so IFT, which mixes "
+                "tokens by its labels, would train something else"
+            )
         return ift_loss(
             stats.logprob,
             (target != IGNORE_INDEX).to(stats.logprob.device),
@@ -221,15 +226,6 @@ def _pass_kwargs(kwargs: dict[str, Any], config: IFTConfig) -> dict[str, Any]:
         )
     dropped = ("num_items_in_batch", "inputs_embeds")
     return {k: v for k, v in kwargs.items() if k not in dropped} | {"use_cache": False}
-
-
-def _check_labels(model: Any, labels: Tensor, given: LossArguments) -> None:
-    """Refuse a model whose code changes its labels before its loss."""
-    if not LossArguments(labels, None, IGNORE_INDEX, None).same_target(given):
-        raise RuntimeError(
-            f"{type(model).__name__}: changes its labels before its loss, so IFT, which mixes "
-            "tokens by its labels, would train something else"
-        )
 
 
 def _warn_of_accumulation(model: nn.Module, grad: Tensor, rows: Tensor, state: State) -> None:

@@ -154,14 +154,13 @@ class ProbeCallback(TrainerCallback):
 
 def by_type(found: Sequence[Measurement]) -> dict[str, dict[str, float]]:
     """Type → means over its probes of `Measurement.summary`, and their ``count``."""
-    sums: dict[str, dict[str, float]] = {}
+    groups: dict[str, list[dict[str, float]]] = {}
     for one in found:
-        mine = sums.setdefault(one.type, {})
-        for name, value in {**one.summary(), "count": 1.0}.items():
-            mine[name] = mine.get(name, 0.0) + value
+        groups.setdefault(one.type, []).append(one.summary())
     return {
-        type_: {k: v if k == "count" else v / mine["count"] for k, v in mine.items()}
-        for type_, mine in sums.items()
+        type_: {name: sum(each[name] for each in some) / len(some) for name in some[0]}
+        | {"count": float(len(some))}
+        for type_, some in groups.items()
     }
 
 

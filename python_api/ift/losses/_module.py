@@ -111,12 +111,10 @@ def from_hidden(
     )
     mask = target != ignore_index
     if isinstance(reference, Head):
-        options_of_reference = reference._asdict()
-        states = options_of_reference.pop("hidden")
-        rows = options_of_reference.pop("weight")
+        states, rows, *rest = reference
+        frozen = head | dict(zip(Head._fields[2:], rest, strict=True))
         with torch.no_grad():
-            found = linear_logprobs(states, rows, target, **{**head, **options_of_reference})
-        reference = found.logprob
+            reference = linear_logprobs(states, rows, target, **frozen).logprob
     if reference is not None:
         options["reference"] = reference
     options |= {name: getattr(stats, name) for name in statistics}
