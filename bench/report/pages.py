@@ -153,8 +153,7 @@ def active_training(sources: Sequence[Source], results: str) -> str:
 
 
 def _training() -> Report:
-    found: Report = json.loads((RESULTS / DEVICE / "training.json").read_text(encoding="utf-8"))
-    return found
+    return json.loads((RESULTS / DEVICE / "training.json").read_text(encoding="utf-8"))
 
 
 def figures(sources: Sequence[Source], results: str) -> str:

@@ -24,10 +24,7 @@ INSTRUCTIONS: dict[str, Callable[[list[int]], list[int]]] = {
 }
 VOCABULARY = EQUALS + 1 + len(INSTRUCTIONS)
 BATCH, LR, HELD_OUT = 32, 1e-3, 256
-METHODS: dict[str, ift.IFTConfig | None] = {
-    "SFT": None,
-    "IFT": ift.IFTConfig(),
-}
+METHODS: dict[str, ift.IFTConfig | None] = {"SFT": None, "IFT": ift.IFTConfig()}
 
 
 def items(names: list[str], count: int, draw: random.Random) -> Tensor:
