@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import time
@@ -27,11 +26,10 @@ from tqdm import tqdm
 
 import ift
 from bench.peers.naive_ift import frozen_embedding, naive_ift_loss, refresh
-from examples import docstrings, picture
+from examples import picture
+from examples.corpus import Corpus
 from examples.head_memory import head_peak_bytes
 from ift import tiny
-from ift.data import Collator, encode
-from ift.data_rows import Row
 
 WAYS = ("naive SFT", "fused SFT", "naive IFT", "fused IFT")
 Batch = dict[str, Tensor]
@@ -84,27 +82,12 @@ class Setting:
     seed: int = 0
 
 
-class Demo:
+class Demo(Corpus):
     """Data and initial weights, shared by the four trainings."""
 
     def __init__(self, setting: Setting) -> None:
+        super().__init__(setting.vocab_size, setting.max_length, setting.batch_size, setting.seed)
         self.setting = setting
-        train, held_out = ([Row("", row) for row in rows] for rows in docstrings.collect())
-        self.tokenizer = tiny.train_tokenizer(
-            (text for row in train for text in row.texts), setting.vocab_size
-        )
-        self.examples = encode(train, self.tokenizer, setting.max_length).examples
-        random.Random(setting.seed).shuffle(self.examples)
-        held = encode(held_out, self.tokenizer, setting.max_length).examples
-        self.collate = Collator(self.tokenizer.pad_token_id)
-        size = setting.batch_size
-        self.held_out = [self.collate(held[i : i + size]) for i in range(0, len(held), size)]
-
-    def batch(self, step: int) -> Batch:
-        """The batch of a step; every training sees the same."""
-        size = self.setting.batch_size
-        chosen = [(step * size + i) % len(self.examples) for i in range(size)]
-        return self.collate([self.examples[i] for i in chosen])
 
     def model(self) -> Any:
         """A model with the common initial weights."""
@@ -124,7 +107,7 @@ class Demo:
         batches = [self.batch(step) for step in range(steps)]
         largest = max(batches, key=lambda batch: batch["labels"].numel())
         result.head_mib = head_peak_bytes(model.model, lambda: loss_of(largest, steps)) / 2**20
-        result.eval_loss = self.evaluate(model)
+        result.eval_loss = self.held_out_costs(model)[0].mean().item()
         return result
 
     def fit(
@@ -175,21 +158,6 @@ class Demo:
             (((fused[n] - g).abs().max() / g.abs().max()).item(), n) for n, g in naive.items()
         )
         return Difference(step, abs(values[0] - values[1]), worst, name)
-
-    @torch.no_grad()
-    def evaluate(self, model: Any) -> float:
-        """Cross-entropy per held-out target token, in plain torch for all four."""
-        total, count = 0.0, 0
-        for batch in self.held_out:
-            hidden = model.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
-            labels = batch["labels"][:, 1:]
-            targets = labels != -100
-            logits = hidden[:, :-1][targets] @ model.lm_head.weight.T
-            total += torch.nn.functional.cross_entropy(
-                logits, labels[targets], reduction="sum"
-            ).item()
-            count += int(targets.sum())
-        return total / count
 
 
 def make_loss(way: str, model: Any) -> tuple[Callable[[Batch, int], Tensor], Callable[[], None]]:

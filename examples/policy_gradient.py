@@ -18,6 +18,7 @@ from torch import Tensor
 import ift
 from ift import losses
 from ift.head_pass import head_pass
+from ift.one_pass import target_logprobs
 from ift_kernels import linear_token
 
 PROMPT, RESPONSE, VOCABULARY = 4, 12, 16
@@ -41,9 +42,8 @@ def sample(model: Any, prompts: Tensor, seed: int) -> Tensor:
     """Responses to `prompts` (rows, PROMPT), one token at a time: (rows, PROMPT + RESPONSE)."""
     ids, forward = prompts, functools.partial(type(model).forward, model)
     for position in range(RESPONSE):
-        draw = functools.partial(
-            _last, seed=seed * RESPONSE + position
-        )  # noise of its own for each round and position
+        # Noise of its own for each round and position.
+        draw = functools.partial(_last, seed=seed * RESPONSE + position)
         _, drawn = head_pass(model, forward, {"input_ids": ids, "use_cache": False}, draw)
         ids = torch.cat([ids, drawn[:, None]], 1)
     return ids
@@ -51,19 +51,6 @@ def sample(model: Any, prompts: Tensor, seed: int) -> Tensor:
 
 def _last(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, seed: int) -> Tensor:
     return linear_token(hidden[:, -1], weight, bias=bias, rule="sample", seed=seed).ids
-
-
-def log_probabilities(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
-    """Of the targets, (rows, PROMPT + RESPONSE), without gradient."""
-    found: list[Tensor] = []
-
-    def keep(logprob: Tensor, mask: Tensor) -> Tensor:
-        found.append(logprob)
-        return logprob.new_zeros(())
-
-    with torch.no_grad():
-        model(input_ids=ids, labels=labels, loss=keep)
-    return found[0]
 
 
 def build(name: str) -> losses.Loss:
@@ -90,24 +77,23 @@ def train(name: str = "grpo", rounds: int = 30, seed: int = 0, lr: float = 3e-3)
         history.append(rewards.mean().item())
         labels = ids.clone()
         labels[:, :PROMPT] = -100
-        old = log_probabilities(model, ids, labels)
+        with torch.no_grad():
+            old, _ = target_logprobs(model, input_ids=ids, labels=labels)
         given = rewards if name == "rloo" else losses.group_advantages(rewards, GROUP_SIZE)
         for _ in range(STEPS):
             rest = (given,) if name == "reinforce" else (given, old)
-            output = model(input_ids=ids, labels=labels, loss=functools.partial(_call, loss, rest))
+            output = model(
+                input_ids=ids, labels=labels,
+                loss=lambda logprob, mask, rest=rest: loss(logprob, mask, *rest),
+            )  # fmt: skip
             optimizer.zero_grad()
             output.loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        told = {
-            k: f"{v:.3f}" for k, v in loss.metrics.items() if k in ("approx_kl", "clip_fraction")
-        }
-        print(f"round {number + 1:3d}  reward {history[-1]:.3f}  {told}", flush=True)
+        shown = ("approx_kl", "clip_fraction")
+        metrics = {k: f"{v:.3f}" for k, v in loss.metrics.items() if k in shown}
+        print(f"round {number + 1:3d}  reward {history[-1]:.3f}  {metrics}", flush=True)
     return history
-
-
-def _call(loss: losses.Loss, rest: tuple[Tensor, ...], logprob: Tensor, mask: Tensor) -> Tensor:
-    return loss(logprob, mask, *rest)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
@@ -9,6 +10,15 @@ import torch
 from ift.tiny import tiny_llama, train_tokenizer
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def options(about: str, arguments: list[str] | None, output: str = "") -> argparse.Namespace:
+    """Of an example's command line; with `output`, a default directory, also of ``--output``."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--steps", type=int, default=20)
+    if output:
+        parser.add_argument("--output", default=output)
+    return parser.parse_args(arguments)
 
 
 def rows(number: int = 32) -> list[dict[str, str]]:

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -17,9 +15,7 @@ from examples import toy
 
 def main(arguments: list[str] | None = None) -> list[float]:
     """Train in every process, and return the losses over all of them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20)
-    steps = parser.parse_args(arguments).steps
+    steps = toy.options(__doc__, arguments).steps
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 
 import ift
@@ -15,9 +13,7 @@ from examples import toy
 
 def main(arguments: list[str] | None = None) -> list[float]:
     """Train, and return the losses."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20)
-    steps = parser.parse_args(arguments).steps
+    steps = toy.options(__doc__, arguments).steps
 
     words = toy.tokenizer()
     model = ift.patch(toy.model(words)).train()

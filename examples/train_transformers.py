@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 from transformers import TrainingArguments
 
 import ift
@@ -15,11 +13,7 @@ from examples import toy
 
 def main(arguments: list[str] | None = None) -> list[float]:
     """Train, and return the logged losses."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--output", default="ift-output")
-    options = parser.parse_args(arguments)
-
+    options = toy.options(__doc__, arguments, "ift-output")
     words = toy.tokenizer()
     batch = toy.batch(words)
     data = [{key: value[row] for key, value in batch.items()} for row in range(32)]

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
@@ -16,11 +14,7 @@ from ift.integrations.trl import use_ift_kernels
 
 def main(arguments: list[str] | None = None) -> list[float]:
     """Train, and return the logged losses."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--output", default="ift-output")
-    options = parser.parse_args(arguments)
-
+    options = toy.options(__doc__, arguments, "ift-output")
     words = toy.tokenizer()
     rows = [
         {"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["rejected"]}

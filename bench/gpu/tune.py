@@ -181,17 +181,18 @@ def parser(name: str, about: str) -> argparse.ArgumentParser:
     return found
 
 
-def interpreted(name: str, dry: bool, arguments: Sequence[str]) -> int | None:
-    """The exit code of a dry run in a new process; None where this one goes on.
+def interpreted(name: str, dry: bool, arguments: Sequence[str]) -> torch.device:
+    """The device to measure; a dry run starts again in a new process, and this one ends with it.
 
     TRITON_INTERPRET decides when kernels are loaded.
     """
     if not dry and not torch.cuda.is_available():
         raise SystemExit(f"python -m bench {name}: torch sees no GPU; --dry-run goes without one")
-    if not dry or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    again = [sys.executable, "-m", "bench", name, *arguments]
-    return subprocess.run(again, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+    if dry and os.environ.get("TRITON_INTERPRET") != "1":
+        again = [sys.executable, "-m", "bench", name, *arguments]
+        env = {**os.environ, "TRITON_INTERPRET": "1"}
+        raise SystemExit(subprocess.run(again, env=env).returncode)
+    return torch.device("cpu") if dry else torch.device("cuda", 0)
 
 
 # --- backends -------------------------------------------------------------------------------------
@@ -245,10 +246,7 @@ def backends(arguments: Sequence[str]) -> int:
     options_of = parser("backends", backends.__doc__ or "")
     options_of.add_argument("--json", type=Path, help="write everything measured")
     options = options_of.parse_args(arguments)
-    code = interpreted("backends", options.dry_run, arguments)
-    if code is not None:
-        return code
-    device = torch.device("cpu" if options.dry_run else "cuda")
+    device = interpreted("backends", options.dry_run, arguments)
     found = compare(device, options.dry_run)
     rows = [
         [row["function"], row["backend"], row["refused"], "", ""] if "refused" in row else
@@ -386,12 +384,9 @@ def tune(arguments: Sequence[str]) -> int:
     options_of.add_argument("--kernels", nargs="+", choices=CANDIDATES, help="default: all")
     options_of.add_argument("--output", type=Path, help="default: the committed table")
     options = options_of.parse_args(arguments)
-    code = interpreted("tune", options.dry_run, arguments)
-    if code is not None:
-        return code
+    device = interpreted("tune", options.dry_run, arguments)
     from ift_kernels.backends.triton import launch  # imports Triton
 
-    device = torch.device("cpu" if options.dry_run else "cuda", None if options.dry_run else 0)
     with ift_kernels.use_backend("triton"):
         found = measure(device, options.dry_run, options.kernels)
     for row in found["times"]:

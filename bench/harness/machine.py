@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import datetime
 import gc
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 import ift_kernels
+from ift.cli.doctor import cpu_info, cpu_name, usable_cpus, version_of
 from ift_kernels import backends
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,16 +183,18 @@ def _bytes(result: Any) -> int:
 
 def provenance(device: torch.device, threads: int) -> dict[str, Any]:
     """Plain JSON values: machine, versions, revision, settings, date, and how busy it was."""
+    cpu = cpu_name()
     return {
-        "device": device_name(device),
-        "cpu": cpu_name(),
-        "cores": cores(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "cpu": cpu,
+        "cores": usable_cpus(),
         "threads": threads,
         "isa": torch.backends.cpu.get_cpu_capability(),
         "backends": {b["name"]: b.get("detail") or b["reason"] for b in backends.describe()},
         "version": ift_kernels.__version__,
         "revision": revision(),
-        "versions": {"python": platform.python_version()} | versions(),
+        "versions": {"python": platform.python_version()}
+        | {name: found for name in DISTRIBUTIONS if (found := version_of(name))},
         "system": f"{platform.system()} {platform.machine()}",
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "clocks": clocks(device),
@@ -201,19 +203,9 @@ def provenance(device: torch.device, threads: int) -> dict[str, Any]:
     }
 
 
-def cores() -> int | None:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def load() -> float | None:
     """Processes that wanted to run in the last minute; above `cores` a timing means little."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def device_name(device: torch.device) -> str:
-    """The model of the processor or GPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def clocks(device: torch.device) -> dict[str, str]:
@@ -233,36 +225,11 @@ def clocks(device: torch.device) -> dict[str, str]:
 
 def _cpu_clocks() -> dict[str, str]:
     found = {}
-    if rates := [float(value) for value in _cpuinfo("cpu MHz")]:
+    if rates := [float(value) for value in cpu_info("cpu MHz")]:
         found["now"] = f"{min(rates):.0f} to {max(rates):.0f} MHz"
     with contextlib.suppress(OSError):  # virtual machines have none
         limit = Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
         found["max"] = f"{int(limit.read_text()) // 1000} MHz"
-    return found
-
-
-def cpu_name() -> str:
-    """The model of the processor."""
-    return next(iter(_cpuinfo("model name")), platform.processor() or "unknown processor")
-
-
-def _cpuinfo(field: str) -> list[str]:
-    """The values of one field, of every core; none outside Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    return [line.split(":", 1)[1].strip() for line in lines if line.startswith(field)]
-
-
-def versions() -> dict[str, str]:
-    """Of the distributions that matter and are installed."""
-    found = {}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

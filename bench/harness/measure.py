@@ -104,6 +104,11 @@ class Suite(NamedTuple):
     run: Callable[..., Records]
 
 
+def by_name(*cases: Any) -> dict[str, Any]:
+    """The cases of a suite, by name."""
+    return {case.name: case for case in cases}
+
+
 def record(
     name: str, shape: Sequence[int], dtype: str, cells: Sequence[Cell], titles: Mapping[str, str],
     **more: Any,
@@ -282,18 +287,11 @@ def peak_bytes(
     Raises:
         Failed: the call failed, took longer than the limit, or this system reports no memory.
     """
-    with Worker(settings.threads) as worker:
-        found: int | None = worker.call(_extra, prepare, arguments, limit=settings.limit + 20)
-    if found is None:
+    with Worker(settings.threads) as worker:  # a limit of 0 s: nothing is checked
+        found = worker.call(_observe, prepare, arguments, 0.0, limit=settings.limit + 20)
+    if found["extra_bytes"] is None:
         raise Failed("this system does not report the memory of a process")
-    return found
-
-
-def _extra(prepare: Callable[..., Subject], arguments: tuple[Any, ...]) -> int | None:
-    subject = prepare(*arguments)
-    with freed_at_once():
-        subject.warm()
-        return observe(subject.call, subject.device).extra_bytes
+    return int(found["extra_bytes"])
 
 
 def due(turn: int, count: int, rounds: int) -> bool:

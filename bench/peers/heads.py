@@ -131,23 +131,35 @@ class Compiled(Peer):
         return compiled(getattr(NaiveFloat(), kind))
 
 
-class TorchChunked(Peer):
+class Reduced(Peer):
+    """A cross-entropy with a reduction, "mean" or "none"."""
+
+    lacks = LOGPROB_ONLY
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return self.cross_entropy(hidden, weight, target, "mean")
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return -self.cross_entropy(hidden, weight, target, "none")
+
+    def cross_entropy(
+        self, hidden: Tensor, weight: Tensor, target: Tensor, reduction: str
+    ) -> Tensor:
+        raise NotImplementedError
+
+
+class TorchChunked(Reduced):
     """torch's own fused head, chunked; without options it is the naive one."""
 
     name, title, slowness = "torch-chunked", "F.linear_cross_entropy, chunked", 10.0
-    lacks = LOGPROB_ONLY
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
         has = hasattr(torch.nn, "LinearCrossEntropyOptions")
         return "" if has else f"needs torch 2.13, this is {torch.__version__}"
 
-    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return self._call(hidden, weight, target, "mean")
-
-    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -self._call(hidden, weight, target, "none")
-
-    def _call(self, hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
+    def cross_entropy(
+        self, hidden: Tensor, weight: Tensor, target: Tensor, reduction: str
+    ) -> Tensor:
         options = torch.nn.LinearCrossEntropyOptions()
         call: Any = F.linear_cross_entropy
         return call(hidden, weight, target, reduction=reduction, options=options)
@@ -181,20 +193,15 @@ class TrlChunked(Peer):
         return found[0].masked_fill(~mask, 0), *found[1:]
 
 
-class CutCrossEntropy(Peer):
+class CutCrossEntropy(Reduced):
     """Its Triton kernels on a GPU; elsewhere what it offers there, a compiled dense loss."""
 
     name, title = "cce", "Cut Cross-Entropy"
-    lacks = LOGPROB_ONLY
     compiled, missing = True, _cce_missing
 
-    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return self._call(hidden, weight, target, "mean")
-
-    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -self._call(hidden, weight, target, "none")
-
-    def _call(self, hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
+    def cross_entropy(
+        self, hidden: Tensor, weight: Tensor, target: Tensor, reduction: str
+    ) -> Tensor:
         mode = "cce" if hidden.is_cuda else "torch_compile"
         return _cce.linear_cross_entropy(hidden, weight, target, reduction=reduction, impl=mode)
 

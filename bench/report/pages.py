@@ -25,6 +25,7 @@ from bench.harness.machine import RESULTS, ROOT
 from bench.report import pictures, ranking, tables
 from bench.report.ranking import ABOUT, ORDER, Case
 from bench.report.tables import Report, Source, Table, escape, web
+from ift import plotting
 
 HTML = ROOT / "build" / "benchmarks.html"
 Values = dict[str, Any]
@@ -152,8 +153,7 @@ def active_training(sources: Sequence[Source], results: str) -> str:
 
 
 def _training() -> Report:
-    found: Report = json.loads((RESULTS / DEVICE / "training.json").read_text(encoding="utf-8"))
-    return found
+    return json.loads((RESULTS / DEVICE / "training.json").read_text(encoding="utf-8"))
 
 
 def figures(sources: Sequence[Source], results: str) -> str:
@@ -312,7 +312,7 @@ def drawn(group: str, cases: dict[str, dict[str, Case]], sources: Sequence[Sourc
 
     Bars are of the cells that the table shows. Curves and sweeps are of one file each.
     """
-    if not pictures.available():
+    if not plotting.available():
         return []
     found = []
     for device in dict.fromkeys(device for by_device in cases.values() for device in by_device):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.report.tables import Report, duration, size, times
+from ift import plotting
 
 # Colours that differ in greyscale and for colour-blind readers (Okabe and Ito).
 COLOURS = {"ours": "#0072B2", "naive": "#D55E00", "active": "#009E73"}
@@ -53,11 +52,6 @@ WIDE = Layout(columns=4, names=2.1, letters=40, bar=0.2, diagram=4.75, dpi=120)
 NARROW = Layout(columns=1, names=1.4, letters=23, bar=0.25, diagram=3.9, dpi=170)
 
 
-def available() -> bool:
-    """Is matplotlib installed?"""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def write(report: Report, path: str | Path, layout: Layout = WIDE) -> list[Path]:
     """Draw whatever a report has: times to `path`, and beside it ``…-memory.png``, ``…-curves.png``
     and ``…-sweeps.png``.
@@ -77,22 +71,12 @@ def write(report: Report, path: str | Path, layout: Layout = WIDE) -> list[Path]
     return [file for file, whether in drawn.items() if whether]
 
 
-@contextlib.contextmanager
 def figure(
-    path: Path, width: float, height: float, layout: Layout, engine: str | None = None
-) -> Iterator[Any]:
+    path: str | Path, width: float, height: float, layout: Layout, engine: str | None = None
+) -> contextlib.AbstractContextManager[Any]:
     """A figure of so many inches, saved at the end in one step."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context(STYLE | {"figure.dpi": layout.dpi}):
-        found = Figure(figsize=(width, height), layout=engine)
-        FigureCanvasAgg(found)
-        yield found
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        found.savefig(unfinished, format="png")
-        unfinished.replace(path)
+    style = STYLE | {"figure.dpi": layout.dpi}
+    return plotting.figure(path, width, height, style, engine)
 
 
 def _axes(axes: Any, title: str, **options: Any) -> None:
@@ -374,7 +358,7 @@ def training(runs: Sequence[Report], path: str | Path) -> None:
     """Held-out loss of every run; lines join what started from the same seed."""
     panels = sorted({(r["loss"], r["frozen"]) for r in runs}, reverse=True)
     names = ("exact", "active")
-    with figure(Path(path), 2.6 * len(panels), 5.2, WIDE, "constrained") as page:
+    with figure(path, 2.6 * len(panels), 5.2, WIDE, "constrained") as page:
         rows = page.subplots(2, len(panels), squeeze=False)
         for axes_of_row, what in zip(rows, ("held_out", "held_out_rare"), strict=True):
             for axes, (loss, frozen) in zip(axes_of_row, panels, strict=True):

@@ -120,7 +120,8 @@ def by_group(sources: Sequence[Source], suite: str) -> dict[str, dict[str, dict[
     """
     found: dict[str, dict[str, dict[str, Case]]] = {}
     of_suite = [source for source in sources if source.report["suite"] == suite]
-    for source in sorted(of_suite, key=_cases, reverse=True):
+    of_suite.sort(key=lambda s: -sum(len(group["titles"]) for group in s.report["groups"]))
+    for source in of_suite:
         for group in source.report["groups"]:
             for name in group["titles"]:
                 case = Case(name, group, source)
@@ -131,10 +132,6 @@ def by_group(sources: Sequence[Source], suite: str) -> dict[str, dict[str, dict[
                 if known is None or _rank(case) > _rank(known):
                     devices[source.device] = case
     return found
-
-
-def _cases(source: Source) -> int:
-    return sum(len(group["titles"]) for group in source.report["groups"])
 
 
 def _rank(case: Case) -> tuple[str, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import html
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,8 @@ import rich.table
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+
+from ift.files import write_text
 
 Report = dict[str, Any]
 SCHEMA = 1
@@ -88,11 +89,8 @@ class Source(NamedTuple):
 
 def write(report: Report, path: str | Path) -> None:
     """As JSON, in one step."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-    unfinished.write_text(text + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_text(Path(path), text + "\n")
 
 
 def collect(folder: Path) -> list[Source]:

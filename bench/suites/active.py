@@ -14,9 +14,10 @@ data that no generator made.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import multiprocessing
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -24,22 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 import ift
 import ift_kernels
 from bench.harness.machine import provenance
-from bench.harness.measure import Records, Settings, Suite
+from bench.harness.measure import Suite, by_name
 from bench.peers.heads import PEERS
 from bench.report import pictures
-from bench.suites import grid, head
-from bench.suites.grid import DTYPES, FLOORS, SHAPES, Case, Grid, Point, shape
-from examples import docstrings
+from bench.suites import head
+from bench.suites.grid import FLOORS, Case, Point
+from examples.corpus import Corpus
 from ift import tiny
-from ift.data import Collator, encode
-from ift.data_rows import Row
 from ift_kernels import ActiveSet
 
 MAIN = ("scalar", "per-token", "scalar-frozen", "per-token-frozen")
@@ -61,30 +59,13 @@ def _sweeps() -> Iterator[Case]:
         yield _sweep(f"tail-{bucket}", title, ActiveSet(tail_bucket=bucket))
 
 
-SWEEPS = {case.name: case for case in _sweeps()}
+SWEEPS: dict[str, Case] = by_name(*_sweeps())
 CASES = {name: head.CASES[name] for name in MAIN} | SWEEPS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``active``."""
-    parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, metavar="NxDxV",
-                        help="rows, width and vocabulary, as for head")  # fmt: skip
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE",
-                        help="default: all; see --list")  # fmt: skip
-    parser.add_argument("--implementations", nargs="+", choices=[*IMPLEMENTATIONS, "dropped"],
-                        metavar="NAME", help="default: all")  # fmt: skip
-    parser.add_argument("--flat", action="store_true", help="random data, not LM-like")
-
-
-def run(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Records:
-    """Measure; one record per shape and dtype."""
-    grids = [
-        Grid(f"{grid.words(sizes)} {dtype}", points(sizes, arguments), dtype, arguments.flat)
-        for sizes in arguments.shapes
-        for dtype in arguments.dtype
-    ]
-    return grid.run(grids, arguments, settings, progress)
+    head.shape_arguments(parser, list(CASES), [*IMPLEMENTATIONS, "dropped"])
 
 
 def points(sizes: tuple[int, int, int], arguments: argparse.Namespace) -> list[Point]:
@@ -94,15 +75,13 @@ def points(sizes: tuple[int, int, int], arguments: argparse.Namespace) -> list[P
         names: Sequence[str] = IMPLEMENTATIONS
         if name in SWEEPS:
             names = ("active", "dropped") if name.startswith("threshold") else ("active",)
-        asked = [
-            n for n in names if not arguments.implementations or n in arguments.implementations
-        ]
-        found.append(Point(sizes, CASES[name], asked))
+        asked = arguments.implementations or names
+        found.append(Point(sizes, CASES[name], [n for n in names if n in asked]))
     return found
 
 
 SUITE = Suite("dh from the active set, against exact gradients, peers and dropping the tail.",
-              CASES, add_arguments, run)  # fmt: skip
+              CASES, add_arguments, functools.partial(head.run, points_at=points))  # fmt: skip
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -115,22 +94,17 @@ SETTING = {"vocab_size": 8192, "hidden": 128, "layers": 2, "batch_size": 8, "max
 LEARNING_RATE = 1e-3
 
 
-class Study:
+class Study(Corpus):
     """Data, its split, and what is rare in it; shared by all runs of a process."""
 
     def __init__(self) -> None:
-        train, held_out = ([Row("", row) for row in rows] for rows in docstrings.collect())
-        texts = (text for row in train for text in row.texts)
-        self.tokenizer = tiny.train_tokenizer(texts, SETTING["vocab_size"])
-        self.examples = encode(train, self.tokenizer, SETTING["max_length"]).examples
-        random.Random(0).shuffle(self.examples)
-        held = encode(held_out, self.tokenizer, SETTING["max_length"]).examples
-        self.collate, size = Collator(self.tokenizer.pad_token_id), SETTING["batch_size"]
-        self.held_out = [self.collate(held[i : i + size]) for i in range(0, len(held), size)]
+        sizes = (SETTING[name] for name in ("vocab_size", "max_length", "batch_size"))
+        super().__init__(*sizes)
         self.counts = Counter(
             int(i) for example in self.examples for i in example["labels"] if i >= 0
         )
-        targets = torch.cat([b["labels"][:, 1:][b["labels"][:, 1:] >= 0] for b in self.held_out])
+        labels = [batch["labels"][:, 1:] for batch in self.held_out]
+        targets = torch.cat([each[each >= 0] for each in labels])
         seen = torch.tensor([self.counts[int(i)] for i in targets])
         self.rare = float(seen.double().quantile(0.1))  # times a token of the rarest tenth occurs
 
@@ -147,10 +121,9 @@ class Study:
         options = {"ift": ift.IFTConfig(embedding_grad=True)} if loss == "ift" else {}
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
-        losses, shares, size = [], [], SETTING["batch_size"]
+        losses, shares = [], []
         for step in range(seed * steps, (seed + 1) * steps):
-            some = [(step * size + i) % len(self.examples) for i in range(size)]
-            batch = self.collate([self.examples[i] for i in some])
+            batch = self.batch(step)
             with ift_kernels.record_active_sets() as report:
                 value = model(**batch, **options).loss
                 value.backward()
@@ -167,29 +140,16 @@ class Study:
         }  # fmt: skip
         return record, model
 
-    @torch.no_grad()
     def held_out_loss(self, model: Any) -> tuple[float, float]:
         """Cross-entropy per held-out target: of all, and of the rarest tenth."""
-        costs, rare = [], []
-        for batch in self.held_out:
-            logits = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
-            target = batch["labels"][:, 1:]
-            valid = target >= 0
-            costs.append(F.cross_entropy(logits[valid], target[valid], reduction="none"))
-            rare.append(torch.tensor([self.counts[int(i)] <= self.rare for i in target[valid]]))
-        cost, is_rare = torch.cat(costs), torch.cat(rare)
+        cost, ids = self.held_out_costs(model)
+        is_rare = torch.tensor([self.counts[int(i)] <= self.rare for i in ids])
         return cost.mean().item(), cost[is_rare].mean().item()
 
     def real_head(self, model: Any) -> dict[str, Any]:
         """Errors of dh at the default options, on held-out text."""
-        hidden, target = [], []
-        with torch.no_grad():
-            for batch in self.held_out[:16]:
-                states = model.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
-                valid = batch["labels"][:, 1:] >= 0
-                hidden.append(states[:, :-1][valid])
-                target.append(batch["labels"][:, 1:][valid])
-        h, t = torch.cat(hidden)[:2048], torch.cat(target)[:2048]
+        some = itertools.islice(self.held_out_states(model), 16)
+        h, t = (torch.cat(parts)[:2048] for parts in zip(*some, strict=True))
         w = model.lm_head.weight.detach()
         upstream = torch.full((h.shape[0],), -1.0 / h.shape[0])
 

@@ -27,6 +27,7 @@ from bench.peers.heads import PEERS
 from bench.report import pages, pictures, tables
 from bench.suites import active, e2e, head, losses, ops
 from bench.suites.grid import FLOORS
+from ift import plotting
 
 SUITES = {
     **head.SUITES, "active": active.SUITE, "ops": ops.SUITE, "losses": losses.SUITE,
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         raise SystemExit("python -m bench: expected a suite, one of " + ", ".join(SUITES))
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("python -m bench: --device cuda, but torch sees no GPU")
-    if options.plot and not pictures.available():
+    if options.plot and not plotting.available():
         raise SystemExit("python -m bench: --plot needs matplotlib")
     settings = Settings(
         options.threads, options.rounds, options.limit, options.keep_freed, Budget(options.minutes)
@@ -191,7 +192,7 @@ def run_short(parts: Sequence[Part], out: Path, minutes: float, threads: int) ->
         command = [sys.executable, "-m", "bench", part.suite, *part.options.split(),
                    "--rounds", "3", "--threads", str(threads), "--minutes", f"{seconds / 60:.3f}",
                    "--json", str(file)]  # fmt: skip
-        if pictures.available():
+        if plotting.available():
             command += ["--plot", str(file.with_suffix(".png"))]
         print(f"{part.suite}, about {seconds:.0f} s", flush=True)
         code = run_suite(command, last.left())

@@ -70,8 +70,9 @@ def operations() -> dict[str, Callable[[], Any]]:
     def gradients(value: Tensor, seed: Tensor | None = None) -> Any:
         return torch.autograd.grad(value, (hidden, weight), seed)
 
-    def logprobs(**options: Any) -> Tensor:
-        found = ift_kernels.linear_logprobs(hidden, weight, target, **size, **options).logprob
+    def logprobs(states: Tensor = hidden, head: Tensor = weight, **options: Any) -> Tensor:
+        options = size | options
+        found = ift_kernels.linear_logprobs(states, head, target, **options).logprob
         assert found is not None
         return found
 
@@ -80,11 +81,7 @@ def operations() -> dict[str, Callable[[], Any]]:
             return logprobs(outputs=("logprob", "entropy", "argmax"))
 
     def sparse(head: Tensor) -> Tensor:
-        found = ift_kernels.linear_logprobs(
-            peaked, head, target, gradient="active", workspace=wide
-        ).logprob
-        assert found is not None
-        return found
+        return logprobs(peaked, head, gradient="active", workspace=wide)
 
     return {
         "linear_logprobs": forward,

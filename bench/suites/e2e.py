@@ -28,6 +28,7 @@ from bench.harness.measure import (
     Settings,
     Subject,
     Suite,
+    by_name,
     measure,
     peak_bytes,
     record,
@@ -36,6 +37,7 @@ from bench.harness.worker import Failed
 from bench.peers import naive_ift
 from bench.suites.grid import DTYPES, RATE
 from ift import losses
+from ift.one_pass import target_logprobs
 
 IMPLEMENTATIONS = ("ours", "two-passes", "naive")
 PROMPT = 0.5  # share of a row
@@ -64,14 +66,11 @@ class Case:
     reference: bool = False
 
 
-CASES = {
-    case.name: case
-    for case in (
-        Case("sft", "SFT", 3),
-        Case("dpo", "DPO, reference in the step", 4, reference=True),
-        Case("ift", "IFT, both passes", 4),
-    )
-}  # fmt: skip
+CASES: dict[str, Case] = by_name(
+    Case("sft", "SFT", 3),
+    Case("dpo", "DPO, reference in the step", 4, reference=True),
+    Case("ift", "IFT, both passes", 4),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,11 +131,7 @@ def batch(setting: Setting, rows: int) -> Batch:
     return {name: value.to(setting.device) for name, value in found.items()}
 
 
-def _naive_sft(model: Any, reference: Any, frozen: Any, given: Batch) -> Tensor:
-    return naive_ift.naive_sft_loss(model, **_split(given))
-
-
-def _naive_dpo(model: Any, reference: Any, frozen: Any, given: Batch) -> Tensor:
+def _naive_dpo(model: Any, reference: Any, given: Batch) -> Tensor:
     def summed(one: Any) -> Tensor:
         logits = one(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits
         logprob, _ = naive_ift.naive_logprob(logits, given["labels"])
@@ -148,44 +143,26 @@ def _naive_dpo(model: Any, reference: Any, frozen: Any, given: Batch) -> Tensor:
     return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
 
 
-def _naive_ift(model: Any, reference: Any, frozen: Any, given: Batch) -> Tensor:
-    return naive_ift.naive_ift_loss(model, **_split(given), embedding=frozen)
-
-
-def _our_sft(model: Any, reference: Any, frozen: Any, given: Batch) -> Tensor:
-    return model(**given, loss=losses.sft_loss).loss
-
-
-def _our_dpo(model: Any, reference: Any, frozen: Any, given: Batch) -> Tensor:
-    kept: list[Tensor] = []
-
-    def keep(logprob: Tensor, mask: Tensor) -> Tensor:
-        kept.append((logprob * mask).sum(-1))
-        return logprob.new_zeros(())
-
+def _our_dpo(model: Any, reference: Any, given: Batch) -> Tensor:
     with torch.no_grad():
-        reference(**given, loss=keep)
-    return model(**given, loss=functools.partial(losses.dpo_loss, reference=kept[0])).loss
-
-
-def _our_ift(model: Any, reference: Any, frozen: Any, given: Batch) -> Tensor:
-    return model(**given, ift=ift.IFTConfig()).loss
-
-
-def _two_passes(model: Any, reference: Any, frozen: Any, given: Batch) -> Tensor:
-    return model(**given, ift=ift.IFTConfig(share_prompt=False)).loss
+        logprob, mask = target_logprobs(reference, **given)
+    sums = (logprob * mask).sum(-1)
+    return model(**given, loss=functools.partial(losses.dpo_loss, reference=sums)).loss
 
 
 STEPS: dict[tuple[str, str], Step] = {
-    ("sft", "naive"): _naive_sft, ("sft", "ours"): _our_sft,
-    ("dpo", "naive"): _naive_dpo, ("dpo", "ours"): _our_dpo,
-    ("ift", "naive"): _naive_ift, ("ift", "ours"): _our_ift,
-    ("ift", "two-passes"): _two_passes,
-}  # fmt: skip
-
-
-def _split(given: Batch) -> dict[str, Any]:
-    return {name: given[name] for name in ("input_ids", "labels", "attention_mask")}
+    ("sft", "naive"): lambda model, _, frozen, given: naive_ift.naive_sft_loss(model, **given),
+    ("sft", "ours"): lambda model, _, frozen, given: model(**given, loss=losses.sft_loss).loss,
+    ("dpo", "naive"): lambda model, reference, _, given: _naive_dpo(model, reference, given),
+    ("dpo", "ours"): lambda model, reference, _, given: _our_dpo(model, reference, given),
+    ("ift", "naive"): lambda model, _, frozen, given: naive_ift.naive_ift_loss(
+        model, **given, embedding=frozen
+    ),
+    ("ift", "ours"): lambda model, _, frozen, given: model(**given, ift=ift.IFTConfig()).loss,
+    ("ift", "two-passes"): lambda model, _, frozen, given: (
+        model(**given, ift=ift.IFTConfig(share_prompt=False)).loss
+    ),
+}
 
 
 class Trainer:
@@ -320,7 +297,8 @@ def run(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Rec
             if arguments.memory and not cell.reason:
                 progress.at(f"most rows of {cell.case}, {cell.implementation}")
                 kept["largest"] = largest(
-                    functools.partial(_with_rows, *cell.arguments),
+                    lambda rows, cell=cell: (replace(cell.arguments[0], rows=rows),
+                                             *cell.arguments[1:]),
                     int(arguments.memory * GIB), settings, most=arguments.most,
                 )  # fmt: skip
         yield found
@@ -362,10 +340,6 @@ def largest(
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return {"rows": good, "capped": good == most, "bytes": memory,
             "tried": {str(rows): value for rows, value in sorted(tried.items())}}  # fmt: skip
-
-
-def _with_rows(setting: Setting, case: str, implementation: str, rows: int) -> tuple[Any, ...]:
-    return replace(setting, rows=rows), case, implementation
 
 
 def _cell(setting: Setting, case: Case, implementation: str) -> Cell:

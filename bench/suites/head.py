@@ -15,67 +15,75 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from bench.harness.measure import Records, Settings, Suite
+from bench.harness.measure import Records, Settings, Suite, by_name
 from bench.peers.heads import PEERS
 from bench.suites import grid
 from bench.suites.grid import CORE, DTYPES, FEW, FLOORS, SHAPES, Case, Grid, Point, shape
 
 IGNORED = 0.7
-CASES = {
-    case.name: case
-    for case in (
-        Case("forward", "log-probability, no gradient", "logprob", everyone=True),
-        Case("statistics", "log-probability, entropy, arg max, no gradient", "statistics",
-             everyone=True),
-        Case("greedy", "most likely token", "ids", everyone=True),
-        Case("scalar", "mean cross-entropy, forward and backward", "loss", True, everyone=True),
-        Case("per-token", "log-probabilities, forward and backward", "logprob", True,
-             everyone=True),
-        Case("scalar-frozen", "mean cross-entropy, head frozen", "loss", True, frozen=True),
-        Case("per-token-frozen", "log-probabilities, head frozen", "logprob", True, frozen=True),
-        Case("scalar-ignored", "mean cross-entropy, 70 % ignored", "loss", True, ignored=IGNORED),
-        Case("per-token-ignored", "log-probabilities, 70 % ignored", "logprob", True,
-             ignored=IGNORED),
-        Case("scalar-few", "mean cross-entropy, 16 rows", "loss", True, few=True),
-        Case("per-token-few", "log-probabilities, 16 rows", "logprob", True, few=True),
-    )
-}  # fmt: skip
+CASES: dict[str, Case] = by_name(
+    Case("forward", "log-probability, no gradient", "logprob", everyone=True),
+    Case("statistics", "log-probability, entropy, arg max, no gradient", "statistics",
+         everyone=True),
+    Case("greedy", "most likely token", "ids", everyone=True),
+    Case("scalar", "mean cross-entropy, forward and backward", "loss", True, everyone=True),
+    Case("per-token", "log-probabilities, forward and backward", "logprob", True,
+         everyone=True),
+    Case("scalar-frozen", "mean cross-entropy, head frozen", "loss", True, frozen=True),
+    Case("per-token-frozen", "log-probabilities, head frozen", "logprob", True, frozen=True),
+    Case("scalar-ignored", "mean cross-entropy, 70 % ignored", "loss", True, ignored=IGNORED),
+    Case("per-token-ignored", "log-probabilities, 70 % ignored", "logprob", True,
+         ignored=IGNORED),
+    Case("scalar-few", "mean cross-entropy, 16 rows", "loss", True, few=True),
+    Case("per-token-few", "log-probabilities, 16 rows", "logprob", True, few=True),
+)  # fmt: skip
 # torch's chunked loss is timed where a call takes seconds, not where it takes minutes.
 CHUNKED_WORK = 1e11  # multiply-adds of a GEMM
 IMPLEMENTATIONS = (*FLOORS, *(name for name in PEERS if name not in ("active", "dropped")))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this suite."""
+def shape_arguments(
+    parser: argparse.ArgumentParser, cases: Sequence[str], implementations: Sequence[str]
+) -> None:
+    """Options of ``head`` and ``active``."""
     parser.add_argument(
         "--shapes", nargs="+", type=shape, default=SHAPES, metavar="NxDxV",
         help="rows, width and vocabulary, or a model and rows, as llama-3-8b@4096; default: "
         "2048x1024x32000 1024x896x151936",
     )  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE",
+    parser.add_argument("--cases", nargs="+", choices=cases, metavar="CASE",
                         help="default: all; see --list")  # fmt: skip
-    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, metavar="NAME",
+    parser.add_argument("--implementations", nargs="+", choices=implementations, metavar="NAME",
                         help="default: all; see --list")  # fmt: skip
+    parser.add_argument("--flat", action="store_true", help="random data, not LM-like")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this suite."""
+    shape_arguments(parser, list(CASES), IMPLEMENTATIONS)
     parser.add_argument(
         "--everyone", action="store_true",
         help="every peer in every case; by default the variants of a case (head frozen, targets "
         "ignored, few rows) have the floor, naive and ours, and no call takes minutes",
     )  # fmt: skip
-    parser.add_argument("--flat", action="store_true", help="random data, not LM-like")
 
 
-def run(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Records:
-    """Measure; one record per shape and dtype."""
+def run(
+    arguments: argparse.Namespace, settings: Settings, progress: Any,
+    points_at: Callable[[tuple[int, int, int], argparse.Namespace], list[Point]] | None = None,
+) -> Records:  # fmt: skip
+    """Measure; one record per shape and dtype. `points_at`: default `points`."""
     grids = [
-        Grid(f"{grid.words(sizes)} {dtype}", points(sizes, arguments), dtype, arguments.flat)
+        Grid(f"{grid.words(sizes)} {dtype}", (points_at or points)(sizes, arguments), dtype,
+             arguments.flat)
         for sizes in arguments.shapes
         for dtype in arguments.dtype
-    ]
+    ]  # fmt: skip
     return grid.run(grids, arguments, settings, progress)
 
 
@@ -271,17 +279,13 @@ def run_overhead(arguments: argparse.Namespace, settings: Settings, progress: An
     return grid.run(grids, arguments, settings, progress)
 
 
-def _named(cases: dict[tuple[str, int], Case]) -> dict[str, Case]:
-    return {case.name: case for case in cases.values()}
-
-
 SUITES = {
     "head": Suite("Statistics, token choice and losses of a linear head.",
                   CASES, add_arguments, run),
     "masked": Suite("Time and memory against the share of ignored targets, 0 to 90 %.",
-                    _named(MASKED), masked_arguments, run_masked),
+                    by_name(*MASKED.values()), masked_arguments, run_masked),
     "scaling": Suite("Cost against rows, width and vocabulary, with fitted exponents.",
                      {kind: CASES[kind] for kind in KINDS}, scaling_arguments, run_scaling),
     "overhead": Suite("What a call costs where there is next to nothing to compute.",
-                      _named(OVERHEAD), overhead_arguments, run_overhead),
+                      by_name(*OVERHEAD.values()), overhead_arguments, run_overhead),
 }  # fmt: skip

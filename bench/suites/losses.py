@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness.data import Wrong
-from bench.harness.measure import Cell, Records, Settings, Subject, Suite, measure, record
+from bench.harness.measure import Cell, Records, Settings, Subject, Suite, by_name, measure, record
 from bench.suites.grid import DTYPES, RATE, sizes
 from ift import losses
 
@@ -41,27 +41,24 @@ class Case:
     products: int = 3  # of N·V·D multiply-adds that cannot be avoided
 
 
-CASES = {
-    case.name: case
-    for case in (
-        Case("sft", "SFT", losses.sft_loss),
-        Case("ift", "IFT, second pass", losses.ift_loss),
-        Case("dpo", "DPO, reference in the call", losses.dpo_loss, (), True, 4),
-        Case("simpo", "SimPO", losses.simpo_loss),
-        Case("orpo", "ORPO", losses.orpo_loss),
-        Case("kto", "KTO, reference in the call", losses.kto_loss, ("desirable",), True, 4),
-        Case("ppo", "PPO", losses.ppo_loss, ("advantages", "old")),
-        Case(
-            "grpo", "GRPO with KL, reference in the call",
-            functools.partial(losses.grpo_loss, kl_coef=0.04), ("advantages", "old"), True, 4,
-        ),
-        Case("forward-kl", "distillation, forward KL", losses.distillation_loss, products=4),
-        Case("reverse-kl", "distillation, reverse KL",
-             functools.partial(losses.distillation_loss, kind="reverse"), products=4),
-        Case("jsd", "distillation, Jensen-Shannon",
-             functools.partial(losses.distillation_loss, kind="jsd"), products=4),
-    )
-}  # fmt: skip
+CASES: dict[str, Case] = by_name(
+    Case("sft", "SFT", losses.sft_loss),
+    Case("ift", "IFT, second pass", losses.ift_loss),
+    Case("dpo", "DPO, reference in the call", losses.dpo_loss, (), True, 4),
+    Case("simpo", "SimPO", losses.simpo_loss),
+    Case("orpo", "ORPO", losses.orpo_loss),
+    Case("kto", "KTO, reference in the call", losses.kto_loss, ("desirable",), True, 4),
+    Case("ppo", "PPO", losses.ppo_loss, ("advantages", "old")),
+    Case(
+        "grpo", "GRPO with KL, reference in the call",
+        functools.partial(losses.grpo_loss, kl_coef=0.04), ("advantages", "old"), True, 4,
+    ),
+    Case("forward-kl", "distillation, forward KL", losses.distillation_loss, products=4),
+    Case("reverse-kl", "distillation, reverse KL",
+         functools.partial(losses.distillation_loss, kind="reverse"), products=4),
+    Case("jsd", "distillation, Jensen-Shannon",
+         functools.partial(losses.distillation_loss, kind="jsd"), products=4),
+)  # fmt: skip
 DISTILLED = ("forward-kl", "reverse-kl", "jsd")
 
 

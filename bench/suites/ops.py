@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ift_kernels
 from bench.harness.data import WRONG, Errors, Exact, Wrong
-from bench.harness.measure import Cell, Records, Settings, Subject, Suite, measure, record
+from bench.harness.measure import Cell, Records, Settings, Subject, Suite, by_name, measure, record
 from bench.harness.worker import Worker
 from bench.peers import heads
 from bench.peers.naive_ift import naive_weights
@@ -44,23 +44,20 @@ class Case:
         return "head" if self.gemms else "residual" if "residual" in self.name else "scan"
 
 
-CASES = {
-    case.name: case
-    for case in (
-        Case("greedy", "linear_token, greedy", "greedy", gemms=1),
-        Case("topk", "linear_token, second best", "topk", gemms=1),
-        Case("sample", "linear_token, sampled", "sample", gemms=1),
-        Case("soft", "linear_expected_embedding", "soft", gemms=2),
-        Case("soft-backward", "the same, forward and backward", "soft",
-             ("hidden", "weight", "embedding"), gemms=6),
-        Case("residual", "temporal_residual", "residual"),
-        Case("residual-backward", "the same, forward and backward", "residual", ("embedding",)),
-        Case("cumsum", "discounted_cumsum", "cumsum"),
-        Case("cumsum-backward", "the same, forward and backward", "cumsum", ("x",)),
-        Case("weights", "propagation_weights", "weights"),
-        Case("weights-backward", "the same, forward and backward", "weights", ("x",)),
-    )
-}  # fmt: skip
+CASES: dict[str, Case] = by_name(
+    Case("greedy", "linear_token, greedy", "greedy", gemms=1),
+    Case("topk", "linear_token, second best", "topk", gemms=1),
+    Case("sample", "linear_token, sampled", "sample", gemms=1),
+    Case("soft", "linear_expected_embedding", "soft", gemms=2),
+    Case("soft-backward", "the same, forward and backward", "soft",
+         ("hidden", "weight", "embedding"), gemms=6),
+    Case("residual", "temporal_residual", "residual"),
+    Case("residual-backward", "the same, forward and backward", "residual", ("embedding",)),
+    Case("cumsum", "discounted_cumsum", "cumsum"),
+    Case("cumsum-backward", "the same, forward and backward", "cumsum", ("x",)),
+    Case("weights", "propagation_weights", "weights"),
+    Case("weights-backward", "the same, forward and backward", "weights", ("x",)),
+)  # fmt: skip
 
 
 def _further(t: Tensors) -> Tensor:

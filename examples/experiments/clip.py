@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from examples.experiments.page import Page, main
+from examples.experiments.page import Page, main, shown
 from ift import plotting
 from ift.losses import ppo_loss
 
@@ -99,10 +99,12 @@ def run(output: Path, quick: bool) -> None:
     active = {name: quadrants(surrogate) for name, surrogate in KINDS.items()}
     runs = {name: [train(f, seed, rounds) for seed in range(seeds)] for name, f in KINDS.items()}
 
-    def mean(name: str, key: str) -> tuple[float, float]:
-        """Over seeds, of the mean over the rounds; and its standard error."""
-        each = torch.tensor([[r[key] for r in one[1:]] for one in runs[name]]).mean(1)
-        return each.mean().item(), (each.std() / seeds**0.5).item()
+    def of_rounds(name: str, key: str) -> Tensor:
+        """(seeds,): means over the rounds."""
+        return torch.tensor([[r[key] for r in one[1:]] for one in runs[name]]).mean(1)
+
+    def last(name: str) -> Tensor:
+        return torch.tensor([one[-1]["reward"] for one in runs[name]])
 
     page.text(
         "Setting",
@@ -122,17 +124,16 @@ def run(output: Path, quick: bool) -> None:
     head = [f"A {a} 0, r {r}" for a in "><" for r in ("< 1 − ε", "inside", "> 1 + ε")]
     page.table(["", *head], [[n, *("yes" if a else "no" for a in v)] for n, v in active.items()])
     page.text("Measured: training", "Means over rounds and seeds ± standard error over seeds.")
-    rows = []
-    for name in KINDS:
-        last = torch.tensor([one[-1]["reward"] for one in runs[name]])
-        cells = [f"{last.mean():.4f} ± {last.std() / seeds**0.5:.4f}"]
-        for key, scale in (("lost", 100), ("kept", 100), ("kl", 1)):
-            value, error = (scale * x for x in mean(name, key))
-            cells.append(f"{value:.3f} ± {error:.3f}" + (" %" if scale == 100 else ""))
-        rows.append([name, *cells])
+    rows = [
+        [name, shown(last(name), ".4f"),
+         *(shown(of_rounds(name, key), ".3f", 100, " %") for key in ("lost", "kept")),
+         shown(of_rounds(name, "kl"))]
+        for name in KINDS
+    ]  # fmt: skip
     page.table(["surrogate", "reward at the end", "good actions fallen below 1 − ε",
                 "bad actions risen above 1 + ε", "KL of a round"], rows)  # fmt: skip
-    with plotting.picture(page.output / "curves.png", 1, 2, width=10, height=3.6) as (_, axes):
+    about = "reward, and share of tokens carried the wrong way, over the rounds"
+    with page.picture("curves.png", about, 1, 2, width=10, height=3.6) as (_, axes):
         titles = {"reward": "expected reward", "wrong": "share past the range, wrong side"}
         for axis, (key, title) in zip(axes, titles.items(), strict=True):
             for name, color in zip(KINDS, (plotting.BLUE, plotting.ORANGE, "#555555"), strict=True):
@@ -144,22 +145,19 @@ def run(output: Path, quick: bool) -> None:
                 plotting.draw(axis, points, key, label=name, color=color)
             axis.set(title=title, xlabel="round")
             axis.legend()
-    page.picture("curves.png", "reward, and share of tokens carried the wrong way, over the rounds")
     wanted = [True, True, False, False, True, True]
     exact = active["min-clip"] == wanted and active["pure clip"] == [False, True, False] * 2
-    wrong = {n: mean(n, "lost")[0] + mean(n, "kept")[0] for n in KINDS}
-    difference = torch.tensor([a[-1]["reward"] - b[-1]["reward"] for a, b in
-                               zip(runs["min-clip"], runs["pure clip"], strict=True)])  # fmt: skip
+    wrong = {n: sum(of_rounds(n, key).mean().item() for key in ("lost", "kept")) for n in KINDS}
     fewer = wrong["min-clip"] < wrong["pure clip"]
     page.text(
         "Verdict",
         f"The quadrants are {'as' if exact else 'not as'} expected. Min-clip leaves "
         f"{'fewer' if fewer else 'no fewer'} tokens past the range on the wrong side "
         f"({wrong['min-clip']:.2%} against {wrong['pure clip']:.2%}). Its reward less that of pure "
-        f"clip, paired by seed: {difference.mean():+.4f} ± {difference.std() / seeds**0.5:.4f}. "
+        f"clip, paired by seed: {shown(last('min-clip') - last('pure clip'), '+.4f')}. "
         "One small problem: directions, not sizes.",
     )
-    final = {n: [one[-1]["reward"] for one in r] for n, r in runs.items()}
+    final = {n: last(n).tolist() for n in runs}
     averages = {n: _averaged(r) for n, r in runs.items()}
     page.numbers |= {"active": active, "averages": averages, "final": final}
     page.close()

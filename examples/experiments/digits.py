@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from examples.experiments.page import Page, main
-from ift import plotting
 from ift_kernels import exact_influence
 
 EACH, LR = 6, 1e-3  # images of a class in the maps; η of the step
@@ -107,8 +106,8 @@ def run(output: Path, quick: bool) -> None:
     page.text("Measured", f"Held-out accuracy {accuracy:.3f}. Mean Δlogπ, ×10⁻³:")
     cells = [[c, *(f"{v * 1e3:.2f}" for v in row)] for c, row in enumerate(influence.tolist())]
     page.table(["x_o \\ x_u", *map(str, range(10))], cells)
-    page.picture("maps.png", "influence and eNTK norm by class")
-    with plotting.picture(page.output / "maps.png", 1, 2, width=9, height=4) as (figure, axes):
+    about = "influence and eNTK norm by class"
+    with page.picture("maps.png", about, 1, 2, width=9, height=4) as (figure, axes):
         for axis, values, name in zip(axes, (influence, kernel), ("Δlogπ(y_u | x_o)", "‖K‖"),
                                       strict=True):  # fmt: skip
             shown = axis.imshow(values, cmap="viridis")
@@ -116,16 +115,14 @@ def run(output: Path, quick: bool) -> None:
             axis.set(title=name, xlabel="class trained", ylabel="class watched")
             axis.set(xticks=range(10), yticks=range(10))
             axis.grid(False)
+    alike, own = (int((m.argmax(0) == torch.arange(10)).sum()) for m in (kernel, influence))
     page.table(
         ["", "value"],
         [["mean on the diagonal", diagonal], ["mean off it", off.mean().item()],
-         ["classes whose largest influence is their own",
-          f"{int((influence.argmax(0) == torch.arange(10)).sum())} of 10"],
+         ["classes whose largest influence is their own", f"{own} of 10"],
          ["correlation of |Δlogπ| with ‖K‖ over the 100 cells", correlation],
          ["largest relative error of the prediction of a real step", error]],
     )  # fmt: skip
-    alike = int((kernel.argmax(0) == torch.arange(10)).sum())
-    own = int((influence.argmax(0) == torch.arange(10)).sum())
     page.text(
         "Verdict",
         f"The expected map {'appears' if diagonal > off.mean() else 'does not appear'}: on average "

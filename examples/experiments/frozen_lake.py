@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from examples.experiments.page import Page, main
+from examples.experiments.page import Page, band, error_of, main, shown
 from ift import plotting
 from ift.losses import dpo_loss, ift_loss, orpo_loss, sft_loss
 
@@ -63,13 +64,10 @@ class Lake:
 def rows(lake: Lake) -> tuple[Tensor, Tensor, Tensor]:
     """States, actions and mask of both trajectories, (2, T)."""
     both = [OPTIMAL, LONGER]
-    width = max(map(len, both))
-    states, actions = torch.zeros(2, width, dtype=torch.int64), torch.zeros(2, width).long()
-    mask = torch.zeros(2, width, dtype=torch.bool)
-    for i, moves in enumerate(both):
-        states[i, : len(moves)] = torch.tensor(lake.states(moves))
-        actions[i, : len(moves)] = torch.tensor(moves)
-        mask[i, : len(moves)] = True
+    each = zip(*((lake.states(moves), moves, [True] * len(moves)) for moves in both), strict=True)
+    states, actions, mask = (
+        pad_sequence([torch.tensor(row) for row in rows], batch_first=True) for rows in each
+    )
     return states, actions, mask
 
 
@@ -129,17 +127,12 @@ def run(output: Path, quick: bool) -> None:
     page.text(
         "Setting",
         f"Gymnasium's FrozenLake 4×4 without slipping; one-hot state → {HIDDEN} (ReLU) → 4 "
-        "actions, "
-        f"RMSprop {LR:g}, {steps} steps, {seeds} seeds of the initial weights. One optimal "
-        "trajectory "
-        f"({len(OPTIMAL)} steps; the chosen one) and one that takes {len(LONGER)} (rejected). β "
-        "= 0.1 "
-        f"for DPO and ORPO; IFT: λ = {LAM}, γ = 0.95, the predicted state in place of the "
-        "predicted "
-        "token. Measured: mean squared difference between the policy's 16×16 transition matrix and "
-        "that of the optimal policy (uniform over optimal actions), over rows that are neither "
-        "hole "
-        "nor goal.",
+        f"actions, RMSprop {LR:g}, {steps} steps, {seeds} seeds of the initial weights. One "
+        f"optimal trajectory ({len(OPTIMAL)} steps; the chosen one) and one that takes "
+        f"{len(LONGER)} (rejected). β = 0.1 for DPO and ORPO; IFT: λ = {LAM}, γ = 0.95, the "
+        "predicted state in place of the predicted token. Measured: mean squared difference "
+        "between the policy's 16×16 transition matrix and that of the optimal policy (uniform over "
+        "optimal actions), over rows that are neither hole nor goal.",
     )
     page.text(
         "Expected",
@@ -147,43 +140,37 @@ def run(output: Path, quick: bool) -> None:
         "initialisation nor steps, nor which states count.",
     )
     page.text("Measured", "Mean ± standard error over the seeds; ×10⁻³.")
-    table, means = [], {}
-    for method, curve in curves.items():
-        first, last = curve[:, 0], curve[:, -1]
-        error = last.std(0) / seeds**0.5
-        means[method] = last.mean(0).tolist()
-        table.append([
-            method, *(f"{1e3 * first.mean(0)[i]:.2f} → {1e3 * last.mean(0)[i]:.2f} ± "
-                      f"{1e3 * error[i]:.2f}" for i in (0, 1))
-        ])  # fmt: skip
+    means = {method: curve[:, -1].mean(0).tolist() for method, curve in curves.items()}
+    table = [
+        [method, *(f"{1e3 * c[:, 0, i].mean():.2f} → {shown(c[:, -1, i], '.2f', 1e3)}"
+                   for i in (0, 1))]
+        for method, c in curves.items()
+    ]  # fmt: skip
     page.table(["method", "all states", "states of the optimal trajectory"], table)
-    page.picture("curves.png", "distance from the optimal transitions over the steps")
-    with plotting.picture(page.output / "curves.png", 1, 2, width=9, height=3.4) as (_, axes):
+    about = "distance from the optimal transitions over the steps"
+    with page.picture("curves.png", about, 1, 2, width=9, height=3.4) as (_, axes):
         colors = (plotting.BLUE, plotting.ORANGE, plotting.GREEN, plotting.PURPLE)
         dashes = {"IFT": "-", "SFT": "--", "ORPO": ":", "DPO": "-"}  # some lie on one another
         for i, name in enumerate(("all states", "states of the optimal trajectory")):
             for (method, curve), color in zip(curves.items(), colors, strict=True):
-                mean, error = curve[..., i].mean(0), curve[..., i].std(0) / seeds**0.5
-                axes[i].plot(mean, dashes[method], color=color, label=method)
-                span = range(len(mean))
-                axes[i].fill_between(span, mean - error, mean + error, color=color, alpha=0.2)
+                line = dashes[method]
+                band(axes[i], range(steps + 1), curve[..., i], line, color=color, label=method)
             axes[i].set(title=name, xlabel="step", ylabel="MSE of transitions", ylim=(0, None))
         axes[0].legend()
     orders = [" < ".join(sorted(METHODS, key=lambda m, i=i: means[m][i])) for i in (0, 1)]
     agrees = all(sorted(METHODS, key=lambda m, i=i: means[m][i])[0] == "DPO" for i in (0, 1))
     # The same seeds for all, so the difference is taken seed by seed.
     paired = curves["IFT"][:, -1] - curves["SFT"][:, -1]
-    gap, noise = paired.mean(0), paired.std(0) / seeds**0.5
     page.text(
         "Verdict",
         f"All states: {orders[0]}. On the trajectory: {orders[1]}. The published order "
         f"{'begins the same way' if agrees else 'does not appear in this setting'}. IFT less SFT, "
-        f"paired by seed, ×10⁻³: {1e3 * gap[0]:+.3f} ± {1e3 * noise[0]:.3f} and "
-        f"{1e3 * gap[1]:+.3f} ± {1e3 * noise[1]:.3f} (negative: IFT nearer). Neither trajectory "
+        f"paired by seed, ×10⁻³: {shown(paired[:, 0], '+.3f', 1e3)} and "
+        f"{shown(paired[:, 1], '+.3f', 1e3)} (negative: IFT nearer). Neither trajectory "
         "visits every state, so the distance over all states can grow while the policy learns.",
     )
-    page.numbers |= {"means": means, "orders": orders, "ift_less_sft": gap.tolist(),
-                     "standard_error": noise.tolist()}  # fmt: skip
+    page.numbers |= {"means": means, "orders": orders, "ift_less_sft": paired.mean(0).tolist(),
+                     "standard_error": error_of(paired).tolist()}  # fmt: skip
     page.close()
 
 

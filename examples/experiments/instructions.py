@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 import ift
-from examples.experiments.page import Page, main
+from examples.experiments.page import Page, error_of, main, shown
 from ift import plotting
 
 LETTERS, LENGTH, EOS, EQUALS = 8, 5, 8, 9
@@ -25,10 +24,7 @@ INSTRUCTIONS: dict[str, Callable[[list[int]], list[int]]] = {
 }
 VOCABULARY = EQUALS + 1 + len(INSTRUCTIONS)
 BATCH, LR, HELD_OUT = 32, 1e-3, 256
-METHODS: dict[str, ift.IFTConfig | None] = {
-    "SFT": None,
-    "IFT": ift.IFTConfig(),
-}
+METHODS: dict[str, ift.IFTConfig | None] = {"SFT": None, "IFT": ift.IFTConfig()}
 
 
 def items(names: list[str], count: int, draw: random.Random) -> Tensor:
@@ -107,8 +103,12 @@ def run(output: Path, quick: bool) -> None:
         for name, config in METHODS.items():
             model = copy.deepcopy(base)
             curve = [{"step": 0.0, "match": exact_match(model, test)}]
-            fit(model, data, steps, config, seed,
-                functools.partial(_measure, curve, model, test, every))  # fmt: skip
+
+            def measure(step: int, m: Any = model, c: Any = curve, t: Any = test) -> None:
+                if step % every == 0:
+                    c.append({"step": float(step), "match": exact_match(m, t)})
+
+            fit(model, data, steps, config, seed, measure)
             curves[name].append(curve)
             print(f"seed {seed}, {name}: {curve[-1]['match']:.3f}", flush=True)
     page.text(
@@ -128,39 +128,29 @@ def run(output: Path, quick: bool) -> None:
     middle = {
         n: torch.tensor([c[len(c) // 2]["match"] for c in each]) for n, each in curves.items()
     }
-
-    def told(values: Tensor, sign: str = "") -> str:
-        return f"{100 * values.mean():{sign}.1f} ± {100 * values.std() / seeds**0.5:.1f}"
-
     page.text("Measured", "Exact match in %, mean ± standard error over the seeds.")
     page.table(["method", f"step {steps // 2}", f"step {steps}", "less SFT, paired by seed"],
-               [[n, told(middle[n]), told(v), told(v - last["SFT"], "+") if n != "SFT" else ""]
+               [[n, shown(middle[n], ".1f", 100), shown(v, ".1f", 100),
+                 shown(v - last["SFT"], "+.1f", 100) if n != "SFT" else ""]
                 for n, v in last.items()])  # fmt: skip
-    with plotting.picture(page.output / "curves.png", 1, 1, width=6, height=3.8) as (_, axis):
+    about = "exact match over the steps, with standard errors"
+    with page.picture("curves.png", about, 1, 1, width=6, height=3.8) as (_, axis):
         colors = (plotting.BLUE, plotting.ORANGE)
         for (name, each), color in zip(curves.items(), colors, strict=True):
             steps_ = [r["step"] for r in each[0]]
             value = torch.tensor([[100 * r["match"] for r in c] for c in each])
-            error = value.std(0) / seeds**0.5
-            axis.errorbar(steps_, value.mean(0), error, label=name, color=color, capsize=2)
+            axis.errorbar(steps_, value.mean(0), error_of(value), label=name, color=color,
+                          capsize=2)  # fmt: skip
         axis.set(title="exact match on held-out items", xlabel="step", ylabel="%")
         axis.legend()
-    page.picture("curves.png", "exact match over the steps, with standard errors")
     gap = last["IFT"] - last["SFT"]
-    clear = gap.mean().abs() > 2 * gap.std() / seeds**0.5
+    clear = gap.mean().abs() > 2 * error_of(gap)
     way = "above" if gap.mean() > 0 else "below"
     verdict = f"IFT ends {way} SFT, by {'more' if clear else 'less'} than two standard errors."
     page.text("Verdict", verdict + " A task of copying, not of language: it says nothing "
               "about large models.")  # fmt: skip
     page.numbers["curves"] = curves
     page.close()
-
-
-def _measure(
-    curve: list[dict[str, float]], model: Any, test: Tensor, every: int, step: int
-) -> None:
-    if step % every == 0:
-        curve.append({"step": float(step), "match": exact_match(model, test)})
 
 
 if __name__ == "__main__":

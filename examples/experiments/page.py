@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import time
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from ift import plotting
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,9 +39,12 @@ class Page:
         lines = ["| " + " | ".join(row) + " |" for row in [list(head), ["---"] * len(head), *cells]]
         self.parts.append("\n".join(lines))
 
-    def picture(self, file: str, alt: str) -> None:
-        """A picture that lies beside the page."""
+    def picture(
+        self, file: str, alt: str, rows: int, columns: int, *, width: float, height: float
+    ) -> contextlib.AbstractContextManager[tuple[Any, Any]]:
+        """A figure and its axes to draw a picture on, which lies beside the page."""
         self.parts.append(f"![{alt}]({file})")
+        return plotting.picture(self.output / file, rows, columns, width=width, height=height)
 
     def close(self) -> None:
         """Write both files."""
@@ -53,6 +60,24 @@ class Page:
         text = json.dumps(self.numbers, indent=1)
         (self.output / "result.json").write_text(text + "\n", encoding="utf-8")
         print(f"{self.output / 'README.md'}: written after {seconds:.0f} s")
+
+
+def error_of(each: Tensor) -> Tensor:
+    """Standard error of the mean over the first dimension."""
+    return each.std(0) / each.shape[0] ** 0.5
+
+
+def shown(each: Tensor, form: str = ".3f", scale: float = 1.0, unit: str = "") -> str:
+    """Mean ± standard error over the first dimension."""
+    mean, error = scale * each.mean(0), scale * error_of(each)
+    return f"{mean:{form}} ± {error:{form.strip('+')}}{unit}"
+
+
+def band(axes: Any, x: Sequence[float], each: Tensor, line: str = "-", **style: Any) -> None:
+    """A line of the means of (seeds, steps) and a band of standard errors."""
+    mean, error = each.mean(0), error_of(each)
+    axes.plot(x, mean, line, **style)
+    axes.fill_between(x, mean - error, mean + error, color=style["color"], alpha=0.15, lw=0)
 
 
 def main(run: Callable[[Path, bool], None], doc: str | None) -> None:

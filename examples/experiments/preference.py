@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from examples.experiments.page import Page, main
+from examples.experiments.page import Page, band, error_of, main, shown
 from examples.experiments.tiny_lm import LENGTH, Lab, callback
-from ift import plotting
 from ift.dynamics import build_probe_set, sampler
 from ift.dynamics.callback import read_records
 from ift.dynamics.report import STYLES, ordered_types
@@ -107,30 +106,17 @@ def change(runs: Sequence[Records], kind: str, key: str) -> Tensor:
     return found[:, -1] - found[:, 0]
 
 
-def told(each: Tensor, form: str = "+.3f") -> str:
-    """Mean ± standard error over the seeds."""
-    return f"{each.mean():{form}} ± {error_of(each):{form.strip('+')}}"
-
-
-def error_of(each: Tensor) -> Tensor:
-    """Standard error of the mean over the first dimension."""
-    return each.std(0) / each.shape[0] ** 0.5
-
-
 def draw_band(axes: Any, runs: Sequence[Records], kind: str, key: str, **style: Any) -> None:
     """A line of means and a band of standard errors over the steps."""
-    steps = [record["step"] for record in runs[0]]
-    each = values(runs, kind, key)
-    mean, error = each.mean(0), error_of(each)
-    axes.plot(steps, mean, **style)
-    axes.fill_between(steps, mean - error, mean + error, color=style["color"], alpha=0.15, lw=0)
+    band(axes, [record["step"] for record in runs[0]], values(runs, kind, key), **style)
 
 
-def draw_sft(seeds: Sequence[Seed], path: Path) -> None:
+def draw_sft(page: Page, seeds: Sequence[Seed]) -> None:
     """Every type of answer under supervised fine-tuning."""
     runs = [seed.sft for seed in seeds]
     titles = {"mean_logprob": "log-probability of a token", "off_argmax": "mass off the argmax"}
-    with plotting.picture(path, 1, 2, width=10, height=4.2) as (figure, axes):
+    about = "curves of supervised fine-tuning; bands: standard error over seeds"
+    with page.picture("sft.png", about, 1, 2, width=10, height=4.2) as (figure, axes):
         for axis, (key, title) in zip(axes, titles.items(), strict=True):
             for style, kind in zip(STYLES, ordered_types(runs[0]), strict=False):
                 draw_band(axis, runs, kind, key, label=kind, **style)
@@ -139,9 +125,10 @@ def draw_sft(seeds: Sequence[Seed], path: Path) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
 
-def draw_dpo(seeds: Sequence[Seed], path: Path) -> None:
+def draw_dpo(page: Page, seeds: Sequence[Seed]) -> None:
     """A panel for what is followed, a line for each run, as changes since the first evaluation."""
-    with plotting.picture(path, 2, 3, width=12, height=6.4) as (figure, axes):
+    about = "curves of the DPO runs; bands: standard error over seeds"
+    with page.picture("dpo.png", about, 2, 3, width=12, height=6.4) as (figure, axes):
         panels = list(axes.flat)
         for panel, (title, (kind, key)) in zip(panels, FOLLOWED.items(), strict=False):
             for style, name in zip(STYLES, (ONE, TEN, EXTEND, OWN, GUARD), strict=False):
@@ -205,8 +192,6 @@ def run(output: Path, quick: bool) -> None:
     for seed in range(SEEDS if not quick else 2):
         with tempfile.TemporaryDirectory() as work:
             seeds.append(one_seed(lab, seed, quick, Path(work)))
-    draw_sft(seeds, page.output / "sft.png")
-    draw_dpo(seeds, page.output / "dpo.png")
     first = seeds[0]
     page.text(
         "Setting",
@@ -234,12 +219,12 @@ def run(output: Path, quick: bool) -> None:
     rows = []
     for kind in ordered_types(runs[0]):
         logprob, greedy = (values(runs, kind, k) for k in ("mean_logprob", "greedy_logprob"))
-        rows.append([kind, *(told(logprob[:, i], ".3f") for i in (0, -1)),
-                     told(change(runs, kind, "mean_logprob")),
+        rows.append([kind, *(shown(logprob[:, i]) for i in (0, -1)),
+                     shown(change(runs, kind, "mean_logprob"), "+.3f"),
                      *(f"{greedy[:, i].mean():.3f}" for i in (0, -1))])  # fmt: skip
     head = [f"{what}, step {step}" for what in ("logp", "greedy") for step in steps]
     page.table(["type", *head[:2], "change", *head[2:]], rows)
-    page.picture("sft.png", "curves of supervised fine-tuning; bands: standard error over seeds")
+    draw_sft(page, seeds)
     page.text("Measured: DPO", "Changes over the run, nats per token, mean ± standard error over "
               "the seeds; greedy: the argmax in place of the chosen answer.")  # fmt: skip
     rows = []
@@ -247,16 +232,16 @@ def run(output: Path, quick: bool) -> None:
         each = [seed.dpo[name] for seed in seeds]
         flagged = sum(any(r["squeeze"]["flag"] for r in records) for records in each)
         share = torch.tensor([100 * seed.valley[name] for seed in seeds])
-        rows.append([name, *(told(change(each, *what)) for what in FOLLOWED.values()),
-                     told(share, ".1f") + " %", f"{flagged} of {len(seeds)}"])  # fmt: skip
+        rows.append([name, *(shown(change(each, *what), "+.3f") for what in FOLLOWED.values()),
+                     shown(share, ".1f", unit=" %"), f"{flagged} of {len(seeds)}"])  # fmt: skip
     page.table(["run", *FOLLOWED, "negative tokens in the valley", "seeds flagged"], rows)
-    page.picture("dpo.png", "curves of the DPO runs; bands: standard error over seeds")
+    draw_dpo(page, seeds)
 
     trends = trends_of(seeds)
     page.text("Verdict", *_verdict(seeds, trends))
     page.table(
         ["trend", "appears", "by (nats per token)", "seeds that show it"],
-        [[k, judged(v), told(v), f"{int((v > 0).sum())} of {len(seeds)}"]
+        [[k, judged(v), shown(v, "+.3f"), f"{int((v > 0).sum())} of {len(seeds)}"]
          for k, v in trends.items()],
     )  # fmt: skip
     page.numbers |= {

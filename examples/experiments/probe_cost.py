@@ -75,8 +75,7 @@ def run(output: Path, quick: bool) -> None:
         f"{len(groups)} prompts of 24 to 48 tokens, each with {len(TYPES)} responses of 12 to 32: "
         f"{evaluator.tokens} distinct tokens, prompts shared ({alone} as sequences of their own). "
         f"Llama, {LAYERS} layers, width {WIDTH}, V = {V}, random weights, float32. Compared with "
-        "the "
-        "same tokens as plain causal rows through the model, logits and all. "
+        "the same tokens as plain causal rows through the model, logits and all. "
         f"Median of {times}.",
     )
     page.text("Measured")

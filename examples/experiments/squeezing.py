@@ -173,8 +173,8 @@ def run(output: Path, quick: bool) -> None:
               "the publication has no figure.")  # fmt: skip
     page.table(["case", "argmax, published", "measured", "p_y, published", "measured",
                 "others that rise, published", "measured"], rows)  # fmt: skip
-    page.picture("curves.png", "probabilities before and after, by case")
-    with plotting.picture(page.output / "curves.png", 2, 3, width=12, height=6) as (_, axes):
+    about = "probabilities before and after, by case"
+    with page.picture("curves.png", about, 2, 3, width=12, height=6) as (_, axes):
         for axis, case in zip(axes.flat, every, strict=False):
             p, q = case.probabilities
             order = p.argsort(descending=True)

@@ -20,6 +20,7 @@ from ift.data import Collator, encode
 from ift.data_rows import Row
 from ift.dynamics import Probe, ProbeCallback, ValleyGuard
 from ift.losses import dpo_loss
+from ift.one_pass import target_logprobs
 
 LENGTH = 48  # tokens of a sequence
 Rows = list[dict[str, str]]
@@ -140,14 +141,10 @@ class Lab:
                                for k in ("chosen", "rejected") for r in pairs])  # fmt: skip
 
         kept: list[Tensor] = []
-
-        def keep(logprob: Tensor, mask: Tensor) -> Tensor:
-            kept.append((logprob * mask).sum(1).view(2, -1))
-            return logprob.new_zeros(())
-
         with torch.no_grad():
             for at in range(0, len(rows), 8):
-                policy(**sides(rows[at : at + 8]), loss=keep)
+                logprob, mask = target_logprobs(policy, **sides(rows[at : at + 8]))
+                kept.append((logprob * mask).sum(1).view(2, -1))
         reference = torch.cat(kept, 1)  # (2, pairs): of chosen and rejected, before training
 
         def loss(policy: Any, pairs: Rows, chosen: list[int]) -> Tensor:

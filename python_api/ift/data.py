@@ -37,13 +37,17 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template's marks of 
 class Encoded:
     """Examples ready for `Collator`, and the rows that truncation left without a target."""
 
-    examples: list[dict[str, np.ndarray]]  # input_ids, labels: int32 (T,), T varies
+    examples: list[dict[str, Any]]  # input_ids, labels: int32 (T,), T varies
     dropped: list[str]  # "train.jsonl line 3", …
 
     @property
     def target_tokens(self) -> int:
         """How many tokens the loss sees in one epoch."""
-        return sum(int((e["labels"][1:] != IGNORE_INDEX).sum()) for e in self.examples)
+        return sum(int((e["labels"][1:] != IGNORE_INDEX).sum()) for e in self.sides())
+
+    def sides(self) -> Iterator[dict[str, np.ndarray]]:
+        """Every sequence."""
+        return iter(self.examples)
 
 
 # ---- reading -------------------------------------------------------------------------------------

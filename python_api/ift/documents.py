@@ -68,7 +68,12 @@ def rows_with_targets(batch: dict[str, Tensor]) -> Tensor:
     """
     labels = batch["labels"]
     starts = document_starts(labels, batch.get("position_ids"), batch.get("cu_seq_lens_q"))
-    has_target = shifted_targets(labels, starts) != IGNORE_INDEX
+    return documents_with_targets(shifted_targets(labels, starts), starts)
+
+
+def documents_with_targets(target: Tensor, starts: Tensor | None) -> Tensor:
+    """The same of shifted targets (B, T); no host synchronisation."""
+    has_target = target != IGNORE_INDEX
     if starts is None:
         return has_target.any(1)
     document = starts.flatten().cumsum(0) - 1

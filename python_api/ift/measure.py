@@ -148,7 +148,12 @@ def try_few_tokens(model: Any, forward: Callable[..., Any]) -> Measured | None:
         try:
             plain = forward(**_few_tokens(model)).loss
         except Exception:  # a model that needs an image, say, may raise anything
-            _refuse_if_unsupported(model, forward, _few_tokens(model))
+            try:  # what can already be refused in a model that needs other inputs
+                measure(model, forward, _few_tokens(model))
+            except UnsupportedModel:
+                raise
+            except Exception:  # the model's, as above
+                return None
             return None
         measured = measure(model, forward, _few_tokens(model))
         output, _ = loss_pass(
@@ -162,16 +167,6 @@ def try_few_tokens(model: Any, forward: Callable[..., Any]) -> Measured | None:
             f"logits {float(output.loss):.6g}; this model cannot be patched"
         )
     return measured
-
-
-def _refuse_if_unsupported(model: Any, forward: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-    """Refuse what `measure` can already refuse in a model that needs other inputs."""
-    try:
-        measure(model, forward, kwargs)
-    except UnsupportedModel:
-        raise
-    except Exception:  # the model's, as above
-        return
 
 
 def _has_no_values(parameter: Tensor) -> bool:

@@ -89,6 +89,18 @@ def loss_pass(
     )
 
 
+def target_logprobs(model: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and the mask, (B, T), of one forward of a patched model."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def keep(logprob: Tensor, mask: Tensor) -> Tensor:
+        found.append((logprob, mask))
+        return logprob.new_zeros(())
+
+    model(**inputs, loss=keep)
+    return found[0]
+
+
 def _expected(model: Any, kwargs: dict[str, Any], unshifted: bool) -> LossArguments:
     """The arguments that the model's code gives to its loss function if it changes none."""
     labels, shift_labels = kwargs["labels"], kwargs.get("shift_labels")

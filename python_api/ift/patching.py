@@ -12,12 +12,13 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType, NoneType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ift import two_pass
+from ift.bound_forward import BoundForward
 from ift.config import IFTConfig
 from ift.head_pass import (
     PATCH_ARGUMENTS,
@@ -54,6 +55,9 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
     - ``ift``: an `ift.IFTConfig`; both passes of Intuitive Fine-Tuning inside this one forward.
     - ``skip_logits``: True or False to choose; None, the default, skips them when labels are given
       and the model is training or gradients are enabled. Else the original forward runs.
+
+    No cache of keys and values is made unless ``use_cache=True`` asks for one; with `ift`, whose
+    passes have their own, that is an error.
 
     Without logits the output has ``logits=None``, and `model.ift_metrics` holds three scalar
     tensors of this call: the number of targets, ``tokens``, and the sums over them of ``correct``
@@ -210,73 +214,26 @@ class _State:
     sharing: Sharing | None = None  # how its prompts can be shared; None: not measured yet
     warned: set[str] = field(default_factory=set)  # warnings already logged
     sampled_rows: two_pass.SampledRows = field(default_factory=two_pass.SampledRows)
-    last_backward: tuple[int, int] | None = None  # see two_pass.warn_of_accumulation
+    last_backward: tuple[int, int, Tensor] | None = None  # see two_pass.warn_of_accumulation
 
     @property
     def transform(self) -> LogitTransform | None:
         return None if self.measured is None else self.measured.transform
 
 
-class PatchedForward:
-    """The forward of a patched model.
+class PatchedForward(BoundForward):
+    """The forward of a patched model."""
 
-    It has the interface of a bound method (`__self__`, `__func__`, a signature), which accelerate
-    and Trainer use. It is an object, since a bound method would unpickle as the class's forward.
+    keywords: ClassVar[dict[str, Any]] = dict.fromkeys(PATCH_ARGUMENTS)
 
-    Args:
-        previous: a forward that was set on the object before.
-    """
-
-    is_ift = True
-
-    def __init__(self, model: nn.Module, previous: Callable[..., Any] | None) -> None:
-        self.model = model
-        self.previous = previous
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        """The forward that the model had before."""
-        if self.previous is not None:
-            return self.previous
-        return MethodType(type(self.model).forward, self.model)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args and args[0] is self.model:
-            args = args[1:]  # as from a method made of this object: accelerate's unwrap_model does
-        if _STATE not in self.model.__dict__:  # unpatched, but still inside of a wrapper
-            refuse_lost_arguments(type(self.model).__name__, kwargs)
-        elif not in_head_pass(self.model):  # else one patched forward is inside of another
-            return _forward(self.model, self.original, *args, **kwargs)
-        return self.original(*args, **{k: v for k, v in kwargs.items() if k not in PATCH_ARGUMENTS})
-
-    @property
-    def __self__(self) -> nn.Module:
-        return self.model
-
-    @property
-    def __func__(self) -> Callable[..., Any]:
-        previous = self.previous
-
-        def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return PatchedForward(model, previous)(*args, **kwargs)  # `model` may be a copy
-
-        signature = self.__signature__
-        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = [first, *signature.parameters.values()]
-        forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # read by inspect
-        forward.is_ift = True  # type: ignore[attr-defined]  # a method made from it is still ours
-        return forward
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        original = inspect.signature(self.original)
-        extra = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-            for name in PATCH_ARGUMENTS
-        ]
-        parameters = list(original.parameters.values())
-        end = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        return original.replace(parameters=[*parameters[:end], *extra, *parameters[end:]])
+    def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """With the arguments of `patch`."""
+        original = PatchedForward(model, self.previous).original
+        if _STATE not in model.__dict__:  # unpatched, but still inside of a wrapper
+            refuse_lost_arguments(type(model).__name__, kwargs)
+        elif not in_head_pass(model):  # else one patched forward is inside of another
+            return _forward(model, original, *args, **kwargs)
+        return original(*args, **{k: v for k, v in kwargs.items() if k not in PATCH_ARGUMENTS})
 
 
 def original_forward(model: nn.Module) -> Callable[..., Any]:
@@ -285,19 +242,15 @@ def original_forward(model: nn.Module) -> Callable[..., Any]:
     return state.forward.original
 
 
-def logit_transform(model: nn.Module, kwargs: dict[str, Any]) -> LogitTransform:
-    """Scale and softcap of a patched model's logits.
+def measured_model(model: nn.Module, kwargs: dict[str, Any]) -> Measured:
+    """What the code of a patched model does to its logits and labels.
 
-    Measured with the inputs in `kwargs` where they are not yet, or where the forward hooks of its
-    head have changed since.
+    Measured with the inputs in `kwargs` where it is not yet, or where the forward hooks of its head
+    have changed since.
 
     Raises:
         RuntimeError: it does something else than scale and softcap.
     """
-    return _measured(model, kwargs).transform
-
-
-def _measured(model: nn.Module, kwargs: dict[str, Any]) -> Measured:
     state: _State = getattr(model, _STATE)
     if state.measured is None or state.hooks != tuple(plain_head(model)._forward_hooks):
         with measuring:
@@ -350,7 +303,7 @@ def _forward(
         raise ValueError(f"labels: expected (B, T) token ids with {argument}, got None")
 
     state: _State = getattr(model, _STATE)
-    measured = _measured(model, kwargs)
+    measured = measured_model(model, kwargs)
     if ift is None:
         output, metrics = loss_pass(
             model, original, kwargs, measured.transform, unshifted=measured.unshifted,

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ift.files import replacing
 
 # Colours that stay apart in greyscale and for colour-blind readers (Okabe and Ito).
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
@@ -50,16 +51,14 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: str | Path, title: str 
         loss, accuracy, schedule = axes[0] if pairs else axes
         if pairs:
             _draw_pairs(axes[1], records)
-        draw(loss, records, "loss", label="training", color=BLUE)
         held_out = "held out" if pairs else "held out (cross-entropy)"
-        draw(loss, records, "eval_loss", label=held_out, color=ORANGE, marker="o")
-        loss.set(title="loss", xlabel="step")
-        draw(accuracy, records, "token_accuracy", label="training", color=BLUE)
-        draw(accuracy, records, "eval_token_accuracy", label="held out", color=ORANGE, marker="o")
-        accuracy.set(title="token accuracy", xlabel="step")
-        for axes in (loss, accuracy):
-            if axes.has_data():
-                axes.legend()
+        lines = ((loss, "loss", held_out), (accuracy, "token_accuracy", "held out"))
+        for panel, key, about in lines:
+            draw(panel, records, key, label="training", color=BLUE)
+            draw(panel, records, f"eval_{key}", label=about, color=ORANGE, marker="o")
+            panel.set(title=key.replace("_", " "), xlabel="step")
+            if panel.has_data():
+                panel.legend()
         draw(schedule, records, "lr", color=GREEN)
         schedule.set(title="schedules", xlabel="step", ylim=(0, None))
         schedule.set_ylabel("learning rate", color=GREEN)
@@ -83,10 +82,9 @@ def _draw_pairs(panels: Sequence[Any], records: Sequence[Mapping[str, Any]]) -> 
     """Rewards, margin with accuracy, and log-probabilities of both responses."""
     rewards, margin, logprob = panels
     for axes, key in ((rewards, "reward"), (logprob, "logprob")):
-        draw(axes, records, f"{key}_chosen", label="chosen", color=BLUE)
-        draw(axes, records, f"{key}_rejected", label="rejected", color=ORANGE)
-        draw(axes, records, f"eval_{key}_chosen", color=BLUE, marker="o", linestyle=":")
-        draw(axes, records, f"eval_{key}_rejected", color=ORANGE, marker="o", linestyle=":")
+        for side, color in (("chosen", BLUE), ("rejected", ORANGE)):
+            draw(axes, records, f"{key}_{side}", label=side, color=color)
+            draw(axes, records, f"eval_{key}_{side}", color=color, marker="o", linestyle=":")
     rewards.set(title="rewards (dotted: held out)", xlabel="step")
     logprob.set(title="log-probability of a response", xlabel="step")
     draw(margin, records, "reward_margin", label="margin", color=BLUE)
@@ -108,10 +106,8 @@ def draw(axes: Any, records: Sequence[Mapping[str, Any]], key: str, **style: Any
 
 
 @contextlib.contextmanager
-def picture(
-    path: str | Path, rows: int, columns: int, *, width: float, height: float
-) -> Iterator[tuple[Any, Any]]:
-    """A figure and its axes to draw on; at the end the PNG is there, or the old one still is.
+def figure(path: str | Path, width: float, height: float, style: Any, layout: Any) -> Iterator[Any]:
+    """A figure of so many inches; at the end the PNG is there, or the old one still is.
 
     It needs no display, and is safe beside a program that uses pyplot.
     """
@@ -119,15 +115,18 @@ def picture(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure, figure.subplots(rows, columns)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            figure.savefig(unfinished, format="png")
-            unfinished.replace(path)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
+    with rc_context(style):
+        made = Figure(figsize=(width, height), layout=layout)
+        FigureCanvasAgg(made)
+        yield made
+        with replacing(Path(path)) as unfinished:
+            made.savefig(unfinished, format="png")
+
+
+@contextlib.contextmanager
+def picture(
+    path: str | Path, rows: int, columns: int, *, width: float, height: float
+) -> Iterator[tuple[Any, Any]]:
+    """A `figure` and its axes to draw on."""
+    with figure(path, width, height, STYLE, "constrained") as made:
+        yield made, made.subplots(rows, columns)

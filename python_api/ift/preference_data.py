@@ -13,16 +13,8 @@ from ift.data_rows import DataError, PairRow, Row
 
 
 @dataclass(frozen=True)
-class EncodedPairs:
+class EncodedPairs(Encoded):
     """Examples of pairs: ``chosen``, ``rejected`` and, once computed, their reference sums."""
-
-    examples: list[dict[str, Any]]
-    dropped: list[str]
-
-    @property
-    def target_tokens(self) -> int:
-        """Tokens of both responses that the loss sees in one epoch."""
-        return Encoded(list(self.sides()), []).target_tokens
 
     def sides(self) -> Iterator[dict[str, np.ndarray]]:
         """Every sequence, pair by pair: chosen, rejected and, for KTO, the mismatched one."""

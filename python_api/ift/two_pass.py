@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ift import prefix
-from ift.documents import IGNORE_INDEX, boundaries, document_starts, shifted_targets
+from ift.documents import (
+    IGNORE_INDEX,
+    boundaries,
+    document_starts,
+    documents_with_targets,
+    shifted_targets,
+)
 from ift.head_pass import LossArguments, head_pass
 from ift.input_embeddings import Mixture, embedding_table, mixing
 from ift.losses import ift_loss
@@ -69,7 +75,7 @@ class State(Protocol):
     sharing: prefix.Sharing | None  # how its prompts can be shared; None: not measured yet
     warned: set[str]  # warnings already logged
     sampled_rows: SampledRows
-    last_backward: tuple[int, int] | None
+    last_backward: tuple[int, int, Tensor] | None
 
 
 def ift_forward(
@@ -87,7 +93,7 @@ def ift_forward(
     assert transform is not None
     starts = document_starts(labels, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"))
     cu_seqlens = boundaries(starts)
-    target = shifted_targets(labels, starts)
+    target = target_of_batch = shifted_targets(labels, starts)
 
     lam = config.lam_at(config.step)
     mixture = Mixture(ids, labels, target, None, lam, cu_seqlens, config.embedding_grad)
@@ -104,7 +110,12 @@ def ift_forward(
 
     def loss(stats: TokenStats, given: LossArguments) -> Tensor:
         assert stats.logprob is not None
-        _check_labels(model, kwargs["labels"], given)
+        expected = LossArguments(kwargs["labels"], None, IGNORE_INDEX, None)
+        if not expected.same_target(given):
+            raise RuntimeError(
+                f"{type(model).__name__}: changes its labels before its loss, so IFT, which mixes "
+                "tokens by its labels, would train something else"
+            )
         return ift_loss(
             stats.logprob,
             (target != IGNORE_INDEX).to(stats.logprob.device),
@@ -124,7 +135,8 @@ def ift_forward(
     if shared is not None:  # the cache is ours, the caller asked for none
         output = type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
     if config.num_rows is None and output.loss.requires_grad:
-        output.loss.register_hook(lambda grad: _warn_of_accumulation(model, grad, state))
+        rows = documents_with_targets(target_of_batch, starts).sum()
+        output.loss.register_hook(lambda grad: _warn_of_accumulation(model, grad, rows, state))
     return output, token_metrics(stats, target)
 
 
@@ -197,6 +209,8 @@ def _pass_kwargs(kwargs: dict[str, Any], config: IFTConfig) -> dict[str, Any]:
     for name in ("inputs_embeds", "past_key_values", "shift_labels"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: expected None with ift, which needs whole rows of input_ids")
+    if kwargs.get("use_cache"):
+        raise ValueError("use_cache: expected False or None with ift, whose passes have their own")
     keep = kwargs.get("logits_to_keep")
     if keep is not None and (isinstance(keep, Tensor) or keep != 0):
         raise ValueError(f"logits_to_keep: expected 0 with ift, got {keep}")
@@ -214,28 +228,21 @@ def _pass_kwargs(kwargs: dict[str, Any], config: IFTConfig) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k not in dropped} | {"use_cache": False}
 
 
-def _check_labels(model: Any, labels: Tensor, given: LossArguments) -> None:
-    """Refuse a model whose code changes its labels before its loss."""
-    if not LossArguments(labels, None, IGNORE_INDEX, None).same_target(given):
-        raise RuntimeError(
-            f"{type(model).__name__}: changes its labels before its loss, so IFT, which mixes "
-            "tokens by its labels, would train something else"
-        )
+def _warn_of_accumulation(model: nn.Module, grad: Tensor, rows: Tensor, state: State) -> None:
+    """Warn once when gradients of two forwards add up to another one than that of all their rows.
 
-
-def _warn_of_accumulation(model: nn.Module, grad: Tensor, state: State) -> None:
-    """Warn once when the gradients of two forwards add up as if each was the whole step.
-
-    Every loss is then a mean over its own rows, and their sum N times that of all rows at once.
+    Every loss is a mean over its own `rows`. The sum of N is N times that of all rows at once;
+    divided by N it is that only where all have the same number of rows.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     if "accumulation" in state.warned or not trained:
         return
     last = trained[-1]
-    seen, state.last_backward = state.last_backward, (id(last), last._version)
-    if seen != state.last_backward or last.grad is None:
+    seen, state.last_backward = state.last_backward, (id(last), last._version, rows)
+    if seen is None or seen[:2] != state.last_backward[:2] or last.grad is None:
         return
-    if bool((grad >= 1).all()) and bool((last.grad != 0).any()):  # not divided, not set to zero
+    divided_alike = (grad < 1).all() & (seen[2].to(rows.device) == rows)
+    if not bool(divided_alike) and bool((last.grad != 0).any()):  # else it was set to zero
         state.warned.add("accumulation")
         logger.warning(
             "%s: gradients of several IFT forwards add up without IFTConfig.num_rows, each a mean "
@@ -258,56 +265,29 @@ def _prediction(
     def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         mask = positions.to(hidden.device)
         rows = hidden[mask]
+        chosen: Any = {"bias": bias, "workspace": config.workspace, **options}
         if is_sharded(weight):
-            return _greedy_of_shards(rows, weight, bias, mask, config, options).to(positions.device)
-        if config.rule == "soft":
+            predicted = _greedy_of_shards(rows, weight, config.rule, chosen)
+        elif config.rule == "soft":
             table, scale = embedding_table(model)
-            soft = linear_expected_embedding(
-                rows, weight, table, bias=bias, workspace=config.workspace, **options
-            )
-            return soft * scale
-        if config.rule == "sample":
-            options["temperature"] = config.sample_temperature
-            options["seed"] = (config.seed << 20 ^ config.step) % 2**64
-            options["row_offset"] = state.sampled_rows.next_rows(config.step, rows.shape[0])
-        choice = linear_token(
-            rows,
-            weight,
-            bias=bias,
-            rule=config.rule,
-            k=config.k,
-            workspace=config.workspace,
-            **options,
-        )
+            return linear_expected_embedding(rows, weight, table, **chosen) * scale
+        else:
+            if config.rule == "sample":
+                chosen["temperature"] = config.sample_temperature
+                chosen["seed"] = (config.seed << 20 ^ config.step) % 2**64
+                chosen["row_offset"] = state.sampled_rows.next_rows(config.step, rows.shape[0])
+            predicted = linear_token(rows, weight, rule=config.rule, k=config.k, **chosen).ids
         ids = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
-        return ids.masked_scatter_(mask, choice.ids).to(positions.device)
+        return ids.masked_scatter_(mask, predicted).to(positions.device)
 
     return callback
 
 
-def _greedy_of_shards(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor,
-    config: IFTConfig,
-    options: dict[str, Any],
-) -> Tensor:
+def _greedy_of_shards(rows: Tensor, weight: Tensor, rule: str, options: Any) -> Tensor:
     """The predicted ids of a head whose vocabulary is spread over processes."""
-    if config.rule != "greedy":
-        raise ValueError(
-            f"rule: expected 'greedy' with a vocabulary-parallel head, got {config.rule!r}"
-        )
+    if rule != "greedy":
+        raise ValueError(f"rule: expected 'greedy' with a vocabulary-parallel head, got {rule!r}")
     no_target = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
-    stats = vocab_parallel_logprobs(
-        rows,
-        weight,
-        no_target,
-        bias=bias,
-        outputs=("argmax",),
-        workspace=config.workspace,
-        **options,
-    )
+    stats = vocab_parallel_logprobs(rows, weight, no_target, outputs=("argmax",), **options)
     assert stats.argmax is not None
-    ids = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
-    return ids.masked_scatter_(mask, stats.argmax)
+    return stats.argmax

@@ -252,6 +252,7 @@ def test_no_gradient_no_graph():
         ({"logits_to_keep": 3}, "logits_to_keep: expected 0 with ift"),
         ({"shift_labels": torch.zeros(3, 12).long()}, "shift_labels: expected None with ift"),
         ({"past_key_values": object()}, "past_key_values: expected None with ift"),
+        ({"use_cache": True}, "use_cache: expected False or None with ift"),
         ({"num_items_in_batch": 5}, "num_items_in_batch: IFT is a mean over rows"),
         ({"position_ids": torch.zeros(3, 1, 12).long()}, "position_ids: expected shape"),
     ],
@@ -411,6 +412,20 @@ def test_accumulation_without_num_rows_warns_once(frozen, caplog):
     model.zero_grad()
     assert warned(caplog, run) == 1
     assert warned(caplog, run) == 0
+
+
+@pytest.mark.parametrize("rows", [(3, 2), (1, 3), (2, 2, 1), (2, 2, 2)])
+def test_means_over_other_numbers_of_rows_are_not_the_mean_of_all(rows, caplog):
+    model, inputs = patch(make("llama")), batch()
+
+    def run():
+        for count in rows:  # the others of the three have no target
+            labels = inputs["labels"].clone()
+            labels[count:] = -100
+            loss = model(**{**inputs, "labels": labels}, ift=IFTConfig()).loss
+            (loss / len(rows)).backward()
+
+    assert warned(caplog, run) == (len(set(rows)) > 1)
 
 
 def test_one_backward_of_two_losses_and_evaluation_do_not_warn(caplog):

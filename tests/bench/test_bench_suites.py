@@ -205,8 +205,10 @@ def test_other_architectures(architecture):
 
 
 def test_a_wrong_step_is_refused(monkeypatch):
-    def wrong(model, reference, frozen, given):
-        return 1.01 * e2e._our_sft(model, reference, frozen, given)
+    ours = e2e.STEPS["sft", "ours"]
+
+    def wrong(*given):
+        return 1.01 * ours(*given)
 
     monkeypatch.setitem(e2e.STEPS, ("sft", "ours"), wrong)
     subject = e2e.prepare(TINY, "sft", "ours")

@@ -7,9 +7,11 @@ import inspect
 import logging
 import math
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,7 +150,11 @@ def compare(
     about["expected_loss"] = expected.loss.item()
     if failure:
         return Comparison(**about, verdict="failed", reason=failure)
-    about |= {"loss": fused.loss, "tokens": fused.tokens, "notes": tuple(notes)}
+    about |= {
+        "loss": fused.loss,
+        "tokens": fused.tokens,
+        "notes": tuple(r.getMessage() for r in notes),
+    }
     return _judged(about, batch["labels"], expected, expected_grads, fused)
 
 
@@ -229,7 +235,8 @@ def _judged(
     errors["gradient"], worst = _worst_gradient(fused.gradients, expected_grads, about["tolerance"])
     about |= {"errors": errors, "worst_parameter": worst, "wrong_argmax": wrong_argmax}
     wrong = [n for n, error in errors.items() if not error <= about["tolerance"]]  # also NaN
-    if not math.isfinite(about["expected_loss"]) or not _all_finite(expected_grads):
+    finite = (bool(gradient.isfinite().all()) for gradient in expected_grads.values())
+    if not (math.isfinite(about["expected_loss"]) and all(finite)):
         reason = "the loss of the model itself, or a gradient of it, is not finite"
         return Comparison(**about, verdict="undecided", reason=reason)
     if not wrong and not wrong_argmax:
@@ -264,10 +271,6 @@ def _worst_gradient(got: Gradients, expected: Gradients, tolerance: float) -> tu
         if math.isnan(error):
             break
     return worst, name
-
-
-def _all_finite(gradients: Gradients) -> bool:
-    return all(bool(gradient.isfinite().all()) for gradient in gradients.values())
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -315,21 +318,13 @@ def _as_found(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-class _Notes(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
 @contextlib.contextmanager
-def _logged() -> Iterator[list[str]]:
+def _logged() -> Iterator[list[logging.LogRecord]]:
     """The warnings that the package logs within it."""
-    handler, logger = _Notes(), logging.getLogger("ift")
+    handler, logger = BufferingHandler(sys.maxsize), logging.getLogger("ift")
+    handler.setLevel(logging.WARNING)
     logger.addHandler(handler)
     try:
-        yield handler.messages
+        yield handler.buffer
     finally:
         logger.removeHandler(handler)

@@ -6,6 +6,7 @@ imported only once a command needs them, so ``ift --help`` and argument errors a
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -27,17 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     try:
         arguments = parser.parse(argv)
-        if arguments.command == "train":
-            from ift.cli import train
-
-            return train.run(arguments)
-        if arguments.command == "dynamics":
-            from ift.cli import dynamics
-
-            return dynamics.run(arguments)
-        from ift.cli import doctor
-
-        return doctor.run(arguments)
+        command = importlib.import_module(f"ift.cli.{arguments.command}")
+        return int(command.run(arguments))
     except CliError as error:
         print(f"ift: {error}", file=sys.stderr)
         return 2

@@ -59,6 +59,7 @@ class Option(NamedTuple):
         default: None where something else decides, such as a loss.
         choices: the names that it may be, in place of `type`. Without either it is a switch,
             ``--name`` and ``--no-name``.
+        required: whether it has to be given.
     """
 
     help: str
@@ -66,6 +67,7 @@ class Option(NamedTuple):
     metavar: str | None = None
     default: Any = None
     choices: Collection[str] | None = None
+    required: bool = False
 
 
 def flag_of(name: str) -> str:
@@ -73,7 +75,9 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_options(parser: argparse.ArgumentParser, title: str, options: Mapping[str, Option]) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, title: str, options: Mapping[str, Option]
+) -> argparse._ArgumentGroup:
     """Add a group of options; those that are not given are None."""
     group = parser.add_argument_group(title)
     for name, option in options.items():
@@ -85,4 +89,8 @@ def add_options(parser: argparse.ArgumentParser, title: str, options: Mapping[st
         if option.choices is not None:
             convert, metavar = one_of(option.choices), "{" + ",".join(option.choices) + "}"
         default = "" if option.default is None else f" (default: {option.default})"
-        group.add_argument(flag_of(name), type=convert, metavar=metavar, help=option.help + default)
+        group.add_argument(
+            flag_of(name), type=convert, metavar=metavar, help=option.help + default,
+            required=option.required,
+        )  # fmt: skip
+    return group

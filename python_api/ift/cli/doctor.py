@@ -24,11 +24,12 @@ def run(arguments: argparse.Namespace) -> int:
 def examine() -> dict[str, Any]:
     """Everything the report says, as plain JSON values."""
     report: dict[str, Any] = {
-        "versions": {"python": platform.python_version()} | {n: _version(n) for n in DISTRIBUTIONS},
-        "platform": f"{platform.system()} {platform.machine()}, {_cpu_name()}",
+        "versions": {"python": platform.python_version()}
+        | {n: version_of(n) for n in DISTRIBUTIONS},
+        "platform": f"{platform.system()} {platform.machine()}, {cpu_name()}",
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "devices": [],
-        "threads": {"cpu_count": os.cpu_count(), "usable": _usable_cpus()},
+        "threads": {"cpu_count": os.cpu_count(), "usable": usable_cpus()},
         "backends": [],
         "serves": {},
         "problem": None,
@@ -83,7 +84,8 @@ def _serves(torch: Any, backends: Any) -> dict[str, str]:
     return chosen
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """Of an installed distribution; None where it is not."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -105,15 +107,20 @@ def _devices(torch: Any) -> list[dict[str, str]]:
     return devices
 
 
-def _usable_cpus() -> int | None:
+def usable_cpus() -> int | None:
     """CPUs this process may run on (containers and taskset give fewer than there are)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _cpu_name() -> str:
+def cpu_info(field: str) -> list[str]:
+    """The values of one field of /proc/cpuinfo, of every core; none outside Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown processor")
+    except OSError:
+        return []
+    return [line.split(":", 1)[1].strip() for line in lines if line.startswith(field)]
+
+
+def cpu_name() -> str:
+    """The model of the processor."""
+    return next(iter(cpu_info("model name")), platform.processor() or "unknown processor")

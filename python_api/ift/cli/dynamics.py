@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ift.cli import train
 from ift.cli.arguments import flag_of
-from ift.cli.errors import CliError
+from ift.cli.errors import CliError, refusals
 from ift.cli.processes import note
 from ift.data_rows import FORMATS, DataError, parsed_lines
 
@@ -87,13 +86,9 @@ def _records(path: str) -> tuple[Path, list[dict[str, Any]]]:
 
 
 def _text(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
-                  for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    )  # fmt: skip
-    return "\n".join(lines)
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = ([row[0].ljust(first), *map(str.rjust, row[1:], widths)] for row in rows)
+    return "\n".join("  ".join(line) for line in lines)
 
 
 def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokenizer: Any) -> Any:
@@ -101,33 +96,34 @@ def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokeni
     from ift.dynamics import ProbeCallback, build_probe_set, read_probes, sampler, write_probes
 
     output = Path(arguments.output)
-    saved = output / SET
-    flag = "--probes"
-    try:
-        if arguments.resume and saved.exists():
+    saved, given = output / SET, arguments.probes
+    resumed = arguments.resume and saved.exists()
+    made = "--data" if arguments.probe_test is None else "--probe-test"
+    with refusals("--probes" if resumed or given is not None else made):
+        if resumed:
             probes = read_probes(saved)
-            if arguments.probes is not None and read_probes(arguments.probes) != probes:
+            if given is not None and read_probes(given) != probes:
                 raise DataError(f"other probes than the run in {output} was started with, {saved}")
-        elif arguments.probes is not None:
-            probes = read_probes(arguments.probes)
+        elif given is not None:
+            probes = read_probes(given)
         else:
-            flag = "--data" if arguments.probe_test is None else "--probe-test"
-            test: Any = arguments.probe_test or _contents(held_out) or None
+            # Of a preference, the chosen side.
+            held = [getattr(row, "chosen", row).content for row in held_out]
             tokens = arguments.probe_sample
-            sample = sampler(model, tokenizer, max_new_tokens=tokens) if tokens else None
-            build = functools.partial(build_probe_set, size=arguments.probe_size, test=test)
-            probes = build(
-                _trained(arguments.data, held_out), sample=sample, tokenizer=tokenizer,
+            probes = build_probe_set(
+                _trained(arguments.data, held_out),
+                size=arguments.probe_size,
+                test=arguments.probe_test or held or None,
+                sample=sampler(model, tokenizer, max_new_tokens=tokens) if tokens else None,
+                tokenizer=tokenizer,
                 seed=arguments.seed,
-            )  # fmt: skip
-        if not (arguments.resume and saved.exists()):
+            )
+        if not resumed:
             write_probes(probes, saved)
         callback = ProbeCallback(
             probes, output / CURVES, every=arguments.probe_every, tokenizer=tokenizer,
             max_length=arguments.max_length,
         )  # fmt: skip
-    except DataError as error:
-        raise CliError(flag, error) from None
     note(f"{len(probes)} probes, measured every {arguments.probe_every} steps")
     return callback
 
@@ -136,8 +132,3 @@ def _trained(path: str, held_out: list[Any]) -> list[dict[str, Any]]:
     """The raw rows of a file, without those that are held out."""
     apart = {row.where for row in held_out}
     return [row for row, where in parsed_lines(Path(path), FORMATS) if where not in apart]
-
-
-def _contents(rows: list[Any]) -> list[dict[str, Any]]:
-    """The rows that a split has set aside, of a preference the chosen side."""
-    return [getattr(row, "chosen", row).content for row in rows]

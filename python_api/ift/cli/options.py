@@ -39,6 +39,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
 }
 PRESETS["noisy"] = PRESETS["paper"]  # with λ noise: IFTConfig.noisy()
+INPUT_OPTIONS = {
+    "model": Option("a directory, a hub id, or `tiny`: a small random Llama with a tokenizer "
+                    "trained on the data", str, "MODEL", required=True),
+    "data": Option("JSONL; each line has `prompt` and `completion`, or `messages`; for preference "
+                   "losses `prompt`, `chosen` and `rejected`", str, "FILE", required=True),
+    "output": Option("gets checkpoints, model/, log.jsonl and curves.png", str, "DIR",
+                     required=True),
+}  # fmt: skip
 RUN_OPTIONS = {
     "eval_split": Option("share of the rows to hold out for evaluation", fraction, "F", 0.0),
     "eval_data": Option("JSONL to evaluate on, instead of a split", str, "FILE"),
@@ -137,33 +145,11 @@ def build_parser() -> Parser:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    required = parser.add_argument_group("what to train")
-    required.add_argument(
-        "--model",
-        required=True,
-        help="a directory, a hub id, or `tiny`: a small random Llama with a tokenizer trained on "
-        "the data",
-    )
-    required.add_argument(
-        "--allow-new-weights",
-        action="store_true",
-        default=None,
+    add_options(parser, "what to train", INPUT_OPTIONS).add_argument(
+        "--allow-new-weights", action="store_true", default=None,
         help="train a model of which --model (or --reference) lacks weights, a head for one: they "
         "start from random numbers",
-    )
-    required.add_argument(
-        "--data",
-        required=True,
-        metavar="FILE",
-        help="JSONL; each line has `prompt` and `completion`, or `messages`; for preference losses "
-        "`prompt`, `chosen` and `rejected`",
-    )
-    required.add_argument(
-        "--output",
-        required=True,
-        metavar="DIR",
-        help="gets checkpoints, model/, log.jsonl and curves.png",
-    )
+    )  # fmt: skip
     add_options(parser, "evaluation, log and checkpoints", RUN_OPTIONS)
     add_options(parser, "training", TRAINING_OPTIONS)
     add_options(parser, "IFT loss (--loss ift); defaults as released", IFT_OPTIONS)

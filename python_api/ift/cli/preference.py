@@ -14,9 +14,10 @@ from ift import losses
 from ift.cli.trainer import ResumableRun
 from ift.head_pass import evaluating
 from ift.integrations.metrics import TargetMetrics
-from ift.integrations.transformers import count_flags, refuse_unsupported
+from ift.integrations.transformers import refuse_unsupported
 from ift.losses import Loss
 from ift.losses.dpo import SORTED
+from ift.one_pass import target_logprobs
 from ift.patching import patch
 from ift.plotting import PAIR_KEYS
 
@@ -55,15 +56,8 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
         super().__init__(patch(model, gradient=gradient), args, **kwargs)
         refuse_unsupported(self)
 
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Any]:
-        """As the parent's, counting rows instead of tokens: what the losses are means over."""
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if count is None:
-            return batches, None
-        flags = [torch.zeros_like(batch["labels"][:, 0]) for batch in batches]
-        return batches, count_flags(self, flags, device)
+    def _counted(self, batch: dict[str, Any]) -> Tensor:
+        return torch.zeros_like(batch["labels"][:, 0])  # rows instead of tokens
 
     def compute_loss(
         self,
@@ -108,16 +102,10 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
     @torch.no_grad()
     def _kl_rows(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """What `reference_point` takes: prompts with other prompts' responses."""
-        found: list[Tensor] = []
-
-        def keep(logprob: Tensor, mask: Tensor) -> Tensor:
-            columns = ((logprob * mask).sum(1), mask.any(1), inputs["kl_reference"])
-            found.append(torch.stack([part.to(logprob) for part in columns], 1))
-            return logprob.new_zeros(())
-
         with evaluating(self.accelerator.unwrap_model(model)):
-            model(**{k: inputs[f"kl_{k}"] for k in NAMES}, loss=keep)
-        return found[0]
+            logprob, mask = target_logprobs(model, **{k: inputs[f"kl_{k}"] for k in NAMES})
+        columns = ((logprob * mask).sum(1), mask.any(1), inputs["kl_reference"])
+        return torch.stack([part.to(logprob) for part in columns], 1)
 
     # ---- evaluation ----
 
@@ -128,14 +116,8 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
 
     def _score(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Keep the log-probabilities of a batch, whose loss is part of that of the whole set."""
-        kept: list[tuple[Tensor, Tensor]] = []
-
-        def keep(logprob: Tensor, mask: Tensor) -> Tensor:
-            kept.append((logprob.float().cpu(), mask.cpu()))
-            return logprob.new_zeros(())
-
-        model(**{k: inputs[k] for k in NAMES}, loss=keep)
-        ((logprob, mask),) = kept
+        logprob, mask = target_logprobs(model, **{k: inputs[k] for k in NAMES})
+        logprob, mask = logprob.float().cpu(), mask.cpu()
         self._add_eval(logprob.new_zeros((), device=self.args.device), model)
         count = len(mask) // 2
         reference, kl = inputs.get("reference"), None

@@ -4,52 +4,23 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ift.cli import processes
 from ift.cli.errors import CliError
 from ift.cli.models import load_model
 from ift.data import Collator
+from ift.files import replacing
 from ift.head_pass import evaluating
+from ift.one_pass import target_logprobs
 from ift.patching import base_model, patch
 from ift.preference_data import EncodedPairs
-
-
-@torch.no_grad()
-def sequence_logprobs(
-    model: nn.Module,
-    examples: Iterable[dict[str, np.ndarray]],
-    collate: Collator,
-    batch_size: int,
-    device: torch.device,
-    *,
-    bf16: bool = False,
-) -> np.ndarray:
-    """Summed log-probability of the targets of each example, float32 (n,); no logits are held.
-
-    With `bf16` under autocast, as the policy is computed.
-    """
-    waiting, sums = list(examples), []
-    order = sorted(range(len(waiting)), key=lambda i: len(waiting[i]["input_ids"]))
-
-    def keep(logprob: Tensor, mask: Tensor) -> Tensor:
-        sums.append((logprob * mask).sum(1).float().cpu())
-        return logprob.new_zeros(())
-
-    with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for first in range(0, len(order), batch_size):
-            batch = collate([waiting[i] for i in order[first : first + batch_size]])
-            model(**{k: v.to(device) for k, v in batch.items()}, loss=keep)
-    found = np.empty(len(order), np.float32)
-    found[order] = torch.cat(sums).numpy()
-    return found
 
 
 def fingerprint(model: nn.Module, examples: Iterable[dict[str, np.ndarray]], bf16: bool) -> str:
@@ -67,6 +38,7 @@ def fingerprint(model: nn.Module, examples: Iterable[dict[str, np.ndarray]], bf1
     return digest.hexdigest()
 
 
+@torch.no_grad()
 def add_reference(
     data: EncodedPairs,
     model: nn.Module,
@@ -79,21 +51,31 @@ def add_reference(
 ) -> bool:
     """Add the reference sums of its sequences to every pair; from `cache` where it has them.
 
-    A damaged file is computed and written again.
+    Sums are of the log-probabilities of a sequence's targets; no logits are held. With `bf16` under
+    autocast, as the policy is computed. A damaged file is computed and written again.
 
     Returns:
         Whether the cache had them.
     """
-    file = cache / f"{fingerprint(model, data.sides(), bf16)}.npy"
-    sums = _read_sums(file, sum(1 for _ in data.sides()))
+    waiting = list(data.sides())
+    file = cache / f"{fingerprint(model, waiting, bf16)}.npy"
+    sums = _read_sums(file, len(waiting))
     cached = sums is not None
     if sums is None:
         patch(model)
-        sums = sequence_logprobs(model, data.sides(), collate, 2 * batch_size, device, bf16=bf16)
+        order, parts = sorted(range(len(waiting)), key=lambda i: len(waiting[i]["input_ids"])), []
+        with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            for first in range(0, len(order), 2 * batch_size):
+                batch = collate([waiting[i] for i in order[first : first + 2 * batch_size]])
+                logprob, mask = target_logprobs(
+                    model, **{k: v.to(device) for k, v in batch.items()}
+                )
+                parts.append((logprob * mask).sum(1).float().cpu())
+        sums = np.empty(len(order), np.float32)
+        sums[order] = torch.cat(parts).numpy()
         cache.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.stem}.{os.getpid()}.npy")
-        np.save(unfinished, sums)
-        unfinished.replace(file)
+        with replacing(file) as unfinished, unfinished.open("wb") as stream:
+            np.save(stream, sums)
     if data.examples:
         for example, mine in zip(data.examples, sums.reshape(len(data.examples), -1), strict=True):
             example["reference"] = mine

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ift import plotting
+from ift.files import JsonlLog
 
 # Keys of a record, in order; a key without a value (no evaluation at this step) is absent.
 KEYS = (
@@ -20,42 +18,6 @@ KEYS = (
     *("lr", "lam", "grad_norm", "tokens_per_second"),
 )
 SHOWN = ("loss", "eval_loss", "token_accuracy", "lr", "tokens_per_second")
-
-
-class JsonlLog:
-    """One JSON object per logged step, each appended in one write.
-
-    Args:
-        path: the file; it is created with the first record.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Add a record.  JSON has no NaN: a loss that is not finite is null."""
-        finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
-
-    def read(self) -> list[dict[str, Any]]:
-        """All records; an incomplete last line is left out."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    def rewind(self, step: int) -> None:
-        """Remove the records after `step`: a resumed run logs them again."""
-        kept = [record for record in self.read() if record["step"] <= step]
-        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file; a reader sees the old text or the new one, never a part."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 class RunLog(TrainerCallback):

@@ -20,7 +20,8 @@ from ift.cli.losses import LOSSES, OPTIONS, build_loss
 from ift.cli.models import check_model_path, check_positions, load_model, padding_id
 from ift.cli.processes import note
 from ift.data import Collator, Encoded, encode, split_rows
-from ift.data_rows import DataError, read_jsonl, read_preferences
+from ift.data_rows import read_jsonl, read_preferences
+from ift.files import JsonlLog, write_text
 from ift.preference_data import EncodedPairs, PairCollator, encode_pairs
 
 # A run continued with another value of these, or of an option of its loss, would be another run.
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
 
     from ift.cli.preference import PairTrainer
     from ift.cli.reference import add_references
-    from ift.cli.runlog import JsonlLog, RunLog, write_atomically
+    from ift.cli.runlog import RunLog
     from ift.cli.trainer import RunTrainer, StopOnSignal, last_checkpoint, step_of
 
     transformers.logging.set_verbosity_error()
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     flag = "--eval-split" if arguments.eval_data is None else "--eval-data"
     eval_data = tokenise(eval_rows, tokenizer, arguments, flag, mismatched)
     for data, of in ((train_data, "--data"), (eval_data, flag)):
-        check_positions(model, longest_row(data), of)
+        check_positions(model, max((len(row["input_ids"]) for row in data.sides()), default=0), of)
     training_arguments = build_training_arguments(arguments, transformers)
     log = JsonlLog(output / "log.jsonl")
     steps_per_epoch = -(-len(train_data.examples) // training_arguments.train_batch_size)
@@ -91,7 +92,8 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
              "steps, so the learning rate does not reach --lr")  # fmt: skip
     stop = StopOnSignal(alone=training_arguments.world_size == 1)
     collator: Any = Collator(padding_id(tokenizer))
-    callbacks: list[Any] = [RunLog(log, eval_steps, title_of(arguments)), stop]
+    title = f"{arguments.loss.upper()} of {Path(arguments.model).name} on "
+    callbacks: list[Any] = [RunLog(log, eval_steps, title + Path(arguments.data).name), stop]
     if watch is not None:
         callbacks.append(watch(arguments, eval_rows, model, tokenizer))
     with refusals("--model", kind.flags):
@@ -119,15 +121,17 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
 
     if trainer.is_world_process_zero():
         note(describe(arguments, model, tokenizer, train_data, eval_data, training_arguments))
-        write_atomically(output / "run.json", json.dumps(fingerprint(arguments), indent=2) + "\n")
+        write_text(output / "run.json", json.dumps(fingerprint(arguments), indent=2) + "\n")
         with damage_in(log.path):
             log.rewind(0 if start is None else step_of(start))
+    complete = False
     if start is not None:
         with damage_in(start):
             trainer.restore_window(start)
+            state = json.loads((start / "trainer_state.json").read_text(encoding="utf-8"))
+            # At its last step: `Trainer` would do one more.
+            complete = state["global_step"] >= state["max_steps"]
     with stop:
-        with damage_in(start):
-            complete = start is not None and is_complete(start)
         if not complete:
             first = 0 if start is None else step_of(start)
             at_first = lambda: trainer.state.global_step <= first  # noqa: E731  # later it is a bug
@@ -151,17 +155,13 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
 def read_rows(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """Training and evaluation rows, or pairs for a preference loss."""
     read: Any = read_preferences if LOSSES[arguments.loss].pairs else read_jsonl
-    try:
+    with refusals("--data"):
         rows = read(arguments.data)
-    except DataError as error:
-        raise CliError("--data", error) from None
-    try:
-        if arguments.eval_data is not None:
+    if arguments.eval_data is not None:
+        with refusals("--eval-data"):
             return rows, read(arguments.eval_data)
+    with refusals("--eval-split"):
         return split_rows(rows, arguments.eval_split, arguments.seed)
-    except DataError as error:
-        flag = "--eval-data" if arguments.eval_data is not None else "--eval-split"
-        raise CliError(flag, error) from None
 
 
 def check_output(output: Path, resume: bool) -> None:
@@ -205,30 +205,21 @@ def check_same_run(arguments: argparse.Namespace, output: Path, *, started: bool
         if before.get(name, options.DEFAULTS.get(name)) != value:
             argument = flag_of(name.removesuffix("_sha256"))
             argument = "torchrun --nproc-per-node" if name == "processes" else argument
-            if name.endswith("_sha256"):
-                raise CliError(
-                    argument, f"other contents than when the run in {output} was started"
-                )
             got, was = ("the default" if v is None else v for v in (value, before.get(name)))
-            raise CliError(
-                argument, f"got {got}; expected {was}, as the run in {output} was started"
-            )
+            problem = f"got {got}; expected {was}, as the run in {output} was started"
+            if name.endswith("_sha256"):
+                problem = f"other contents than when the run in {output} was started"
+            raise CliError(argument, problem)
 
 
 @contextlib.contextmanager
-def damage_in(path: Path | None) -> Iterator[None]:
+def damage_in(path: Path) -> Iterator[None]:
     """Turn errors in reading an earlier run into a CliError."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise CliError("--resume", f"{path} is damaged ({problem})") from None
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether it is the checkpoint of the last step: `Trainer` would do one step more."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return bool(state["global_step"] >= state["max_steps"])
 
 
 # ---- building ------------------------------------------------------------------------------------
@@ -248,26 +239,18 @@ def tokenise(
     if not rows:
         return Encoded([], [])
     max_length = arguments.max_length
-    try:
-        encoded: Encoded | EncodedPairs
+    encoded: Encoded | EncodedPairs
+    with refusals(flag):
         if LOSSES[arguments.loss].pairs:
             encoded = encode_pairs(rows, tokenizer, max_length, mismatched=mismatched)
         else:
             encoded = encode(rows, tokenizer, max_length)
-    except DataError as error:
-        raise CliError(flag, error) from None
     if encoded.dropped:
         note(
             f"{flag}: dropped {len(encoded.dropped)} of {len(rows)} rows, which have no completion "
             f"token within --max-length {max_length} (first: {encoded.dropped[0]})"
         )
     return encoded
-
-
-def longest_row(data: Encoded | EncodedPairs) -> int:
-    """Tokens of the longest row of a set."""
-    rows = data.sides() if isinstance(data, EncodedPairs) else data.examples
-    return max((len(row["input_ids"]) for row in rows), default=0)
 
 
 def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -> Any:
@@ -308,12 +291,6 @@ def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -
 
 
 # ---- messages ------------------------------------------------------------------------------------
-
-
-def title_of(arguments: argparse.Namespace) -> str:
-    """The title of the picture."""
-    model, data = Path(arguments.model).name, Path(arguments.data).name
-    return f"{arguments.loss.upper()} of {model} on {data}"
 
 
 def describe(

@@ -6,12 +6,14 @@ since the last record of the log, so that a record across an interruption is the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +75,7 @@ class ResumableRun(_Base):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As the parent's, into a directory of its own that is renamed at the end."""
         name = f"checkpoint-{self.state.global_step}"
-        with _Staged(self, Path(self.args.output_dir) / name) as unfinished:
+        with self._staged(Path(self.args.output_dir) / name) as unfinished:
             self._staging = unfinished.parent
             try:
                 super()._save_checkpoint(model, trial)
@@ -87,7 +89,7 @@ class ResumableRun(_Base):
 
     def save_final(self, path: Path) -> None:
         """Write model and tokenizer for `from_pretrained`, in one step as well."""
-        with _Staged(self, path) as unfinished:
+        with self._staged(path) as unfinished:
             self.save_model(str(unfinished), _internal_call=True)
 
     def restore_window(self, checkpoint: Path) -> None:
@@ -95,6 +97,21 @@ class ResumableRun(_Base):
         self.window = Window(**json.loads(self._window_in(checkpoint).read_text(encoding="utf-8")))
         if self.window.metrics is not None:
             self._train_sums = torch.tensor(self.window.metrics, device=self.args.device)
+
+    @contextlib.contextmanager
+    def _staged(self, path: Path) -> Iterator[Path]:
+        """A directory to write to, which becomes `path` at the end; after an error it does not."""
+        unfinished = path.parent / UNFINISHED / path.name
+        if self.args.should_save:
+            shutil.rmtree(unfinished.parent, ignore_errors=True)  # left by a kill
+            unfinished.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        yield unfinished
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(path, ignore_errors=True)
+            unfinished.rename(path)
+            unfinished.parent.rmdir()
 
     def _window_in(self, checkpoint: Path) -> Path:
         return checkpoint / WINDOW.format(self.args.process_index)
@@ -142,30 +159,6 @@ class RunTrainer(ResumableRun, IFTTrainer):
         if self.ift_config is not None:
             means["lam"] = self.ift_config.lam_at(self.state.global_step - 1)
         return means
-
-
-class _Staged:
-    """``with _Staged(trainer, path) as unfinished``: write there; at the end it becomes `path`."""
-
-    def __init__(self, trainer: ResumableRun, path: Path) -> None:
-        self.trainer, self.path = trainer, path
-        self.unfinished = path.parent / UNFINISHED / path.name
-
-    def __enter__(self) -> Path:
-        if self.trainer.args.should_save:
-            shutil.rmtree(self.unfinished.parent, ignore_errors=True)  # left by a kill
-            self.unfinished.mkdir(parents=True)
-        self.trainer.accelerator.wait_for_everyone()
-        return self.unfinished
-
-    def __exit__(self, failure: Any, *_: Any) -> None:
-        if failure is not None:
-            return
-        self.trainer.accelerator.wait_for_everyone()
-        if self.trainer.args.should_save:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self.unfinished.rename(self.path)
-            self.unfinished.parent.rmdir()
 
 
 class _Clock(TrainerCallback):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from ift.dynamics import report
 from ift.dynamics.evaluate import Measurement, ProbeEvaluator
 from ift.dynamics.monitor import SqueezeMonitor
 from ift.dynamics.probes import Probe, read_probes
+from ift.files import JsonlLog
 from ift_kernels.common import checks
 
 CURVES, TOKENS = "curves.jsonl", "tokens.jsonl"
@@ -91,7 +90,8 @@ class ProbeCallback(TrainerCallback):
         if state.is_world_process_zero:
             self.output.mkdir(parents=True, exist_ok=True)
             for name in (CURVES, TOKENS):
-                _rewind(self.output / name, state.global_step)
+                # A new run starts at step 0 with an evaluation of its own.
+                JsonlLog(self.output / name).rewind(state.global_step or -1)
         records = read_records(self.output) if state.global_step else []
         self.monitor.restore([r for r in records if r["step"] <= state.global_step])
         self._measured = None
@@ -136,8 +136,8 @@ class ProbeCallback(TrainerCallback):
         if state.is_world_process_zero:
             if self.token_log:
                 lines = (token_record(state.global_step, one) for one in found)
-                _append(self.output / TOKENS, lines)
-            _append(self.output / CURVES, [record])
+                JsonlLog(self.output / TOKENS).append(*lines)
+            JsonlLog(self.output / CURVES).append(record)
             if time.monotonic() - self._drawn > REDRAW_SECONDS:
                 self._draw()
         return record
@@ -154,14 +154,13 @@ class ProbeCallback(TrainerCallback):
 
 def by_type(found: Sequence[Measurement]) -> dict[str, dict[str, float]]:
     """Type → means over its probes of `Measurement.summary`, and their ``count``."""
-    sums: dict[str, dict[str, float]] = {}
+    groups: dict[str, list[dict[str, float]]] = {}
     for one in found:
-        mine = sums.setdefault(one.type, {})
-        for name, value in {**one.summary(), "count": 1.0}.items():
-            mine[name] = mine.get(name, 0.0) + value
+        groups.setdefault(one.type, []).append(one.summary())
     return {
-        type_: {k: v if k == "count" else v / mine["count"] for k, v in mine.items()}
-        for type_, mine in sums.items()
+        type_: {name: sum(each[name] for each in some) / len(some) for name in some[0]}
+        | {"count": float(len(some))}
+        for type_, some in groups.items()
     }
 
 
@@ -185,52 +184,8 @@ def read_records(output: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is no evaluation.
     """
-    records = _whole_lines(Path(output) / CURVES)
+    records = JsonlLog(Path(output) / CURVES).read()
     for number, record in enumerate(records, 1):
         if not (isinstance(record.get("types"), dict) and record["types"]):
             raise ValueError(f"{CURVES} line {number}: expected an evaluation of ProbeCallback")
     return records
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    found = []
-    # By "\n" alone: `splitlines` also splits at characters that JSON strings may contain.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path.name} line {number}: {error}") from None
-        if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
-            raise ValueError(f"{path.name} line {number}: expected an object with a step")
-        found.append(record)
-    return found
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _append(path: Path, records: Any) -> None:
-    text = "".join(json.dumps(_finite(record)) + "\n" for record in records)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
-
-
-def _rewind(path: Path, step: int) -> None:
-    """Remove the records after `step`; all of them for a new run, at step 0."""
-    if not path.exists():
-        return
-    if step == 0:
-        path.unlink()
-        return
-    kept: list[Mapping[str, Any]] = [r for r in _whole_lines(path) if r["step"] <= step]
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-    unfinished.replace(path)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ift.data import IGNORE_INDEX, encode
 from ift.data_rows import DataError, Row
@@ -127,15 +128,12 @@ class _Batch:
     @classmethod
     def plain(cls, responses: list[EncodedResponse]) -> _Batch:
         """A row for each response, padded on the right."""
-        whole = [[*r.prefix, *r.ids[:-1]] for r in responses]
-        width = max(map(len, whole))
-        ids = torch.zeros((len(whole), width), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
+        whole = [torch.tensor([*r.prefix, *r.ids[:-1]]) for r in responses]
+        ids = pad_sequence(whole, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in whole], batch_first=True)
         rows: list[int] = []
-        for i, (row, response) in enumerate(zip(whole, responses, strict=True)):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-            first = i * width + len(response.prefix) - 1
+        for i, response in enumerate(responses):
+            first = i * ids.shape[1] + len(response.prefix) - 1
             rows += range(first, first + len(response.ids))
         inputs = {"input_ids": ids, "attention_mask": mask}
         return cls(inputs, torch.tensor(rows), responses)
@@ -211,17 +209,15 @@ class ProbeEvaluator:
             self._model, self._transform, self._batches = weakref.ref(base), None, None
         with evaluating(base), _callback_head(base):
             if self._transform is None:
-                self._transform = measure_transform(base, base, self._two_tokens(base))
+                first = self.responses[0]
+                ids = torch.tensor([[*first.prefix, *first.ids][:2]], device=_device(base))
+                two_tokens = {"input_ids": ids, "use_cache": False}
+                self._transform = measure_transform(base, base, two_tokens)
             if self._batches is None:
                 self._batches = self._plan(base)
             found = [m for batch in self._batches for m in self._measure(base, batch)]
         order = {(r.probe, r.type): i for i, r in enumerate(self.responses)}
         return sorted(found, key=lambda m: order[m.probe, m.type])
-
-    def _two_tokens(self, model: Any) -> dict[str, Any]:
-        first = self.responses[0]
-        ids = torch.tensor([[*first.prefix, *first.ids][:2]], device=_device(model))
-        return {"input_ids": ids, "use_cache": False}
 
     def _plan(self, model: Any) -> list[_Batch]:
         """The batches of every evaluation, with shared prompts if the model supports them."""
@@ -287,16 +283,12 @@ class ProbeEvaluator:
             )  # fmt: skip
 
         stats = self._run(model, batch, callback)
-        start = 0
-        values = {name: getattr(stats, name).cpu() for name in OUTPUTS}
-        for response in batch.responses:
-            count = len(response.ids)
-            part = slice(start, start + count)
-            valid = batch.target[part] != IGNORE_INDEX
-            mine = {name: value[part][valid] for name, value in values.items()}
-            ids = batch.target[part][valid]
-            yield Measurement(response.probe, response.type, ids, **mine)
-            start += count
+        lengths = [len(response.ids) for response in batch.responses]
+        named = {"ids": batch.target, **{name: getattr(stats, name).cpu() for name in OUTPUTS}}
+        parts = zip(*(value.split(lengths) for value in named.values()), strict=True)
+        for response, (ids, *values) in zip(batch.responses, parts, strict=True):
+            mine = (value[ids != IGNORE_INDEX] for value in (ids, *values))
+            yield Measurement(response.probe, response.type, **dict(zip(named, mine, strict=True)))
 
     def _run(self, model: Any, batch: _Batch, callback: Any) -> Any:
         """The result of `callback` in the head, for the rows of the batch, of one forward."""

@@ -10,7 +10,7 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,11 +120,12 @@ def build_probe_set(
     for index in chosen:
         row, answer_words = rows[index], words[index]
         responses = {k: row[k] for k in TYPES if k in row}
-        responses["other_train"] = _other_answer(row, rows, draw)
+        answers = {"other_train": _other_answers(row, rows, draw)}
         if other:
-            responses["unrelated"] = _unrelated(row, other, draw)
-        responses["permuted"] = _permuted(answer_words, row["chosen"], draw)
-        responses["random_words"] = _random_words(len(answer_words), pool, row["chosen"], draw)
+            answers["unrelated"] = _unrelated(other, draw)
+        answers["permuted"] = _permuted(answer_words, draw)
+        answers["random_words"] = _random_words(len(answer_words), pool, draw)
+        responses |= {name: _differing(some, row["chosen"]) for name, some in answers.items()}
         probes.append(Probe(row["prompt"], responses))
     if sample is not None:
         for probe, text in zip(probes, sample([p.prompt for p in probes]), strict=True):
@@ -161,41 +162,37 @@ def _same(one: str, other: str) -> bool:
     return space.join(one.split()) == space.join(other.split())
 
 
-def _other_answer(row: dict[str, Any], rows: list[dict[str, Any]], draw: random.Random) -> str:
-    """The chosen answer to another prompt, not the same one; "" where there is none."""
+def _differing(answers: Iterable[str], answer: str) -> str:
+    """The first that differs from `answer`; "" where there is none."""
+    return next((other for other in answers if not _same(other, answer)), "")
+
+
+def _other_answers(
+    row: dict[str, Any], rows: list[dict[str, Any]], draw: random.Random
+) -> Iterator[str]:
+    """Chosen answers to other prompts, drawn, then all."""
     for other in itertools.chain(draw.choices(rows, k=TRIES), rows):  # seldom goes beyond TRIES
-        if other["prompt"] != row["prompt"] and not _same(other["chosen"], row["chosen"]):
-            answer: str = other["chosen"]
-            return answer
-    return ""
+        if other["prompt"] != row["prompt"]:
+            yield other["chosen"]
 
 
-def _unrelated(row: dict[str, Any], other: list[dict[str, Any]], draw: random.Random) -> str:
-    """An answer of the other set, not the same one; "" where there is none."""
+def _unrelated(other: list[dict[str, Any]], draw: random.Random) -> Iterator[str]:
+    """Answers of the other set, drawn, then all."""
     for one in itertools.chain((draw.choice(other) for _ in range(TRIES)), other):
-        if not _same(one["chosen"], row["chosen"]):
-            answer: str = one["chosen"]
-            return answer
-    return ""
+        yield one["chosen"]
 
 
-def _permuted(words: list[str], answer: str, draw: random.Random) -> str:
-    """The words in another order that gives another text; "" where none is found."""
+def _permuted(words: list[str], draw: random.Random) -> Iterator[str]:
+    """The words in other orders."""
     mixed = list(words)
     for _ in range(TRIES if len(set(words)) > 1 else 0):
         draw.shuffle(mixed)
-        if not _same(_joined(mixed), answer):
-            return _joined(mixed)
-    return ""
+        yield _joined(mixed)
 
 
-def _random_words(count: int, pool: list[str], answer: str, draw: random.Random) -> str:
-    """`count` words of the pool, another text than the answer; "" where none is found."""
-    for _ in range(TRIES if count else 0):
-        text = _joined(draw.choices(pool, k=count))
-        if not _same(text, answer):
-            return text
-    return ""
+def _random_words(count: int, pool: list[str], draw: random.Random) -> Iterator[str]:
+    """`count` words of the pool."""
+    return (_joined(draw.choices(pool, k=count)) for _ in range(TRIES if count else 0))
 
 
 def _words(texts: list[str], tokenizer: Any) -> list[list[str]]:

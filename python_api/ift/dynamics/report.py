@@ -12,6 +12,7 @@ from typing import Any
 from ift import plotting
 from ift.dynamics.monitor import before_and_after
 from ift.dynamics.probes import TYPES
+from ift.files import write_text
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -134,7 +135,6 @@ def write_html(records: Records, path: str | Path, image: str | Path, title: str
         image: a PNG, which goes into the page.
         title: of the page.
     """
-    path = Path(path)
     title = html.escape(title or "Learning dynamics")
     data = base64.b64encode(Path(image).read_bytes()).decode()
     head, *rows = table(records)
@@ -150,6 +150,4 @@ def write_html(records: Records, path: str | Path, image: str | Path, title: str
         f"<p>{html.escape(before_and_after(records))}</p>"
         f"<table><tr>{cells}</tr>{body}</table></html>\n"
     )
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    write_text(Path(path), text)

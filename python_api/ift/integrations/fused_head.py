@@ -5,19 +5,18 @@ TRL's trainers call their model this way; loops and other trainers can do the sa
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ift.bound_forward import BoundForward
 from ift.documents import IGNORE_INDEX, shifted_targets
 from ift.head_pass import head_pass
 from ift.losses import sft_loss
-from ift.patching import base_model, logit_transform, original_forward, patch
+from ift.patching import base_model, measured_model, original_forward, patch
 from ift.token_stats import token_stats
 from ift_kernels import ActiveSet
 from ift_kernels.common import checks
@@ -149,63 +148,31 @@ def add_fused_forward(
     LogitTransform.checked(1.0, None, temperature)
     before = base.forward
     if isinstance(before, _FusedForward):
-        before = before.before
+        before = before.previous
     base.forward = _FusedForward(base, before, tuple(outputs), temperature)
 
 
-class _FusedForward:
-    """The forward of a model with `add_fused_forward`; like that of `ift.patch`, an object.
+class _FusedForward(BoundForward):
+    """The forward of a model with `add_fused_forward`, around that of `ift.patch`."""
 
-    accelerate wraps its `__func__`, and when it unwraps it would follow a ``__wrapped__`` to the
-    class's forward. A bound method would unpickle as the class's forward.
-    """
-
-    is_ift = True  # `unpatch` may remove it
+    keywords: ClassVar[dict[str, Any]] = {"fused_lm_head": False}
 
     def __init__(
-        self, model: nn.Module, before: Any, outputs: tuple[str, ...], temperature: float
+        self, model: nn.Module, previous: Any, outputs: tuple[str, ...], temperature: float
     ) -> None:
-        self.model, self.before = model, before
+        super().__init__(model, previous)
         self.outputs, self.temperature = outputs, temperature
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args and args[0] is self.model:  # bound again, by accelerate when it unwraps
-            args = args[1:]
-        return self._call(self.model, args, kwargs)
-
-    def _call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """With ``fused_lm_head``."""
         if not kwargs.pop("fused_lm_head", False):
-            is_copy = model is not self.model  # accelerate's wrapper of a copy passes the copy
-            before = self.before if not is_copy else MethodType(self.before.__func__, model)
+            before: Any = self.original  # accelerate's wrapper of a copy passes the copy
+            before = before if model is self.model else MethodType(before.__func__, model)
             return before(*args, **kwargs)
         if args:
             raise TypeError("fused_lm_head: expected keyword arguments only")
         temperature = kwargs.pop("temperature", self.temperature)
         return _fused(model, kwargs, self.outputs, temperature)
-
-    @property
-    def __self__(self) -> nn.Module:
-        return self.model
-
-    @property
-    def __func__(self) -> Callable[..., Any]:
-        def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self._call(model, args, kwargs)
-
-        signature = self.__signature__
-        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = [first, *signature.parameters.values()]
-        forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # read by inspect
-        forward.is_ift = True  # type: ignore[attr-defined]  # a method made from it is still ours
-        return forward
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        before = inspect.signature(self.before)
-        flag = inspect.Parameter("fused_lm_head", inspect.Parameter.KEYWORD_ONLY, default=False)
-        parameters = list(before.parameters.values())
-        end = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        return before.replace(parameters=[*parameters[:end], flag, *parameters[end:]])
 
 
 def _fused(
@@ -214,6 +181,8 @@ def _fused(
     for name in ("ift", "loss", "skip_logits"):
         if kwargs.pop(name, None) is not None:
             raise ValueError(f"{name}: expected None with fused_lm_head")
+    if kwargs.get("use_cache"):
+        raise ValueError("use_cache: expected False or None with fused_lm_head, got True")
     kwargs = {**kwargs, "use_cache": False}
     labels, target = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
     num_items = kwargs.pop("num_items_in_batch", None)
@@ -222,7 +191,7 @@ def _fused(
         if labels is None:
             raise ValueError("labels: expected (B, T) token ids with fused_lm_head, got None")
         target = shifted_targets(labels)
-    transform = logit_transform(model, kwargs)
+    transform = measured_model(model, kwargs).transform
     callback = token_stats(
         target,
         transform,
@@ -287,13 +256,8 @@ def pair_forward(self: Any, model: nn.Module, batch: dict[str, Any]) -> tuple[Te
     nll = logps.new_zeros(())
     if orpo or self.cpo_alpha != 0:
         nll = -(out.log_probs[:chosen] * nll_mask).sum() / nll_mask.sum()
-    means = [
-        (logits * mask).sum() / mask.sum().clamp(min=1)
-        for logits, mask in zip(
-            out.mean_logits.split([chosen, len(ids) - chosen]),
-            count.split([chosen, len(ids) - chosen]),
-            strict=True,
-        )
-    ]
+    sides = (slice(None, chosen), slice(chosen, None))
+    logits = out.mean_logits * count
+    means = [logits[side].sum() / count[side].sum().clamp(min=1) for side in sides]
     result = (logps[:chosen], logps[chosen:], *means, nll)
     return (*result, out.aux_loss) if self.aux_loss_enabled else result

@@ -64,6 +64,22 @@ class TargetMetrics(_Base):
             logs = {**logs, **self._train_metrics()}
         super().log(logs, *args, **kwargs)
 
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """As the parent's, with the count that the loss is a mean over, by `_counted`."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        labels = None if count is None else [self._counted(batch) for batch in batches]
+        if labels is None or any(flags is None for flags in labels):
+            return batches, count
+        # The trainer's own count, across devices and all, of labels with these in their place.
+        rows = [{"labels": flags, "shift_labels": flags} for flags in labels]
+        return batches, self._get_num_items_in_batch(rows, device)
+
+    def _counted(self, batch: dict[str, Any]) -> Tensor | None:
+        """Labels, of which those that are no `IGNORE_INDEX` count; None: the parent's count."""
+        return None
+
     def _add_train_sums(self, model: nn.Module, values: Sequence[Tensor] = ()) -> None:
         """Add `values`, and the sums over the targets of the last forward."""
         metrics = self._patched(model).__dict__.get("ift_metrics")
@@ -192,16 +208,15 @@ class TargetMetrics(_Base):
             examples = sampler.batch_size
             examples //= sampler.num_processes if sampler.split_batches else 1
         first_repeat = max(0, state.remainder - rank * examples)
-        named = {k: v.clone() for k, v in inputs.items() if k.endswith("labels")}
-        if rows != examples:
-            where = self._example_of_tokens(inputs, examples)
-            repeated = where >= first_repeat
-            masked = {k: v.masked_fill(repeated, IGNORE_INDEX) for k, v in named.items()}
-            return {**inputs, **masked}
-        for labels in named.values():
-            for side in labels.split(examples):  # chosen and rejected, or all there is
-                side[first_repeat:] = IGNORE_INDEX
-        return {**inputs, **named}
+        masked = {}
+        for name, labels in inputs.items():
+            if name.endswith("labels"):
+                # Of pairs the chosen rows, then the rejected ones.
+                where = torch.arange(len(labels), device=labels.device)[:, None] % examples
+                if rows != examples:
+                    where = self._example_of_tokens(inputs, examples)
+                masked[name] = labels.masked_fill(where >= first_repeat, IGNORE_INDEX)
+        return {**inputs, **masked}
 
     def _example_of_tokens(self, inputs: dict[str, Any], examples: int) -> Tensor:
         """The number of each token's example, in a batch that a collator has flattened."""

@@ -33,19 +33,9 @@ def freeze_unreached_embedding(model: Any, config: IFTConfig) -> None:
         logger.info("embedding_grad=False: the input embedding is frozen")
 
 
-def count_rows(trainer: Any, batches: list[Any], device: torch.device) -> Any:
-    """Rows with response tokens in `batches`: what the IFT loss is a mean over.
-
-    By the trainer's own count, across devices and all, of one label per row that has targets.
-    """
-    flags = [torch.where(rows_with_targets(batch), 0, IGNORE_INDEX) for batch in batches]
-    return count_flags(trainer, flags, device)
-
-
-def count_flags(trainer: Any, flags: list[Tensor], device: torch.device) -> Any:
-    """The trainer's own count of labels, with these (rows,) in their place."""
-    rows = [{"labels": flag, "shift_labels": flag} for flag in flags]
-    return trainer._get_num_items_in_batch(rows, device)
+def row_flags(batch: dict[str, Any]) -> Tensor:
+    """One label per row that has response tokens: what the IFT loss is a mean over."""
+    return torch.where(rows_with_targets(batch), 0, IGNORE_INDEX)
 
 
 def refuse_unsupported(trainer: Any) -> None:
@@ -135,14 +125,8 @@ class IFTTrainer(TargetMetrics, Trainer):
             freeze_unreached_embedding(base_model(model), self.ift_config)
         return model
 
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Any]:
-        """As the parent's, counting rows instead of tokens: what the IFT loss is a mean over."""
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.ift_config is None or count is None:
-            return batches, count
-        return batches, count_rows(self, batches, device)
+    def _counted(self, batch: dict[str, Any]) -> Tensor | None:
+        return None if self.ift_config is None else row_flags(batch)
 
     def compute_loss(
         self,

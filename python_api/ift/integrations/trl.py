@@ -22,9 +22,9 @@ from ift.config import IFTConfig
 from ift.integrations.fused_head import use_ift_kernels
 from ift.integrations.metrics import TargetMetrics
 from ift.integrations.transformers import (
-    count_rows,
     freeze_unreached_embedding,
     refuse_unsupported,
+    row_flags,
 )
 from ift.patching import base_model
 
@@ -87,12 +87,8 @@ class IFTSFTTrainer(TargetMetrics, SFTTrainer):
         use_ift_kernels(self, gradient=args.gradient)
         freeze_unreached_embedding(base_model(self.model), self.ift_config)
 
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: Any
-    ) -> tuple[list[Any], Any]:
-        """As the parent's, counting rows with response tokens instead of tokens."""
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, count if count is None else count_rows(self, batches, device)
+    def _counted(self, batch: dict[str, Any]) -> torch.Tensor:
+        return row_flags(batch)
 
     def compute_loss(
         self,

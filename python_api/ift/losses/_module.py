@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import dataclass_transform  # torch depends on it
 
 from ift.documents import IGNORE_INDEX, boundaries, document_starts
 from ift.losses._tokens import Metrics, record
@@ -108,12 +111,10 @@ def from_hidden(
     )
     mask = target != ignore_index
     if isinstance(reference, Head):
-        options_of_reference = reference._asdict()
-        states = options_of_reference.pop("hidden")
-        rows = options_of_reference.pop("weight")
+        states, rows, *rest = reference
+        frozen = head | dict(zip(Head._fields[2:], rest, strict=True))
         with torch.no_grad():
-            found = linear_logprobs(states, rows, target, **{**head, **options_of_reference})
-        reference = found.logprob
+            reference = linear_logprobs(states, rows, target, **frozen).logprob
     if reference is not None:
         options["reference"] = reference
     options |= {name: getattr(stats, name) for name in statistics}
@@ -141,6 +142,7 @@ def _parameters(function: Callable[..., Tensor]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
+@dataclass_transform(kw_only_default=True)
 class Loss(nn.Module):
     """A loss function with its options held by a module.
 
@@ -148,8 +150,9 @@ class Loss(nn.Module):
     logits. `metrics` holds detached scalars of the last call; `position_ids` may replace
     `cu_seqlens`.
 
-    A subclass sets `function` and names the function's options as parameters of its own, with the
-    same defaults: all keyword arguments except those that change from call to call.
+    A subclass is a dataclass: it sets `function` and has the function's options as fields, with the
+    same defaults: all keyword arguments except those that change from call to call. Or it has an
+    ``__init__`` that passes them on.
 
     Args:
         options: keyword arguments that every call of the function gets.
@@ -162,11 +165,26 @@ class Loss(nn.Module):
     needs: ClassVar[int] = 0  # tensors per row after (logprob, mask)
     pairs: ClassVar[bool] = False  # rows are the chosen responses, then the rejected ones
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if inspect.get_annotations(cls) and "__init__" not in vars(cls):
+            dataclass(kw_only=True, eq=False, repr=False)(cls)
+
+    def __post_init__(self) -> None:
+        Loss.__init__(self, **{field.name: getattr(self, field.name) for field in fields(self)})  # type: ignore[arg-type]  # a subclass is a dataclass
+
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.options = options
+        self._options = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
         self.metrics: Metrics = {}
         self._check_options()
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Arguments that every call of the function gets, by name; set them as attributes."""
+        return MappingProxyType({name: getattr(self, name) for name in self._options})
 
     def _check_options(self) -> None:
         """Call the function on rows of one token: it refuses options out of range."""

@@ -241,20 +241,11 @@ class DPOLoss(Loss):
     function = staticmethod(dpo_loss)
     pairs = True
 
-    def __init__(
-        self,
-        *,
-        beta: float = 0.1,
-        kind: str = "sigmoid",
-        label_smoothing: float = 0.0,
-        divergence: str = "reverse_kl",
-        alpha: float = 0.5,
-        length_normalized: bool = False,
-        discopop_tau: float = 0.05,
-        reduction: Literal["mean", "none"] = "mean",
-    ) -> None:
-        super().__init__(
-            beta=beta, kind=kind, label_smoothing=label_smoothing, divergence=divergence,
-            alpha=alpha, length_normalized=length_normalized, discopop_tau=discopop_tau,
-            reduction=reduction
-        )  # fmt: skip
+    beta: float = 0.1
+    kind: str = "sigmoid"
+    label_smoothing: float = 0.0
+    divergence: str = "reverse_kl"
+    alpha: float = 0.5
+    length_normalized: bool = False
+    discopop_tau: float = 0.05
+    reduction: Literal["mean", "none"] = "mean"

@@ -147,18 +147,10 @@ class IFTLoss(Loss):
 
     function = staticmethod(ift_loss)
 
-    def __init__(
-        self,
-        *,
-        gamma: float = 0.95,
-        objective: Objective = "released",
-        propagation: Kind = "loss",
-        side: Side = "left",
-        norm: Norm = "L1",
-        detach_weights: bool = False,
-        reduction: Literal["mean", "none"] = "mean",
-    ) -> None:
-        super().__init__(
-            gamma=gamma, objective=objective, propagation=propagation, side=side, norm=norm,
-            detach_weights=detach_weights, reduction=reduction
-        )  # fmt: skip
+    gamma: float = 0.95
+    objective: Objective = "released"
+    propagation: Kind = "loss"
+    side: Side = "left"
+    norm: Norm = "L1"
+    detach_weights: bool = False
+    reduction: Literal["mean", "none"] = "mean"

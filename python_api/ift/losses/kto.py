@@ -123,16 +123,8 @@ class KTOLoss(Loss):
     function = staticmethod(kto_loss)
     needs = 1
 
-    def __init__(
-        self,
-        *,
-        beta: float = 0.1,
-        kind: Literal["kto", "apo_zero"] = "kto",
-        desirable_weight: float = 1.0,
-        undesirable_weight: float = 1.0,
-        reduction: Literal["mean", "none"] = "mean",
-    ) -> None:
-        super().__init__(
-            beta=beta, kind=kind, desirable_weight=desirable_weight,
-            undesirable_weight=undesirable_weight, reduction=reduction
-        )  # fmt: skip
+    beta: float = 0.1
+    kind: Literal["kto", "apo_zero"] = "kto"
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    reduction: Literal["mean", "none"] = "mean"

@@ -206,22 +206,13 @@ class GRPOLoss(Loss):
     function = staticmethod(grpo_loss)
     needs = 1
 
-    def __init__(
-        self,
-        *,
-        kind: str = "grpo",
-        epsilon: float = 0.2,
-        epsilon_high: float | None = None,
-        delta: float | None = None,
-        temperatures: tuple[float, float] = (1.0, 1.05),
-        kl_coef: float = 0.0,
-        kl_kind: str = "k3",
-        kl_correction: bool = False,
-        entropy_coef: float = 0.0,
-        max_length: int | None = None,
-    ) -> None:
-        super().__init__(
-            kind=kind, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta,
-            temperatures=temperatures, kl_coef=kl_coef, kl_kind=kl_kind,
-            kl_correction=kl_correction, entropy_coef=entropy_coef, max_length=max_length
-        )  # fmt: skip
+    kind: str = "grpo"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    temperatures: tuple[float, float] = (1.0, 1.05)
+    kl_coef: float = 0.0
+    kl_kind: str = "k3"
+    kl_correction: bool = False
+    entropy_coef: float = 0.0
+    max_length: int | None = None

@@ -108,17 +108,9 @@ class PPOLoss(Loss):
     function = staticmethod(ppo_loss)
     needs = 1
 
-    def __init__(
-        self,
-        *,
-        epsilon: float = 0.2,
-        epsilon_high: float | None = None,
-        dual_clip: float | None = None,
-        value_coef: float = 0.5,
-        value_clip: float | None = 0.2,
-        entropy_coef: float = 0.0,
-    ) -> None:
-        super().__init__(
-            epsilon=epsilon, epsilon_high=epsilon_high, dual_clip=dual_clip, value_coef=value_coef,
-            value_clip=value_clip, entropy_coef=entropy_coef
-        )  # fmt: skip
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    dual_clip: float | None = None
+    value_coef: float = 0.5
+    value_clip: float | None = 0.2
+    entropy_coef: float = 0.0

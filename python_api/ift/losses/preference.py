@@ -316,21 +316,13 @@ class CPOLoss(Loss):
     function = staticmethod(cpo_loss)
     pairs = True
 
-    def __init__(
-        self,
-        *,
-        beta: float = 0.1,
-        kind: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid",
-        gamma: float = 0.5,
-        label_smoothing: float = 0.0,
-        nll_weight: float = 1.0,
-        nll: Literal["row", "token"] = "token",
-        reduction: Literal["mean", "none"] = "mean",
-    ) -> None:
-        super().__init__(
-            beta=beta, kind=kind, gamma=gamma, label_smoothing=label_smoothing,
-            nll_weight=nll_weight, nll=nll, reduction=reduction
-        )  # fmt: skip
+    beta: float = 0.1
+    kind: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
+    gamma: float = 0.5
+    label_smoothing: float = 0.0
+    nll_weight: float = 1.0
+    nll: Literal["row", "token"] = "token"
+    reduction: Literal["mean", "none"] = "mean"
 
 
 class SimPOLoss(Loss):
@@ -339,17 +331,10 @@ class SimPOLoss(Loss):
     function = staticmethod(simpo_loss)
     pairs = True
 
-    def __init__(
-        self,
-        *,
-        beta: float = 2.0,
-        gamma: float = 1.0,
-        label_smoothing: float = 0.0,
-        reduction: Literal["mean", "none"] = "mean",
-    ) -> None:
-        super().__init__(
-            beta=beta, gamma=gamma, label_smoothing=label_smoothing, reduction=reduction
-        )  # fmt: skip
+    beta: float = 2.0
+    gamma: float = 1.0
+    label_smoothing: float = 0.0
+    reduction: Literal["mean", "none"] = "mean"
 
 
 class ORPOLoss(Loss):
@@ -358,15 +343,10 @@ class ORPOLoss(Loss):
     function = staticmethod(orpo_loss)
     pairs = True
 
-    def __init__(
-        self,
-        *,
-        beta: float = 0.1,
-        nll_weight: float = 1.0,
-        nll: Literal["row", "token"] = "row",
-        reduction: Literal["mean", "none"] = "mean",
-    ) -> None:
-        super().__init__(beta=beta, nll_weight=nll_weight, nll=nll, reduction=reduction)
+    beta: float = 0.1
+    nll_weight: float = 1.0
+    nll: Literal["row", "token"] = "row"
+    reduction: Literal["mean", "none"] = "mean"
 
 
 class SLiCLoss(Loss):
@@ -375,17 +355,9 @@ class SLiCLoss(Loss):
     function = staticmethod(slic_loss)
     pairs = True
 
-    def __init__(
-        self,
-        *,
-        delta: float = 1.0,
-        beta: float = 1.0,
-        nll_weight: float = 0.0,
-        nll: Literal["row", "token"] = "row",
-        length_normalized: bool = False,
-        reduction: Literal["mean", "none"] = "mean",
-    ) -> None:
-        super().__init__(
-            delta=delta, beta=beta, nll_weight=nll_weight, nll=nll,
-            length_normalized=length_normalized, reduction=reduction
-        )  # fmt: skip
+    delta: float = 1.0
+    beta: float = 1.0
+    nll_weight: float = 0.0
+    nll: Literal["row", "token"] = "row"
+    length_normalized: bool = False
+    reduction: Literal["mean", "none"] = "mean"

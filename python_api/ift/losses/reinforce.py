@@ -86,12 +86,7 @@ class REINFORCELoss(Loss):
     function = staticmethod(reinforce_loss)
     needs = 1
 
-    def __init__(
-        self,
-        *,
-        entropy_coef: float = 0.0,
-    ) -> None:
-        super().__init__(entropy_coef=entropy_coef)
+    entropy_coef: float = 0.0
 
 
 class RLOOLoss(Loss):
@@ -100,11 +95,6 @@ class RLOOLoss(Loss):
     function = staticmethod(rloo_loss)
     needs = 1
 
-    def __init__(
-        self,
-        *,
-        group_size: int = 2,
-        epsilon: float = 0.2,
-        epsilon_high: float | None = None,
-    ) -> None:
-        super().__init__(group_size=group_size, epsilon=epsilon, epsilon_high=epsilon_high)
+    group_size: int = 2
+    epsilon: float = 0.2
+    epsilon_high: float | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 from ift.losses._module import Loss
 from ift.losses._reduce import divide, mean_over_rows
 from ift.losses._tokens import Metrics, Tokens, record_tokens
+from ift.losses.preference import not_negative
 from ift_kernels.common import checks
 
 Reduction = Literal["mean", "sum", "row_mean", "none"]
@@ -80,8 +81,7 @@ def sft_loss(
             raise ValueError(f"{name}: expected None with reduction {reduction!r}, got {value}")
     if not 0 <= checks.number("label_smoothing", label_smoothing) < 1:
         raise ValueError(f"label_smoothing: expected in [0, 1), got {label_smoothing}")
-    if not 0 <= checks.number("z_loss", z_loss) < float("inf"):
-        raise ValueError(f"z_loss: expected a finite number ≥ 0, got {z_loss}")
+    not_negative("z_loss", z_loss)
     loss = torch.where(tokens.mask, -tokens.logprob, 0)
     if label_smoothing or z_loss:
         if lse is None:
@@ -117,14 +117,7 @@ class SFTLoss(Loss):
 
     function = staticmethod(sft_loss)
 
-    def __init__(
-        self,
-        *,
-        reduction: Reduction = "mean",
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        scaling: Literal["none", "dft"] = "none",
-    ) -> None:
-        super().__init__(
-            reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss, scaling=scaling
-        )  # fmt: skip
+    reduction: Reduction = "mean"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    scaling: Literal["none", "dft"] = "none"

@@ -15,7 +15,7 @@ import time
 import pytest
 
 from ift.cli import main, options
-from ift.cli.runlog import JsonlLog
+from ift.files import JsonlLog
 
 WORDS = ["the", "model", "learns", "to", "name", "what", "comes", "next", "and", "some", "more"]
 SMALL = ["--lr", "3e-3", "--batch-size", "4", "--max-length", "48", "--cpu"]

@@ -278,6 +278,9 @@ def test_calls_without_labels_or_keywords_are_refused():
         model(inputs["input_ids"], labels=inputs["labels"], fused_lm_head=True)
     with pytest.raises(ValueError, match="temperature: expected a positive number"):
         model(**inputs, fused_lm_head=True, temperature=-1.0)
+    with pytest.raises(ValueError, match="use_cache: expected False or None with fused_lm_head"):
+        model(**inputs, fused_lm_head=True, use_cache=True)
+    model(**inputs, fused_lm_head=True, use_cache=False)
 
 
 def test_it_needs_no_trl(monkeypatch):

@@ -308,6 +308,24 @@ def test_a_module_names_the_options_of_its_function(module):
             assert changed.options == made.options | {option.name: option.default * 0.75}
 
 
+def test_options_of_a_module_are_its_attributes_and_cannot_be_changed_without_effect():
+    class Own(losses.Loss):  # without fields; the function's options are taken as they are
+        function = staticmethod(losses.sft_loss)
+
+    class Half(losses.DPOLoss):
+        def __init__(self):
+            super().__init__(beta=0.5)
+
+    assert Own(z_loss=0.1).options == {"z_loss": 0.1}
+    loss = Half()
+    assert loss.beta == loss.options["beta"] == 0.5
+    loss.beta = 0.25
+    x = torch.tensor([[-1.0], [-2.0]])
+    assert loss(x, torch.ones(2, 1)) == losses.dpo_loss(x, torch.ones(2, 1), beta=0.25)
+    with pytest.raises(TypeError, match="item assignment"):
+        loss.options["beta"] = 1.0
+
+
 X = torch.zeros(2, 2)
 
 
