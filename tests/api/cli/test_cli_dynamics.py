@@ -3,36 +3,22 @@
 import shutil
 
 import pytest
-from test_cli_preference import rows, write
+from test_cli_preference import rows
 
+from command_line import untimed, write_rows
 from ift.cli import main
 from ift.dynamics import read_probes, report
 from ift.dynamics.callback import read_records
 
-SMALL = [
-    "--model",
-    "tiny",
-    "--cpu",
-    "--batch-size",
-    "4",
-    "--probe-size",
-    "3",
-    "--probe-sample",
-    "4",
-]
-
-
-def same(a, b):
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in a] == [
-        {k: v for k, v in r.items() if k != "seconds"} for r in b
-    ]
+SMALL = ["--model", "tiny", "--cpu", "--batch-size", "4"]
+SMALL += ["--probe-size", "3", "--probe-sample", "4"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A DPO run of 6 steps, probed every 2."""
     place = tmp_path_factory.mktemp("dynamics")
-    data = write(place / "p.jsonl", rows(20))
+    data = write_rows(place / "p.jsonl", rows(20))
     arguments = ["--data", data, "--loss", "dpo", "--max-steps", "6", "--save-steps", "3",
                  "--eval-split", "0.2", "--probe-every", "2", "--lr", "1e-3"]  # fmt: skip
     command = ["dynamics", "run", *SMALL, *arguments, "--output"]
@@ -64,8 +50,8 @@ def test_resumed_run_is_the_same(trained, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoint-6")
     shutil.rmtree(tmp_path / "run" / "model")
     assert main([*command, str(tmp_path / "run"), "--resume"]) == 0
-    ours, wanted = (read_records(p / "run" / "dynamics") for p in (tmp_path, place))
-    assert same(ours, wanted)
+    ours, wanted = (untimed(read_records(p / "run" / "dynamics")) for p in (tmp_path, place))
+    assert ours == wanted
 
 
 def test_plot_and_compare(trained, tmp_path, capsys):
@@ -139,21 +125,18 @@ def test_resumed_run_refuses_other_probes(trained, tmp_path, capsys):
     assert main([*resumed, str(tmp_path / "run" / "probes.jsonl")]) == 0
 
 
+RUN = ["run", *SMALL, "--data", "x", "--output", "y"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["plot", "nowhere"], "DIR: no evaluations in nowhere"),
         (["compare", "nowhere"], "DIR: no evaluations in nowhere"),
         (["run", "--prob-size", "3"], "--model"),
-        (
-            ["run", *SMALL, "--data", "x", "--output", "y", "--probe-sizes", "3"],
-            "did you mean --probe-size or",
-        ),
-        (["run", *SMALL, "--data", "x", "--output", "y", "--probes", "z"], "--probes: no file z"),
-        (
-            ["run", *SMALL, "--data", "x", "--output", "y", "--probe-every", "0"],
-            "--probe-every: got",
-        ),
+        ([*RUN, "--probe-sizes", "3"], "did you mean --probe-size or"),
+        ([*RUN, "--probes", "z"], "--probes: no file z"),
+        ([*RUN, "--probe-every", "0"], "--probe-every: got"),
         ([], "dynamics: the following arguments are required: action"),
     ],
 )
@@ -165,10 +148,9 @@ def test_errors(arguments, says, capsys, tmp_path, monkeypatch):
 
 
 def test_damaged_probes(tmp_path, capsys):
-    data = write(tmp_path / "p.jsonl", rows(8))
+    data = write_rows(tmp_path / "p.jsonl", rows(8))
     (tmp_path / "bad.jsonl").write_text("{}\n", encoding="utf-8")
     arguments = ["--data", data, "--loss", "dpo", "--output", str(tmp_path / "run")]
-    assert (
-        main(["dynamics", "run", *SMALL, *arguments, "--probes", str(tmp_path / "bad.jsonl")]) == 2
-    )
+    arguments += ["--probes", str(tmp_path / "bad.jsonl")]
+    assert main(["dynamics", "run", *SMALL, *arguments]) == 2
     assert "--probes: " in capsys.readouterr().err
