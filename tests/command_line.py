@@ -3,11 +3,19 @@
 import json
 from pathlib import Path
 
+from ift.cli import main
+
 
 def train(data, output, *more, model="tiny"):
     """Arguments of `ift` for a training run on the CPU."""
     given = ["--model", model, "--data", data, "--output", output, *more]
     return ["train", "--cpu", *map(str, given)]
+
+
+def refusal(arguments, capsys):
+    """What `ift` says as it ends with exit code 2."""
+    assert main(arguments) == 2
+    return capsys.readouterr().err
 
 
 def write_rows(path, rows):

@@ -25,10 +25,8 @@ PRELOADED = [
 
 def run(*command, cwd=None, **environment):
     """A finished process and what it printed; `environment` is added to this one's."""
-    return subprocess.run(
-        list(map(str, command)), cwd=cwd, env={**os.environ, **environment}, capture_output=True,
-        text=True, timeout=HANG,
-    )  # fmt: skip
+    env, command = {**os.environ, **environment}, list(map(str, command))
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=HANG)
 
 
 def python(*arguments, **options):

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from test_cli_preference import rows
 
-from command_line import untimed, write_rows
+from command_line import refusal, untimed, write_rows
 from ift.cli import main
 from ift.dynamics import read_probes, report
 from ift.dynamics.callback import read_records
@@ -89,11 +89,10 @@ def test_names_are_shown_as_they_are(tmp_path, monkeypatch):
 def test_compare_refuses_one_run_twice_and_what_it_cannot_write(trained, tmp_path, capsys):
     place, _ = trained
     run = str(place / "run")
-    assert main(["dynamics", "compare", run, run + "/dynamics"]) == 2
-    assert "twice; expected different runs" in capsys.readouterr().err
+    twice = ["dynamics", "compare", run, run + "/dynamics"]
+    assert "twice; expected different runs" in refusal(twice, capsys)
     (tmp_path / "out").mkdir()
-    assert main(["dynamics", "compare", run, "--output", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
+    error = refusal(["dynamics", "compare", run, "--output", str(tmp_path / "out")], capsys)
     assert "--output: cannot write" in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["out"]  # no half picture is left
 
@@ -109,8 +108,7 @@ def test_compare_refuses_one_run_twice_and_what_it_cannot_write(trained, tmp_pat
 @pytest.mark.parametrize("action", ["plot", "compare"])
 def test_damaged_curves(action, text, says, tmp_path, capsys):
     (tmp_path / "curves.jsonl").write_text(text, encoding="utf-8")
-    assert main(["dynamics", action, str(tmp_path)]) == 2
-    error = capsys.readouterr().err
+    error = refusal(["dynamics", action, str(tmp_path)], capsys)
     assert says in error and error.count("\n") == 1
 
 
@@ -120,8 +118,7 @@ def test_resumed_run_refuses_other_probes(trained, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "a", "responses": {"chosen": "b"}}\n', encoding="utf-8")
     resumed = [*command, str(tmp_path / "run"), "--resume", "--probes"]
-    assert main([*resumed, str(other)]) == 2
-    assert "--probes: other probes than the run in" in capsys.readouterr().err
+    assert "--probes: other probes than the run in" in refusal([*resumed, str(other)], capsys)
     assert main([*resumed, str(tmp_path / "run" / "probes.jsonl")]) == 0
 
 
@@ -142,8 +139,7 @@ RUN = ["run", *SMALL, "--data", "x", "--output", "y"]
 )
 def test_errors(arguments, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["dynamics", *arguments]) == 2
-    text = capsys.readouterr().err
+    text = refusal(["dynamics", *arguments], capsys)
     assert says in text and text.count("\n") == 1
 
 
@@ -152,5 +148,4 @@ def test_damaged_probes(tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text("{}\n", encoding="utf-8")
     arguments = ["--data", data, "--loss", "dpo", "--output", str(tmp_path / "run")]
     arguments += ["--probes", str(tmp_path / "bad.jsonl")]
-    assert main(["dynamics", "run", *SMALL, *arguments]) == 2
-    assert "--probes: " in capsys.readouterr().err
+    assert "--probes: " in refusal(["dynamics", "run", *SMALL, *arguments], capsys)

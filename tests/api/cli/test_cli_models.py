@@ -21,8 +21,8 @@ LONGEST = max(
     for r in ROWS
 )  # with an end token
 
-BERT = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-        "num_attention_heads": 4}  # fmt: skip
+BERT = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48}
+BERT |= {"num_hidden_layers": 1, "num_attention_heads": 4}
 
 
 def llama(**options):

@@ -107,7 +107,7 @@ def worker(rank, processes, directory):
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    gradients, rows = {}, {k: v[rank::processes] for k, v in batch(rows=4).items()}
+    grads, rows = {}, {k: v[rank::processes] for k, v in batch(rows=4).items()}
     for name, config in CONFIGS.items():
         model = patch(make("llama"))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -115,8 +115,8 @@ def worker(rank, processes, directory):
         assert not model.lm_head.weight.numel()  # partitioned
         engine.backward(engine(**rows, ift=config).loss)
         found = {n: deepspeed.utils.safe_get_full_grad(p) for n, p in model.named_parameters()}
-        gradients[name] = {n: None if g is None else g.clone() for n, g in found.items()}
-    return gradients
+        grads[name] = {n: None if g is None else g.clone() for n, g in found.items()}
+    return grads
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")

@@ -75,10 +75,9 @@ def test_accumulated_rows_are_one_batch(tmp_path, config, size, average, trainer
     for row in data:
         row["attention_mask"] = torch.ones_like(row["input_ids"])
     whole = trained(tmp_path, config, data=data)
-    parts = trained(
-        tmp_path, config, data=data, trainer=trainer, per_device_train_batch_size=size,
-        gradient_accumulation_steps=4 // size, average_tokens_across_devices=average,
-    )  # fmt: skip
+    sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+    sizes["average_tokens_across_devices"] = average
+    parts = trained(tmp_path, config, data=data, trainer=trainer, **sizes)
     # Rows of other lengths are aligned otherwise, so sums come in another order.
     assert_close(parts.gradients[0], whole.gradients[0], 1e-5)
     loss = [t.state.log_history[0]["loss"] for t in (parts, whole)]
@@ -246,12 +245,12 @@ def test_several_devices_in_one_process_are_refused(tmp_path):
         IFTTrainer(make("llama"), options, ift_config=IFTConfig())
 
 
-@pytest.mark.slow  # Dynamo traces for long
 @pytest.mark.parametrize("kind", [IFTTrainer, PairTrainer], ids=lambda kind: kind.__name__)
 def test_a_trainer_is_one_class_under_that_of_transformers(kind):
     assert [cls for cls in kind.__mro__ if issubclass(cls, hf.Trainer)] == [kind, hf.Trainer]
 
 
+@pytest.mark.slow  # Dynamo traces for long
 @pytest.mark.parametrize("config", [None, IFTConfig(share_prompt=False)], ids=["sft", "ift"])
 def test_torch_compile(tmp_path, config):
     """Losses, metrics and evaluation are those of the model as it is, in training and after."""

@@ -48,10 +48,9 @@ def tokenizer():
 
 
 def arguments(kind, directory, **changes):
-    options = {
-        "bf16": False, "per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant", "gradient_checkpointing": False, "seed": 1,
-    }  # fmt: skip
+    options = {"bf16": False, "gradient_checkpointing": False, "seed": 1, "max_steps": 2}
+    options |= {"per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    options |= {"lr_scheduler_type": "constant"}
     return training_arguments(directory, kind, **{**options, **changes})
 
 
@@ -165,10 +164,9 @@ def policy(tokenizer):
 
 def ift_trainer(tokenizer, directory, rows=COMPLETIONS, peft_config=None, ift=None, **changes):
     args = arguments(integration.IFTSFTConfig, directory, ift=ift, **changes)
-    return integration.IFTSFTTrainer(
-        policy(tokenizer), args, train_dataset=Dataset.from_list(rows), peft_config=peft_config,
-        processing_class=copy.deepcopy(tokenizer),
-    )  # fmt: skip
+    given = {"train_dataset": Dataset.from_list(rows), "peft_config": peft_config}
+    given["processing_class"] = copy.deepcopy(tokenizer)
+    return integration.IFTSFTTrainer(policy(tokenizer), args, **given)
 
 
 def test_twenty_steps_are_those_of_the_released_algorithm(tokenizer, tmp_path):
@@ -248,10 +246,9 @@ def test_chat_rows_with_lora(tokenizer, tmp_path):
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_evaluation_is_cross_entropy_per_target(size, tokenizer, tmp_path):
     rows = Dataset.from_list(COMPLETIONS)
-    plain = SFTTrainer(
-        policy(tokenizer), arguments(SFTConfig, tmp_path), train_dataset=rows, eval_dataset=rows,
-        processing_class=copy.deepcopy(tokenizer),
-    )  # fmt: skip
+    given = {"train_dataset": rows, "eval_dataset": rows}
+    given["processing_class"] = copy.deepcopy(tokenizer)
+    plain = SFTTrainer(policy(tokenizer), arguments(SFTConfig, tmp_path), **given)
     theirs = plain.evaluate()  # of one batch, which is the whole set
     trainer = ift_trainer(tokenizer, tmp_path, per_device_eval_batch_size=size)
     for named in ({}, {"metric_key_prefix": "other"}):

@@ -33,11 +33,9 @@ def problem(dtype=torch.float32, ignored=False, bias=True):
 
 
 def call(h, outputs=("logprob",), schedule="forward", workspace=2 << 20, **options):
+    options |= {"outputs": outputs, "workspace": workspace, **h.kwargs}
     with plan.use_schedule(schedule):
-        return K.linear_logprobs(
-            *h.args, outputs=outputs, workspace=workspace, **h.kwargs,
-            **options,
-        )  # fmt: skip
+        return K.linear_logprobs(*h.args, **options)
 
 
 def reserved(h):
