@@ -1,12 +1,15 @@
 """What every test runs under: fixed threads and seeds, and no luck with unwritten memory."""
 
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from ift_kernels import use_backend
 from ift_kernels.backends.cpu import memory
+from ift_kernels.schedule import plan
+from serving import BACKENDS, SERVED
 
 # Two give the parallel paths something to do, and the same sums on every machine. xdist workers
 # already share the cores among them.
@@ -52,34 +55,46 @@ def nan_empty(monkeypatch):
         monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """The name of the backend that serves the test."""
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=SERVED, ids=lambda p: f"{p[0]}-{str(p[1])[6:]}")
+def dtype(request):
+    """A dtype, with the backend that serves it chosen."""
+    with use_backend(request.param[0]):
+        yield request.param[1]
+
+
+@pytest.fixture(params=plan.SCHEDULES)
+def schedule(request):
+    """The name of the schedule that the linear operations take."""
+    with plan.use_schedule(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
 def backward_in_thread(monkeypatch):
     """Run every backward in a fresh thread, as autograd does for tensors of a GPU."""
 
     def in_thread(function):
         def run(*args, **kwargs):
-            return fresh_thread(lambda: function(*args, **kwargs))
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(function, *args, **kwargs).result()
 
         return run
 
     for name in ("backward", "grad"):  # Tensor.backward calls the first
         monkeypatch.setattr(torch.autograd, name, in_thread(getattr(torch.autograd, name)))
-
-
-def fresh_thread(function):
-    """What `function` returns or raises in a thread without any context of this one."""
-    done = []
-
-    def work():
-        try:
-            done.append((function(), None))
-        except BaseException as error:
-            done.append((None, error))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    ((value, error),) = done
-    if error is not None:
-        raise error
-    return value

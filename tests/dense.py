@@ -53,6 +53,11 @@ class Head:
         return [t for t in (self.hidden, self.weight, self.bias) if t is not None]
 
     @property
+    def args(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `linear_logprobs` and `linear_cross_entropy`."""
+        return self.hidden, self.weight, self.target
+
+    @property
     def kwargs(self) -> dict[str, object]:
         return {"bias": self.bias, **self.options}
 
@@ -102,12 +107,16 @@ def logits(h: Head) -> Tensor:
 
 def stats(h: Head, ignore_index: int = -100) -> dict[str, Tensor]:
     """Every field of TokenStats, 0 at ignored positions."""
-    z = logits(h)
+    return stats_of(logits(h), h.target, ignore_index)
+
+
+def stats_of(z: Tensor, target: Tensor, ignore_index: int = -100) -> dict[str, Tensor]:
+    """The same of logits (..., V)."""
     logp = z.log_softmax(-1)
     p = logp.exp()
-    valid = h.target != ignore_index
+    valid = target != ignore_index
     every = {
-        "logprob": logp.gather(-1, torch.where(valid, h.target, 0)[..., None])[..., 0],
+        "logprob": logp.gather(-1, torch.where(valid, target, 0)[..., None])[..., 0],
         "lse": z.logsumexp(-1),
         "entropy": -(p * logp).sum(-1),
         "argmax": z.argmax(-1),
@@ -132,11 +141,7 @@ def cross_entropy(
     flat, target = z.reshape(-1, z.shape[-1]), h.target.reshape(-1)
     valid = h.target != ignore_index
     loss = F.cross_entropy(
-        flat,
-        target,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction="none",
+        flat, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
     ).view(h.target.shape)
     loss = loss + z_loss * torch.where(valid, z.logsumexp(-1).square(), 0)
     if reduction == "none":
@@ -226,6 +231,51 @@ def assert_stats(ours: object, h: Head) -> None:
             # rounding it has, which depends on how the vendor's product adds up.
             scale = None if name == "sum_sq" else max(1.0, exact["lse"].abs().max().item())
             assert_as_accurate(value, dense[name], exact[name], name, scale)
+
+
+def fill_rows(
+    h: Head, rows: object, value: float = torch.nan, column: int | slice = slice(None)
+) -> Head:
+    """The same call with `value` in these rows of hidden."""
+    hidden = h.hidden.detach().clone()
+    hidden[rows, column] = value
+    return replace(h, hidden=hidden.requires_grad_())
+
+
+def assert_only_needed(
+    inputs: list[Tensor],
+    needs: int,
+    loss: Callable[[], Tensor],
+    wanted: list[Tensor],
+    **tolerance: float,
+) -> None:
+    """Backward of `loss()` gives `wanted` to the inputs whose bit is in `needs`, others nothing."""
+    for i, tensor in enumerate(inputs):
+        tensor.requires_grad_(bool(needs >> i & 1))
+    loss().backward()
+    for i, (tensor, grad) in enumerate(zip(inputs, wanted, strict=True)):
+        if needs >> i & 1:
+            torch.testing.assert_close(tensor.grad, grad, **tolerance)
+        else:
+            assert tensor.grad is None
+
+
+def assert_stats_and_gradients(
+    ours: object, h: Head, names: tuple[str, ...] = DIFFERENTIABLE
+) -> None:
+    """Every field of a TokenStats, and its gradients under `upstream` into `names`."""
+    assert_stats(ours, h)
+    up, exact = upstream(h, names), h.double()
+    found = gradients(send(ours, up), h.inputs)
+    assert_gradients(found, h, send(stats(h), up), send(stats(exact), up), exact.inputs)
+
+
+def assert_compiles(function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """One graph, with the values and the gradients of the eager function."""
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    values = compiled(*inputs), function(*inputs)
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value.sum(), inputs) for value in values))
 
 
 def assert_gradients(

@@ -1,6 +1,9 @@
 """Tests in several processes: what starts them, and where they meet."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from datetime import timedelta
 
 import torch
@@ -20,16 +23,45 @@ PRELOADED = [
 ]
 
 
-def start(worker, processes, directory):
-    """Run ``worker(rank, processes, directory)`` in so many processes and wait for all."""
+def run(*command, cwd=None, **environment):
+    """A finished process and what it printed; `environment` is added to this one's."""
+    env, command = {**os.environ, **environment}, list(map(str, command))
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=HANG)
+
+
+def python(*arguments, **options):
+    """`run` of this interpreter."""
+    return run(sys.executable, *arguments, **options)
+
+
+def start(worker, processes, directory, *more):
+    """Run ``worker(rank, processes, directory, *more)`` in so many processes and wait for all."""
     multiprocessing.set_forkserver_preload(PRELOADED)
+    given = (processes, str(directory), *more)
     torch.multiprocessing.start_processes(
-        worker, (processes, str(directory)), nprocs=processes, start_method="forkserver"
+        worker, given, nprocs=processes, start_method="forkserver"
     )
 
 
+def results(worker, processes, directory):
+    """What ``worker(rank, processes, directory)`` returns in each process of a group, by rank."""
+    start(_in_group, processes, directory, worker)
+    return [torch.load(f"{directory}/{rank}.pt") for rank in range(processes)]
+
+
+def _in_group(rank, processes, directory, worker):
+    join(rank, processes, directory)
+    torch.save(worker(rank, processes, directory), f"{directory}/{rank}.pt")
+    leave()
+
+
 def join(rank, processes, directory):
-    """Enter a process group on this machine; it meets in a file, since ports can be taken."""
+    """Enter a process group on this machine; it meets in a file, since ports can be taken.
+
+    The environment is that of torchrun.
+    """
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, not used
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",

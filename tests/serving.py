@@ -1,4 +1,4 @@
-"""Which backends the tests of the operations run on: their tensors are on the CPU."""
+"""Which backends and dtypes the tests of the operations run on: their tensors are on the CPU."""
 
 import torch
 
@@ -10,3 +10,6 @@ BACKENDS = [
     for name, backend in backends.BACKENDS.items()
     if not backend.unsupported_reason(torch.device("cpu"), torch.float32)
 ]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# fp64 is served by the reference whatever the backend.
+SERVED = [(b, d) for b in BACKENDS for d in DTYPES] + [("reference", torch.float64)]

@@ -159,14 +159,10 @@ CONVERSATION = (("system", "Say"), ("user", "two"), ("assistant", "sum"),
 
 
 @pytest.mark.parametrize("own_template", [True, False])
-def test_every_assistant_turn_is_learned(tokenizer, own_template):
-    template, tokenizer.chat_template = tokenizer.chat_template, None
-    try:
-        if own_template:
-            tokenizer.chat_template = template
-        (example,) = encode([chat_row(*CONVERSATION)], tokenizer, 128).examples
-    finally:
-        tokenizer.chat_template = template
+def test_every_assistant_turn_is_learned(tokenizer, own_template, monkeypatch):
+    if not own_template:
+        monkeypatch.setattr(tokenizer, "chat_template", None)
+    (example,) = encode([chat_row(*CONVERSATION)], tokenizer, 128).examples
     assert tokenizer.decode(targets(example)) == f"sum{tiny.EOS}\nhello{tiny.EOS}\n"
     text = "".join(
         f"<|{role}|>\n{content}{tiny.EOS if role == 'assistant' else ''}\n"

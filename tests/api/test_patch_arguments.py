@@ -2,27 +2,20 @@
 
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import transformers as hf
 
-from causal_lms import V, assert_close, batch, gradients, make
+from causal_lms import V, assert_same_step, batch, make, step
 from ift.config import IFTConfig
 from ift.patching import patch, unpatch
 
 
-def run(model, inputs):
-    loss = model(**inputs).loss
-    loss.backward()
-    return loss.detach(), gradients(model)
-
-
 def compare(model, inputs):
-    (plain, expected), (fused, got) = run(model, inputs), run(patch(model), inputs)
-    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
-    assert_close(got, expected)
-    return fused
+    plain = step(model, **inputs)
+    assert_same_step(step(patch(model), **inputs), plain)
 
 
 CALLER = {
@@ -193,22 +186,17 @@ def test_first_losses_from_several_threads():
     model.to_empty(device="cpu")
     model.load_state_dict(make("gpt2").state_dict())
     model.eval()
-    losses, inputs = [], batch()
+    inputs = batch()
     expected = make("gpt2").eval()(**inputs).loss
     start = threading.Barrier(4)
 
-    def first():
+    def first(_):
         start.wait()
-        losses.append(model(**inputs).loss)
+        return model(**inputs).loss
 
-    threads = [threading.Thread(target=first) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(losses) == 4
-    for loss in losses:
-        torch.testing.assert_close(loss, expected)
+    with ThreadPoolExecutor(4) as pool:
+        losses = list(pool.map(first, range(4)))
+    torch.testing.assert_close(losses, [expected] * 4)
 
 
 def masked(labels):
@@ -255,16 +243,14 @@ def test_labels_that_the_model_changes_in_place(change, late):
             return {name: value.clone() for name, value in inputs.items()}
 
         model = kind(make("llama").config)
-        plain, expected = run(model, own())
+        plain = step(model, **own())
         for _ in range(2):
             given = own()
-            fused, got = run(patch(model), given)
-            torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
-            assert_close(got, expected)
+            assert_same_step(step(patch(model), **given), plain)
             assert all(torch.equal(given[name], inputs[name]) for name in inputs)
         with torch.inference_mode():
             loss = model(**own(), skip_logits=True).loss
-        torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(loss, plain[0], rtol=1e-5, atol=1e-6)
     with pytest.raises(RuntimeError, match="InPlace: changes its labels before its loss"):
         model(**batch(), ift=IFTConfig(share_prompt=False))
 
@@ -284,3 +270,42 @@ def test_positional_arguments_are_those_of_python():
             model(ids, *[None] * 20)
         with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
             model(ids, input_ids=ids, labels=labels)
+
+
+# --- logits_to_keep: a number, positions, positions of each row, a mask ---------------------------
+
+
+def test_logits_to_keep_is_honoured_as_transformers_does():
+    model, inputs = make("llama"), batch()
+    shifted = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    shifted = shifted[:, -5:].contiguous()
+    plain = step(model, **inputs, shift_labels=shifted, logits_to_keep=5)
+    fused = step(patch(model), **inputs, shift_labels=shifted, logits_to_keep=5)
+    assert_same_step(fused, plain, 1.3e-6, 1e-5)
+    with pytest.raises(ValueError, match="labels: expected one per hidden state"):
+        model(**inputs, logits_to_keep=5)
+
+
+KEPT = {
+    "positions": torch.tensor([0, 4, 9]),
+    "positions of each row": torch.tensor([[0, 4, 9], [1, 2, 3], [8, 7, 7]]),
+    "a mask": torch.rand(3, 12, generator=torch.Generator().manual_seed(0)) < 0.4,
+    "as many as labels": torch.arange(12).flip(0).expand(3, 12),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_logits_to_keep_as_a_tensor(kept):
+    keep, inputs = KEPT[kept], batch()
+    targets = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)[..., None]
+    shifted = hf.modeling_utils.slice_logits_to_keep(targets, keep)[..., 0].contiguous()
+    given = {**inputs, "shift_labels": shifted, "logits_to_keep": keep}
+    model = make("llama")
+    plain = step(model, **given)
+    assert_same_step(step(patch(model), **given), plain, 1.3e-6, 1e-5)
+    assert model.ift_metrics["tokens"] == (shifted != -100).sum()
+    del given["shift_labels"]
+    with pytest.raises(ValueError, match="shift_labels: expected .*LlamaForCausalLM"):
+        model(**given)
+    with pytest.raises(ValueError, match="logits_to_keep: expected 0 with ift"):
+        model(**inputs, logits_to_keep=keep, ift=IFTConfig())

@@ -8,23 +8,12 @@ import pytest
 import torch
 from torch.nn.utils import parametrize
 
-from causal_lms import assert_close, batch, gradients, make
+from causal_lms import assert_same_step, batch, make, step
 from ift.config import IFTConfig
 from ift.patching import patch, unpatch
 
 accelerate = pytest.importorskip("accelerate")
 CONFIG = IFTConfig(lam=0.9)
-
-
-def run(model, **inputs):
-    loss = model(**inputs).loss
-    loss.backward()
-    return loss.detach(), gradients(model)
-
-
-def same(ours, theirs):
-    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
-    assert_close(ours[1], theirs[1])
 
 
 def class_forward(model):
@@ -36,14 +25,16 @@ def lambda_of_the_class(model):
     model.forward = lambda **kwargs: forward(model, **kwargs)
 
 
-def wrapped_by_a_decorator(model):
-    forward = type(model).forward.__get__(model)
-
+def decorated(forward):
     @functools.wraps(forward)
     def outer(*args, **kwargs):
         return forward(*args, **kwargs)
 
-    model.forward = outer
+    return outer
+
+
+def wrapped_by_a_decorator(model):
+    model.forward = decorated(type(model).forward.__get__(model))
 
 
 def deleted(model):
@@ -56,17 +47,17 @@ LOST = [class_forward, lambda_of_the_class, wrapped_by_a_decorator, deleted]
 @pytest.mark.parametrize("lose", LOST)
 def test_a_lost_patch_is_noticed_and_patching_again_works(lose):
     model, inputs = patch(make("llama")), batch()
-    sft, ift = run(model, **inputs), run(model, **inputs, ift=CONFIG)
+    sft, ift = step(model, **inputs), step(model, **inputs, ift=CONFIG)
     lose(model)
     for argument in ({"ift": CONFIG}, {"skip_logits": True}, {"loss": lambda p, m: p.sum()}):
         with pytest.raises(RuntimeError, match=f"{next(iter(argument))}: .*did not run"):
             model(**inputs, **argument)
-    same(run(model, **inputs), sft)  # the same loss with logits
+    assert_same_step(step(model, **inputs), sft)  # the same loss with logits
     assert model(**inputs).logits is not None
     patch(model)
     assert model(**inputs).logits is None
-    same(run(model, **inputs), sft)
-    same(run(model, **inputs, ift=CONFIG), ift)
+    assert_same_step(step(model, **inputs), sft)
+    assert_same_step(step(model, **inputs, ift=CONFIG), ift)
     unpatch(model)
     assert "_ift_patch" not in model.__dict__
     assert model(**inputs).logits is not None
@@ -78,13 +69,7 @@ def hidden_wrapper(model):
 
 
 def shown_wrapper(model):
-    inner = model.forward
-
-    @functools.wraps(inner)
-    def outer(*args, **kwargs):
-        return inner(*args, **kwargs)
-
-    model.forward = outer
+    model.forward = decorated(model.forward)
 
 
 def mixed_precision(model):
@@ -94,7 +79,7 @@ def mixed_precision(model):
 @pytest.mark.parametrize("wrap", [hidden_wrapper, shown_wrapper, mixed_precision])
 def test_a_wrapper_around_the_patch(wrap):
     model, inputs = patch(make("llama")), batch()
-    sft, ift = run(model, **inputs), run(model, **inputs, ift=CONFIG)
+    sft, ift = step(model, **inputs), step(model, **inputs, ift=CONFIG)
     wrap(model)
     again = {"rtol": 0.1, "atol": 0.0} if wrap is mixed_precision else {}
     for _ in range(2):
@@ -113,16 +98,16 @@ def test_a_wrapper_around_the_patch(wrap):
 
 def test_accelerate_takes_its_wrapper_off_and_the_patch_stays():
     model, inputs = patch(make("llama")), batch()
-    ift = run(model, **inputs, ift=CONFIG)
+    ift = step(model, **inputs, ift=CONFIG)
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     for _ in range(2):
         prepared = accelerator.prepare(model)
         model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-        same(run(model, **inputs, ift=CONFIG), ift)
+        assert_same_step(step(model, **inputs, ift=CONFIG), ift)
     other = copy.deepcopy(model)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    same(run(other, **inputs, ift=CONFIG), ift)
+    assert_same_step(step(other, **inputs, ift=CONFIG), ift)
     for each in (model, other):
         assert "forward" not in unpatch(each).__dict__
 
@@ -131,9 +116,10 @@ def test_accelerate_prepares_before_the_patch():
     model, inputs = make("llama"), batch()
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     prepared = patch(accelerator.prepare(model))
-    expected = run(prepared, **inputs, ift=CONFIG)
+    expected = step(prepared, **inputs, ift=CONFIG)
     model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-    same(run(model, **inputs, ift=CONFIG), expected)  # the autocast below the patch stays
+    # The autocast below the patch stays.
+    assert_same_step(step(model, **inputs, ift=CONFIG), expected)
     assert patch(model)(**inputs).logits is None
 
 
@@ -155,19 +141,19 @@ HOOKS = {
 @pytest.mark.parametrize("hook", HOOKS)
 def test_hooks_on_the_head_are_seen_whenever_they_come_and_go(hook, when):
     model, inputs = make("llama"), batch()
-    plain = run(model, **inputs)
+    plain = step(model, **inputs)
     handle = HOOKS[hook](model.lm_head)
-    expected = run(model, **inputs)
+    expected = step(model, **inputs)
     if when != "before":
         handle.remove()
     patch(model)
     if when == "after a loss":
-        same(run(model, **inputs), plain)
+        assert_same_step(step(model, **inputs), plain)
     if when != "before":
         handle = HOOKS[hook](model.lm_head)
-    same(run(model, **inputs), expected)
+    assert_same_step(step(model, **inputs), expected)
     handle.remove()
-    same(run(model, **inputs), plain)
+    assert_same_step(step(model, **inputs), plain)
 
 
 class Half(torch.nn.Module):
@@ -178,7 +164,7 @@ class Half(torch.nn.Module):
 def test_parametrizations_of_the_head_are_seen_at_every_call():
     model, inputs = make("llama"), batch()
     patch(model)
-    plain = run(model, **inputs)[0]
+    plain = step(model, **inputs)[0]
     for register in (
         lambda head: parametrize.register_parametrization(head, "weight", Half()),
         torch.nn.utils.parametrizations.weight_norm,
@@ -189,8 +175,8 @@ def test_parametrizations_of_the_head_are_seen_at_every_call():
         model = patch(make("llama")).eval()
         model(**inputs)
         register(model.lm_head)
-        same(run(model, **inputs), run(reference, **inputs))
-    assert plain == run(patch(make("llama")), **inputs)[0]
+        assert_same_step(step(model, **inputs), step(reference, **inputs))
+    assert plain == step(patch(make("llama")), **inputs)[0]
 
 
 def test_hooks_that_want_the_gradient_of_logits_are_refused():
@@ -246,10 +232,10 @@ def test_peft_methods_that_keep_the_forward_are_refused_or_served():
     model = peft.get_peft_model(make("llama"), config)
     with pytest.raises(TypeError, match="AdaptionPromptModel has kept the forward of Llama"):
         patch(model)
-    expected = run(model.train(), **inputs)
+    expected = step(model.train(), **inputs)
     torch.manual_seed(1)
     model = peft.get_peft_model(patch(make("llama")), config).train()
-    same(run(model, **inputs), expected)
+    assert_same_step(step(model, **inputs), expected)
     assert model(**inputs, ift=CONFIG).loss != expected[0]
     assert model(**inputs).logits is None
 
@@ -272,7 +258,7 @@ def test_peft_adapters_with_and_without_a_saved_head(saved):
         model.base_model.model.lm_head.modules_to_save["a"].weight.mul_(1.5)
     for name in "ab":
         model.set_adapter(name)
-        expected[name] = run(model, **inputs)
+        expected[name] = step(model, **inputs)
     assert expected["a"][0] != expected["b"][0]
     for first in "ab":
         model.set_adapter(first)
@@ -280,7 +266,7 @@ def test_peft_adapters_with_and_without_a_saved_head(saved):
         for name in "abab":
             model.set_adapter(name)
             assert model(**inputs).logits is None
-            same(run(model, **inputs), expected[name])
+            assert_same_step(step(model, **inputs), expected[name])
         with model.disable_adapter():
             torch.testing.assert_close(model(**inputs).loss, make("llama")(**inputs).loss)
         assert len(list(map(lambda _: float(model(**inputs).loss), range(3)))) == 3  # noqa: C417

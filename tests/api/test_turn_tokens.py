@@ -36,17 +36,20 @@ def wrapped(tokenizer, **names):
     return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
+def trained(made, trainer, size, special=SPECIAL, *, times=2, unk="<unk>", **options):
+    """The tokenizer with a vocabulary of this size, of the corpus so many times."""
+    options |= {"vocab_size": size, "special_tokens": special, "show_progress": False}
+    made.train_from_iterator(CORPUS * times, trainer(**options))
+    return wrapped(made, unk_token=unk)
+
+
 def unigram(scheme, *steps):
     made = Tokenizer(models.Unigram())
     if steps:
         made.normalizer = normalizers.Sequence(list(steps))
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     made.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    trainer = trainers.UnigramTrainer(
-        vocab_size=250, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
-    )
-    made.train_from_iterator(CORPUS * 4, trainer)
-    return wrapped(made)
+    return trained(made, trainers.UnigramTrainer, 250, times=4, unk_token="<unk>")
 
 
 def llama(legacy):
@@ -58,13 +61,9 @@ def llama(legacy):
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-    trainer = trainers.BpeTrainer(
-        vocab_size=450, special_tokens=SPECIAL + BYTES, limit_alphabet=60, show_progress=False
-    )
-    made.train_from_iterator(CORPUS * 2, trainer)
     starting = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     made.post_processor = starting
-    return wrapped(made)
+    return trained(made, trainers.BpeTrainer, 450, SPECIAL + BYTES, limit_alphabet=60)
 
 
 def byte_level(trim_offsets):
@@ -72,12 +71,8 @@ def byte_level(trim_offsets):
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    made.train_from_iterator(CORPUS * 2, trainer)
-    return wrapped(made)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return trained(made, trainers.BpeTrainer, 420, initial_alphabet=alphabet)
 
 
 def word_pieces():
@@ -85,11 +80,7 @@ def word_pieces():
     made.normalizer = normalizers.BertNormalizer(lowercase=True)
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=220, special_tokens=["[UNK]", *SPECIAL], show_progress=False
-    )
-    made.train_from_iterator(CORPUS * 2, trainer)
-    return wrapped(made, unk_token="[UNK]")
+    return trained(made, trainers.WordPieceTrainer, 220, ["[UNK]", *SPECIAL], unk="[UNK]")
 
 
 KINDS = {

@@ -1,21 +1,33 @@
 """IFT inside a patched forward, against the released algorithm in plain torch."""
 
 import contextlib
+import importlib.util
 import logging
 
 import pytest
 import torch
 import transformers as hf
 
+import dense
 from bench.peers.naive_ift import naive_ift_loss
-from causal_lms import ARCHITECTURES, V, assert_close, batch, gradients, make
-from ift.checking import compare as compare_models
+from causal_lms import (
+    ARCHITECTURES,
+    V,
+    assert_as_dense,
+    assert_close,
+    batch,
+    gradients,
+    make,
+    packed,
+    step,
+)
 from ift.config import IFTConfig
 from ift.measure import Measured
 from ift.patching import patch, unpatch
 from ift.two_pass import _prediction
 from ift_kernels.common.transform import LogitTransform
-from proofs.tiny_models import architectures, tiny_model
+from proofs.models import architecture_of
+from proofs.tiny_models import tiny_model
 
 NAMES = [name for name in ARCHITECTURES if name != "mixtral"]  # tested by itself below
 
@@ -40,9 +52,7 @@ def naive(model, inputs, **options):
 
 
 def fused(model, inputs, config=None, **more):
-    loss = model(**inputs, ift=config or IFTConfig(), **more).loss
-    loss.backward()
-    return loss, gradients(model)
+    return step(model, **inputs, ift=config or IFTConfig(), **more)
 
 
 def compare(ours, theirs, embedding=True):
@@ -91,24 +101,22 @@ def test_the_schedule_follows_the_step():
     assert fused(model, inputs, IFTConfig(**schedule, step=3))[0] != expected[0]
 
 
-def test_padding_on_the_left():
-    model, inputs = make("llama"), {k: v.flip(1) for k, v in batch().items()}
+@pytest.mark.parametrize("rows", ["padded on the left", "with gaps", "one without response"])
+def test_kinds_of_rows(rows):
+    model, inputs = make("qwen3" if rows == "with gaps" else "llama"), batch()
+    if rows == "padded on the left":
+        inputs = {k: v.flip(1) for k, v in inputs.items()}
+    elif rows == "with gaps":  # and with a response from the first token
+        inputs = batch(prompt=0)
+        inputs["labels"][:, 3:6] = -100
+    else:
+        inputs["labels"][1] = -100
     expected = naive(model, inputs)
     compare(fused(patch(model), inputs), expected)
 
 
-def test_gaps_between_responses_and_a_response_from_the_first_token():
-    model, inputs = make("qwen3"), batch(prompt=0)
-    inputs["labels"][:, 3:6] = -100
-    expected = naive(model, inputs)
-    compare(fused(patch(model), inputs), expected)
-
-
-def test_rows_without_response_tokens():
-    model, inputs = make("llama"), batch()
-    inputs["labels"][1] = -100
-    expected = naive(model, inputs)
-    compare(fused(patch(model), inputs), expected)
+def test_no_response_tokens_at_all():
+    model, inputs = patch(make("llama")), batch()
     inputs["labels"].fill_(-100)
     loss, grads = fused(model, inputs)
     assert loss == 0 and not any(g.any() for g in grads.values())
@@ -121,9 +129,8 @@ def eager_ift(model, inputs, other, lam=0.2, gamma=0.0):
     mixed = torch.where(mixed_at, (1 - lam) * own + lam * other, own)
     logits = model(inputs_embeds=mixed, attention_mask=inputs["attention_mask"]).logits
     target = inputs["labels"][:, 1:]
-    logp = logits[:, :-1].log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
-    mask = (target != -100).float()
-    loss = (-(logp * mask).sum(-1) / mask.sum(-1)).mean()
+    logprob = dense.stats_of(logits[:, :-1], target)["logprob"]
+    loss = (-logprob.sum(-1) / (target != -100).sum(-1)).mean()
     loss.backward()
     return loss, gradients(model)
 
@@ -155,22 +162,36 @@ def test_packed_documents_are_as_apart_as_rows(name, given, rule):
     documents = [torch.randint(3, V, (n,), generator=g) for n in lengths]
     labels = [d.clone() for d in documents]  # from the first token: no neighbour may predict it
     labels[2][:4] = -100
-    pad = torch.nn.utils.rnn.pad_sequence
-    rows = {
-        "input_ids": pad(documents, batch_first=True),
-        "attention_mask": pad([torch.ones_like(d) for d in documents], batch_first=True),
-        "labels": pad(labels, batch_first=True, padding_value=-100),
-    }
+    row, rows = packed(documents, labels)
     expected = fused(model, rows, config)
-    packed = {
-        "input_ids": torch.cat(documents)[None],
-        "labels": torch.cat(labels)[None],
-        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-    }
     if given == "cu_seq_lens":
         cu = torch.tensor([0, *lengths]).cumsum(0).int()
-        packed |= {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
-    compare(fused(model, packed, config), expected)
+        row |= {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
+    compare(fused(model, row, config), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(
+    importlib.util.find_spec("flash_attn") is None, reason="needs ift-kernels[flash]"
+)
+@pytest.mark.parametrize("config", [None, IFTConfig()], ids=["sft", "ift"])
+def test_packed_rows_of_flash_attention_are_rows(config):
+    options = {"head_dim": 32, "hidden_size": 128, "intermediate_size": 256}
+    flash = make("llama", attn_implementation="flash_attention_2", **options)
+    plain = make("llama", attn_implementation="sdpa", **options)
+    lengths, g = [7, 12, 5], torch.Generator().manual_seed(0)
+    documents = [torch.randint(3, V, (n,), generator=g) for n in lengths]
+    cu = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+    labels = [d.index_fill(0, torch.tensor(0), -100) for d in documents]
+    row, rows = ({k: v.cuda() for k, v in form.items()} for form in packed(documents, labels))
+    row |= {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
+    row |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    losses = []
+    for model, inputs in ((flash, row), (plain, rows)):
+        model = patch(model.to("cuda", torch.bfloat16))
+        losses.append(model(**inputs, ift=config).loss)
+    torch.testing.assert_close(*losses, rtol=2e-2, atol=0.0)
 
 
 def test_sampled_rows_never_share_their_noise_and_repeat_by_step():
@@ -268,45 +289,24 @@ def test_what_cannot_serve_is_refused(change, match):
 
 
 def test_a_model_that_scales_what_it_looks_up_mixes_the_scaled():
-    config = hf.FalconH1Config(
-        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4,
-        mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8, embedding_multiplier=5.0,
-        lm_head_multiplier=0.5, pad_token_id=0,
-    )  # fmt: skip
-    model = hf.FalconH1ForCausalLM(config).train()
-    for config in (None, IFTConfig(), IFTConfig(lam=0.9, share_prompt=False)):
-        result = compare_models(model, batch(), ift=config)
-        assert result.verdict == "equal", str(result)
-
-
-def roberta(**special):
-    config = hf.RobertaConfig(
-        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=64, is_decoder=True, type_vocab_size=1,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3, **special,
-    )  # fmt: skip
-    return hf.RobertaForCausalLM(config)
+    model = make("falcon_h1", num_hidden_layers=1)
+    configs = None, IFTConfig(), IFTConfig(lam=0.9, share_prompt=False)
+    assert_as_dense(model, batch(), *configs)
 
 
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("name", ["roberta", "deepseek_v4", "gemma3n"])
 def test_models_that_take_more_than_embeddings_from_their_ids(name, left):
-    if name == "roberta":  # positions from the padding token
-        model = roberta()
-    elif name == "deepseek_v4":  # experts by token id
-        name = "DeepseekV4ForCausalLM"
-        model = tiny_model(next(a for a in architectures() if a.name == name), torch.float32)
-    else:  # per-layer embeddings; NaN of its own behind padding on the left
+    if name == "deepseek_v4":  # experts by token id
+        model = tiny_model(architecture_of("DeepseekV4ForCausalLM"), torch.float32)
+    else:  # positions from the padding token; per-layer embeddings
         model = make(name)
-        if left:
-            return
+    if left and name == "gemma3n":  # NaN of its own behind padding on the left
+        return
     inputs = batch(vocabulary=min(V, model.config.get_text_config().vocab_size))
     if left:
         inputs = {k: v.flip(1) for k, v in inputs.items()}
-    for config in (IFTConfig(), IFTConfig(share_prompt=False, embedding_grad=True)):
-        result = compare_models(model, inputs, ift=config)
-        assert result.verdict == "equal", str(result)
+    assert_as_dense(model, inputs, IFTConfig(), IFTConfig(share_prompt=False, embedding_grad=True))
 
 
 def looks_up(kind):
@@ -343,9 +343,7 @@ def test_other_ways_to_look_tokens_up_are_refused_by_name(kind):
 def test_hooks_on_the_input_embedding_run_on_what_is_mixed():
     model, inputs = make("llama"), batch()
     model.model.embed_tokens.register_forward_hook(lambda module, args, output: output * 3.0)
-    for config in (IFTConfig(), IFTConfig(rule="soft", embedding_grad=True)):
-        result = compare_models(model, inputs, ift=config)
-        assert result.verdict == "equal", str(result)
+    assert_as_dense(model, inputs, IFTConfig(), IFTConfig(rule="soft", embedding_grad=True))
 
 
 def test_an_input_embedding_wrapped_between_two_losses():
@@ -356,8 +354,7 @@ def test_an_input_embedding_wrapped_between_two_losses():
     embedding.forward = lambda ids: forward(ids)
     loss, got = fused(model, inputs)
     torch.testing.assert_close(loss, expected)
-    for name, grad in got.items():
-        torch.testing.assert_close(grad, grads[name])
+    torch.testing.assert_close(got, grads)
     assert embedding(inputs["input_ids"]).shape == (
         *inputs["input_ids"].shape,
         embedding.embedding_dim,

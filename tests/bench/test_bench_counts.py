@@ -1,22 +1,18 @@
 """What is counted instead of timed is no more than what is committed."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from bench.harness.machine import ROOT
 from bench.suites import counts
+from processes import python
 
 
 def test_no_operation_does_more_than_committed():
     """In a process of its own: this one fills fresh memory, which counts."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "counts"], cwd=ROOT,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = python("-m", "bench", "counts", cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import assert_exits, run
 
 from bench.__main__ import main
 from bench.harness import data, machine, measure
@@ -19,7 +20,7 @@ from bench.harness.worker import Failed, Worker
 from bench.peers import heads
 from bench.report import pictures, tables
 from bench.suites import grid, head
-from processes import HANG, NEVER_ENDS
+from processes import HANG
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -269,24 +270,26 @@ def test_a_peer_is_right_or_says_why_it_cannot_run(name, kind, tmp_path):
             check(call())  # raises if wrong
 
 
-def test_missing_peers_are_named():
-    device, dtype = torch.device("cpu"), torch.bfloat16
-    assert "GPU" in heads.PEERS["liger"].unsupported_reason("loss", device, dtype)
-    assert (
-        heads.PEERS["naive-float"].unsupported_reason("loss", device, torch.float32)
-        == "the same as naive"
+@pytest.mark.parametrize(
+    ("name", "dtype", "reason"),
+    [
+        ("liger", torch.bfloat16, "GPU"),
+        ("quack", torch.bfloat16, "^its kernels need a GPU$"),
+        ("flash", torch.bfloat16, "^its kernels need a GPU$"),
+        ("naive-float", torch.float32, "^the same as naive$"),
+    ],
+)
+def test_peers_that_cannot_run_say_why(name, dtype, reason):
+    assert re.search(
+        reason, heads.PEERS[name].unsupported_reason("loss", torch.device("cpu"), dtype)
     )
+
+
+def test_missing_peers_are_named():
     assert heads._optional("no_such_peer") == (None, "no_such_peer is not installed")
 
 
 # --- the command ----------------------------------------------------------------------------------
-
-
-def run(tmp_path, *arguments):
-    """The report of a run, and what it printed is checked elsewhere."""
-    file = tmp_path / "found.json"
-    assert main([*arguments, "--threads", "1", *NEVER_ENDS, "--json", str(file)]) == 0
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def test_head_end_to_end(tmp_path, capsys):
@@ -294,8 +297,8 @@ def test_head_end_to_end(tmp_path, capsys):
     cases = ["statistics", "per-token", "scalar", "scalar-ignored", "greedy"]
     picture = tmp_path / "found.png"
     found = run(
-        tmp_path, "head", "--shapes", "40x16x600", "--dtype", "fp32", "--rounds", "2",
-        "--implementations", *names, "--cases", *cases, "--plot", str(picture),
+        tmp_path, "head", "--shapes", "40x16x600", "--dtype", "fp32", "--implementations", *names,
+        "--cases", *cases, "--plot", str(picture), rounds=2,
     )  # fmt: skip
     (head,) = found["groups"]
     assert head["name"] == "40x16x600 fp32"
@@ -318,7 +321,7 @@ def test_head_end_to_end(tmp_path, capsys):
 def test_ops_end_to_end(tmp_path, capsys):
     found = run(
         tmp_path, "ops", "--shape", "40x16x600", "--batch", "3x50", "--dtype", "fp32",
-        "--rounds", "1", "--implementations", "ours", "naive",
+        "--implementations", "ours", "naive",
     )  # fmt: skip
     cells = [cell for group in found["groups"] for cell in group["cells"]]
     assert len(cells) == 22 and not [c["reason"] for c in cells if c["reason"]]
@@ -328,8 +331,8 @@ def test_ops_end_to_end(tmp_path, capsys):
 
 def test_report_names_no_machine(tmp_path, capsys):
     found = run(
-        tmp_path, "head", "--shapes", "20x8x100", "--dtype", "fp32", "--rounds", "1",
-        "--implementations", "ours", "--cases", "greedy",
+        tmp_path, "head", "--shapes", "20x8x100", "--dtype", "fp32", "--implementations", "ours",
+        "--cases", "greedy",
     )  # fmt: skip
     text = json.dumps(found)
     about = found["provenance"]
@@ -383,9 +386,7 @@ def test_list_says_what_there_is(capsys):
     ],
 )
 def test_arguments_that_do_not_fit(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        main(arguments)
-    assert message in capsys.readouterr().err
+    assert_exits(arguments, message, capsys)
 
 
 def test_pictures_of_nothing_are_not_drawn(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from running import assert_exits
 
 from bench.__main__ import main
 from bench.harness import machine
@@ -230,9 +231,7 @@ def test_results_name_no_place_of_the_machine_they_are_from():
 
 
 def test_nothing_to_report(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["report", "--results", str(tmp_path)])
-    assert "no report in" in capsys.readouterr().err
+    assert_exits(["report", "--results", str(tmp_path)], "no report in", capsys)
 
 
 # --- what became slower ---------------------------------------------------------------------------
@@ -277,9 +276,7 @@ def test_compare_tells_by_its_exit_code(tmp_path, capsys):
         (tmp_path / "none.json", "not a report"),
         (written(tmp_path, "e.json", made_up(*BASE, group="h")), "no cell in common"),
     ]:
-        with pytest.raises(SystemExit):
-            main(["compare", str(before), str(bad)])
-        assert message in capsys.readouterr().err
+        assert_exits(["compare", str(before), str(bad)], message, capsys)
 
 
 def test_runs_of_one_revision_are_one_report():
@@ -344,6 +341,4 @@ def test_run_compares_with_another_revision(repository, tmp_path, capsys):
     ],
 )
 def test_run_says_what_is_wrong(arguments, message, repository, capsys):
-    with pytest.raises(SystemExit):
-        main(["run", *arguments])
-    assert message in capsys.readouterr().err
+    assert_exits(["run", *arguments], message, capsys)

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -12,24 +11,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from running import run
 
 from bench.__main__ import main
 from bench.harness import machine, measure
 from bench.harness.data import Wrong
 from bench.harness.worker import Failed
 from bench.peers import heads
-from bench.suites import command, e2e, grid, head
+from bench.suites import command, e2e, grid, head, losses
 from bench.suites.command import SUITES, parse
 from processes import HANG, NEVER_ENDS
 
 TINY = e2e.Setting("qwen2", 4, 16, 64, 1, 300, "fp32", "cpu")
-
-
-def run(tmp_path, *arguments):
-    file = tmp_path / "found.json"
-    options = ["--threads", "1", "--rounds", "1", *NEVER_ENDS, "--json", str(file)]
-    assert main([*arguments, *options]) == 0
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 # --- shapes and peers -----------------------------------------------------------------------------
@@ -42,15 +35,6 @@ def test_shapes_of_models():
     for text in ("llama-3-8b", "llama@4", "llama-3-8b@0", "4x8"):
         with pytest.raises(argparse.ArgumentTypeError, match="expected"):
             grid.shape(text)
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [("quack", "its kernels need a GPU"), ("flash", "its kernels need a GPU")],
-)
-def test_peers_that_cannot_run_say_why(name, reason):
-    device = torch.device("cpu")
-    assert heads.PEERS[name].unsupported_reason("loss", device, torch.bfloat16) == reason
 
 
 def test_verl_ignores_what_its_users_mask(monkeypatch):
@@ -264,6 +248,34 @@ def test_a_batch_that_fails_does_not_fit(monkeypatch):
     found = e2e.largest(lambda n: (n,), 10, measure.Settings(1), most=64)
     assert found["rows"] == 4 and not found["capped"]
     assert "signal 9" in found["tried"]["8"]
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+LOSS_SHAPE = (4, 3, 8, 50)
+
+
+@pytest.mark.parametrize("case", losses.CASES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_our_losses_are_the_naive_form(case, dtype):
+    ours, naive = (
+        losses.prepare(case, name, dtype, LOSS_SHAPE, "cpu") for name in ("ours", "naive")
+    )
+    loss, *gradients = result = ours.call()
+    found = ours.check(result)
+    assert set(found) == {"loss", "d hidden", "d weight"}
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+    with pytest.raises(Wrong, match="from the naive form"):
+        ours.check((loss, gradients[0], 1.5 * gradients[1]))
+    assert naive.check(naive.call()) == {}
+    ours.warm()
+
+
+def test_the_shape_of_losses_is_checked():
+    assert losses._shape("8x64x896x151936") == losses.SHAPE
+    for text in ("8x64", "3x4x5x6", "axbxcxd"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected RxTxDxV|an even number"):
+            losses._shape(text)
 
 
 # --- quick ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import re
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_backward_has_the_backend_of_forward(operation, schedule, case, served):
 def test_two_threads_at_once(name, served):
     """The backward of each call takes its own backend, while the other's runs."""
     operation, wanted = OPERATIONS[name], {}
-    start, values, found = threading.Barrier(2), {}, {}
+    start, values = threading.Barrier(2), {}
     for backend in ("reference", "cpu"):
         with use_backend(backend):
             tensors = [t.requires_grad_() for t in operation.inputs()]
@@ -98,16 +99,12 @@ def test_two_threads_at_once(name, served):
         value, tensors = values[backend]
         start.wait()
         for _ in range(10):
-            found[backend] = torch.autograd.grad(value, tensors, retain_graph=True)
+            gradients = torch.autograd.grad(value, tensors, retain_graph=True)
+        return gradients
 
-    threads = [threading.Thread(target=work, args=(backend,)) for backend in values]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for backend, gradients in wanted.items():
-        for ours, theirs in zip(found[backend], gradients, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(work, values))
+    torch.testing.assert_close(found, list(wanted.values()), rtol=1e-6, atol=1e-7)
     calls = Counter(name for name, _ in served)
     assert calls["reference"] == calls["cpu"] > 0
 
@@ -119,21 +116,15 @@ def test_two_threads_in_one_graph():
         tensors = [t.requires_grad_() for t in operation.inputs()]
         wanted = torch.autograd.grad(operation.plain(*tensors).sum(), tensors)
         for _ in range(5):
-            value, found, start = operation.ours(*tensors).sum(), [], threading.Barrier(3)
+            value, start = operation.ours(*tensors).sum(), threading.Barrier(3)
 
-            def work(value=value, start=start, found=found, tensors=tensors):
+            def work(_, value=value, start=start, tensors=tensors):
                 start.wait()
-                found.append(torch.autograd.grad(value, tensors, retain_graph=True))
+                return torch.autograd.grad(value, tensors, retain_graph=True)
 
-            threads = [threading.Thread(target=work) for _ in range(3)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            assert len(found) == 3
-            for gradients in found:
-                for ours, theirs in zip(gradients, wanted, strict=True):
-                    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            with ThreadPoolExecutor(3) as pool:
+                found = list(pool.map(work, range(3)))
+            torch.testing.assert_close(found, [wanted] * 3, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("backward_in_thread")

@@ -18,9 +18,7 @@ pytestmark = pytest.mark.usefixtures("backward_in_thread")
 # pytest collects them here too, with the fixtures that they take.
 AGAIN = {
     test_autograd_contract: (
-        "backend",
         "operation",
-        "schedule",
         "test_autocast",
         "test_backward_with_another_upstream_the_second_time",
         "test_changing_an_input_before_backward_is_noticed",

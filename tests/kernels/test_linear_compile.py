@@ -75,9 +75,7 @@ def test_whole_graph_of_token_choice():
         ]
 
     compiled = torch.compile(choose, fullgraph=True, backend="aot_eager")
-    for ours, wanted in zip(compiled(*h.inputs), choose(*h.inputs), strict=True):
-        assert torch.equal(ours.ids, wanted.ids)
-        torch.testing.assert_close(ours.logprob, wanted.logprob)
+    torch.testing.assert_close(compiled(*h.inputs), choose(*h.inputs))
 
 
 def test_one_graph_for_every_batch_size():
@@ -96,7 +94,7 @@ def test_changing_float_options():
     h = dense.head(20, 6, 90)
 
     def at(temperature):
-        s = linear_logprobs(h.hidden, h.weight, h.target, temperature=temperature, softcap=30.0)
+        s = linear_logprobs(*h.args, temperature=temperature, softcap=30.0)
         return s.logprob, linear_token(h.hidden, h.weight, temperature=temperature).logprob
 
     compiled = torch.compile(at, fullgraph=True, backend="aot_eager")
@@ -116,13 +114,17 @@ def test_inductor_with_surrounding_work():
     assert_same(run(torch.compile(model, fullgraph=True), h), run(model, h), rtol=1e-4)
 
 
+LAYOUTS = {
+    "plain": lambda t: t,
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "strided": lambda t: torch.stack([t, t], -1)[..., 0],
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
+
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
 def test_layouts(layout):
-    change = {
-        "transposed": lambda t: t.mT.contiguous().mT,
-        "strided": lambda t: torch.stack([t, t], -1)[..., 0],
-        "expanded": lambda t: t[:1].expand_as(t),
-    }[layout]
+    change = LAYOUTS[layout]
     h = dense.head((5, 7), 6, 90, bias=True)
 
     def model(hidden, weight, bias, target):
@@ -227,12 +229,7 @@ def test_opcheck_of_what_backward_calls(layout, ignored):
             return func(*args, **(kwargs or {}))
 
     h = dense.head(20, 6, 90, bias=True, ignored=ignored)
-    change = {
-        "plain": lambda t: t,
-        "transposed": lambda t: t.mT.contiguous().mT,
-        "expanded": lambda t: t[:1].expand_as(t),
-    }[layout]
-    hidden = change(h.hidden.detach()).requires_grad_()
+    hidden = LAYOUTS[layout](h.hidden.detach()).requires_grad_()
     for name in plan.SCHEDULES:
         with plan.use_schedule(name), Record():
             for function in FUNCTIONS.values():

@@ -11,6 +11,7 @@ import ift_kernels
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.schedule import divergence_plan
 from ift_kernels.schedule.head import Head
+from refusals import assert_refused
 
 KINDS = ["forward", "reverse", "jsd"]
 OPTIONS = {
@@ -132,15 +133,10 @@ def test_values_and_gradients(kind, options, schedule):
         got = torch.autograd.grad(value, student, send, retain_graph=True)
         exact = torch.autograd.grad(wanted, student, send, retain_graph=True)
         again = torch.autograd.grad(value, student, send)
-        for a, b, c in zip(got, exact, again, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-            torch.testing.assert_close(c, a, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(again, got, rtol=1e-9, atol=1e-12)
 
 
-BACKENDS = [row["name"] for row in ift_kernels.backends.describe() if row["available"]]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,27 +147,26 @@ def test_as_accurate_as_dense(kind, dtype, options, backend, schedule):
     exact_student = [t.detach().double().requires_grad_() for t in student]
     exact = reference(exact_student, [t.double() for t in teacher], mask, kind, **given)
     naive = reference(student, teacher, mask, kind, **given)
-    with ift_kernels.use_backend(backend):
-        for reduction in ("sum", "none"):
-            send = upstream if reduction == "none" else torch.ones(37)
-            value = ours(
-                student, teacher, mask, kind, reduction=reduction, workspace=workspace, **given
+    for reduction in ("sum", "none"):
+        send = upstream if reduction == "none" else torch.ones(37)
+        value = ours(
+            student, teacher, mask, kind, reduction=reduction, workspace=workspace, **given
+        )
+        dense.assert_as_accurate(
+            value, *((x if reduction == "none" else x.sum()) for x in (naive, exact)), "value"
+        )
+        weighed = value if reduction == "sum" else (value * send).sum()
+        grads = [
+            torch.autograd.grad(x, s, retain_graph=True)
+            for x, s in (
+                (weighed, student),
+                ((naive * send).sum(), student),
+                ((exact * send).sum(), exact_student),
             )
-            dense.assert_as_accurate(
-                value, *((x if reduction == "none" else x.sum()) for x in (naive, exact)), "value"
-            )
-            weighed = value if reduction == "sum" else (value * send).sum()
-            grads = [
-                torch.autograd.grad(x, s, retain_graph=True)
-                for x, s in (
-                    (weighed, student),
-                    ((naive * send).sum(), student),
-                    ((exact * send).sum(), exact_student),
-                )
-            ]
-            for name, a, b, c in zip(("hidden", "weight", "bias"), *grads, strict=True):
-                assert a.dtype == dtype
-                dense.assert_as_accurate(a, b, c, name)
+        ]
+        for name, a, b, c in zip(("hidden", "weight", "bias"), *grads, strict=True):
+            assert a.dtype == dtype
+            dense.assert_as_accurate(a, b, c, name)
 
 
 def test_a_row_with_nan_teaches_only_itself(schedule):
@@ -247,39 +242,32 @@ def test_compiles_to_one_graph(reduction):
     student, teacher, mask = inputs(dtype=torch.float32)
 
     def loss(h, w):
-        return ift_kernels.linear_divergence(
-            h, w, teacher[0], teacher[1], mask=mask, reduction=reduction
-        ).sum()
+        return ift_kernels.linear_divergence(h, w, *teacher[:2], mask=mask, reduction=reduction)
 
-    value = torch.compile(loss, backend="aot_eager", fullgraph=True)(*student[:2])
-    eager = loss(*student[:2])
-    torch.testing.assert_close(value, eager)
-    for a, b in zip(*(torch.autograd.grad(x, student[:2]) for x in (value, eager)), strict=True):
-        torch.testing.assert_close(a, b)
+    dense.assert_compiles(loss, *student[:2])
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"kind": "up"}, "kind: expected one of .*got 'up'"),
-        ({"beta": 1.0}, r"beta: expected in \(0, 1\), got 1.0"),
-        ({"reduction": "avg"}, "reduction: .*got 'avg'"),
-        ({"num_items": 3, "reduction": "sum"}, "num_items: only divides"),
-        ({"teacher_hidden": torch.zeros(3, 20)}, "teacher_hidden: expected shape"),
-        ({"teacher_weight": torch.zeros(7, 20)}, "teacher_weight: .*V=300"),
-        ({"mask": torch.ones(3)}, "mask: expected the shape"),
-        ({"teacher_weight": torch.ones(3)}, r"^teacher_weight: expected shape \(V, D\)"),
-        ({"teacher_bias": torch.ones(3)}, r"^teacher_bias: expected shape \(V,\)"),
-        ({"teacher_hidden": torch.ones(3, 0)}, r"^teacher_hidden: expected shape \(\.\.\., D\)"),
-        ({"teacher_softcap": -1.0}, "^teacher_softcap: expected None or"),
-        ({"teacher_logit_scale": math.inf}, "^teacher_logit_scale: expected a finite"),
+        ({"kind": "up"}, "expected one of .*got 'up'"),
+        ({"beta": 1.0}, r"expected in \(0, 1\), got 1.0"),
+        ({"reduction": "avg"}, ".*got 'avg'"),
+        ({"num_items": 3, "reduction": "sum"}, "only divides"),
+        ({"teacher_hidden": torch.zeros(3, 20)}, "expected shape"),
+        ({"teacher_weight": torch.zeros(7, 20)}, ".*V=300"),
+        ({"mask": torch.ones(3)}, "expected the shape"),
+        ({"teacher_weight": torch.ones(3)}, r"expected shape \(V, D\)"),
+        ({"teacher_bias": torch.ones(3)}, r"expected shape \(V,\)"),
+        ({"teacher_hidden": torch.ones(3, 0)}, r"expected shape \(\.\.\., D\)"),
+        ({"teacher_softcap": -1.0}, "expected None or"),
+        ({"teacher_logit_scale": math.inf}, "expected a finite"),
     ],
 )
 def test_errors(change, said):
     (h, w, _), (th, tw, _), _ = inputs(dtype=torch.float32)
-    given = {"hidden": h, "weight": w, "teacher_hidden": th, "teacher_weight": tw, **change}
-    with pytest.raises(ValueError, match=said):
-        ift_kernels.linear_divergence(**given)
+    given = {"hidden": h, "weight": w, "teacher_hidden": th, "teacher_weight": tw}
+    assert_refused(ift_kernels.linear_divergence, change, ValueError, said, **given)
 
 
 def test_errors_of_dtypes_name_the_teachers_weight():

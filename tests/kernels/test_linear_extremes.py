@@ -4,9 +4,7 @@ import pytest
 import torch
 
 import dense
-import ift_kernels
 from ift_kernels import linear_cross_entropy, linear_logprobs
-from ift_kernels.schedule import plan
 from serving import BACKENDS
 
 SMALL = 1 << 20
@@ -16,20 +14,8 @@ HALF = [torch.float32, torch.bfloat16]
 OUTPUTS = {"every-output": dense.OUTPUTS, "few": ("logprob", "entropy", "argmax", "argmax_logprob")}
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with ift_kernels.use_backend(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=plan.SCHEDULES)
-def schedule(request):
-    with plan.use_schedule(request.param):
-        yield request.param
-
-
 def call(h, outputs=dense.OUTPUTS, **options):
-    return linear_logprobs(h.hidden, h.weight, h.target, outputs=outputs, **h.kwargs, **options)
+    return linear_logprobs(*h.args, outputs=outputs, **h.kwargs, **options)
 
 
 def exact_logits(offset=0.0, step=0.125, n=40, v=1500):
@@ -68,7 +54,7 @@ def test_a_large_common_logit_costs_no_digits(backend, offset, outputs):
 def test_a_large_common_logit_and_label_smoothing(backend, offset):
     h = exact_logits(offset)
     options = {"label_smoothing": 0.1, "reduction": "none"}
-    ours = linear_cross_entropy(h.hidden, h.weight, h.target, **options)
+    ours = linear_cross_entropy(*h.args, **options)
     torch.testing.assert_close(
         ours.double(), dense.cross_entropy(h.double(), **options), rtol=1e-6, atol=2e-6
     )
@@ -79,15 +65,7 @@ def test_logits_of_ten_thousand_both_ways(backend):
     h = h.map(lambda t: (60 * t.detach()).requires_grad_())  # logits of spread 10⁴
     stats = call(h)
     assert stats.lse.abs().max() > 1e4
-    dense.assert_stats(stats, h)
-    up, exact = dense.upstream(h), h.double()
-    dense.assert_gradients(
-        dense.gradients(dense.send(stats, up), h.inputs),
-        h,
-        dense.send(dense.stats(h), up),
-        dense.send(dense.stats(exact), up),
-        exact.inputs,
-    )
+    dense.assert_stats_and_gradients(stats, h)
 
 
 # Where forward and backward round a logit differently, probabilities do not sum to 1 and what
@@ -134,7 +112,7 @@ def test_masked_tokens_are_as_if_they_were_not_there(backend, schedule, dtype, w
     )
     names = ("logprob", "lse", "entropy", "argmax", "second_logprob", "sum_sq")
     ours = call(masked, names, workspace=workspace)
-    smaller = dataclass_fields(dense.stats(left), names)
+    smaller = dense.stats(left)
     for name in names:
         value, wanted = getattr(ours, name), smaller[name]
         if name == "argmax":
@@ -152,10 +130,6 @@ def test_masked_tokens_are_as_if_they_were_not_there(backend, schedule, dtype, w
             mine = mine[open_]
         error = (mine - theirs).norm() / theirs.norm()
         assert error < (2e-2 if dtype == torch.bfloat16 else 1e-5), f"{name}: {error}"
-
-
-def dataclass_fields(values, names):
-    return {name: values[name] for name in names}
 
 
 def test_masked_target_and_everything_masked(backend):
@@ -181,9 +155,7 @@ def test_poisoned_hidden_stays_in_its_row(backend, value, width, dtype, outputs)
     h = dense.head(70, width, 1100, dtype, bias="sum_sq" in outputs, ignored=0)
     bad = torch.zeros(70, dtype=torch.bool)
     bad[[0, 31, 69]] = True
-    poisoned = dense.replace(h, hidden=h.hidden.detach().clone())
-    poisoned.hidden[bad, -1] = POISON[value]
-    poisoned.hidden.requires_grad_()
+    poisoned = dense.fill_rows(h, bad, POISON[value], -1)
     stats, clean = call(poisoned, outputs), call(h, outputs)
     for name in dense.FIELDS:
         if getattr(stats, name) is None:
@@ -205,9 +177,7 @@ def test_poisoned_hidden_stays_in_its_row(backend, value, width, dtype, outputs)
 def test_poison_reaches_the_scalar_loss_in_every_schedule(backend, schedule, dtype):
     h = dense.head(300, 9, 1100, dtype, bias=True, ignored=0.1)
     h.target[7] = 3
-    poisoned = dense.replace(h, hidden=h.hidden.detach().clone())
-    poisoned.hidden[7, 2] = NAN
-    poisoned.hidden.requires_grad_()
+    poisoned = dense.fill_rows(h, 7, column=2)
     loss = linear_cross_entropy(
         poisoned.hidden, h.weight, h.target, bias=h.bias, workspace=4 * SMALL
     )
@@ -263,9 +233,7 @@ def test_nan_upstream_reaches_the_gradients(backend, schedule):
 # and not in one schedule more than in another.
 def test_poisoned_row_without_upstream_gradient(backend, schedule):
     h = dense.head(64, 6, 1300, ignored=0)
-    hidden = h.hidden.detach().clone()
-    hidden[5] = NAN
-    hidden.requires_grad_()
+    hidden = dense.fill_rows(h, 5).hidden
     keep = torch.ones(64)
     keep[5] = 0
     logprob = linear_logprobs(hidden, h.weight, h.target).logprob
@@ -277,9 +245,7 @@ def test_poisoned_row_without_upstream_gradient(backend, schedule):
 def test_poisoned_ignored_row_is_not_read(backend, schedule):
     h = dense.head(64, 6, 1300, ignored=0)
     h.target[5] = -100
-    hidden = h.hidden.detach().clone()
-    hidden[5] = NAN
-    hidden.requires_grad_()
+    hidden = dense.fill_rows(h, 5).hidden
     for reduction in ("none", "mean"):
         loss = linear_cross_entropy(hidden, h.weight, h.target, reduction=reduction).sum()
         assert loss.isfinite()

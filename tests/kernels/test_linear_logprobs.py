@@ -9,11 +9,8 @@ import dense
 import ift_kernels
 from ift_kernels import linear_logprobs
 from ift_kernels.schedule import plan
-from serving import BACKENDS
+from serving import DTYPES, SERVED
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# fp64 is served by the reference whatever the backend.
-SERVED = [(b, d) for b in BACKENDS for d in DTYPES] + [("reference", torch.float64)]
 SMALL = 1 << 20  # the smallest workspace allowed
 
 SHAPES = {
@@ -28,36 +25,14 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with ift_kernels.use_backend(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=SERVED, ids=lambda p: f"{p[0]}-{str(p[1])[6:]}")
-def dtype(request):
-    """A dtype, with the backend that is to serve it chosen."""
-    with ift_kernels.use_backend(request.param[0]):
-        yield request.param[1]
-
-
 def call(h, outputs=dense.OUTPUTS, **options):
-    return linear_logprobs(h.hidden, h.weight, h.target, outputs=outputs, **h.kwargs, **options)
+    return linear_logprobs(*h.args, outputs=outputs, **h.kwargs, **options)
 
 
 def check(h, outputs=dense.OUTPUTS, **options):
     """All of `outputs` and their gradients, under non-uniform upstream gradients of both signs."""
-    stats = call(h, outputs, **options)
-    dense.assert_stats(stats, h)
-    up = dense.upstream(h, tuple(name for name in dense.DIFFERENTIABLE if name in outputs))
-    exact = h.double()
-    dense.assert_gradients(
-        dense.gradients(dense.send(stats, up), h.inputs),
-        h,
-        dense.send(dense.stats(h), up),
-        dense.send(dense.stats(exact), up),
-        exact.inputs,
-    )
+    names = tuple(name for name in dense.DIFFERENTIABLE if name in outputs)
+    dense.assert_stats_and_gradients(call(h, outputs, **options), h, names)
 
 
 # Few outputs of a plain head go another way through the C++ code than all of them.
@@ -125,14 +100,11 @@ def test_gradients_only_of_what_needs_them(backend, needs, workspace):
     up = dense.upstream(h)
     whole = dense.gradients(dense.send(call(h), up), h.inputs)
     part = h.map(lambda t: t.detach().clone())
-    for i, tensor in enumerate(part.inputs):
-        tensor.requires_grad_(bool(needs >> i & 1))
-    dense.send(call(part, workspace=workspace), up).backward()
-    for i, (tensor, wanted) in enumerate(zip(part.inputs, whole, strict=True)):
-        if needs >> i & 1:
-            torch.testing.assert_close(tensor.grad, wanted, rtol=1e-5, atol=1e-4)
-        else:
-            assert tensor.grad is None
+
+    def loss():
+        return dense.send(call(part, workspace=workspace), up)
+
+    dense.assert_only_needed(part.inputs, needs, loss, whole, rtol=1e-5, atol=1e-4)
 
 
 # Products of 520 x 2500 do not fit 1 MiB in either direction, and 311 wide, neither does the
@@ -209,8 +181,8 @@ def test_layouts(backend, layout, batch, half):
     results = [(call(x), x) for x in (h, moved)]
     grads = [dense.gradients(dense.send(s, up), x.inputs) for s, x in results]
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if half else {"rtol": 1e-5, "atol": 1e-5}
-    for mine, theirs in zip((*results[1][0], *grads[1]), (*results[0][0], *grads[0]), strict=True):
-        torch.testing.assert_close(mine, theirs, **tolerance)
+    mine, theirs = ((*results[i][0], *grads[i]) for i in (1, 0))
+    torch.testing.assert_close(mine, theirs, **tolerance)
     for tensor, grad in zip(moved.inputs, grads[1], strict=True):
         assert grad.shape == tensor.shape
 
@@ -258,8 +230,7 @@ def test_ignore_index_and_kinds_of_target(backend, ignore_index, kind):
     wanted = dense.stats(h, ignore_index)["logprob"]
     torch.testing.assert_close(got.logprob, wanted, rtol=1e-5, atol=1e-5)
     mine, theirs = (dense.gradients(x.sum(), h.inputs) for x in (got.logprob, wanted))
-    for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     assert (mine[0][::3] == 0).all()
 
 

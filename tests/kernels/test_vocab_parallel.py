@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+import processes
 from ift_kernels import (
     ActiveSet,
     TokenStats,
@@ -16,7 +17,6 @@ from ift_kernels import (
     vocab_parallel_logprobs,
 )
 from ift_kernels.schedule.plan import use_schedule
-from processes import join, leave, start
 
 V, D, SHAPE = 131, 24, (3, 9)  # odd: the shards are not of one size
 OUTPUTS = TokenStats._fields
@@ -58,10 +58,10 @@ def loss_of(stats, upstream):
 def run(case, form, mesh):
     """Statistics and gradients; those of the head joined, as the one process has them."""
     (hidden, weight, bias), target, upstream, options = problem(**CASES[case])
-    rank, processes = dist.get_rank(), dist.get_world_size()
+    rank, number = dist.get_rank(), dist.get_world_size()
     if form == "group":
-        first = V // processes + 3 if len(weight) == V else 1 + len(weight) // processes
-        parts = [first] * (processes - 1)  # uneven: the last process has what is left
+        first = V // number + 3 if len(weight) == V else 1 + len(weight) // number
+        parts = [first] * (number - 1)  # uneven: the last process has what is left
         parts = [*parts, max(0, len(weight) - sum(parts))]
         if sum(parts) != len(weight):
             parts = [2, 2, 1, 0]
@@ -84,7 +84,7 @@ def run(case, form, mesh):
         if isinstance(grad, DTensor):
             grad = grad.full_tensor()
         elif tensor is not hidden:
-            pieces = [None] * processes
+            pieces = [None] * number
             dist.all_gather_object(pieces, grad)
             grad = torch.cat(pieces)
         grads.append(grad)
@@ -93,10 +93,9 @@ def run(case, form, mesh):
     return [s.detach() for s in stats], grads
 
 
-def worker(rank, processes, directory):
-    join(rank, processes, directory)
-    mesh = init_device_mesh("cpu", (processes,))
-    results = {(c, f): run(c, f, mesh) for c in CASES for f in FORMS}
+def worker(rank, number, directory):
+    mesh = init_device_mesh("cpu", (number,))
+    found = {(c, f): run(c, f, mesh) for c in CASES for f in FORMS}
     (hidden, weight, bias), target, *_ = problem()
     sharded = distribute_tensor(weight, mesh, [Shard(0)])
     wrong = {
@@ -111,16 +110,13 @@ def worker(rank, processes, directory):
     for name, call in wrong.items():
         with pytest.raises((TypeError, ValueError)) as error:
             call()
-        results[name] = str(error.value)
-    torch.save(results, f"{directory}/{rank}.pt")
-    leave()
+        found[name] = str(error.value)
+    return found
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def results(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("processes")
-    start(worker, request.param, directory)
-    return [torch.load(directory / f"{rank}.pt") for rank in range(request.param)]
+    return processes.results(worker, request.param, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -164,13 +160,6 @@ def test_a_tie_between_shards_goes_to_the_lowest_id(results):
 )
 def test_what_cannot_serve_is_refused(results, name, match):
     assert match in results[0][name]
-
-
-@pytest.fixture
-def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("which", ["hidden", "weight", "bias"])

@@ -1,12 +1,12 @@
-"""The examples of the integrations: short, and they learn."""
+"""The examples: those of the integrations are short, and they learn."""
 
 import importlib
 from pathlib import Path
 
 import pytest
-import torch
 
-from processes import join, leave, start
+from examples import policy_gradient
+from processes import results
 
 EXAMPLES = ("train_loop", "train_transformers", "train_trl_ift", "train_trl_dpo", "train_fsdp2")
 
@@ -27,18 +27,21 @@ def test_they_learn(name, tmp_path, monkeypatch):
 
 
 def worker(rank, processes, directory):
-    join(rank, processes, directory)
-    losses = importlib.import_module("examples.train_fsdp2").main(["--steps", "6"])
-    torch.save(losses, f"{directory}/{rank}.pt")
-    leave()
+    return importlib.import_module("examples.train_fsdp2").main(["--steps", "6"])
 
 
 def test_two_processes_are_the_plain_loop_without_its_schedule(tmp_path, monkeypatch):
-    start(worker, 2, tmp_path)
-    sharded, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    sharded, other = results(worker, 2, tmp_path)
     assert sharded == pytest.approx(other)
     loop = importlib.import_module("examples.train_loop")
     replace = loop.ift.IFTConfig.replace
     plain = loop.ift.IFTConfig()
     monkeypatch.setattr(loop.ift.IFTConfig, "replace", lambda _, **step: replace(plain, **step))
     assert sharded == pytest.approx(loop.main(["--steps", "6"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo", "rloo", "reinforce", "cispo"])
+def test_the_reward_of_a_loop_that_samples_rises(name):
+    history = policy_gradient.train(name, rounds=12)
+    assert sum(history[:2]) / 2 < 0.2  # one of sixteen tokens, at random
+    assert sum(history[-3:]) / 3 > sum(history[:2]) / 2 + 0.2, history

@@ -1,29 +1,30 @@
 """`import ift` works without the trainers' libraries; what needs one names it."""
 
-import subprocess
-import sys
-
 import pytest
 
-BLOCKED = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {names!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name.split(".")[0])
-sys.meta_path.insert(0, Block())
-"""
+from processes import python
 
 
-def run(names, code):
-    return subprocess.run(
-        [sys.executable, "-c", BLOCKED.format(names=names) + code], capture_output=True, text=True
-    )
+def run_without(modules, code):
+    """Run `code` in a process in which `modules` cannot be imported."""
+    return python("-c", f"import sys; sys.modules.update(dict.fromkeys({modules!r}))\n{code}")
 
 
 def test_ift_without_any_of_them():
-    code = "import ift, ift_kernels, ift.losses; ift.IFTConfig(); print('fine')"
-    done = run(("transformers", "trl", "peft", "triton", "accelerate", "datasets"), code)
+    code = """
+import ift, ift_kernels, ift.losses
+assert ift.IFTConfig().lam == 0.2 and ift.losses.IFTLoss
+for name in ("patch", "unpatch", "IFTTrainer"):
+    try:
+        getattr(ift, name)
+    except ImportError as error:
+        assert "ift-kernels[train]" in str(error) and name in str(error), error
+    else:
+        raise SystemExit(f"{name} loaded without transformers")
+print("fine")
+"""
+    trainers = ("transformers", "trl", "peft", "triton", "accelerate", "datasets", "matplotlib")
+    done = run_without(trainers, code)
     assert done.stdout == "fine\n", done.stderr
 
 
@@ -35,5 +36,10 @@ def test_ift_without_any_of_them():
     ],
 )
 def test_what_needs_one_names_its_extra(names, code, extra):
-    done = run(names, code)
+    done = run_without(names, code)
     assert done.returncode and extra in done.stderr.splitlines()[-1]
+
+
+def test_import_loads_no_transformers():
+    done = python("-c", "import ift, sys; print('transformers' in sys.modules)")
+    assert done.stdout == "False\n", done.stderr

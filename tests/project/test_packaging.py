@@ -3,13 +3,15 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import processes
+from processes import python
 
 ROOT = Path(__file__).resolve().parents[2]
 # Slow optimisation is not what these tests are about; a later -O wins.
@@ -31,10 +33,7 @@ def checkout(folder):
 
 
 def pip(*arguments, **environment):
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
-    return subprocess.run(
-        command, env={**os.environ, **environment}, text=True, capture_output=True
-    )
+    return python("-m", "pip", "--disable-pip-version-check", *arguments, **environment)
 
 
 def build(folder, **environment):
@@ -58,13 +57,7 @@ def run(code, target):
     that the wheel lacks.
     """
     paths = [str(target), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code],
-        cwd=target,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        text=True,
-        capture_output=True,
-    )
+    done = python("-S", "-c", code, cwd=target, PYTHONPATH=os.pathsep.join(paths))
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -106,7 +99,8 @@ def test_version_is_the_one_of_the_package(built):
 def test_extension_links_neither_torch_nor_cuda(built, tmp_path):
     (name,) = (n for n in zipfile.ZipFile(built[1]).namelist() if n.endswith(".so"))
     library = zipfile.ZipFile(built[1]).extract(name, tmp_path)
-    dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
+    dynamic = processes.run("readelf", "-d", library)
+    dynamic.check_returncode()
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic.stdout)
     assert "libstdc++.so.6" in needed or "libc++.so.1" in needed, dynamic.stdout
     system = r"lib(c|m|gcc_s|stdc\+\+|c\+\+|c\+\+abi|gomp|omp|pthread|dl)\.so\.\d+|ld-linux.*"
@@ -127,9 +121,9 @@ def test_wide_instructions_stay_in_their_namespace(built):
     shared = []
     for path in wide:
         isa = path.name.split(".")[1]
-        command = ["nm", "-C", "--defined-only", str(path)]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        symbols = [line.split(maxsplit=2)[1:] for line in listing.splitlines()]
+        listing = processes.run("nm", "-C", "--defined-only", path)
+        listing.check_returncode()
+        symbols = [line.split(maxsplit=2)[1:] for line in listing.stdout.splitlines()]
         shared += [s for kind, s in symbols if kind in "TW" and f"::{isa}::" not in s]
     assert shared == []
 
@@ -154,10 +148,7 @@ def test_source_root_is_no_import_name(installed):
 def test_build_is_incremental(built):
     """A second build of the same tree compiles nothing."""
     source, _ = built
-    command = [sys.executable, "setup.py", "build_ext"]
-    done = subprocess.run(
-        command, cwd=source, env={**os.environ, **QUICK}, text=True, capture_output=True
-    )
+    done = python("setup.py", "build_ext", cwd=source, **QUICK)
     assert "no work to do" in done.stdout, done.stdout + done.stderr
 
 

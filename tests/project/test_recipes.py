@@ -4,16 +4,17 @@ import copy
 import sys
 
 import pytest
+import recipes
 import torch
+from recipes import install, recipe, run
 from torch.distributed.fsdp import fully_shard
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 import ift
-import recipes
 from bench.peers.naive_ift import naive_ift_loss
 from causal_lms import assert_close, batch, gradients, make
 from ift_kernels import linear_logprobs
-from recipes import install, recipe, run
+from trainers import SGD, training_arguments
 
 
 def padded():
@@ -65,8 +66,7 @@ def test_openrlhf_actor(kernel_actor, call, packing):
         loss.backward()
         seen.append((values, gradients(actor.model)))
     (expected, grads), (values, ours) = seen
-    for value, right in zip(values, expected, strict=True):
-        torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
     assert_close(ours, grads)
 
 
@@ -108,20 +108,17 @@ def test_verl_engine(monkeypatch, temperature, packed):
         loss = (log_probs * torch.linspace(-1, 1, len(log_probs))).sum() + 0.1 * entropy.sum()
         loss.backward()
         seen.append((log_probs.detach(), entropy.detach(), gradients(model)))
-    for value, right in zip(seen[1][:2], seen[0][:2], strict=True):
-        torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen[1][:2], seen[0][:2], rtol=1e-5, atol=1e-5)
     assert_close(seen[1][2], seen[0][2])
 
 
 # --- axolotl, LLaMA-Factory ----------------------------------------------------------------------
 
 
-def arguments(directory, kind=TrainingArguments, **options):
-    return kind(
-        output_dir=str(directory), use_cpu=True, report_to=[], save_strategy="no", max_steps=1,
-        per_device_train_batch_size=2, gradient_accumulation_steps=2, optim="sgd",
-        learning_rate=1.0, max_grad_norm=0.0, lr_scheduler_type="constant", disable_tqdm=True,
-        logging_steps=1, do_train=True, **options,
+def arguments(directory, kind=TrainingArguments):
+    return training_arguments(
+        directory, kind, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        learning_rate=1.0, do_train=True, **SGD,
     )  # fmt: skip
 
 
@@ -152,28 +149,27 @@ def assert_stepped(trainer, expected, start):
         assert (new - right).abs().max() <= 2e-4 * right.abs().max().clamp(min=1e-3)
 
 
+@pytest.fixture
+def plugin(monkeypatch):
+    """The class of the page's plugin."""
+    members = {"AxolotlTrainer": recipes.AxolotlTrainer}
+    install(monkeypatch, axolotl__core__trainers__base=members)
+    install(monkeypatch, axolotl__integrations__base={"BasePlugin": recipes.BasePlugin})
+    return run(recipe("axolotl"))["IFTPlugin"]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
-def test_axolotl_ift(monkeypatch, tmp_path, architecture):
-    install(
-        monkeypatch,
-        axolotl__core__trainers__base={"AxolotlTrainer": recipes.AxolotlTrainer},
-        axolotl__integrations__base={"BasePlugin": recipes.BasePlugin},
-    )
-    plugin = run(recipe("axolotl"))["IFTPlugin"]()
+def test_axolotl_ift(plugin, tmp_path, architecture):
     (inputs, rows), model = dataset(), make(architecture)
     start = [p.detach().clone() for p in model.parameters()]
     loss, expected = one_step(copy.deepcopy(model), inputs, True)
-    trainer = recipes.build(plugin, {}, model, rows, arguments(tmp_path))
+    trainer = recipes.build(plugin(), {}, model, rows, arguments(tmp_path))
     trainer.train()
     assert_stepped(trainer, expected, start)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-3)
 
 
-def test_axolotl_sft_is_ours(monkeypatch, tmp_path):
-    members = {"AxolotlTrainer": recipes.AxolotlTrainer}
-    install(monkeypatch, axolotl__core__trainers__base=members)
-    install(monkeypatch, axolotl__integrations__base={"BasePlugin": recipes.BasePlugin})
-    plugin = run(recipe("axolotl"))["IFTPlugin"]
+def test_axolotl_sft_is_ours(plugin, monkeypatch, tmp_path):
     monkeypatch.delattr(plugin, "get_trainer_cls")  # as the page says
     _, rows = dataset()
     trainer = recipes.build(plugin(), {}, make("llama"), rows, arguments(tmp_path))
@@ -206,15 +202,6 @@ def kernel_loss(monkeypatch):
     install(monkeypatch, torchtitan__components__loss=members)
     # The class's dataclass looks itself up in the module that it says it is of.
     return run(recipe("torchtitan"), __name__="torchtitan.components.loss")["KernelLoss"]
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    """A process group of this process alone."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("ignored", [0, 5, 24])
@@ -308,8 +295,8 @@ def test_lightning(tmp_path, accumulate):
         if (number + 1) % accumulate == 0:
             optimizer.step()
             optimizer.zero_grad()
-    for ours, right in zip(module.model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5)
+    found = [list(m.parameters()) for m in (module.model, reference)]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 def test_trl(tmp_path, monkeypatch):

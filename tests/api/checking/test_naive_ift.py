@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-import ift_kernels
 from bench.peers import naive_ift
+from causal_lms import make
 from ift.losses import ift_loss
 from ift_kernels import temporal_residual
-from serving import BACKENDS
 
 OPTIONS = {
     "default": {},
@@ -18,27 +17,9 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with ift_kernels.use_backend(request.param):
-        yield request.param
-
-
 @pytest.fixture(scope="module")
 def model():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,  # predictions well apart: no ties within rounding
-    )
-    return LlamaForCausalLM(config).eval()
+    return make("llama", vocab_size=61).eval()
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())

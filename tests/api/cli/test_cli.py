@@ -14,11 +14,13 @@ import time
 
 import pytest
 
+from command_line import read_log, refusal, train, untimed, write_rows
 from ift.cli import main, options
 from ift.files import JsonlLog
+from processes import python
 
 WORDS = ["the", "model", "learns", "to", "name", "what", "comes", "next", "and", "some", "more"]
-SMALL = ["--lr", "3e-3", "--batch-size", "4", "--max-length", "48", "--cpu"]
+SMALL = ["--lr", "3e-3", "--batch-size", "4", "--max-length", "48"]
 
 
 @pytest.fixture(scope="module")
@@ -30,29 +32,10 @@ def data(tmp_path_factory):
     for _ in range(40):
         words = draw.sample(WORDS, 5)
         rows.append({"prompt": " ".join(words) + " :", "completion": " " + " ".join(words[:3])})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(path, rows)
 
 
-def ift(*arguments, **environment):
-    """Start `ift` in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "ift.cli", *map(str, arguments)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def records(output):
-    lines = (output / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def untimed(output):
-    """The log without its only key that two equal runs do not share."""
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records(output)]
+ALONE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 # ---- before anything is loaded -------------------------------------------------------------------
@@ -66,58 +49,50 @@ def test_help_and_argument_errors_load_no_torch():
         "except SystemExit as stop: assert stop.code == 0\n"
         "print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+# Name → arguments, and what the error says.
 BAD = {
-    "unknown option": (["--lamb", "0.2"], "--lamb: unknown option; .* did you mean --lam"),
-    "unknown loss": (["--loss", "gdpo"], "--loss: got 'gdpo'; expected one of sft, ift"),
-    "λ above 1": (["--lam", "1.5"], r"--lam: got '1.5'; expected λ in \[0, 1\]"),
-    "γ below 0": (["--gamma=-0.1"], r"--gamma: got '-0.1'; expected γ in \[0, 1\]"),
-    "γ no number": (["--gamma", "x"], r"--gamma: got 'x'; expected γ in \[0, 1\]"),
-    "λ not finite": (["--lam", "nan"], "--lam: got 'nan'; expected"),
+    "unknown option": ("--lamb 0.2", "--lamb: unknown option; .* did you mean --lam"),
+    "unknown loss": ("--loss gdpo", "--loss: got 'gdpo'; expected one of sft, ift"),
+    "λ above 1": ("--lam 1.5", r"--lam: got '1.5'; expected λ in \[0, 1\]"),
+    "γ below 0": ("--gamma=-0.1", r"--gamma: got '-0.1'; expected γ in \[0, 1\]"),
+    "γ no number": ("--gamma x", r"--gamma: got 'x'; expected γ in \[0, 1\]"),
+    "λ not finite": ("--lam nan", "--lam: got 'nan'; expected"),
     "min λ above λ": (
-        ["--lambda-schedule", "linear", "--min-lam", "0.5"],
+        "--lambda-schedule linear --min-lam 0.5",
         "--min-lam: expected at most lam = 0.2, got 0.5",
     ),
-    "k": (["--rule", "kth", "--k", "0"], "--k: got '0'; expected a whole number of at least 1"),
-    "norm of another objective": (
-        ["--objective", "paper", "--norm", "L2"],
-        "--norm: expected 'L1'",
-    ),
-    "option of another loss": (["--loss", "sft", "--lam", "0.1"], "--lam: got it with --loss sft"),
-    "batch size": (["--batch-size", "2.5"], "--batch-size: got '2.5'; expected a whole number"),
-    "learning rate": (["--lr", "0"], "--lr: got '0'; expected a number above 0"),
-    "value missing": (["--lr"], "--lr: expected one argument"),
-    "split of everything": (["--eval-split", "1"], "--eval-split: got '1'; expected a fraction"),
-    "two evaluation sets": (
-        ["--eval-split", "0.1", "--eval-data", "x"],
-        "--eval-split: got it bes",
-    ),
-    "two lengths": (["--epochs", "1", "--max-steps", "3"], "--max-steps: got it beside --epochs"),
-    "no such data": (["--data", "/nowhere.jsonl"], "--data: /nowhere.jsonl: No such file"),
-    "no such evaluation data": (["--eval-data", "/nowhere.jsonl"], "--eval-data: /nowhere.jsonl"),
-    "no such model": (["--model", "./nowhere"], r"--model: no directory \./nowhere; expected"),
-    "model without config": (["--model", "/"], "--model: no config.json in /; expected"),
-    "output below a file": (
-        ["--output", "/dev/null/out"],
-        "--output: cannot write to /dev/null/out",
-    ),
-    "seed of no generator": (["--seed", str(2**40)], r"--seed: got '1099511627776'; expected a"),
+    "k": ("--rule kth --k 0", "--k: got '0'; expected a whole number of at least 1"),
+    "norm of another objective": ("--objective paper --norm L2", "--norm: expected 'L1'"),
+    "option of another loss": ("--loss sft --lam 0.1", "--lam: got it with --loss sft"),
+    "batch size": ("--batch-size 2.5", "--batch-size: got '2.5'; expected a whole number"),
+    "learning rate": ("--lr 0", "--lr: got '0'; expected a number above 0"),
+    "value missing": ("--lr", "--lr: expected one argument"),
+    "split of everything": ("--eval-split 1", "--eval-split: got '1'; expected a fraction"),
+    "two evaluation sets": ("--eval-split 0.1 --eval-data x", "--eval-split: got it bes"),
+    "two lengths": ("--epochs 1 --max-steps 3", "--max-steps: got it beside --epochs"),
+    "no such data": ("--data /nowhere.jsonl", "--data: /nowhere.jsonl: No such file"),
+    "no such evaluation data": ("--eval-data /nowhere.jsonl", "--eval-data: /nowhere.jsonl"),
+    "no such model": ("--model ./nowhere", r"--model: no directory \./nowhere; expected"),
+    "model without config": ("--model /", "--model: no config.json in /; expected"),
+    "output below a file": ("--output /dev/null/out", "--output: cannot write to /dev/null/out"),
+    "seed of no generator": (f"--seed {2**40}", r"--seed: got '1099511627776'; expected a"),
     "k beyond what there is": (
-        ["--rule", "kth", "--k", "1000000", "--max-steps", "1"],
+        "--rule kth --k 1000000 --max-steps 1",
         r"--k: expected in \[1, 64\], got 1000000",
     ),
-    "nothing to learn": (["--max-length", "4"], "--data: no completion tokens left in any of 40"),
+    "nothing to learn": ("--max-length 4", "--data: no completion tokens left in any of 40"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(name, data, tmp_path, capsys):
-    extra, problem = BAD[name]
-    given = ["train", "--model", "tiny", "--data", str(data), "--output", str(tmp_path / "out")]
-    assert main([*given, *SMALL, *extra]) == 2
+    arguments, problem = BAD[name]
+    assert main(train(data, tmp_path / "out", *SMALL, *arguments.split())) == 2
     shown = capsys.readouterr()
     errors = [line for line in shown.err.splitlines() if line.startswith("ift: ")]
     assert shown.out == "" and len(errors) == 1 and "Traceback" not in shown.err
@@ -126,18 +101,16 @@ def test_bad_input_is_one_line_and_exit_code_2(name, data, tmp_path, capsys):
 
 def test_missing_arguments_and_commands(capsys):
     for arguments in ([], ["train"], ["trian"], ["train", "--model", "tiny"]):
-        assert main(arguments) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        assert refusal(arguments, capsys).count("\n") == 1
 
 
 def test_malformed_rows_are_named(tmp_path, capsys):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
-    assert main(["train", "--model", "tiny", "--data", str(path), "--output", str(tmp_path)]) == 2
-    assert f"--data: {path} line 2: got 'prompt'; expected" in capsys.readouterr().err
+    said = f"--data: {path} line 2: got 'prompt'; expected"
+    assert said in refusal(train(path, tmp_path), capsys)
     path.write_text("")
-    assert main(["train", "--model", "tiny", "--data", str(path), "--output", str(tmp_path)]) == 2
-    assert "the file has no rows" in capsys.readouterr().err
+    assert "the file has no rows" in refusal(train(path, tmp_path), capsys)
 
 
 def test_output_without_permission(data, tmp_path, capsys, monkeypatch):
@@ -146,9 +119,8 @@ def test_output_without_permission(data, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     output = str(tmp_path / "out")
-    assert main(["train", "--model", "tiny", "--data", str(data), "--output", output]) == 2
     problem = f"--output: cannot write to {output} (Permission denied); expected a writable"
-    assert problem in capsys.readouterr().err
+    assert problem in refusal(train(data, output), capsys)
 
 
 def test_presets_yield_to_what_is_given():
@@ -162,20 +134,21 @@ def test_presets_yield_to_what_is_given():
 # ---- whole runs ----------------------------------------------------------------------------------
 
 
+SFT = [*SMALL, "--loss", "sft", "--epochs", "6", "--eval-split", "0.1", "--log-steps", "4"]
+
+
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     """An SFT run of the tiny model with a held-out split."""
     output = tmp_path_factory.mktemp("runs") / "sft"
-    arguments = ["train", "--model", "tiny", "--data", str(data), "--output", str(output), *SMALL]
-    arguments += ["--loss", "sft", "--epochs", "6", "--eval-split", "0.1", "--log-steps", "4"]
-    assert main(arguments) == 0
+    assert main(train(data, output, *SFT)) == 0
     return output
 
 
 def test_a_run_leaves_model_log_and_picture(trained):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    log = records(trained)
+    log = read_log(trained)
     assert [r["step"] for r in log] == [4, 8, 9, 12, 16, 18, 20, 24, 27, 28, 32, 36, 40, 44, 45,
                                         48, 52, 54]  # fmt: skip
     assert [r["step"] for r in log if "eval_loss" in r] == [9, 18, 27, 36, 45, 54]  # each epoch
@@ -207,20 +180,20 @@ def test_evaluation_loss_is_the_mean_over_tokens(trained, data):
         logp = model(ids[None]).logits[0, :-1].log_softmax(-1)
         losses += [-logp[t, y].item() for t, y in enumerate(labels[1:]) if y != -100]
     expected = sum(losses) / len(losses)
-    assert records(trained)[-1]["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert read_log(trained)[-1]["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_from_a_directory_with_every_ift_option(trained, data, tmp_path, capsys):
     output = tmp_path / "ift"
-    arguments = ["train", "--model", str(trained / "model"), "--data", str(data)]
-    arguments += ["--output", str(output), "--eval-data", str(data), *SMALL, "--log-steps", "1"]
+    arguments = train(data, output, "--eval-data", data, *SMALL, model=trained / "model")
+    arguments += ["--log-steps", "1"]
     arguments += ["--loss", "ift", "--lam", "0.4", "--gamma", "0.9", "--objective", "released"]
     arguments += ["--propagation", "logps", "--side", "left", "--norm", "log", "--detach-weights"]
     arguments += ["--rule", "kth", "--k", "3", "--sample-temperature", "0.5", "--embedding-grad"]
     arguments += ["--lambda-schedule", "linear", "--min-lam", "0.1", "--warmup-steps", "4"]
     arguments += ["--lam-noise", "--optimizer", "rmsprop", "--scheduler", "cosine", "--bf16"]
     assert main([*arguments, "--lr-warmup-steps", "2", "--accumulate", "2", "--epochs", "1"]) == 0
-    log = records(output)
+    log = read_log(output)
     assert [r["step"] for r in log] == [1, 2, 3, 4, 5]
     from ift import IFTConfig
 
@@ -239,42 +212,22 @@ def test_messages_and_dropped_rows(tmp_path, capsys):
     path = tmp_path / "chat.jsonl"
     path.write_text(chat("how?") * 6 + chat("how? " * 60))
     output = tmp_path / "out"
-    arguments = ["train", "--model", "tiny", "--data", str(path), "--output", str(output), *SMALL]
-    assert main([*arguments, "--max-steps", "1"]) == 0
+    assert main(train(path, output, *SMALL, "--max-steps", 1)) == 0
     assert "dropped 1 of 7 rows, which have no completion token" in capsys.readouterr().err
     assert (output / "model" / "chat_template.jinja").exists()
 
 
 def test_another_run_is_not_written_over(trained, data, capsys):
-    arguments = ["train", "--model", "tiny", "--data", str(data), "--output", str(trained), *SMALL]
-    assert main(arguments) == 2
-    assert "holds another run; expected a new directory, or --resume" in capsys.readouterr().err
-    assert (
-        main(
-            [
-                *arguments,
-                "--loss",
-                "sft",
-                "--epochs",
-                "6",
-                "--eval-split",
-                "0.1",
-                "--lr",
-                "1",
-                "--resume",
-            ]
-        )
-        == 2
-    )
-    assert "--lr: got 1.0; expected 0.003, as the run in" in capsys.readouterr().err
+    said = "holds another run; expected a new directory, or --resume"
+    assert said in refusal(train(data, trained, *SMALL), capsys)
+    other = train(data, trained, *SFT, "--lr", 1, "--resume")
+    assert "--lr: got 1.0; expected 0.003, as the run in" in refusal(other, capsys)
 
 
 def test_resuming_a_finished_run_changes_nothing(trained, data, capsys):
-    before = records(trained)
-    arguments = ["train", "--model", "tiny", "--data", str(data), "--output", str(trained), *SMALL]
-    arguments += ["--loss", "sft", "--epochs", "6", "--eval-split", "0.1", "--log-steps", "4"]
-    assert main([*arguments, "--resume"]) == 0
-    assert records(trained) == before
+    before = read_log(trained)
+    assert main(train(data, trained, *SFT, "--resume")) == 0
+    assert read_log(trained) == before
 
 
 DAMAGE = {
@@ -287,28 +240,29 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_run_is_not_continued(name, short, tmp_path, capsys):
-    given, output = short
-    shutil.copytree(output, tmp_path / "run")
+def test_a_damaged_run_is_not_continued(name, short, data, tmp_path, capsys):
+    shutil.copytree(short, tmp_path / "run")
     (tmp_path / "run" / name).write_text(DAMAGE[name])
-    assert main([*given, "--output", str(tmp_path / "run"), "--resume"]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ift: ")]
+    shown = refusal(train(data, tmp_path / "run", *SHORT, "--resume"), capsys)
+    errors = [line for line in shown.splitlines() if line.startswith("ift: ")]
     assert len(errors) == 1 and errors[0].startswith("ift: --resume: ")
     assert str(tmp_path / "run" / name.split("/")[0]) in errors[0]
 
 
+SHORT = [*SMALL, "--max-steps", "3"]
+
+
 @pytest.fixture(scope="module")
 def short(data, tmp_path_factory):
-    """A run of three steps, and its arguments."""
+    """A run of three steps."""
     output = tmp_path_factory.mktemp("runs") / "short"
-    given = ["train", "--model", "tiny", "--data", str(data), *SMALL, "--max-steps", "3"]
-    assert main([*given, "--output", str(output)]) == 0
-    return given, output
+    assert main(train(data, output, *SHORT)) == 0
+    return output
 
 
 def test_what_happens_without_an_error_is_said(data, tmp_path, capsys):
-    given = ["train", "--model", "tiny", "--data", str(data), "--output", str(tmp_path / "a")]
-    assert main([*given, *SMALL, "--max-steps", "2", "--lr-warmup-steps", "2"]) == 0
+    steps = ["--max-steps", 2, "--lr-warmup-steps", 2]
+    assert main(train(data, tmp_path / "a", *SMALL, *steps)) == 0
     assert "the run has 2 steps, so the learning rate does not" in capsys.readouterr().err
     from ift.cli.train import summary
 
@@ -317,13 +271,13 @@ def test_what_happens_without_an_error_is_said(data, tmp_path, capsys):
 
 def test_models_that_cannot_be_loaded(data, tmp_path, capsys):
     (tmp_path / "config.json").write_text("{broken")
-    arguments = ["train", "--data", str(data), "--output", str(tmp_path / "out"), *SMALL]
-    assert main([*arguments, "--model", str(tmp_path)]) == 2
-    shown = capsys.readouterr().err
+    shown = refusal(train(data, tmp_path / "out", model=tmp_path), capsys)
     assert shown.count("\n") == 1 and f"--model: cannot load {tmp_path}" in shown
-    process = ift(*arguments, "--model", "nobody/nothing")  # offline from the start
-    assert process.communicate()[1].startswith("ift: --model: cannot load nobody/nothing")
-    assert process.returncode == 2
+    # Offline from the start.
+    given = train(data, tmp_path / "out", model="nobody/nothing")
+    done = python("-m", "ift.cli", *given, **ALONE)
+    assert done.stderr.startswith("ift: --model: cannot load nobody/nothing")
+    assert done.returncode == 2
 
 
 # ---- interruptions -------------------------------------------------------------------------------
@@ -336,54 +290,57 @@ LONG = [*SMALL, "--max-steps", "60", "--log-steps", "7", "--save-steps", "5", "-
 @pytest.fixture(scope="module")
 def unbroken(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "unbroken"
-    process = ift("train", "--model", "tiny", "--data", data, "--output", output, *LONG)
-    shown = process.communicate()[1]
-    assert process.returncode == 0, shown
+    done = python("-m", "ift.cli", *train(data, output, *LONG), **ALONE)
+    assert done.returncode == 0, done.stderr
     return output
 
 
-def broken_at(process, checkpoint, number):
-    """Send a signal as soon as a checkpoint is there; return what was on stderr."""
+def broken_at(arguments, checkpoint, number):
+    """Send `ift` a signal as soon as a checkpoint is there; its exit code and stderr."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ift.cli", *arguments],
+        env={**os.environ, **ALONE},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 120
     while not checkpoint.exists():
         assert process.poll() is None and time.monotonic() < deadline, "ended before its checkpoint"
         time.sleep(0.005)
     process.send_signal(number)
-    return process.communicate()[1]
+    shown = process.communicate()[1]
+    return process.returncode, shown
 
 
 @pytest.mark.slow
 def test_killed_run_resumes_to_the_same_losses(data, unbroken, tmp_path):
-    arguments = ["train", "--model", "tiny", "--data", data, "--output", tmp_path / "r", *LONG]
-    process = ift(*arguments)
-    broken_at(process, tmp_path / "r" / "checkpoint-15", signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    arguments = train(data, tmp_path / "r", *LONG)
+    code, _ = broken_at(arguments, tmp_path / "r" / "checkpoint-15", signal.SIGKILL)
+    assert code == -signal.SIGKILL
     # What a kill may leave behind: half a checkpoint, half a line.
     (tmp_path / "r" / ".unfinished" / "checkpoint-55").mkdir(parents=True, exist_ok=True)
     with (tmp_path / "r" / "log.jsonl").open("a") as file:
         file.write('{"step": 5')
-    process = ift(*arguments, "--resume")
-    shown = process.communicate()[1]
-    assert process.returncode == 0, shown
-    assert untimed(tmp_path / "r") == untimed(unbroken)
+    done = python("-m", "ift.cli", *arguments, "--resume", **ALONE)
+    assert done.returncode == 0, done.stderr
+    assert untimed(read_log(tmp_path / "r")) == untimed(read_log(unbroken))
     assert not list((tmp_path / "r").glob(".*"))
-    assert [r["step"] for r in records(unbroken)] == [7, 14, 20, 21, 28, 35, 40, 42, 49, 56, 60]
+    assert [r["step"] for r in read_log(unbroken)] == [7, 14, 20, 21, 28, 35, 40, 42, 49, 56, 60]
 
 
 @pytest.mark.slow
 def test_interrupted_run_ends_in_one_line_and_resumes(data, unbroken, tmp_path):
-    arguments = ["train", "--model", "tiny", "--data", data, "--output", tmp_path / "r", *LONG]
-    process = ift(*arguments)
-    shown = broken_at(process, tmp_path / "r" / "checkpoint-10", signal.SIGINT)
-    assert process.returncode == 130
+    arguments = train(data, tmp_path / "r", *LONG)
+    code, shown = broken_at(arguments, tmp_path / "r" / "checkpoint-10", signal.SIGINT)
+    assert code == 130
     assert "Traceback" not in shown
     assert shown.splitlines()[-1].startswith("ift train: interrupted at step ")
     saved = max(int(path.name[11:]) for path in (tmp_path / "r").glob("checkpoint-*"))
     assert f"interrupted at step {saved} of 60" in shown  # nothing of the work is lost
-    process = ift(*arguments, "--resume")
-    shown = process.communicate()[1]
-    assert process.returncode == 0, shown
-    assert untimed(tmp_path / "r") == untimed(unbroken)
+    done = python("-m", "ift.cli", *arguments, "--resume", **ALONE)
+    assert done.returncode == 0, done.stderr
+    assert untimed(read_log(tmp_path / "r")) == untimed(read_log(unbroken))
 
 
 def test_failed_checkpoint_leaves_none(data, tmp_path, monkeypatch):
@@ -394,9 +351,8 @@ def test_failed_checkpoint_leaves_none(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer.ResumableRun, "_window_in", fail)
     output = tmp_path / "out"
-    arguments = ["train", "--model", "tiny", "--data", str(data), "--output", str(output), *SMALL]
     with pytest.raises(OSError, match="disk full"):
-        main([*arguments, "--max-steps", "1"])
+        main(train(data, output, *SMALL, "--max-steps", 1))
     assert not list(output.glob("checkpoint-*"))
 
 
@@ -430,10 +386,9 @@ def test_doctor(capsys):
 
 
 def test_doctor_reports_a_wrong_environment():
-    process = ift("doctor", IFT_BACKEND="cpp")
-    out, err = process.communicate()
-    assert err == "" and process.returncode == 1
-    assert "IFT_BACKEND=cpp" in out and "problem" in out
+    done = python("-m", "ift.cli", "doctor", IFT_BACKEND="cpp")
+    assert done.stderr == "" and done.returncode == 1
+    assert "IFT_BACKEND=cpp" in done.stdout and "problem" in done.stdout
 
 
 # ---- the output head -----------------------------------------------------------------------------
@@ -445,22 +400,17 @@ def test_active_gradient_and_frozen_head(loss, data, tmp_path):
 
     from ift import tiny
 
-    run = ["train", "--model", "tiny", "--data", data, "--loss", loss, "--max-steps", 3, *SMALL]
     losses = {}
     for gradient in ("exact", "active"):
         out = tmp_path / gradient
-        options_ = ["--gradient", gradient, "--freeze-head", "--log-steps", 1]
-        assert main([*map(str, [*run, *options_, "--output", out])]) == 0
-        losses[gradient] = [r["loss"] for r in records(out) if "loss" in r]
+        head = ["--loss", loss, "--gradient", gradient, "--freeze-head", "--log-steps", 1]
+        assert main(train(data, out, *SHORT, *head)) == 0
+        losses[gradient] = [r["loss"] for r in read_log(out) if "loss" in r]
         trained = AutoModelForCausalLM.from_pretrained(out / "model")
         tokenizer = AutoTokenizer.from_pretrained(out / "model")
         fresh = tiny.tiny_llama(tokenizer, max_length=48, seed=0)
-        assert torch_equal(trained.lm_head.weight, fresh.lm_head.weight)
+        assert trained.lm_head.weight.equal(fresh.lm_head.weight)
         first = "model.layers.0.mlp.up_proj.weight"
-        assert not torch_equal(trained.state_dict()[first], fresh.state_dict()[first])
+        assert not trained.state_dict()[first].equal(fresh.state_dict()[first])
     assert len(losses["exact"]) == 3
     assert losses["active"] == pytest.approx(losses["exact"], rel=1e-3)
-
-
-def torch_equal(a, b):
-    return bool((a == b).all())

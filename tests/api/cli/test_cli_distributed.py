@@ -1,17 +1,15 @@
 """`ift train` in several processes is `ift train` in one with the same rows per step."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from command_line import read_log, train, untimed, write_rows
 from ift.cli import main
-from processes import join, start
+from processes import join, python, start
 
 WORDS = ["the", "model", "learns", "to", "name", "what", "comes", "next", "and", "some", "more"]
 
@@ -28,30 +26,24 @@ def data(tmp_path_factory):
             "rejected": " " + " ".join(draw.sample(WORDS, draw.randint(1, 4))),
         })  # fmt: skip
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(path, rows)
 
 
-def command(data, output, loss, batch_size, accumulate=1, *, steps=3):
+def command(data, output, loss, batch_size, accumulate=1):
     """Arguments of `ift`; the last batch of the ten rows of evaluation is not full."""
     options = {
-        "model": "tiny", "data": data, "output": output, "loss": loss, "batch-size": batch_size,
-        "accumulate": accumulate, "eval-split": 10 / 42, "lr": 3e-3, "max-length": 48,
-        "max-steps": steps, "eval-steps": 3, "log-steps": 1, "save-steps": 2,
+        "loss": loss, "batch-size": batch_size, "accumulate": accumulate, "eval-split": 10 / 42,
+        "lr": 3e-3, "max-length": 48, "max-steps": 3, "eval-steps": 3, "log-steps": 1,
+        "save-steps": 2,
     }  # fmt: skip
-    return ["train", "--cpu", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
-
-
-def records(output):
-    lines = (Path(output) / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return train(data, output, *(x for k, v in options.items() for x in (f"--{k}", v)))
 
 
 def assert_same_run(output, one, tolerance=1e-5):
     """Every record, and every weight of the final model."""
-    for got, wanted in zip(records(output), records(one), strict=True):
+    for got, wanted in zip(*(untimed(read_log(path)) for path in (output, one)), strict=True):
         assert got.keys() == wanted.keys()
-        for key in wanted.keys() - {"tokens_per_second"}:
+        for key in wanted:
             assert got[key] == pytest.approx(wanted[key], rel=tolerance, abs=tolerance), key
     weights, own = (
         AutoModelForCausalLM.from_pretrained(Path(path) / "model").state_dict()
@@ -80,8 +72,6 @@ def one_process(data, tmp_path_factory):
 
 def worker(rank, processes, directory):
     """One run of `ift`, as torchrun would start it; the arguments lie in the directory."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, not used
     join(rank, processes, directory)
     assert main(json.loads(Path(directory, "arguments.json").read_text())) == 0
 
@@ -125,12 +115,9 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers(launcher, data, one_process, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "ift.cli",
-         *command(data, tmp_path / "output", "sft", 2)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    arguments = command(data, tmp_path / "output", "sft", 2)
+    alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = python("-m", *LAUNCHERS[launcher], "-m", "ift.cli", *arguments, **alone)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "output", one_process("sft"))
     # One process speaks and writes.

@@ -3,36 +3,22 @@
 import shutil
 
 import pytest
-from test_cli_preference import rows, write
+from test_cli_preference import rows
 
+from command_line import refusal, untimed, write_rows
 from ift.cli import main
 from ift.dynamics import read_probes, report
 from ift.dynamics.callback import read_records
 
-SMALL = [
-    "--model",
-    "tiny",
-    "--cpu",
-    "--batch-size",
-    "4",
-    "--probe-size",
-    "3",
-    "--probe-sample",
-    "4",
-]
-
-
-def same(a, b):
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in a] == [
-        {k: v for k, v in r.items() if k != "seconds"} for r in b
-    ]
+SMALL = ["--model", "tiny", "--cpu", "--batch-size", "4"]
+SMALL += ["--probe-size", "3", "--probe-sample", "4"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A DPO run of 6 steps, probed every 2."""
     place = tmp_path_factory.mktemp("dynamics")
-    data = write(place / "p.jsonl", rows(20))
+    data = write_rows(place / "p.jsonl", rows(20))
     arguments = ["--data", data, "--loss", "dpo", "--max-steps", "6", "--save-steps", "3",
                  "--eval-split", "0.2", "--probe-every", "2", "--lr", "1e-3"]  # fmt: skip
     command = ["dynamics", "run", *SMALL, *arguments, "--output"]
@@ -64,8 +50,8 @@ def test_resumed_run_is_the_same(trained, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoint-6")
     shutil.rmtree(tmp_path / "run" / "model")
     assert main([*command, str(tmp_path / "run"), "--resume"]) == 0
-    ours, wanted = (read_records(p / "run" / "dynamics") for p in (tmp_path, place))
-    assert same(ours, wanted)
+    ours, wanted = (untimed(read_records(p / "run" / "dynamics")) for p in (tmp_path, place))
+    assert ours == wanted
 
 
 def test_plot_and_compare(trained, tmp_path, capsys):
@@ -103,11 +89,10 @@ def test_names_are_shown_as_they_are(tmp_path, monkeypatch):
 def test_compare_refuses_one_run_twice_and_what_it_cannot_write(trained, tmp_path, capsys):
     place, _ = trained
     run = str(place / "run")
-    assert main(["dynamics", "compare", run, run + "/dynamics"]) == 2
-    assert "twice; expected different runs" in capsys.readouterr().err
+    twice = ["dynamics", "compare", run, run + "/dynamics"]
+    assert "twice; expected different runs" in refusal(twice, capsys)
     (tmp_path / "out").mkdir()
-    assert main(["dynamics", "compare", run, "--output", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
+    error = refusal(["dynamics", "compare", run, "--output", str(tmp_path / "out")], capsys)
     assert "--output: cannot write" in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["out"]  # no half picture is left
 
@@ -123,8 +108,7 @@ def test_compare_refuses_one_run_twice_and_what_it_cannot_write(trained, tmp_pat
 @pytest.mark.parametrize("action", ["plot", "compare"])
 def test_damaged_curves(action, text, says, tmp_path, capsys):
     (tmp_path / "curves.jsonl").write_text(text, encoding="utf-8")
-    assert main(["dynamics", action, str(tmp_path)]) == 2
-    error = capsys.readouterr().err
+    error = refusal(["dynamics", action, str(tmp_path)], capsys)
     assert says in error and error.count("\n") == 1
 
 
@@ -134,9 +118,11 @@ def test_resumed_run_refuses_other_probes(trained, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "a", "responses": {"chosen": "b"}}\n', encoding="utf-8")
     resumed = [*command, str(tmp_path / "run"), "--resume", "--probes"]
-    assert main([*resumed, str(other)]) == 2
-    assert "--probes: other probes than the run in" in capsys.readouterr().err
+    assert "--probes: other probes than the run in" in refusal([*resumed, str(other)], capsys)
     assert main([*resumed, str(tmp_path / "run" / "probes.jsonl")]) == 0
+
+
+RUN = ["run", *SMALL, "--data", "x", "--output", "y"]
 
 
 @pytest.mark.parametrize(
@@ -145,30 +131,21 @@ def test_resumed_run_refuses_other_probes(trained, tmp_path, capsys):
         (["plot", "nowhere"], "DIR: no evaluations in nowhere"),
         (["compare", "nowhere"], "DIR: no evaluations in nowhere"),
         (["run", "--prob-size", "3"], "--model"),
-        (
-            ["run", *SMALL, "--data", "x", "--output", "y", "--probe-sizes", "3"],
-            "did you mean --probe-size or",
-        ),
-        (["run", *SMALL, "--data", "x", "--output", "y", "--probes", "z"], "--probes: no file z"),
-        (
-            ["run", *SMALL, "--data", "x", "--output", "y", "--probe-every", "0"],
-            "--probe-every: got",
-        ),
+        ([*RUN, "--probe-sizes", "3"], "did you mean --probe-size or"),
+        ([*RUN, "--probes", "z"], "--probes: no file z"),
+        ([*RUN, "--probe-every", "0"], "--probe-every: got"),
         ([], "dynamics: the following arguments are required: action"),
     ],
 )
 def test_errors(arguments, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["dynamics", *arguments]) == 2
-    text = capsys.readouterr().err
+    text = refusal(["dynamics", *arguments], capsys)
     assert says in text and text.count("\n") == 1
 
 
 def test_damaged_probes(tmp_path, capsys):
-    data = write(tmp_path / "p.jsonl", rows(8))
+    data = write_rows(tmp_path / "p.jsonl", rows(8))
     (tmp_path / "bad.jsonl").write_text("{}\n", encoding="utf-8")
     arguments = ["--data", data, "--loss", "dpo", "--output", str(tmp_path / "run")]
-    assert (
-        main(["dynamics", "run", *SMALL, *arguments, "--probes", str(tmp_path / "bad.jsonl")]) == 2
-    )
-    assert "--probes: " in capsys.readouterr().err
+    arguments += ["--probes", str(tmp_path / "bad.jsonl")]
+    assert "--probes: " in refusal(["dynamics", "run", *SMALL, *arguments], capsys)

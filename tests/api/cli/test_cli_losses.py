@@ -7,6 +7,7 @@ import typing
 
 import pytest
 
+from command_line import read_log, train, write_rows
 from ift import IFTConfig
 from ift.cli import losses as table
 from ift.cli import main
@@ -47,14 +48,11 @@ def toy(monkeypatch, tmp_path):
     monkeypatch.setitem(table.LOSSES, "toy", row)
     scale = Option("width of the toy", positive, "X")
     monkeypatch.setitem(table.PAIR_OPTIONS, "toy_scale", scale)
-    data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    data = write_rows(tmp_path / "pairs.jsonl", ROWS)
+    sizes = ["--max-steps", 3, "--batch-size", 3, "--log-steps", 1]
 
     def run(*arguments):
-        return main(
-            ["train", "--model", "tiny", "--data", str(data), "--output", str(tmp_path / "out"),
-             "--cpu", "--max-steps", "3", "--batch-size", "3", "--log-steps", "1", *arguments]
-        )  # fmt: skip
+        return main(train(data, tmp_path / "out", *sizes, *arguments))
 
     return run
 
@@ -62,7 +60,7 @@ def toy(monkeypatch, tmp_path):
 def test_a_toy_loss_trains(toy, tmp_path, capsys):
     assert toy("--loss", "toy", "--toy-scale", "0.5", "--lr", "1e-2", "--eval-split", "0.3") == 0
     out = tmp_path / "out"
-    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    records = read_log(out)
     assert len(records) == 3 and records[-1]["loss"] < records[0]["loss"]
     assert {"reward_margin", "eval_reward_margin", "token_accuracy"} <= set(records[-1])
     assert json.loads((out / "run.json").read_text())["toy_scale"] == 0.5
@@ -78,18 +76,17 @@ def test_a_toy_loss_trains(toy, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--loss", "dpo", "--toy-scale", "1"),
-         "--toy-scale: got it with --loss dpo; expected --loss toy"),
-        (("--loss", "toy", "--beta", "1"), "--beta: got it with --loss toy; expected --loss dpo"),
-        (("--loss", "toy", "--reference", "x"), "--reference: got it with --loss toy"),
-        (("--loss", "toy", "--preset", "paper"), "--preset: got it with --loss toy; expected"),
-        (("--loss", "toy", "--toy-scale", "0"), "--toy-scale: got '0'; expected a number above 0"),
-        (("--loss", "toy", "--toy-scale", "3"), "--toy-scale: expected another number than 3"),
-        (("--loss", "tay"), "--loss: got 'tay'; expected one of sft, ift, dpo"),
+        ("--loss dpo --toy-scale 1", "--toy-scale: got it with --loss dpo; expected --loss toy"),
+        ("--loss toy --beta 1", "--beta: got it with --loss toy; expected --loss dpo"),
+        ("--loss toy --reference x", "--reference: got it with --loss toy"),
+        ("--loss toy --preset paper", "--preset: got it with --loss toy; expected"),
+        ("--loss toy --toy-scale 0", "--toy-scale: got '0'; expected a number above 0"),
+        ("--loss toy --toy-scale 3", "--toy-scale: expected another number than 3"),
+        ("--loss tay", "--loss: got 'tay'; expected one of sft, ift, dpo"),
     ],
-)  # fmt: skip
+)
 def test_its_options_are_checked(toy, capsys, arguments, said):
-    assert toy(*arguments) == 2
+    assert toy(*arguments.split()) == 2
     assert said in capsys.readouterr().err
 
 

@@ -1,14 +1,12 @@
 """`ift train` with preference losses: data, reference cache, training, resumption."""
 
-import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import transformers as hf
 
+from command_line import read_log, refusal, train, write_rows
 from ift.cli import main
 from ift.cli import options as cli_options
 from ift.cli.losses import build_loss
@@ -18,6 +16,7 @@ from ift.data import Collator
 from ift.data_rows import DataError, read_jsonl, read_preferences
 from ift.preference_data import PairCollator, encode_pairs
 from ift.tiny import tiny_llama, train_tokenizer
+from trainers import training_arguments
 
 WORDS = ["red", "blue", "green", "round", "square", "small"]
 
@@ -32,11 +31,6 @@ def rows(count=24):
         found.append({"prompt": f"say {' '.join(asked)}:", "chosen": f" {' '.join(asked)}",
                       "rejected": f" {' '.join(wrong)}"})  # fmt: skip
     return found
-
-
-def write(path: Path, data) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in data), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +49,7 @@ def test_forms(tmp_path, tokenizer):
         {"chosen": [user, good], "rejected": [user, bad]},
         {"prompt": earlier, "chosen": good, "rejected": bad},
     ]
-    path = write(tmp_path / "p.jsonl", data)
+    path = write_rows(tmp_path / "p.jsonl", data)
     pairs = read_preferences(path)
     encoded = encode_pairs(pairs, tokenizer, 64).examples
     for key in ("input_ids", "labels"):  # three ways to say the same
@@ -84,14 +78,14 @@ def test_forms(tmp_path, tokenizer):
 )
 def test_errors_of_rows(tmp_path, row, said):
     with pytest.raises(DataError, match=said):
-        read_preferences(write(tmp_path / "p.jsonl", [row]))
+        read_preferences(write_rows(tmp_path / "p.jsonl", [row]))
 
 
 def test_mismatched_and_dropped(tmp_path, tokenizer):
     data = rows(3)
     data[1]["prompt"] += " and" * 60  # no room for a response
     pairs = encode_pairs(
-        read_preferences(write(tmp_path / "p.jsonl", data)), tokenizer, 40, mismatched=True
+        read_preferences(write_rows(tmp_path / "p.jsonl", data)), tokenizer, 40, mismatched=True
     )
     assert len(pairs.examples) == 2 and pairs.dropped[0].endswith("line 2")
     first, second = pairs.examples
@@ -104,7 +98,7 @@ def test_mismatched_and_dropped(tmp_path, tokenizer):
 
 
 def test_reference_is_cached_by_model_and_data(tmp_path, tokenizer):
-    pairs = encode_pairs(read_preferences(write(tmp_path / "p.jsonl", rows(5))), tokenizer, 64)
+    pairs = encode_pairs(read_preferences(write_rows(tmp_path / "p.jsonl", rows(5))), tokenizer, 64)
     model, collate = tiny_llama(tokenizer, hidden=32, layers=1), Collator(0)
     settings = (collate, 2, torch.device("cpu"), tmp_path / "cache")
     assert not add_reference(pairs, model, *settings)
@@ -128,7 +122,7 @@ def test_reference_is_cached_by_model_and_data(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "of other data"])
 def test_a_damaged_cache_is_computed_again(tmp_path, tokenizer, damage):
-    pairs = encode_pairs(read_preferences(write(tmp_path / "p.jsonl", rows(5))), tokenizer, 64)
+    pairs = encode_pairs(read_preferences(write_rows(tmp_path / "p.jsonl", rows(5))), tokenizer, 64)
     model, cache = tiny_llama(tokenizer, hidden=32, layers=1), tmp_path / "cache"
     settings = (Collator(0), 2, torch.device("cpu"), cache)
     add_reference(pairs, model, *settings)
@@ -147,43 +141,37 @@ def test_a_damaged_cache_is_computed_again(tmp_path, tokenizer, damage):
 
 
 def test_a_reference_of_other_tokens_is_refused(tmp_path, tokenizer, capsys):
-    data, other = write(tmp_path / "p.jsonl", rows(4)), tmp_path / "other"
+    data, other = write_rows(tmp_path / "p.jsonl", rows(4)), tmp_path / "other"
     strange = train_tokenizer(["quite other text, of which other pairs are frequent"] * 9)
     for part in (tiny_llama(strange, hidden=32, layers=1), strange):
         part.save_pretrained(other)
-    run = ["train", "--model", "tiny", "--data", data, "--cpu", "--loss", "dpo", "--max-steps", "1"]
-    assert main([*run, "--output", str(tmp_path / "a"), "--reference", str(other)]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+
+    def run(output, reference):
+        more = ["--loss", "dpo", "--max-steps", 1, "--reference", reference]
+        return train(data, tmp_path / output, *more)
+
+    error = refusal(run("a", other), capsys).strip().splitlines()[-1]
     assert f"--reference: {other}: the token " in error and "expected" in error
-    assert main([*run, "--output", str(tmp_path / "b"), "--reference", str(tmp_path / "x")]) == 2
-    assert "--reference: cannot load" in capsys.readouterr().err
+    assert "--reference: cannot load" in refusal(run("b", tmp_path / "x"), capsys)
     same = train_tokenizer([text for row in read_preferences(data) for text in row.texts])
     for part in (tiny_llama(same, hidden=32, layers=1), same):
         part.save_pretrained(other)
-    assert main([*run, "--output", str(tmp_path / "c"), "--reference", str(other)]) == 0
+    assert main(run("c", other)) == 0
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_bf16_policy_and_reference_start_equal(tmp_path, loss):
     """Before the first update both are one model, whose log-ratios are 0 but for the padding."""
-    data = write(tmp_path / "p.jsonl", rows(8))
+    data = write_rows(tmp_path / "p.jsonl", rows(8))
     rewards = {}
     for precision in ("--bf16", "--no-bf16"):
         output = tmp_path / precision
-        command = [
-            "train", "--model", "tiny", "--data", data, "--output", str(output), "--loss", loss,
-            "--max-steps", "1", "--batch-size", "8", "--log-steps", "1", "--cpu", "--beta", "1",
-        ]  # fmt: skip
-        assert main([*command, precision]) == 0
-        (record,) = log_of(output)
+        sizes = ["--max-steps", 1, "--batch-size", 8, "--log-steps", 1, "--beta", 1]
+        assert main(train(data, output, "--loss", loss, *sizes, precision)) == 0
+        (record,) = read_log(output)
         rewards[precision] = max(abs(record["reward_chosen"]), abs(record["reward_rejected"]))
     assert rewards["--no-bf16"] < 1e-5
     assert rewards["--bf16"] < 1e-4  # 1e-3 beside a reference in float32
-
-
-def log_of(output):
-    lines = (output / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 OPTIONS = {
@@ -194,14 +182,12 @@ OPTIONS = {
 
 @pytest.mark.parametrize("loss", OPTIONS)
 def test_training_widens_the_margin(tmp_path, loss):
-    data, output = write(tmp_path / "p.jsonl", rows()), tmp_path / "out"
-    command = [
-        "train", "--model", "tiny", "--data", data, "--output", str(output), "--loss", loss,
-        "--max-steps", "12", "--lr", "2e-3", "--batch-size", "4", "--accumulate", "2",
-        "--eval-split", "0.2", "--log-steps", "3", "--save-steps", "6", "--cpu", *OPTIONS[loss],
-    ]  # fmt: skip
+    data, output = write_rows(tmp_path / "p.jsonl", rows()), tmp_path / "out"
+    more = ["--loss", loss, "--max-steps", 12, "--lr", "2e-3", "--batch-size", 4]
+    more += ["--accumulate", 2, "--eval-split", 0.2, "--log-steps", 3, "--save-steps", 6]
+    command = train(data, output, *more, *OPTIONS[loss])
     assert main(command) == 0
-    log = log_of(output)
+    log = read_log(output)
     assert log[-1]["reward_margin"] > log[0]["reward_margin"]
     assert log[-1]["logprob_chosen" if loss != "kto" else "reward_chosen"] is not None
     assert any("eval_reward_margin" in record for record in log)
@@ -211,31 +197,26 @@ def test_training_widens_the_margin(tmp_path, loss):
         before = [record["loss"] for record in log]
         (output / "checkpoint-12").rename(tmp_path / "gone")
         assert main([*command, "--resume"]) == 0
-        assert [record["loss"] for record in log_of(output)] == before
+        assert [record["loss"] for record in read_log(output)] == before
         assert len(list((output / "reference").glob("*.npy"))) == 2  # training and evaluation
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        ("--loss sft --beta 1", "--beta: got it with --loss sft; expected --loss dpo"),
+        ("--loss dpo --dpo-kind x", "--dpo-kind: expected one of"),
+        ("--loss orpo --reference x", "--reference: got it with --loss orpo"),
+        ("--loss dpo --gamma 0.5", "--gamma: got it with --loss dpo"),
         (
-            ["--loss", "sft", "--beta", "1"],
-            "--beta: got it with --loss sft; expected --loss dpo",
-        ),
-        (["--loss", "dpo", "--dpo-kind", "x"], "--dpo-kind: expected one of"),
-        (["--loss", "orpo", "--reference", "x"], "--reference: got it with --loss orpo"),
-        (["--loss", "dpo", "--gamma", "0.5"], "--gamma: got it with --loss dpo"),
-        (
-            ["--loss", "dpo", "--dpo-kind", "aot", "--accumulate", "2"],
+            "--loss dpo --dpo-kind aot --accumulate 2",
             "--dpo-kind: got aot, which sorts all pairs of a step; expected --accumulate 1",
         ),
     ],
 )
 def test_errors_of_arguments(tmp_path, capsys, arguments, said):
-    data = write(tmp_path / "p.jsonl", rows(4))
-    run = ["train", "--model", "tiny", "--data", data, "--output", str(tmp_path / "o"), "--cpu"]
-    assert main([*run, *arguments]) == 2
-    error = capsys.readouterr().err.strip().splitlines()
+    data = write_rows(tmp_path / "p.jsonl", rows(4))
+    error = refusal(train(data, tmp_path / "o", *arguments.split()), capsys).strip().splitlines()
     assert said in error[-1]
 
 
@@ -246,13 +227,11 @@ def test_errors_of_arguments(tmp_path, capsys, arguments, said):
 )
 def test_evaluation_is_that_of_all_pairs_at_once(tmp_path, tokenizer, loss, options):
     """Whatever the batches are, one reference point and one order included."""
-    path = write(tmp_path / "p.jsonl", rows(5))
+    path = write_rows(tmp_path / "p.jsonl", rows(5))
     pairs = encode_pairs(read_preferences(path), tokenizer, 64, mismatched=loss == "kto")
     collate = Collator(0)
-    given = [
-        "train", "--model", "tiny", "--data", path, "--output", str(tmp_path), "--loss", loss,
-        *(x for k, value in options.items() for x in ("--" + k.replace("_", "-"), str(value))),
-    ]  # fmt: skip
+    more = [x for k, v in options.items() for x in ("--" + k.replace("_", "-"), v)]
+    given = train(path, tmp_path, "--loss", loss, *more)
     parsed = cli_options.resolve(cli_options.build_parser().parse(given))
     model = tiny_llama(tokenizer, hidden=32, layers=1, seed=1)
     if loss != "cpo":
@@ -260,10 +239,9 @@ def test_evaluation_is_that_of_all_pairs_at_once(tmp_path, tokenizer, loss, opti
         add_reference(pairs, reference, collate, 2, torch.device("cpu"), tmp_path / "cache")
     found = []
     for size in (1, 2, 5):
-        arguments = hf.TrainingArguments(
-            str(tmp_path), per_device_eval_batch_size=size, use_cpu=True, report_to="none",
-            disable_tqdm=True, remove_unused_columns=False,
-        )  # fmt: skip
+        arguments = training_arguments(
+            tmp_path, per_device_eval_batch_size=size, remove_unused_columns=False
+        )
         trainer = PairTrainer(
             model, arguments, loss=build_loss(parsed), eval_dataset=pairs.examples,
             data_collator=PairCollator(collate),

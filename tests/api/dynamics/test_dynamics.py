@@ -9,7 +9,9 @@ import torch
 import transformers as hf
 
 import causal_lms
+import dense
 import ift
+from command_line import untimed
 from ift import tiny
 from ift.data import encode
 from ift.data_rows import DataError
@@ -27,6 +29,7 @@ from ift.dynamics import (
 from ift.dynamics.callback import read_records
 from ift.dynamics.evaluate import as_row
 from ift.losses import dpo_loss
+from trainers import training_arguments
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "sun", "moon", "star"]
 
@@ -47,6 +50,9 @@ def tokenizer():
     return tiny.train_tokenizer([" ".join(row.values()) for row in rows()], 300)
 
 
+STATISTICS = ("logprob", "argmax", "argmax_logprob", "entropy", "sum_sq")
+
+
 def plain(model, tokenizer, probes):
     """Every statistic from full logits, one response at a time; only the tokenisation is ours."""
     model.eval()
@@ -56,19 +62,15 @@ def plain(model, tokenizer, probes):
             (e,) = encode([as_row("x", probe.prompt, text)], tokenizer, 512).examples
             ids, labels = (torch.tensor(e[k]).long() for k in ("input_ids", "labels"))
             with torch.no_grad():
-                logp = model(input_ids=ids[None]).logits[0, :-1].double().log_softmax(-1)
+                z = model(input_ids=ids[None]).logits[0, :-1].double()
             kept = labels[1:] != -100
-            logp, y = logp[kept], labels[1:][kept]
-            p = logp.exp()
+            z, y = z[kept], labels[1:][kept]
+            p, stats = z.softmax(-1), dense.stats_of(z, y)
             found[i, name] = {
                 "ids": y,
-                "logprob": logp.gather(1, y[:, None])[:, 0],
-                "argmax": logp.argmax(1),
-                "argmax_logprob": logp.amax(1),
-                "entropy": -(p * logp).sum(1),
-                "sum_sq": p.square().sum(1),
                 "off_argmax": 1 - p.amax(1),
                 "distance": (p - torch.nn.functional.one_hot(y, p.shape[1])).norm(dim=1),
+                **{name: stats[name] for name in STATISTICS},
             }
     return found
 
@@ -207,14 +209,15 @@ def test_probe_set():
     data = rows(20)
     data[3]["chosen_paraphrases"] = ["another way", "a third"]
     data[3]["rejected_paraphrase"] = "a bad way"
-    probes = build_probe_set(
-        data, size=20, test=[{"prompt": "p", "completion": "far off"}],
-        sample=lambda prompts: [f"s{i}" if i else "" for i in range(len(prompts))], seed=1,
-    )  # fmt: skip
-    assert probes == build_probe_set(
-        data, size=20, test=[{"prompt": "p", "completion": "far off"}],
-        sample=lambda prompts: [f"s{i}" if i else "" for i in range(len(prompts))], seed=1,
-    )  # fmt: skip
+
+    def sample(prompts):
+        return [f"s{i}" if i else "" for i in range(len(prompts))]
+
+    test = [{"prompt": "p", "completion": "far off"}]
+    probes, again = (
+        build_probe_set(data, size=20, test=test, sample=sample, seed=1) for _ in range(2)
+    )
+    assert probes == again
     third = probes[3].responses
     assert third["chosen_paraphrase"] == "another way"
     assert third["rejected_paraphrase"] == "a bad way"
@@ -282,21 +285,14 @@ def trainer(tokenizer, output, callbacks, steps=7, **options):
     torch.manual_seed(0)
     model = causal_lms.make("llama", vocab_size=len(tokenizer))
     made = encode([as_row("x", r["prompt"], r["chosen"]) for r in rows()], tokenizer, 64).examples
-    arguments = hf.TrainingArguments(
-        output_dir=str(output), max_steps=steps, per_device_train_batch_size=2, report_to="none",
-        use_cpu=True, learning_rate=1e-3, disable_tqdm=True, save_steps=4, logging_steps=100,
-        **options,
+    arguments = training_arguments(
+        output, max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-3,
+        save_strategy="steps", save_steps=4, **options,
     )  # fmt: skip
     return hf.Trainer(
         model, arguments, train_dataset=made, processing_class=tokenizer, callbacks=callbacks,
         data_collator=ift.data.Collator(tokenizer.pad_token_id),
     )  # fmt: skip
-
-
-def same(a, b):
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in a] == [
-        {k: v for k, v in r.items() if k != "seconds"} for r in b
-    ]
 
 
 def test_callback_in_a_plain_trainer_and_resumed(tokenizer, tmp_path):
@@ -327,7 +323,7 @@ def test_callback_in_a_plain_trainer_and_resumed(tokenizer, tmp_path):
     again = ProbeCallback(probes, tmp_path / "probe", every=2)
     resumed = trainer(tokenizer, tmp_path / "run", [again])
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
-    assert same(read_records(tmp_path / "probe"), records)
+    assert untimed(read_records(tmp_path / "probe")) == untimed(records)
     assert again.monitor.first == probe.monitor.first
 
 
@@ -374,13 +370,11 @@ def test_a_second_training_is_compared_with_its_own_start(tokenizer, tmp_path):
 
 def test_peft_model(tokenizer, tmp_path):
     """Adapters count, their dropout does not; and the trained copy of a head is the one asked."""
-    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    pytest.importorskip("peft", reason="PEFT is not installed")
     probes = build_probe_set(rows(), size=3)
-    config = peft.LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.3, init_lora_weights=False,
-        modules_to_save=["lm_head"], task_type="CAUSAL_LM",
-    )  # fmt: skip
-    model = peft.get_peft_model(causal_lms.make("llama", vocab_size=len(tokenizer)), config)
+    options = {"r": 4, "lora_dropout": 0.3, "modules_to_save": ["lm_head"]}
+    model = causal_lms.make("llama", vocab_size=len(tokenizer))
+    model = causal_lms.lora(model, task_type="CAUSAL_LM", **options)
     with torch.no_grad():
         model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
     check(model, tokenizer, probes)
@@ -461,10 +455,8 @@ def test_callback_in_trl(tokenizer, tmp_path):
     from datasets import Dataset
 
     probes = build_probe_set(rows(), size=3)
-    arguments = trl.DPOConfig(
-        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, report_to="none",
-        use_cpu=True, bf16=False, learning_rate=1e-2, disable_tqdm=True, save_strategy="no",
-    )  # fmt: skip
+    sizes = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    arguments = training_arguments(tmp_path, trl.DPOConfig, bf16=False, **sizes)
     model = causal_lms.make("llama", vocab_size=len(tokenizer), tie_word_embeddings=True)
     callback = ProbeCallback(probes, tmp_path / "probe", every=2)
     run = trl.DPOTrainer(

@@ -12,10 +12,10 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from causal_lms import assert_close, batch, gradients, make
+import processes
+from causal_lms import assert_close, batch, gradients, lora, make
 from ift.config import IFTConfig
 from ift.patching import patch
-from processes import join, leave, start
 
 LOSSES = {"sft": None, "ift": IFTConfig(), "embedding": IFTConfig(embedding_grad=True)}
 ROWS = 8  # two for each of four processes, so that there is something to accumulate
@@ -53,25 +53,12 @@ def tensor_parallel(model):
     return model
 
 
-def lora(name, **options):
-    """A model with adapters that do something, its own weights frozen, the head too."""
-    from peft import LoraConfig, get_peft_model
-
-    model = make(name)
-    torch.manual_seed(1)
-    model = get_peft_model(
-        model,
-        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options),
-    )
-    return model.train()
-
-
 MODELS = {
     "untied": lambda: make("llama"),
     "tied": lambda: make("gpt2"),
     "tied, softcap": lambda: make("gemma2"),
-    "lora": lambda: lora("llama"),
-    "lora, head saved": lambda: lora("llama", modules_to_save=["lm_head"]),
+    "lora": lambda: lora(make("llama")),
+    "lora, head saved": lambda: lora(make("llama"), modules_to_save=["lm_head"]),
 }
 WRAPPERS = {
     "ddp": DistributedDataParallel,
@@ -118,12 +105,11 @@ def run(wrapped, rows, accumulate, config):
     return total
 
 
-def worker(rank, processes, directory):
-    join(rank, processes, directory)
-    everything, results = batch(rows=ROWS), {}
+def worker(rank, number, directory):
+    everything, found = batch(rows=ROWS), {}
     for name, kind, accumulate in CASES:
         # What is sharded along the vocabulary sees the same rows everywhere.
-        mine = slice(None) if kind == "vocabulary" else slice(rank, None, processes)
+        mine = slice(None) if kind == "vocabulary" else slice(rank, None, number)
         rows = {k: v[mine] for k, v in everything.items()}
         times = min(accumulate, len(rows["input_ids"]))
         for loss, config in LOSSES.items():
@@ -135,33 +121,30 @@ def worker(rank, processes, directory):
                 value = run(wrapped, rows, times, config)
             value = torch.tensor(value)
             torch.distributed.all_reduce(value)
-            results[name, kind, accumulate, loss] = (
-                value / processes,
+            found[name, kind, accumulate, loss] = (
+                value / number,
                 {n: None if g is None else full(g) for n, g in gradients(model).items()},
             )
     with pytest.raises(ValueError, match="rule: expected 'greedy'"):
         tensor_parallel(patch(make("llama")))(**everything, ift=IFTConfig(rule="kth"))
-    if rank == 0:
-        torch.save(results, f"{directory}/results.pt")
-    leave()
+    return found if rank == 0 else None
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def results(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("processes")
-    start(worker, request.param, directory)
-    return request.param, torch.load(directory / "results.pt")
+    found, *_ = processes.results(worker, request.param, tmp_path_factory.mktemp("processes"))
+    return request.param, found
 
 
 @functools.cache
-def one_process(name, processes, accumulate, loss):
+def one_process(name, number, accumulate, loss):
     """Loss and gradients of the mean over the parts that so many processes would see."""
     model, rows = patch(MODELS[name]()), batch(rows=ROWS)
     total = 0.0
-    for rank in range(processes):
-        for number in range(accumulate):
-            part = {k: v[rank::processes][number::accumulate] for k, v in rows.items()}
-            value = model(**part, ift=LOSSES[loss]).loss / (processes * accumulate)
+    for rank in range(number):
+        for turn in range(accumulate):
+            part = {k: v[rank::number][turn::accumulate] for k, v in rows.items()}
+            value = model(**part, ift=LOSSES[loss]).loss / (number * accumulate)
             value.backward()
             total += float(value)
     return total, gradients(model)
@@ -170,12 +153,12 @@ def one_process(name, processes, accumulate, loss):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("name", "kind", "accumulate"), CASES)
 def test_processes_are_one(results, name, kind, accumulate, loss):
-    processes, results = results
-    value, grads = results[name, kind, accumulate, loss]
+    number, found = results
+    value, grads = found[name, kind, accumulate, loss]
     if kind == "vocabulary":
-        processes = 1
-    accumulate = min(accumulate, ROWS // processes)
-    expected, own = one_process(name, processes, accumulate, loss)
+        number = 1
+    accumulate = min(accumulate, ROWS // number)
+    expected, own = one_process(name, number, accumulate, loss)
     assert float(value) == pytest.approx(expected, rel=1e-5)
     assert any(g is not None and g.any() for g in own.values())
     assert_close(grads, own)

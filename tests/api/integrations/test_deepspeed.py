@@ -14,7 +14,7 @@ import torch
 from causal_lms import assert_close, batch, gradients, make
 from ift.config import IFTConfig
 from ift.patching import patch
-from processes import join, leave, start
+from processes import results
 
 
 class Gather(torch.autograd.Function):
@@ -104,13 +104,10 @@ ZERO = {
 
 
 def worker(rank, processes, directory):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, not used
     os.environ["DS_ACCELERATOR"] = "cpu"
-    join(rank, processes, directory)
     import deepspeed
 
-    results, rows = {}, {k: v[rank::processes] for k, v in batch(rows=4).items()}
+    grads, rows = {}, {k: v[rank::processes] for k, v in batch(rows=4).items()}
     for name, config in CONFIGS.items():
         model = patch(make("llama"))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -118,19 +115,16 @@ def worker(rank, processes, directory):
         assert not model.lm_head.weight.numel()  # partitioned
         engine.backward(engine(**rows, ift=config).loss)
         found = {n: deepspeed.utils.safe_get_full_grad(p) for n, p in model.named_parameters()}
-        results[name] = {n: None if g is None else g.clone() for n, g in found.items()}
-    if rank == 0:
-        torch.save(results, f"{directory}/results.pt")
-    leave()
+        grads[name] = {n: None if g is None else g.clone() for n, g in found.items()}
+    return grads
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 def test_two_processes_of_deepspeed_are_one(tmp_path):
-    start(worker, 2, tmp_path)
-    results, rows = torch.load(tmp_path / "results.pt"), batch(rows=4)
+    found, rows = results(worker, 2, tmp_path)[0], batch(rows=4)
     for name, config in CONFIGS.items():
         model = patch(make("llama"))
         for rank in range(2):
             part = {k: v[rank::2] for k, v in rows.items()}
             (model(**part, ift=config).loss / 2).backward()
-        assert_close(results[name], gradients(model))
+        assert_close(found[name], gradients(model))

@@ -1,32 +1,24 @@
 """Evaluation of the trainers: per target of the whole set, whatever the batches and processes."""
 
-import json
 import math
-import os
-from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 from torch.utils.data import IterableDataset
 
-from causal_lms import V, make
+from causal_lms import V, make, rows, token_metrics
 from ift.config import IFTConfig
 from ift.integrations.transformers import IFTTrainer
-from processes import join, leave, start
+from processes import results
+from trainers import training_arguments
 
 # Targets of each row: none, one and many; batches without any among them.
 TARGETS = [9, 1, 0, 0, 4, 0, 1]
 
 
-def rows(targets=tuple(TARGETS), seed=0):
-    g, made = torch.Generator().manual_seed(seed), []
-    for count in targets:
-        ids = torch.randint(3, V, (12,), generator=g)
-        labels = torch.full_like(ids, -100)
-        labels[2 : 2 + count] = ids[2 : 2 + count]
-        made.append({"input_ids": ids, "labels": labels})
-    return made
+def whole():
+    return rows(TARGETS)
 
 
 class Stream(IterableDataset):
@@ -43,25 +35,11 @@ def model():
 
 def right(data):
     """Loss, accuracy and entropy over all targets, in plain torch."""
-    ids, labels = (torch.stack([row[k] for row in data]) for k in ("input_ids", "labels"))
-    with torch.no_grad():
-        logp = model().eval()(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
-    held, target = labels[:, 1:] != -100, labels[:, 1:]
-    loss = -logp[held].gather(-1, target[held][:, None]).mean()
-    accuracy = (logp.argmax(-1) == target)[held].double().mean()
-    entropy = -(logp.exp() * logp).sum(-1)[held].mean()
-    return {
-        "loss": loss.item(),
-        "token_accuracy": accuracy.item(),
-        "entropy": entropy.item(),
-    }
+    return token_metrics(model().eval(), data)
 
 
 def trainer(directory, data, size, *, kind=IFTTrainer, more=None, **options):
-    arguments = hf.TrainingArguments(
-        str(directory), per_device_eval_batch_size=size, use_cpu=True, report_to="none",
-        disable_tqdm=True, save_strategy="no", **options,
-    )  # fmt: skip
+    arguments = training_arguments(directory, per_device_eval_batch_size=size, **options)
     more = {"ift_config": IFTConfig(), **(more or {})}
     return kind(model(), arguments, eval_dataset=data, **more)
 
@@ -76,15 +54,15 @@ def assert_right(metrics, expected, prefix="eval"):
 )
 def test_the_mean_is_over_targets(tmp_path, size, logits):
     more = {"compute_metrics": lambda p: {"shape": p.predictions.shape[-1]}} if logits else {}
-    one = trainer(tmp_path, rows(), size, more=more)
+    one = trainer(tmp_path, whole(), size, more=more)
     for _ in range(2):
         metrics = one.evaluate()
-        assert_right(metrics, right(rows()))
+        assert_right(metrics, right(whole()))
         assert metrics.get("eval_shape") == (V if logits else None)
 
 
 def test_kinds_of_sets(tmp_path):
-    first, second = rows(), rows([3, 0, 8], seed=1)
+    first, second = whole(), rows([3, 0, 8], seed=1)
     one = trainer(tmp_path, {"a": first, "b": second}, 2)
     metrics = one.evaluate()
     assert_right(metrics, right(first), "eval_a")
@@ -113,7 +91,7 @@ def test_without_any_target_there_is_no_number(tmp_path):
 def test_inside_training_it_leaves_the_log_of_training_alone(tmp_path):
     def run(**options):
         made = trainer(
-            tmp_path, rows(), 2, max_steps=2, logging_steps=1, learning_rate=0.0,
+            tmp_path, whole(), 2, max_steps=2, learning_rate=0.0,
             more={"train_dataset": rows([5, 6, 2])}, **options,
         )  # fmt: skip
         made.train()
@@ -123,7 +101,7 @@ def test_inside_training_it_leaves_the_log_of_training_alone(tmp_path):
     evaluated = [record for record in log if "eval_loss" in record]
     assert len(evaluated) == 2
     for record in evaluated:  # a learning rate of 0
-        assert_right(record, right(rows()))
+        assert_right(record, right(whole()))
     names = ("loss", "token_accuracy", "entropy")
     for a, b in zip([r for r in log if "loss" in r], run(), strict=False):
         assert {n: a[n] for n in names} == {n: b[n] for n in names if n in b}
@@ -134,12 +112,12 @@ def test_the_auxiliary_loss_of_experts_is_not_part_of_it(tmp_path):
         def _prepared(self, _):
             return super()._prepared(make("mixtral"))
 
-    losses = [trainer(tmp_path, rows(), n, kind=Experts).evaluate()["eval_loss"] for n in (1, 7)]
+    losses = [trainer(tmp_path, whole(), n, kind=Experts).evaluate()["eval_loss"] for n in (1, 7)]
     assert losses == pytest.approx([losses[0]] * 2, rel=1e-5)
 
 
 def test_a_forward_that_was_replaced_is_noticed(tmp_path):
-    one = trainer(tmp_path, rows(), 2, remove_unused_columns=False)
+    one = trainer(tmp_path, whole(), 2, remove_unused_columns=False)
     own = type(one.model).forward.__get__(one.model)
     one.model.forward = lambda loss=None, **kwargs: own(**kwargs)
     with pytest.raises(RuntimeError, match="the patched forward did not run"):
@@ -149,29 +127,26 @@ def test_a_forward_that_was_replaced_is_noticed(tmp_path):
 # ---- several processes ---------------------------------------------------------------------------
 
 flat = {"data_collator": hf.DataCollatorWithFlattening()}
-plain = [{k: v.tolist() for k, v in row.items()} for row in rows()]
+plain = [{k: v.tolist() for k, v in row.items()} for row in whole()]
 # Name → (batch size, set, options): the last batch is filled up in other ways.
 CASES = {
-    "size 1": (1, rows(), {}),
-    "size 2": (2, rows(), {}),
-    "size 3": (3, rows(), {}),
-    "more than the set": (8, rows(), {}),
-    "full": (1, rows()[:6], {}),
-    "logits": (2, rows(), {"more": {"compute_metrics": lambda p: {"rows": len(p.predictions)}}}),
-    "by length": (2, rows(), {"train_sampling_strategy": "group_by_length",
+    "size 1": (1, whole(), {}),
+    "size 2": (2, whole(), {}),
+    "size 3": (3, whole(), {}),
+    "more than the set": (8, whole(), {}),
+    "full": (1, whole()[:6], {}),
+    "logits": (2, whole(), {"more": {"compute_metrics": lambda p: {"rows": len(p.predictions)}}}),
+    "by length": (2, whole(), {"train_sampling_strategy": "group_by_length",
                               "more": {"data_collator": hf.default_data_collator}}),
     "flattened": (2, plain, {"more": flat}),
-    "dispatched": (2, rows(), {"accelerator_config": {"dispatch_batches": True}}),
-    "split": (6, rows(), {"accelerator_config": {"split_batches": True}}),
-    "stream": (2, Stream(rows()), {}),
-    "dropped": (1, rows(), {"dataloader_drop_last": True}),
+    "dispatched": (2, whole(), {"accelerator_config": {"dispatch_batches": True}}),
+    "split": (6, whole(), {"accelerator_config": {"split_batches": True}}),
+    "stream": (2, Stream(whole()), {}),
+    "dropped": (1, whole(), {"dataloader_drop_last": True}),
 }  # fmt: skip
 
 
 def worker(rank, processes, directory):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, not used
-    join(rank, processes, directory)
     found = {}
     for name, (size, data, options) in CASES.items():
         one = trainer(directory, data, size, **options)
@@ -179,15 +154,13 @@ def worker(rank, processes, directory):
         assert one.evaluate()["eval_loss"] == found[name]["eval_loss"], name
     by_itself = {"accelerator_config": {"dispatch_batches": False}}
     with pytest.raises(ValueError, match="eval_dataset: an iterable one"):
-        trainer(directory, Stream(rows()), 2, **by_itself).evaluate()
+        trainer(directory, Stream(whole()), 2, **by_itself).evaluate()
     packed = [{k: v * 2 for k, v in row.items()} for row in plain]  # two documents in each
     for row in packed:
         row["position_ids"] = [*range(12)] * 2
     with pytest.raises(ValueError, match="data_collator: the last evaluation batch of 2 examples"):
         trainer(directory, packed, 2, more={"data_collator": Flat()}).evaluate()
-    if rank == 0:
-        Path(directory, "found.json").write_text(json.dumps(found))
-    leave()
+    return found
 
 
 class Flat:
@@ -200,10 +173,9 @@ class Flat:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_are_one(processes, tmp_path):
-    start(worker, processes, tmp_path)
-    found = json.loads((tmp_path / "found.json").read_text())
+    found, *_ = results(worker, processes, tmp_path)
     for name, (_, data, _) in CASES.items():
-        seen = rows() if data is plain or isinstance(data, Stream) else data
+        seen = whole() if data is plain or isinstance(data, Stream) else data
         if name == "dropped":
             seen = seen[: len(seen) // processes * processes]
         assert_right(found[name], right(seen))

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from transformers.utils import ModelOutput
 
+import dense
 import ift
-from causal_lms import assert_close, batch, gradients, make
+from causal_lms import assert_close, batch, gradients, lora, make
 from ift.integrations import fused_head
 from ift.integrations.fused_head import FusedHeadOutput, add_fused_forward
 
@@ -31,33 +32,31 @@ def fused(name="llama", outputs=("logprob",), temperature=1.0, **overrides):
     return model
 
 
-def dense(model, inputs, temperature):
-    """Log-probabilities and logits / temperature (B, T - 1, V); the shifted labels, their mask."""
+def of_logits(model, inputs, temperature):
+    """Statistics of logits / temperature (B, T - 1), and the shifted labels."""
     labels = inputs["labels"][:, 1:]
     rest = {key: value for key, value in inputs.items() if key != "labels"}
-    logits = model(**rest).logits[:, :-1] / temperature
-    return logits.log_softmax(-1), logits, labels, labels != -100
+    return dense.stats_of(model(**rest).logits[:, :-1] / temperature, labels), labels
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere", "phi"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_field_is_that_of_the_logits(architecture, temperature):
     inputs, outputs = batch(), ("logprob", *FIELDS)
-    logp, logits, labels, mask = dense(make(architecture), inputs, temperature)
+    right, labels = of_logits(make(architecture), inputs, temperature)
+    mask = labels != -100
     model = fused(architecture, outputs, temperature)
     out = model(**inputs, fused_lm_head=True)
-    p = logp.exp()
-    chosen = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     expected = {
-        "log_probs": chosen * mask,
-        "entropy": -(p * logp).sum(-1) * mask,
-        "mean_logits": logits.mean(-1) * mask,
-        "log_sum_sq_probs": p.square().sum(-1).log() * mask,
-        "loss": -(chosen * mask).sum() / mask.sum(),
+        "log_probs": right["logprob"],
+        "entropy": right["entropy"],
+        "mean_logits": right["mean_logit"],
+        "log_sum_sq_probs": torch.where(mask, right["sum_sq"], 1).log(),
+        "loss": -right["logprob"].sum() / mask.sum(),
     }
     for name, value in expected.items():
         torch.testing.assert_close(out[name], value, rtol=1e-4, atol=1e-5)
-    assert torch.equal(out.is_top1, (p.argmax(-1) == labels) & mask)
+    assert torch.equal(out.is_top1, (right["argmax"] == labels) & mask)
     assert torch.equal(out.label_mask, mask) and out.aux_loss is None
     assert out.entropy.requires_grad
     assert not (out.mean_logits.requires_grad or out.log_sum_sq_probs.requires_grad)
@@ -86,9 +85,8 @@ def test_gradients_of_log_probs_and_entropy(architecture):
             log_probs, entropy = out.log_probs, out.entropy
         else:
             model = make(architecture)
-            logp, _, labels, mask = dense(model, inputs, 0.8)
-            log_probs = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * mask
-            entropy = -(logp.exp() * logp).sum(-1) * mask
+            right, _ = of_logits(model, inputs, 0.8)
+            log_probs, entropy = right["logprob"], right["entropy"]
         weights = torch.linspace(-1, 1, log_probs.numel()).view_as(log_probs)
         ((log_probs * weights).sum() + 0.2 * entropy.sum()).backward()
         seen.append(gradients(model))
@@ -223,21 +221,13 @@ def test_copies_and_pickles_have_it(copied, architecture):
 
 @pytest.mark.parametrize("saved", [(), ("lm_head",)])
 def test_peft_models_pass_it_on(saved):
-    from peft import LoraConfig, get_peft_model
-
-    inputs = batch()
-    config = LoraConfig(
-        r=2, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=list(saved),
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
-    torch.manual_seed(3)
-    model = get_peft_model(make("llama"), config)
-    logp, _, labels, mask = dense(model, inputs, 0.7)
+    inputs, options = batch(), {"modules_to_save": list(saved), "task_type": "CAUSAL_LM"}
+    model = lora(make("llama"), target_modules=["q_proj"], **options)
+    right, _ = of_logits(model, inputs, 0.7)
     ift.patch(model, gradient="exact")
     add_fused_forward(model, ("logprob",), 0.7)
     out = model(**inputs, fused_lm_head=True)
-    expected = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * mask
-    torch.testing.assert_close(out.log_probs, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.log_probs, right["logprob"], rtol=1e-5, atol=1e-5)
 
 
 # --- Refusals ------------------------------------------------------------------------------------

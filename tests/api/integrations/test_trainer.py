@@ -1,41 +1,20 @@
 """`IFTTrainer`: what one optimizer step means, what is logged, what is refused."""
 
-import json
-import os
-
 import pytest
 import torch
 import transformers as hf
-from torch.utils.data import Dataset
 
-from causal_lms import V, assert_close, make
+from causal_lms import V, assert_close, make, rows, token_metrics
 from ift.cli.preference import PairTrainer
 from ift.cli.trainer import RunTrainer
 from ift.config import IFTConfig
 from ift.integrations.transformers import IFTTrainer
 from ift.patching import patch
-from processes import join, leave, start
+from processes import results
+from trainers import SGD, training_arguments
 
 # Response lengths differ, and one row has none: means over rows, tokens and batches all differ.
 LENGTHS = [3, 0, 7, 5]
-
-
-class Rows(Dataset):
-    def __init__(self, responses=LENGTHS, repeat=1):
-        g = torch.Generator().manual_seed(0)
-        self.rows = []
-        for response in responses:
-            ids = torch.randint(3, V, (12,), generator=g)
-            labels = torch.full_like(ids, -100)
-            labels[3 : 3 + response] = ids[3 : 3 + response]
-            self.rows.append({"input_ids": ids, "labels": labels})
-        self.rows *= repeat
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
 
 
 class InOrder(IFTTrainer):
@@ -58,31 +37,18 @@ class InOrder(IFTTrainer):
 
 
 def arguments(directory, **changes):
-    options = {
-        "output_dir": str(directory),
-        "use_cpu": True,
-        "per_device_train_batch_size": 4,
-        "max_steps": 1,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "report_to": [],
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    return hf.TrainingArguments(**{**options, **changes})
+    options = SGD | {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "seed": 0}
+    return training_arguments(directory, **{**options, **changes})
 
 
-def trained(directory, config, model=None, data=None, trainer=InOrder, **changes):
-    trainer = trainer(
-        model or make("llama"),
-        arguments(directory, **changes),
-        train_dataset=data or Rows(),
-        ift_config=config,
-    )
+def build(directory, config, model=None, data=None, trainer=InOrder, more=None, **changes):
+    """A trainer; `more` goes to it, `changes` to its arguments."""
+    given = {"train_dataset": data or rows(LENGTHS), "ift_config": config, **(more or {})}
+    return trainer(model or make("llama"), arguments(directory, **changes), **given)
+
+
+def trained(*given, **options):
+    trainer = build(*given, **options)
     trainer.train()
     return trainer
 
@@ -105,19 +71,13 @@ class OfTheCommandLine(InOrder, RunTrainer):
     [(1, True, InOrder), (2, True, InOrder), (1, False, InOrder), (1, True, OfTheCommandLine)],
 )
 def test_accumulated_rows_are_one_batch(tmp_path, config, size, average, trainer):
-    data = Rows()
-    for row in data.rows:
+    data = rows(LENGTHS)
+    for row in data:
         row["attention_mask"] = torch.ones_like(row["input_ids"])
     whole = trained(tmp_path, config, data=data)
-    parts = trained(
-        tmp_path,
-        config,
-        data=data,
-        trainer=trainer,
-        per_device_train_batch_size=size,
-        gradient_accumulation_steps=4 // size,
-        average_tokens_across_devices=average,
-    )
+    sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+    sizes["average_tokens_across_devices"] = average
+    parts = trained(tmp_path, config, data=data, trainer=trainer, **sizes)
     # Rows of other lengths are aligned otherwise, so sums come in another order.
     assert_close(parts.gradients[0], whole.gradients[0], 1e-5)
     loss = [t.state.log_history[0]["loss"] for t in (parts, whole)]
@@ -128,23 +88,16 @@ def test_accumulated_rows_are_one_batch(tmp_path, config, size, average, trainer
 def test_a_step_is_the_loss_of_a_plain_forward(tmp_path, config):
     trainer = trained(tmp_path, config)
     model = patch(make("llama"))
-    inputs = {k: torch.stack([row[k] for row in Rows()]) for k in ("input_ids", "labels")}
+    inputs = {k: torch.stack([row[k] for row in rows(LENGTHS)]) for k in ("input_ids", "labels")}
     loss = model(**inputs, ift=config).loss
     loss.backward()
     named = dict(model.named_parameters())
     assert_close(trainer.gradients[0], {n: named[n].grad for n in trainer.gradients[0]}, 1e-6)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    targets = inputs["labels"][:, 1:]
-    with torch.no_grad():
-        logits = make("llama")(input_ids=inputs["input_ids"]).logits[:, :-1]
     if config is None:
-        valid = targets != -100
-        logp = logits.log_softmax(-1)
-        logged = trainer.state.log_history[0]
-        accuracy = (logits.argmax(-1) == targets)[valid].float().mean().item()
-        entropy = -(logp.exp() * logp).sum(-1)[valid].mean().item()
-        assert logged["token_accuracy"] == pytest.approx(accuracy)
-        assert logged["entropy"] == pytest.approx(entropy, rel=1e-5)
+        logged, right = trainer.state.log_history[0], token_metrics(make("llama"), rows(LENGTHS))
+        assert logged["token_accuracy"] == pytest.approx(right["token_accuracy"])
+        assert logged["entropy"] == pytest.approx(right["entropy"], rel=1e-5)
 
 
 def test_sft_is_transformers_own(tmp_path):
@@ -156,8 +109,8 @@ def test_sft_is_transformers_own(tmp_path):
             return hf.Trainer.compute_loss(self, *args, **kwargs)
 
     changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 3}
-    plain = trained(tmp_path, None, trainer=Plain, data=Rows(repeat=2), **changes)
-    ours = trained(tmp_path, None, data=Rows(repeat=2), **changes)
+    plain = trained(tmp_path, None, trainer=Plain, data=rows(LENGTHS) * 2, **changes)
+    ours = trained(tmp_path, None, data=rows(LENGTHS) * 2, **changes)
     for got, expected in zip(ours.gradients, plain.gradients, strict=True):
         assert_close(got, expected)
 
@@ -179,12 +132,8 @@ def test_the_step_reaches_the_forward_and_resuming_repeats_it(tmp_path):
             lambda *call: steps.append(call[-1]["ift"].step), with_kwargs=True
         )
         changes = {"per_device_train_batch_size": 2, "save_steps": 2, **changes}
-        trainer = Watching(
-            model,
-            arguments(tmp_path, save_strategy="steps", **changes),
-            train_dataset=Rows([3, 5, 4, 2]),
-            ift_config=config,
-        )
+        changes |= {"trainer": Watching, "save_strategy": "steps"}
+        trainer = build(tmp_path, config, model, rows([3, 5, 4, 2]), **changes)
         trainer.train(resume_from_checkpoint=resume)
         return list(zip(steps, losses, strict=True))
 
@@ -196,41 +145,30 @@ def test_the_step_reaches_the_forward_and_resuming_repeats_it(tmp_path):
 
 
 def test_evaluation_measures_cross_entropy_without_logits(tmp_path):
-    model = make("llama")
-    trainer = InOrder(
-        model,
-        arguments(tmp_path, per_device_eval_batch_size=4),
-        train_dataset=Rows(),
-        eval_dataset=Rows(),
-        ift_config=IFTConfig(),
-    )
+    model, more = make("llama"), {"eval_dataset": rows(LENGTHS)}
+    trainer = build(tmp_path, IFTConfig(), model, more=more, per_device_eval_batch_size=4)
     shapes = []
     handle = model.lm_head.register_forward_hook(lambda *a: shapes.append(a[-1].shape[-1]))
     metrics = trainer.evaluate()
     handle.remove()
     assert shapes[-1] == 0  # the first call is that of the measurement
-    inputs = {k: torch.stack([row[k] for row in Rows()]) for k in ("input_ids", "labels")}
+    inputs = {k: torch.stack([row[k] for row in rows(LENGTHS)]) for k in ("input_ids", "labels")}
     with torch.no_grad():
         plain = model.eval()(**inputs)
     assert plain.logits.shape[-1] == V
     assert metrics["eval_loss"] == pytest.approx(plain.loss.item(), rel=1e-5)
-    targets = inputs["labels"][:, 1:]
-    right = (plain.logits.argmax(-1)[:, :-1] == targets)[targets != -100]
-    assert metrics["eval_token_accuracy"] == pytest.approx(right.float().mean().item())
+    accuracy = token_metrics(make("llama"), rows(LENGTHS))["token_accuracy"]
+    assert metrics["eval_token_accuracy"] == pytest.approx(accuracy)
     assert "eval_entropy" in trainer.state.log_history[-1]
 
 
 def test_compute_metrics_gets_its_logits(tmp_path):
-    seen = []
-    trainer = InOrder(
-        make("llama"),
-        arguments(tmp_path),
-        train_dataset=Rows(),
-        eval_dataset=Rows(),
-        ift_config=IFTConfig(),
-        compute_metrics=lambda p: seen.append(p.predictions.shape) or {"x": 1.0},
-    )
-    trainer.train()
+    def metrics(prediction):
+        seen.append(prediction.predictions.shape)
+        return {"x": 1.0}
+
+    seen, more = [], {"eval_dataset": rows(LENGTHS), "compute_metrics": metrics}
+    trainer = trained(tmp_path, IFTConfig(), more=more)
     assert trainer.evaluate()["eval_x"] == 1.0
     assert seen[0][-1] == V
 
@@ -238,7 +176,7 @@ def test_compute_metrics_gets_its_logits(tmp_path):
 def test_the_untied_input_embedding_is_frozen_unless_it_is_trained(tmp_path):
     def embedding_trains(name, config):
         model = make(name)
-        IFTTrainer(model, arguments(tmp_path), train_dataset=Rows(), ift_config=config)
+        build(tmp_path, config, model, trainer=IFTTrainer)
         return model.get_input_embeddings().weight.requires_grad
 
     assert not embedding_trains("llama", IFTConfig())
@@ -248,22 +186,15 @@ def test_the_untied_input_embedding_is_frozen_unless_it_is_trained(tmp_path):
 
 
 def test_packed_batches_count_their_documents(tmp_path):
-    collate = hf.DataCollatorWithFlattening()
-    data = Rows([3, 0, 7, 5])
-    trainers = []
-    for size in (4, 1):
-        trainer = InOrder(
-            make("llama"),
-            arguments(
-                tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size
-            ),
-            train_dataset=[{k: v.tolist() for k, v in row.items()} for row in data.rows],
-            data_collator=collate,
-            ift_config=IFTConfig(),
-        )
-        trainer.train()
-        trainers.append(trainer)
-    packed, single = (t.gradients[0] for t in trainers)
+    data = [{k: v.tolist() for k, v in row.items()} for row in rows([3, 0, 7, 5])]
+    more = {"data_collator": hf.DataCollatorWithFlattening()}
+    sizes = [
+        {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        for size in (4, 1)
+    ]
+    packed, single = (
+        trained(tmp_path, IFTConfig(), data=data, more=more, **size).gradients[0] for size in sizes
+    )
     assert_close(single, packed)
     assert_close(packed, trained(tmp_path, IFTConfig()).gradients[0])
 
@@ -272,7 +203,7 @@ def test_model_init_is_patched_too(tmp_path):
     trainer = IFTTrainer(
         None,
         arguments(tmp_path),
-        train_dataset=Rows(),
+        train_dataset=rows(LENGTHS),
         model_init=lambda: make("llama"),
         ift_config=IFTConfig(),
     )
@@ -314,12 +245,12 @@ def test_several_devices_in_one_process_are_refused(tmp_path):
         IFTTrainer(make("llama"), options, ift_config=IFTConfig())
 
 
-@pytest.mark.slow  # Dynamo traces for long
 @pytest.mark.parametrize("kind", [IFTTrainer, PairTrainer], ids=lambda kind: kind.__name__)
 def test_a_trainer_is_one_class_under_that_of_transformers(kind):
     assert [cls for cls in kind.__mro__ if issubclass(cls, hf.Trainer)] == [kind, hf.Trainer]
 
 
+@pytest.mark.slow  # Dynamo traces for long
 @pytest.mark.parametrize("config", [None, IFTConfig(share_prompt=False)], ids=["sft", "ift"])
 def test_torch_compile(tmp_path, config):
     """Losses, metrics and evaluation are those of the model as it is, in training and after."""
@@ -327,14 +258,9 @@ def test_torch_compile(tmp_path, config):
     def run(**changes):
         torch._dynamo.reset()
         changes |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
-        trainer = InOrder(
-            make("llama", num_hidden_layers=1),
-            arguments(tmp_path, **changes),
-            train_dataset=Rows(),
-            eval_dataset=Rows([4, 2, 0]),
-            ift_config=config,
-        )
-        trainer.train()
+        more = {"eval_dataset": rows([4, 2, 0])}
+        model = make("llama", num_hidden_layers=1)
+        trainer = trained(tmp_path, config, model, more=more, **changes)
         keys = ("loss", "token_accuracy", "entropy", "eval_loss", "eval_token_accuracy")
         return [record[k] for record in trainer.state.log_history for k in keys if k in record]
 
@@ -345,8 +271,7 @@ def test_torch_compile(tmp_path, config):
 
 def test_a_forward_that_was_replaced_is_noticed(tmp_path):
     model = make("llama")
-    options = arguments(tmp_path, remove_unused_columns=False)
-    trainer = InOrder(model, options, train_dataset=Rows(), ift_config=IFTConfig())
+    trainer = build(tmp_path, IFTConfig(), model, remove_unused_columns=False)
     own = type(model).forward.__get__(model)
     model.forward = lambda ift=None, **kwargs: own(**kwargs)
     with pytest.raises(RuntimeError, match="the patched forward did not run"):
@@ -354,26 +279,18 @@ def test_a_forward_that_was_replaced_is_noticed(tmp_path):
 
 
 def two_processes(rank, processes, directory):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, not used
-    join(rank, processes, directory)
+    sizes, found = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, {}
     for name in ("sft", "ift"):
-        trainer = trained(
-            directory, CONFIGS[name], per_device_train_batch_size=1, gradient_accumulation_steps=2
-        )
-        if rank == 0:
-            torch.save(trainer.gradients[0], f"{directory}/{name}.pt")
-            with open(f"{directory}/{name}.json", "w") as file:
-                json.dump(trainer.state.log_history[0], file)
-    leave()
+        trainer = trained(directory, CONFIGS[name], **sizes)
+        found[name] = trainer.gradients[0], trainer.state.log_history[0]
+    return found
 
 
 def test_two_processes_are_one(tmp_path):
     """Rows 0 and 2 in one process, 1 (without response) and 3 in the other, one at a time."""
-    start(two_processes, 2, tmp_path)
-    for name in ("sft", "ift"):
+    found, _ = results(two_processes, 2, tmp_path)
+    for name, (gradients, logged) in found.items():
         one = trained(tmp_path / "one", CONFIGS[name])
-        assert_close(torch.load(tmp_path / f"{name}.pt"), one.gradients[0])
-        logged = json.loads((tmp_path / f"{name}.json").read_text())
+        assert_close(gradients, one.gradients[0])
         for key in ("loss", "token_accuracy", "entropy"):
             assert logged[key] == pytest.approx(one.state.log_history[0][key], rel=1e-4)

@@ -18,6 +18,7 @@ from bench.peers.naive_ift import frozen_embedding, naive_ift_loss, refresh
 from causal_lms import assert_close, make
 from ift.integrations import trl as integration
 from ift.tiny import train_tokenizer
+from trainers import SGD, training_arguments
 
 WORDS = [f"word{n}" for n in range(12)]
 
@@ -47,28 +48,18 @@ def tokenizer():
 
 
 def arguments(kind, directory, **changes):
-    options = {
-        "output_dir": str(directory),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": [],
-        "per_device_train_batch_size": 4,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "seed": 1,
-    }
-    return kind(**{**options, **changes})
+    options = {"bf16": False, "gradient_checkpointing": False, "seed": 1, "max_steps": 2}
+    options |= {"per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    options |= {"lr_scheduler_type": "constant"}
+    return training_arguments(directory, kind, **{**options, **changes})
 
 
 def length_reward(completions, **_):
     return [float(len(text)) for text in completions]
 
 
+SAMPLING = {"num_generations": 2, "max_completion_length": 6, "temperature": 0.8}
+SIMPO = {"max_length": 32, "loss_type": "simpo", "cpo_alpha": 0}
 TRAINERS = {
     "sft": (SFTTrainer, SFTConfig, COMPLETIONS, {}),
     "sft dft": (SFTTrainer, SFTConfig, COMPLETIONS, {"loss_type": "dft"}),
@@ -76,20 +67,10 @@ TRAINERS = {
     "dpo": (DPOTrainer, DPOConfig, PAIRS, {}),
     "dpo weighted": (DPOTrainer, DPOConfig, PAIRS, {"use_weighting": True}),
     "kto": (KTOTrainer, KTOConfig, KTO, {}),
-    "grpo": (
-        GRPOTrainer,
-        GRPOConfig,
-        COMPLETIONS,
-        {"num_generations": 2, "max_completion_length": 6, "temperature": 0.8},
-    ),
+    "grpo": (GRPOTrainer, GRPOConfig, COMPLETIONS, SAMPLING),
     "orpo": (ORPOTrainer, ORPOConfig, PAIRS, {"max_length": 32}),
     "cpo": (CPOTrainer, CPOConfig, PAIRS, {"max_length": 32}),
-    "simpo": (
-        CPOTrainer,
-        CPOConfig,
-        PAIRS,
-        {"max_length": 32, "loss_type": "simpo", "cpo_alpha": 0},
-    ),
+    "simpo": (CPOTrainer, CPOConfig, PAIRS, SIMPO),
 }
 
 
@@ -147,15 +128,20 @@ def test_a_trainer_learns_the_same_on_our_kernels(name, tokenizer, tmp_path, mon
     assert_close(got, expected, 2e-3)  # two steps of Adam: signs of tiny gradients
 
 
+def first_losses(name, *given):
+    """A trainer and its loss of the first batch: TRL's own, then on our kernels."""
+    for ours in (False, True):
+        trainer = trainer_of(name, *given)
+        if ours:
+            integration.use_ift_kernels(trainer, gradient="exact")
+        batch = next(iter(trainer.get_train_dataloader()))
+        yield trainer, trainer.compute_loss(trainer.model, batch)
+
+
 def test_gradients_of_the_losses_are_the_same(tokenizer, tmp_path):
     for name in ("sft", "dpo", "kto", "orpo", "cpo"):
         grads = []
-        for ours in (False, True):
-            trainer = trainer_of(name, tokenizer, tmp_path)
-            if ours:
-                integration.use_ift_kernels(trainer, gradient="exact")
-            batch = next(iter(trainer.get_train_dataloader()))
-            loss = trainer.compute_loss(trainer.model, batch)
+        for trainer, loss in first_losses(name, tokenizer, tmp_path):
             loss.backward()
             grads.append({n: p.grad for n, p in trainer.model.named_parameters()})
         assert_close(grads[1], grads[0], 2e-5)
@@ -163,14 +149,10 @@ def test_gradients_of_the_losses_are_the_same(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("architecture", ["gemma2", "granite", "mixtral", "cohere"])
 def test_scales_caps_and_auxiliary_losses_are_those_of_the_model(architecture, tokenizer, tmp_path):
-    losses = []
-    for ours in (False, True):
-        trainer = trainer_of("sft", tokenizer, tmp_path, architecture)
-        if ours:
-            integration.use_ift_kernels(trainer, gradient="exact")
-        batch = next(iter(trainer.get_train_dataloader()))
-        losses.append(trainer.compute_loss(trainer.model, batch).detach())
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    theirs, ours = (
+        loss.detach() for _, loss in first_losses("sft", tokenizer, tmp_path, architecture)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 # --- IFTSFTTrainer -------------------------------------------------------------------------------
@@ -181,18 +163,14 @@ def policy(tokenizer):
 
 
 def ift_trainer(tokenizer, directory, rows=COMPLETIONS, peft_config=None, ift=None, **changes):
-    return integration.IFTSFTTrainer(
-        policy(tokenizer),
-        arguments(integration.IFTSFTConfig, directory, ift=ift, **changes),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=copy.deepcopy(tokenizer),
-        peft_config=peft_config,
-    )
+    args = arguments(integration.IFTSFTConfig, directory, ift=ift, **changes)
+    given = {"train_dataset": Dataset.from_list(rows), "peft_config": peft_config}
+    given["processing_class"] = copy.deepcopy(tokenizer)
+    return integration.IFTSFTTrainer(policy(tokenizer), args, **given)
 
 
 def test_twenty_steps_are_those_of_the_released_algorithm(tokenizer, tmp_path):
-    options = {"per_device_train_batch_size": 2, "max_steps": 20, "max_grad_norm": 0.0}
-    options |= {"optim": "sgd", "learning_rate": 0.05}
+    options = SGD | {"per_device_train_batch_size": 2, "max_steps": 20, "learning_rate": 0.05}
     trainer = ift_trainer(tokenizer, tmp_path, **options)
     reference = policy(tokenizer)
     batches = []
@@ -235,7 +213,7 @@ def test_twenty_steps_are_those_of_the_released_algorithm(tokenizer, tmp_path):
 )
 def test_packed_and_accumulated_rows_are_rows(changes, tokenizer, tmp_path):
     """The first step's loss and gradient are those of one padded batch of all rows."""
-    options = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
+    options = SGD | {"learning_rate": 1.0}
     plain = ift_trainer(tokenizer, tmp_path, per_device_train_batch_size=8, **options)
     start = {n: p.detach().clone() for n, p in plain.model.named_parameters()}
     _, expected = trained(plain)
@@ -267,17 +245,14 @@ def test_chat_rows_with_lora(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_evaluation_is_cross_entropy_per_target(size, tokenizer, tmp_path):
-    plain = SFTTrainer(
-        policy(tokenizer),
-        arguments(SFTConfig, tmp_path),
-        train_dataset=Dataset.from_list(COMPLETIONS),
-        eval_dataset=Dataset.from_list(COMPLETIONS),
-        processing_class=copy.deepcopy(tokenizer),
-    )
+    rows = Dataset.from_list(COMPLETIONS)
+    given = {"train_dataset": rows, "eval_dataset": rows}
+    given["processing_class"] = copy.deepcopy(tokenizer)
+    plain = SFTTrainer(policy(tokenizer), arguments(SFTConfig, tmp_path), **given)
     theirs = plain.evaluate()  # of one batch, which is the whole set
     trainer = ift_trainer(tokenizer, tmp_path, per_device_eval_batch_size=size)
     for named in ({}, {"metric_key_prefix": "other"}):
-        ours = trainer.evaluate(Dataset.from_list(COMPLETIONS), **named)
+        ours = trainer.evaluate(rows, **named)
         prefix = named.get("metric_key_prefix", "eval")
         for key in ("loss", "entropy", "mean_token_accuracy"):
             assert ours[f"{prefix}_{key}"] == pytest.approx(theirs[f"eval_{key}"], rel=1e-4)

@@ -1,5 +1,6 @@
 """Gradients on the logits: the table of docs/losses.md, by autograd."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -85,126 +86,117 @@ def ift_factor(x):
     return torch.stack(out)
 
 
+def apo_zero_factor(x):
+    chosen, rejected = x.sum(1)
+    return two(BETA * slope(BETA * chosen), -BETA * slope(BETA * rejected))
+
+
+def with_beta(loss, **options):
+    return functools.partial(loss, beta=BETA, **options)
+
+
+def dpo(kind, **options):
+    return with_beta(losses.dpo_loss, kind=kind, **options)
+
+
+def forward_kl(x, mask):  # of u = -0.4 and 0.2
+    reference = x.detach() + two(0.1, -0.05)
+    return losses.dpo_loss(x, mask, reference, beta=BETA, divergence="forward_kl")
+
+
+def grpo(x, mask, **options):
+    return losses.grpo_loss(x, mask, A2, OLD, **options)
+
+
 A2 = torch.tensor([1.0, -0.7], dtype=torch.float64)
+PAIR = two(1.0, -1.0)
 # G = factor · (p − e_y) per token, with these factors; `x` are the tokens' log-probabilities.
 TABLE = {
     "SFT": (losses.sft_loss, lambda x: torch.full((2, 4), 1 / 8)),
     "DFT": (lambda x, m: losses.sft_loss(x, m, scaling="dft"), lambda x: x.exp() / 8),
     "IFT": (losses.ift_loss, ift_factor),
-    "DPO": (
-        lambda x, m: losses.dpo_loss(x, m, beta=BETA),
-        lambda x: BETA * sigmoid(-h(x)) * two(1.0, -1.0),
-    ),
-    "DPO hinge": (
-        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="hinge"),
-        lambda x: BETA * two(1.0, -1.0) * (h(x) < 1),
-    ),
-    "IPO": (
-        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="ipo"),
-        lambda x: 2 * (1 / (2 * BETA) - h(x) / BETA) * two(1.0, -1.0),
-    ),
+    "DPO": (with_beta(losses.dpo_loss), lambda x: BETA * sigmoid(-h(x)) * PAIR),
+    "DPO hinge": (dpo("hinge"), lambda x: BETA * PAIR * (h(x) < 1)),
+    "IPO": (dpo("ipo"), lambda x: 2 * (1 / (2 * BETA) - h(x) / BETA) * PAIR),
     "DPO conservative": (
-        lambda x, m: losses.dpo_loss(x, m, beta=BETA, label_smoothing=EPS),
-        lambda x: BETA * (sigmoid(-h(x)) - EPS) * two(1.0, -1.0),
+        with_beta(losses.dpo_loss, label_smoothing=EPS),
+        lambda x: BETA * (sigmoid(-h(x)) - EPS) * PAIR,
     ),
     "DPO robust": (
-        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="robust", label_smoothing=EPS),
-        lambda x: BETA * ((1 - EPS) * sigmoid(-h(x)) + EPS * sigmoid(h(x))) / (1 - 2 * EPS)
-        * two(1.0, -1.0),
+        dpo("robust", label_smoothing=EPS),
+        lambda x: BETA * ((1 - EPS) * sigmoid(-h(x)) + EPS * sigmoid(h(x))) / (1 - 2 * EPS) * PAIR,
     ),
     "EXO": (
-        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="exo", label_smoothing=EPS),
-        lambda x: BETA * sigmoid(h(x)) * sigmoid(-h(x)) * (math.log((1 - EPS) / EPS) - h(x))
-        * two(1.0, -1.0),
+        dpo("exo", label_smoothing=EPS),
+        lambda x: BETA * slope(h(x)) * (math.log((1 - EPS) / EPS) - h(x)) * PAIR,
     ),
     "NCA": (
-        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="nca"),
+        dpo("nca"),
         lambda x: two(
             BETA * (sigmoid(-BETA * x.sum(1)[0]) - sigmoid(BETA * x.sum(1)[0]) / 2),
             -BETA * sigmoid(BETA * x.sum(1)[1]) / 2,
         ),
     ),
     "BCO": (
-        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="bco"),
-        lambda x: two(
-            BETA * sigmoid(-BETA * x.sum(1)[0]), -BETA * sigmoid(BETA * x.sum(1)[1])
-        ),
+        dpo("bco"),
+        lambda x: two(BETA * sigmoid(-BETA * x.sum(1)[0]), -BETA * sigmoid(BETA * x.sum(1)[1])),
     ),
     "SPPO": (
-        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="sppo"),
-        lambda x: two(
-            2 * (1 / (2 * BETA) - x.sum(1)[0]), -2 * (1 / (2 * BETA) + x.sum(1)[1])
-        ),
+        dpo("sppo"),
+        lambda x: two(2 * (1 / (2 * BETA) - x.sum(1)[0]), -2 * (1 / (2 * BETA) + x.sum(1)[1])),
     ),
     "APO-down": (
-        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="apo_down"),
-        lambda x: two(
-            BETA * (slope(h(x)) - slope(BETA * x.sum(1)[0])), -BETA * slope(h(x))
-        ),
+        dpo("apo_down"),
+        lambda x: two(BETA * (slope(h(x)) - slope(BETA * x.sum(1)[0])), -BETA * slope(h(x))),
     ),
-    "DiscoPOP": (
-        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="discopop", discopop_tau=0.5),
-        lambda x: BETA * discopop(h(x)) * two(1.0, -1.0),
-    ),
-    "DPO with forward KL": (  # of u = -0.4 and 0.2
-        lambda x, m: losses.dpo_loss(
-            x, m, x.detach() + two(0.1, -0.05), beta=BETA, divergence="forward_kl"
+    "DiscoPOP": (dpo("discopop", discopop_tau=0.5), lambda x: BETA * discopop(h(x)) * PAIR),
+    "DPO with forward KL": (
+        forward_kl,
+        lambda x: (
+            BETA
+            * sigmoid(-BETA * (math.exp(-0.2) - math.exp(0.4)))
+            * two(math.exp(0.4), -math.exp(-0.2))
         ),
-        lambda x: BETA * sigmoid(-BETA * (math.exp(-0.2) - math.exp(0.4)))
-        * two(math.exp(0.4), -math.exp(-0.2)),
     ),
     "rejected-free": (
-        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="rejected_free"),
+        dpo("rejected_free"),
         lambda x: BETA * sigmoid(-BETA * x.sum(1))[:, None].expand(2, 4) / 2,
     ),
-    "APO-zero": (
-        lambda x, m: losses.dpo_loss(x, m, beta=BETA, kind="apo_zero"),
-        lambda x: two(*(
-            sign * BETA * sigmoid(BETA * s) * sigmoid(-BETA * s)
-            for sign, s in zip((1, -1), x.sum(1), strict=True)
-        )),
-    ),
+    "APO-zero": (dpo("apo_zero"), apo_zero_factor),
     "SimPO": (
         lambda x, m: losses.simpo_loss(x, m, beta=2.0, gamma=0.4),
-        lambda x: 2 * sigmoid(-(2 * (x.mean(1)[0] - x.mean(1)[1]) - 0.4)) / 4 * two(1.0, -1.0),
+        lambda x: 2 * sigmoid(-(2 * (x.mean(1)[0] - x.mean(1)[1]) - 0.4)) / 4 * PAIR,
     ),
     "CPO": (
-        lambda x, m: losses.cpo_loss(x, m, beta=BETA, nll_weight=0.5),
-        lambda x: BETA * sigmoid(-h(x)) * two(1.0, -1.0) + two(0.5 / 4, 0.0),
+        with_beta(losses.cpo_loss, nll_weight=0.5),
+        lambda x: BETA * sigmoid(-h(x)) * PAIR + two(0.5 / 4, 0.0),
     ),
-    "ORPO": (lambda x, m: losses.orpo_loss(x, m, beta=BETA), orpo_factor),
-    "SLiC": (
-        lambda x, m: losses.slic_loss(x, m, beta=BETA, delta=1.0),
-        lambda x: BETA * two(1.0, -1.0) * (h(x) < 1),
-    ),
-    "KTO": (
-        lambda x, m: losses.kto_loss(x, m, torch.tensor([1, 0]), beta=BETA, kl=0.5),
-        kto_factor,
-    ),
+    "ORPO": (with_beta(losses.orpo_loss), orpo_factor),
+    "SLiC": (with_beta(losses.slic_loss, delta=1.0), lambda x: BETA * PAIR * (h(x) < 1)),
+    "KTO": (with_beta(losses.kto_loss, desirable=torch.tensor([1, 0]), kl=0.5), kto_factor),
     "REINFORCE": (
         lambda x, m: losses.reinforce_loss(x, m, A2),
         lambda x: A2[:, None].expand(2, 4) / 2,
     ),
     "PPO": (lambda x, m: losses.ppo_loss(x, m, A2, OLD), lambda x: ratio_factor(x) / 8),
-    "GRPO": (lambda x, m: losses.grpo_loss(x, m, A2, OLD), lambda x: ratio_factor(x) / 8),
+    "GRPO": (grpo, lambda x: ratio_factor(x) / 8),
     "CISPO": (
-        lambda x, m: losses.grpo_loss(x, m, A2, OLD, kind="cispo"),
+        functools.partial(grpo, kind="cispo"),
         lambda x: (x - OLD).exp().clamp(max=1.2) * A2[:, None] / 8,
     ),
     "SAPO": (
-        lambda x, m: losses.grpo_loss(x, m, A2, OLD, kind="sapo", temperatures=(1.5, 1.5)),
-        lambda x: 4 * sigmoid(1.5 * ((x - OLD).exp() - 1)) * sigmoid(1.5 * (1 - (x - OLD).exp()))
-        * (x - OLD).exp() * A2[:, None] / 8,
+        functools.partial(grpo, kind="sapo", temperatures=(1.5, 1.5)),
+        lambda x: 4 * slope(1.5 * ((x - OLD).exp() - 1)) * (x - OLD).exp() * A2[:, None] / 8,
     ),
     "GSPO": (
-        lambda x, m: losses.grpo_loss(x, m, A2, OLD, kind="gspo"),
+        functools.partial(grpo, kind="gspo"),
         lambda x: ratio_factor(x.mean(1, keepdim=True).expand(2, 4)) / 8,
     ),
     "RLOO": (
         lambda x, m: losses.rloo_loss(x, m, torch.tensor([1.0, 0.0]), group_size=2),
         lambda x: torch.tensor([[1.0], [-1.0]]).expand(2, 4) / 2,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TABLE)

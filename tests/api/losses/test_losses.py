@@ -2,11 +2,13 @@
 
 import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import dense
 import ift
 from ift import losses
 
@@ -15,21 +17,19 @@ ADVANTAGES = torch.tensor([1.0, -1.2, 0.4, -0.3, 2.0, -1.9])
 REWARDS = torch.tensor([1.0, -1.0, 0.5, 0.25, 0.0, 3.0])
 DESIRABLE = torch.tensor([True, False, True, True, False, False])
 
+SMOOTHED = {kind: {"label_smoothing": 0.1} for kind in ("exo", "robust")}
+
 # name → (loss of (logprob, mask, reference), does it compare with a reference?)
 LOSSES = {
     "sft": lambda x, m, r, **k: losses.sft_loss(x, m, **k),
     "dft": lambda x, m, r, **k: losses.sft_loss(x, m, scaling="dft", **k),
     "ift": lambda x, m, r, **k: losses.ift_loss(x, m, **k),
     **{
-        f"dpo-{kind}": lambda x, m, r, kind=kind, **k: losses.dpo_loss(
-            x, m, r, kind=kind, label_smoothing=0.1 if kind in ("exo", "robust") else 0.0, **k
-        )
+        f"dpo-{kind}": partial(losses.dpo_loss, kind=kind, **SMOOTHED.get(kind, {}))
         for kind in losses.dpo.FORMULAS
     },
     **{
-        f"dpo-{name}": lambda x, m, r, name=name, **k: losses.dpo_loss(
-            x, m, r, divergence=name, **k
-        )
+        f"dpo-{name}": partial(losses.dpo_loss, divergence=name)
         for name in ("forward_kl", "js_divergence", "alpha_divergence")
     },
     "cpo": lambda x, m, r, **k: losses.cpo_loss(x, m, **k),
@@ -115,7 +115,7 @@ WHOLE = {  # the argument of the divisor over an optimizer step
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_accumulation(name):
+def test_accumulation(name, monkeypatch):
     """A step of pieces has the gradient of the whole."""
     logprob, mask, reference = batch(2)
     # Pairs for the paired losses, rows for the others; each piece sees its own of every tensor.
@@ -131,15 +131,12 @@ def test_accumulation(name):
         options["num_items"] = mask[:PAIRS].sum()
     whole = torch.autograd.grad(LOSSES[name](logprob, mask, reference), logprob)[0]
     total = torch.zeros_like(whole)
-    module = globals()
     advantages, desirable = ADVANTAGES, DESIRABLE
-    try:
-        for rows in pieces:
-            module["ADVANTAGES"], module["DESIRABLE"] = advantages[rows], desirable[rows]
-            value = LOSSES[name](logprob[rows], mask[rows], reference[rows], **options)
-            total += torch.autograd.grad(value, logprob)[0]
-    finally:
-        module["ADVANTAGES"], module["DESIRABLE"] = advantages, desirable
+    for rows in pieces:
+        monkeypatch.setitem(globals(), "ADVANTAGES", advantages[rows])
+        monkeypatch.setitem(globals(), "DESIRABLE", desirable[rows])
+        value = LOSSES[name](logprob[rows], mask[rows], reference[rows], **options)
+        total += torch.autograd.grad(value, logprob)[0]
     torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-14)
 
 
@@ -211,16 +208,11 @@ def test_from_hidden_is_the_loss_of_the_log_probabilities():
     other = losses.Head(torch.randn(6, 5, 8).double(), torch.randn(30, 8).double(), softcap=9.0)
     transform = {"logit_scale": 0.8, "softcap": 6.0, "temperature": 1.2}
 
-    def dense(h, w, b, scale, cap):
-        z = scale * (h @ w.T + (0 if b is None else b))
-        z = cap * torch.tanh(z / cap) / 1.2
-        return z.log_softmax(-1), z
-
-    mask = target != -100
-    every, z = dense(hidden, weight, bias, 0.8, 6.0)
-    pick = lambda x: x.gather(-1, target.masked_fill(~mask, 0)[..., None])[..., 0]  # noqa: E731
-    logp, entropy = pick(every), -(every.exp() * every).sum(-1)
-    frozen = pick(dense(other.hidden, other.weight, None, 1.0, 9.0)[0])
+    mask, theirs = target != -100, {"softcap": 9.0, "temperature": 1.2}
+    z = dense.logits(dense.Head(hidden, weight, target, bias, transform))
+    stats = dense.stats_of(z, target)
+    logp, entropy = stats["logprob"], stats["entropy"]
+    frozen = dense.stats(dense.Head(other.hidden, other.weight, target, None, theirs))["logprob"]
     cases = {
         "dpo": (losses.DPOLoss(beta=0.4), (), losses.dpo_loss(logp, mask, frozen, beta=0.4)),
         "grpo": (
@@ -233,8 +225,8 @@ def test_from_hidden_is_the_loss_of_the_log_probabilities():
         "sft": (
             losses.SFTLoss(label_smoothing=0.1, z_loss=0.01), (),
             losses.sft_loss(
-                logp, mask, label_smoothing=0.1, z_loss=0.01, lse=z.logsumexp(-1),
-                mean_logit=z.mean(-1),
+                logp, mask, label_smoothing=0.1, z_loss=0.01, lse=stats["lse"],
+                mean_logit=stats["mean_logit"],
             ),
         ),
     }  # fmt: skip
@@ -246,9 +238,8 @@ def test_from_hidden_is_the_loss_of_the_log_probabilities():
         torch.testing.assert_close(value, wanted)
         inputs = (hidden, weight, bias)
         pairs = (torch.autograd.grad(x, inputs, retain_graph=True) for x in (value, wanted))
-        for a, b in zip(*pairs, strict=True):
-            torch.testing.assert_close(a, b)
-        right = (every.argmax(-1) == target)[mask].double().mean()
+        torch.testing.assert_close(*pairs)
+        right = (stats["argmax"] == target)[mask].double().mean()
         assert module.metrics["token_accuracy"].item() == pytest.approx(right.item())
         assert module.metrics["entropy"].item() == pytest.approx(entropy[mask].mean().item())
         assert module.metrics["perplexity"].item() == pytest.approx(

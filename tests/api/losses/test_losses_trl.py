@@ -73,6 +73,21 @@ def unshifted(mask):
     return torch.nn.functional.pad(mask, (1, 0)).long()
 
 
+def inputs_of(mask, **more):
+    """A batch of TRL's paired trainers."""
+    names = ("completion_mask", "input_ids", "attention_mask")
+    return {**dict.fromkeys(names, unshifted(mask)), **more}
+
+
+def generated(mask, **more):
+    """A batch of TRL's trainers that sample."""
+    prompt = torch.ones(len(mask), 2, dtype=torch.long)
+    return {
+        "prompt_ids": prompt, "prompt_mask": prompt, "completion_ids": mask.long(),
+        "completion_mask": mask.long(), **more,
+    }  # fmt: skip
+
+
 def trl_dpo(logprob, reference, mask, kind, **options):
     given = {
         "beta": 0.3, "label_smoothing": 0.0, "f_divergence_type": "reverse_kl", "alpha": 0.5,
@@ -85,11 +100,7 @@ def trl_dpo(logprob, reference, mask, kind, **options):
         f_alpha_divergence_coef=given["alpha"],
     )  # fmt: skip
     sums = (reference * mask).sum(1).chunk(2)
-    inputs = {
-        "completion_mask": unshifted(mask), "input_ids": unshifted(mask),
-        "attention_mask": unshifted(mask), "ref_chosen_logps": sums[0],
-        "ref_rejected_logps": sums[1],
-    }  # fmt: skip
+    inputs = inputs_of(mask, ref_chosen_logps=sums[0], ref_rejected_logps=sums[1])
     loss = DPOTrainer._compute_loss(trainer, outputs(logprob, mask), inputs, False)
     return loss, trainer._metrics["train"]
 
@@ -172,11 +183,8 @@ def test_kto(kind):
         undesirable_weight=0.7, loss_type="kto" if kind == "kto" else "apo_zero_unpaired",
         _compute_kl_logps=lambda model, inputs: (kl_logprob * kl_mask).sum(1),
     )  # fmt: skip
-    inputs = {
-        "label": desirable, "completion_mask": unshifted(mask), "input_ids": unshifted(mask),
-        "attention_mask": unshifted(mask), "ref_logps": (reference * mask).sum(1),
-        "ref_KL_logps": reference_kl,
-    }  # fmt: skip
+    sums = {"ref_logps": (reference * mask).sum(1), "ref_KL_logps": reference_kl}
+    inputs = inputs_of(mask, label=desirable, **sums)
     theirs = KTOTrainer._compute_loss(trainer, outputs(logprob, mask), inputs, False)
     kl, metrics = losses.kto_kl(kl_logprob, kl_mask, reference_kl), {}
     assert kl > 0
@@ -229,13 +237,10 @@ def test_grpo(kind, theirs, options):
         ),
         _get_per_token_logps_and_entropies=lambda *a, **k: (logprob, entropy, None),
     )  # fmt: skip
-    prompt = torch.ones(ROWS, 2, dtype=torch.long)
-    inputs = {
-        "prompt_ids": prompt, "prompt_mask": prompt, "completion_ids": mask.long(),
-        "completion_mask": mask.long(), "advantages": advantages, "old_per_token_logps": old,
-        "ref_per_token_logps": reference, "num_items_in_batch": mask.sum(),
-        "importance_sampling_ratio": weights,
-    }  # fmt: skip
+    inputs = generated(
+        mask, advantages=advantages, old_per_token_logps=old, ref_per_token_logps=reference,
+        num_items_in_batch=mask.sum(), importance_sampling_ratio=weights,
+    )  # fmt: skip
     wanted = GRPOTrainer._compute_loss(trainer, SimpleNamespace(training=True), inputs)
     metrics = {}
     ours = losses.grpo_loss(
@@ -264,11 +269,7 @@ def test_rloo():
         epsilon_low=0.2, epsilon_high=0.2,
         _get_per_token_logps_and_entropies=lambda *a, **k: (logprob, logprob.detach(), None),
     )  # fmt: skip
-    prompt = torch.ones(ROWS, 2, dtype=torch.long)
-    inputs = {
-        "prompt_ids": prompt, "prompt_mask": prompt, "completion_ids": mask.long(),
-        "completion_mask": mask.long(), "advantages": advantages, "old_logps": (old * mask).sum(1),
-    }  # fmt: skip
+    inputs = generated(mask, advantages=advantages, old_logps=(old * mask).sum(1))
     wanted = RLOOTrainer._compute_loss(trainer, SimpleNamespace(training=True), inputs)
     same(losses.rloo_loss(logprob, mask, rewards, old, group_size=3), wanted, logprob)
 
