@@ -12,6 +12,7 @@ from ift_kernels.backends import contract
 from ift_kernels.common import checks
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.operators import library
+from ift_kernels.schedule import device as devices
 from ift_kernels.schedule import plan, products
 from ift_kernels.schedule.accumulate import accum_dtype
 from ift_kernels.schedule.head import Head, pad_row_stride
@@ -143,8 +144,9 @@ def _linear_token(
         LogitTransform(scale, softcap, temperature),
     )
     problem = plan.Problem(
-        n, weight.shape[0], weight.shape[1], dtype, workspace, same_dtype=weight.dtype == dtype
-    )
+        n, weight.shape[0], weight.shape[1], dtype, workspace, same_dtype=weight.dtype == dtype,
+        device=devices.of(device),
+    )  # fmt: skip
     state = contract.new_state(n, device)
     target = torch.full((n,), -1, dtype=torch.int64, device=device)
     track = 0 if sample or k > 1 else contract.TRACK_ARGMAX

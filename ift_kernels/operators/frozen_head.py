@@ -26,7 +26,7 @@ from ift_kernels.schedule.accumulate import accum_dtype
 from ift_kernels.schedule.head import slices
 
 NEEDS = (True, False, False)
-GATHERED = 1 << 20  # elements of head rows at once
+GATHERED = 1 << 20  # elements of head rows at once on a CPU, in cache; a GPU wants few launches
 
 
 def serves(needs: list[bool], differentiable: int) -> bool:
@@ -101,7 +101,9 @@ def _target_rows(
     weight: Tensor, target: Tensor, dtype: torch.dtype, elements: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """Head rows of the targets in the dtype of the products, at most `elements` at a time."""
-    step = max(min(elements, GATHERED) // weight.shape[1], 1)
+    if weight.device.type == "cpu":
+        elements = min(elements, GATHERED)
+    step = max(elements // weight.shape[1], 1)
     for part in slices(0, len(target), step):
         yield part, weight.index_select(0, target[part]).to(dtype)
 
@@ -135,7 +137,7 @@ def _d_hidden(
     ids, per_logprob, per_lse, a, c = columns
     target_rows, rest = a * per_logprob + c * per_lse, c - a
     no_upstream = (a == 0) & (c == 0)  # there 0 times a NaN is 0, as with every schedule
-    for part, head_rows in _target_rows(weight, ids, options.dtype, options.workspace // 10):
+    for part, head_rows in _target_rows(weight, ids, options.dtype, options.workspace // 16):
         total = head_rows.to(rest.dtype) * target_rows[part, None]
         total.addcmul_(nontarget_sum[part].to(rest.dtype), rest[part, None])
         nontarget_sum[part] = total.masked_fill_(no_upstream[part, None], 0)

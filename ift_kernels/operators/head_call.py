@@ -11,7 +11,7 @@ from ift_kernels import backends
 from ift_kernels.common import sync_free
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.common.transform import LogitTransform
-from ift_kernels.schedule import plan
+from ift_kernels.schedule import device, memory, plan
 from ift_kernels.schedule.accumulate import accum_dtype
 from ift_kernels.schedule.active import ActiveHidden
 from ift_kernels.schedule.head import Head, pad_row_stride
@@ -92,7 +92,7 @@ class Call:
             hidden, weight, bias, dtype, workspace, needs, grads_in_forward, active
         )
         if active is not None:
-            active.waiting_bytes = plan.tail_bytes(self.problem)
+            active.waiting_bytes = memory.tail_bytes(self.problem)
 
     def select(self, value: Tensor) -> Tensor:
         """The valid rows of (..., N)."""
@@ -136,7 +136,8 @@ def problem(
     return plan.Problem(
         hidden.shape[0], weight.shape[0], weight.shape[1], dtype, workspace, *needs,
         grads_in_forward and not half, weight.dtype == dtype, transpose,
-        None if active is None else active.options,
+        None if active is None else active.options, device.of(hidden.device),
+        hidden.dtype == dtype,
     )  # fmt: skip
 
 

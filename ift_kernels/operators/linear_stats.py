@@ -212,7 +212,8 @@ def _stats_backward(
         hidden, weight, bias, nonzero_grad_rows, Options(*options), tuple(needs), active=active
     )
     # Of the same problem, so that with `kept` beside it everything fits as forward has planned.
-    chosen = plan.make(call.problem, 0, "recompute")
+    kept_bytes = 0 if kept is None else kept.numel() * kept.element_size()
+    chosen = plan.make(call.problem, 0, "recompute", kept_bytes)
     with torch.autocast(hidden.device.type, enabled=False):
         results = gradients.in_backward(
             call.head,

@@ -88,7 +88,8 @@ class ActiveHidden:
 
     def __init__(self, options: ActiveSet) -> None:
         self.options = options
-        self.waiting_bytes = 0  # of tails and buckets that wait for `finish`, see `plan.tail_bytes`
+        # Of tails and buckets that wait for `finish`, see `memory.tail_bytes`.
+        self.waiting_bytes = 0
         self._tails: list[_Tail] = []
         self._buckets: dict[tuple[int, int], _Buckets] = {}  # by their columns
         self._scratch: dict[str, Tensor] = {}

@@ -1,8 +1,6 @@
-"""Which schedule a call takes, with which tiles, inside how much memory: the cost model.
+"""Which schedule a call takes, with which tiles, inside how much memory: the planner.
 
-All products of the head cost the same N·V·D multiply-adds, so the model counts them; epilogues cost
-a few percent of one and memory traffic less, so neither changes the choice. The schedules, cheapest
-first wherever they fit:
+The schedules, cheapest first wherever they fit, in products of N·V·D multiply-adds:
 
 * ``statistics``: no gradient asked for. 1 product.
 * ``keep``: products stay in the workspace until backward as far as they fit, a share s of the
@@ -10,10 +8,13 @@ first wherever they fit:
 * ``forward``: gradients are formed in forward, one block of tokens at a time, so nothing is
   recomputed: of scalar losses, whose upstream gradient is known, and of a frozen head, where it is
   two factors a row, applied in backward. 1 product, +1 for each of dh and dW. Sums over blocks go
-  straight into dW, which must have the dtype of the products. In bfloat16 that rounds dW once more
-  for every block after the first, so there two blocks are the most: their rounding errs by at most
-  sqrt(1.5) of a single rounding.
+  straight into dW, which must have the dtype of the products. In 16 bits that rounds dW once for
+  every block, and R roundings of growing sums err by sqrt((R + 1)/2) of a single one: at most two
+  blocks on a CPU (1.22), three on a GPU (1.41).
 * ``recompute``: ``keep`` with s = 0.
+
+On a CPU the plan counts products: epilogues cost a few percent of one and memory traffic less, and
+a tile stays in cache. On a GPU it takes the choice that `cost` gives the least time for.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,15 +33,22 @@ from ift_kernels.common import checks, sync_free
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.common.active_set import options as active_options
 from ift_kernels.common.settings import Setting
+from ift_kernels.schedule import cost
+from ift_kernels.schedule import device as devices
+from ift_kernels.schedule.device import CPU, Device
+from ift_kernels.schedule.memory import Memory
 
 SCHEDULES = ("recompute", "keep", "forward")
 
-# A tile of products should still be in cache when the epilogue reads it.
-TILE_BYTES = 16 << 20
+TILE_BYTES = CPU.tile_bytes
 MAX_COLUMNS = 1 << 18  # few tokens: one product of the whole vocabulary, as memory allows
 ALIGN = 64  # columns: every row of a tile starts on a cache line
 MIN_KEEP = 1024  # columns: less is not worth a second code path
-MAX_ROUNDED = 2  # blocks of tokens whose sum is rounded to 16 bits after each of them
+# Blocks of tokens whose sum is rounded to 16 bits after each of them.
+MAX_ROUNDED, MAX_ROUNDED_GPU = 2, 3
+GPU_COLUMNS = tuple(1 << bits for bits in range(10, 16))  # of tiles, and whole waves near them
+MIN_TILE_ROWS = 4096  # of a GPU, unless there are no more
+BLOCK_ROWS = 128  # of a GPU's `forward`: a tile of vendor products
 
 _forced = Setting[str | None]("ift_schedule", None)
 
@@ -61,10 +69,17 @@ class Problem:
     same_dtype: bool = True  # head weight (and its gradient) in the dtype of the products
     transpose: bool = False  # the backend wants the gradient of a tile transposed as well
     active: ActiveSet | None = None  # that dh is formed from; None: dh is exact
+    device: Device = CPU
+    same_hidden_dtype: bool = True  # hidden (and its gradient) in the dtype of the products
 
     @property
     def any_gradient(self) -> bool:
         return self.need_hidden or self.need_weight or self.need_bias
+
+    @property
+    def gradients(self) -> int:
+        """Products for gradients, of a tile that is there."""
+        return self.need_hidden + (self.need_weight or self.need_bias)
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,12 @@ class Plan:
 
 
 def tile(
-    rows: int, columns: int, itemsize: int, budget: int, per_column: int = 0
+    rows: int,
+    columns: int,
+    itemsize: int,
+    budget: int,
+    per_column: int = 0,
+    tile_bytes: int = TILE_BYTES,
 ) -> tuple[int, int]:
     """Rows and columns of a tile: all rows if that leaves 256 columns, which vendor GEMMs want.
 
@@ -101,7 +121,7 @@ def tile(
     if per_column:
         limit = min(limit, max(ALIGN, budget // 4 // per_column // ALIGN * ALIGN))
         budget -= limit * per_column
-    elements = max(min(budget, TILE_BYTES) // itemsize, ALIGN)
+    elements = max(min(budget, tile_bytes) // itemsize, ALIGN)
     tile_rows = max(1, min(rows, elements // min(limit, 256)))
     tile_columns = min(elements // tile_rows, limit)
     if tile_columns < columns:
@@ -109,99 +129,184 @@ def tile(
     return tile_rows, min(tile_columns, columns)
 
 
-def tail_bytes(problem: Problem) -> int:
-    """Bytes of tails that may wait until they are added to dh: see `_tail_bytes_of`."""
-    return min(problem.vocabulary * _tail_bytes_of(problem), problem.workspace // 16)
+def make(
+    problem: Problem,
+    reserved_bytes: int = 0,
+    schedule: str | None = None,
+    kept_bytes: int = 0,
+) -> Plan:
+    """The cheapest plan that fits; `schedule` forces one (as far as it can serve the call).
 
-
-def _tail_bytes_of(p: Problem) -> int:
-    """Bytes of a column for tail gradients, tail weights and sums of head rows beside them.
-
-    Two of each: they are gathered at the end. Buckets begin anew with every tile of products.
+    Args:
+        reserved_bytes: what calls before their backward keep, beside which this one keeps its own.
+        kept_bytes: in backward, what this call has kept: a GPU's tiles fit beside it. Those of a
+            CPU do anyway.
     """
-    assert p.active is not None
-    return 8 * (p.rows + p.width) // min(p.active.tail_bucket, 512) + 8
+    if problem.device.is_gpu:
+        # Numbers of valid rows differ from step to step; few plans serve them all.
+        unit = 256 if problem.rows > 2048 else 32
+        rows = max(-(-problem.rows // unit), 1) * unit
+        return _by_model(replace(problem, rows=rows), reserved_bytes, schedule, kept_bytes)
+    return _by_rules(problem, reserved_bytes, schedule)
 
 
 @functools.lru_cache(maxsize=256)  # a training step asks for the same plans again and again
-def make(problem: Problem, reserved_bytes: int = 0, schedule: str | None = None) -> Plan:
-    """The cheapest plan that fits; `schedule` forces one (as far as it can serve the call)."""
-    p = problem
-    n, itemsize = max(p.rows, 1), p.dtype.itemsize
-    # Beside the products: what is known of every row, and what the vendor's products take.
-    budget = p.workspace - min(256 * n, p.workspace // 32)
-    # Where the weight is of another dtype: its chunk cast, its gradient summed before the cast.
-    cast = 0 if p.same_dtype else p.width * itemsize
+def _by_rules(problem: Problem, reserved_bytes: int, schedule: str | None) -> Plan:
+    """On a CPU: tiles that stay in cache, and the fewest products."""
+    p, memory = problem, Memory(problem)
+    n, itemsize, budget = max(p.rows, 1), p.dtype.itemsize, memory.budget
     if not p.any_gradient:
-        rows, columns = tile(n, p.vocabulary, itemsize, budget, cast)
-        peak = columns * (rows * itemsize + cast)
+        rows, columns = tile(n, p.vocabulary, itemsize, budget, memory.cast)
+        peak = memory.statistics(rows, columns)
         return Plan("statistics", rows, columns, 0, 1.0, n, 0, peak)
-    per_gradient = p.need_hidden + (p.need_weight or p.need_bias)
-    # Of a tile's gradient its active columns once more, a mask, and their head rows; tails.
-    copied, masks, gathered = 0, 0, 0
-    if p.active is not None:
-        block = min(p.active.block, -(-n // 32) * 32)
-        copied = -(-n // block) * block  # rows: whole blocks
-        masks = -(-n // 32)
-        gathered = p.width * itemsize + _tail_bytes_of(p)
-        budget -= tail_bytes(p)
-    # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it.
-    per_row = p.width * (4 + itemsize) if p.need_hidden and itemsize < 4 else 0
     hidden_rows = n
-    if n * per_row > budget - budget // 8:
-        hidden_rows = max(1, budget // 2 // per_row)
-    two_passes = hidden_rows < n and per_gradient == 2
-    sums = hidden_rows * per_row
-    # A tile, its transpose, and what goes with each column.
-    copies = 2 if p.transpose and p.need_weight else 1
-    per_column = cast + p.width * (itemsize + 4) if cast and p.need_weight else cast
-    per_column += gathered + masks + copied * itemsize
-    if copies == 2:  # the transpose has whole cache lines: see `gradients.Transposed`
-        per_column += (31 + 32 * (n >= 256)) * itemsize
-    rows, columns = tile(n, p.vocabulary, itemsize * copies, (budget - sums) // 2, per_column)
-    work = sums + columns * (rows * itemsize * copies + per_column)
+    if n * memory.per_row > budget - budget // 8:
+        hidden_rows = max(1, budget // 2 // memory.per_row)
+    sums = hidden_rows * memory.per_row
+    size = itemsize * memory.copies
+    rows, columns = tile(n, p.vocabulary, size, (budget - sums) // 2, memory.per_column)
+    work = memory.gradients(rows, columns, hidden_rows)
     keep = 0
     if schedule != "recompute" and hidden_rows == n and rows == n:
-        keep = max(0, budget - reserved_bytes - work) // (n * itemsize)
-        keep = p.vocabulary if keep >= p.vocabulary else keep // columns * columns
-        keep = 0 if keep < min(MIN_KEEP, p.vocabulary) else keep
+        keep = _keep_columns(p, budget - reserved_bytes - work, columns)
     if (
-        p.grads_in_forward
-        and reserved_bytes == 0
+        reserved_bytes == 0
         # Its sums over blocks cost more than recomputing a tenth of the vocabulary.
         and (schedule == "forward" or (schedule is None and keep < 0.9 * p.vocabulary))
+        and _can_form_in_forward(p)
+    ):
+        _, across = tile(min(n, 1024), p.vocabulary, itemsize, budget // 4, memory.cast)
+        # The last quarter of the workspace buys a pass or two less over dW: not worth having.
+        for room in (budget // 4 * 3, budget):
+            block = max(0, room - memory.block_fixed(across)) // memory.block_token(across)
+            blocks = -(-n // max(block, 1))
+            if block >= min(n, 128) and blocks <= _max_blocks(p):
+                block = -(-n // blocks)  # of even size: a small last one would be slow
+                return _in_forward(p, memory, block, across)
+    return _in_backward(p, memory, rows, columns, keep, hidden_rows)
+
+
+@functools.lru_cache(maxsize=256)
+def _by_model(problem: Problem, reserved_bytes: int, schedule: str | None, kept_bytes: int) -> Plan:
+    """On a GPU: of all choices that fit, the one that takes the least time by the model."""
+    p, memory = problem, Memory(problem)
+    n, budget = p.rows, memory.budget
+    found: list[Plan] = []
+    if not p.any_gradient:
+        for rows, columns in _gpu_tiles(p, budget, lambda rows: memory.statistics(rows, 1)):
+            peak = memory.statistics(rows, columns)
+            found.append(Plan("statistics", rows, columns, 0, 1.0, n, 0, peak))
+        return _fastest(p, found)
+    hidden_rows = n
+    if n * memory.per_row > budget - budget // 8:
+        blocks = -(-n * memory.per_row // (budget // 2))
+        hidden_rows = max(1, min(n, _even(n, blocks, BLOCK_ROWS)))
+    room = budget - kept_bytes - hidden_rows * memory.per_row
+    for rows, columns in _gpu_tiles(p, room, memory.per_tile_column):
+        found.append(_in_backward(p, memory, rows, columns, 0, hidden_rows))
+        if schedule != "recompute" and hidden_rows == n and rows == n:
+            free = budget - reserved_bytes - memory.gradients(rows, columns, hidden_rows)
+            if keep := _keep_columns(p, free, columns):
+                found.append(_in_backward(p, memory, rows, columns, keep, hidden_rows))
+    if schedule in (None, "forward") and reserved_bytes == 0 and _can_form_in_forward(p):
+        formed = []
+        for columns in _gpu_columns(n, p.vocabulary, p.device):
+            fit = (budget - memory.block_fixed(columns)) // memory.block_token(columns)
+            for rows in _block_rows(n, fit):
+                if -(-n // rows) <= _max_blocks(p):
+                    formed.append(_in_forward(p, memory, rows, columns))
+        found = formed if formed and schedule == "forward" else found + formed
+    return _fastest(p, found)
+
+
+def _fastest(p: Problem, found: list[Plan]) -> Plan:
+    return min(found, key=lambda plan: cost.seconds(p, plan).seconds)
+
+
+def _gpu_tiles(p: Problem, room: int, per_column: Callable[[int], int]) -> list[tuple[int, int]]:
+    """Rows and columns of tiles that fit into `room` bytes, `per_column(rows)` for each column.
+
+    All rows or an even share of them, in columns that products want; few where neither fits.
+    """
+    found = []
+    for parts in (1, 2, 4, 8):
+        rows = min(p.rows, _even(p.rows, parts, 256))
+        most = room // per_column(rows)
+        columns = _gpu_columns(rows, p.vocabulary, p.device)
+        found += [(rows, c) for c in columns if c <= most]
+        if rows < 2 * MIN_TILE_ROWS:
+            break
+    if found:
+        return found
+    beside = per_column(0)
+    return [tile(p.rows, p.vocabulary, p.dtype.itemsize, room, beside, tile_bytes=room)]
+
+
+def _gpu_columns(rows: int, vocabulary: int, device: Device) -> list[int]:
+    """Columns of a tile: round numbers, whole waves of products of 128 x 256, and even shares."""
+    strips, found = -(-rows // 128), {vocabulary} if vocabulary <= MAX_COLUMNS else set()
+    for columns in GPU_COLUMNS:
+        waves = max(1, round(columns / 256 * strips / device.multiprocessors))
+        for near in (columns, waves * device.multiprocessors // strips * 256):
+            found |= {near, _even(vocabulary, -(-vocabulary // max(near, 1)), 256)}
+    return sorted(c for c in found if 0 < c <= vocabulary)
+
+
+def _block_rows(n: int, fit: int) -> set[int]:
+    """Rows of a block of `forward`, of which `fit` fit: few blocks, and tiles that are full."""
+    if fit >= n:
+        return {n}
+    if fit < BLOCK_ROWS:
+        return set()
+    fewest = -(-n // fit)
+    even = (_even(n, blocks, BLOCK_ROWS) for blocks in range(fewest, fewest + 4))
+    full = fit // BLOCK_ROWS * BLOCK_ROWS, 1 << (fit.bit_length() - 1)
+    return {rows for rows in (*even, *full) if rows <= fit}
+
+
+def _even(total: int, parts: int, unit: int) -> int:
+    """The size of parts of about the same size, in whole units."""
+    return -(-total // parts // unit) * unit
+
+
+def _keep_columns(p: Problem, room: int, columns: int) -> int:
+    """Columns whose products of all rows may stay in `room` bytes: whole tiles, or all."""
+    keep = max(0, room) // (max(p.rows, 1) * p.dtype.itemsize)
+    keep = p.vocabulary if keep >= p.vocabulary else keep // columns * columns
+    return 0 if keep < min(MIN_KEEP, p.vocabulary) else keep
+
+
+def _can_form_in_forward(p: Problem) -> bool:
+    return (
+        p.grads_in_forward
         # Gradients would be rounded to float16 before a loss scale lifts them off its underflow.
         and p.dtype != torch.float16
         and (not p.need_weight or p.same_dtype)
-    ):
-        _, across = tile(min(n, 1024), p.vocabulary, itemsize, budget // 4, cast)
-        transposed = (
-            across * itemsize * (copies - 1)
-        )  # per token: a tile's transpose, 64 rows wider
-        beside = across * (cast + gathered + masks) + 64 * transposed
-        per_token = p.vocabulary * itemsize + per_row + transposed
-        per_token += -(-across * copied * itemsize // n)
-        most = MAX_ROUNDED if p.need_weight and itemsize < 4 else n
-        # The last quarter of the workspace buys a pass or two less over dW: not worth having.
-        for room in (budget // 4 * 3, budget):
-            block = max(0, room - beside) // per_token
-            blocks = -(-n // max(block, 1))
-            if block >= min(n, 128) and blocks <= most:
-                block = -(-n // blocks)  # of even size: a small last one would be slow
-                peak = block * per_token + beside
-                return Plan("forward", block, across, p.vocabulary, 1.0 + per_gradient, n, 0, peak)
-    held = keep * n * itemsize
-    share = keep / p.vocabulary
-    return Plan(
-        "keep" if keep else "recompute",
-        rows,
-        columns,
-        keep,
-        1.0 + (1.0 - share) * (2 if two_passes else 1) + per_gradient,
-        hidden_rows,
-        held,
-        held + work,
     )
+
+
+def _max_blocks(p: Problem) -> int:
+    if not p.need_weight or p.dtype.itemsize >= 4:
+        return max(p.rows, 1)
+    return MAX_ROUNDED_GPU if p.device.is_gpu else MAX_ROUNDED
+
+
+def _in_forward(p: Problem, memory: Memory, rows: int, columns: int) -> Plan:
+    peak = rows * memory.block_token(columns) + memory.block_fixed(columns)
+    products = 1.0 + p.gradients
+    return Plan("forward", rows, columns, p.vocabulary, products, max(p.rows, 1), 0, peak)
+
+
+def _in_backward(
+    p: Problem, memory: Memory, rows: int, columns: int, keep: int, hidden_rows: int
+) -> Plan:
+    """`keep` or `recompute`; dh in a pass of its own where its sum is not of all rows."""
+    passes = 2 if hidden_rows < p.rows and p.gradients == 2 else 1
+    products = 1.0 + (1.0 - keep / p.vocabulary) * passes + p.gradients
+    kept = memory.kept(keep)
+    peak = kept + memory.gradients(rows, columns, hidden_rows)
+    name = "keep" if keep else "recompute"
+    return Plan(name, rows, columns, keep, products, hidden_rows, kept, peak)
 
 
 def use_schedule(name: str) -> AbstractContextManager[None]:
@@ -248,7 +353,7 @@ def explain(
     scalar: bool = False,
     gradient: str | ActiveSet = "exact",
     workspace: int | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Device = "cpu",
 ) -> Plan:
     """The plan that a call of this size would follow: schedule, tiles, products, bytes.
 
@@ -259,10 +364,13 @@ def explain(
         scalar: the loss is `linear_cross_entropy` with reduction "mean" or "sum".
         gradient: "exact" or "active" (an `ActiveSet` for its options), as in `linear_logprobs`. How
             many columns are active depends on data, so `products` counts all of them: the most.
-        workspace, device: as the operations.
+        workspace: as the operations.
+        device: a torch device of this machine, or the record of any, as
+            `ift_kernels.schedule.device.H200`.
 
     Raises:
-        TypeError, ValueError: a `gradient` or `workspace` that does not fit.
+        TypeError, ValueError: a `gradient` or `workspace` that does not fit, a `device` that is
+            not there.
 
     >>> print(explain(2048, 32000, 1024, torch.bfloat16).schedule)
     keep
@@ -274,14 +382,17 @@ def explain(
     True
     """
     active = active_options(gradient)
-    device = torch.device(device)
-    budget = checks.workspace_bytes(workspace, device, dtype)
+    record = device if isinstance(device, Device) else devices.of(torch.device(device))
+    budget = checks.workspace_bytes(
+        workspace, torch.device("cuda" if record.is_gpu else "cpu"), dtype
+    )
     problem = Problem(
         rows, vocabulary, width, dtype, budget, need_hidden, need_weight, False,
         scalar or not need_weight,
-        transpose=device.type == "cpu" and dtype.itemsize == 2,
+        transpose=not record.is_gpu and dtype.itemsize == 2,
         # As `head_call`: gradients are exact where no size may depend on data.
         active=active if need_hidden and not sync_free.on() else None,
+        device=record,
     )  # fmt: skip
     return make(problem, ledger.reserved, forced())
 

@@ -1,0 +1,272 @@
+"""How long a plan takes on a GPU: a model of products in waves, bytes of epilogues and gaps.
+
+It follows `products`, `gradients` and `accumulate`: which products, epilogues and sums there are
+for every tile. It ranks plans; its seconds are a model, not a measurement.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ift_kernels.schedule.device import Device
+
+if TYPE_CHECKING:
+    from ift_kernels.schedule.plan import Plan, Problem
+
+# Tiles of vendor products and the share of the peak rate that their inner loop reaches.
+GEMM_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.85))
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)  # of the inner size, where tiles leave multiprocessors idle
+MIN_SPLIT = 512  # elements of the inner size
+WAVE = 2e-6  # seconds until a wave of tiles is full, and to write its result
+ROWS_AT_ONCE = 8  # rows that a multiprocessor's epilogues work on at once
+ROW = 1e-6  # seconds that a row takes beside its bytes
+L2_RATE = 1.5  # of the bandwidth, for a tile that is still in the L2 cache
+HOST = 10e-6  # seconds of the host for a launch
+ROW_OPERATIONS = 24  # small launches on values per row: coefficients, row values, masks
+CALL_OPERATIONS = 16  # the same once a call
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of forward and backward together, by what takes them."""
+
+    products: float = 0.0
+    epilogues: float = 0.0
+    accumulation: float = 0.0  # sums over tiles, casts, copies into results
+    gaps: float = 0.0  # between launches
+    launches: int = 0
+    bytes: float = 0.0  # that epilogues and accumulation move
+    peak_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.products + other.products,
+            self.epilogues + other.epilogues,
+            self.accumulation + other.accumulation,
+            self.gaps + other.gaps,
+            self.launches + other.launches,
+            self.bytes + other.bytes,
+            max(self.peak_bytes, other.peak_bytes),
+        )
+
+    def __mul__(self, count: int) -> Cost:
+        return Cost(
+            self.products * count,
+            self.epilogues * count,
+            self.accumulation * count,
+            self.gaps * count,
+            self.launches * count,
+            self.bytes * count,
+            self.peak_bytes,
+        )
+
+    @property
+    def device(self) -> float:
+        """Seconds of the device."""
+        return self.products + self.epilogues + self.accumulation + self.gaps
+
+    @property
+    def host(self) -> float:
+        """Seconds of the host, which launches while the device works."""
+        return self.launches * HOST
+
+    @property
+    def seconds(self) -> float:
+        return max(self.device, self.host)
+
+
+@functools.lru_cache(maxsize=4096)
+def gemm(device: Device, dtype: torch.dtype, m: int, n: int, k: int) -> float:
+    """Seconds of a vendor's product (m, k) @ (k, n): whole waves of tiles, split-K if they are few.
+
+    At least as long as its operands and its result take to pass through memory.
+    """
+    if not m * n * k:
+        return 0.0
+    rate = device.flops(dtype) / device.multiprocessors
+    best = math.inf
+    for rows, columns, share in GEMM_TILES:
+        tiles = math.ceil(m / rows) * math.ceil(n / columns)
+        for split in SPLITS:
+            if split > 1 and (k < split * MIN_SPLIT or tiles >= device.multiprocessors * 2):
+                break
+            waves = math.ceil(tiles * split / device.multiprocessors)
+            time = waves * (2 * rows * columns * math.ceil(k / split) / (rate * share) + WAVE)
+            if split > 1:  # float32 parts are written and read once more
+                time += device.launch_gap + m * n * 8 * split / device.bandwidth
+            best = min(best, time)
+    return max(best, (m * k + k * n + m * n) * dtype.itemsize / device.bandwidth)
+
+
+class _Model:
+    """Costs of the parts of a schedule, for one problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.p, self.device, self.size = problem, problem.device, problem.dtype.itemsize
+
+    def product(self, m: int, n: int, k: int, added: float = 0.0) -> Cost:
+        """A product; `added` bytes are read and written by its epilogue for a sum."""
+        gap = self.device.launch_gap
+        seconds, extra = gemm(self.device, self.p.dtype, m, n, k), added / self.device.bandwidth
+        return Cost(seconds, 0.0, extra, gap, 1, added)
+
+    def epilogue(self, rows: int, columns: int, passes: int) -> Cost:
+        """Statistics (one pass over a tile) or its gradient (two)."""
+        tile, device = rows * columns * self.size, self.device
+        state = 128 * rows
+        rate = device.bandwidth * (L2_RATE if 2 * tile <= device.l2_bytes else 1.0)
+        waves = math.ceil(rows / (ROWS_AT_ONCE * device.multiprocessors))
+        seconds = waves * ROW + (passes * tile + state) / rate
+        return Cost(0.0, seconds, 0.0, device.launch_gap, 1, passes * tile + state)
+
+    def moved(self, bytes_: float, launches: int = 1) -> Cost:
+        """Copies, casts and sums."""
+        seconds = bytes_ / self.device.bandwidth
+        return Cost(0.0, 0.0, seconds, launches * self.device.launch_gap, launches, bytes_)
+
+    def cast(self, columns: int) -> Cost:
+        """A chunk of the head in the dtype of the products."""
+        if self.p.same_dtype:
+            return Cost()
+        return self.moved(columns * self.p.width * (4 + self.size))
+
+    def only(self, hidden: bool, weight: bool) -> _Model:
+        """Of a pass for some of the gradients."""
+        needs = weight and self.p.need_weight, weight and self.p.need_bias
+        return _Model(replace(self.p, need_hidden=hidden, need_weight=needs[0], need_bias=needs[1]))
+
+    def gradient(self, rows: int, columns: int, added: bool = False) -> Cost:
+        """A tile's gradient, and from that dW's columns, `added` or written, and the bias."""
+        p, cost = self.p, self.epilogue(rows, columns, 2)
+        if p.need_weight:
+            result = columns * p.width
+            cost += self.product(columns, p.width, rows, 2 * result * self.size * added)
+            if not p.same_dtype:  # a sum of its own, cast into dW
+                cost += self.moved(result * (4 + self.size))
+        if p.need_bias:
+            cost += self.moved(rows * columns * self.size, 2)
+        return cost
+
+    def added(self, size: int, terms: int, blocks: int = 1) -> Cost:
+        """Beside products: a float32 sum of `size` elements over `terms`, see `accumulate.Sum`.
+
+        All but the first of the terms, each of `blocks` products, are added to it.
+        """
+        if terms < 2:
+            return Cost()
+        if self.size >= 4:  # by the products themselves, in the result
+            return self.moved(8 * size * (terms - 1), 0)
+        result = self.moved((4 + self.size) * size)
+        if self.device.fp32_out:
+            return self.moved((8 * terms - 4) * size, 0) + result
+        first = result  # is cast once there is another
+        return first + self.moved(10 * size * (terms - 1), blocks * (terms - 1)) + result
+
+    def small(self, launches: int) -> Cost:
+        """Operations on values per row."""
+        return self.moved(0, launches)
+
+
+def _steps(total: int, step: int) -> list[tuple[int, int]]:
+    """(size, how many) of the slices of `total`."""
+    whole, rest = divmod(total, step)
+    return [(size, count) for size, count in ((step, whole), (rest, 1)) if size * count]
+
+
+def _statistics(model: _Model, rows: int, plan: Plan) -> Cost:
+    """Products and statistics of `rows` against the whole vocabulary."""
+    total = Cost()
+    for columns, count in _steps(model.p.vocabulary, plan.tile_columns):
+        total += model.cast(columns) * count
+        for part, parts in _steps(rows, plan.tile_rows):
+            tile = model.product(part, columns, model.p.width) + model.epilogue(part, columns, 1)
+            total += tile * (count * parts)
+    return total
+
+
+def _backward(model: _Model, rows: int, plan: Plan, hidden: bool, weight: bool) -> Cost:
+    """Tiles formed anew, but for those that are kept, and their gradients."""
+    model = model.only(hidden, weight)
+    p, kept, total = model.p, plan.keep_columns, Cost()
+    row_tiles = _steps(rows, plan.tile_rows)
+    blocks = sum(count for _, count in row_tiles)
+    again = _steps(p.vocabulary - kept, plan.tile_columns)
+    for columns, count in _steps(kept, plan.tile_columns):  # of all rows
+        total += model.gradient(rows, columns) * count
+    for columns, count in again:
+        per_tile = model.cast(columns)
+        for part, parts in row_tiles:
+            tile = model.product(part, columns, p.width) + model.gradient(part, columns)
+            per_tile += tile * parts
+        if weight:
+            per_tile += model.added(columns * p.width, blocks)
+        total += per_tile * count
+    if not hidden:
+        return total
+    # dh of all kept columns is one product, unless the head is cast chunk by chunk.
+    first = [(kept, 1)] if kept and p.same_dtype else _steps(kept, plan.tile_columns)
+    for columns, count in first:
+        total += model.product(rows, p.width, columns) * count
+    for columns, count in again:
+        for part, parts in row_tiles:
+            total += model.product(part, p.width, columns) * (count * parts)
+    terms = sum(count for _, count in first + again)
+    return total + model.added(rows * p.width, terms, blocks)
+
+
+def _in_forward(model: _Model, plan: Plan) -> Cost:
+    """Blocks of rows, each against the whole vocabulary: see `gradients.in_forward`."""
+    p, total = model.p, Cost()
+    sizes = _steps(p.rows, plan.tile_rows)
+    for rows, count in sizes:
+        block = _statistics(model, rows, plan) + model.small(ROW_OPERATIONS)
+        if p.need_hidden:
+            block += model.product(rows, p.width, p.vocabulary)
+        total += block * count
+        first = rows == sizes[0][0]  # writes dW
+        for columns, tiles in _steps(p.vocabulary, plan.tile_columns):
+            total += model.gradient(rows, columns) * (tiles * first)
+            total += model.gradient(rows, columns, added=True) * (tiles * (count - first))
+    # Backward: times the upstream gradient, in place; a frozen head's dh from its two factors.
+    if p.need_weight:
+        return total + model.moved(2 * p.width * model.size * (p.vocabulary + p.rows), 2)
+    pieces = math.ceil(16 * p.rows * p.width / p.workspace)
+    return total + model.moved(50 * p.rows * p.width, 10 * pieces)
+
+
+def seconds(problem: Problem, plan: Plan) -> Cost:
+    """What `plan` takes on the problem's device, which must be a GPU, forward and backward."""
+    model, n = _Model(problem), problem.rows
+    total = model.small(CALL_OPERATIONS) + Cost(peak_bytes=plan.peak_bytes)
+    if plan.schedule == "forward":
+        return total + _in_forward(model, plan)
+    total += _statistics(model, n, plan) + model.small(ROW_OPERATIONS)
+    if plan.schedule == "statistics":
+        return total
+    total += model.small(ROW_OPERATIONS)
+    hidden, weight = problem.need_hidden, problem.need_weight or problem.need_bias
+    if not hidden or plan.hidden_rows >= n:
+        return total + _backward(model, n, plan, hidden, weight)
+    for rows, count in _steps(n, plan.hidden_rows):
+        block = _backward(model, rows, plan, True, False)
+        total += (block + model.moved(2 * model.size * rows * problem.width)) * count
+    return total + (_backward(model, n, plan, False, True) if weight else Cost())
+
+
+def floor(problem: Problem, plan: Plan) -> float:
+    """Seconds that the plan would take with its products whole and its bytes at full bandwidth.
+
+    What is above that is lost in waves that are not full, narrow tiles and rows' latency.
+    """
+    p, cost = problem, seconds(problem, plan)
+    hidden, weight = p.need_hidden, p.need_weight or p.need_bias
+    forming = plan.products - hidden - weight
+    whole = forming * gemm(p.device, p.dtype, p.rows, p.vocabulary, p.width)
+    whole += hidden * gemm(p.device, p.dtype, p.rows, p.width, p.vocabulary)
+    whole += weight * gemm(p.device, p.dtype, p.vocabulary, p.width, p.rows)
+    return whole + cost.bytes / p.device.bandwidth + cost.gaps
