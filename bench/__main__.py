@@ -15,6 +15,7 @@ COMMANDS = {
     "lmlike": ("harness.data", "main"), "gpu": ("gpu.run", "main"),
     "tune": ("gpu.tune", "tune"), "backends": ("gpu.tune", "backends"),
     "static": ("gpu.static", "main"), "cuda-static": ("gpu.cuda_static", "main"),
+    "roofline": ("gpu.roofline", "main"),
 }  # fmt: skip
 
 

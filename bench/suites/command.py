@@ -3,9 +3,9 @@
 ``report`` makes pages of what was measured, ``compare A.json B.json`` and ``run --base REV SUITE``
 find what became slower, ``counts`` what became more, ``training`` compares gradients by what they
 train, ``lmlike`` shows the data, and ``quick`` runs a short form of every suite.
-``static``, ``cuda-static``, ``tune``, ``backends`` and ``gpu`` measure nothing about peers: kernels
-compiled for GPUs that are not installed, launch configurations, our backends beside each other, and
-everything that a machine with a GPU should run.
+``static``, ``cuda-static``, ``roofline``, ``tune``, ``backends`` and ``gpu`` measure nothing about
+peers: kernels compiled for GPUs that are not installed, plans for one by a model, launch
+configurations, our backends beside each other, and everything that a machine with a GPU should run.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ class Memory:
             self.per_column += (31 + 32 * (n >= 256)) * itemsize
         # dW of a tile that has some of the rows is a float32 sum. A CPU has such tiles
         # only where memory is so short that few columns are left.
-        self._row_tile_sums = p.width * (itemsize + 4) * (p.need_weight and p.device.is_gpu)
+        row_tile_sums = p.need_weight and p.same_dtype and p.device.is_gpu
+        self._row_tile_sums = p.width * (itemsize + 4) * row_tile_sums
         self._block_column = self.cast + gathered + masks
         self._vocabulary = p.vocabulary
         # A GPU's `forward` forms dh of a block in one product, where it is returned.

@@ -197,17 +197,14 @@ def _by_model(problem: Problem, reserved_bytes: int, schedule: str | None, kept_
             peak = memory.statistics(rows, columns)
             found.append(Plan("statistics", rows, columns, 0, 1.0, n, 0, peak))
         return _fastest(p, found)
-    hidden_rows = n
-    if n * memory.per_row > budget - budget // 8:
-        blocks = -(-n * memory.per_row // (budget // 2))
-        hidden_rows = max(1, min(n, _even(n, blocks, BLOCK_ROWS)))
-    room = budget - kept_bytes - hidden_rows * memory.per_row
-    for rows, columns in _gpu_tiles(p, room, memory.per_tile_column):
-        found.append(_in_backward(p, memory, rows, columns, 0, hidden_rows))
-        if schedule != "recompute" and hidden_rows == n and rows == n:
-            free = budget - reserved_bytes - memory.gradients(rows, columns, hidden_rows)
-            if keep := _keep_columns(p, free, columns):
-                found.append(_in_backward(p, memory, rows, columns, keep, hidden_rows))
+    for hidden_rows in _hidden_rows(n, memory.per_row, budget):
+        room = budget - kept_bytes - hidden_rows * memory.per_row
+        for rows, columns in _gpu_tiles(p, room, memory.per_tile_column):
+            found.append(_in_backward(p, memory, rows, columns, 0, hidden_rows))
+            if schedule != "recompute" and hidden_rows == n and rows == n:
+                free = budget - reserved_bytes - memory.gradients(rows, columns, hidden_rows)
+                if keep := _keep_columns(p, free, columns):
+                    found.append(_in_backward(p, memory, rows, columns, keep, hidden_rows))
     if schedule in (None, "forward") and reserved_bytes == 0 and _can_form_in_forward(p):
         formed = []
         for columns in _gpu_columns(n, p.vocabulary, p.device):
@@ -250,6 +247,15 @@ def _gpu_columns(rows: int, vocabulary: int, device: Device) -> list[int]:
         for near in (columns, waves * device.multiprocessors // strips * 256):
             found |= {near, _even(vocabulary, -(-vocabulary // max(near, 1)), 256)}
     return sorted(c for c in found if 0 < c <= vocabulary)
+
+
+def _hidden_rows(n: int, per_row: int, budget: int) -> list[int]:
+    """Rows whose sum of dh is held at once: all, or shares that leave half of the budget."""
+    if 2 * n * per_row <= budget:
+        return [n]
+    blocks = -(-2 * n * per_row // budget)
+    some = min(n, _even(n, blocks, BLOCK_ROWS))
+    return [n, some] if n * per_row <= budget - budget // 8 else [some]
 
 
 def _block_rows(n: int, fit: int) -> set[int]:
@@ -382,7 +388,16 @@ def explain(
     True
     """
     active = active_options(gradient)
-    record = device if isinstance(device, Device) else devices.of(torch.device(device))
+    if isinstance(device, Device):
+        record = device
+    else:
+        place = torch.device(device)
+        if place.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"device: expected a device of this machine or a Device, such as "
+                f"ift_kernels.schedule.device.H200; got {device}, but torch sees no GPU"
+            )
+        record = devices.of(place)
     budget = checks.workspace_bytes(
         workspace, torch.device("cuda" if record.is_gpu else "cpu"), dtype
     )
