@@ -64,12 +64,19 @@ def table(shape: tuple[int, int, int], device: Device, workspace: int) -> Table:
         taken = cost.seconds(asked, made)
         rows.append([
             case, made.schedule, f"{made.products:.2f}", f"{made.tile_rows} x {made.tile_columns}",
-            str(-(-shape[0] // made.tile_rows)), str(taken.launches), f"{1e3 * taken.host:.2f}",
+            _blocks(made, shape[0]), str(taken.launches), f"{1e3 * taken.host:.2f}",
             f"{1e3 * taken.device:.2f}", f"{taken.device / bare(case, shape, device):.2f}",
             f"{taken.device / cost.floor(asked, made):.2f}", f"{made.peak_bytes / MIB:.0f}",
         ])  # fmt: skip
     n, d, v = shape
     return Table(f"N={n} D={d} V={v}, bf16, {workspace // MIB} MiB", HEADINGS, rows)
+
+
+def _blocks(made: plan.Plan, rows: int) -> str:
+    sizes = [block.stop - block.start for block in made.blocks(rows)]
+    if made.schedule != "forward":
+        return "-"
+    return f"{sizes[0]} + {len(sizes) - 1} x {sizes[1]}" if sizes[1:] else str(sizes[0])
 
 
 def main(arguments: list[str]) -> int:

@@ -222,13 +222,24 @@ def _backward(model: _Model, rows: int, plan: Plan, hidden: bool, weight: bool) 
 def _in_forward(model: _Model, plan: Plan) -> Cost:
     """Blocks of rows, each against the whole vocabulary: see `gradients.in_forward`."""
     p, total = model.p, Cost()
-    sizes = _steps(p.rows, plan.tile_rows)
-    for rows, count in sizes:
-        block = _statistics(model, rows, plan) + model.small(ROW_OPERATIONS)
+    parked = plan.first_rows * (p.vocabulary - plan.first_columns)
+    sizes = [(plan.first_rows, 1)] if parked else []
+    sizes += _steps(p.rows - plan.first_rows, plan.tile_rows)
+    for index, (rows, count) in enumerate(sizes):
+        block = _statistics(model, rows, replace(plan, tile_rows=rows))
+        block += model.small(ROW_OPERATIONS)
+        first = index == 0  # writes dW
+        groups = [(p.vocabulary, 1)]  # of columns, whose share of dh is one product
+        if first and parked:
+            groups = _steps(p.vocabulary, plan.first_columns)
+            tiles = math.ceil(p.vocabulary / plan.tile_columns)
+            block += model.moved(2 * parked * model.size, tiles)
         if p.need_hidden:
-            block += model.product(rows, p.width, p.vocabulary)
+            for columns, several in groups:
+                block += model.product(rows, p.width, columns) * several
+            terms = sum(several for _, several in groups)
+            block += model.added(rows * p.width, terms)
         total += block * count
-        first = rows == sizes[0][0]  # writes dW
         for columns, tiles in _steps(p.vocabulary, plan.tile_columns):
             total += model.gradient(rows, columns) * (tiles * first)
             total += model.gradient(rows, columns, added=True) * (tiles * (count - first))

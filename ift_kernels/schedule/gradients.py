@@ -15,7 +15,7 @@ from ift_kernels.schedule.accumulate import Sum, accum_dtype
 from ift_kernels.schedule.active import ActiveHidden
 from ift_kernels.schedule.head import Head, Results, Tile, empty_padded, slices
 from ift_kernels.schedule.plan import Plan
-from ift_kernels.schedule.products import recomputed_tiles, statistics
+from ift_kernels.schedule.products import parked_tile, recomputed_tiles, statistics
 
 
 class Transposed:
@@ -95,15 +95,18 @@ class Gradients:
             self.bias[columns] += product.sum(0, dtype=self.bias.dtype)
         return mask
 
-    def consume(self, kept: Tensor, row_gradient: RowGradient, tile_columns: int) -> None:
-        """The same for the first columns, whose products of all rows are `kept`."""
-        rows, first = slice(0, kept.shape[0]), kept.shape[1]
+    def consume(
+        self, kept: Tensor, row_gradient: RowGradient, tile_columns: int, start: int = 0
+    ) -> None:
+        """The same for the columns from `start` on whose products of all rows are `kept`."""
+        rows, stop = slice(0, kept.shape[0]), start + kept.shape[1]
         # dh from all of them in one product: vendor GEMMs want a long inner size (oneDNN is twice
         # as fast from 16k on as at 4k), and it is rounded once. Not where that means a cast.
         whole = self.head.weight.dtype == kept.dtype
         tiles = (
-            (columns, self.add(Tile(rows, columns, kept[:, columns]), row_gradient, not whole))
-            for columns in slices(0, first, tile_columns)
+            (columns, self.add(Tile(rows, columns, product), row_gradient, not whole))
+            for columns in slices(start, stop, tile_columns)
+            for product in [kept[:, columns.start - start : columns.stop - start]]
         )
         if self.active is not None and self.hidden is not None and whole:
             self.active.add_kept(self.head, kept, tiles, tile_columns, self.hidden)
@@ -111,7 +114,18 @@ class Gradients:
         for _ in tiles:
             pass
         if self.hidden is not None and whole:
-            self.hidden.add(rows, kept, self.head.weight[:first])
+            self.hidden.add(rows, kept, self.head.weight[start:stop])
+
+    def consume_parked(self, kept: Tensor, row_gradient: RowGradient, tile_columns: int) -> None:
+        """The same for the other columns, whose products are in dW: moved to `kept`, in turn."""
+        assert self.weight is not None
+        rows, width = kept.shape
+        for group in slices(width, self.head.vocabulary, width):
+            part = kept[:, : group.stop - group.start]
+            for columns in slices(group.start, group.stop, tile_columns):
+                moved = part[:, columns.start - group.start : columns.stop - group.start]
+                moved.copy_(parked_tile(self.weight, rows, columns))
+            self.consume(part, row_gradient, tile_columns, group.start)
 
     def add_weight(self, rows: slice, columns: slice, transposed: Tensor) -> None:
         """DW of these columns: written once if the tile holds all rows, else summed over tiles."""
@@ -215,25 +229,33 @@ def in_forward(
 
     One block of tokens at a time against the whole vocabulary: products, statistics, and through
     `coefficients` (the block's final state and argmax → its row gradient) the gradients. dW is
-    summed in place.
+    summed in place; until the first block writes it, it may hold some of that block's products.
     """
     n, width = head.hidden.shape
     if n == 0:
         return _recorded(_nothing(head, needs, hidden_dtype), active)
     d_hidden = head.hidden.new_empty((n, width), dtype=hidden_dtype) if needs[0] else None
-    buffer = empty_padded(head.backend, head.hidden, min(plan.tile_rows, n), head.vocabulary)
+    buffer: Tensor | None = None
     total: Gradients | None = None
-    for rows in slices(0, n, plan.tile_rows):
+    for rows in plan.blocks(n):
         part, into = head.rows(rows), None if d_hidden is None else d_hidden[rows]
-        kept = buffer[: part.hidden.shape[0]]
-        state = statistics(part, target[rows], track, plan, kept)
-        row_gradient = coefficients(*state)._replace(target=target[rows])
+        size = rows.stop - rows.start
         if total is None:
-            size = plan.tile_columns, len(kept)
-            total = Gradients(part, needs, hidden_dtype, *size, into, active)
+            total = Gradients(part, needs, hidden_dtype, plan.tile_columns, size, into, active)
         else:
             total.restart(part, into)
+        parked = total.weight if rows.start == 0 and plan.first_rows else None
+        if buffer is None:
+            columns = head.vocabulary if parked is None else plan.first_columns
+            buffer = empty_padded(head.backend, head.hidden, size, columns)
+        kept = buffer[:size]
+        state = statistics(part, target[rows], track, plan, kept, parked=parked)
+        row_gradient = coefficients(*state)._replace(target=target[rows])
         total.consume(kept, row_gradient, plan.tile_columns)
+        if parked is not None:
+            total.consume_parked(kept, row_gradient, plan.tile_columns)
+            del kept
+            buffer = None  # the blocks that follow are of another shape
         formed = total.hidden_result()
         if into is not None and formed is not None and formed is not into:
             into.copy_(formed)

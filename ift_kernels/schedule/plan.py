@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -95,6 +95,17 @@ class Plan:
     hidden_rows: int
     kept_bytes: int  # kept from forward to backward
     peak_bytes: int  # of work memory, at most
+    # Of `forward`, unless 0: rows of a first block that is larger than `tile_rows`, and of how many
+    # columns its products are in the workspace. The others wait in dW, which is not yet written.
+    first_rows: int = 0
+    first_columns: int = 0
+
+    def blocks(self, rows: int) -> list[slice]:
+        """The blocks of so many rows in `forward`."""
+        first = min(self.first_rows, rows)
+        later = range(first, rows, self.tile_rows)
+        found = [slice(start, min(start + self.tile_rows, rows)) for start in later]
+        return [slice(0, first), *found] if first else found
 
     def __str__(self) -> str:
         return (
@@ -212,6 +223,7 @@ def _by_model(problem: Problem, reserved_bytes: int, schedule: str | None, kept_
             for rows in _block_rows(n, fit):
                 if -(-n // rows) <= _max_blocks(p):
                     formed.append(_in_forward(p, memory, rows, columns))
+                formed += _parked(p, memory, rows, columns)
         found = formed if formed and schedule == "forward" else found + formed
     return _fastest(p, found)
 
@@ -301,6 +313,23 @@ def _in_forward(p: Problem, memory: Memory, rows: int, columns: int) -> Plan:
     peak = rows * memory.block_token(columns) + memory.block_fixed(columns)
     products = 1.0 + p.gradients
     return Plan("forward", rows, columns, p.vocabulary, products, max(p.rows, 1), 0, peak)
+
+
+def _parked(p: Problem, memory: Memory, rows: int, columns: int) -> Iterator[Plan]:
+    """Plans whose first block is larger than `rows`: part of its products wait in dW."""
+    if not p.need_weight or p.active is not None or p.vocabulary % ALIGN or p.width % ALIGN:
+        return
+    for blocks in range(1, min(_max_blocks(p), MAX_ROUNDED_GPU) + 1):
+        first = p.rows - (blocks - 1) * rows
+        if not rows < first <= p.width:
+            continue
+        sums = first * memory.per_row
+        kept = (memory.budget - sums) // (first * p.dtype.itemsize) // columns * columns
+        if not 0 < kept < p.vocabulary:
+            continue
+        plan = _in_forward(p, memory, rows, columns)
+        peak = max(sums + first * kept * p.dtype.itemsize, (blocks > 1) * plan.peak_bytes)
+        yield replace(plan, peak_bytes=peak, first_rows=first, first_columns=kept)
 
 
 def _in_backward(

@@ -15,8 +15,13 @@ from ift_kernels.schedule.head import Head, Tile, empty_padded, slices
 from ift_kernels.schedule.plan import Plan
 
 
-def tiles(head: Head, plan: Plan, kept: Tensor | None = None) -> Iterator[Tile]:
-    """All tiles, the vocabulary outermost; the first columns go into `kept` (N, K), to stay."""
+def tiles(
+    head: Head, plan: Plan, kept: Tensor | None = None, parked: Tensor | None = None
+) -> Iterator[Tile]:
+    """All tiles, the vocabulary outermost; the first columns go into `kept` (N, K), to stay.
+
+    The others stay in `parked`, if that is given: see `parked_tile`.
+    """
     n = head.hidden.shape[0]
     first = 0 if kept is None else kept.shape[1]
     if kept is not None:
@@ -24,7 +29,22 @@ def tiles(head: Head, plan: Plan, kept: Tensor | None = None) -> Iterator[Tile]:
             product = kept[:, columns]
             torch.mm(head.hidden, head.weight_chunk(columns).T, out=product)
             yield Tile(slice(0, n), columns, product)
-    yield from recomputed_tiles(head, plan, first)
+    if parked is None:
+        yield from recomputed_tiles(head, plan, first)
+        return
+    for columns in slices(first, head.vocabulary, plan.tile_columns):
+        product = parked_tile(parked, n, columns)
+        torch.mm(head.hidden, head.weight_chunk(columns).T, out=product)
+        yield Tile(slice(0, n), columns, product)
+
+
+def parked_tile(d_weight: Tensor, rows: int, columns: slice) -> Tensor:
+    """(rows, columns) of products in the memory of dW (V, D), in the rows of dW of these columns.
+
+    So dW of other columns can be written while they wait. They fit, since there are at most D rows.
+    """
+    width = columns.stop - columns.start
+    return d_weight[columns].view(-1)[: rows * width].view(rows, width)
 
 
 def recomputed_tiles(head: Head, plan: Plan, first: int) -> Iterator[Tile]:
@@ -55,8 +75,9 @@ def statistics(
     plan: Plan,
     kept: Tensor | None = None,
     last: bool = False,
+    parked: Tensor | None = None,
 ) -> RowState:
-    """The running state after the whole vocabulary.
+    """The running state after the whole vocabulary; `kept` and `parked` as of `tiles`.
 
     `last`: these products are not formed again, for gradients that have to fit them.
     """
@@ -67,6 +88,6 @@ def statistics(
         operands = head.hidden, head.weight, head.bias, head.transform
         if fused(*operands, target, state, track):
             return state
-    for tile in tiles(head, plan, kept):
+    for tile in tiles(head, plan, kept, parked):
         update(head, tile, target, state, track)
     return state
