@@ -229,7 +229,11 @@ def _by_model(problem: Problem, reserved_bytes: int, schedule: str | None, kept_
 
 
 def _fastest(p: Problem, found: list[Plan]) -> Plan:
-    return min(found, key=lambda plan: cost.seconds(p, plan).seconds)
+    def time(plan: Plan) -> tuple[float, float]:
+        taken = cost.seconds(p, plan)
+        return taken.seconds, taken.device
+
+    return min(found, key=time)
 
 
 def _gpu_tiles(p: Problem, room: int, per_column: Callable[[int], int]) -> list[tuple[int, int]]:

@@ -1,0 +1,124 @@
+"""The plans of a GPU, carried out on a CPU: right, and inside their workspace."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ift_kernels
+import serving
+from allocations import MIB, Allocations, size
+from ift_kernels import linear_cross_entropy, linear_logprobs
+from ift_kernels.schedule import device, plan
+from ift_kernels.schedule.device import H200
+
+N, D, V = 512, 256, 8192
+# On so small and slow a GPU small tensors take whole waves and longer than launches, as do large
+# ones on an H200.
+RATES = ("bandwidth", "flops_16", "flops_32")
+SLOW = replace(H200, multiprocessors=2, **{name: getattr(H200, name) / 1e4 for name in RATES})
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Every call plans for SLOW; the plans."""
+    plans, original = [], plan.make
+    monkeypatch.setattr(device, "of", lambda place: SLOW)
+    monkeypatch.setattr(plan, "make", lambda *a: plans.append(original(*a)) or plans[-1])
+    return plans
+
+
+def distance(got, wanted):
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
+def leaves(dtype, rows=N, vocabulary=V, frozen=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, D, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocabulary, D, generator=generator, dtype=torch.float64) / 8
+    target = torch.randint(vocabulary, (rows,), generator=generator)
+    return (
+        hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(not frozen), target
+    )  # fmt: skip
+
+
+def exact(hidden, weight, target, upstream=None):
+    h, w = (t.detach().double().requires_grad_(t.requires_grad) for t in (hidden, weight))
+    logprob = -torch.nn.functional.cross_entropy(h @ w.T, target, reduction="none")
+    value = -logprob.sum() / (target >= 0).sum() if upstream is None else (logprob * upstream).sum()
+    wanted = [t for t in (h, w) if t.requires_grad]
+    return torch.autograd.grad(value, wanted)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "workspace", "schedule"),
+    [
+        (512, 8192, 64, "keep"),  # all columns
+        (512, 8192, 14, "keep"),  # some
+        (512, 8200, 4, "recompute"),
+        (1000, 8192, 5, "recompute"),  # tiles of some of the rows
+        (3, 5000, 1, "keep"),
+    ],
+)
+def test_per_token(made, monkeypatch, rows, vocabulary, workspace, schedule):
+    monkeypatch.setattr(plan, "MIN_TILE_ROWS", 128)
+    hidden, weight, target = leaves(torch.float32, rows, vocabulary)
+    upstream = torch.linspace(0.1, 1, rows)
+    out = linear_logprobs(hidden, weight, target, workspace=workspace * MIB).logprob
+    got = torch.autograd.grad(out, [hidden, weight], upstream)
+    assert made[-2].schedule == schedule
+    for a, b in zip(got, exact(hidden, weight, target, upstream.double()), strict=True):
+        assert distance(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("workspace", [5, 12])
+def test_frozen(made, workspace):
+    hidden, weight, target = leaves(torch.float32, frozen=True)
+    upstream = torch.linspace(0.1, 1, N)
+    out = linear_logprobs(hidden, weight, target, workspace=workspace * MIB).logprob
+    (got,) = torch.autograd.grad(out, [hidden], upstream)
+    assert made[-1].schedule == "forward"
+    assert distance(got, exact(hidden, weight, target, upstream.double())[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "workspace"), [(512, 8192, 5), (500, 8192, 5), (256, 7744, 5)]
+)
+def test_products_wait_in_dw(made, rows, vocabulary, workspace):
+    hidden, weight, target = leaves(torch.float32, rows, vocabulary)
+    target[::7] = -100
+    with plan.use_schedule("forward"), Allocations() as seen:
+        loss = linear_cross_entropy(hidden, weight, target, workspace=workspace * MIB)
+    assert 0 < made[-1].first_columns < vocabulary
+    got = torch.autograd.grad(loss, [hidden, weight])
+    if serving.BACKENDS[-1] == "cpu":  # the reference makes a dozen temporaries of a tile
+        assert seen.peak - size(*got) <= 1.25 * workspace * MIB
+    for a, b in zip(got, exact(hidden, weight, target), strict=True):
+        assert distance(a, b) < 1e-5
+
+
+def test_three_roundings_of_dw_err_by_sqrt_two_of_one(made):
+    hidden, weight, target = leaves(torch.bfloat16)
+    wanted, errors = exact(hidden, weight, target), {}
+    for workspace in (64, 2.6):
+        with plan.use_schedule("forward"), ift_kernels.use_backend("reference"):
+            loss = linear_cross_entropy(hidden, weight, target, workspace=int(workspace * MIB))
+        blocks = len(made[-1].blocks(N))
+        got = torch.autograd.grad(loss, [hidden, weight])
+        errors[blocks] = [distance(a, b) for a, b in zip(got, wanted, strict=True)]
+    assert sorted(errors) == [1, 3]
+    assert errors[3][1] <= 2**0.5 * errors[1][1]
+    # dh of the first block is a float32 sum of products that are rounded to 16 bits each.
+    assert errors[3][0] <= 2**0.5 * errors[1][0]
+
+
+def test_backward_fits_beside_what_forward_kept():
+    p = plan.Problem(
+        N, V, D, torch.bfloat16, 7 * MIB, need_hidden=True, need_weight=True, device=SLOW
+    )
+    forward = plan.make(p)
+    assert 0 < forward.keep_columns < V
+    backward = plan.make(p, 0, "recompute", forward.kept_bytes)
+    assert forward.kept_bytes + backward.peak_bytes <= p.workspace
+    alone = plan.make(p, 0, "recompute")
+    assert alone.tile_columns > backward.tile_columns  # there it has the whole workspace
