@@ -88,7 +88,7 @@ class ActiveHidden:
 
     def __init__(self, options: ActiveSet) -> None:
         self.options = options
-        # Of tails and buckets that wait for `finish`, see `memory.tail_bytes`.
+        # Of tails and buckets that wait for `finish`, see `problem.tail_bytes`.
         self.waiting_bytes = 0
         self._tails: list[_Tail] = []
         self._buckets: dict[tuple[int, int], _Buckets] = {}  # by their columns

@@ -9,14 +9,11 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from ift_kernels.schedule.device import Device
-
-if TYPE_CHECKING:
-    from ift_kernels.schedule.plan import Plan, Problem
+from ift_kernels.schedule.problem import Plan, Problem
 
 # Tiles of vendor products and the share of the peak rate that their inner loop reaches.
 GEMM_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.85))

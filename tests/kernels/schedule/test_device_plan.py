@@ -12,6 +12,7 @@ from bench.gpu.roofline import CASES, LARGE, problem
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.schedule import cost, device, plan
 from ift_kernels.schedule.device import H200
+from ift_kernels.schedule.problem import MAX_ROUNDED_GPU
 
 MIB = 1 << 20
 
@@ -131,7 +132,7 @@ def test_sums_of_dw_are_rounded_three_times_at_most():
     for workspace in (64, 128, 256, 512, 2048):
         made = plan.make(replace(p, workspace=workspace * MIB), schedule="forward")
         if made.schedule == "forward":
-            assert len(made.blocks(2048)) <= plan.MAX_ROUNDED_GPU
+            assert len(made.blocks(2048)) <= MAX_ROUNDED_GPU
     assert made.schedule == "forward"
 
 

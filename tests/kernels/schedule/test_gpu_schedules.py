@@ -9,7 +9,7 @@ import ift_kernels
 import serving
 from allocations import MIB, Allocations, size
 from ift_kernels import linear_cross_entropy, linear_logprobs
-from ift_kernels.schedule import device, plan
+from ift_kernels.schedule import device, gpu_plan, plan
 from ift_kernels.schedule.device import H200
 
 N, D, V = 512, 256, 8192
@@ -61,7 +61,7 @@ def exact(hidden, weight, target, upstream=None):
     ],
 )
 def test_per_token(made, monkeypatch, rows, vocabulary, workspace, schedule):
-    monkeypatch.setattr(plan, "MIN_TILE_ROWS", 128)
+    monkeypatch.setattr(gpu_plan, "MIN_TILE_ROWS", 128)
     hidden, weight, target = leaves(torch.float32, rows, vocabulary)
     upstream = torch.linspace(0.1, 1, rows)
     out = linear_logprobs(hidden, weight, target, workspace=workspace * MIB).logprob

@@ -1,0 +1,139 @@
+"""The plan of a GPU: of all choices that fit, the one that takes the least time by `cost`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from ift_kernels.schedule import cost
+from ift_kernels.schedule.device import Device
+from ift_kernels.schedule.problem import (
+    ALIGN,
+    MAX_COLUMNS,
+    MAX_ROUNDED_GPU,
+    Memory,
+    Plan,
+    Problem,
+    can_form_in_forward,
+    in_backward,
+    in_forward,
+    keep_columns,
+    max_blocks,
+    tile,
+)
+
+GPU_COLUMNS = tuple(1 << bits for bits in range(10, 16))  # of tiles, and whole waves near them
+MIN_TILE_ROWS = 4096  # of a GPU, unless there are no more
+BLOCK_ROWS = 128  # of a GPU's `forward`: a tile of vendor products
+
+
+@functools.lru_cache(maxsize=256)
+def make(problem: Problem, reserved_bytes: int, schedule: str | None, kept_bytes: int) -> Plan:
+    """On a GPU: of all choices that fit, the one that takes the least time by the model."""
+    p, memory = problem, Memory(problem)
+    n, budget = p.rows, memory.budget
+    found: list[Plan] = []
+    if not p.any_gradient:
+        for rows, columns in _gpu_tiles(p, budget, lambda rows: memory.statistics(rows, 1)):
+            peak = memory.statistics(rows, columns)
+            found.append(Plan("statistics", rows, columns, 0, 1.0, n, 0, peak))
+        return _fastest(p, found)
+    for hidden_rows in _hidden_rows(n, memory.per_row, budget):
+        room = budget - kept_bytes - hidden_rows * memory.per_row
+        for rows, columns in _gpu_tiles(p, room, memory.per_tile_column):
+            found.append(in_backward(p, memory, rows, columns, 0, hidden_rows))
+            if schedule != "recompute" and hidden_rows == n and rows == n:
+                free = budget - reserved_bytes - memory.gradients(rows, columns, hidden_rows)
+                if keep := keep_columns(p, free, columns):
+                    found.append(in_backward(p, memory, rows, columns, keep, hidden_rows))
+    if schedule in (None, "forward") and reserved_bytes == 0 and can_form_in_forward(p):
+        formed = []
+        for columns in _gpu_columns(n, p.vocabulary, p.device):
+            fit = (budget - memory.block_fixed(columns)) // memory.block_token(columns)
+            for rows in _block_rows(n, fit):
+                if -(-n // rows) <= max_blocks(p):
+                    formed.append(in_forward(p, memory, rows, columns))
+                formed += _parked(p, memory, rows, columns)
+        found = formed if formed and schedule == "forward" else found + formed
+    return _fastest(p, found)
+
+
+def _fastest(p: Problem, found: list[Plan]) -> Plan:
+    def time(plan: Plan) -> tuple[float, float]:
+        taken = cost.seconds(p, plan)
+        return taken.seconds, taken.device
+
+    return min(found, key=time)
+
+
+def _gpu_tiles(p: Problem, room: int, per_column: Callable[[int], int]) -> list[tuple[int, int]]:
+    """Rows and columns of tiles that fit into `room` bytes, `per_column(rows)` for each column.
+
+    All rows or an even share of them, in columns that products want; few where neither fits.
+    """
+    found = []
+    for parts in (1, 2, 4, 8):
+        rows = min(p.rows, _even(p.rows, parts, 256))
+        most = room // per_column(rows)
+        columns = _gpu_columns(rows, p.vocabulary, p.device)
+        found += [(rows, c) for c in columns if c <= most]
+        if rows < 2 * MIN_TILE_ROWS:
+            break
+    if found:
+        return found
+    beside = per_column(0)
+    return [tile(p.rows, p.vocabulary, p.dtype.itemsize, room, beside, tile_bytes=room)]
+
+
+def _gpu_columns(rows: int, vocabulary: int, device: Device) -> list[int]:
+    """Columns of a tile: round numbers, whole waves of products of 128 x 256, and even shares."""
+    strips, found = -(-rows // 128), {vocabulary} if vocabulary <= MAX_COLUMNS else set()
+    for columns in GPU_COLUMNS:
+        waves = max(1, round(columns / 256 * strips / device.multiprocessors))
+        for near in (columns, waves * device.multiprocessors // strips * 256):
+            found |= {near, _even(vocabulary, -(-vocabulary // max(near, 1)), 256)}
+    return sorted(c for c in found if 0 < c <= vocabulary)
+
+
+def _hidden_rows(n: int, per_row: int, budget: int) -> list[int]:
+    """Rows whose sum of dh is held at once: all, or shares that leave half of the budget."""
+    if 2 * n * per_row <= budget:
+        return [n]
+    blocks = -(-2 * n * per_row // budget)
+    some = min(n, _even(n, blocks, BLOCK_ROWS))
+    return [n, some] if n * per_row <= budget - budget // 8 else [some]
+
+
+def _block_rows(n: int, fit: int) -> set[int]:
+    """Rows of a block of `forward`, of which `fit` fit: few blocks, and tiles that are full."""
+    if fit >= n:
+        return {n}
+    if fit < BLOCK_ROWS:
+        return set()
+    fewest = -(-n // fit)
+    even = (_even(n, blocks, BLOCK_ROWS) for blocks in range(fewest, fewest + 4))
+    full = fit // BLOCK_ROWS * BLOCK_ROWS, 1 << (fit.bit_length() - 1)
+    return {rows for rows in (*even, *full) if rows <= fit}
+
+
+def _even(total: int, parts: int, unit: int) -> int:
+    """The size of parts of about the same size, in whole units."""
+    return -(-total // parts // unit) * unit
+
+
+def _parked(p: Problem, memory: Memory, rows: int, columns: int) -> Iterator[Plan]:
+    """Plans whose first block is larger than `rows`: part of its products wait in dW."""
+    if not p.need_weight or p.active is not None or p.vocabulary % ALIGN or p.width % ALIGN:
+        return
+    for blocks in range(1, min(max_blocks(p), MAX_ROUNDED_GPU) + 1):
+        first = p.rows - (blocks - 1) * rows
+        if not rows < first <= p.width:
+            continue
+        sums = first * memory.per_row
+        kept = (memory.budget - sums) // (first * p.dtype.itemsize) // columns * columns
+        if not 0 < kept < p.vocabulary:
+            continue
+        plan = in_forward(p, memory, rows, columns)
+        peak = max(sums + first * kept * p.dtype.itemsize, (blocks > 1) * plan.peak_bytes)
+        yield replace(plan, peak_bytes=peak, first_rows=first, first_columns=kept)

@@ -1,0 +1,229 @@
+"""What is planned, what a plan is, and what one takes in bytes, whoever plans."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ift_kernels.common.active_set import ActiveSet
+from ift_kernels.schedule.device import CPU, Device
+
+TILE_BYTES = CPU.tile_bytes
+MAX_COLUMNS = 1 << 18  # few tokens: one product of the whole vocabulary, as memory allows
+ALIGN = 64  # columns: every row of a tile starts on a cache line
+MIN_KEEP = 1024  # columns: less is not worth a second code path
+# Blocks of tokens whose sum is rounded to 16 bits after each of them.
+MAX_ROUNDED, MAX_ROUNDED_GPU = 2, 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: `rows` valid tokens, and the gradients that are needed."""
+
+    rows: int
+    vocabulary: int
+    width: int
+    dtype: torch.dtype  # of the products
+    workspace: int
+    need_hidden: bool = False
+    need_weight: bool = False
+    need_bias: bool = False
+    grads_in_forward: bool = False  # gradients can be formed in forward
+    same_dtype: bool = True  # head weight (and its gradient) in the dtype of the products
+    transpose: bool = False  # the backend wants the gradient of a tile transposed as well
+    active: ActiveSet | None = None  # that dh is formed from; None: dh is exact
+    device: Device = CPU
+    same_hidden_dtype: bool = True  # hidden (and its gradient) in the dtype of the products
+
+    @property
+    def any_gradient(self) -> bool:
+        return self.need_hidden or self.need_weight or self.need_bias
+
+    @property
+    def gradients(self) -> int:
+        """Products for gradients, of a tile that is there."""
+        return self.need_hidden + (self.need_weight or self.need_bias)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is carried out. `explain` shows one."""
+
+    schedule: str
+    tile_rows: int
+    tile_columns: int
+    keep_columns: int  # columns whose products are kept until backward
+    products: float  # in units of N·V·D multiply-adds, forward and backward together
+    # Rows whose float32 sum of dh is held at once; fewer than N: dh in a pass of its own.
+    hidden_rows: int
+    kept_bytes: int  # kept from forward to backward
+    peak_bytes: int  # of work memory, at most
+    # Of `forward`, unless 0: rows of a first block that is larger than `tile_rows`, and of how many
+    # columns its products are in the workspace. The others wait in dW, which is not yet written.
+    first_rows: int = 0
+    first_columns: int = 0
+
+    def blocks(self, rows: int) -> list[slice]:
+        """The blocks of so many rows in `forward`."""
+        first = min(self.first_rows, rows)
+        later = range(first, rows, self.tile_rows)
+        found = [slice(start, min(start + self.tile_rows, rows)) for start in later]
+        return [slice(0, first), *found] if first else found
+
+    def __str__(self) -> str:
+        return (
+            f"{self.schedule}: {self.products:.2f} products of N*V*D, tiles of {self.tile_rows} x "
+            f"{self.tile_columns}, {self.keep_columns} columns kept ({self.kept_bytes / 2**20:.0f} "
+            f"MiB), work memory {self.peak_bytes / 2**20:.0f} MiB"
+            f", dh summed over {self.hidden_rows} rows at a time"
+        )
+
+
+def tile(
+    rows: int,
+    columns: int,
+    itemsize: int,
+    budget: int,
+    per_column: int = 0,
+    tile_bytes: int = TILE_BYTES,
+) -> tuple[int, int]:
+    """Rows and columns of a tile: all rows if that leaves 256 columns, which vendor GEMMs want.
+
+    `per_column` bytes go beside each column of a tile: cast weights, sums of their gradients.
+    """
+    limit = min(columns, MAX_COLUMNS)
+    if per_column:
+        limit = min(limit, max(ALIGN, budget // 4 // per_column // ALIGN * ALIGN))
+        budget -= limit * per_column
+    elements = max(min(budget, tile_bytes) // itemsize, ALIGN)
+    tile_rows = max(1, min(rows, elements // min(limit, 256)))
+    tile_columns = min(elements // tile_rows, limit)
+    if tile_columns < columns:
+        tile_columns = max(ALIGN, tile_columns // ALIGN * ALIGN)
+    return tile_rows, min(tile_columns, columns)
+
+
+class Memory:
+    """Bytes of work memory of one problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        p = problem
+        self._n, self._size = max(p.rows, 1), p.dtype.itemsize
+        n, itemsize = self._n, self._size
+        # Beside the products: what is known of every row, and what the vendor's products take.
+        self.budget = p.workspace - min(256 * n, p.workspace // 32)
+        # Where the weight is of another dtype: its chunk cast, its gradient summed before the cast.
+        self.cast = 0 if p.same_dtype else p.width * itemsize
+        # Of a tile's gradient its active columns once more, a mask, and their head rows; tails.
+        self._copied, masks, gathered = 0, 0, 0
+        if p.active is not None:
+            block = min(p.active.block, -(-n // 32) * 32)
+            self._copied = -(-n // block) * block  # rows: whole blocks
+            masks = -(-n // 32)
+            gathered = p.width * itemsize + tail_bytes_per_column(p)
+            if p.any_gradient:
+                self.budget -= tail_bytes(p)
+        # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it.
+        self.per_row = p.width * (4 + itemsize) if p.need_hidden and itemsize < 4 else 0
+        # A tile, its transpose, and what goes with each column.
+        self.copies = 2 if p.transpose and p.need_weight else 1
+        sums = p.width * (itemsize + 4) if self.cast and p.need_weight else 0
+        self.per_column = self.cast + sums + gathered + masks + self._copied * itemsize
+        if self.copies == 2:  # the transpose has whole cache lines: see `gradients.Transposed`
+            self.per_column += (31 + 32 * (n >= 256)) * itemsize
+        # dW of a tile that has some of the rows is a float32 sum. A CPU has such tiles
+        # only where memory is so short that few columns are left.
+        row_tile_sums = p.need_weight and p.same_dtype and p.device.is_gpu
+        self._row_tile_sums = p.width * (itemsize + 4) * row_tile_sums
+        self._block_column = self.cast + gathered + masks
+        self._vocabulary = p.vocabulary
+        # A GPU's `forward` forms dh of a block in one product, where it is returned.
+        self._block_row = self.per_row
+        if p.device.is_gpu and p.same_dtype and p.active is None:
+            self._block_row = 0 if p.same_hidden_dtype else p.need_hidden * p.width * itemsize
+
+    def statistics(self, rows: int, columns: int) -> int:
+        """Of tiles whose products are read once."""
+        return columns * (rows * self._size + self.cast)
+
+    def gradients(self, rows: int, columns: int, hidden_rows: int) -> int:
+        """Of tiles that become gradients, and dh's sum over them, of `hidden_rows` at a time."""
+        return hidden_rows * self.per_row + columns * self.per_tile_column(rows)
+
+    def per_tile_column(self, rows: int) -> int:
+        """The same for each column of a tile, without dh's sum."""
+        sums = self._row_tile_sums if rows < self._n else 0
+        return rows * self._size * self.copies + self.per_column + sums
+
+    def kept(self, columns: int) -> int:
+        """Of products of all rows that stay until backward."""
+        return columns * self._n * self._size
+
+    def block_token(self, columns: int) -> int:
+        """For each row of a block of `forward`, in tiles of so many columns."""
+        transposed = columns * self._size * (self.copies - 1)
+        per_token = self._vocabulary * self._size + self._block_row + transposed
+        return per_token + -(-columns * self._copied * self._size // self._n)
+
+    def block_fixed(self, columns: int) -> int:
+        """Beside that: a tile's transpose is 64 rows wider, and what goes with each column."""
+        transposed = columns * self._size * (self.copies - 1)
+        return columns * self._block_column + 64 * transposed
+
+
+def tail_bytes(problem: Problem) -> int:
+    """Bytes of tails that may wait until they are added to dh: see `tail_bytes_per_column`."""
+    return min(problem.vocabulary * tail_bytes_per_column(problem), problem.workspace // 16)
+
+
+def tail_bytes_per_column(p: Problem) -> int:
+    """Bytes of a column for tail gradients, tail weights and sums of head rows beside them.
+
+    Two of each: they are gathered at the end. Buckets begin anew with every tile of products.
+    """
+    assert p.active is not None
+    return 8 * (p.rows + p.width) // min(p.active.tail_bucket, 512) + 8
+
+
+def keep_columns(p: Problem, room: int, columns: int) -> int:
+    """Columns whose products of all rows may stay in `room` bytes: whole tiles, or all."""
+    keep = max(0, room) // (max(p.rows, 1) * p.dtype.itemsize)
+    keep = p.vocabulary if keep >= p.vocabulary else keep // columns * columns
+    return 0 if keep < min(MIN_KEEP, p.vocabulary) else keep
+
+
+def can_form_in_forward(p: Problem) -> bool:
+    """Whether `forward` serves the problem."""
+    return (
+        p.grads_in_forward
+        # Gradients would be rounded to float16 before a loss scale lifts them off its underflow.
+        and p.dtype != torch.float16
+        and (not p.need_weight or p.same_dtype)
+    )
+
+
+def max_blocks(p: Problem) -> int:
+    """Blocks that `forward` may take: each rounds a 16-bit dW once more."""
+    if not p.need_weight or p.dtype.itemsize >= 4:
+        return max(p.rows, 1)
+    return MAX_ROUNDED_GPU if p.device.is_gpu else MAX_ROUNDED
+
+
+def in_forward(p: Problem, memory: Memory, rows: int, columns: int) -> Plan:
+    """`forward`, in blocks of `rows`."""
+    peak = rows * memory.block_token(columns) + memory.block_fixed(columns)
+    products = 1.0 + p.gradients
+    return Plan("forward", rows, columns, p.vocabulary, products, max(p.rows, 1), 0, peak)
+
+
+def in_backward(
+    p: Problem, memory: Memory, rows: int, columns: int, keep: int, hidden_rows: int
+) -> Plan:
+    """`keep` or `recompute`; dh in a pass of its own where its sum is not of all rows."""
+    passes = 2 if hidden_rows < p.rows and p.gradients == 2 else 1
+    products = 1.0 + (1.0 - keep / p.vocabulary) * passes + p.gradients
+    kept = memory.kept(keep)
+    peak = kept + memory.gradients(rows, columns, hidden_rows)
+    name = "keep" if keep else "recompute"
+    return Plan(name, rows, columns, keep, products, hidden_rows, kept, peak)
