@@ -197,6 +197,7 @@ def _stats_backward(
     # Rows without upstream gradient send none. A NaN upstream is not 0 and so stays in.
     nonzero_grad_rows = valid & (coef != 0).any(0)
     allow_sync = not sync_free.on()
+    kept_bytes = 0 if kept is None else kept.numel() * kept.element_size()  # until backward ends
     coef = coef if allow_sync else coef.masked_fill(~nonzero_grad_rows, 0)
     if kept is not None and allow_sync and 3 * int(nonzero_grad_rows.sum()) < 2 * kept.shape[0]:
         kept = None  # three products on these rows alone cost less than two on all
@@ -212,7 +213,6 @@ def _stats_backward(
         hidden, weight, bias, nonzero_grad_rows, Options(*options), tuple(needs), active=active
     )
     # Of the same problem, so that with `kept` beside it everything fits as forward has planned.
-    kept_bytes = 0 if kept is None else kept.numel() * kept.element_size()
     chosen = plan.make(call.problem, 0, "recompute", kept_bytes)
     with torch.autocast(hidden.device.type, enabled=False):
         results = gradients.in_backward(

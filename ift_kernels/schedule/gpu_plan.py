@@ -60,9 +60,11 @@ def make(problem: Problem, reserved_bytes: int, schedule: str | None, kept_bytes
 
 
 def _fastest(p: Problem, found: list[Plan]) -> Plan:
-    def time(plan: Plan) -> tuple[float, float]:
+    """Of plans that fit, if any does; where the host takes longer, the least work of the device."""
+
+    def time(plan: Plan) -> tuple[bool, float, float]:
         taken = cost.seconds(p, plan)
-        return taken.seconds, taken.device
+        return plan.peak_bytes > p.workspace, taken.seconds, taken.device
 
     return min(found, key=time)
 
@@ -101,7 +103,7 @@ def _hidden_rows(n: int, per_row: int, budget: int) -> list[int]:
     if 2 * n * per_row <= budget:
         return [n]
     blocks = -(-2 * n * per_row // budget)
-    some = min(n, _even(n, blocks, BLOCK_ROWS))
+    some = max(1, min(budget // 2 // per_row, _even(n, blocks, BLOCK_ROWS)))
     return [n, some] if n * per_row <= budget - budget // 8 else [some]
 
 

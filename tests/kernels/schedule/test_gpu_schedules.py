@@ -112,6 +112,19 @@ def test_three_roundings_of_dw_err_by_sqrt_two_of_one(made):
     assert errors[3][0] <= 2**0.5 * errors[1][0]
 
 
+@pytest.mark.parametrize("share", [1.0, 0.2])  # of rows with an upstream gradient
+def test_backward_plans_for_what_is_left(made, share):
+    hidden, weight, target = leaves(torch.float32)
+    upstream = (torch.arange(N) < share * N).float()
+    workspace = 14 * MIB
+    out = linear_logprobs(hidden, weight, target, workspace=workspace).logprob
+    kept = made[-1].kept_bytes
+    got = torch.autograd.grad(out, [hidden, weight], upstream)
+    assert kept and kept + made[-1].peak_bytes <= workspace
+    for a, b in zip(got, exact(hidden, weight, target, upstream.double()), strict=True):
+        assert distance(a, b) < 1e-5
+
+
 def test_backward_fits_beside_what_forward_kept():
     p = plan.Problem(
         N, V, D, torch.bfloat16, 7 * MIB, need_hidden=True, need_weight=True, device=SLOW
