@@ -16,7 +16,7 @@ from ift_kernels.schedule.plan import Plan
 
 
 def tiles(head: Head, plan: Plan, kept: Tensor | None = None) -> Iterator[Tile]:
-    """All tiles, the vocabulary outermost; the first columns go into `kept` (N, K), to stay."""
+    """All tiles, the vocabulary outermost; the first columns are written to `kept` (N, K)."""
     n = head.hidden.shape[0]
     first = 0 if kept is None else kept.shape[1]
     if kept is not None:
@@ -58,7 +58,8 @@ def statistics(
 ) -> RowState:
     """The running state after the whole vocabulary.
 
-    `last`: these products are not formed again, for gradients that have to fit them.
+    `last`: no backward recomputes these products, so the fused kernel, which rounds otherwise, may
+    serve.
     """
     state = new_state(head.hidden.shape[0], head.hidden.device)
     # One kernel for products and statistics, where a backend has it and its table prefers it.
