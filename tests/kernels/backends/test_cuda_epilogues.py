@@ -9,7 +9,7 @@ import torch
 import cuda_emulator
 import split_examples
 from ift_kernels.backends import cuda, reference
-from ift_kernels.backends.contract import TRACK_ALL, Chunk, RowGradient, new_state
+from ift_kernels.backends.contract import STATE_ROWS, TRACK_ALL, Chunk, RowGradient, new_state
 from ift_kernels.common.transform import LogitTransform
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux")
@@ -59,7 +59,7 @@ def test_statistics_and_gradients(layout, dtype, transform):
         states.append(state)
     (ours, at), (theirs, their_at) = states
     assert torch.equal(at, their_at)
-    for row in range(contract.STATE_ROWS):
+    for row in range(STATE_ROWS):
         close(ours[row], theirs[row], dtype, f"state {row}")
     norm = torch.stack([theirs[0], theirs[1].log()]).float()
     coef = torch.randn(4, rows)
@@ -108,7 +108,7 @@ def test_special_values(cols, dtype):
             states.append(state)
         (ours, at), (theirs, their_at) = states
         assert torch.equal(at, their_at)
-        for row in range(contract.STATE_ROWS):
+        for row in range(STATE_ROWS):
             if row == 6:  # a second largest beside infinity or NaN has no use
                 keep = [3, 4, 5, 6, 7]
                 close(ours[row, keep], theirs[row, keep], dtype, "second")
