@@ -11,10 +11,10 @@ import split_examples
 from ift_kernels.backends import cuda, reference
 from ift_kernels.backends.contract import TRACK_ALL, Chunk, RowGradient, new_state
 from ift_kernels.common.transform import LogitTransform
+from serving import DTYPES
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux")
 INF, NAN = math.inf, math.nan
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN, CAPPED = LogitTransform(1.3), LogitTransform(1.3, 20.0, 0.7)
 
 

@@ -14,6 +14,7 @@ import ift_kernels as K
 from ift_kernels import backends
 from ift_kernels.backends import contract
 from ift_kernels.common import sync_free
+from serving import DTYPES
 
 CUDA = torch.cuda.is_available()
 pytestmark = [
@@ -25,7 +26,6 @@ pytestmark = [
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 # 151937: odd. The interpreter gets a thousandth of the work.
 SHAPES = [(300, 256, 151937), (2048, 512, 32000)] if CUDA else [(5, 8, 131)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=["triton", "cuda"], autouse=True)

@@ -21,11 +21,11 @@ from ift_kernels.backends.contract import TRACK_ALL, Chunk, RowGradient, new_sta
 from ift_kernels.backends.triton import launch, sampling
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.operators import linear_stats
+from serving import DTYPES
 
 interpreter.round_to_nearest()
 
 PLAIN, FULL = LogitTransform(), LogitTransform(0.7, 5.0, 1.3)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Blocks much smaller than the rows, so that every loop goes round several times.
 SMALL = {
     "stats": {"BLOCK": 64, "num_warps": 1},
@@ -111,8 +111,8 @@ def test_gradient_and_probabilities(dtype, transform, bias, blocks):
     norm = torch.stack([x.float().nan_to_num(0, 9, -9).amax(1), torch.rand(7) + 3])
     coef = torch.randn(4, 7)
     coef[:, 0] = coef[:, 5] = 0  # row 0 has a NaN and no upstream gradient
-    theirs, transposed = x.clone(), x.new_empty(300, 7)
-    ours, row_gradient = x.clone(), RowGradient(target, norm, coef)
+    transposed, row_gradient = x.new_empty(300, 7), RowGradient(target, norm, coef)
+    ours, theirs = x.clone(), x.clone()
     ref.dlogits_(Chunk(theirs, b, transform, 100), row_gradient)
     backend.dlogits_(Chunk(ours, b, transform, 100), row_gradient, transposed)
     close(ours, theirs, dtype)
