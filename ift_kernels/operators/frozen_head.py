@@ -61,9 +61,7 @@ def _frozen(
         row = linear_stats.row_values(part, ids, vocabulary, 0)
         zero, p = torch.zeros_like(row.logprob), row.logprob.exp()
         target_coef[0, here], target_coef[1, here] = -row.logprob.expm1(), p
-        coef = torch.stack(
-            [-p, zero + 1, zero, zero]
-        )  # Σ over j ≠ t of p_j
+        coef = torch.stack([-p, zero + 1, zero, zero])  # Σ over j ≠ t of p_j
         return contract.RowGradient(rows, row.norm.to(accum), coef.to(accum))
 
     nontarget_sum = hidden.new_empty((0, hidden.shape[1]))
