@@ -1,6 +1,6 @@
 """Builds `ift_kernels._cpu` and, where there is nvcc, `ift_kernels._cuda` with ninja.
 
-Whatever is declarative stands in pyproject.toml. Nothing here imports torch, and the extensions do
+Whatever is declarative is in pyproject.toml. Nothing here imports torch, and the extensions do
 not link it: pip may build in an isolated environment, and one build serves every torch.
 
 Environment:
@@ -81,7 +81,7 @@ class Compiler:
             # Without the pragmas nothing reads the thread counts.
             self.compile += ["-Wno-unknown-pragmas", "-Wno-unused", "-Wno-unused-parameter"]
 
-    def why_not(self) -> str:
+    def unsupported_reason(self) -> str:
         """Empty if a small Python extension compiles and links, else the compiler's first error."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
@@ -128,12 +128,12 @@ def compiler() -> Compiler | str:
     # macOS: torch brings its own libomp, and a second one aborts the process.
     for openmp in [[]] if is_macos() else [["-fopenmp"], []]:
         candidate = Compiler(command, openmp)
-        why_not = candidate.why_not()
-        if not why_not:
+        unsupported_reason = candidate.unsupported_reason()
+        if not unsupported_reason:
             if reason:
                 say(f"WARNING: no OpenMP, so the C++ backend uses one thread ({reason})")
             return candidate
-        reason = reason or why_not
+        reason = reason or unsupported_reason
     return reason
 
 

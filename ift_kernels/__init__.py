@@ -15,7 +15,7 @@ from ift_kernels.linear_expected_embedding import linear_expected_embedding
 from ift_kernels.linear_token import TokenChoice, linear_token
 from ift_kernels.propagation import discounted_cumsum, propagation_weights
 from ift_kernels.schedule.plan import Plan, explain
-from ift_kernels.temporal_residual import further_tokens, temporal_residual
+from ift_kernels.temporal_residual import mixed_in_ids, temporal_residual
 from ift_kernels.vocab_parallel import vocab_parallel_logprobs
 
 __version__ = "0.1.0"
@@ -29,13 +29,13 @@ __all__ = [
     "discounted_cumsum",
     "exact_influence",
     "explain",
-    "further_tokens",
     "influence",
     "linear_cross_entropy",
     "linear_divergence",
     "linear_expected_embedding",
     "linear_logprobs",
     "linear_token",
+    "mixed_in_ids",
     "propagation_weights",
     "record_active_sets",
     "temporal_residual",

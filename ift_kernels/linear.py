@@ -252,7 +252,7 @@ class _Call:
         return [active.threshold, active.block, active.tail_bucket]
 
     def plan(self, active: ActiveSet | None = None) -> plan.Plan:
-        """The plan for this call if no target is ignored and gradients can be formed early."""
+        """The plan for this call if no target is ignored and gradients can be formed in forward."""
         hidden, weight, bias, _ = self.tensors
         needs = self.needs[0], self.needs[1], self.needs[2]
         of_hidden = head_call.active_hidden(self.for_hidden(active))

@@ -263,8 +263,8 @@ def _autograd(ctx: Any, d_each: Tensor | None, d_total: Tensor | None, *_: Any) 
             *tensors, norm, centre, upstream, *ctx.options, needs
         )
     else:
-        held, ctx.gradients = ctx.gradients, None
-        results = held.gradients(d_total)
+        saved, ctx.gradients = ctx.gradients, None
+        results = saved.gradients(d_total)
     return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
 
 

@@ -128,8 +128,8 @@ def _forward(
             after = state.values[contract.MAX, rows]
             reference_point[0, rows] = torch.where(after == -torch.inf, 0.0, after).to(total.dtype)
             head.backend.probabilities_(head.chunk(tile), reference_point[:, rows])
-            shrink = torch.where(before == -torch.inf, 0.0, (before - after).exp())
-            total[rows] *= shrink.to(total.dtype)[:, None]
+            rescale = torch.where(before == -torch.inf, 0.0, (before - after).exp())
+            total[rows] *= rescale.to(total.dtype)[:, None]
             total[rows] += torch.mm(product, embedding[columns].to(dtype))
     top, sum_exp = state.values[contract.MAX], state.values[contract.SUM]
     soft = total / sum_exp.to(total.dtype)[:, None]

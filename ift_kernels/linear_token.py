@@ -135,12 +135,12 @@ def _linear_token(
 ) -> tuple[Tensor, Tensor]:
     n, device = hidden.shape[0], hidden.device
     backend = backends.get(hidden, dtype)
-    wide = accum_dtype(dtype)
+    accum = accum_dtype(dtype)
     head = Head(
         backend,
         pad_row_stride(hidden.to(dtype)),
         weight,
-        None if bias is None else bias.to(wide).contiguous(),
+        None if bias is None else bias.to(accum).contiguous(),
         LogitTransform(scale, softcap, temperature),
     )
     problem = plan.Problem(
@@ -150,9 +150,9 @@ def _linear_token(
     state = contract.new_state(n, device)
     target = torch.full((n,), -1, dtype=torch.int64, device=device)
     track = 0 if sample or k > 1 else contract.TRACK_ARGMAX
-    best = torch.full((n, 1 if sample else k), -torch.inf, dtype=wide, device=device)
+    best = torch.full((n, 1 if sample else k), -torch.inf, dtype=accum, device=device)
     ids = torch.full(best.shape, 0 if sample else -1, dtype=torch.int64, device=device)
-    logit = torch.full((n,), -torch.inf, dtype=wide, device=device)
+    logit = torch.full((n,), -torch.inf, dtype=accum, device=device)
     numbers = torch.arange(row_offset, row_offset + n, device=device)
     with torch.autocast(device.type, enabled=False):
         for tile in products.tiles(head, plan.make(problem)):
@@ -166,10 +166,10 @@ def _linear_token(
                 backend.top_k_update(chunk, best[rows], ids[rows])
     top, log_sum = state.values[contract.MAX], state.values[contract.SUM].log()
     if sample:
-        return ids[:, 0].contiguous(), ((logit - top) - log_sum).to(wide)
+        return ids[:, 0].contiguous(), ((logit - top) - log_sum).to(accum)
     if k > 1:
-        return ids[:, -1].contiguous(), ((best[:, -1] - top) - log_sum).to(wide)
-    return state.argmax, ((top - top) - log_sum).to(wide)
+        return ids[:, -1].contiguous(), ((best[:, -1] - top) - log_sum).to(accum)
+    return state.argmax, ((top - top) - log_sum).to(accum)
 
 
 library.register(

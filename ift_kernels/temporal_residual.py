@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from ift_kernels import backends
-from ift_kernels.backends.reference.temporal import further_of
+from ift_kernels.backends.reference.temporal import mixed_in_of
 from ift_kernels.common import checks
 from ift_kernels.operators import library
 
-__all__ = ["further_tokens", "temporal_residual"]
+__all__ = ["mixed_in_ids", "temporal_residual"]
 
 Tokens: TypeAlias = tuple[Tensor, Tensor, Tensor]  # ids, predicted, labels
 
 
-def further_tokens(
+def mixed_in_ids(
     ids: Tensor,  # (B, T) or (T,)
     predicted: Tensor,
     labels: Tensor,
@@ -33,7 +33,7 @@ def further_tokens(
 
     In eager torch, with ``first[t]`` where a row or a document begins::
 
-        further = torch.where((labels != ignore_index) & ~first, predicted.roll(1, -1), ids)
+        mixed_in = torch.where((labels != ignore_index) & ~first, predicted.roll(1, -1), ids)
 
     So prompt, padding and first positions keep their own token, and the first response token is
     mixed with the prediction made at the last prompt position.
@@ -55,7 +55,7 @@ def further_tokens(
             positions.
     """
     rows, cu = _checked(ids, predicted, labels, cu_seqlens)
-    return further_of(*rows, cu, ignore_index).reshape(ids.shape)
+    return mixed_in_of(*rows, cu, ignore_index).reshape(ids.shape)
 
 
 def temporal_residual(
@@ -72,16 +72,16 @@ def temporal_residual(
 
     In eager torch::
 
-        further = further_tokens(ids, predicted, labels, ...)
-        (1 - lam) * embedding[ids] + lam * embedding[further]
+        mixed_in = mixed_in_ids(ids, predicted, labels, ...)
+        (1 - lam) * embedding[ids] + lam * embedding[mixed_in]
 
-    Where ``further == ids`` the row of the table is copied bit for bit, so that both passes agree
+    Where ``mixed_in == ids`` the row of the table is copied bit for bit, so that both passes agree
     on a prompt exactly. Pass ``embedding.detach()`` for the released behaviour, in which no
     gradient reaches the table along this path.
 
     Args:
         embedding: the table, (V, E); fp32, bf16, fp16 or fp64. Mixed in fp32 at least.
-        ids, predicted, labels, ignore_index, cu_seqlens: as in `further_tokens`. `predicted`
+        ids, predicted, labels, ignore_index, cu_seqlens: as in `mixed_in_ids`. `predicted`
             is read only where it is mixed in.
         lam: share of the predicted token, in [0, 1]; the released value is 0.2.
 
@@ -90,8 +90,8 @@ def temporal_residual(
         (V, E); each row is summed in fp32 and rounded once. It may be differentiated again.
 
     Raises:
-        TypeError: as `further_tokens`; `embedding` not floating point; `lam` not a number.
-        ValueError: as `further_tokens`; `lam` outside [0, 1]; `embedding` not a matrix; on a CPU,
+        TypeError: as `mixed_in_ids`; `embedding` not floating point; `lam` not a number.
+        ValueError: as `mixed_in_ids`; `lam` outside [0, 1]; `embedding` not a matrix; on a CPU,
             a token outside the vocabulary.
     """
     lam = checks.unit_interval("lam", lam)
@@ -139,7 +139,7 @@ def _readable(tokens: Tokens, cu: Tensor | None, ignore: int, size: int) -> None
         checks.seqlens(cu, tokens[0])  # again: a compiled caller could not
     if tokens[0].device.type != "cpu":
         return  # torch's own gather asserts on the device, without a synchronisation
-    for name, values in (("ids", tokens[0]), ("predicted", further_of(*tokens, cu, ignore))):
+    for name, values in (("ids", tokens[0]), ("predicted", mixed_in_of(*tokens, cu, ignore))):
         low, high = (int(v) for v in values.aminmax())
         if low < 0 or high >= size:
             raise ValueError(

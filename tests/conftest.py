@@ -8,7 +8,7 @@ import torch
 
 from ift_kernels import use_backend
 from ift_kernels.backends.cpu import memory
-from ift_kernels.schedule import plan
+from ift_kernels.schedule import active, plan
 from serving import BACKENDS, SERVED
 
 # Two give the parallel paths something to do, and the same sums on every machine. xdist workers
@@ -74,6 +74,20 @@ def schedule(request):
     """The name of the schedule that the linear operations take."""
     with plan.use_schedule(request.param):
         yield request.param
+
+
+@pytest.fixture
+def sparse(monkeypatch):
+    """No tile is left dense, however many of its columns are active."""
+    monkeypatch.setattr(active, "DENSE_SHARE", 2.0)
+
+
+@pytest.fixture
+def set_num_threads():
+    """`torch.set_num_threads` until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

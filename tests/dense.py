@@ -167,11 +167,16 @@ def upstream(h: Head, names: tuple[str, ...] = DIFFERENTIABLE, seed: int = 1) ->
 def send(values: dict[str, Tensor] | object, grads: dict[str, Tensor]) -> Tensor:
     """The scalar whose gradients with respect to the outputs are `grads`."""
     get = values.get if isinstance(values, dict) else lambda name: getattr(values, name)
-    return sum((get(name) * g.to(get(name).dtype)).sum() for name, g in grads.items())
+    return sum((get(name) * g.to(get(name))).sum() for name, g in grads.items())
 
 
 def gradients(value: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(value, inputs, allow_unused=True))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
 
 
 def error(value: Tensor, exact: Tensor) -> tuple[float, float]:

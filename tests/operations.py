@@ -81,8 +81,8 @@ PREDICTED, LABELS = IDS.flip(0), torch.where(torch.arange(N) < 3, -100, IDS)
 
 
 def _residual_plain(table: Tensor) -> Tensor:
-    further = torch.where(LABELS != -100, PREDICTED.roll(1, -1), IDS)
-    return 0.8 * table[IDS] + 0.2 * table[further]
+    mixed_in = torch.where(LABELS != -100, PREDICTED.roll(1, -1), IDS)
+    return 0.8 * table[IDS] + 0.2 * table[mixed_in]
 
 
 def _cumsum_plain(x: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ HANG = 3600
 # Budget and limit of a benchmark that is to be measured in full.
 NEVER_ENDS = ["--minutes", "1000", "--limit", str(HANG)]
 
+# Variables that change what pytest, Triton and the package do, by how their names start.
+SETTINGS = ("PYTEST", "TRITON", "IFT_")
+
 # Imported once, in the process that all others are forked from: that is most of their time.
 # It is also the one of bench.harness.worker: what comes first decides for both.
 PRELOADED = [
@@ -23,15 +26,24 @@ PRELOADED = [
 ]
 
 
-def run(*command, cwd=None, **environment):
-    """A finished process and what it printed; `environment` is added to this one's."""
-    env, command = {**os.environ, **environment}, list(map(str, command))
+def run(*command, cwd=None, without=(), **environment):
+    """A finished process and what it printed.
+
+    `environment` is added to this one's, of which names that start with `without` are left out.
+    """
+    env = {k: v for k, v in os.environ.items() if not k.startswith(without)} | environment
+    command = list(map(str, command))
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=HANG)
 
 
 def python(*arguments, **options):
     """`run` of this interpreter."""
     return run(sys.executable, *arguments, **options)
+
+
+def python_with_tests(*arguments, **options):
+    """`python` that imports what this process can: the modules of tests too."""
+    return python(*arguments, PYTHONPATH=os.pathsep.join(sys.path), **options)
 
 
 def start(worker, processes, directory, *more):

@@ -1,6 +1,9 @@
 """Gradients and active masks for `split_active` of backends for GPUs, and its outputs."""
 
+import pytest
 import torch
+
+from ift_kernels.backends import reference
 
 UNTOUCHED = 7.0  # where nothing is to be written
 
@@ -37,9 +40,35 @@ def outputs(dz, mask, block, bucket):
     return tail_gradient, torch.full((block * int(widths.sum()) + 40,), UNTOUCHED, dtype=dz.dtype)
 
 
-def close(ours, theirs, dtype):
-    """Two pairs of results: tail gradients to rounding in float32, columns in their dtype."""
-    for a, b, eps in zip(ours, theirs, (1e-6, torch.finfo(dtype).eps), strict=True):
+def assert_same(backend, dz, mask, block, bucket, weights):
+    """`split_active` of a backend is that of the reference, to rounding: of tail gradients in
+    float32, of columns in their dtype."""
+    results = []
+    for side in (backend, reference):
+        found = outputs(dz, mask, block, bucket)
+        side.split_active(dz, mask, block, bucket, weights, *found)
+        results.append(found)
+    for a, b, eps in zip(*results, (1e-6, torch.finfo(dz.dtype).eps), strict=True):
         torch.testing.assert_close(
             a.double(), b.double(), rtol=max(eps, 1e-6), atol=2e-6, equal_nan=True
         )
+
+
+REFUSED = (
+    ("mask", lambda t: t[:2], "mask"),
+    ("tail_gradient", torch.Tensor.double, "tail_gradient"),
+    ("active", torch.Tensor.half, "active"),
+    ("active", lambda t: t[::2], "active"),
+)
+
+
+def assert_refuses_other_layouts(backend, block_of_40, *more):
+    """Each change of an argument, and blocks of 40 rows, with an error that says so."""
+    dz, mask = example(70, 200, torch.float32, 32, 64)
+    given = {"dz": dz, "mask": mask, "tail_weights": tail_weights(200)}
+    given["tail_gradient"], given["active"] = outputs(dz, mask, 32, 64)
+    for name, change, said in (*REFUSED, *more):
+        with pytest.raises(RuntimeError, match=said):
+            backend.split_active(block=32, bucket=64, **given | {name: change(given[name])})
+    with pytest.raises(RuntimeError, match=block_of_40):
+        backend.split_active(block=40, bucket=64, **given | {"mask": mask[:2]})

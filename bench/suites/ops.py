@@ -60,14 +60,17 @@ CASES: dict[str, Case] = by_name(
 )  # fmt: skip
 
 
-def _further(t: Tensors) -> Tensor:
+def _mixed_in(t: Tensors) -> Tensor:
     shifted = torch.cat([t["ids"][:, :1], t["predicted"][:, :-1]], 1)
     return torch.where(t["labels"] == -100, t["ids"], shifted)
 
 
 def _residual(t: Tensors) -> Tensor:
-    given, further = F.embedding(t["ids"], t["embedding"]), F.embedding(_further(t), t["embedding"])
-    return (1 - LAM) * given + LAM * further
+    given, mixed_in = (
+        F.embedding(t["ids"], t["embedding"]),
+        F.embedding(_mixed_in(t), t["embedding"]),
+    )
+    return (1 - LAM) * given + LAM * mixed_in
 
 
 def _cumsum(t: Tensors) -> Tensor:

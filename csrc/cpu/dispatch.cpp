@@ -29,12 +29,12 @@ const Epilogues& table();
 
 namespace {
 
-struct Choice {
+struct Selected {
   const char* name;
   const Epilogues* table;
 };
 
-Choice choose() {
+Selected select_isa() {
   const char* forced = std::getenv("IFT_CPU_ISA");
   auto wanted = [&](const char* name) { return !forced || std::strcmp(forced, name) == 0; };
 #ifdef IFT_ISA_AVX512
@@ -58,14 +58,14 @@ Choice choose() {
       forced + "'");
 }
 
-const Choice& choice() {
-  static const Choice chosen = choose();
+const Selected& selected() {
+  static const Selected chosen = select_isa();
   return chosen;
 }
 
 }  // namespace
 
-const Epilogues& epilogues() { return *choice().table; }
-const char* isa_name() { return choice().name; }
+const Epilogues& epilogues() { return *selected().table; }
+const char* isa_name() { return selected().name; }
 
 }  // namespace ift

@@ -12,7 +12,7 @@
 namespace ift {
 namespace {
 
-int64_t further(const ResidualTokens& in, int64_t t) {
+int64_t mixed_in_id(const ResidualTokens& in, int64_t t) {
   const bool first =
       t % in.row_length == 0 ||
       (in.offsets && std::binary_search(in.offsets, in.offsets + in.documents + 1, t));
@@ -24,7 +24,7 @@ void mix(const T* table, const ResidualTokens& in, T* out, int64_t width, double
   const float keep = static_cast<float>(1.0 - lam), share = static_cast<float>(lam);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t t = 0; t < in.tokens; ++t) {
-    const int64_t other_id = further(in, t);
+    const int64_t other_id = mixed_in_id(in, t);
     const T* own = table + in.ids[t] * width;
     T* to = out + t * width;
     if (other_id == in.ids[t]) {  // bit for bit, whatever lam is
@@ -50,7 +50,7 @@ void sort_parts(const ResidualTokens& in, int64_t vocabulary, double lam,
   start.assign(static_cast<size_t>(vocabulary) + 1, 0);
   int64_t count = 0;
   for (int64_t t = 0; t < in.tokens; ++t) {
-    const int64_t other = further(in, t);
+    const int64_t other = mixed_in_id(in, t);
     ++start[in.ids[t] + 1], ++count;
     if (other != in.ids[t]) ++start[other + 1], ++count;
   }
@@ -58,7 +58,7 @@ void sort_parts(const ResidualTokens& in, int64_t vocabulary, double lam,
   parts.resize(static_cast<size_t>(count));
   std::vector<int64_t> next(start.begin(), start.end() - 1);
   for (int64_t t = 0; t < in.tokens; ++t) {
-    const int64_t other = further(in, t);
+    const int64_t other = mixed_in_id(in, t);
     const bool alone = other == in.ids[t];
     parts[next[in.ids[t]]++] = {t, alone ? 1.0f : keep};
     if (!alone) parts[next[other]++] = {t, share};

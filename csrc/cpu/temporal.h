@@ -17,7 +17,7 @@ struct ResidualTokens {
   int64_t ignore_index;
 };
 
-// out[t] = (1 - lam) · table[ids[t]] + lam · table[further[t]], (tokens, width).
+// out[t] = (1 - lam) · table[ids[t]] + lam · table[mixed_in_id(t)], (tokens, width).
 void residual(const void* table, const ResidualTokens& tokens, void* out, int64_t width, double lam,
               int dtype, int threads);
 

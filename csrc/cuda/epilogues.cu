@@ -12,12 +12,12 @@ namespace {
 
 constexpr int64_t kRowsPerBlock = kThreads / kWarp;  // with a warp per row
 constexpr int64_t kShortRow = 2048;                  // columns: up to here a warp per row
-constexpr int64_t kLeastPart = 1024;                 // columns: less is not worth a block
+constexpr int64_t kMinPart = 1024;                   // columns: less is not worth a block
 
 }  // namespace
 
 int64_t stats_bytes() { return sizeof(RowPartial); }
-int64_t max_top_k() { return kMostBest; }
+int64_t max_top_k() { return kMaxTopK; }
 
 // Two blocks per multiprocessor hide the latency of memory; few rows are cut until there are so
 // many.
@@ -29,7 +29,7 @@ int row_parts(const Queue& queue, int64_t rows, int64_t cols) {
         "asking for the number of multiprocessors");
   const int64_t wanted = ceil_div(2 * static_cast<int64_t>(processors), rows);
   return static_cast<int>(
-      std::max<int64_t>(1, std::min({wanted, cols / kLeastPart, int64_t{kWarp}})));
+      std::max<int64_t>(1, std::min({wanted, cols / kMinPart, int64_t{kWarp}})));
 }
 
 void stats(const Queue& queue, const Products& p, const int64_t* target, double* state,
@@ -97,8 +97,8 @@ void gumbel(const Queue& queue, const Products& p, uint64_t seed, const int64_t*
 }
 
 void top_k(const Queue& queue, const Products& p, float* values, int64_t* ids, int64_t k) {
-  if (k < 1 || k > kMostBest)
-    throw CudaError("cudaErrorInvalidValue: k must be in [1, " + std::to_string(kMostBest) +
+  if (k < 1 || k > kMaxTopK)
+    throw CudaError("cudaErrorInvalidValue: k must be in [1, " + std::to_string(kMaxTopK) +
                     "], got " + std::to_string(k));
   const Chunk c = chunk_of(p);
   each_kind(p, [&](auto t, auto plain) {

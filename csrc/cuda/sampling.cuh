@@ -85,7 +85,7 @@ struct Drawn {
 
 // The winner of this chunk against that of the chunks before, by one thread.
 template <class T, bool kPlain>
-__device__ inline void fold_draw(const Chunk& c, const Drawn& out, int64_t row, uint64_t key) {
+__device__ inline void merge_draw(const Chunk& c, const Drawn& out, int64_t row, uint64_t key) {
   if (key == 0) return;
   const uint32_t column = key_column(key);
   const float z =
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
   key = warp_max(lane < kThreads / kWarp ? of_warp[lane] : uint64_t{0});
   if (lane != 0) return;
   if (parts == 1)
-    fold_draw<T, kPlain>(c, out, row, key);
+    merge_draw<T, kPlain>(c, out, row, key);
   else
     keys[row * parts + part] = key;
 }
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= c.rows) return;
   const uint64_t key = warp_max(lane < parts ? keys[row * parts + lane] : uint64_t{0});
-  if (lane == 0) fold_draw<T, kPlain>(c, out, row, key);
+  if (lane == 0) merge_draw<T, kPlain>(c, out, row, key);
 }
 
 // The largest key below `bound`.
@@ -149,7 +149,7 @@ struct BestBelow {
   }
 };
 
-constexpr int kMostBest = 16;
+constexpr int kMaxTopK = 16;
 
 // A block per row: k times the best of what is left, then merged with values and ids (rows, k) of
 // the chunks before, which are ahead where values are equal.
@@ -157,8 +157,8 @@ template <class T, bool kPlain>
 __global__ void __launch_bounds__(kThreads)
     top_k_kernel(Chunk c, float* values, int64_t* ids, int k) {
   __shared__ uint64_t of_warp[kThreads / kWarp];
-  __shared__ float found[kMostBest], merged[kMostBest];
-  __shared__ int64_t found_ids[kMostBest], merged_ids[kMostBest];
+  __shared__ float found[kMaxTopK], merged[kMaxTopK];
+  __shared__ int64_t found_ids[kMaxTopK], merged_ids[kMaxTopK];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int64_t r = blockIdx.x;
   const Row<T> row(c, r);

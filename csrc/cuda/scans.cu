@@ -9,7 +9,7 @@ namespace gpu {
 void scan(const Queue& queue, int dtype, const void* x, const uint8_t* mask, const int64_t* offsets,
           void* out, int64_t rows, int64_t length, double gamma, bool left) {
   const ScanRows in{mask,   offsets,
-                    length, fmaxf(static_cast<float>(gamma), kLeastFactor),
+                    length, fmaxf(static_cast<float>(gamma), kMinFactor),
                     left,   aligned_to(16, {x, out}) && aligned_to(8, {mask})};
   each_dtype(dtype, [&](auto t) {
     using T = decltype(t);

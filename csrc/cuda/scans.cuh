@@ -18,12 +18,12 @@ struct Span {
 // Powers of gamma > 0 stop at the smallest normal number instead of underflowing: a distant
 // infinity then arrives as in the recurrence, and not as 0 times infinity. Of a distant finite sum
 // at most 1.2e-38 of it arrives too much.
-constexpr float kLeastFactor = 1.17549435e-38f;
+constexpr float kMinFactor = 1.17549435e-38f;
 
 // First a, then b.
 struct Compose {
   __device__ Span operator()(const Span& a, const Span& b) const {
-    return {fmaxf(a.factor * b.factor, kLeastFactor), b.factor * a.sum + b.sum};
+    return {fmaxf(a.factor * b.factor, kMinFactor), b.factor * a.sum + b.sum};
   }
 };
 
@@ -31,7 +31,7 @@ struct ScanRows {
   const uint8_t* mask;     // one byte per value, or null
   const int64_t* offsets;  // row i is [offsets[i], offsets[i + 1]), or null
   int64_t length;          // of every row, where offsets is null
-  float gamma;             // at least kLeastFactor
+  float gamma;             // at least kMinFactor
   bool left;               // sums over what follows, else over what came before
   bool aligned;            // x and out on 16 bytes, mask on 8
 };

@@ -30,7 +30,7 @@ __device__ inline RowPartial no_columns() {
 
 // What one thread sees. kMore: everything, else what logprob, lse, entropy and argmax need.
 template <class T, bool kPlain, bool kMore>
-struct RowFold {
+struct RowUpdate {
   const Chunk& c;
   RowPartial s;
 
@@ -48,10 +48,10 @@ struct RowFold {
     }
     if (top > s.max) {
       if (s.max != -infinity()) {
-        const float moved = s.max - top, shrink = expf(moved);
-        s.e_z = shrink * (s.e_z + moved * s.sum);
-        s.sum *= shrink;
-        if (kMore) s.e_sq *= shrink * shrink;
+        const float delta_max = s.max - top, rescale = expf(delta_max);
+        s.e_z = rescale * (s.e_z + delta_max * s.sum);
+        s.sum *= rescale;
+        if (kMore) s.e_sq *= rescale * rescale;
       }
       s.max = top;
 #pragma unroll
@@ -93,12 +93,12 @@ __device__ inline void merge(RowPartial& s, bool more) {
   const uint32_t at = __reduce_min_sync(kAll, s.max == top ? s.at : kNowhere);
   s.nan_at = __reduce_min_sync(kAll, s.nan_at);
   if (more) s.second = warp_max(s.at == at ? s.second : fmaxf(s.second, s.max));
-  const float moved = s.max == -infinity() ? 0.0f : s.max - top;
-  const float shrink = s.max == -infinity() && s.sum == 0.0f ? 0.0f : expf(moved);
-  s.e_z = warp_sum(shrink * (s.e_z + moved * s.sum));
-  s.sum = warp_sum(shrink * s.sum);
+  const float delta_max = s.max == -infinity() ? 0.0f : s.max - top;
+  const float rescale = s.max == -infinity() && s.sum == 0.0f ? 0.0f : expf(delta_max);
+  s.e_z = warp_sum(rescale * (s.e_z + delta_max * s.sum));
+  s.sum = warp_sum(rescale * s.sum);
   if (more) {
-    s.e_sq = warp_sum(shrink * shrink * s.e_sq);
+    s.e_sq = warp_sum(rescale * rescale * s.e_sq);
     s.z_sum = warp_sum(s.z_sum);
   }
   s.max = top;
@@ -112,9 +112,10 @@ struct RunningState {
   int64_t* argmax;
 };
 
-// The statistics of a row of this chunk folded into its running state, by one thread.
+// The statistics of a row of this chunk merged into its running state, by one thread.
 template <class T, bool kPlain>
-__device__ inline void fold(const Chunk& c, const RunningState& out, int64_t row, RowPartial s) {
+__device__ inline void merge_row(const Chunk& c, const RunningState& out, int64_t row,
+                                 RowPartial s) {
   double* const at = out.state + row;
   const int64_t ld = out.ld;
   const double nan = static_cast<double>(__uint_as_float(0x7FC00000u));
@@ -124,20 +125,20 @@ __device__ inline void fold(const Chunk& c, const RunningState& out, int64_t row
     s.z_sum = nan;
   }
   const double old = at[kMax * ld], top = s.max;
-  const bool beaten = top > old || (top != top && old == old);
-  const double now = beaten ? top : old;
+  const bool is_new_max = top > old || (top != top && old == old);
+  const double now = is_new_max ? top : old;
   const double second = fmax(fmax(fmin(old, top), static_cast<double>(s.second)), at[kSecond * ld]);
   at[kSecond * ld] = now != now ? nan : second;
-  if (beaten) out.argmax[row] = c.offset + s.at;
+  if (is_new_max) out.argmax[row] = c.offset + s.at;
   // A row of -inf only has no finite reference point.
   const double base = now == -infinity() ? 0.0 : now;
-  const double moved = old == -infinity() ? 0.0 : old - base;
-  const double shrink = old == -infinity() ? 0.0 : exp(moved);
+  const double delta_max = old == -infinity() ? 0.0 : old - base;
+  const double rescale = old == -infinity() ? 0.0 : exp(delta_max);
   const double here = top == -infinity() ? 0.0 : top - base;
   const double grow = exp(here), sum = at[kSum * ld];
-  at[kEZ * ld] = shrink * (at[kEZ * ld] + moved * sum) + grow * (s.e_z + here * s.sum);
-  at[kESq * ld] = shrink * shrink * at[kESq * ld] + grow * grow * s.e_sq;
-  at[kSum * ld] = shrink * sum + grow * s.sum;
+  at[kEZ * ld] = rescale * (at[kEZ * ld] + delta_max * sum) + grow * (s.e_z + here * s.sum);
+  at[kESq * ld] = rescale * rescale * at[kESq * ld] + grow * grow * s.e_sq;
+  at[kSum * ld] = rescale * sum + grow * s.sum;
   at[kZSum * ld] += s.z_sum;
   at[kMax * ld] = now;
   const int hit = local_target(c, out.target, row);
@@ -151,7 +152,7 @@ template <class T, bool kPlain, bool kMore>
 __device__ inline RowPartial partial_of(const Chunk& c, int64_t row, int lane, int lanes, int part,
                                         int parts) {
   const Row<T> values(c, row);
-  RowFold<T, kPlain, kMore> f{c, no_columns()};
+  RowUpdate<T, kPlain, kMore> f{c, no_columns()};
   walk<T>(values, lane, lanes, part, parts, f);
   if (f.s.sum != f.s.sum) {
     NanSearch<T, kPlain> search{c, kNowhere};
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(kThreads) stats_warp_kernel(Chunk c, RunningSt
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= c.rows) return;
   const RowPartial s = partial_of<T, kPlain, kMore>(c, row, lane, kWarp, 0, 1);
-  if (lane == 0) fold<T, kPlain>(c, out, row, s);
+  if (lane == 0) merge_row<T, kPlain>(c, out, row, s);
 }
 
 // `parts` blocks per row; with more than one they leave what they have in `partials` (rows, parts).
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(kThreads)
   merge(s, kMore);
   if (lane != 0) return;
   if (parts == 1)
-    fold<T, kPlain>(c, out, row, s);
+    merge_row<T, kPlain>(c, out, row, s);
   else
     partials[row * parts + part] = s;
 }
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(kThreads)
   if (row >= c.rows) return;
   RowPartial s = lane < parts ? partials[row * parts + lane] : no_columns();
   merge(s, true);
-  if (lane == 0) fold<T, kPlain>(c, out, row, s);
+  if (lane == 0) merge_row<T, kPlain>(c, out, row, s);
 }
 
 }  // namespace gpu

@@ -14,7 +14,7 @@
 namespace ift {
 namespace gpu {
 
-__device__ inline int64_t further(const ResidualTokens& in, int64_t t) {
+__device__ inline int64_t mixed_in_id(const ResidualTokens& in, int64_t t) {
   if (t % in.row_length == 0 || in.labels[t] == in.ignore_index) return in.ids[t];
   if (in.offsets) {
     int64_t low = 0, high = in.documents + 1;
@@ -37,8 +37,8 @@ __device__ inline void check_tokens(const ResidualTokens& in, int64_t own, int64
   (void)own, (void)other, (void)in;
 }
 
-// out[t] = keep * table[ids[t]] + share * table[further(t)], a warp per token. `units`: groups of
-// eight elements at the start of every row, 0 where rows are not aligned.
+// out[t] = keep * table[ids[t]] + share * table[mixed_in_id(t)], a warp per token. `units`: groups
+// of eight elements at the start of every row, 0 where rows are not aligned.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     residual_kernel(const T* table, ResidualTokens in, T* out, int64_t width, int64_t units,
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t t = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (t >= in.tokens) return;
-  const int64_t own_id = in.ids[t], other_id = further(in, t);
+  const int64_t own_id = in.ids[t], other_id = mixed_in_id(in, t);
   check_tokens(in, own_id, other_id);
   const T* const own = table + own_id * width;
   const T* const other = table + other_id * width;
@@ -77,7 +77,7 @@ static __global__ void __launch_bounds__(kThreads)
     residual_keys_kernel(ResidualTokens in, int64_t* keys) {
   const int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (t >= in.tokens) return;
-  const int64_t own = in.ids[t], other = further(in, t);
+  const int64_t own = in.ids[t], other = mixed_in_id(in, t);
   check_tokens(in, own, other);
   keys[t] = own;
   keys[in.tokens + t] = other == own ? in.vocabulary : other;

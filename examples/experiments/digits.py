@@ -49,21 +49,21 @@ def maps(net: nn.Module, o: Tensor, u: Tensor, y_u: Tensor) -> tuple[Tensor, Ten
         return nn.functional.cross_entropy(run(p, u), y_u, reduction="none")
 
     every = exact_influence(watched, loss, parameters, lr=LR)  # (O, U labels, U steps)
-    told = every.diagonal(dim1=1, dim2=2)
+    predicted = every.diagonal(dim1=1, dim2=2)
     # Against real steps on a few images.
     errors = []
     for i in range(0, len(u), 7):
         gradient = torch.func.grad(lambda p, i=i: loss(p)[i])(parameters)
         moved = {k: v - LR * gradient[k] for k, v in parameters.items()}
         real = watched(moved)[:, i] - watched(parameters)[:, i]
-        errors.append(((told[:, i] - real).abs().max() / real.abs().max()).item())
+        errors.append(((predicted[:, i] - real).abs().max() / real.abs().max()).item())
 
     def jacobian(x: Tensor) -> Tensor:
         each = torch.func.jacrev(lambda p: run(p, x))(parameters)  # (n, 10, *shape) each
         return torch.cat([j.flatten(2) for j in each.values()], 2)
 
     kernel = torch.einsum("oip,ujp->ouij", jacobian(o), jacobian(u)).flatten(2).norm(dim=2)
-    return _by_class(told), _by_class(kernel), max(errors)
+    return _by_class(predicted), _by_class(kernel), max(errors)
 
 
 def _by_class(pairs: Tensor) -> Tensor:

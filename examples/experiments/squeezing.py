@@ -142,10 +142,10 @@ def first_order() -> list[list[float]]:
     gradient = ((x @ w.T).softmax(1) - torch.eye(V, dtype=torch.float64)[y]).T @ x
     found = []
     for lr in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
-        told = influence(o, y_o, x, y, w, lr=lr).sum(1)
+        predicted = influence(o, y_o, x, y, w, lr=lr).sum(1)
         logp = [(o @ weight.T).log_softmax(1).gather(1, y_o[:, None])[:, 0]
                 for weight in (w, w - lr * gradient)]  # fmt: skip
-        found.append([lr, (told - (logp[1] - logp[0])).abs().max().item()])
+        found.append([lr, (predicted - (logp[1] - logp[0])).abs().max().item()])
     return found
 
 

@@ -79,7 +79,7 @@ class RowGradient(NamedTuple):
 
 
 def new_state(rows: int, device: torch.device, *parts: int) -> RowState:
-    """Empty running statistics; `parts`, a further first dimension: of parts of every row."""
+    """Empty running statistics; `parts`: leading dimension, one state per part of a row."""
     values = torch.zeros((*parts, STATE_ROWS, rows), dtype=torch.float64, device=device)
     values[..., MAX, :] = -torch.inf
     values[..., SECOND, :] = -torch.inf

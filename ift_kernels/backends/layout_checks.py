@@ -1,4 +1,4 @@
-"""Shapes, dtypes and strides that kernels rely on which get raw addresses."""
+"""Shapes, dtypes and strides required by kernels that take raw addresses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user says about the active set, and what a call reports of it."""
+"""Options and statistics of the active set of it."""
 
 from __future__ import annotations
 

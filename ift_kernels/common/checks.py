@@ -218,7 +218,7 @@ def workspace_bytes(workspace: int | None, device: torch.device, dtype: torch.dt
     """The budget of work memory in bytes for products in `dtype`."""
     if workspace is None:
         default = DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cuda"])
-        # Products take twice the room of 16-bit ones, and what does not fit is formed twice.
+        # Products take twice the bytes of 16-bit ones, and those that do not fit are formed twice.
         return default * 3 // 2 if dtype.itemsize > 2 else default
     budget = integer("workspace", workspace)
     if not MIN_WORKSPACE <= budget < 2**60:

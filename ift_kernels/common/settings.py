@@ -38,7 +38,7 @@ class Setting(Generic[T]):
             self._variable.reset(token)
 
     def in_forward(self) -> T:
-        """What backward is to use. Here: the value now."""
+        """The value that backward restores; by default the current one."""
         return self.get()
 
     def in_backward(self, forward: T) -> T:

@@ -1,4 +1,4 @@
-"""The operator behind per-token results of a frozen head: dh is all but formed in forward.
+"""The operator behind per-token results of a frozen head: forward forms dh up to two factors.
 
 Of a row with target t, upstream gradients a of logp_t and c of lse, and slopes s_j = ∂z_j/∂x_j,
 
@@ -30,7 +30,7 @@ GATHERED = 1 << 20  # elements of head rows at once on a CPU, in cache; a GPU wa
 
 
 def serves(needs: list[bool], differentiable: int) -> bool:
-    """Whether this is a call whose gradient can wait for no more than two factors a row."""
+    """Whether forward can form dh up to two factors per row."""
     # In sync-free mode rows that are not valid are still there: 0 times their NaN would not be 0.
     return (
         tuple(needs) == NEEDS
@@ -49,7 +49,7 @@ def _frozen(
     arguments = hidden, weight, bias, valid, head_call.Options(*options), NEEDS
     call = head_call.Call(*arguments, grads_in_forward=True, active=active)
     chosen = plan.make(call.problem, plan.ledger.reserved, "forward")
-    rows, wide = call.select(target), accum_dtype(call.dtype)
+    rows, accum = call.select(target), accum_dtype(call.dtype)
     state, argmax = contract.new_state(len(rows), hidden.device)
     target_coef = state.new_zeros((2, len(rows)))
     done = 0
@@ -61,8 +61,8 @@ def _frozen(
         row = linear_stats.row_values(part, ids, vocabulary, 0)
         zero, p = torch.zeros_like(row.logprob), row.logprob.exp()
         target_coef[0, here], target_coef[1, here] = -row.logprob.expm1(), p
-        coef = torch.stack([-p, zero + 1, zero, zero])  # p_j times 1, and p_t less at the target
-        return contract.RowGradient(rows, row.norm.to(wide), coef.to(wide))
+        coef = torch.stack([-p, zero + 1, zero, zero])  # Σ over j ≠ t of p_j
+        return contract.RowGradient(rows, row.norm.to(accum), coef.to(accum))
 
     nontarget_sum = hidden.new_empty((0, hidden.shape[1]))
     with torch.autocast(hidden.device.type, enabled=False):
@@ -77,7 +77,7 @@ def _frozen(
             chosen = plan.make(call.problem, 0, "recompute")
             state, argmax = products.statistics(call.head, rows, track, chosen)
     outputs = linear_stats.outputs(call, state, argmax, track)
-    return (*outputs, call.scatter(target_coef, wide), nontarget_sum)
+    return (*outputs, call.scatter(target_coef, accum), nontarget_sum)
 
 
 def _slopes(call: head_call.Call, target: Tensor) -> Tensor | float:
@@ -174,9 +174,9 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             *ctx.options, list(NEEDS), ctx.active,
         )  # fmt: skip
     else:
-        held, ctx.nontarget_sum = ctx.nontarget_sum, None
-        held.release()
-        (nontarget_sum,) = held.tensors
+        saved, ctx.nontarget_sum = ctx.nontarget_sum, None
+        saved.release()
+        (nontarget_sum,) = saved.tensors
         d_hidden = _d_hidden(
             nontarget_sum, weight, target, target_coef, d_logprob, d_lse, ctx.options
         )

@@ -93,7 +93,7 @@ class Call:
             hidden, weight, bias, dtype, workspace, needs, grads_in_forward, active
         )
         if active is not None:
-            active.waiting_bytes = problems.tail_bytes(self.problem)
+            active.pending_bytes = problems.tail_bytes(self.problem)
 
     def select(self, value: Tensor) -> Tensor:
         """The valid rows of (..., N)."""
@@ -129,8 +129,8 @@ def problem(
 ) -> plan.Problem:
     """What `plan` needs of a call all of whose rows of hidden are valid.
 
-    `grads_in_forward`: its gradients are known in forward, up to factors. `active`: what forms dh,
-    if not all columns do.
+    `grads_in_forward`: its gradients are known in forward, up to factors. `active`: None: dh is
+    exact.
     """
     half = gives_half((hidden, weight, bias), needs)
     transpose = backends.get(hidden, dtype).wants_transpose(dtype)
@@ -143,7 +143,7 @@ def problem(
 
 
 def active_hidden(active: list[float]) -> ActiveHidden | None:
-    """What forms dh from the active set that an operator was given: threshold, block, bucket."""
+    """An `ActiveHidden` from an operator's [threshold, block, tail bucket]; None for exact."""
     if not active or sync_free.on():  # how many columns are active depends on data
         return None
     threshold, block, tail_bucket = active

@@ -68,7 +68,7 @@ _FIXED = [s.name for s in contract.STATISTICS if not s.differentiable] + ["norm"
 def row_values(state: Tensor, argmax: Tensor, vocabulary: int, track: int) -> Statistics:
     """The statistics of rows, from the final running state; float64.
 
-    What `track` does not ask for is empty: beside few tokens every operation counts.
+    What `track` does not ask for is empty: with few tokens each operation takes noticeable time.
     """
     top, total = state[contract.MAX], state[contract.SUM]
     log_sum = total.log()
@@ -202,7 +202,7 @@ def _stats_backward(
     if kept is not None and allow_sync and 3 * int(nonzero_grad_rows.sum()) < 2 * kept.shape[0]:
         kept = None  # three products on these rows alone cost less than two on all
     if kept is not None:
-        # All rows again, with rows without upstream gradient neutral: 0 times a NaN would not be.
+        # All rows, with hidden 0 where there is no upstream gradient: 0 times a NaN is NaN.
         hidden = (
             hidden.masked_fill((valid & ~nonzero_grad_rows)[:, None], 0)
             if not allow_sync or bool((valid ^ nonzero_grad_rows).any())
@@ -269,15 +269,15 @@ def _stats_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
         return (None, None, None, *nothing)
     needs = list(ctx.needs_input_grad[:3])
     args = (*ctx.saved_tensors, *upstream, *ctx.options, needs, ctx.active)
-    # What forward kept has other rows than a backward that may not wait, where it did. And with
+    # Kept products have other rows if only one of forward and backward is sync-free. And with
     # create_graph the plain operator refuses clearly.
     same = ctx.sync_free == sync_free.on()
     if ctx.kept is None or not same or torch.is_grad_enabled():
         results = torch.ops.ift_kernels.linear_stats_backward(*args)
     else:
-        held, ctx.kept = ctx.kept, None
-        results = torch.ops.ift_kernels.linear_stats_backward_kept(*args, held.tensors[0])
-        held.release()
+        saved, ctx.kept = ctx.kept, None
+        results = torch.ops.ift_kernels.linear_stats_backward_kept(*args, saved.tensors[0])
+        saved.release()
     return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
 
 

@@ -30,7 +30,7 @@ def _loss(
     call = head_call.Call(*arguments, grads_in_forward=True, active=active)
     chosen = plan.make(call.problem, plan.ledger.reserved, "forward")
     # Gradients that earlier calls hold, or too few rows a block: backward recomputes instead.
-    # So it does where nothing may wait for the device: rows that are not valid are still there.
+    # So it does in sync-free mode: rows that are not valid are still there.
     grads_in_forward = chosen.schedule == "forward" and call.valid_mask is None
     vocabulary, dtype = weight.shape[0], accum_dtype(call.dtype)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -113,8 +113,8 @@ def _loss_autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor |
             hidden, weight, bias, target, norm, norm[0], *rows, *options, needs, active
         )
     else:
-        held, ctx.gradients = ctx.gradients, None
-        results = held.gradients(upstream)
+        saved, ctx.gradients = ctx.gradients, None
+        results = saved.gradients(upstream)
     return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
 
 

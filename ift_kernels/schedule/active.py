@@ -88,12 +88,11 @@ class ActiveHidden:
 
     def __init__(self, options: ActiveSet) -> None:
         self.options = options
-        # Of tails and buckets that wait for `finish`, see `problem.tail_bytes`.
-        self.waiting_bytes = 0
+        self.pending_bytes = 0  # of tails and buckets until `finish`, see `problem.tail_bytes`
         self._tails: list[_Tail] = []
         self._buckets: dict[tuple[int, int], _Buckets] = {}  # by their columns
         self._scratch: dict[str, Tensor] = {}
-        # The rows at work, known by their row gradient.
+        # Row gradient of the current rows.
         self._of: RowGradient | None = None
         self._weights: TailWeights | None = None
         self._report = None if recording() is None else _Report()
@@ -119,7 +118,7 @@ class ActiveHidden:
         return min(self.options.block, -(-len(product) // 32) * 32)
 
     def add(self, head: Head, tile: Tile, mask: Tensor, total: Sum) -> None:
-        """Add a tile of gradients to `total`: its active columns; the tail waits for `finish`.
+        """Add a tile of gradients to `total`: its active columns; the tail is added by `finish`.
 
         All of it where a dense product costs no more.
         """
@@ -149,9 +148,9 @@ class ActiveHidden:
             start += block * width
             gathered = self._head_rows(head, weight, of_block, width)
             total.add(block_rows, part[: block_rows.stop - first], gathered)
-        waiting = [tail.gradient for tail in self._tails]
-        waiting += [x for buckets in self._buckets.values() for x in buckets]
-        if 2 * sum(x.numel() * x.element_size() for x in waiting) > self.waiting_bytes:
+        pending = [tail.gradient for tail in self._tails]
+        pending += [x for buckets in self._buckets.values() for x in buckets]
+        if 2 * sum(x.numel() * x.element_size() for x in pending) > self.pending_bytes:
             self.finish(head, total)
             self._buckets.clear()
 
@@ -168,21 +167,21 @@ class ActiveHidden:
         As many at once as have no more active columns in a block than `limit`, those of one tile,
         and fit: vendor products want a long inner size.
         """
-        rows, waiting = slice(0, len(kept)), list[Tensor]()
-        start = most = 0
+        rows, masks = slice(0, len(kept)), list[Tensor]()
+        start = widest = 0
         for columns, mask in tiles:
             assert mask is not None  # `add` of `Gradients` makes one
             more = int(mask.sum(1).amax())
-            wide = 8 * (columns.stop - start) > self.waiting_bytes  # of their tail weights
-            if waiting and (most + more > limit or wide):
+            wide = 8 * (columns.stop - start) > self.pending_bytes  # of their tail weights
+            if masks and (widest + more > limit or wide):
                 some = slice(start, columns.start)
-                self.add(head, Tile(rows, some, kept[:, some]), torch.cat(waiting, 1), total)
-                waiting, start, most = [], columns.start, 0
-            waiting.append(mask)
-            most += more
-        if waiting:
+                self.add(head, Tile(rows, some, kept[:, some]), torch.cat(masks, 1), total)
+                masks, start, widest = [], columns.start, 0
+            masks.append(mask)
+            widest += more
+        if masks:
             some = slice(start, kept.shape[1])
-            self.add(head, Tile(rows, some, kept[:, some]), torch.cat(waiting, 1), total)
+            self.add(head, Tile(rows, some, kept[:, some]), torch.cat(masks, 1), total)
 
     def finish(self, head: Head, total: Sum) -> None:
         """Add the tails of all tiles, and begin anew."""

@@ -1,6 +1,6 @@
 """The schedule of `linear_divergence`: which products are formed when, and what is kept.
 
-Both heads' products are looked at up to three times: for the log-sum-exps, for the sums that centre
+Both heads' products are read up to three times: for the log-sum-exps, for the sums that centre
 the gradient (see `backends.reference.divergence`), for the gradient. A *block* of rows keeps its
 products over the whole vocabulary for that, so they are formed once, 2 products of N·V·D, and dh
 and dW are 2 more. dW wants a tile's gradient from all rows at once, written once:
@@ -63,9 +63,9 @@ def layout(heads: Heads, workspace: int, need_hidden: bool, need_weight: bool) -
     hidden_rows = n
     if n * per_row > workspace // 2:
         hidden_rows = max(1, workspace // 2 // per_row)
-    room = workspace - budget
+    space = workspace - budget
     per_token = vocabulary * (own + other) + per_row
-    fit = room // per_token
+    fit = space // per_token
     if fit >= n:
         return Layout(tile_rows, columns, hidden_rows, max(n, 1), vocabulary)
     if fit < MIN_BLOCK:
@@ -74,7 +74,7 @@ def layout(heads: Heads, workspace: int, need_hidden: bool, need_weight: bool) -
         return Layout(tile_rows, columns, hidden_rows, _even(n, fit), 0)
 
     def held(block: int) -> int:
-        fitting = (room - block * per_token) // ((n - block) * own)
+        fitting = (space - block * per_token) // ((n - block) * own)
         return vocabulary if fitting >= vocabulary else fitting // columns * columns
 
     def cost(block: int) -> float:

@@ -40,8 +40,8 @@ def make(problem: Problem, reserved_bytes: int, schedule: str | None, kept_bytes
             found.append(Plan("statistics", rows, columns, 0, 1.0, n, 0, peak))
         return _fastest(p, found)
     for hidden_rows in _hidden_rows(n, memory.per_row, budget):
-        room = budget - kept_bytes - hidden_rows * memory.per_row
-        for rows, columns in _gpu_tiles(p, room, memory.per_tile_column):
+        space = budget - kept_bytes - hidden_rows * memory.per_row
+        for rows, columns in _gpu_tiles(p, space, memory.per_tile_column):
             found.append(in_backward(p, memory, rows, columns, 0, hidden_rows))
             if schedule != "recompute" and hidden_rows == n and rows == n:
                 free = budget - reserved_bytes - memory.gradients(rows, columns, hidden_rows)
@@ -69,15 +69,15 @@ def _fastest(p: Problem, found: list[Plan]) -> Plan:
     return min(found, key=time)
 
 
-def _gpu_tiles(p: Problem, room: int, per_column: Callable[[int], int]) -> list[tuple[int, int]]:
-    """Rows and columns of tiles that fit into `room` bytes, `per_column(rows)` for each column.
+def _gpu_tiles(p: Problem, space: int, per_column: Callable[[int], int]) -> list[tuple[int, int]]:
+    """Rows and columns of tiles that fit into `space` bytes, `per_column(rows)` for each column.
 
     All rows or an even share of them, in columns that products want; few where neither fits.
     """
     found = []
     for parts in (1, 2, 4, 8):
         rows = min(p.rows, _even(p.rows, parts, 256))
-        most = room // per_column(rows)
+        most = space // per_column(rows)
         columns = _gpu_columns(rows, p.vocabulary, p.device)
         found += [(rows, c) for c in columns if c <= most]
         if rows < 2 * MIN_TILE_ROWS:
@@ -85,7 +85,7 @@ def _gpu_tiles(p: Problem, room: int, per_column: Callable[[int], int]) -> list[
     if found:
         return found
     beside = per_column(0)
-    return [tile(p.rows, p.vocabulary, p.dtype.itemsize, room, beside, tile_bytes=room)]
+    return [tile(p.rows, p.vocabulary, p.dtype.itemsize, space, beside, tile_bytes=space)]
 
 
 def _gpu_columns(rows: int, vocabulary: int, device: Device) -> list[int]:

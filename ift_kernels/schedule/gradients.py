@@ -48,8 +48,8 @@ class Gradients:
         into: Tensor | None = None,
         active: ActiveHidden | None = None,
     ) -> None:
-        """`into`: where the gradient of hidden is best summed, see `Sum`; `active`: from which
-        columns alone, none for all.
+        """`into`: preferred buffer of hidden's gradient, see `Sum`; `active`: it is formed from
+        active columns only.
         """
         self.head, self.hidden_dtype = head, hidden_dtype
         self.active = active if needs[0] else None
@@ -68,7 +68,7 @@ class Gradients:
             self.transposed = Transposed(head, tile_columns, tile_rows)
 
     def restart(self, head: Head, into: Tensor | None) -> None:
-        """The same for other rows: hidden's begins anew, those of weight and bias are added to."""
+        """Switch to other rows: hidden's gradient restarts, those of weight and bias accumulate."""
         self.head, self.adds = head, True
         if self.hidden is not None:
             self.hidden.restart(head.hidden.shape[0], into)

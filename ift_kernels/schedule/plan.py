@@ -102,8 +102,8 @@ def _by_rules(problem: Problem, reserved_bytes: int, schedule: str | None) -> Pl
     ):
         _, across = tile(min(n, 1024), p.vocabulary, itemsize, budget // 4, memory.cast)
         # The last quarter of the workspace buys a pass or two less over dW: not worth having.
-        for room in (budget // 4 * 3, budget):
-            block = max(0, room - memory.block_fixed(across)) // memory.block_token(across)
+        for space in (budget // 4 * 3, budget):
+            block = max(0, space - memory.block_fixed(across)) // memory.block_token(across)
             blocks = -(-n // max(block, 1))
             if block >= min(n, 128) and blocks <= max_blocks(p):
                 block = -(-n // blocks)  # of even size: a small last one would be slow

@@ -186,9 +186,9 @@ def tail_bytes_per_column(p: Problem) -> int:
     return 8 * (p.rows + p.width) // min(p.active.tail_bucket, 512) + 8
 
 
-def keep_columns(p: Problem, room: int, columns: int) -> int:
-    """Columns whose products of all rows may stay in `room` bytes: whole tiles, or all."""
-    keep = max(0, room) // (max(p.rows, 1) * p.dtype.itemsize)
+def keep_columns(p: Problem, space: int, columns: int) -> int:
+    """Columns whose products of all rows may stay in `space` bytes: whole tiles, or all."""
+    keep = max(0, space) // (max(p.rows, 1) * p.dtype.itemsize)
     keep = p.vocabulary if keep >= p.vocabulary else keep // columns * columns
     return 0 if keep < min(MIN_KEEP, p.vocabulary) else keep
 

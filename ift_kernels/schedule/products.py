@@ -18,7 +18,7 @@ from ift_kernels.schedule.plan import Plan
 def tiles(
     head: Head, plan: Plan, kept: Tensor | None = None, parked: Tensor | None = None
 ) -> Iterator[Tile]:
-    """All tiles, the vocabulary outermost; the first columns go into `kept` (N, K), to stay.
+    """All tiles, the vocabulary outermost; the first columns are written to `kept` (N, K).
 
     The others stay in `parked`, if that is given: see `parked_tile`.
     """
@@ -79,7 +79,8 @@ def statistics(
 ) -> RowState:
     """The running state after the whole vocabulary; `kept` and `parked` as of `tiles`.
 
-    `last`: these products are not formed again, for gradients that have to fit them.
+    `last`: no backward recomputes these products, so the fused kernel, which rounds otherwise, may
+    serve.
     """
     state = new_state(head.hidden.shape[0], head.hidden.device)
     # One kernel for products and statistics, where a backend has it and its table prefers it.

@@ -54,11 +54,11 @@ class TailWeights:
 
     def of(self, head: Head, columns: slice) -> Tensor:
         """q of these ids, (C,) in the dtype of sums; 1 where it is unknown."""
-        wide, weights = accum_dtype(head.hidden.dtype), []
+        accum, weights = accum_dtype(head.hidden.dtype), []
         for some in slices(columns.start, columns.stop, 1 << 14):
             weight, bias = head.weight[some], head.bias_chunk(some)
             products = torch.mm(weight, self.mean.to(weight.dtype)[:, None])[:, 0]
-            z = head.transform.apply(products.to(wide), bias)
+            z = head.transform.apply(products.to(accum), bias)
             q = (z - self.top).clamp(-self.range, 0.0).exp()
-            weights.append(torch.where(z.isnan() | self.uniform, 1.0, q).to(wide))
+            weights.append(torch.where(z.isnan() | self.uniform, 1.0, q).to(accum))
         return torch.cat(weights)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ift.documents import IGNORE_INDEX
 from ift.head_pass import evaluating, plain_head
-from ift_kernels import further_tokens, temporal_residual
+from ift_kernels import mixed_in_ids, temporal_residual
 from ift_kernels.vocab_parallel import is_sharded
 
 
@@ -115,7 +115,7 @@ class EmbeddingForward:
             return temporal_residual(
                 weight, ids, predicted, mixture.labels, lam, cu_seqlens=mixture.cu_seqlens
             )
-        mixed_in = further_tokens(
+        mixed_in = mixed_in_ids(
             _local(ids), predicted, mixture.labels, cu_seqlens=mixture.cu_seqlens
         )
         other = self.original(_sharded_like(mixed_in, ids))

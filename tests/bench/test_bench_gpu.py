@@ -4,9 +4,7 @@ import ast
 import importlib
 import importlib.util
 import json
-import os
 import pkgutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +17,16 @@ from bench.harness import machine
 from bench.harness.machine import ROOT
 from bench.suites import command
 from ift_kernels.backends import triton as backend
-from processes import HANG
+from processes import SETTINGS, python, run
+
+
+@pytest.fixture
+def static():
+    """`bench.gpu.static`, which needs Triton."""
+    pytest.importorskip("triton")
+    from bench.gpu import static
+
+    return static
 
 
 @pytest.mark.parametrize("part", gpu.PARTS)
@@ -44,17 +51,16 @@ def test_suites_know_the_options_that_they_are_given(dry, tmp_path):
     assert seen >= {"head", "active", "ops", "losses"}
 
 
-def python(code):
-    return [sys.executable, "-c", code]
+CODE = sys.executable, "-c"
 
 
 def test_a_part_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     ran = tmp_path / "ran"
     note = f"open({str(ran)!r}, 'a').write('x')"
     found = [
-        gpu.Step("good", python(note)),
-        gpu.Step("bad", python("raise SystemExit(3)")),
-        gpu.Step("program", python(note), needs="no-such-program"),
+        gpu.Step("good", [*CODE, note]),
+        gpu.Step("bad", [*CODE, "raise SystemExit(3)"]),
+        gpu.Step("program", [*CODE, note], needs="no-such-program"),
     ]
     monkeypatch.setattr(gpu, "steps", lambda part, out, dry: found)
     monkeypatch.setattr(gpu, "revision", lambda: "one")
@@ -66,7 +72,7 @@ def test_a_part_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     state = json.loads((tmp_path / "ops.state.json").read_text())
     assert state["steps"]["good"]["outcome"] == "done"
     assert state["steps"]["program"]["outcome"] == "absent"
-    found[1] = gpu.Step("bad", python("pass"))
+    found[1] = gpu.Step("bad", [*CODE, "pass"])
     assert gpu.run("ops", tmp_path, True, 10.0) == 0
     assert "good: done, not run again" in capsys.readouterr().out
     assert ran.read_text() == "x"
@@ -77,7 +83,7 @@ def test_a_part_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
 
 
 def test_a_step_that_takes_too_long_is_stopped(tmp_path):
-    step = gpu.Step("long", python("while True: pass"))
+    step = gpu.Step("long", [*CODE, "while True: pass"])
     assert gpu._run(step, tmp_path, 0)["outcome"] == "stopped after 0 s"
 
 
@@ -85,7 +91,7 @@ def test_results_do_not_change_the_revision(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     who = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "core.hooksPath=/dev/null"]
     for git in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "x"]):
-        subprocess.run(["git", "-C", str(tmp_path), *git], check=True)
+        assert run("git", *git, cwd=tmp_path).returncode == 0
     clean = machine.revision()
     (tmp_path / "bench/results/gpu").mkdir(parents=True)
     (tmp_path / "bench/results/gpu/ops.json").write_text("{}")
@@ -138,12 +144,9 @@ def triton_modules():
     return [backend, *(importlib.import_module(module.name) for module in found)]
 
 
-def test_every_kernel_is_captured():
+def test_every_kernel_is_captured(static):
     """What `bench static` does not capture has no limits, and nothing is compiled of it."""
-    pytest.importorskip("triton")
     from triton.runtime.jit import JITFunction
-
-    from bench.gpu import static
 
     kernels, launched = set(), set()
     for module in triton_modules():
@@ -160,7 +163,7 @@ def test_every_kernel_is_captured():
     assert names == sorted(kernel.__name__ for kernel in captured)
 
 
-CODE = """
+MODULE = """
 import triton
 import triton.language as tl
 
@@ -205,23 +208,17 @@ def some_kernel(path, code):
         ("outer(tl.load(at))", "inner(tl.load(at))", False),
     ],
 )
-def test_digests_are_of_code(old, new, same, tmp_path):
+def test_digests_are_of_code(old, new, same, tmp_path, static):
     """Of a kernel, what it calls and reads: not of the lines where it is, nor of comments."""
-    pytest.importorskip("triton")
-    from bench.gpu import static
-
-    changed = CODE.replace(old, new)
-    assert changed != CODE
-    before = static.kernel_code(some_kernel(tmp_path / "before.py", CODE))
+    changed = MODULE.replace(old, new)
+    assert changed != MODULE
+    before = static.kernel_code(some_kernel(tmp_path / "before.py", MODULE))
     after = static.kernel_code(some_kernel(tmp_path / "after.py", changed))
     assert (before == after) == same
 
 
-def test_digests_refuse_what_they_do_not_see(tmp_path):
-    pytest.importorskip("triton")
-    from bench.gpu import static
-
-    code = CODE.replace("import triton\n", "import triton\nfrom ift_kernels import backends\n", 1)
+def test_digests_refuse_what_they_do_not_see(tmp_path, static):
+    code = MODULE.replace("import triton\n", "import triton\nfrom ift_kernels import backends\n", 1)
     kernel = some_kernel(tmp_path / "some.py", code.replace("outer(tl", "backends.outer(tl"))
     with pytest.raises(TypeError, match="some_kernel: import what it uses of backends by name"):
         static.kernel_code(kernel)
@@ -243,12 +240,8 @@ def test_every_function_has_a_call():
 def test_tuner_writes_a_table(tmp_path):
     pytest.importorskip("triton")
     path = tmp_path / "launch.json"
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON", "IFT_"))}
-    tune = [sys.executable, "-m", "bench", "tune", "--dry-run", "--kernels", "residual", "split"]
-    done = subprocess.run(
-        [*tune, "--output", str(path)], env=kept, cwd=ROOT, capture_output=True, text=True,
-        timeout=HANG,
-    )  # fmt: skip
+    kernels = "--kernels", "residual", "split", "--output", path
+    done = python("-m", "bench", "tune", "--dry-run", *kernels, cwd=ROOT, without=SETTINGS)
     assert done.returncode == 0, done.stdout + done.stderr
     table = json.loads(path.read_text())
     committed = json.loads((ROOT / "ift_kernels/backends/triton/launch.json").read_text())

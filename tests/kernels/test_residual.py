@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dense import assert_compiles
-from ift_kernels import further_tokens, temporal_residual
+from ift_kernels import mixed_in_ids, temporal_residual
 from refusals import assert_refused
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -19,19 +19,19 @@ def problem(rows=3, length=8, dtype=torch.float64, seed=0, vocabulary=V, width=E
     return table, ids, predicted, labels
 
 
-def eager(table, ids, further, lam):
-    return (1 - lam) * table[ids] + lam * table[further]
+def eager(table, ids, mixed_in, lam):
+    return (1 - lam) * table[ids] + lam * table[mixed_in]
 
 
-def expected_further(ids, predicted, labels, cu=(), ignore_index=-100):
+def expected_mixed_in(ids, predicted, labels, cu=(), ignore_index=-100):
     """The rule in words: one position at a time."""
-    further = ids.clone()
+    mixed_in = ids.clone()
     for row in range(ids.shape[0]):
         for t in range(1, ids.shape[1]):
             starts = row * ids.shape[1] + t in cu
             if labels[row, t] != ignore_index and not starts:
-                further[row, t] = predicted[row, t - 1]
-    return further
+                mixed_in[row, t] = predicted[row, t - 1]
+    return mixed_in
 
 
 def test_which_token_is_mixed_in():
@@ -39,13 +39,13 @@ def test_which_token_is_mixed_in():
     predicted = torch.tensor([[6, 7, 8, 9, 10]])
     labels = torch.tensor([[-100, -100, 3, 4, -100]])
     # The first response token, 3, takes what the last prompt position, 2, predicts.
-    assert further_tokens(ids, predicted, labels).tolist() == [[1, 2, 7, 8, 5]]
-    assert further_tokens(ids, predicted, ids).tolist() == [[1, 6, 7, 8, 9]]
+    assert mixed_in_ids(ids, predicted, labels).tolist() == [[1, 2, 7, 8, 5]]
+    assert mixed_in_ids(ids, predicted, ids).tolist() == [[1, 6, 7, 8, 9]]
     cu = torch.tensor([0, 2, 2, 5])
-    assert further_tokens(ids, predicted, ids, cu_seqlens=cu).tolist() == [[1, 6, 3, 8, 9]]
-    flat = further_tokens(ids[0].int(), predicted[0], ids[0], cu_seqlens=cu.int())
+    assert mixed_in_ids(ids, predicted, ids, cu_seqlens=cu).tolist() == [[1, 6, 3, 8, 9]]
+    flat = mixed_in_ids(ids[0].int(), predicted[0], ids[0], cu_seqlens=cu.int())
     assert flat.tolist() == [1, 6, 3, 8, 9] and flat.dtype == torch.int64
-    assert further_tokens(ids, predicted, ids, ignore_index=4).tolist() == [[1, 6, 7, 4, 9]]
+    assert mixed_in_ids(ids, predicted, ids, ignore_index=4).tolist() == [[1, 6, 7, 4, 9]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -56,11 +56,11 @@ def test_equals_eager(backend, dtype, lam, packed):
     cu = torch.tensor([0, 3, 8, 13, 16, 24]) if packed else None
     got = temporal_residual(table, ids, predicted, labels, lam, cu_seqlens=cu)
     assert got.dtype == dtype and got.shape == (3, 8, E)
-    further = expected_further(ids, predicted, labels, cu.tolist() if packed else ())
-    assert (further != ids).any()
-    expected = eager(table.double(), ids, further, lam)
+    mixed_in = expected_mixed_in(ids, predicted, labels, cu.tolist() if packed else ())
+    assert (mixed_in != ids).any()
+    expected = eager(table.double(), ids, mixed_in, lam)
     torch.testing.assert_close(got.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
-    alone = further == ids
+    alone = mixed_in == ids
     assert torch.equal(got[alone], table[ids][alone])  # bit for bit
     one_row = temporal_residual(table, ids[0], predicted[0], labels[0], lam)
     assert one_row.shape == (8, E)
@@ -72,12 +72,12 @@ def test_gradient_is_summed_in_fp32_and_rounded_once(backend, dtype, packed):
     # 1000 positions on 11 rows: sums long enough for half-precision accumulation to show.
     table, ids, predicted, labels = problem(5, 200, dtype)
     cu = torch.tensor([0, 100, 450, 1000]) if packed else None
-    further = expected_further(ids, predicted, labels, cu.tolist() if packed else ())
+    mixed_in = expected_mixed_in(ids, predicted, labels, cu.tolist() if packed else ())
     g = torch.randn(5, 200, E, generator=torch.Generator().manual_seed(1)).to(dtype)
     table.requires_grad_()
     temporal_residual(table, ids, predicted, labels, 0.2, cu_seqlens=cu).backward(g)
     exact = table.detach().double().requires_grad_()
-    eager(exact, ids, further, 0.2).backward(g.double())
+    eager(exact, ids, mixed_in, 0.2).backward(g.double())
     # Half types: one rounding, to eps / 2. Otherwise the additions, about 100 to a row.
     bound = torch.finfo(dtype).eps * (1 if dtype.itemsize == 2 else 20)
     atol = 1e-13 if dtype == torch.float64 else 1e-5  # where the sum cancels
@@ -91,7 +91,7 @@ def test_gradient_covers_the_whole_table(backend):
     table.requires_grad_()
     temporal_residual(table, ids, predicted, labels, 0.2).sum().backward()
     used = torch.unique(
-        torch.cat([ids.flatten(), expected_further(ids, predicted, labels).flatten()])
+        torch.cat([ids.flatten(), expected_mixed_in(ids, predicted, labels).flatten()])
     )
     unused = torch.ones(1000, dtype=torch.bool).index_fill(0, used, False)
     assert (table.grad[unused] == 0).all() and (table.grad[used] != 0).all()
@@ -141,8 +141,8 @@ def test_nan_in_the_table_stays_with_its_token(backend):
     table, ids, predicted, labels = problem(dtype=torch.float32)
     table[3] = torch.nan
     out = temporal_residual(table, ids, predicted, labels, 0.2)
-    further = expected_further(ids, predicted, labels)
-    assert torch.equal(out.isnan().all(-1), (ids == 3) | (further == 3))
+    mixed_in = expected_mixed_in(ids, predicted, labels)
+    assert torch.equal(out.isnan().all(-1), (ids == 3) | (mixed_in == 3))
 
 
 def test_predictions_that_are_not_mixed_in_are_not_read(backend):
@@ -171,11 +171,11 @@ def test_compiles_to_one_graph(backend):
         return temporal_residual(t, ids, predicted, labels, 0.2).square().sum()
 
     assert_compiles(run, table.requires_grad_())
-    traced = torch.compile(further_tokens, fullgraph=True, backend="aot_eager")
+    traced = torch.compile(mixed_in_ids, fullgraph=True, backend="aot_eager")
     cu = torch.tensor([0, 3, 24])
     assert torch.equal(
         traced(ids, predicted, labels, cu_seqlens=cu),
-        further_tokens(ids, predicted, labels, cu_seqlens=cu),
+        mixed_in_ids(ids, predicted, labels, cu_seqlens=cu),
     )
 
 

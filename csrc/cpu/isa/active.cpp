@@ -18,7 +18,7 @@ void mask_strip(const Chunk& c, const Transform<kCapped, kBiased>& f, const floa
                 int64_t first, int64_t last, int64_t begin, int n, uint8_t* mask) {
   alignas(64) int32_t below[kBlock];  // -1 as long as every row is at or below its level
   std::fill(below, below + kBlock, -1);
-  auto fold = [&](int i, vf z, vf bar) {
+  auto update = [&](int i, vf z, vf bar) {
     vi so_far;
     std::memcpy(&so_far, below + i, sizeof so_far);
     so_far &= z <= bar;  // false for a NaN, which must not be lost
@@ -30,11 +30,11 @@ void mask_strip(const Chunk& c, const Transform<kCapped, kBiased>& f, const floa
     if (r + 1 < last) prefetch(x + c.ld, n * sizeof(T));
     const vf bar = splat(level[r]);
     int i = 0;
-    for (; i + W <= n; i += W) fold(i, f.logit(load(x + i), kBiased ? load(b + i) : (vf){}), bar);
+    for (; i + W <= n; i += W) update(i, f.logit(load(x + i), kBiased ? load(b + i) : (vf){}), bar);
     if (i < n) {
       int left = n - i;
       vf bias = kBiased ? load_part(b + i, left, 0.0f) : (vf){};
-      fold(i, f.logit(load_part(x + i, left, 0.0f), bias), bar);
+      update(i, f.logit(load_part(x + i, left, 0.0f), bias), bar);
     }
   }
   // What a bias of -inf masks out has gradient 0 and no part in a tail.

@@ -20,16 +20,17 @@ struct RowState {
 // A new maximum: what was summed so far is expressed relative to it.
 inline void raise(RowState& s, double top) {
   if (s.max != -kInf) {
-    double moved = s.max - top, shrink = std::exp(moved);
-    s.e_z = shrink * (s.e_z + moved * s.sum);
-    s.sum *= shrink;
-    s.e_sq *= shrink * shrink;
+    double delta_max = s.max - top, rescale = std::exp(delta_max);
+    s.e_z = rescale * (s.e_z + delta_max * s.sum);
+    s.sum *= rescale;
+    s.e_sq *= rescale * rescale;
   }
   s.max = top;
 }
 
 template <int kTrack>
-inline void fold_block(RowState& s, const float* z, int n, float top, int64_t first_id, int track) {
+inline void update_block(RowState& s, const float* z, int n, float top, int64_t first_id,
+                         int track) {
   // A NaN is the maximum, as in torch.argmax, and stays it: it makes every sum NaN from here on.
   if (top > s.max || (s.max == -kInf && top == -kInf)) {
     if (track & kTop2) s.second = s.max;
@@ -90,7 +91,7 @@ inline void fold_block(RowState& s, const float* z, int n, float top, int64_t fi
 // comes from the raw bits, the logits are read twice from the first-level cache and stored nowhere.
 // Returns false, with nothing changed, where a NaN or an infinity needs the careful way.
 template <bool kWithEntropy, class T>
-inline bool fold_plain(RowState& s, const T* x, int n, vf mul, int64_t first_id, int track) {
+inline bool update_plain(RowState& s, const T* x, int n, vf mul, int64_t first_id, int track) {
   const float raw = raw_maximum(x, n), top = raw * mul[0];
   if (!(std::fabs(top) < kInf) || s.max != s.max) return false;
   const double base = std::max<double>(s.max, top);
@@ -140,10 +141,10 @@ void stats_rows(const Chunk& c, const int64_t* target, double* state, int64_t ld
       else if (r + 1 < c.rows)
         prefetch(row + c.ld, std::min<int64_t>(kBlock, c.cols) * sizeof(T));
       if (fast && n == kBlock &&
-          fold_plain<(kTrack & kEntropy) != 0>(s, row + begin, n, f.pre, c.offset + begin, track))
+          update_plain<(kTrack & kEntropy) != 0>(s, row + begin, n, f.pre, c.offset + begin, track))
         continue;
       float top = read_block(row, c.bias, f, begin, n, z);
-      fold_block<kTrack>(s, z, n, top, c.offset + begin, track);
+      update_block<kTrack>(s, z, n, top, c.offset + begin, track);
     }
     at[kMax * ld] = s.max;
     at[kSum * ld] = s.sum;

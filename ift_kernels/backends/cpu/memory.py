@@ -49,7 +49,7 @@ def empty(like: Tensor, elements: int) -> tuple[Tensor, bool]:
 
 
 def _make_space(nbytes: int, free: list[torch.UntypedStorage]) -> bool:
-    """Let go of free blocks, oldest first, until there is room for `nbytes`; False if there is not.
+    """Let go of free blocks, oldest first, until `nbytes` more fit; False if there is not.
 
     Blocks in use stay until they are free: what they hold counts.
     """

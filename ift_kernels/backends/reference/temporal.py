@@ -8,7 +8,7 @@ from torch import Tensor
 from ift_kernels.backends.reference.scans import _wide
 
 
-def further_of(
+def mixed_in_of(
     ids: Tensor, predicted: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int
 ) -> Tensor:
     """Which token is mixed in at each position, its own where none is. All (R, T) int64."""
@@ -31,12 +31,12 @@ def residual(
     lam: float,
     ignore_index: int,
 ) -> Tensor:
-    """``(1 − λ)·E(ids) + λ·E(further)``, (R, T, E); E(ids) bit for bit where nothing is mixed."""
-    further = further_of(ids, predicted, labels, cu_seqlens, ignore_index)
-    own, other = embedding[ids], embedding[further]
+    """``(1 − λ)·E(ids) + λ·E(mixed_in)``, (R, T, E); E(ids) bit for bit where nothing is mixed."""
+    mixed_in = mixed_in_of(ids, predicted, labels, cu_seqlens, ignore_index)
+    own, other = embedding[ids], embedding[mixed_in]
     wide = _wide(embedding.dtype)
     mixed = ((1 - lam) * own.to(wide) + lam * other.to(wide)).to(embedding.dtype)
-    return torch.where((further == ids)[..., None], own, mixed)
+    return torch.where((mixed_in == ids)[..., None], own, mixed)
 
 
 def residual_grad(
@@ -50,14 +50,14 @@ def residual_grad(
     vocabulary: int,
 ) -> Tensor:
     """The adjoint of `residual`: dense (V, E), each row summed in fp32 and rounded once."""
-    further = further_of(ids, predicted, labels, cu_seqlens, ignore_index)
+    mixed_in = mixed_in_of(ids, predicted, labels, cu_seqlens, ignore_index)
     width = grad.shape[2]
     flat = grad.reshape(-1, width).to(_wide(grad.dtype))
-    alone = (further == ids).reshape(-1, 1)
+    alone = (mixed_in == ids).reshape(-1, 1)
     parts = torch.cat([torch.where(alone, flat, (1 - lam) * flat), flat.mul(lam)])
     parts[len(flat) :].masked_fill_(alone, 0)
     # Only rows that occur are held in fp32: a (V, E) fp32 copy would dwarf the batch.
-    seen, slot = torch.unique(torch.cat([ids.flatten(), further.flatten()]), return_inverse=True)
+    seen, slot = torch.unique(torch.cat([ids.flatten(), mixed_in.flatten()]), return_inverse=True)
     sums = torch.zeros(len(seen), width, dtype=flat.dtype, device=grad.device)
     sums.index_add_(0, slot, parts)
     out = torch.zeros(vocabulary, width, dtype=grad.dtype, device=grad.device)

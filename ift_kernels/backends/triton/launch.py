@@ -106,7 +106,7 @@ def launch(kernel: Any, programs: tuple[int, ...], device: Tensor, *args: Any, *
 
 
 def run(kernel: Any, programs: tuple[int, ...], args: tuple[Any, ...], kw: dict[str, Any]) -> None:
-    """The launch itself. Offline compilation puts a function here that takes it down instead."""
+    """The launch itself. Offline compilation puts a function here that captures it instead."""
     kernel[programs](*args, **kw)
 
 

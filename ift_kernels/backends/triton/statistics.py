@@ -5,7 +5,7 @@ which at 4 exponentials a cycle and quarter of a multiprocessor hide behind the 
 them: not measured.
 
 A program owns a row, or where rows are few a part of one; parts go to states of their own, which a
-second kernel folds in order of the columns, so that results do not depend on timing.
+second kernel merges in order of the columns, so that results do not depend on timing.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def merge_kernel(
     parts, source_stride, part_stride, argmax_stride, state_stride, length, columns, offset,
     TRACK: tl.constexpr,
 ):  # fmt: skip
-    """Fold `parts` states of a row, each of `length` columns, in order into the running one."""
+    """Merge `parts` states of a row, each of `length` columns, in order into the running one."""
     row = tl.program_id(0).to(tl.int64)
     source += row
     source_argmax += row

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ift_kernels.backends.reference.temporal import further_of
+from ift_kernels.backends.reference.temporal import mixed_in_of
 from ift_kernels.backends.triton.launch import blocks, config, launch, shape_class
 
 
@@ -45,7 +45,7 @@ def residual(
     ignore_index: int,
 ) -> Tensor:
     embedding, width = embedding.contiguous(), embedding.shape[1]
-    further = further_of(ids, predicted, labels, cu_seqlens, ignore_index)
+    further = mixed_in_of(ids, predicted, labels, cu_seqlens, ignore_index)
     out = embedding.new_empty(*ids.shape, width)
     chosen = config("residual", shape_class(width), embedding.device)
     width_blocks = blocks(width, chosen["BLOCK"])
@@ -114,7 +114,7 @@ def residual_grad(
     vocabulary: int,
 ) -> Tensor:
     width = grad.shape[2]
-    further = further_of(ids, predicted, labels, cu_seqlens, ignore_index)
+    further = mixed_in_of(ids, predicted, labels, cu_seqlens, ignore_index)
     alone = (further == ids).flatten()
     own = torch.where(alone, 1.0, 1.0 - lam)
     factor = torch.cat([own, torch.where(alone, 0.0, lam)]).float()

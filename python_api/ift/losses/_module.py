@@ -19,7 +19,7 @@ from ift_kernels import ActiveSet, TokenStats, linear_logprobs
 from ift_kernels.common.packed_rows import Rows
 
 # Statistics of `linear_logprobs` that losses with these options take.
-STATISTICS = {
+OPTION_OUTPUTS = {
     "entropy": ("entropy_coef",),
     "lse": ("label_smoothing", "z_loss"),
     "mean_logit": ("label_smoothing",),
@@ -101,7 +101,7 @@ def from_hidden(
     taken = accepted(loss)
     given = {**loss.options, **options} if isinstance(loss, Loss) else options
     statistics = tuple(
-        name for name, users in STATISTICS.items()
+        name for name, users in OPTION_OUTPUTS.items()
         if name in taken and any(given.get(user) for user in users)
     )  # fmt: skip
     outputs = ("logprob", "entropy", "argmax", *(n for n in statistics if n != "entropy"))
@@ -191,7 +191,7 @@ class Loss(nn.Module):
         size = self.options.get("group_size", 2)
         count = size if isinstance(size, int) and size > 0 else 2
         one = torch.zeros(count, 1, device="cpu")  # whatever the default device is
-        given = {n: one for n in (*STATISTICS, "reference") if n in accepted(self)}
+        given = {n: one for n in (*OPTION_OUTPUTS, "reference") if n in accepted(self)}
         rows = [torch.ones(count, device="cpu")] * self.needs
         self.function(one, torch.ones_like(one), *rows, **given, **self.options)
 

@@ -4,9 +4,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import inspect
-import os
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -23,12 +21,11 @@ from ift_kernels import (
     linear_logprobs,
     linear_token,
 )
-from ift_kernels.backends import contract, cpu
-from processes import HANG
-from serving import BACKENDS
+from ift_kernels.backends import contract, cpu, loading
+from processes import python, python_with_tests
+from serving import BACKENDS, DTYPES, needs_cpp
 
 CPU = torch.device("cpu")
-needs_cpp = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
 
 
 FEW = ("logprob", "entropy", "argmax")  # another way through the C++ code than all outputs
@@ -91,7 +88,7 @@ def of_the_reference(dtype):
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpu_equals_reference(dtype):
     with ift_kernels.use_backend("cpu"):
         assert_same(results(dtype), of_the_reference(dtype), dtype)
@@ -99,17 +96,7 @@ def test_cpu_equals_reference(dtype):
 
 def run_python(code, *args, **env):
     """Runs `code` in a new process; its last line of output."""
-    here = Path(__file__).parent
-    tests = here.parents[1]
-    path = os.pathsep.join([str(here), str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-c", code, *args],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **env},
-        cwd=tests.parent,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-    )
+    done = python_with_tests("-c", code, *args, OMP_NUM_THREADS="2", **env)
     return done.returncode, (done.stdout + done.stderr).strip().splitlines()[-1]
 
 
@@ -117,8 +104,7 @@ SAVE = """
 import sys, torch, test_backends as t
 torch.manual_seed(0)
 torch.set_num_threads(2)
-dtypes = (torch.float32, torch.bfloat16, torch.float16)
-torch.save({str(d): t.results(d) for d in dtypes}, sys.argv[1])
+torch.save({str(d): t.results(d) for d in t.DTYPES}, sys.argv[1])
 print(t.backends.BACKENDS["cpu"].describe()["detail"])
 """
 
@@ -134,7 +120,7 @@ def test_every_instruction_set_equals_the_reference(isa, tmp_path):
     assert not failed, line
     assert line.startswith(f"{isa},")
     saved = torch.load(file)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in DTYPES:
         assert_same(saved[str(dtype)], of_the_reference(dtype), dtype)
 
 
@@ -190,7 +176,7 @@ def test_context_manager_is_of_one_thread():
 
 @needs_cpp
 def test_the_choice_by_device_and_dtype():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in DTYPES:
         assert backends.get(torch.ones(1, dtype=dtype)).__name__.endswith("cpu")
     assert backends.get(torch.ones(1, dtype=torch.float64)).__name__.endswith("reference")
     assert backends.get(torch.ones(1, device="meta")).__name__.endswith("reference")
@@ -224,8 +210,6 @@ SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 @pytest.mark.parametrize("suffix", importlib.machinery.EXTENSION_SUFFIXES)
 def test_sources_that_hide_an_installed_package(suffix, monkeypatch, tmp_path):
     """What is missing is not a compiler."""
-    from ift_kernels.backends import loading
-
     here = Path(ift_kernels.__file__).resolve().parent
     installed = tmp_path / "site-packages" / "ift_kernels"
     installed.mkdir(parents=True)
@@ -242,8 +226,6 @@ def test_sources_that_hide_an_installed_package(suffix, monkeypatch, tmp_path):
 
 
 def test_an_extension_that_does_not_load_is_another_matter(monkeypatch, tmp_path):
-    from ift_kernels.backends import loading
-
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     said = loading.extension_error("the C++ extension", "_cpu", ImportError("wrong ABI"), ": x")
     assert said == "the C++ extension does not load (wrong ABI)"
@@ -263,10 +245,7 @@ def test_the_warning_names_both_folders(tmp_path):
         "import ift_kernels\nfrom ift_kernels import backends\n"
         "print([row['reason'] for row in backends.describe() if row['name'] == 'cpu'])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "start"], cwd=checkout, capture_output=True, text=True, timeout=HANG,
-        env={**os.environ, "PYTHONPATH": str(site.parent), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = python("-m", "start", cwd=checkout, PYTHONPATH=str(site.parent), OMP_NUM_THREADS="1")
     for text in (done.stdout, done.stderr):  # what `ift doctor` shows, and the warning
         assert str(checkout / "ift_kernels") in text and str(site) in text, done.stderr
         assert "compiler" not in text
@@ -283,17 +262,13 @@ def test_describe():
 
 @needs_cpp
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_the_number_of_threads_changes_nothing(threads):
-    before = torch.get_num_threads()
+def test_the_number_of_threads_changes_nothing(threads, set_num_threads):
     h = dense.head(131, 8, 1500, torch.bfloat16, bias=True)
-    try:
-        outcomes = []
-        for count in (1, threads):
-            torch.set_num_threads(count)
-            stats = linear_logprobs(h.hidden, h.weight, h.target, outputs=dense.OUTPUTS)
-            outcomes.append([*stats, *dense.gradients(stats.logprob.sum(), h.inputs[:2])])
-    finally:
-        torch.set_num_threads(before)
+    outcomes = []
+    for count in (1, threads):
+        set_num_threads(count)
+        stats = linear_logprobs(h.hidden, h.weight, h.target, outputs=dense.OUTPUTS)
+        outcomes.append([*stats, *dense.gradients(stats.logprob.sum(), h.inputs[:2])])
     for a, b in zip(*outcomes, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
@@ -321,10 +296,8 @@ def test_every_backend_keeps_the_contract(name):
 @needs_cpp
 def test_wrong_layouts_are_refused_by_name():
     x, target = torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64)
-    chunk, state, long_state = (
-        contract.Chunk(x),
-        *(contract.new_state(n, x.device) for n in (4, 5)),
-    )
+    chunk = contract.Chunk(x)
+    state, long_state = (contract.new_state(n, x.device) for n in (4, 5))
     gradient = contract.RowGradient(target, torch.zeros(2, 4), torch.zeros(4, 4))
     for function, arguments, word in (
         (cpu.probabilities_, (chunk._replace(bias=x[0, 1:]), gradient.norm), "bias: expected .10"),

@@ -7,14 +7,12 @@ import torch
 
 import dense
 from ift_kernels import ActiveSet, linear_cross_entropy, linear_logprobs, linear_token
-from ift_kernels.backends import cpu
 from ift_kernels.backends.cpu import memory
+from serving import needs_cpp
 
 pytestmark = [
-    pytest.mark.skipif(not cpu.describe()["available"], reason="the C++ extension is not built"),
-    pytest.mark.skipif(
-        memory._use_count is None, reason="this torch does not count users of a storage"
-    ),
+    needs_cpp,
+    pytest.mark.skipif(memory._use_count is None, reason="torch counts no users of a storage"),
 ]
 MIB = 1 << 20
 LIKE = torch.zeros(0)
@@ -115,17 +113,10 @@ def test_results_do_not_depend_on_what_was_there(kept, dtype, gradient, monkeypa
 
 def test_two_graphs_alive_keep_their_own(kept):
     h, other = dense.head(300, 40, 9000), dense.head(300, 40, 9000)
-    first = linear_logprobs(h.hidden, h.weight, h.target).logprob.sin().sum()
-    second = linear_logprobs(other.hidden, other.weight, other.target).logprob.cos().sum()
+    first = linear_logprobs(*h.args).logprob.sin().sum()
+    second = linear_logprobs(*other.args).logprob.cos().sum()
     found = [*dense.gradients(second, other.inputs), *dense.gradients(first, h.inputs)]
-    alone = [
-        *dense.gradients(
-            linear_logprobs(other.hidden, other.weight, other.target).logprob.cos().sum(),
-            other.inputs,
-        ),
-        *dense.gradients(
-            linear_logprobs(h.hidden, h.weight, h.target).logprob.sin().sum(), h.inputs
-        ),
-    ]
+    alone = dense.gradients(linear_logprobs(*other.args).logprob.cos().sum(), other.inputs)
+    alone += dense.gradients(linear_logprobs(*h.args).logprob.sin().sum(), h.inputs)
     for a, b in zip(found, alone, strict=True):
         assert torch.equal(a, b)

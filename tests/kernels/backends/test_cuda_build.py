@@ -10,7 +10,6 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 
 import ift_kernels
 from bench.gpu import cuda_static
+from processes import python, run
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA extension is for Linux")
@@ -103,20 +103,19 @@ def test_toolkit_without_the_static_runtime(setup_py, monkeypatch, tmp_path):
 @pytest.mark.parametrize(("cuda", "tag"), [("12.9", "+cu129"), ("", "")])
 def test_the_version_of_a_wheel_says_which_cuda(monkeypatch, tmp_path, cuda, tag):
     """Up to the call of pip, in whose place setup.py says the version that the wheel would get."""
-    python = tmp_path / "python"
-    python.write_text(
+    instead = tmp_path / "python"
+    instead.write_text(
         f'#!/bin/sh\n"{sys.executable}" setup.py -q egg_info --egg-base "{tmp_path}" && exit 3\n'
     )
-    python.chmod(0o755)
+    instead.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", fake_toolkit(tmp_path / "cuda", "12.9"))
-    monkeypatch.setenv("PYTHON", str(python))
+    monkeypatch.setenv("PYTHON", str(instead))
     monkeypatch.setenv("CUDA", cuda)
-    done = subprocess.run([ROOT / ".ci/wheel"], capture_output=True, text=True)
+    done = run(ROOT / ".ci/wheel")
     assert done.returncode == 3, done.stdout + done.stderr
     metadata = (tmp_path / "ift_kernels.egg-info/PKG-INFO").read_text()
     assert f"\nVersion: {ift_kernels.__version__}{tag}\n" in metadata
-    monkeypatch.setenv("CUDA", "12.6")
-    done = subprocess.run([ROOT / ".ci/wheel"], capture_output=True, text=True)
+    done = run(ROOT / ".ci/wheel", CUDA="12.6")
     assert done.returncode == 1 and "CUDA=12.6, but " in done.stderr
     assert done.stderr.rstrip().endswith("has nvcc 12.9")
 
@@ -138,10 +137,9 @@ def extension(tmp_path_factory):
     if home is None:
         pytest.skip("THE CUDA KERNELS WERE NOT COMPILED: no nvcc (pip install '.[nvcc]')")
     out = tmp_path_factory.mktemp("cuda")
-    environment = {**os.environ, "CUDA_HOME": str(home), "IFT_BUILD_CUDA": "1"}
-    environment["IFT_CUDA_ARCHS"] = "90a;90-virtual"
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    build = "setup.py", "build_ext", "--build-lib", out
+    settings = {"IFT_BUILD_CUDA": "1", "IFT_CUDA_ARCHS": "90a;90-virtual"}
+    done = python(*build, cwd=ROOT, CUDA_HOME=str(home), **settings)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "warning" not in done.stdout
     (library,) = out.glob("ift_kernels/_cuda*.so")
@@ -156,13 +154,17 @@ def cuobjdump(extension):
     return tool
 
 
-def test_machine_code_and_ptx(extension, cuobjdump):
-    def listed(option):
-        ask = [cuobjdump, option, str(extension)]
-        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+def printed(*command):
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
-    assert set(re.findall(r"sm_(\w+)\.cubin", listed("--list-elf"))) == {"90a"}
-    assert set(re.findall(r"sm_(\w+)\.ptx", listed("--list-ptx"))) == {"90"}
+
+def test_machine_code_and_ptx(extension, cuobjdump):
+    assert set(re.findall(r"sm_(\w+)\.cubin", printed(cuobjdump, "--list-elf", extension))) == {
+        "90a"
+    }
+    assert set(re.findall(r"sm_(\w+)\.ptx", printed(cuobjdump, "--list-ptx", extension))) == {"90"}
 
 
 def test_registers_spills_and_wide_loads(extension, cuobjdump):
@@ -196,15 +198,11 @@ def test_limits_and_table_are_of_the_kernels_in_the_sources():
 
 
 def test_it_links_and_exports_nothing_of_cuda(extension):
-    dynamic = subprocess.run(
-        ["readelf", "-d", extension], capture_output=True, text=True, check=True
-    )
-    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic.stdout)
+    dynamic = printed("readelf", "-d", extension)
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
     assert not [n for n in needed if re.search("cuda|torch|c10", n)], needed
-    assert "RPATH" not in dynamic.stdout and "RUNPATH" not in dynamic.stdout
-    exported = subprocess.run(
-        ["nm", "-D", "--defined-only", extension], capture_output=True, text=True, check=True
-    ).stdout
+    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+    exported = printed("nm", "-D", "--defined-only", extension)
     names = [line.split()[-1] for line in exported.splitlines()]
     assert "PyInit__cuda" in names
     assert not [name for name in names if name.startswith("cuda")]
@@ -228,13 +226,10 @@ except cuda.CudaError as error:
 def test_it_imports_without_a_driver_and_says_what_is_missing(extension):
     if shutil.which("nvidia-smi"):
         pytest.skip("this machine has a driver")
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT, str(extension)], capture_output=True, text=True
-    )
+    done = python("-c", IMPORT, extension)
     assert done.returncode == 0, done.stderr
-    assert re.match(r"cudaError\w+ \(\d+\): .*, asking for the current device", done.stdout) or (
-        re.match(r"cudaError\w+ \(\d+\): .*, scan_kernel", done.stdout)
-    ), done.stdout
+    where = "(asking for the current device|scan_kernel)"
+    assert re.match(rf"cudaError\w+ \(\d+\): .*, {where}", done.stdout), done.stdout
 
 
 @pytest.mark.slow
@@ -244,8 +239,6 @@ def test_older_compilers(version):
     folder = ROOT / "build" / f"cuda-{version}"
     if not folder.is_dir():
         pytest.skip(f"NVRTC of CUDA {version} is not in {folder.name}: make cuda-versions")
-    done = subprocess.run(
-        [sys.executable, ROOT / ".ci" / "nvrtc.py", folder, "90a"], capture_output=True, text=True
-    )
+    done = python(ROOT / ".ci" / "nvrtc.py", folder, "90a")
     assert done.returncode == 0, done.stderr[-4000:]
     assert re.search(r"\d\d kernels for sm_90a", done.stdout)

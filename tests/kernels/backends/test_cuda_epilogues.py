@@ -9,12 +9,12 @@ import torch
 import cuda_emulator
 import split_examples
 from ift_kernels.backends import cuda, reference
-from ift_kernels.backends.contract import TRACK_ALL, Chunk, RowGradient, new_state
+from ift_kernels.backends.contract import STATE_ROWS, TRACK_ALL, Chunk, RowGradient, new_state
 from ift_kernels.common.transform import LogitTransform
+from serving import DTYPES
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux")
 INF, NAN = math.inf, math.nan
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN, CAPPED = LogitTransform(1.3), LogitTransform(1.3, 20.0, 0.7)
 
 
@@ -30,13 +30,26 @@ def product_of(rows, cols, dtype, start=0, gap=0, spread=4.0):
     return x.copy_(torch.randn(rows, cols) * spread), storage
 
 
-def close(ours, theirs, dtype, what=""):
+def close(ours, theirs, what=""):
     # In the dtype's own rounding where results have it, else float32's over sums of some thousand.
     tolerance = max(2e-5, torch.finfo(ours.dtype).eps * 2 if ours.is_floating_point() else 0)
     scale = max(1.0, theirs.double().nan_to_num(0, 0, 0).abs().max().item())
     torch.testing.assert_close(
         ours, theirs, rtol=tolerance, atol=tolerance * scale * 0.1, equal_nan=True, msg=what or None
     )
+
+
+def states(x, bias, transform, target):
+    """The running state of each backend; their argmax is the same."""
+    both = []
+    for backend in (cuda, reference):
+        state = new_state(len(x), x.device)
+        for offset in (0, x.shape[1]):  # the same products twice: the first of equal ids stays
+            backend.stats_update(Chunk(x, bias, transform, offset), target, state, TRACK_ALL)
+        both.append(state)
+    (ours, at), (theirs, their_at) = both
+    assert torch.equal(at, their_at)
+    return ours, theirs
 
 
 # Rows on 16 bytes or not; a warp, a block and several blocks per row; no whole pack.
@@ -51,35 +64,22 @@ def test_statistics_and_gradients(layout, dtype, transform):
     x, storage = product_of(rows, cols, dtype, start, gap)
     bias = None if transform is PLAIN else torch.randn(cols)
     target = torch.randint(2 * cols, (rows,))
-    states = []
-    for backend in (cuda, reference):
-        state = new_state(rows, x.device)
-        for offset in (0, cols):  # the same products twice: equal values, so the first id stays
-            backend.stats_update(Chunk(x, bias, transform, offset), target, state, TRACK_ALL)
-        states.append(state)
-    (ours, at), (theirs, their_at) = states
-    assert torch.equal(at, their_at)
-    for row in range(7):
-        close(ours[row], theirs[row], dtype, f"state {row}")
+    ours, theirs = states(x, bias, transform, target)
+    for row in range(STATE_ROWS):
+        close(ours[row], theirs[row], f"state {row}")
     norm = torch.stack([theirs[0], theirs[1].log()]).float()
     coef = torch.randn(4, rows)
     coef[2, ::2] = 0
     coef[:, -1] = 0
-    for function in ("dlogits_", "probabilities_"):
+    calls = {"dlogits_": RowGradient(target, norm, coef), "probabilities_": norm}
+    for function, given in calls.items():
         results = []
-        for backend in (cuda, reference):
-            memory = storage.clone()
-            product = memory[start:].view(rows, cols + gap)[:, :cols]
-            chunk = Chunk(product, bias, transform, cols)
-            if function == "dlogits_":
-                backend.dlogits_(chunk, RowGradient(target, norm, coef))
-            else:
-                backend.probabilities_(chunk, norm)
-            results.append((product, memory))
-        close(results[0][0], results[1][0], dtype, function)
-        outside = torch.ones(rows, cols + gap, dtype=torch.bool)
-        outside[:, :cols] = False
-        assert results[0][1][start:].view(rows, -1)[outside].isnan().all()  # nothing beside
+        for backend in (reference, cuda):
+            wide = storage.clone()[start:].view(rows, cols + gap)
+            getattr(backend, function)(Chunk(wide[:, :cols], bias, transform, cols), given)
+            results.append(wide[:, :cols])
+        close(results[1], results[0], function)
+        assert wide[:, cols:].isnan().all()  # nothing beside
 
 
 @pytest.mark.parametrize("cols", [40, 3000, 9000])
@@ -98,22 +98,12 @@ def test_special_values(cols, dtype):
     x[8] = -INF
     x[8, 11] = NAN
     target = torch.arange(9)
-    bias = torch.zeros(cols)
-    for some_bias in (None, bias):
-        states = []
-        for backend in (cuda, reference):
-            state = new_state(9, x.device)
-            for offset in (0, cols):
-                backend.stats_update(Chunk(x, some_bias, PLAIN, offset), target, state, TRACK_ALL)
-            states.append(state)
-        (ours, at), (theirs, their_at) = states
-        assert torch.equal(at, their_at)
-        for row in range(7):
-            if row == 6:  # a second largest beside infinity or NaN has no use
-                keep = [3, 4, 5, 6, 7]
-                close(ours[row, keep], theirs[row, keep], dtype, "second")
-            else:
-                close(ours[row], theirs[row], dtype, f"state {row}")
+    for bias in (None, torch.zeros(cols)):
+        ours, theirs = states(x, bias, PLAIN, target)
+        for row in range(STATE_ROWS):
+            # A second largest beside infinity or NaN has no use.
+            rows = slice(3, 8) if row == 6 else slice(None)
+            close(ours[row, rows], theirs[row, rows], f"state {row}")
 
 
 @pytest.mark.parametrize("cols", [9, 700, 5000])
@@ -139,7 +129,7 @@ def test_token_choice(cols, dtype):
         results.append((values, ids, best, logit, drawn))
     for ours, theirs in zip(*results, strict=True):
         if theirs.is_floating_point():
-            close(ours, theirs, dtype)
+            close(ours, theirs)
         else:
             assert torch.equal(ours, theirs)
 
@@ -179,36 +169,15 @@ def test_active_mask(rows, cols, block, dtype, transform):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_split_active(rows, cols, block, bucket, start, gap, dtype):
     dz, mask = split_examples.example(rows, cols, dtype, block, bucket, start, gap)
-    tail_weights, results = split_examples.tail_weights(cols), []
+    tail_weights = split_examples.tail_weights(cols)
     tail_weights[cols // bucket * bucket :] = 0  # of a tail that is there
-    for backend in (cuda, reference):
-        tail_gradient, active = split_examples.outputs(dz, mask, block, bucket)
-        backend.split_active(dz, mask, block, bucket, tail_weights, tail_gradient, active)
-        results.append((tail_gradient, active))
-    split_examples.close(*results, dtype)
+    split_examples.assert_same(cuda, dz, mask, block, bucket, tail_weights)
 
 
 def test_split_active_refuses_other_layouts():
-    dz, mask = split_examples.example(70, 200, torch.float32, 32, 64)
-    tail_gradient, active = split_examples.outputs(dz, mask, 32, 64)
-    tail_weights = split_examples.tail_weights(200)
-    for change, word in (
-        ({"mask": mask[:2]}, "mask"), ({"tail_gradient": tail_gradient.double()}, "tail_gradient"),
-        ({"active": active.half()}, "active"), ({"active": active[::2]}, "active"),
-        ({"mask": mask[:2], "block": 40}, "blocks of 40"),
-        ({"tail_weights": tail_weights[1:]}, "200"),
-        ({"tail_weights": tail_weights.double()}, "tail_weights"),
-    ):  # fmt: skip
-        arguments = {
-            "dz": dz,
-            "mask": mask,
-            "tail_gradient": tail_gradient,
-            "active": active,
-            "block": 32,
-        }
-        arguments["tail_weights"] = tail_weights
-        with pytest.raises(RuntimeError, match=word):
-            cuda.split_active(bucket=64, **(arguments | change))
+    too_few = "tail_weights", lambda t: t[1:], "200"
+    in_double = "tail_weights", torch.Tensor.double, "tail_weights"
+    split_examples.assert_refuses_other_layouts(cuda, "blocks of 40", too_few, in_double)
 
 
 @pytest.mark.parametrize("width", [1, 24, 300])
@@ -218,7 +187,7 @@ def test_bucket_sums(width, dtype):
     weights = split_examples.tail_weights(45)
     for bucket in (16, 20):
         sums = [side.bucket_sums(matrix, bucket, weights) for side in (cuda, reference)]
-        close(*sums, torch.float32)
+        close(*sums)
     with pytest.raises(RuntimeError, match="45"):
         cuda.bucket_sums(matrix, 20, weights[1:])
     with pytest.raises(RuntimeError, match="tail_weights"):
@@ -230,16 +199,18 @@ def test_bucket_sums(width, dtype):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 0.95, 1.0])
 def test_scan(dtype, left, gamma):
     """Rows that begin anywhere, longer than a block; documents; infinity stays what it is."""
+
+    def assert_same(x, mask, cu):
+        close(*(side.scan(x, mask, cu, gamma, left) for side in (cuda, reference)))
+
     for rows, length in ((3, 7), (2, 5001), (5, 64)):
         x = torch.randn(rows, length).to(dtype)
         mask = torch.rand(rows, length) < 0.7
         for some in (None, mask):
-            ours = cuda.scan(x, some, None, gamma, left)
-            close(ours, reference.scan(x, some, None, gamma, left), dtype)
+            assert_same(x, some, None)
     x = torch.randn(1, 3000).to(dtype)
-    cu = torch.tensor([0, 1, 1, 9, 700, 2900, 3000])
-    close(cuda.scan(x, None, cu, gamma, left), reference.scan(x, None, cu, gamma, left), dtype)
+    assert_same(x, None, torch.tensor([0, 1, 1, 9, 700, 2900, 3000]))
     # Over more positions than gamma's powers have exponents, and than a block has values.
     x = torch.randn(3, 5000).to(dtype)
     x[0, 2500], x[1, 2400], x[2, 2321] = INF, -INF, NAN
-    close(cuda.scan(x, None, None, gamma, left), reference.scan(x, None, None, gamma, left), dtype)
+    assert_same(x, None, None)

@@ -9,13 +9,10 @@ from ift_kernels import backends
 from ift_kernels.backends import contract, cpu
 from ift_kernels.backends import reference as ref
 from ift_kernels.common.transform import LogitTransform
+from serving import DTYPES, needs_cpp
 
-pytestmark = pytest.mark.skipif(
-    bool(cpu.unsupported_reason(torch.device("cpu"), torch.float32)),
-    reason="the C++ extension is not built",
-)
+pytestmark = needs_cpp
 KINDS = contract.KINDS
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRANSFORMS = {"plain": LogitTransform(), "capped": LogitTransform(0.7, 9.0, 1.3)}
 
 
@@ -46,9 +43,8 @@ def both(student, teacher, kind, values, start=0.0, upstream=None):
         assert mine.x.equal(student.x) or mine.x.isnan().any()
         extra = torch.full((rows,), start, dtype=torch.float64) if kind == "forward" else None
         given = torch.linspace(-1, 1, rows) if upstream is None else upstream
-        backend.divergence_gradient_(
-            mine, teacher, kind, 0.3, values, sums[1] - start, given, extra
-        )
+        centre = sums[1] - start
+        backend.divergence_gradient_(mine, teacher, kind, 0.3, values, centre, given, extra)
         out.append((sums[0], sums[1], mine.x.float(), sums[0] if extra is None else extra))
     return out
 
@@ -57,9 +53,8 @@ def both(student, teacher, kind, values, start=0.0, upstream=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_as_the_reference(kind, dtype, columns):
-    for number, (own, other, biased) in enumerate(
-        itertools.product(TRANSFORMS, TRANSFORMS, (False, True))
-    ):
+    cases = itertools.product(TRANSFORMS, TRANSFORMS, (False, True))
+    for number, (own, other, biased) in enumerate(cases):
         other_dtype = DTYPES[number % 3]
         student = side(5, columns, dtype, own, biased, 1)
         teacher = side(5, columns, other_dtype, other, not biased, 2)
@@ -74,8 +69,7 @@ def test_same_as_the_reference(kind, dtype, columns):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_forbidden_tokens_infinities_and_nan(kind):
-    student = side(6, 70, torch.float32, "plain", False, 3)
-    teacher = side(6, 70, torch.float32, "plain", False, 4)
+    student, teacher = (side(6, 70, torch.float32, "plain", False, seed) for seed in (3, 4))
     student.x[:, 3] = teacher.x[:, 3] = -torch.inf  # both rule it out
     student.x[1, 5] = -torch.inf  # the student alone: forward KL is infinite
     teacher.x[2, 5] = -torch.inf  # the teacher alone: reverse KL is
@@ -96,8 +90,7 @@ def test_forbidden_tokens_infinities_and_nan(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_certain_and_opposed_rows(kind):
     """Logits hundreds apart: probabilities of 1 and of exactly 0."""
-    student = contract.Chunk(torch.zeros(2, 40))
-    teacher = contract.Chunk(torch.zeros(2, 40))
+    student, teacher = (contract.Chunk(torch.zeros(2, 40)) for _ in range(2))
     student.x[:, 0], teacher.x[0, 0], teacher.x[1, 1] = 300.0, 300.0, 300.0
     got, wanted = both(student, teacher, kind, norm(student, teacher), upstream=torch.ones(2))
     for a, b in zip(got, wanted, strict=True):
@@ -121,11 +114,10 @@ def test_wrong_layouts_are_refused():
         {"values": values[:, :, :3]}, {"values": values.double()}, {"rows": rows.float()},
         {"teacher": teacher._replace(x=teacher.x[:, :29])},
     ):  # fmt: skip
-        given = {"values": values, "rows": rows, "teacher": teacher, **change}
+        given = {"teacher": teacher, "values": values, "rows": rows, **change}
+        other, norms, sums = given.values()
         with pytest.raises(RuntimeError):
-            cpu.divergence_terms(
-                student, given["teacher"], "jsd", 0.5, given["values"], given["rows"], given["rows"]
-            )
+            cpu.divergence_terms(student, other, "jsd", 0.5, norms, sums, sums)
     with pytest.raises(RuntimeError, match="value: only of kind 'forward'"):
         cpu.divergence_gradient_(
             student, teacher, "jsd", 0.5, values, rows, torch.ones(4), torch.zeros_like(rows)

@@ -14,6 +14,7 @@ import ift_kernels as K
 from ift_kernels import backends
 from ift_kernels.backends import contract
 from ift_kernels.common import sync_free
+from serving import DTYPES
 
 CUDA = torch.cuda.is_available()
 pytestmark = [
@@ -25,7 +26,6 @@ pytestmark = [
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 # 151937: odd. The interpreter gets a thousandth of the work.
 SHAPES = [(300, 256, 151937), (2048, 512, 32000)] if CUDA else [(5, 8, 131)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=["triton", "cuda"], autouse=True)
@@ -45,26 +45,14 @@ def head(shape, dtype, bias=True, **options):
     return dense.replace(h, target=h.target.to(DEVICE))
 
 
-def on_device(values):
-    return {name: value.to(DEVICE) for name, value in values.items()}
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, dense.TRANSFORM], ids=["plain", "transform"])
 def test_against_fp64(shape, dtype, options, serving):
     h = head(shape, dtype, **options)
     assert backends.get(h.hidden).__name__.endswith(serving)
-    stats = K.linear_logprobs(h.hidden, h.weight, h.target, outputs=dense.OUTPUTS, **h.kwargs)
-    dense.assert_stats(stats, h)
-    up, double = on_device(dense.upstream(h_on_cpu(h))), h.double()
-    ours = dense.gradients(dense.send(stats, up), h.inputs)
-    wanted = dense.send(dense.stats(double), up)
-    dense.assert_gradients(ours, h, dense.send(dense.stats(h), up), wanted, double.inputs)
-
-
-def h_on_cpu(h):
-    return dense.replace(h, target=h.target.cpu())
+    stats = K.linear_logprobs(*h.args, outputs=dense.OUTPUTS, **h.kwargs)
+    dense.assert_stats_and_gradients(stats, h)
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -76,11 +64,10 @@ def test_active_set(trained, dtype):
     results = []
     for gradient in ("exact", chosen):
         stats = K.linear_logprobs(h.hidden, weight, h.target, gradient=gradient)
-        up = on_device(dense.upstream(h_on_cpu(h), ("logprob",)))
+        up = dense.upstream(h, ("logprob",))
         results.append(dense.gradients(dense.send(stats, up), h.inputs[: 1 + trained]))
     for a, b in zip(*results, strict=True):
-        distance = (a.double() - b.double()).norm() / b.double().norm()
-        assert float(distance) < (1e-5 if dtype == torch.float32 else 3e-2)
+        assert dense.distance(a, b) < (1e-5 if dtype == torch.float32 else 3e-2)
 
 
 def test_more_than_2_31_elements_extension():
@@ -113,14 +100,11 @@ def test_two_calls_give_the_same_bits():
 @pytest.mark.parametrize("gradient", ["exact", K.ActiveSet(2.0**-7, 32, 128)], ids=str)
 def test_cuda_graph(gradient):
     h = head((96, 64, 1000) if CUDA else (40, 8, 150), torch.float32, bias=False)
-    weight = h.weight.detach().requires_grad_()
 
     def step():
-        stats = K.linear_logprobs(h.hidden, weight, h.target, gradient=gradient)
-        return [
-            stats.logprob.detach(),
-            *torch.autograd.grad(stats.logprob.sum(), [h.hidden, weight]),
-        ]
+        stats = K.linear_logprobs(*h.args, gradient=gradient)
+        grads = torch.autograd.grad(stats.logprob.sum(), h.inputs)
+        return [stats.logprob.detach(), *grads]
 
     def in_sync_free():
         with sync_free.sync_free():
@@ -242,8 +226,8 @@ def test_scans_and_residual(serving):
     for left in (True, False):
         with K.use_backend("reference"):
             wanted = K.discounted_cumsum(x.double(), 0.95, "left" if left else "right")
-        torch.testing.assert_close(backend.scan(x, None, None, 0.95, left).double(), wanted,
-                                   rtol=1e-5, atol=1e-4)  # fmt: skip
+        found = backend.scan(x, None, None, 0.95, left).double()
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
     table = torch.randn(1000, 65, device=DEVICE, requires_grad=True)
     ids, predicted = torch.randint(0, 1000, (2, 2, 33), device=DEVICE)
     results = []

@@ -1,8 +1,6 @@
 """The Triton backend without a GPU: interpreted in another process, compiled for GPUs elsewhere."""
 
-import os
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,20 +8,12 @@ import torch
 
 import ift_kernels
 from ift_kernels import backends
-from processes import HANG
+from processes import SETTINGS, python
 
 pytest.importorskip("triton")
 
-TESTS = Path(__file__).parents[2]
-
-
-def python(*arguments, **env):
-    """Runs Python in a new process without this one's settings of pytest and Triton."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON", "IFT_"))}
-    return subprocess.run(
-        [sys.executable, *arguments], env={**kept, "OMP_NUM_THREADS": "1", **env},
-        capture_output=True, text=True, timeout=HANG,
-    )  # fmt: skip
+# Of a new process: without this one's settings.
+ALONE = {"without": SETTINGS, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
@@ -31,7 +21,7 @@ def test_interpreted():
     """TRITON_INTERPRET decides when kernels are imported, so it needs its own process."""
     files = map(str, sorted(Path(__file__).parent.glob("test_triton_interpreted*.py")))
     quiet = "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"
-    done = python("-m", "pytest", "-n", "0", *quiet, *files, TRITON_INTERPRET="1")
+    done = python("-m", "pytest", "-n", "0", *quiet, *files, TRITON_INTERPRET="1", **ALONE)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
@@ -54,12 +44,12 @@ def test_the_interpreter_is_chosen_before_kernels_load():
         "os.environ['TRITON_INTERPRET'] = '1'\n"
         "print(triton.unsupported_reason(torch.device('cpu'), torch.float32))\n"
     )
-    assert "after the kernels had been loaded" in python("-c", code).stdout
+    assert "after the kernels had been loaded" in python("-c", code, **ALONE).stdout
 
 
 def test_triton_is_not_imported_with_the_package():
     code = "import sys, ift_kernels; print('triton' in sys.modules)"
-    assert python("-c", code).stdout.strip() == "False"
+    assert python("-c", code, **ALONE).stdout.strip() == "False"
 
 
 def test_an_absent_triton(monkeypatch):
@@ -68,12 +58,10 @@ def test_an_absent_triton(monkeypatch):
     backend._unavailable.cache_clear()
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     try:
-        assert (
-            backend.unsupported_reason(torch.device("cuda"), torch.float32)
-            == "triton is not installed"
-        )
+        reason = backend.unsupported_reason(torch.device("cuda"), torch.float32)
+        assert reason == "triton is not installed"
         row = backend.describe()
-        assert not row["available"] and row["reason"] == "triton is not installed"
+        assert not row["available"] and row["reason"] == reason
     finally:
         backend._unavailable.cache_clear()
 
@@ -91,9 +79,9 @@ def test_committed_sources_compile(architecture):
     known = static.committed()
     if static.triton.__version__ != known["triton"]:
         pytest.skip(f"the committed digests are of Triton {known['triton']}")
-    assert known["digest"][architecture] == static.digest(
-        architecture, static.variants(architecture)
-    ), "kernels or configurations have changed: run python -m bench static --write"
+    found = static.digest(architecture, static.variants(architecture))
+    said = "kernels or configurations have changed: run python -m bench static --write"
+    assert known["digest"][architecture] == found, said
 
 
 @pytest.mark.slow
@@ -113,8 +101,6 @@ def test_compiled_kernels_stay_within_their_limits(architecture):
 
 def test_complaints():
     """The check of the table finds what it is there to find."""
-    from dataclasses import replace
-
     from bench.gpu import static, traffic
 
     which = next(v for v in static.variants("sm_90", (torch.bfloat16,)) if v.name == "fused")

@@ -21,11 +21,11 @@ from ift_kernels.backends.contract import TRACK_ALL, Chunk, RowGradient, new_sta
 from ift_kernels.backends.triton import launch, sampling
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.operators import linear_stats
+from serving import DTYPES
 
 interpreter.round_to_nearest()
 
 PLAIN, FULL = LogitTransform(), LogitTransform(0.7, 5.0, 1.3)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Blocks much smaller than the rows, so that every loop goes round several times.
 SMALL = {
     "stats": {"BLOCK": 64, "num_warps": 1},
@@ -98,9 +98,7 @@ def test_statistics(dtype, transform, bias, track, blocks):
         before = x.clone()
         backend.stats_update(chunk, target, ours, track)
         ref.stats_update(chunk, target, theirs, track)
-        assert torch.equal(x.isnan(), before.isnan()) and torch.equal(
-            x.nan_to_num(), before.nan_to_num()
-        )
+        torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
     values = (linear_stats.row_values(*state, 196, track) for state in (ours, theirs))
     for i, (a, b) in enumerate(zip(*values, strict=True)):
         if linear_stats.tracked(track)[i] and linear_stats.Statistics._fields[i] != "norm":
@@ -113,8 +111,8 @@ def test_gradient_and_probabilities(dtype, transform, bias, blocks):
     norm = torch.stack([x.float().nan_to_num(0, 9, -9).amax(1), torch.rand(7) + 3])
     coef = torch.randn(4, 7)
     coef[:, 0] = coef[:, 5] = 0  # row 0 has a NaN and no upstream gradient
-    theirs, transposed = x.clone(), x.new_empty(300, 7)
-    ours, row_gradient = x.clone(), RowGradient(target, norm, coef)
+    transposed, row_gradient = x.new_empty(300, 7), RowGradient(target, norm, coef)
+    ours, theirs = x.clone(), x.clone()
     ref.dlogits_(Chunk(theirs, b, transform, 100), row_gradient)
     backend.dlogits_(Chunk(ours, b, transform, 100), row_gradient, transposed)
     close(ours, theirs, dtype)
@@ -244,53 +242,41 @@ def test_every_operation_equals_the_reference(monkeypatch):
     )
 
 
-@pytest.mark.parametrize(
+HEADS = pytest.mark.parametrize(
     ("options", "dtype"),
     [(dense.TRANSFORM, torch.float32), ({}, torch.bfloat16), (dense.TRANSFORM, torch.float16)],
     ids=["float32", "bfloat16", "float16"],
 )
+
+
+@HEADS
 def test_against_fp64(options, dtype):
     h = dense.head(9, 17, 131, dtype, bias=bool(options), **options)
-    stats = K.linear_logprobs(h.hidden, h.weight, h.target, outputs=dense.OUTPUTS, **h.kwargs)
-    dense.assert_stats(stats, h)
-    up = dense.upstream(h)
-    double = h.double()
-    ours = dense.gradients(dense.send(stats, up), h.inputs)
-    wanted = dense.send(dense.stats(double), up)
-    dense.assert_gradients(ours, h, dense.send(dense.stats(h), up), wanted, double.inputs)
+    stats = K.linear_logprobs(*h.args, outputs=dense.OUTPUTS, **h.kwargs)
+    dense.assert_stats_and_gradients(stats, h)
 
 
-@pytest.mark.parametrize(
-    ("options", "dtype"),
-    [(dense.TRANSFORM, torch.float32), ({}, torch.bfloat16), (dense.TRANSFORM, torch.float16)],
-    ids=["float32", "bfloat16", "float16"],
-)
+@HEADS
 def test_fused_statistics(options, dtype):
     h = dense.head(19, 20, 291, dtype, bias=bool(options), **options)
     small = {"ROWS": 16, "COLUMNS": 32, "INNER": 16, "num_warps": 1}
     for name, values in (("none", {}), ("fused", small)):
-        with (
-            torch.no_grad(),
-            launch.use_config("forward", {"FUSED": 1}),
-            launch.use_config(name, values),
-        ):
+        fused = launch.use_config("forward", {"FUSED": 1})
+        with torch.no_grad(), fused, launch.use_config(name, values):
             for outputs in (dense.OUTPUTS, ("logprob", "argmax")):
-                stats = K.linear_logprobs(h.hidden, h.weight, h.target, outputs=outputs, **h.kwargs)
+                stats = K.linear_logprobs(*h.args, outputs=outputs, **h.kwargs)
                 dense.assert_stats(stats, h)
 
 
 def test_fused_statistics_of_rows_that_are_not_finite():
-    h = dense.head(20, 20, 300)
-    hidden = h.hidden.detach().clone()
-    hidden[1, 0], hidden[2, 0] = torch.nan, torch.inf
+    h = dense.fill_rows(dense.head(20, 20, 300), 1, torch.nan, 0)
+    h = dense.fill_rows(h, 2, torch.inf, 0)
     bias = torch.zeros(300)
     bias[7] = -torch.inf
     results = []
     for fused in (0, 1):
         with torch.no_grad(), launch.use_config("forward", {"FUSED": fused}):
-            results.append(
-                K.linear_logprobs(hidden, h.weight, h.target, bias=bias, outputs=dense.OUTPUTS)
-            )
+            results.append(K.linear_logprobs(*h.args, bias=bias, outputs=dense.OUTPUTS))
     for a, b in zip(*results, strict=True):
         assert (a is None) == (b is None)
         if a is not None and a.is_floating_point():

@@ -10,38 +10,30 @@ import dense
 import ift_kernels as K
 import interpreter
 import split_examples
-from ift_kernels.backends import reference
+from dense import distance
 from ift_kernels.backends import triton as backend
 from ift_kernels.backends.triton import launch
 from ift_kernels.common import sync_free
 from ift_kernels.operators import head_call, linear_stats
-from ift_kernels.schedule import active
 
 interpreter.round_to_nearest()
 
 
+SOME = K.ActiveSet(threshold=2.0**-5, block=32, tail_bucket=64)
+
+
 @pytest.fixture(autouse=True)
-def served_by_triton(monkeypatch):
-    monkeypatch.setattr(active, "DENSE_SHARE", 2.0)  # no tile is left dense
+def served_by_triton(sparse):
     small = {"COLUMNS": 64, "INNER": 16, "num_warps": 1}  # each step costs, however small
     with K.use_backend("triton"), launch.use_config("fused", small):
         yield
 
 
-def distance(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def gradients(h, gradient, backend_name="triton", never_wait=False, workspace=None):
+def gradients(h, gradient, backend_name="triton"):
+    outputs = "logprob", "entropy"
     with K.use_backend(backend_name):
-        if never_wait:
-            with sync_free.sync_free():
-                return gradients(h, gradient, backend_name, False, workspace)
-        stats = K.linear_logprobs(
-            h.hidden, h.weight, h.target, outputs=("logprob", "entropy"), gradient=gradient,
-            workspace=workspace, **h.kwargs,
-        )  # fmt: skip
-        up = dense.upstream(h, ("logprob", "entropy"))
+        stats = K.linear_logprobs(*h.args, outputs=outputs, gradient=gradient, **h.kwargs)
+        up = dense.upstream(h, outputs)
         inputs = [t for t in h.inputs if t.requires_grad]
         return [stats.logprob, *dense.gradients(dense.send(stats, up), inputs)]
 
@@ -68,8 +60,7 @@ def test_active_gradients(full, dtype, trained):
     rounding = 4e-6 if dtype == torch.float32 else 4e-3
     for a, b, error in zip(everything, exact, dense_error, strict=False):
         assert distance(a, b) <= 2 * error + rounding
-    some = K.ActiveSet(threshold=2.0**-5, block=32, tail_bucket=64)
-    ours, theirs = gradients(h, some), gradients(h, some, "reference")
+    ours, theirs = gradients(h, SOME), gradients(h, SOME, "reference")
     for a, b in zip(ours, theirs, strict=True):
         assert distance(a, b) <= rounding
     assert distance(theirs[1], exact[1]) > 2 * rounding  # it does approximate
@@ -98,9 +89,8 @@ def test_gradients_of_certain_tokens(trained):
 
 def test_active_set_is_reported():
     h = active_head(torch.float32, False)
-    chosen = K.ActiveSet(threshold=2.0**-5, block=32, tail_bucket=64)
     with K.record_active_sets() as report:
-        gradients(h, chosen)
+        gradients(h, SOME)
     assert 0 < report[0].share < 1 and 0 < report[0].tail_mean < 1 and report[0].tiles == 1
 
 
@@ -108,15 +98,12 @@ def test_nan_reaches_active_gradients():
     h = dense.head(40, 13, 139, ignored=0.0)
     with torch.no_grad():
         h.hidden[35, 3] = torch.nan
-    chosen = K.ActiveSet(threshold=2.0**-5, block=32, tail_bucket=64)
-    _, d_hidden, d_weight = gradients(h, chosen)
+    _, d_hidden, d_weight = gradients(h, SOME)
     assert d_hidden[35].isnan().all() and d_weight.isnan().any(1).all()
     assert d_hidden[:32].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "gradient", ["exact", K.ActiveSet(2.0**-5, 32, 64)], ids=["exact", "active"]
-)
+@pytest.mark.parametrize("gradient", ["exact", SOME], ids=["exact", "active"])
 def test_sync_free(gradient, monkeypatch):
     h = dense.head(35, 13, 139, torch.float32, bias=True, seed=3, **dense.TRANSFORM)
     with torch.no_grad():
@@ -127,7 +114,8 @@ def test_sync_free(gradient, monkeypatch):
             patch.setattr(torch.Tensor, name, refuse_on_data(getattr(torch.Tensor, name)))
         for module in (linear_stats, head_call):  # it looks on the CPU alone
             patch.setattr(module, "check_targets", lambda *_: None)
-        ours = gradients(h, gradient, never_wait=True)
+        with sync_free.sync_free():
+            ours = gradients(h, gradient)
     for a, b in zip(ours, wanted, strict=True):
         assert distance(a, b) < 2e-6
     assert not ours[1][h.target == -100].any()
@@ -139,11 +127,9 @@ def refuse_on_data(original):
 
     def wrapper(tensor, *args):
         callers = traceback.extract_stack()[:-1]
-        if any("/triton/runtime/" in frame.filename for frame in callers):
-            return original(tensor, *args)
-        if "autograd" in callers[-1].filename:
-            return original(tensor, *args)
-        raise AssertionError(f"asks for data: {callers[-1]}")
+        in_triton = any("/triton/runtime/" in frame.filename for frame in callers)
+        assert in_triton or "autograd" in callers[-1].filename, f"asks for data: {callers[-1]}"
+        return original(tensor, *args)
 
     return wrapper
 
@@ -171,37 +157,23 @@ def test_split_active(rows, columns, block, bucket, gap, small, dtype):
     tail_weights = torch.rand(columns, generator=torch.Generator().manual_seed(columns))
     tail_weights[::7] = 0
     tail_weights[bucket : 2 * bucket] = 0  # a tail with nothing to spread it over
-    results = []
-    with contextlib.ExitStack() as stack:
-        if small:  # every loop goes round, and a bucket may end within a block of columns
-            values = {"ROWS": 8, "BLOCK": 128 if bucket == 64 else 32, "num_warps": 1}
-            stack.enter_context(launch.use_config("split", values))
-        for side in (backend, reference):
-            tail_gradient, active = split_examples.outputs(dz, mask, block, bucket)
-            side.split_active(dz, mask, block, bucket, tail_weights, tail_gradient, active)
-            results.append((tail_gradient, active))
-    split_examples.close(*results, dtype)
+    # Every loop goes round, and a bucket may end within a block of columns.
+    values = {"ROWS": 8, "BLOCK": 128 if bucket == 64 else 32, "num_warps": 1}
+    with launch.use_config("split", values) if small else contextlib.nullcontext():
+        split_examples.assert_same(backend, dz, mask, block, bucket, tail_weights)
 
 
 def test_split_active_refuses_other_layouts():
-    dz, mask = split_examples.example(70, 200, torch.float32, 32, 64)
-    tail_gradient, active = split_examples.outputs(dz, mask, 32, 64)
-    tail_weights = torch.ones(200)
-    for change, word in (
-        ({"mask": mask[:2]}, "mask"), ({"tail_gradient": tail_gradient.double()}, "tail_gradient"),
-        ({"tail_gradient": tail_gradient.T.contiguous().T}, "tail_gradient"),
-        ({"active": active.half()}, "active"),
-        ({"active": active[::2]}, "active"), ({"dz": dz.T.contiguous().T}, "dz"),
-        ({"tail_weights": tail_weights[1:]}, "tail_weights"),
-    ):  # fmt: skip
-        arguments = {
-            "dz": dz, "mask": mask, "tail_weights": tail_weights,
-            "tail_gradient": tail_gradient, "active": active, **change,
-        }  # fmt: skip
-        with pytest.raises(RuntimeError, match=word):
-            backend.split_active(block=32, bucket=64, **arguments)
-    with pytest.raises(RuntimeError, match="block: expected a multiple of 16, got 40"):
-        backend.split_active(dz, mask[:2], 40, 64, tail_weights, tail_gradient, active)
+    def columns_first(t):
+        return t.T.contiguous().T
+
+    split_examples.assert_refuses_other_layouts(
+        backend,
+        "block: expected a multiple of 16, got 40",
+        ("tail_gradient", columns_first, "tail_gradient"),
+        ("dz", columns_first, "dz"),
+        ("tail_weights", lambda t: t[1:], "tail_weights"),
+    )
 
 
 @pytest.mark.parametrize("name", ["transposed", "strided", "expanded"])
@@ -214,9 +186,8 @@ def test_layouts_of_hidden(name):
             "strided": h.hidden.repeat_interleave(2, 1)[:, ::2],
             "expanded": h.hidden[:1, :1].expand(h.hidden.shape),
         }[name]
-    set_ = K.ActiveSet(threshold=2.0**-5, block=32, tail_bucket=64)
     ours, wanted = (
-        gradients(dense.replace(h, hidden=layout.requires_grad_()), set_)
+        gradients(dense.replace(h, hidden=layout.requires_grad_()), SOME)
         for layout in (hidden.detach(), hidden.detach().contiguous())
     )
     for a, b in zip(ours, wanted, strict=True):

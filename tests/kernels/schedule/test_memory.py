@@ -19,7 +19,7 @@ from ift_kernels import (
     linear_token,
 )
 from ift_kernels.schedule import plan
-from serving import BACKENDS
+from serving import BACKENDS, needs_cpp
 
 
 @pytest.fixture
@@ -52,53 +52,54 @@ def test_the_instrument():
 # N·V of products would be 6 to 40 times the workspace. D: narrow, so that nothing but the
 # products is large; and 300, where sums over D and casts of the head count too.
 CASES = {
-    "fp32": (264, 12, 151936, torch.float32, None),
-    "bf16": (264, 12, 151936, torch.bfloat16, None),
-    "wide-fp32": (264, 300, 30000, torch.float32, None),
-    "wide-bf16": (264, 300, 50257, torch.bfloat16, None),
-    "autocast": (264, 300, 50257, torch.float32, torch.bfloat16),
-    "autocast-few-tokens": (3, 300, 50257, torch.float32, torch.bfloat16),
+    "fp32": (264, 12, 151936, torch.float32, False),
+    "bf16": (264, 12, 151936, torch.bfloat16, False),
+    "wide-fp32": (264, 300, 30000, torch.float32, False),
+    "wide-bf16": (264, 300, 50257, torch.bfloat16, False),
+    "autocast": (264, 300, 50257, torch.float32, True),
+    "autocast-few-tokens": (3, 300, 50257, torch.float32, True),
 }
 OPERATIONS = {
-    "logprobs": lambda h, w: (
-        (linear_logprobs(h.hidden, h.weight, h.target, outputs=dense.OUTPUTS, workspace=w)).logprob
-    ),
-    "cross-entropy": lambda h, w: linear_cross_entropy(h.hidden, h.weight, h.target, workspace=w),
+    "logprobs": lambda h, w: linear_logprobs(*h.args, outputs=dense.OUTPUTS, workspace=w).logprob,
+    "cross-entropy": lambda h, w: linear_cross_entropy(*h.args, workspace=w),
     "expected-embedding": lambda h, w: linear_expected_embedding(
         h.hidden, h.weight, h.weight.detach()[:, :8], workspace=w
     ),
 }
 
 
-def measure(operation, h, workspace=4 * MIB):
-    """Forward and backward of `operation` stay inside `workspace` beside results and gradients."""
+def peaks(call):
+    """Of `call()` and of its backward, what it returns, and the bytes reserved between them."""
     start = plan.ledger.reserved
     with Allocations() as forward:
-        out = operation(h, workspace)
+        out = call()
     held = plan.ledger.reserved - start
-    assert held <= workspace
-    assert forward.peak - size(out) <= allowed(h, workspace), f"forward {forward.peak / MIB} MiB"
     loss = out.sum()
     with Allocations() as backward:
         loss.backward()
+    assert plan.ledger.reserved == start
+    return forward, backward, out, held
+
+
+def measure(operation, h, workspace=4 * MIB):
+    """Forward and backward of `operation` stay inside `workspace` beside results and gradients."""
+    forward, backward, out, held = peaks(lambda: operation(h, workspace))
+    assert held <= workspace
+    assert forward.peak - size(out) <= allowed(h, workspace), f"forward {forward.peak / MIB} MiB"
     peak = backward.peak + held - size(h.hidden.grad, h.weight.grad)
     assert peak <= allowed(h, workspace), f"backward {peak / MIB} MiB"
-    assert plan.ledger.reserved == start
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+@needs_cpp
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 def test_peak_of_forward_and_backward(case, operation, no_products):
     n, d, v, dtype, autocast = case
-    with (
-        ift_kernels.use_backend("cpu"),
-        torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None),
-    ):
+    with ift_kernels.use_backend("cpu"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         measure(operation, dense.head(n, d, v, dtype, ignored=0))
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+@needs_cpp
 @pytest.mark.parametrize("gradient", ["exact", "active"])
 @pytest.mark.parametrize(("rows", "mib"), [(1, 1), (3, 2), (40, 1), (130, 1), (260, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -106,15 +107,13 @@ def test_peak_of_few_rows(rows, mib, dtype, gradient, no_products):
     """Transposes have whole cache lines, active columns whole blocks of rows."""
 
     def operation(h, workspace):
-        return linear_logprobs(
-            h.hidden, h.weight, h.target, workspace=workspace, gradient=gradient
-        ).logprob
+        return linear_logprobs(*h.args, workspace=workspace, gradient=gradient).logprob
 
     with ift_kernels.use_backend("cpu"):
         measure(operation, dense.head(rows, 64, 30000, dtype, ignored=0), mib * MIB)
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+@needs_cpp
 @pytest.mark.parametrize("frozen", ["head", "trunk"])
 @pytest.mark.parametrize("case", ["wide-fp32", "wide-bf16"])
 def test_peak_with_one_side_frozen(case, frozen, no_products):
@@ -126,42 +125,36 @@ def test_peak_with_one_side_frozen(case, frozen, no_products):
 
 
 # Gradients formed in forward where D is large beside V: sums, casts and transposes weigh as much as
-# products. (rows, D, V, hidden, head, whether the head is trained, workspace in MiB)
+# products. (rows, D, V, dtype, whether the head is trained, workspace in MiB)
 WIDE = {
-    "bf16": (600, 1024, 4000, torch.bfloat16, torch.bfloat16, True, 5),
-    "bf16-two-blocks": (1000, 1024, 8000, torch.bfloat16, torch.bfloat16, True, 16),
-    "fp32": (1000, 2048, 4000, torch.float32, torch.float32, True, 8),
-    "autocast": (600, 2048, 8000, torch.float32, torch.float32, False, 24),
-    "odd-width": (4000, 100, 4000, torch.bfloat16, torch.bfloat16, False, 5),
+    "bf16": (600, 1024, 4000, torch.bfloat16, True, 5),
+    "bf16-two-blocks": (1000, 1024, 8000, torch.bfloat16, True, 16),
+    "fp32": (1000, 2048, 4000, torch.float32, True, 8),
+    "autocast": (600, 2048, 8000, torch.float32, False, 24),
+    "odd-width": (4000, 100, 4000, torch.bfloat16, False, 5),
 }
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+@needs_cpp
 @pytest.mark.parametrize("case", WIDE.values(), ids=WIDE)
 def test_peak_of_gradients_formed_in_forward(case, no_products):
-    rows, width, vocabulary, dtype, head, trained, mib = case
+    rows, width, vocabulary, dtype, trained, mib = case
 
     def operation(h, workspace):
-        call = linear_cross_entropy if trained else linear_logprobs
-        out = call(h.hidden, h.weight, h.target, workspace=workspace)
+        out = (linear_cross_entropy if trained else linear_logprobs)(*h.args, workspace=workspace)
         return out if trained else out.logprob
 
     hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)
-    weight = torch.randn(vocabulary, width, dtype=head, requires_grad=trained)
+    weight = torch.randn(vocabulary, width, dtype=dtype, requires_grad=trained)
     target = torch.randint(vocabulary, (rows,))
     h = dense.Head(hidden, weight, target)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32 and not trained)
     with ift_kernels.use_backend("cpu"), plan.use_schedule("forward"), autocast:
         operation(h, mib * MIB).sum().backward()  # the vendor's own memory, once
         hidden.grad = weight.grad = None
-        start = plan.ledger.reserved
-        with Allocations() as forward:
-            out = operation(h, mib * MIB)
-        formed = plan.ledger.reserved - start
-        assert formed == size(hidden, weight if trained else None)
-        assert forward.peak - formed <= mib * MIB + 64 * 8 * rows + MIB // 4
-        with Allocations() as backward:
-            out.sum().backward()
+        forward, backward, _, formed = peaks(lambda: operation(h, mib * MIB))
+    assert formed == size(hidden, weight if trained else None)
+    assert forward.peak - formed <= mib * MIB + 64 * 8 * rows + MIB // 4
     assert backward.peak <= mib * MIB + 64 * 8 * rows  # some head rows, where it is frozen
 
 
@@ -181,22 +174,17 @@ def test_peak_of_the_reference(operation, dtype, no_products):
 def test_peak_of_divergence(workspace, dtype, width, reduction, no_products):
     h = dense.head(264, width, 30000, dtype, ignored=0)  # 32 or 63 MB of products for the two
     teacher = dense.head(264, 20, 30000, dtype, ignored=0, seed=1)
-    before = plan.ledger.reserved
-    with Allocations() as forward:
-        out = linear_divergence(
-            h.hidden, h.weight, teacher.hidden.detach(), teacher.weight.detach(),
-            reduction=reduction, workspace=workspace,
-        )  # fmt: skip
+    heads = h.hidden, h.weight, teacher.hidden.detach(), teacher.weight.detach()
+    forward, backward, *_ = peaks(
+        lambda: linear_divergence(*heads, reduction=reduction, workspace=workspace)
+    )
     results = size(h.hidden, h.weight) if reduction == "sum" else 0
     backend = backends.get(h.hidden).__name__
     with ift_kernels.use_backend("cpu" if backend.endswith("cpu") else "reference"):
         limit = allowed(h, workspace)
     assert forward.peak - results <= limit, f"forward {forward.peak / MIB} MiB"
-    with Allocations() as backward:
-        out.sum().backward()
     grads = 0 if reduction == "sum" else size(h.hidden.grad, h.weight.grad)
     assert backward.peak - grads <= limit, f"backward {backward.peak / MIB} MiB"
-    assert plan.ledger.reserved == before
 
 
 @pytest.mark.parametrize("rule", ["greedy", "kth", "sample"])
@@ -211,17 +199,13 @@ def test_peak_of_token_choice(name, rule):
         assert seen.peak <= allowed(h, budget), seen.peak / MIB
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+@needs_cpp
 def test_peak_of_token_choice_under_autocast():
     """The head, 60 MB, is cast piece by piece."""
     h = dense.head(3, 300, 50257)
-    with (
-        ift_kernels.use_backend("cpu"),
-        torch.autocast("cpu", dtype=torch.bfloat16),
-        Allocations() as seen,
-    ):
-        linear_token(h.hidden, h.weight, workspace=4 * MIB)
     with ift_kernels.use_backend("cpu"):
+        with torch.autocast("cpu", dtype=torch.bfloat16), Allocations() as seen:
+            linear_token(h.hidden, h.weight, workspace=4 * MIB)
         assert seen.peak <= allowed(h, 4 * MIB), seen.peak / MIB
 
 
@@ -230,11 +214,11 @@ def test_peak_of_token_choice_under_autocast():
 def test_calls_share_what_they_keep():
     h = dense.head(100, 8, 20000)
     start = plan.ledger.reserved
-    losses = [linear_cross_entropy(h.hidden, h.weight, h.target, workspace=16 * MIB)]
+    losses = [linear_cross_entropy(*h.args, workspace=16 * MIB)]
     first = plan.ledger.reserved - start
     assert 0 < first <= 16 * MIB
-    losses += [linear_cross_entropy(h.hidden, h.weight, h.target, workspace=16 * MIB)] * 5
-    losses += [linear_logprobs(h.hidden, h.weight, h.target, workspace=16 * MIB).logprob.sum()]
+    losses += [linear_cross_entropy(*h.args, workspace=16 * MIB)] * 5
+    losses += [linear_logprobs(*h.args, workspace=16 * MIB).logprob.sum()]
     assert plan.ledger.reserved - start <= 16 * MIB
     wanted = dense.gradients(7 * dense.cross_entropy(h), h.inputs)
     items = (h.target != -100).sum()
@@ -271,7 +255,7 @@ def test_the_copy_of_rows_that_count_is_inside_the_workspace():
             assert seen.peak <= allowed(h, workspace) + extra, seen.peak / MIB
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+@needs_cpp
 def test_plan_says_what_is_true():
     """`explain`'s peak bounds the measured one."""
     for dtype in (torch.float32, torch.bfloat16):
