@@ -1,4 +1,4 @@
-"""Options and statistics of the active set of it."""
+"""Options and statistics of the active set."""
 
 from __future__ import annotations
 

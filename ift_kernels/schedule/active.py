@@ -169,11 +169,12 @@ class ActiveHidden:
         """
         rows, masks = slice(0, len(kept)), list[Tensor]()
         start = widest = 0
+        tails = 8 + 8 * (len(kept) + head.hidden.shape[1]) // self.options.tail_bucket  # bytes
         for columns, mask in tiles:
             assert mask is not None  # `add` of `Gradients` makes one
             more = int(mask.sum(1).amax())
-            wide = 8 * (columns.stop - start) > self.pending_bytes  # of their tail weights
-            if masks and (widest + more > limit or wide):
+            too_wide = (columns.stop - start) * tails > self.pending_bytes
+            if masks and (widest + more > limit or too_wide):
                 some = slice(start, columns.start)
                 self.add(head, Tile(rows, some, kept[:, some]), torch.cat(masks, 1), total)
                 masks, start, widest = [], columns.start, 0

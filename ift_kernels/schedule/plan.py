@@ -89,7 +89,9 @@ def _by_rules(problem: Problem, reserved_bytes: int, schedule: str | None) -> Pl
         hidden_rows = max(1, budget // 2 // memory.per_row)
     sums = hidden_rows * memory.per_row
     size = itemsize * memory.copies
-    rows, columns = tile(n, p.vocabulary, size, (budget - sums) // 2, memory.per_column)
+    rows, columns = tile(
+        n, p.vocabulary, size, (budget - sums) // 2, memory.per_column, memory.tile_bytes
+    )
     work = memory.gradients(rows, columns, hidden_rows)
     keep = 0
     if schedule != "recompute" and hidden_rows == n and rows == n:

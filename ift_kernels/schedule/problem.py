@@ -115,28 +115,32 @@ class Memory:
         self.budget = p.workspace - min(256 * n, p.workspace // 32)
         # Where the weight is of another dtype: its chunk cast, its gradient summed before the cast.
         self.cast = 0 if p.same_dtype else p.width * itemsize
-        # Of a tile's gradient its active columns once more, a mask, and their head rows; tails.
-        self._copied, masks, gathered = 0, 0, 0
+        # Of the active set, a tile's active columns once more, in whole blocks of rows, and for
+        # each column a head row and what the tail takes. A mask is a byte for `block` products.
+        missing, gathered = 0, 0
         if p.active is not None:
-            block = min(p.active.block, -(-n // 32) * 32)
-            self._copied = -(-n // block) * block  # rows: whole blocks
-            masks = -(-n // 32)
-            gathered = p.width * itemsize + tail_bytes_per_column(p)
+            missing = -n % min(p.active.block, -(-n // 32) * 32)
+            gathered = p.width * itemsize + 8 * p.width // min(p.active.tail_bucket, 512) + 8
             if p.any_gradient:
                 self.budget -= tail_bytes(p)
         # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it.
         self.per_row = p.width * (4 + itemsize) if p.need_hidden and itemsize < 4 else 0
-        # A tile, its transpose, and what goes with each column.
-        self.copies = 2 if p.transpose and p.need_weight else 1
+        # A tile, its transpose, its active columns, and what goes with each column.
+        self._transposed = p.transpose and p.need_weight
+        self.copies = 1 + self._transposed + (p.active is not None)
+        # What is in cache for the epilogues: active columns are few.
+        self.tile_bytes = TILE_BYTES * self.copies // (1 + self._transposed)
         sums = p.width * (itemsize + 4) if self.cast and p.need_weight else 0
-        self.per_column = self.cast + sums + gathered + masks + self._copied * itemsize
-        if self.copies == 2:  # the transpose has whole cache lines: see `gradients.Transposed`
+        self.per_column = self.cast + sums + gathered + missing * itemsize
+        if self._transposed:  # in whole cache lines: see `gradients.Transposed`
             self.per_column += (31 + 32 * (n >= 256)) * itemsize
         # dW of a tile that has some of the rows is a float32 sum. A CPU has such tiles
         # only where memory is so short that few columns are left.
         row_tile_sums = p.need_weight and p.same_dtype and p.device.is_gpu
         self._row_tile_sums = p.width * (itemsize + 4) * row_tile_sums
-        self._block_column = self.cast + gathered + masks
+        if p.active is not None and n > p.active.block:
+            missing = p.active.block - 1  # whatever the rows of a block of `forward`
+        self._block_column = self.cast + gathered + (missing + 64 * self._transposed) * itemsize
         self._vocabulary = p.vocabulary
         # A GPU's `forward` forms dh of a block in one product, where it is returned.
         self._block_row = self.per_row
@@ -162,28 +166,23 @@ class Memory:
 
     def block_token(self, columns: int) -> int:
         """For each row of a block of `forward`, in tiles of so many columns."""
-        transposed = columns * self._size * (self.copies - 1)
-        per_token = self._vocabulary * self._size + self._block_row + transposed
-        return per_token + -(-columns * self._copied * self._size // self._n)
+        copied = columns * self._size * (self.copies - 1)
+        return self._vocabulary * self._size + self._block_row + copied
 
     def block_fixed(self, columns: int) -> int:
         """Beside that: a tile's transpose is 64 rows wider, and what goes with each column."""
-        transposed = columns * self._size * (self.copies - 1)
-        return columns * self._block_column + 64 * transposed
+        return columns * self._block_column
 
 
 def tail_bytes(problem: Problem) -> int:
-    """Bytes of tails that may wait until they are added to dh: see `tail_bytes_per_column`."""
-    return min(problem.vocabulary * tail_bytes_per_column(problem), problem.workspace // 16)
-
-
-def tail_bytes_per_column(p: Problem) -> int:
-    """Bytes of a column for tail gradients, tail weights and sums of head rows beside them.
+    """Bytes of tail gradients, tail weights and sums of head rows that may wait to be added.
 
     Two of each: they are gathered at the end. Buckets begin anew with every tile of products.
     """
+    p = problem
     assert p.active is not None
-    return 8 * (p.rows + p.width) // min(p.active.tail_bucket, 512) + 8
+    per_column = 8 * (p.rows + p.width) // min(p.active.tail_bucket, 512) + 8
+    return min(p.vocabulary * per_column, p.workspace // 16)
 
 
 def keep_columns(p: Problem, space: int, columns: int) -> int:

@@ -18,7 +18,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield unfinished
         unfinished.replace(path)
-    except OSError:
+    except BaseException:  # an interrupt too: names with the process id would pile up
         unfinished.unlink(missing_ok=True)
         raise
 
@@ -74,6 +74,6 @@ class JsonlLog:
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -214,7 +214,9 @@ class _State:
     sharing: Sharing | None = None  # how its prompts can be shared; None: not measured yet
     warned: set[str] = field(default_factory=set)  # warnings already logged
     sampled_rows: two_pass.SampledRows = field(default_factory=two_pass.SampledRows)
-    last_backward: tuple[int, int, Tensor] | None = None  # see two_pass.warn_of_accumulation
+    last_backward: tuple[int, int, Tensor, Tensor] | None = (
+        None  # see two_pass.warn_of_accumulation
+    )
 
     @property
     def transform(self) -> LogitTransform | None:

@@ -75,7 +75,7 @@ class State(Protocol):
     sharing: prefix.Sharing | None  # how its prompts can be shared; None: not measured yet
     warned: set[str]  # warnings already logged
     sampled_rows: SampledRows
-    last_backward: tuple[int, int, Tensor] | None
+    last_backward: tuple[int, int, Tensor, Tensor] | None
 
 
 def ift_forward(
@@ -231,18 +231,21 @@ def _pass_kwargs(kwargs: dict[str, Any], config: IFTConfig) -> dict[str, Any]:
 def _warn_of_accumulation(model: nn.Module, grad: Tensor, rows: Tensor, state: State) -> None:
     """Warn once when gradients of two forwards add up to another one than that of all their rows.
 
-    Every loss is a mean over its own `rows`. The sum of N is N times that of all rows at once;
-    divided by N it is that only where all have the same number of rows.
+    Every loss is a mean over its own `rows`. The sum of N is N times that of all rows at
+    once; it is that of all rows only where every loss is weighted by its share of them.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     if "accumulation" in state.warned or not trained:
         return
     last = trained[-1]
-    seen, state.last_backward = state.last_backward, (id(last), last._version, rows)
+    weight = grad.detach().double()
+    seen, state.last_backward = state.last_backward, (id(last), last._version, rows, weight)
     if seen is None or seen[:2] != state.last_backward[:2] or last.grad is None:
         return
-    divided_alike = (grad < 1).all() & (seen[2].to(rows.device) == rows)
-    if not bool(divided_alike) and bool((last.grad != 0).any()):  # else it was set to zero
+    rows_before, weight_before = (value.to(rows.device) for value in seen[2:])
+    shares = weight * rows_before, weight_before * rows
+    of_all_rows = (grad < 1).all() & torch.isclose(*shares, rtol=1e-3).all()
+    if not bool(of_all_rows) and bool((last.grad != 0).any()):  # else it was set to zero
         state.warned.add("accumulation")
         logger.warning(
             "%s: gradients of several IFT forwards add up without IFTConfig.num_rows, each a mean "

@@ -411,8 +411,9 @@ def test_accumulation_without_num_rows_warns_once(frozen, caplog):
     assert warned(caplog, run) == 0
 
 
+@pytest.mark.parametrize("by_share", [False, True], ids=["divided", "by share"])
 @pytest.mark.parametrize("rows", [(3, 2), (1, 3), (2, 2, 1), (2, 2, 2)])
-def test_means_over_other_numbers_of_rows_are_not_the_mean_of_all(rows, caplog):
+def test_means_over_other_numbers_of_rows_are_not_the_mean_of_all(rows, by_share, caplog):
     model, inputs = patch(make("llama")), batch()
 
     def run():
@@ -420,9 +421,9 @@ def test_means_over_other_numbers_of_rows_are_not_the_mean_of_all(rows, caplog):
             labels = inputs["labels"].clone()
             labels[count:] = -100
             loss = model(**{**inputs, "labels": labels}, ift=IFTConfig()).loss
-            (loss / len(rows)).backward()
+            (loss * (count / sum(rows) if by_share else 1 / len(rows))).backward()
 
-    assert warned(caplog, run) == (len(set(rows)) > 1)
+    assert warned(caplog, run) == (len(set(rows)) > 1 and not by_share)
 
 
 def test_one_backward_of_two_losses_and_evaluation_do_not_warn(caplog):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -142,6 +141,29 @@ def _parameters(function: Callable[..., Tensor]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
+def _init_of(fields: dict[str, inspect.Parameter]) -> Callable[..., None]:
+    """An ``__init__`` with these keyword arguments.
+
+    The class is no dataclass: FSDP and DDP take those among a forward's arguments apart and make
+    new ones, whose metrics nobody would see.
+    """
+
+    def __init__(self: Loss, *args: Any, **options: Any) -> None:
+        try:
+            given = signature.bind(self, *args, **options)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}.__init__() {error}") from None
+        given.apply_defaults()
+        del given.arguments["self"]
+        Loss.__init__(self, **given.arguments)
+
+    bound = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    signature = inspect.Signature([bound, *fields.values()])
+    __init__.__signature__ = signature  # type: ignore[attr-defined]
+    __init__.__wrapped__ = Loss.__init__  # type: ignore[attr-defined]
+    return __init__
+
+
 @dataclass_transform(kw_only_default=True)
 class Loss(nn.Module):
     """A loss function with its options held by a module.
@@ -150,9 +172,10 @@ class Loss(nn.Module):
     logits. `metrics` holds detached scalars of the last call; `position_ids` may replace
     `cu_seqlens`.
 
-    A subclass is a dataclass: it sets `function` and has the function's options as fields, with the
-    same defaults: all keyword arguments except those that change from call to call. Or it has an
-    ``__init__`` that passes them on.
+    A subclass sets `function` and has the function's options as annotated fields, with the same
+    defaults: all keyword arguments except those that change from call to call. They become keyword
+    arguments of its ``__init__``, as of a dataclass, without a decorator. Or it has an ``__init__``
+    of its own, which passes options on.
 
     Args:
         options: keyword arguments that every call of the function gets.
@@ -165,16 +188,30 @@ class Loss(nn.Module):
     needs: ClassVar[int] = 0  # tensors per row after (logprob, mask)
     pairs: ClassVar[bool] = False  # rows are the chosen responses, then the rejected ones
 
+    _fields: ClassVar[dict[str, inspect.Parameter]] = {}
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if inspect.get_annotations(cls) and "__init__" not in vars(cls):
-            dataclass(kw_only=True, eq=False, repr=False)(cls)
-
-    def __post_init__(self) -> None:
-        Loss.__init__(self, **{field.name: getattr(self, field.name) for field in fields(self)})  # type: ignore[arg-type]  # a subclass is a dataclass
+        hints = inspect.get_annotations(cls).items()
+        own = {
+            name: inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, annotation=hint,
+                default=vars(cls).get(name, inspect.Parameter.empty),
+            )
+            for name, hint in hints if "ClassVar" not in str(hint)
+        }  # fmt: skip
+        for name in set(vars(cls)) & set(cls._fields) - set(own):
+            raise TypeError(f"{cls.__name__}.{name}: expected an annotation, as the option has one")
+        inherited = getattr(cls.__init__, "__wrapped__", cls.__init__)
+        if own and inherited is Loss.__init__:  # an __init__ that somebody wrote stays
+            cls._fields = cls._fields | own
+            cls.__init__ = _init_of(cls._fields)  # type: ignore[method-assign]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        for name in options:
+            if hasattr(nn.Module, name) or name in ("metrics", "function", "options"):
+                raise TypeError(f"{name}: expected another name, modules have an attribute of it")
         self._options = tuple(options)
         for name, value in options.items():
             setattr(self, name, value)

@@ -3,9 +3,11 @@
 import inspect
 import math
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
+from torch.distributed.utils import _apply_to_tensors
 from torch.nn import functional as F
 
 import dense
@@ -424,3 +426,35 @@ def test_options_that_a_kind_does_not_have():
         losses.dpo_loss(logprob, mask, reference, kind="aot", length_normalized=True)
     with pytest.raises(ValueError, match="delta"):
         losses.grpo_loss(logprob, mask, ADVANTAGES, reference, kind="cispo", delta=4.0)
+
+
+def test_a_module_is_no_dataclass():
+    """FSDP and DDP rebuild dataclasses among the arguments of a forward: metrics would be lost."""
+    loss = losses.SFTLoss()
+    assert _apply_to_tensors(lambda tensor: tensor, {"loss": loss})["loss"] is loss
+
+
+def test_fields_of_subclasses():
+    class Own(losses.SFTLoss):
+        needs: ClassVar[int] = 0
+
+    class Below(losses.DPOLoss):
+        def __init__(self, **options):
+            super().__init__(**{"beta": 0.3} | options)
+
+    class Further(Below):
+        note: str = "kept as it is"
+
+    assert Own(z_loss=0.1).options["z_loss"] == 0.1
+    assert Further().options["beta"] == 0.3
+    with pytest.raises(TypeError, match="beta: expected an annotation"):
+
+        class Unannotated(losses.DPOLoss):
+            beta = 0.5
+
+    class Shadows(losses.Loss):
+        function = staticmethod(lambda logprob, mask, *, forward=1.0, metrics=None: logprob.sum())
+        forward: float = 1.0
+
+    with pytest.raises(TypeError, match="forward: expected another name"):
+        Shadows()

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import ift_kernels as K
 from dense import distance
 from ift_kernels.common import sync_free
+from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.schedule import plan
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -302,3 +303,33 @@ def test_a_mode_that_changes_before_backward(scalar, frozen, gradient, where):
     assert len(found) == len(exact)
     for mine, true in zip(found, exact, strict=True):
         assert distance(mine, true) <= (1e-5 if gradient == "exact" else 0.015)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "width", "dtype", "mib"),
+    [
+        (1, 30000, 64, torch.bfloat16, 1),
+        (2048, 32000, 1024, torch.bfloat16, 256),
+        (16384, 32000, 1024, torch.bfloat16, 8),
+        (65536, 500, 64, torch.bfloat16, 1),
+        (131072, 32000, 1024, torch.bfloat16, 64),
+        (300000, 500, 1024, torch.float32, 8),
+        (524288, 128256, 4096, torch.bfloat16, 256),
+    ],
+)
+def test_the_active_set_has_the_schedule_of_exact(
+    rows, vocabulary, width, dtype, mib, block, trained
+):
+    """Its copies count for a tile, not for all rows: no dearer schedule, no sliver of a tile."""
+    problem = plan.Problem(
+        rows, vocabulary, width, dtype, mib << 20, True, trained,
+        grads_in_forward=not trained, transpose=dtype == torch.bfloat16,
+    )  # fmt: skip
+    exact = plan.make(problem)
+    sparse = plan.make(replace(problem, active=ActiveSet(block=block, tail_bucket=64)))
+    assert sparse.schedule == exact.schedule and sparse.products <= exact.products * 1.05
+    assert sparse.peak_bytes <= mib << 20
+    area = sparse.tile_rows * sparse.tile_columns
+    assert area >= exact.tile_rows * exact.tile_columns / 4 or rows == 1, (sparse, exact)
