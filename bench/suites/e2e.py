@@ -297,8 +297,7 @@ def run(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Rec
             if arguments.memory and not cell.reason:
                 progress.at(f"most rows of {cell.case}, {cell.implementation}")
                 kept["largest"] = largest(
-                    lambda rows, cell=cell: (replace(cell.arguments[0], rows=rows),
-                                             *cell.arguments[1:]),
+                    functools.partial(_with_rows, *cell.arguments),
                     int(arguments.memory * GIB), settings, most=arguments.most,
                 )  # fmt: skip
         yield found
@@ -340,6 +339,10 @@ def largest(
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return {"rows": good, "capped": good == most, "bytes": memory,
             "tried": {str(rows): value for rows, value in sorted(tried.items())}}  # fmt: skip
+
+
+def _with_rows(setting: Setting, case: str, implementation: str, rows: int) -> tuple[Any, ...]:
+    return replace(setting, rows=rows), case, implementation
 
 
 def _cell(setting: Setting, case: Case, implementation: str) -> Cell:
