@@ -132,8 +132,8 @@ class Memory:
         self.tile_bytes = TILE_BYTES * self.copies // (1 + self._transposed)
         sums = p.width * (itemsize + 4) if self.cast and p.need_weight else 0
         self.per_column = self.cast + sums + gathered + missing * itemsize
-        if self._transposed:  # in whole cache lines: see `gradients.Transposed`
-            self.per_column += (31 + 32 * (n >= 256)) * itemsize
+        if self._transposed and n < 256:  # whole cache lines weigh: see `gradients.Transposed`
+            self.per_column += 31 * itemsize
         # dW of a tile that has some of the rows is a float32 sum. A CPU has such tiles
         # only where memory is so short that few columns are left.
         row_tile_sums = p.need_weight and p.same_dtype and p.device.is_gpu

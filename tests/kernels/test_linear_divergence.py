@@ -79,7 +79,7 @@ def shrink(monkeypatch, name):
     monkeypatch.setattr(divergence_plan, "MIN_BLOCK", least)
     monkeypatch.setattr(divergence_plan, "ALIGN", 4)
     monkeypatch.setattr(divergence_plan, "BLOCK_COST", 1)
-    monkeypatch.setattr(ift_kernels.schedule.plan, "ALIGN", 16)
+    monkeypatch.setattr(ift_kernels.schedule.problem, "ALIGN", 16)
     return elements
 
 

@@ -95,10 +95,10 @@ def test_products_are_formed_once(monkeypatch):
     rows = []
     original = products.tiles
 
-    def counted(head, made, kept=None):
+    def counted(head, made, kept=None, parked=None):
         assert kept.shape == (len(head.hidden), VOCABULARY)
         rows.append(len(head.hidden))
-        return original(head, made, kept)
+        return original(head, made, kept, parked)
 
     monkeypatch.setattr(products, "tiles", counted)
     h, _ = problem(bias=False)
