@@ -78,8 +78,8 @@ def test_error_falls_with_the_square_of_the_step():
         with torch.no_grad():
             moved = dense.Head(p.hidden, t.weight - lr * gradient, p.target)
             change = dense.stats(moved)["logprob"] - before
-        told = influence(*call(p, t), lr=lr).sum(1)
-        errors.append((told - change).abs().max().item())
+        predicted = influence(*call(p, t), lr=lr).sum(1)
+        errors.append((predicted - change).abs().max().item())
     assert all(50 <= a / b <= 200 for a, b in itertools.pairwise(errors)), errors
 
 
@@ -121,10 +121,10 @@ def test_exact_influence_of_a_network():
     gradient = torch.func.grad(loss)(parameters)
     errors = []
     for lr in (1e-2, 1e-3):
-        told = exact_influence(probe, loss, parameters, lr=lr)
-        assert told.shape == (3, 6)
+        predicted = exact_influence(probe, loss, parameters, lr=lr)
+        assert predicted.shape == (3, 6)
         moved = {k: v - lr * gradient[k] for k, v in parameters.items()}
-        errors.append((told - (probe(moved) - probe(parameters))).abs().max().item())
+        errors.append((predicted - (probe(moved) - probe(parameters))).abs().max().item())
     assert 50 <= errors[0] / errors[1] <= 200, errors
 
 
