@@ -11,16 +11,16 @@ against the least that could be (`bench.gpu.traffic`).
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import functools
 import hashlib
 import inspect
-import io
 import json
 import re
 import subprocess
 import tempfile
-import tokenize
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,19 +270,20 @@ def complaints(
 
 
 def kernel_code(kernel: Any) -> str:
-    """Code of a kernel and of what it calls, with the constants that they read, without comments.
+    """Code of a kernel and of what it calls, with the constants that they read.
 
-    Triton's own key also has the line where each begins, which edits of other functions move.
+    Without comments and docstrings; Triton's own key has them, and the line where each begins.
     """
     found: dict[str, Any] = {}
     waiting = [kernel]
     while waiting:
         function = waiting.pop()
         where, names = function.__module__, function.fn.__code__.co_names
-        words = tokenize.generate_tokens(io.StringIO(inspect.getsource(function.fn)).readline)
-        found[f"{where}.{function.__name__}"] = [
-            word.string for word in words if word.type not in (tokenize.COMMENT, tokenize.NL)
-        ]
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function.fn)))
+        body = tree.body[0].body  # type: ignore[attr-defined]  # a function's
+        if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            del body[0]  # its docstring
+        found[f"{where}.{function.__name__}"] = ast.dump(tree)
         for name, value in ((name, function.__globals__.get(name)) for name in names):
             if isinstance(value, triton.language.constexpr):
                 found[f"{where}.{name}"] = value.value
@@ -294,29 +295,43 @@ def kernel_code(kernel: Any) -> str:
     return repr(sorted(found.items()))
 
 
-def digest(architecture: str, which: list[Variant]) -> str:
-    """Of everything that decides what comes out: sources, constants, configurations, compiler."""
+def digests(architecture: str, which: list[Variant]) -> dict[str, str]:
+    """By kernel, of everything that decides what comes out: sources, constants, configurations."""
+    parts: dict[str, list[str]] = {}
     code = {kernel: kernel_code(kernel) for kernel in {v.kernel for v in which}}
-    parts = sorted(
-        f"{code[v.kernel]} {v.signature} {v.constants} {v.aligned} {v.options}" for v in which
-    )
-    whole = "\n".join([architecture, triton.__version__, *parts])
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+    for v in which:
+        options = f"{v.signature} {v.constants} {v.aligned} {v.options}"
+        parts.setdefault(v.name, []).append(f"{code[v.kernel]} {options}")
+    return {
+        name: hashlib.sha256("\n".join([architecture, *sorted(some)]).encode()).hexdigest()[:16]
+        for name, some in sorted(parts.items())
+    }
 
 
 def committed() -> dict[str, Any]:
-    """Limits and digests of the last complete run that found nothing wrong."""
+    """Limits and digests of the kernels when they were last compiled with nothing wrong."""
     loaded: dict[str, Any] = json.loads(LIMITS.read_text(encoding="utf-8"))
     return loaded
 
 
 def run(architectures: list[str], console: Console, write: bool = False) -> int:
-    """Compile, print the table, and return how many kernels are not as they should be."""
+    """Compile, print the table, and return how many kernels are not as they should be.
+
+    `write` commits what comes out of the kernels that have changed; the others stay as they are.
+    """
     known = committed()
+    if write and known["triton"] != triton.__version__:
+        known["digests"] = {}
     bad = 0
     for architecture in architectures:
-        limits: dict[str, int] = {} if write else known["registers"].get(architecture, {})
         some = variants(architecture)
+        code = digests(architecture, some)
+        limits: dict[str, int] = known["registers"].get(architecture, {})
+        if write:
+            before = known["digests"].get(architecture, {})
+            some = [v for v in some if code[v.name] != before.get(v.name)]
+            changed = {v.name for v in some}
+            limits = {k: v for k, v in limits.items() if k in code and k not in changed}
         found = [(which, compile_for(which, architecture)) for which in some]
         bytes_ = traffic.measure(architecture)
         if write:
@@ -339,13 +354,17 @@ def run(architectures: list[str], console: Console, write: bool = False) -> int:
         console.print(terminal(Table(architecture, head, rows)))
         bad += bad_here
         if write and not bad_here:
-            known = committed()  # again: another run may have written its architecture
-            known["registers"][architecture] = limits
-            known["digest"][architecture] = digest(architecture, some)
-            known["triton"] = triton.__version__
-            text = json.dumps(known, indent=2, sort_keys=True) + "\n"
-            LIMITS.write_text(text, encoding="utf-8")
+            _commit(architecture, limits, code)
     return bad
+
+
+def _commit(architecture: str, limits: dict[str, int], code: dict[str, str]) -> None:
+    known = committed()  # again: another run may have written its architecture
+    if known["triton"] != triton.__version__:  # what another one compiled says nothing here
+        known = {"digests": {}, "registers": {}}
+    known["registers"][architecture], known["digests"][architecture] = limits, code
+    known["triton"] = triton.__version__
+    LIMITS.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -356,7 +375,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--write",
         action="store_true",
-        help="commit to what comes out, where nothing is wrong with it",
+        help="compile what has changed, and commit to what comes out unless something is wrong",
     )
     options = parser.parse_args(arguments)
     if launch.INTERPRETED:

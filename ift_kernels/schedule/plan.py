@@ -38,6 +38,8 @@ from ift_kernels.schedule import gpu_plan
 from ift_kernels.schedule.device import Device
 from ift_kernels.schedule.problem import TILE_BYTES as TILE_BYTES
 from ift_kernels.schedule.problem import (
+    ALIGN,
+    MIN_COLUMNS,
     Memory,
     can_form_in_forward,
     in_backward,
@@ -92,10 +94,15 @@ def _by_rules(problem: Problem, reserved_bytes: int, schedule: str | None) -> Pl
     rows, columns = tile(
         n, p.vocabulary, size, (budget - sums) // 2, memory.per_column, memory.tile_bytes
     )
-    work = memory.gradients(rows, columns, hidden_rows)
     keep = 0
     if schedule != "recompute" and hidden_rows == n and rows == n:
-        keep = keep_columns(p, budget - reserved_bytes - work, columns)
+        free = budget - reserved_bytes
+        keep = keep_columns(p, free - memory.gradients(rows, columns, hidden_rows), columns)
+        # Narrower tiles, where all products can be kept beside them.
+        left = free - sums - memory.kept(p.vocabulary)
+        narrow = left // memory.per_tile_column(rows) // ALIGN * ALIGN
+        if keep < p.vocabulary and narrow >= MIN_COLUMNS:
+            keep, columns = p.vocabulary, narrow
     if (
         reserved_bytes == 0
         # Its sums over blocks cost more than recomputing a tenth of the vocabulary.

@@ -12,6 +12,7 @@ from ift_kernels.schedule.device import CPU, Device
 TILE_BYTES = CPU.tile_bytes
 MAX_COLUMNS = 1 << 18  # few tokens: one product of the whole vocabulary, as memory allows
 ALIGN = 64  # columns: every row of a tile starts on a cache line
+MIN_COLUMNS = 256  # of a tile, if memory allows: vendor products want as many
 MIN_KEEP = 1024  # columns: less is not worth a second code path
 # Blocks of tokens whose sum is rounded to 16 bits after each of them.
 MAX_ROUNDED, MAX_ROUNDED_GPU = 2, 3
@@ -88,7 +89,7 @@ def tile(
     per_column: int = 0,
     tile_bytes: int = TILE_BYTES,
 ) -> tuple[int, int]:
-    """Rows and columns of a tile: all rows if that leaves 256 columns, which vendor GEMMs want.
+    """Rows and columns of a tile: all rows if that leaves `MIN_COLUMNS`.
 
     `per_column` bytes go beside each column of a tile: cast weights, sums of their gradients.
     """
@@ -97,7 +98,7 @@ def tile(
         limit = min(limit, max(ALIGN, budget // 4 // per_column // ALIGN * ALIGN))
         budget -= limit * per_column
     elements = max(min(budget, tile_bytes) // itemsize, ALIGN)
-    tile_rows = max(1, min(rows, elements // min(limit, 256)))
+    tile_rows = max(1, min(rows, elements // min(limit, MIN_COLUMNS)))
     tile_columns = min(elements // tile_rows, limit)
     if tile_columns < columns:
         tile_columns = max(ALIGN, tile_columns // ALIGN * ALIGN)
