@@ -24,6 +24,11 @@ ROWS_AT_ONCE = 8  # rows that a multiprocessor's epilogues work on at once
 ROW = 1e-6  # seconds that a row takes beside its bytes
 L2_RATE = 1.5  # of the bandwidth, for a tile that is still in the L2 cache
 HOST = 10e-6  # seconds of the host for a launch
+# Above this share of active columns a dense product costs no more than gathering the columns.
+DENSE_SHARE = 0.8
+# For plans: the share of the vocabulary that is active in a block of 128 rows, and the power of the
+# rows with which that of a larger block grows, of LM-like data.
+SHARE_OF_128, SHARE_POWER = 0.1, 0.4
 ROW_OPERATIONS = 24  # small launches on values per row: coefficients, row values, masks
 CALL_OPERATIONS = 16  # the same once a call
 
@@ -207,6 +212,8 @@ def _backward(model: _Model, rows: int, plan: Plan, hidden: bool, weight: bool) 
         return total
     # dh of all kept columns is one product, unless the head is cast chunk by chunk.
     first = [(kept, 1)] if kept and p.same_dtype else _steps(kept, plan.tile_columns)
+    if kept and p.active is not None:
+        first, total = [], total + _active(model, rows, kept, plan)
     for columns, count in first:
         total += model.product(rows, p.width, columns) * count
     for columns, count in again:
@@ -214,6 +221,40 @@ def _backward(model: _Model, rows: int, plan: Plan, hidden: bool, weight: bool) 
             total += model.product(part, p.width, columns) * (count * parts)
     terms = sum(count for _, count in first + again)
     return total + model.added(rows * p.width, terms, blocks)
+
+
+def usual_share(rows: int) -> float:
+    """The share of active columns of a block of so many rows that plans expect."""
+    return min(SHARE_OF_128 * (max(rows, 128) / 128) ** SHARE_POWER, 1.0)
+
+
+def active_hidden(p: Problem, rows: int, columns: int, block: int, share: float) -> Cost:
+    """dh of `rows` from a tile of gradients, in blocks of which a `share` of columns is active."""
+    model = _Model(p)
+    if share >= DENSE_SHARE:
+        return model.product(rows, p.width, columns)
+    inner = max(256, round(share * columns / 256) * 256)  # rounded: few sizes for the cache
+    blocks = -(-rows // block)
+    of_block = model.moved(2 * inner * p.width * model.size)  # gathered head rows
+    of_block += model.product(min(block, rows), p.width, inner)
+    # The gradients are read for the sums of the tail, and once more for the active columns.
+    split = model.moved(rows * (2 * columns + inner) * model.size, 4)
+    return of_block * blocks + split
+
+
+def _active(model: _Model, rows: int, columns: int, plan: Plan) -> Cost:
+    """Masks, tail weights and dh of kept columns of `rows`, with the usual share of active ones."""
+    p, total = model.p, Cost()
+    assert p.active is not None
+    for some, count in _steps(columns, plan.tile_columns):
+        total += model.epilogue(rows, some, 1) * count
+    total += model.moved(2 * columns * p.width * model.size, 8)  # head rows, for q and their sums
+    sizes = {min(p.active.block << bits, rows) for bits in range(rows.bit_length())}
+    choices = [active_hidden(p, rows, columns, size, usual_share(size)) for size in sizes]
+    best = min(choices, key=lambda cost: cost.device)
+    # Added up in float32, as many columns at once as one tile has active ones.
+    groups = math.ceil(usual_share(p.active.block) * columns / plan.tile_columns)
+    return total + best + model.added(rows * p.width, groups + 1) + model.small(6 * len(sizes))
 
 
 def _in_forward(model: _Model, plan: Plan) -> Cost:
@@ -231,7 +272,9 @@ def _in_forward(model: _Model, plan: Plan) -> Cost:
             groups = _steps(p.vocabulary, plan.first_columns)
             tiles = math.ceil(p.vocabulary / plan.tile_columns)
             block += model.moved(2 * parked * model.size, tiles)
-        if p.need_hidden:
+        if p.active is not None:
+            block += _active(model, rows, p.vocabulary, plan)
+        elif p.need_hidden:
             for columns, several in groups:
                 block += model.product(rows, p.width, columns) * several
             terms = sum(several for _, several in groups)

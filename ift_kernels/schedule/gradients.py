@@ -81,7 +81,7 @@ class Gradients:
         head, (rows, columns, product) = self.head, tile
         mask = None
         if self.active is not None:  # while the products are there
-            mask = self.active.mask(head, tile, row_gradient)
+            mask = self.active.mask(head, tile, row_gradient, hidden_too)
         transposed = None if self.transposed is None else self.transposed.of(product)
         head.backend.dlogits_(head.chunk(tile), row_gradient.rows(rows), transposed)
         if self.hidden is not None and hidden_too:

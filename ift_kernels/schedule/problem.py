@@ -143,6 +143,7 @@ class Memory:
             missing = p.active.block - 1  # whatever the rows of a block of `forward`
         self._block_column = self.cast + gathered + (missing + 64 * self._transposed) * itemsize
         self._vocabulary = p.vocabulary
+        self._united = p.active is not None and p.device.is_gpu
         # A GPU's `forward` forms dh of a block in one product, where it is returned.
         self._block_row = self.per_row
         if p.device.is_gpu and p.same_dtype and p.active is None:
@@ -168,6 +169,8 @@ class Memory:
     def block_token(self, columns: int) -> int:
         """For each row of a block of `forward`, in tiles of so many columns."""
         copied = columns * self._size * (self.copies - 1)
+        if self._united:  # blocks of rows that do not fill the last one, see `active`
+            copied += copied // 8 + columns // 4
         return self._vocabulary * self._size + self._block_row + copied
 
     def block_fixed(self, columns: int) -> int:
