@@ -37,7 +37,7 @@ from ift_kernels.schedule import cost
 from ift_kernels.schedule.accumulate import Sum, accum_dtype
 from ift_kernels.schedule.cost import DENSE_SHARE
 from ift_kernels.schedule.head import Head, Tile
-from ift_kernels.schedule.problem import Problem, tail_bytes
+from ift_kernels.schedule.problem import Problem, active_columns, count_columns, tail_bytes
 from ift_kernels.schedule.tail_weights import TailWeights
 
 
@@ -61,23 +61,26 @@ class _Report:
         self.tiles = self.dense_tiles = 0
         self.active = self.pairs = 0.0
         self.tail_mass: list[Tensor] = []  # (rows,) of each block of rows
-        self.pending: list[tuple[slice, Tensor]] = []  # of tiles that may turn out dense
+        self.pending: list[tuple[slice, Tensor]] = []  # of parts that may turn out dense
 
-    def measure(self, head: Head, tile: Tile, norm: Tensor, mask: Tensor, block: int) -> None:
-        """Note the probability of a tile's columns that are not active; products still raw."""
+    def measure(
+        self, head: Head, tile: Tile, norm: Tensor, mask: Tensor, block: int, part: int
+    ) -> None:
+        """Note the probability of columns that are not active, by parts; products still raw."""
         transform = head.transform
         z = transform.apply(tile.product.double(), head.bias_chunk(tile.columns))
         p = (z - norm[:, tile.rows].double().sum(0)[:, None]).exp()
         if transform.softcap:
             p *= 1.0 - (z * (transform.temperature / transform.softcap)).square()
         active = mask.repeat_interleave(block, 0)[: len(p)] != 0
-        self.pending.append((tile.rows, torch.where(active, 0.0, p).sum(1)))
+        tail = torch.where(active, 0.0, p).split(part, 1)
+        self.pending += [(tile.rows, of_part.sum(1)) for of_part in tail]
 
-    def add(self, dense: bool, active: float, pairs: float, tiles: int = 1) -> None:
-        """Of the first pending tiles: active (block, column) pairs, and all."""
-        some, self.pending = self.pending[:tiles], self.pending[tiles:]
-        self.tiles += tiles
-        self.dense_tiles += tiles if dense else 0
+    def add(self, dense: bool, active: float, pairs: float, parts: int = 1) -> None:
+        """Of the first pending parts: active (block, column) pairs, and all."""
+        some, self.pending = self.pending[:parts], self.pending[parts:]
+        self.tiles += parts
+        self.dense_tiles += parts if dense else 0
         self.active += pairs if dense else active
         self.pairs += pairs
         for rows, mass in [] if dense else some:
@@ -92,30 +95,52 @@ class _Report:
 
 
 class _Blocks(NamedTuple):
-    """Rows that share their active columns, in tiles of so many columns."""
+    """Rows that share their active columns."""
 
     rows: int  # of a block
     mask: Tensor  # uint8 (blocks, C)
-    totals: Tensor  # (blocks, tiles): active columns up to the end of a tile
+    totals: Tensor  # (blocks, parts): active columns up to the end of a part of the columns
 
 
-def _unite(mask: Tensor, block: int, together: int, tile_columns: int) -> _Blocks:
-    """Blocks of `together` blocks each."""
+def _unite(mask: Tensor, block: int, together: int, part: int) -> _Blocks:
+    """Blocks of `together` blocks each, counted in parts of so many columns."""
     if together > 1:
         padded = F.pad(mask, (0, 0, 0, -len(mask) % together))
         mask = padded.view(-1, together, mask.shape[1]).amax(1)
     totals = mask.cumsum(1, dtype=torch.int32)
-    ends = totals[:, tile_columns - 1 : -1 : tile_columns], totals[:, -1:]
+    ends = totals[:, part - 1 : -1 : part], totals[:, -1:]
     return _Blocks(block * together, mask, torch.cat(ends, 1))
 
 
-def _active_ids(mask: Tensor, count: int) -> Tensor:
-    """Where the mask (blocks, C) is not 0: columns, block after block.
+def _ends(totals: list[list[int]], limit: int, most: int) -> list[int]:
+    """Where groups of parts end that have no more than `limit` active columns in a block.
 
-    A GPU would wait for `nonzero` to count, but `count` is known.
+    At most so many parts each, but at least one.
     """
-    if mask.device.type == "cpu":
-        return mask.nonzero()[:, 1]
+    ends, start, parts = list[int](), 0, len(totals[0])
+    for stop in range(1, parts + 1):
+        if stop < parts and stop - start < most:
+            with_next = (row[stop] - (row[start - 1] if start else 0) for row in totals)
+            if max(with_next) <= limit:
+                continue
+        ends.append(stop)
+        start = stop
+    return ends
+
+
+def _counts(totals: list[list[int]], ends: list[int]) -> list[list[int]]:
+    """Active columns of every block, group by group; empty for ends of other columns."""
+    if not ends or ends[-1] != len(totals[0]):
+        return []
+    starts = [0, *ends[:-1]]
+    return [
+        [row[end - 1] - (row[start - 1] if start else 0) for row in totals]
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def ids_of_known_count(mask: Tensor, count: int) -> Tensor:
+    """``mask.nonzero()[:, 1]`` of (blocks, C); a GPU would wait for that to count them."""
     found = mask.flatten() != 0
     place = torch.where(found, found.cumsum(0) - 1, count)
     columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask).reshape(-1)
@@ -131,6 +156,7 @@ class ActiveHidden:
         self._tails: list[_Tail] = []
         self._buckets: dict[tuple[int, int], _Buckets] = {}  # by their columns
         self._scratch: dict[str, Tensor] = {}
+        self._ends: list[int] = []  # of groups of kept columns
         # Row gradient of the current rows.
         self._of: RowGradient | None = None
         self._weights: TailWeights | None = None
@@ -151,18 +177,18 @@ class ActiveHidden:
                 self._report.add(True, 0, tile.product.numel() / self.options.block)
             return None
         target, norm, _ = row_gradient
-        if self._of is not row_gradient:
-            assert not self._tails  # those of the rows before are added with their own weights
-            self._buckets.clear()
-            self._of = row_gradient
+        if self._weights is None:
             self._weights = TailWeights(head, row_gradient, self.options.threshold)
+        if self._of is not row_gradient:
+            self._of = row_gradient
             if self._report is not None:
                 self._report.tail_mass.append(norm.new_zeros(norm.shape[1], dtype=torch.float64))
         block, threshold = self._block(tile.product), self.options.threshold
         level = norm[:, tile.rows].sum(0) + (math.log(threshold) if threshold else -math.inf)
         mask = head.backend.active_mask(head.chunk(tile), target[tile.rows], level, block)
         if self._report is not None:
-            self._report.measure(head, tile, norm, mask, block)
+            part = tile.product.shape[1] if alone else self._part(tile.product.shape[1])
+            self._report.measure(head, tile, norm, mask, block, part)
         return mask
 
     def _block(self, product: Tensor) -> int:
@@ -194,7 +220,10 @@ class ActiveHidden:
         weights = self._bucket_of(head, columns).weights
         head.backend.split_active(dz, mask, block, bucket, weights, gradient, active)
         self._tails.append(_Tail(rows, columns, gradient))
-        ids = _active_ids(mask, sum(counts)).split(counts)
+        if mask.device.type == "cpu":  # less memory
+            ids = mask.nonzero()[:, 1].split(counts)
+        else:
+            ids = ids_of_known_count(mask, sum(counts)).split(counts)
         start = 0
         for number, (of_block, width) in enumerate(zip(ids, widths, strict=True)):
             if not width:
@@ -216,43 +245,64 @@ class ActiveHidden:
         head: Head,
         kept: Tensor,
         tiles: Iterable[tuple[slice, Tensor | None]],
-        limit: int,
+        tile_columns: int,
         total: Sum,
     ) -> None:
         """Tiles of `kept`, gradients of all rows, given by their columns and active masks.
 
-        As many at once as have no more active columns in a block than `limit`, those of one tile,
-        and fit: vendor products want a long inner size.
+        As many columns at once as have `active_columns` in a block: vendor products want a long
+        inner size. The same for all blocks of rows, so that sums of head rows serve them all.
         """
-        rows, columns, masks = slice(0, len(kept)), list[slice](), list[Tensor]()
-        for some, mask in tiles:
+        masks = []
+        for _, mask in tiles:
             assert mask is not None  # of tiles that are not alone
-            columns.append(some)
             masks.append(mask)
-        blocks, totals = self._blocks(kept, torch.cat(masks, 1), columns[0].stop)
-        tails = 8 + 8 * (len(kept) + head.hidden.shape[1]) // self.options.tail_bucket  # bytes
-        start, before = 0, [0] * len(blocks.mask)  # tile, active columns before it
-        for stop, of_tile in enumerate(zip(*totals, strict=True), 1):
-            last = stop == len(columns)
-            if not last:
-                following = [row[stop] - done for row, done in zip(totals, before, strict=True)]
-                size = columns[stop].stop - columns[start].start
-                if max(following) <= limit and size * tails <= self._pending_bytes:
-                    continue
-            counts = [now - done for now, done in zip(of_tile, before, strict=True)]
-            some = slice(columns[start].start, columns[stop - 1].stop)
+        part, limit = self._part(tile_columns), self._limit(tile_columns)
+        rows, columns = slice(0, len(kept)), slice(0, kept.shape[1])
+        found = self._blocks(kept, torch.cat(masks, 1), part)
+        if found is None:
+            if self._report is not None:
+                pairs = len(masks[0]) * kept.shape[1]
+                self._report.add(True, pairs, pairs, len(self._report.pending))
+            total.add(rows, kept, head.weight_chunk(columns))
+            return
+        blocks, totals = found
+        counts = _counts(totals, self._ends)
+        if not counts or max(map(max, counts)) > limit:
+            bytes_ = part * (8 + 8 * (len(kept) + head.hidden.shape[1]) // self.options.tail_bucket)
+            most = max(1, self._pending_bytes // bytes_)
+            self._ends = _ends(totals, limit - limit // 8, most)
+            counts = _counts(totals, self._ends)
+        start, together = 0, len(masks[0]) / len(blocks.mask)
+        for end, of_blocks in zip(self._ends, counts, strict=True):
+            some = slice(start * part, min(end * part, kept.shape[1]))
             mask = blocks.mask[:, some].contiguous()
             if self._report is not None:
-                pairs, base = mask.numel(), len(masks[0]) / len(mask)  # in blocks of the options
-                dense = sum(counts) >= DENSE_SHARE * pairs
-                self._report.add(dense, sum(counts) * base, pairs * base, stop - start)
-            self._add(head, Tile(rows, some, kept[:, some]), mask, blocks.rows, counts, total)
-            start, before = stop, list(of_tile)
+                active, pairs = sum(of_blocks), mask.numel()
+                dense = active >= DENSE_SHARE * pairs
+                self._report.add(dense, active * together, pairs * together, end - start)
+            tile = Tile(rows, some, kept[:, some])
+            self._add(head, tile, mask, blocks.rows, of_blocks, total)
+            start = end
+
+    def _limit(self, tile_columns: int) -> int:
+        assert self._problem is not None
+        return active_columns(self._problem, tile_columns)
+
+    def _part(self, tile_columns: int) -> int:
+        """Columns of kept tiles that are not divided: all of a tile, or a bucket."""
+        assert self._problem is not None
+        if not self._problem.device.is_gpu:
+            return tile_columns
+        return count_columns(self._problem)
 
     def _blocks(
         self, kept: Tensor, mask: Tensor, tile_columns: int
-    ) -> tuple[_Blocks, list[list[int]]]:
-        """The blocks that are fastest, and their totals: all that a GPU waits for."""
+    ) -> tuple[_Blocks, list[list[int]]] | None:
+        """The blocks that are fastest, and their totals: all that a GPU waits for.
+
+        None where a dense product is faster.
+        """
         problem, block, count, together = self._problem, self._block(kept), len(mask), [1]
         assert problem is not None
         if problem.device.is_gpu:
@@ -267,7 +317,7 @@ class ActiveHidden:
             end = start + size * tiles
             found.append((choice, [flat[at : at + tiles] for at in range(start, end, tiles)]))
             start = end
-        if len(found) == 1:
+        if not problem.device.is_gpu:
             return found[0]
 
         def seconds(choice: tuple[_Blocks, list[list[int]]]) -> float:
@@ -276,7 +326,9 @@ class ActiveHidden:
             sizes = len(kept), mask.shape[1], blocks.rows
             return cost.active_hidden(problem, *sizes, share).device
 
-        return min(found, key=seconds)
+        best = min(found, key=seconds)
+        dense = cost.dense_hidden(problem, len(kept), mask.shape[1]).device
+        return best if seconds(best) < dense else None
 
     def finish(self, head: Head, total: Sum) -> None:
         """Add the tails of all tiles, and begin anew."""

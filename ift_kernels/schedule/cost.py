@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ift_kernels.schedule.device import Device
-from ift_kernels.schedule.problem import Plan, Problem
+from ift_kernels.schedule.problem import Plan, Problem, active_columns
 
 # Tiles of vendor products and the share of the peak rate that their inner loop reaches.
 GEMM_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.85))
@@ -28,7 +28,7 @@ HOST = 10e-6  # seconds of the host for a launch
 DENSE_SHARE = 0.8
 # For plans: the share of the vocabulary that is active in a block of 128 rows, and the power of the
 # rows with which that of a larger block grows, of LM-like data.
-SHARE_OF_128, SHARE_POWER = 0.1, 0.4
+SHARE_OF_128, SHARE_POWER = 0.1, 0.57
 ROW_OPERATIONS = 24  # small launches on values per row: coefficients, row values, masks
 CALL_OPERATIONS = 16  # the same once a call
 
@@ -213,7 +213,8 @@ def _backward(model: _Model, rows: int, plan: Plan, hidden: bool, weight: bool) 
     # dh of all kept columns is one product, unless the head is cast chunk by chunk.
     first = [(kept, 1)] if kept and p.same_dtype else _steps(kept, plan.tile_columns)
     if kept and p.active is not None:
-        first, total = [], total + _active(model, rows, kept, plan)
+        total += _active(model, rows, kept, plan) + _tail_weights(model, kept)
+        first = []
     for columns, count in first:
         total += model.product(rows, p.width, columns) * count
     for columns, count in again:
@@ -228,18 +229,22 @@ def usual_share(rows: int) -> float:
     return min(SHARE_OF_128 * (max(rows, 128) / 128) ** SHARE_POWER, 1.0)
 
 
+def dense_hidden(p: Problem, rows: int, columns: int) -> Cost:
+    """dh of `rows` from a tile of gradients, in one product."""
+    return _Model(p).product(rows, p.width, columns)
+
+
 def active_hidden(p: Problem, rows: int, columns: int, block: int, share: float) -> Cost:
-    """dh of `rows` from a tile of gradients, in blocks of which a `share` of columns is active."""
+    """The same in blocks of rows of which a `share` of columns is active."""
     model = _Model(p)
-    if share >= DENSE_SHARE:
-        return model.product(rows, p.width, columns)
     inner = max(256, round(share * columns / 256) * 256)  # rounded: few sizes for the cache
     blocks = -(-rows // block)
-    of_block = model.moved(2 * inner * p.width * model.size)  # gathered head rows
-    of_block += model.product(min(block, rows), p.width, inner)
-    # The gradients are read for the sums of the tail, and once more for the active columns.
-    split = model.moved(rows * (2 * columns + inner) * model.size, 4)
-    return of_block * blocks + split
+    groups = math.ceil(inner / active_columns(p, columns))
+    of_block = model.moved(2 * inner * p.width * model.size, groups)  # gathered head rows
+    of_block += model.product(min(block, rows), p.width, -(-inner // groups)) * groups
+    # The gradients are read for the sums of the tail, and again, from the cache, what is active.
+    read = rows * columns * (1 + 1 / L2_RATE) + rows * inner
+    return of_block * blocks + model.moved(int(read * model.size), 8 * groups)
 
 
 def _active(model: _Model, rows: int, columns: int, plan: Plan) -> Cost:
@@ -248,19 +253,25 @@ def _active(model: _Model, rows: int, columns: int, plan: Plan) -> Cost:
     assert p.active is not None
     for some, count in _steps(columns, plan.tile_columns):
         total += model.epilogue(rows, some, 1) * count
-    total += model.moved(2 * columns * p.width * model.size, 8)  # head rows, for q and their sums
     sizes = {min(p.active.block << bits, rows) for bits in range(rows.bit_length())}
     choices = [active_hidden(p, rows, columns, size, usual_share(size)) for size in sizes]
+    choices.append(dense_hidden(p, rows, columns))
     best = min(choices, key=lambda cost: cost.device)
-    # Added up in float32, as many columns at once as one tile has active ones.
-    groups = math.ceil(usual_share(p.active.block) * columns / plan.tile_columns)
-    return total + best + model.added(rows * p.width, groups + 1) + model.small(6 * len(sizes))
+    groups = math.ceil(usual_share(p.active.block) * columns / active_columns(p, columns))
+    return total + best + model.added(rows * p.width, groups + 1) + model.small(5 * len(sizes))
+
+
+def _tail_weights(model: _Model, columns: int) -> Cost:
+    """Head rows, read for q and for the sums of the buckets, once a call."""
+    return model.moved(2 * columns * model.p.width * model.size, 8)
 
 
 def _in_forward(model: _Model, plan: Plan) -> Cost:
     """Blocks of rows, each against the whole vocabulary: see `gradients.in_forward`."""
     p, total = model.p, Cost()
     parked = plan.first_rows * (p.vocabulary - plan.first_columns)
+    if p.active is not None:
+        total += _tail_weights(model, p.vocabulary)
     sizes = [(plan.first_rows, 1)] if parked else []
     sizes += _steps(p.rows - plan.first_rows, plan.tile_rows)
     for index, (rows, count) in enumerate(sizes):

@@ -36,7 +36,6 @@ from ift_kernels.common.settings import Setting
 from ift_kernels.schedule import device as devices
 from ift_kernels.schedule import gpu_plan
 from ift_kernels.schedule.device import Device
-from ift_kernels.schedule.problem import TILE_BYTES as TILE_BYTES
 from ift_kernels.schedule.problem import (
     ALIGN,
     MIN_COLUMNS,
@@ -47,6 +46,7 @@ from ift_kernels.schedule.problem import (
     keep_columns,
     max_blocks,
 )
+from ift_kernels.schedule.problem import TILE_BYTES as TILE_BYTES
 from ift_kernels.schedule.problem import Plan as Plan
 from ift_kernels.schedule.problem import Problem as Problem
 from ift_kernels.schedule.problem import tile as tile
