@@ -157,15 +157,15 @@ class _Model:
     def added(self, size: int, terms: int, blocks: int = 1) -> Cost:
         """Beside products: a float32 sum of `size` elements over `terms`, see `accumulate.Sum`.
 
-        All but the first of the terms, each of `blocks` products, are added to it.
+        Without `fp32_out` all but the first of the terms, each of `blocks` products, are added.
         """
         if terms < 2:
             return Cost()
         if self.size >= 4:  # by the products themselves, in the result
             return self.moved(8 * size * (terms - 1), 0)
         result = self.moved((4 + self.size) * size)
-        if self.device.fp32_out:
-            return self.moved((8 * terms - 4) * size, 0) + result
+        if self.device.fp32_out:  # begins with zeros
+            return self.moved((8 * terms + 4) * size, 1) + result
         first = result  # is cast once there is another
         return first + self.moved(10 * size * (terms - 1), blocks * (terms - 1)) + result
 
@@ -226,7 +226,7 @@ def _backward(model: _Model, rows: int, plan: Plan, hidden: bool, weight: bool) 
 
 def usual_share(rows: int) -> float:
     """The share of active columns of a block of so many rows that plans expect."""
-    return min(SHARE_OF_128 * (max(rows, 128) / 128) ** SHARE_POWER, 1.0)
+    return min(SHARE_OF_128 * math.pow(max(rows, 128) / 128, SHARE_POWER), 1.0)
 
 
 def dense_hidden(p: Problem, rows: int, columns: int) -> Cost:

@@ -131,8 +131,10 @@ class Memory:
                 # Blocks that do not fill the last one; masks and ids while they are counted.
                 active_row = columns * itemsize * 9 // 8 + p.vocabulary // 4
                 missing = gathered = 0
-        # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it.
-        self.per_row = p.width * (4 + itemsize) if p.need_hidden and itemsize < 4 else 0
+        # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it
+        # unless the vendor does that.
+        part = 0 if p.device.fp32_out else itemsize
+        self.per_row = p.width * (4 + part) if p.need_hidden and itemsize < 4 else 0
         self.per_row += active_row
         # A tile, its transpose, its active columns, and what goes with each column.
         self._transposed = p.transpose and p.need_weight
@@ -146,7 +148,7 @@ class Memory:
         # dW of a tile that has some of the rows is a float32 sum. A CPU has such tiles
         # only where memory is so short that few columns are left.
         row_tile_sums = p.need_weight and p.same_dtype and p.device.is_gpu
-        self._row_tile_sums = p.width * (itemsize + 4) * row_tile_sums
+        self._row_tile_sums = p.width * (part + 4) * row_tile_sums
         if p.active is not None and n > p.active.block and not p.device.is_gpu:
             missing = p.active.block - 1  # whatever the rows of a block of `forward`
         self._block_column = self.cast + gathered + (missing + 64 * self._transposed) * itemsize
