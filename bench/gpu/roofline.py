@@ -15,15 +15,18 @@ import torch
 from rich.console import Console
 
 from bench.report.tables import Table, terminal
+from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.schedule import cost, plan
 from ift_kernels.schedule.device import H200, Device
 
 MIB = 1 << 20
-# Bare products of N·V·D, and what the problem needs.
+# Bare products of N·V·D, and what the problem needs; "active": of a frozen head, with the usual
+# share of active columns (`cost.SHARE_OF_128`).
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "statistics": (1, {}),
     "token": (4, {"need_hidden": True, "need_weight": True}),
     "frozen": (2, {"need_hidden": True, "grads_in_forward": True}),
+    "active": (2, {"need_hidden": True, "grads_in_forward": True, "active": ActiveSet()}),
     "scalar": (3, {"need_hidden": True, "need_weight": True, "grads_in_forward": True}),
 }
 LARGE = (8192, 4096, 128256)  # N, D, V: Llama 3 8B

@@ -12,7 +12,6 @@ from ift_kernels.common import sync_free
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.schedule import device, plan
-from ift_kernels.schedule import problem as problems
 from ift_kernels.schedule.accumulate import accum_dtype
 from ift_kernels.schedule.active import ActiveHidden
 from ift_kernels.schedule.head import Head, pad_row_stride
@@ -93,7 +92,7 @@ class Call:
             hidden, weight, bias, dtype, workspace, needs, grads_in_forward, active
         )
         if active is not None:
-            active.pending_bytes = problems.tail_bytes(self.problem)
+            active.serve(self.problem)
 
     def select(self, value: Tensor) -> Tensor:
         """The valid rows of (..., N)."""

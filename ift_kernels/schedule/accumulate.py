@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ift_kernels.schedule import device
 
 
 def accum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -14,14 +20,20 @@ def accum_dtype(dtype: torch.dtype) -> torch.dtype:
 class Sum:
     """``total[rows] += a @ b`` over tiles, in float32 whatever the dtype of the products.
 
-    torch's CPU product of two bfloat16 matrices is rounded to bfloat16, so every partial product is
-    rounded once; their sum is not. A first product of all rows is the sum so far, as it is: often
-    there is no other.
+    On CUDA, from torch 2.8 on, products of 16-bit matrices are added to it unrounded. Elsewhere
+    every partial product is rounded once to 16 bits; their sum is not. A product of all rows and
+    the whole inner size is the sum, in its own dtype; without unrounded products a first one of all
+    rows is the sum so far: often there is no other.
     """
 
-    def __init__(self, shape: tuple[int, int], like: Tensor, into: Tensor | None = None) -> None:
-        """`into`: where the sum is best formed, of this shape; `result` says whether it was."""
-        self._width, self._like = shape[1], like
+    def __init__(
+        self, shape: tuple[int, int], like: Tensor, inner: int, into: Tensor | None = None
+    ) -> None:
+        """`inner`: the inner size of all products together; `into`: where the sum is best formed,
+        of this shape; `result` says whether it was.
+        """
+        self._width, self._like, self._inner = shape[1], like, inner
+        self._fp32_products = adds_fp32_products(like)
         self.restart(shape[0], into)
 
     def restart(self, rows: int, into: Tensor | None = None) -> None:
@@ -48,8 +60,12 @@ class Sum:
         return self._total
 
     def add(self, rows: slice, a: Tensor, b: Tensor) -> None:
-        if self._first is None and self._total is None and len(a) == self._shape[0]:
-            self._first = torch.mm(a, b, out=self._buffer(a.dtype))
+        begins = self._first is None and self._total is None and len(a) == self._shape[0]
+        if self._fp32_products and not (begins and a.shape[1] == self._inner):
+            add_fp32_product(self.total[rows], a, b)
+        elif begins:
+            with sums_in_fp32(a):
+                self._first = torch.mm(a, b, out=self._buffer(a.dtype))
         elif self.total.dtype == a.dtype:
             self.total[rows].addmm_(a, b)
         else:
@@ -61,6 +77,37 @@ class Sum:
         """The whole sum in `dtype`."""
         only = self._first if self._total is None else None
         return (self.total if only is None else only).to(dtype)
+
+
+def adds_fp32_products(like: Tensor) -> bool:
+    """Whether products of 16-bit matrices can be added to a float32 sum unrounded."""
+    sixteen_bit = like.dtype.itemsize == 2 and like.device.type != "cpu"
+    return sixteen_bit and device.of(like.device).fp32_out
+
+
+@contextlib.contextmanager
+def sums_in_fp32(like: Tensor) -> Iterator[None]:
+    """On CUDA: a vendor that divides a long inner size does not add up parts of 16 bits.
+
+    torch lets it, by default; the setting is the process's, so products that other threads begin
+    meanwhile are as precise.
+    """
+    settings: Any = torch.backends.cuda.matmul
+    name = f"allow_{'bf16' if like.dtype == torch.bfloat16 else 'fp16'}_reduced_precision_reduction"
+    if not like.is_cuda or like.dtype.itemsize != 2 or not getattr(settings, name):
+        yield
+        return
+    before = getattr(settings, name)
+    setattr(settings, name, False)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
+
+
+def add_fp32_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, rounded to float32 alone."""
+    torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
 
 
 def accumulate_fp32(total: Tensor, part: Tensor) -> None:

@@ -10,6 +10,12 @@ u[r, b] the sum of dz[r, v] over the ids v of bucket b that are not active, over
 so every row keeps its exact sum over every bucket. dW and db are exact. Blocks count from the first
 row of a tile, buckets from its first column.
 
+How many columns are active must be read, and a GPU waits for that. So there it is read once for all
+products of a block of rows in `forward`, or for all that are kept; dh of tiles that are formed
+again in backward is exact. Its blocks are several of `ActiveSet.block` together, whose columns are
+active where they are in any of these: more rows share a gather of head rows and make fuller
+products, but have more active columns. `cost.active_hidden` says which number is fastest.
+
 Floor per tile of N × C products, k the active share: 2·k·N·C·D flops in place of 2·N·C·D; two more
 reads of the tile, k·N·C elements written and read, k·N·C·D / block elements of W gathered.
 docs/active_set.md derives the error bound and has what was measured.
@@ -22,16 +28,17 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ift_kernels.backends.contract import RowGradient
 from ift_kernels.common.active_set import ActiveSet, ActiveSetStats, recording
+from ift_kernels.schedule import cost
 from ift_kernels.schedule.accumulate import Sum, accum_dtype
+from ift_kernels.schedule.cost import DENSE_SHARE
 from ift_kernels.schedule.head import Head, Tile
+from ift_kernels.schedule.problem import Problem, active_columns, count_columns, tail_bytes
 from ift_kernels.schedule.tail_weights import TailWeights
-
-# Above this share of active columns a dense product costs no more than gathering the columns.
-DENSE_SHARE = 0.8
 
 
 class _Tail(NamedTuple):
@@ -54,26 +61,30 @@ class _Report:
         self.tiles = self.dense_tiles = 0
         self.active = self.pairs = 0.0
         self.tail_mass: list[Tensor] = []  # (rows,) of each block of rows
-        self.pending: list[tuple[slice, Tensor]] = []  # of tiles that may turn out dense
+        self.pending: list[tuple[slice, Tensor]] = []  # of parts that may turn out dense
 
-    def measure(self, head: Head, tile: Tile, norm: Tensor, mask: Tensor, block: int) -> None:
-        """Note the probability of a tile's columns that are not active; products still raw."""
+    def measure(
+        self, head: Head, tile: Tile, norm: Tensor, mask: Tensor, block: int, part: int
+    ) -> None:
+        """Note the probability of columns that are not active, by parts; products still raw."""
         transform = head.transform
         z = transform.apply(tile.product.double(), head.bias_chunk(tile.columns))
         p = (z - norm[:, tile.rows].double().sum(0)[:, None]).exp()
         if transform.softcap:
             p *= 1.0 - (z * (transform.temperature / transform.softcap)).square()
         active = mask.repeat_interleave(block, 0)[: len(p)] != 0
-        self.pending.append((tile.rows, torch.where(active, 0.0, p).sum(1)))
+        tail = torch.where(active, 0.0, p).split(part, 1)
+        self.pending += [(tile.rows, of_part.sum(1)) for of_part in tail]
 
-    def add(self, dense: bool, active: int, pairs: int) -> None:
-        self.tiles += len(self.pending)
-        self.dense_tiles += len(self.pending) if dense else 0
+    def add(self, dense: bool, active: float, pairs: float, parts: int = 1) -> None:
+        """Of the first pending parts: active (block, column) pairs, and all."""
+        some, self.pending = self.pending[:parts], self.pending[parts:]
+        self.tiles += parts
+        self.dense_tiles += parts if dense else 0
         self.active += pairs if dense else active
         self.pairs += pairs
-        for rows, mass in [] if dense else self.pending:
+        for rows, mass in [] if dense else some:
             self.tail_mass[-1][rows] += mass
-        self.pending.clear()
 
     def result(self) -> ActiveSetStats:
         mass = torch.cat(self.tail_mass) if self.tail_mass else torch.zeros(1)
@@ -83,35 +94,101 @@ class _Report:
         )
 
 
+class _Blocks(NamedTuple):
+    """Rows that share their active columns."""
+
+    rows: int  # of a block
+    mask: Tensor  # uint8 (blocks, C)
+    totals: Tensor  # (blocks, parts): active columns up to the end of a part of the columns
+
+
+def _unite(mask: Tensor, block: int, together: int, part: int) -> _Blocks:
+    """Blocks of `together` blocks each, counted in parts of so many columns."""
+    if together > 1:
+        padded = F.pad(mask, (0, 0, 0, -len(mask) % together))
+        mask = padded.view(-1, together, mask.shape[1]).amax(1)
+    totals = mask.cumsum(1, dtype=torch.int32)
+    ends = totals[:, part - 1 : -1 : part], totals[:, -1:]
+    return _Blocks(block * together, mask, torch.cat(ends, 1))
+
+
+def _ends(totals: list[list[int]], limit: int, most: int) -> list[int]:
+    """Where groups of parts end that have no more than `limit` active columns in a block.
+
+    At most so many parts each, but at least one.
+    """
+    ends, start, parts = list[int](), 0, len(totals[0])
+    for stop in range(1, parts + 1):
+        if stop < parts and stop - start < most:
+            with_next = (row[stop] - (row[start - 1] if start else 0) for row in totals)
+            if max(with_next) <= limit:
+                continue
+        ends.append(stop)
+        start = stop
+    return ends
+
+
+def _counts(totals: list[list[int]], ends: list[int]) -> list[list[int]]:
+    """Active columns of every block, group by group; empty for ends of other columns."""
+    if not ends or ends[-1] != len(totals[0]):
+        return []
+    starts = [0, *ends[:-1]]
+    return [
+        [row[end - 1] - (row[start - 1] if start else 0) for row in totals]
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def ids_of_known_count(mask: Tensor, count: int) -> Tensor:
+    """``mask.nonzero()[:, 1]`` of (blocks, C); a GPU would wait for that to count them."""
+    found = mask.flatten() != 0
+    place = torch.where(found, found.cumsum(0) - 1, count)
+    columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask).reshape(-1)
+    return place.new_empty(count + 1).scatter_(0, place, columns)[:count]
+
+
 class ActiveHidden:
     """What `gradients.Gradients` calls, tile by tile, for its gradient of hidden."""
 
     def __init__(self, options: ActiveSet) -> None:
         self.options = options
-        self.pending_bytes = 0  # of tails and buckets until `finish`, see `problem.tail_bytes`
+        self._problem: Problem | None = None
         self._tails: list[_Tail] = []
         self._buckets: dict[tuple[int, int], _Buckets] = {}  # by their columns
         self._scratch: dict[str, Tensor] = {}
+        self._ends: list[int] = []  # of groups of kept columns
         # Row gradient of the current rows.
         self._of: RowGradient | None = None
         self._weights: TailWeights | None = None
         self._report = None if recording() is None else _Report()
 
-    def mask(self, head: Head, tile: Tile, row_gradient: RowGradient) -> Tensor:
-        """Which columns of a tile of products are active in which block, uint8 (blocks, C)."""
+    def serve(self, problem: Problem) -> None:
+        """Before all else: the call that this is for."""
+        self._problem, self._pending_bytes = problem, tail_bytes(problem)
+
+    def mask(self, head: Head, tile: Tile, row_gradient: RowGradient, alone: bool) -> Tensor | None:
+        """Which columns of a tile of products are active in which block, uint8 (blocks, C).
+
+        None where dh of the tile is exact: on a GPU that of a tile `alone`.
+        """
+        assert self._problem is not None  # by `serve`
+        if alone and self._problem.device.is_gpu:
+            if self._report is not None:
+                self._report.add(True, 0, tile.product.numel() / self.options.block)
+            return None
         target, norm, _ = row_gradient
-        if self._of is not row_gradient:
-            assert not self._tails  # those of the rows before are added with their own weights
-            self._buckets.clear()
-            self._of = row_gradient
+        if self._weights is None:
             self._weights = TailWeights(head, row_gradient, self.options.threshold)
+        if self._of is not row_gradient:
+            self._of = row_gradient
             if self._report is not None:
                 self._report.tail_mass.append(norm.new_zeros(norm.shape[1], dtype=torch.float64))
         block, threshold = self._block(tile.product), self.options.threshold
         level = norm[:, tile.rows].sum(0) + (math.log(threshold) if threshold else -math.inf)
         mask = head.backend.active_mask(head.chunk(tile), target[tile.rows], level, block)
         if self._report is not None:
-            self._report.measure(head, tile, norm, mask, block)
+            part = tile.product.shape[1] if alone else self._part(tile.product.shape[1])
+            self._report.measure(head, tile, norm, mask, block, part)
         return mask
 
     def _block(self, product: Tensor) -> int:
@@ -122,22 +199,31 @@ class ActiveHidden:
 
         All of it where a dense product costs no more.
         """
-        (rows, columns, dz), weight = tile, head.weight_chunk(tile.columns)
-        counts = mask.sum(1).tolist()
-        dense = sum(counts) >= DENSE_SHARE * mask.numel()
+        block, counts = self._block(tile.product), mask.sum(1).tolist()
         if self._report is not None:
+            dense = sum(counts) >= DENSE_SHARE * mask.numel()
             self._report.add(dense, sum(counts), mask.numel())
-        if dense:
+        self._add(head, tile, mask, block, counts, total)
+
+    def _add(
+        self, head: Head, tile: Tile, mask: Tensor, block: int, counts: list[int], total: Sum
+    ) -> None:
+        """The same, of blocks that have so many active columns each."""
+        (rows, columns, dz), weight = tile, head.weight_chunk(tile.columns)
+        if sum(counts) >= DENSE_SHARE * mask.numel():
             total.add(rows, dz, weight)
             return
-        block, bucket = self._block(dz), self.options.tail_bucket
+        bucket = self.options.tail_bucket
         gradient = dz.new_empty((-(-dz.shape[1] // bucket), len(dz)), dtype=accum_dtype(dz.dtype))
         widths = [-(-count // 32) * 32 for count in counts]  # vendor products want few sizes
         active = self._take("active", head, block * sum(widths))
         weights = self._bucket_of(head, columns).weights
         head.backend.split_active(dz, mask, block, bucket, weights, gradient, active)
         self._tails.append(_Tail(rows, columns, gradient))
-        ids = mask.nonzero()[:, 1].split(counts)
+        if mask.device.type == "cpu":  # less memory
+            ids = mask.nonzero()[:, 1].split(counts)
+        else:
+            ids = ids_of_known_count(mask, sum(counts)).split(counts)
         start = 0
         for number, (of_block, width) in enumerate(zip(ids, widths, strict=True)):
             if not width:
@@ -150,7 +236,7 @@ class ActiveHidden:
             total.add(block_rows, part[: block_rows.stop - first], gathered)
         pending = [tail.gradient for tail in self._tails]
         pending += [x for buckets in self._buckets.values() for x in buckets]
-        if 2 * sum(x.numel() * x.element_size() for x in pending) > self.pending_bytes:
+        if 2 * sum(x.numel() * x.element_size() for x in pending) > self._pending_bytes:
             self.finish(head, total)
             self._buckets.clear()
 
@@ -159,30 +245,90 @@ class ActiveHidden:
         head: Head,
         kept: Tensor,
         tiles: Iterable[tuple[slice, Tensor | None]],
-        limit: int,
+        tile_columns: int,
         total: Sum,
     ) -> None:
         """Tiles of `kept`, gradients of all rows, given by their columns and active masks.
 
-        As many at once as have no more active columns in a block than `limit`, those of one tile,
-        and fit: vendor products want a long inner size.
+        As many columns at once as have `active_columns` in a block: vendor products want a long
+        inner size. The same for all blocks of rows, so that sums of head rows serve them all.
         """
-        rows, masks = slice(0, len(kept)), list[Tensor]()
-        start = widest = 0
-        tails = 8 + 8 * (len(kept) + head.hidden.shape[1]) // self.options.tail_bucket  # bytes
-        for columns, mask in tiles:
-            assert mask is not None  # `add` of `Gradients` makes one
-            more = int(mask.sum(1).amax())
-            too_wide = (columns.stop - start) * tails > self.pending_bytes
-            if masks and (widest + more > limit or too_wide):
-                some = slice(start, columns.start)
-                self.add(head, Tile(rows, some, kept[:, some]), torch.cat(masks, 1), total)
-                masks, start, widest = [], columns.start, 0
+        masks = []
+        for _, mask in tiles:
+            assert mask is not None  # of tiles that are not alone
             masks.append(mask)
-            widest += more
-        if masks:
-            some = slice(start, kept.shape[1])
-            self.add(head, Tile(rows, some, kept[:, some]), torch.cat(masks, 1), total)
+        part, limit = self._part(tile_columns), self._limit(tile_columns)
+        rows, columns = slice(0, len(kept)), slice(0, kept.shape[1])
+        found = self._blocks(kept, torch.cat(masks, 1), part)
+        if found is None:
+            if self._report is not None:
+                pairs = len(masks[0]) * kept.shape[1]
+                self._report.add(True, pairs, pairs, len(self._report.pending))
+            total.add(rows, kept, head.weight_chunk(columns))
+            return
+        blocks, totals = found
+        counts = _counts(totals, self._ends)
+        if not counts or max(map(max, counts)) > limit:
+            bytes_ = part * (8 + 8 * (len(kept) + head.hidden.shape[1]) // self.options.tail_bucket)
+            most = max(1, self._pending_bytes // bytes_)
+            self._ends = _ends(totals, limit - limit // 8, most)
+            counts = _counts(totals, self._ends)
+        start, together = 0, len(masks[0]) / len(blocks.mask)
+        for end, of_blocks in zip(self._ends, counts, strict=True):
+            some = slice(start * part, min(end * part, kept.shape[1]))
+            mask = blocks.mask[:, some].contiguous()
+            if self._report is not None:
+                active, pairs = sum(of_blocks), mask.numel()
+                dense = active >= DENSE_SHARE * pairs
+                self._report.add(dense, active * together, pairs * together, end - start)
+            tile = Tile(rows, some, kept[:, some])
+            self._add(head, tile, mask, blocks.rows, of_blocks, total)
+            start = end
+
+    def _limit(self, tile_columns: int) -> int:
+        assert self._problem is not None
+        return active_columns(self._problem, tile_columns)
+
+    def _part(self, tile_columns: int) -> int:
+        """Columns of kept tiles that are not divided: all of a tile, or a bucket."""
+        assert self._problem is not None
+        if not self._problem.device.is_gpu:
+            return tile_columns
+        return count_columns(self._problem)
+
+    def _blocks(
+        self, kept: Tensor, mask: Tensor, tile_columns: int
+    ) -> tuple[_Blocks, list[list[int]]] | None:
+        """The blocks that are fastest, and their totals: all that a GPU waits for.
+
+        None where a dense product is faster.
+        """
+        problem, block, count, together = self._problem, self._block(kept), len(mask), [1]
+        assert problem is not None
+        if problem.device.is_gpu:
+            even = {-(-count >> bits) for bits in range(count.bit_length())} - {1}
+            # At most an eighth of the rows of all blocks is not there.
+            together += sorted(size for size in even if -count % size * 8 <= count)
+        choices = [_unite(mask, block, size, tile_columns) for size in together]
+        flat = torch.cat([choice.totals.flatten() for choice in choices]).tolist()
+        found, start = [], 0
+        for choice in choices:
+            size, tiles = choice.totals.shape
+            end = start + size * tiles
+            found.append((choice, [flat[at : at + tiles] for at in range(start, end, tiles)]))
+            start = end
+        if not problem.device.is_gpu:
+            return found[0]
+
+        def seconds(choice: tuple[_Blocks, list[list[int]]]) -> float:
+            blocks, totals = choice
+            share = sum(row[-1] for row in totals) / blocks.mask.numel()
+            sizes = len(kept), mask.shape[1], blocks.rows
+            return cost.active_hidden(problem, *sizes, share).device
+
+        best = min(found, key=seconds)
+        dense = cost.dense_hidden(problem, len(kept), mask.shape[1]).device
+        return best if seconds(best) < dense else None
 
     def finish(self, head: Head, total: Sum) -> None:
         """Add the tails of all tiles, and begin anew."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ift_kernels.schedule.device import Device
-from ift_kernels.schedule.problem import Plan, Problem
+from ift_kernels.schedule.problem import Plan, Problem, active_columns
 
 # Tiles of vendor products and the share of the peak rate that their inner loop reaches.
 GEMM_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.85))
@@ -24,6 +24,11 @@ ROWS_AT_ONCE = 8  # rows that a multiprocessor's epilogues work on at once
 ROW = 1e-6  # seconds that a row takes beside its bytes
 L2_RATE = 1.5  # of the bandwidth, for a tile that is still in the L2 cache
 HOST = 10e-6  # seconds of the host for a launch
+# Above this share of active columns a dense product costs no more than gathering the columns.
+DENSE_SHARE = 0.8
+# For plans: the share of the vocabulary that is active in a block of 128 rows, and the power of the
+# rows with which that of a larger block grows, of LM-like data.
+SHARE_OF_128, SHARE_POWER = 0.1, 0.57
 ROW_OPERATIONS = 24  # small launches on values per row: coefficients, row values, masks
 CALL_OPERATIONS = 16  # the same once a call
 
@@ -152,15 +157,15 @@ class _Model:
     def added(self, size: int, terms: int, blocks: int = 1) -> Cost:
         """Beside products: a float32 sum of `size` elements over `terms`, see `accumulate.Sum`.
 
-        All but the first of the terms, each of `blocks` products, are added to it.
+        Without `fp32_out` all but the first of the terms, each of `blocks` products, are added.
         """
         if terms < 2:
             return Cost()
         if self.size >= 4:  # by the products themselves, in the result
             return self.moved(8 * size * (terms - 1), 0)
         result = self.moved((4 + self.size) * size)
-        if self.device.fp32_out:
-            return self.moved((8 * terms - 4) * size, 0) + result
+        if self.device.fp32_out:  # begins with zeros
+            return self.moved((8 * terms + 4) * size, 1) + result
         first = result  # is cast once there is another
         return first + self.moved(10 * size * (terms - 1), blocks * (terms - 1)) + result
 
@@ -207,6 +212,9 @@ def _backward(model: _Model, rows: int, plan: Plan, hidden: bool, weight: bool) 
         return total
     # dh of all kept columns is one product, unless the head is cast chunk by chunk.
     first = [(kept, 1)] if kept and p.same_dtype else _steps(kept, plan.tile_columns)
+    if kept and p.active is not None:
+        total += _active(model, rows, kept, plan) + _tail_weights(model, kept)
+        first = []
     for columns, count in first:
         total += model.product(rows, p.width, columns) * count
     for columns, count in again:
@@ -216,10 +224,54 @@ def _backward(model: _Model, rows: int, plan: Plan, hidden: bool, weight: bool) 
     return total + model.added(rows * p.width, terms, blocks)
 
 
+def usual_share(rows: int) -> float:
+    """The share of active columns of a block of so many rows that plans expect."""
+    return min(SHARE_OF_128 * math.pow(max(rows, 128) / 128, SHARE_POWER), 1.0)
+
+
+def dense_hidden(p: Problem, rows: int, columns: int) -> Cost:
+    """dh of `rows` from a tile of gradients, in one product."""
+    return _Model(p).product(rows, p.width, columns)
+
+
+def active_hidden(p: Problem, rows: int, columns: int, block: int, share: float) -> Cost:
+    """The same in blocks of rows of which a `share` of columns is active."""
+    model = _Model(p)
+    inner = max(256, round(share * columns / 256) * 256)  # rounded: few sizes for the cache
+    blocks = -(-rows // block)
+    groups = math.ceil(inner / active_columns(p, columns))
+    of_block = model.moved(2 * inner * p.width * model.size, groups)  # gathered head rows
+    of_block += model.product(min(block, rows), p.width, -(-inner // groups)) * groups
+    # The gradients are read for the sums of the tail, and again, from the cache, what is active.
+    read = rows * columns * (1 + 1 / L2_RATE) + rows * inner
+    return of_block * blocks + model.moved(int(read * model.size), 8 * groups)
+
+
+def _active(model: _Model, rows: int, columns: int, plan: Plan) -> Cost:
+    """Masks, tail weights and dh of kept columns of `rows`, with the usual share of active ones."""
+    p, total = model.p, Cost()
+    assert p.active is not None
+    for some, count in _steps(columns, plan.tile_columns):
+        total += model.epilogue(rows, some, 1) * count
+    sizes = {min(p.active.block << bits, rows) for bits in range(rows.bit_length())}
+    choices = [active_hidden(p, rows, columns, size, usual_share(size)) for size in sizes]
+    choices.append(dense_hidden(p, rows, columns))
+    best = min(choices, key=lambda cost: cost.device)
+    groups = math.ceil(usual_share(p.active.block) * columns / active_columns(p, columns))
+    return total + best + model.added(rows * p.width, groups + 1) + model.small(5 * len(sizes))
+
+
+def _tail_weights(model: _Model, columns: int) -> Cost:
+    """Head rows, read for q and for the sums of the buckets, once a call."""
+    return model.moved(2 * columns * model.p.width * model.size, 8)
+
+
 def _in_forward(model: _Model, plan: Plan) -> Cost:
     """Blocks of rows, each against the whole vocabulary: see `gradients.in_forward`."""
     p, total = model.p, Cost()
     parked = plan.first_rows * (p.vocabulary - plan.first_columns)
+    if p.active is not None:
+        total += _tail_weights(model, p.vocabulary)
     sizes = [(plan.first_rows, 1)] if parked else []
     sizes += _steps(p.rows - plan.first_rows, plan.tile_rows)
     for index, (rows, count) in enumerate(sizes):
@@ -231,7 +283,9 @@ def _in_forward(model: _Model, plan: Plan) -> Cost:
             groups = _steps(p.vocabulary, plan.first_columns)
             tiles = math.ceil(p.vocabulary / plan.tile_columns)
             block += model.moved(2 * parked * model.size, tiles)
-        if p.need_hidden:
+        if p.active is not None:
+            block += _active(model, rows, p.vocabulary, plan)
+        elif p.need_hidden:
             for columns, several in groups:
                 block += model.product(rows, p.width, columns) * several
             terms = sum(several for _, several in groups)

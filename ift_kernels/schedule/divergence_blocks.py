@@ -242,7 +242,8 @@ class Divergence:
         parts = self.products.gradients(rows)
         if self.head.weight.dtype != self.head.hidden.dtype:  # cast by tiles
             parts = [(columns, pair[0].x) for columns, pair in self.products.tiles(rows)]
-        total = Sum((rows.stop - rows.start, self.head.hidden.shape[1]), self.head.hidden)
+        size = rows.stop - rows.start, self.head.hidden.shape[1]
+        total = Sum(size, self.head.hidden, self.head.vocabulary)
         for columns, part in parts:
             total.add(slice(None), part, self.head.weight_chunk(columns))
         return total.total

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ift_kernels.schedule import cost
-from ift_kernels.schedule.device import Device
 from ift_kernels.schedule.problem import (
     ALIGN,
     MAX_COLUMNS,
@@ -16,6 +15,7 @@ from ift_kernels.schedule.problem import (
     Plan,
     Problem,
     can_form_in_forward,
+    count_columns,
     in_backward,
     in_forward,
     keep_columns,
@@ -49,7 +49,7 @@ def make(problem: Problem, reserved_bytes: int, schedule: str | None, kept_bytes
                     found.append(in_backward(p, memory, rows, columns, keep, hidden_rows))
     if schedule in (None, "forward") and reserved_bytes == 0 and can_form_in_forward(p):
         formed = []
-        for columns in _gpu_columns(n, p.vocabulary, p.device):
+        for columns in _gpu_columns(p, n):
             fit = (budget - memory.block_fixed(columns)) // memory.block_token(columns)
             for rows in _block_rows(n, fit):
                 if -(-n // rows) <= max_blocks(p):
@@ -78,8 +78,7 @@ def _gpu_tiles(p: Problem, space: int, per_column: Callable[[int], int]) -> list
     for parts in (1, 2, 4, 8):
         rows = min(p.rows, _even(p.rows, parts, 256))
         most = space // per_column(rows)
-        columns = _gpu_columns(rows, p.vocabulary, p.device)
-        found += [(rows, c) for c in columns if c <= most]
+        found += [(rows, c) for c in _gpu_columns(p, rows) if c <= most]
         if rows < 2 * MIN_TILE_ROWS:
             break
     if found:
@@ -88,14 +87,19 @@ def _gpu_tiles(p: Problem, space: int, per_column: Callable[[int], int]) -> list
     return [tile(p.rows, p.vocabulary, p.dtype.itemsize, space, beside, tile_bytes=space)]
 
 
-def _gpu_columns(rows: int, vocabulary: int, device: Device) -> list[int]:
-    """Columns of a tile: round numbers, whole waves of products of 128 x 256, and even shares."""
+def _gpu_columns(p: Problem, rows: int) -> list[int]:
+    """Columns of a tile: round numbers, whole waves of products of 128 x 256, and even shares.
+
+    Of the active set, all or what it counts together.
+    """
+    vocabulary, device = p.vocabulary, p.device
     strips, found = -(-rows // 128), {vocabulary} if vocabulary <= MAX_COLUMNS else set()
     for columns in GPU_COLUMNS:
         waves = max(1, round(columns / 256 * strips / device.multiprocessors))
         for near in (columns, waves * device.multiprocessors // strips * 256):
             found |= {near, _even(vocabulary, -(-vocabulary // max(near, 1)), 256)}
-    return sorted(c for c in found if 0 < c <= vocabulary)
+    unit = 1 if p.active is None else count_columns(p)
+    return sorted(c for c in found if 0 < c <= vocabulary and (c == vocabulary or not c % unit))
 
 
 def _hidden_rows(n: int, per_row: int, budget: int) -> list[int]:

@@ -55,7 +55,7 @@ class Gradients:
         self.active = active if needs[0] else None
         n, width = head.hidden.shape
         like = head.hidden
-        self.hidden = Sum((n, width), like, into) if needs[0] else None
+        self.hidden = Sum((n, width), like, head.vocabulary, into) if needs[0] else None
         self.weight, self.adds = None, False
         if needs[1]:
             self.weight = head.weight.new_empty((head.vocabulary, width))
@@ -81,7 +81,7 @@ class Gradients:
         head, (rows, columns, product) = self.head, tile
         mask = None
         if self.active is not None:  # while the products are there
-            mask = self.active.mask(head, tile, row_gradient)
+            mask = self.active.mask(head, tile, row_gradient, hidden_too)
         transposed = None if self.transposed is None else self.transposed.of(product)
         head.backend.dlogits_(head.chunk(tile), row_gradient.rows(rows), transposed)
         if self.hidden is not None and hidden_too:
@@ -140,7 +140,7 @@ class Gradients:
             return
         assert not self.adds  # blocks of rows come with dW in the dtype of the products, see `plan`
         if rows.start == 0:
-            self.chunk_sum = Sum((out.shape[0], out.shape[1]), self.head.hidden)
+            self.chunk_sum = Sum((out.shape[0], out.shape[1]), self.head.hidden, n)
         assert self.chunk_sum is not None
         self.chunk_sum.add(slice(None), transposed, hidden)
         if rows.stop == n:

@@ -13,6 +13,7 @@ TILE_BYTES = CPU.tile_bytes
 MAX_COLUMNS = 1 << 18  # few tokens: one product of the whole vocabulary, as memory allows
 ALIGN = 64  # columns: every row of a tile starts on a cache line
 MIN_COLUMNS = 256  # of a tile, if memory allows: vendor products want as many
+ACTIVE_COLUMNS = 16384  # inner size of a GPU's product of active columns, at most
 MIN_KEEP = 1024  # columns: less is not worth a second code path
 # Blocks of tokens whose sum is rounded to 16 bits after each of them.
 MAX_ROUNDED, MAX_ROUNDED_GPU = 2, 3
@@ -118,17 +119,26 @@ class Memory:
         self.cast = 0 if p.same_dtype else p.width * itemsize
         # Of the active set, a tile's active columns once more, in whole blocks of rows, and for
         # each column a head row and what the tail takes. A mask is a byte for `block` products.
-        missing, gathered = 0, 0
+        missing, gathered, active_row = 0, 0, 0
         if p.active is not None:
             missing = -n % min(p.active.block, -(-n // 32) * 32)
             gathered = p.width * itemsize + 8 * p.width // min(p.active.tail_bucket, 512) + 8
             if p.any_gradient:
                 self.budget -= tail_bytes(p)
-        # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it.
-        self.per_row = p.width * (4 + itemsize) if p.need_hidden and itemsize < 4 else 0
+            if p.device.is_gpu:  # whatever the tile: once for all products that are there
+                columns = active_columns(p, 0)
+                self.budget -= columns * (gathered + p.active.block * itemsize)
+                # Blocks that do not fill the last one; masks and ids while they are counted.
+                active_row = columns * itemsize * 9 // 8 + p.vocabulary // 4
+                missing = gathered = 0
+        # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it
+        # unless the vendor does that.
+        part = 0 if p.device.fp32_out else itemsize
+        self.per_row = p.width * (4 + part) if p.need_hidden and itemsize < 4 else 0
+        self.per_row += active_row
         # A tile, its transpose, its active columns, and what goes with each column.
         self._transposed = p.transpose and p.need_weight
-        self.copies = 1 + self._transposed + (p.active is not None)
+        self.copies = 1 + self._transposed + (p.active is not None and not p.device.is_gpu)
         # What is in cache for the epilogues: active columns are few.
         self.tile_bytes = TILE_BYTES * self.copies // (1 + self._transposed)
         sums = p.width * (itemsize + 4) if self.cast and p.need_weight else 0
@@ -138,8 +148,8 @@ class Memory:
         # dW of a tile that has some of the rows is a float32 sum. A CPU has such tiles
         # only where memory is so short that few columns are left.
         row_tile_sums = p.need_weight and p.same_dtype and p.device.is_gpu
-        self._row_tile_sums = p.width * (itemsize + 4) * row_tile_sums
-        if p.active is not None and n > p.active.block:
+        self._row_tile_sums = p.width * (part + 4) * row_tile_sums
+        if p.active is not None and n > p.active.block and not p.device.is_gpu:
             missing = p.active.block - 1  # whatever the rows of a block of `forward`
         self._block_column = self.cast + gathered + (missing + 64 * self._transposed) * itemsize
         self._vocabulary = p.vocabulary
@@ -173,6 +183,23 @@ class Memory:
     def block_fixed(self, columns: int) -> int:
         """Beside that: a tile's transpose is 64 rows wider, and what goes with each column."""
         return columns * self._block_column
+
+
+def active_columns(p: Problem, tile_columns: int) -> int:
+    """Active columns of a block of rows that are multiplied at once: those of a tile on a CPU.
+
+    On a GPU as many as products want, but their head rows take a quarter of the workspace.
+    """
+    if not p.device.is_gpu:
+        return tile_columns
+    fit = p.workspace // 4 // (p.width * p.dtype.itemsize)
+    return min(ACTIVE_COLUMNS, max(32, 1 << (max(fit, 1).bit_length() - 1)))
+
+
+def count_columns(p: Problem) -> int:
+    """Columns whose active ones are counted together on a GPU: a bucket, but no more than fit."""
+    assert p.active is not None
+    return min(p.active.tail_bucket, active_columns(p, 0))
 
 
 def tail_bytes(problem: Problem) -> int:

@@ -201,7 +201,7 @@ def some_kernel(path, code):
     [
         ("import triton\n", "import math\nimport triton\n\n\ndef more():\n    pass\n", True),
         ("    return inner", "    # twice what comes\n    return inner", True),
-        ("    return inner", "    \"\"\"What comes.\"\"\"\n    return inner", True),
+        ("    return inner", '    """What comes."""\n    return inner', True),
         ("tl.arange(0, BLOCK)", "tl.arange(\n        0, BLOCK\n    )", True),
         ("value + LIMIT", "value - LIMIT", False),
         ("constexpr(3)", "constexpr(4)", False),

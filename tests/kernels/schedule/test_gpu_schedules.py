@@ -9,7 +9,8 @@ import ift_kernels
 import serving
 from allocations import MIB, Allocations, size
 from ift_kernels import linear_cross_entropy, linear_logprobs
-from ift_kernels.schedule import device, gpu_plan, plan
+from ift_kernels.schedule import active as active_module
+from ift_kernels.schedule import cost, device, gpu_plan, plan
 from ift_kernels.schedule.device import H200
 
 N, D, V = 512, 256, 8192
@@ -135,3 +136,101 @@ def test_backward_fits_beside_what_forward_kept():
     assert forward.kept_bytes + backward.peak_bytes <= p.workspace
     alone = plan.make(p, 0, "recompute")
     assert alone.tile_columns > backward.tile_columns  # there it has the whole workspace
+
+
+# --- the active set ------------------------------------------------------------------------------
+
+
+def peaked(rows, vocabulary, dtype=torch.float32):
+    """Hidden states to which few ids matter, whichever row; the first ids matter to more."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(vocabulary, D, generator=generator) / D**0.5
+    weight[: vocabulary // 16] *= 1.5
+    target = torch.randint(vocabulary, (rows,), generator=generator)
+    hidden = torch.randn(rows, D, generator=generator) * 2 + 8 * weight[target]
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype), target
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Lists that were made of tensors: on a GPU each waits for the device."""
+    found, original = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: found.append(x.shape) or original(x))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "workspace", "block", "bucket"),
+    [
+        (512, 8192, 8, 32, 512),
+        (500, 8200, 8, 32, 2048),  # ragged blocks of rows, a ragged tile
+        (512, 8192, 64, 128, 1024),
+        (96, 5000, 4, 32, 512),
+    ],
+)
+def test_active_columns_are_counted_once_a_block_of_rows(
+    made, monkeypatch, reads, rows, vocabulary, workspace, block, bucket
+):
+    monkeypatch.setattr(cost, "dense_hidden", lambda *a: cost.Cost(products=1e9))
+    hidden, weight, target = peaked(rows, vocabulary)
+    upstream = torch.linspace(0.1, 1, rows)
+    chosen = ift_kernels.ActiveSet(2.0**-9, block, bucket)
+    with ift_kernels.record_active_sets() as report, plan.use_schedule("forward"):
+        out = linear_logprobs(
+            hidden, weight, target, gradient=chosen, workspace=workspace * MIB
+        ).logprob
+    assert made[-1].schedule == "forward"
+    assert len(reads) == len(made[-1].blocks(rows))
+    (got,) = torch.autograd.grad(out, hidden, upstream)
+    (wanted,) = exact(hidden, weight, target, upstream.double())
+    assert 0 < report[0].share < 0.8 and 0 < report[0].tail_mean <= report[0].tail_max
+    assert 1e-6 < distance(got, wanted) < 0.05
+
+
+@pytest.mark.parametrize("united", [False, True])
+def test_blocks_are_united_where_that_is_faster(made, monkeypatch, united):
+    """More rows of a product have more active columns, but fewer head rows are gathered."""
+    hidden, weight, target = peaked(256, 8192)
+    chosen = ift_kernels.ActiveSet(2.0**-9, 32, 512)
+    seen = []
+
+    def seconds(problem, rows, columns, block, share):
+        """The largest blocks are the fastest, or the slowest."""
+        seen.append((block, share))
+        return cost.Cost(products=1 / block if united else block)
+
+    with ift_kernels.record_active_sets() as report, plan.use_schedule("forward"):
+        monkeypatch.setattr(cost, "active_hidden", seconds)
+        monkeypatch.setattr(cost, "dense_hidden", lambda *a: cost.Cost(products=1e9))
+        out = linear_logprobs(hidden, weight, target, gradient=chosen, workspace=64 * MIB)
+    (got,) = torch.autograd.grad(out.logprob.sum(), hidden)
+    wanted = exact(hidden, weight, target, torch.ones(256, dtype=torch.float64))[0]
+    last, best = seen[-5:], 256 if united else 32  # of the call, after the plan's
+    assert [block for block, _ in last] == [32, 64, 128, 256, best]
+    assert report[0].share == pytest.approx(dict(last)[best])
+    assert last[0][1] < last[3][1] and distance(got, wanted) < 0.05
+
+
+@pytest.mark.parametrize("workspace", [3, 14])
+def test_tiles_formed_again_are_exact(made, reads, workspace):
+    """Their active columns would have to be counted tile by tile."""
+    hidden, weight, target = peaked(512, 8192)
+    weight.requires_grad_()
+    out = linear_logprobs(
+        hidden, weight, target, gradient="active", workspace=workspace * MIB
+    ).logprob
+    got = torch.autograd.grad(out.sum(), [hidden, weight])
+    assert len(reads) <= 1
+    wanted = exact(hidden, weight, target, torch.ones(512, dtype=torch.float64))
+    assert distance(got[1], wanted[1]) < 1e-5
+    if made[-2].schedule == "recompute":
+        assert distance(got[0], wanted[0]) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 70), (5, 33)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_ids_of_a_known_number(shape, share):
+    """Without a read: the same as those that are counted."""
+    mask = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < share).to(torch.uint8)
+    found = active_module.ids_of_known_count(mask, int(mask.sum()))
+    assert torch.equal(found, mask.nonzero()[:, 1])
