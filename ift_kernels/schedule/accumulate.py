@@ -69,9 +69,10 @@ class Sum:
         elif self.total.dtype == a.dtype:
             self.total[rows].addmm_(a, b)
         else:
-            if self._part is None:
-                self._part = a.new_empty(self._shape) if self._first is None else self._first
-            accumulate_fp32(self.total[rows], torch.mm(a, b, out=self._part[rows]))
+            total = self.total[rows]
+            if self._part is None or len(self._part) < len(a):
+                self._part = a.new_empty(total.shape) if self._first is None else self._first
+            accumulate_fp32(total, torch.mm(a, b, out=self._part[: len(a)]))
 
     def result(self, dtype: torch.dtype) -> Tensor:
         """The whole sum in `dtype`."""

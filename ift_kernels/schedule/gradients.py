@@ -47,9 +47,10 @@ class Gradients:
         tile_rows: int,
         into: Tensor | None = None,
         active: ActiveHidden | None = None,
+        sum_weight: bool = False,
     ) -> None:
         """`into`: preferred buffer of hidden's gradient, see `Sum`; `active`: it is formed from
-        active columns only.
+        active columns only; `sum_weight`: weight's is a float32 sum over blocks of rows.
         """
         self.head, self.hidden_dtype = head, hidden_dtype
         self.active = active if needs[0] else None
@@ -57,7 +58,10 @@ class Gradients:
         like = head.hidden
         self.hidden = Sum((n, width), like, head.vocabulary, into) if needs[0] else None
         self.weight, self.adds = None, False
-        if needs[1]:
+        self.weight_sum: Sum | None = None
+        if needs[1] and sum_weight:
+            self.weight_sum = Sum((head.vocabulary, width), like, 0)
+        elif needs[1]:
             self.weight = head.weight.new_empty((head.vocabulary, width))
         self.bias = None
         if needs[2]:
@@ -89,7 +93,10 @@ class Gradients:
                 self.hidden.add(rows, product, head.weight_chunk(columns))
             else:
                 self.active.add(head, tile, mask, self.hidden)
-        if self.weight is not None:
+        if self.weight_sum is not None:
+            transposed = product.T if transposed is None else transposed
+            self.weight_sum.add(columns, transposed, head.hidden[rows])
+        elif self.weight is not None:
             self.add_weight(rows, columns, product.T if transposed is None else transposed)
         if self.bias is not None:
             self.bias[columns] += product.sum(0, dtype=self.bias.dtype)
@@ -155,8 +162,14 @@ class Gradients:
             self.active.finish(self.head, self.hidden)
         return self.hidden.result(self.hidden_dtype)
 
+    def weight_result(self) -> Tensor | None:
+        """The gradient of the weight, once all tiles are added."""
+        if self.weight_sum is None:
+            return self.weight
+        return self.weight_sum.result(self.head.weight.dtype)
+
     def results(self) -> Results:
-        return self.hidden_result(), self.weight, self.bias
+        return self.hidden_result(), self.weight_result(), self.bias
 
 
 def in_backward(
@@ -241,7 +254,9 @@ def in_forward(
         part, into = head.rows(rows), None if d_hidden is None else d_hidden[rows]
         size = rows.stop - rows.start
         if total is None:
-            total = Gradients(part, needs, hidden_dtype, plan.tile_columns, size, into, active)
+            total = Gradients(
+                part, needs, hidden_dtype, plan.tile_columns, size, into, active, plan.sum_weight
+            )
         else:
             total.restart(part, into)
         parked = total.weight if rows.start == 0 and plan.first_rows else None
@@ -260,7 +275,7 @@ def in_forward(
         if into is not None and formed is not None and formed is not into:
             into.copy_(formed)
     assert total is not None
-    return _recorded((d_hidden, total.weight, total.bias), active)
+    return _recorded((d_hidden, total.weight_result(), total.bias), active)
 
 
 def _recorded(results: Results, active: ActiveHidden | None) -> Results:

@@ -10,7 +10,8 @@ The schedules, cheapest first wherever they fit, in products of N·V·D multiply
   two factors a row, applied in backward. 1 product, +1 for each of dh and dW. Sums over blocks go
   straight into dW, which must have the dtype of the products. In 16 bits that rounds dW once for
   every block, and R roundings of growing sums err by sqrt((R + 1)/2) of a single one: at most two
-  blocks on a CPU (1.22), three on a GPU (1.41).
+  blocks on a CPU (1.22), three on a GPU (1.41). With more blocks a CPU sums dW in float32, where
+  half of the workspace can hold that.
 * ``recompute``: ``keep`` with s = 0.
 
 On a CPU the plan counts products: epilogues cost a few percent of one and memory traffic less, and
@@ -51,6 +52,7 @@ from ift_kernels.schedule.problem import Plan as Plan
 from ift_kernels.schedule.problem import Problem as Problem
 from ift_kernels.schedule.problem import tile as tile
 
+MIN_SUMMED_ROWS = 512  # of a block of `forward` whose dW is added to a float32 sum
 SCHEDULES = ("recompute", "keep", "forward")
 
 _forced = Setting[str | None]("ift_schedule", None)
@@ -117,6 +119,14 @@ def _by_rules(problem: Problem, reserved_bytes: int, schedule: str | None) -> Pl
             if block >= min(n, 128) and blocks <= max_blocks(p):
                 block = -(-n // blocks)  # of even size: a small last one would be slow
                 return in_forward(p, memory, block, across)
+        # More blocks than dW may be rounded for: a float32 sum, where half of the workspace has it.
+        sum_bytes = memory.weight_sum(across)
+        block = max(0, budget - sum_bytes - memory.block_fixed(across)) // memory.block_token(
+            across
+        )
+        if sum_bytes <= budget // 2 and block >= min(n, MIN_SUMMED_ROWS):
+            block = -(-n // -(-n // block))
+            return in_forward(p, memory, block, across, sum_weight=True)
     return in_backward(p, memory, rows, columns, keep, hidden_rows)
 
 

@@ -65,6 +65,7 @@ class Plan:
     # columns its products are in the workspace. The others wait in dW, which is not yet written.
     first_rows: int = 0
     first_columns: int = 0
+    sum_weight: bool = False  # of `forward`: dW is a float32 sum over blocks, cast at the end
 
     def blocks(self, rows: int) -> list[slice]:
         """The blocks of so many rows in `forward`."""
@@ -152,7 +153,7 @@ class Memory:
         if p.active is not None and n > p.active.block and not p.device.is_gpu:
             missing = p.active.block - 1  # whatever the rows of a block of `forward`
         self._block_column = self.cast + gathered + (missing + 64 * self._transposed) * itemsize
-        self._vocabulary = p.vocabulary
+        self._vocabulary, self._weight_width = p.vocabulary, p.width * p.need_weight
         # A GPU's `forward` forms dh of a block in one product, where it is returned.
         self._block_row = self.per_row
         if p.device.is_gpu and p.same_dtype and p.active is None:
@@ -179,6 +180,10 @@ class Memory:
         """For each row of a block of `forward`, in tiles of so many columns."""
         copied = columns * self._size * (self.copies - 1)
         return self._vocabulary * self._size + self._block_row + copied
+
+    def weight_sum(self, columns: int) -> int:
+        """Of a float32 sum of dW over blocks, and the product of a tile that is added to it."""
+        return self._weight_width * (4 * self._vocabulary + self._size * columns)
 
     def block_fixed(self, columns: int) -> int:
         """Beside that: a tile's transpose is 64 rows wider, and what goes with each column."""
@@ -237,11 +242,14 @@ def max_blocks(p: Problem) -> int:
     return MAX_ROUNDED_GPU if p.device.is_gpu else MAX_ROUNDED
 
 
-def in_forward(p: Problem, memory: Memory, rows: int, columns: int) -> Plan:
+def in_forward(
+    p: Problem, memory: Memory, rows: int, columns: int, sum_weight: bool = False
+) -> Plan:
     """`forward`, in blocks of `rows`."""
     peak = rows * memory.block_token(columns) + memory.block_fixed(columns)
-    products = 1.0 + p.gradients
-    return Plan("forward", rows, columns, p.vocabulary, products, max(p.rows, 1), 0, peak)
+    peak += memory.weight_sum(columns) * sum_weight
+    products, n = 1.0 + p.gradients, max(p.rows, 1)
+    return Plan("forward", rows, columns, p.vocabulary, products, n, 0, peak, sum_weight=sum_weight)
 
 
 def in_backward(

@@ -129,6 +129,7 @@ def test_peak_with_one_side_frozen(case, frozen, no_products):
 WIDE = {
     "bf16": (600, 1024, 4000, torch.bfloat16, True, 5),
     "bf16-two-blocks": (1000, 1024, 8000, torch.bfloat16, True, 16),
+    "bf16-summed": (3000, 64, 4000, torch.bfloat16, True, 8),
     "fp32": (1000, 2048, 4000, torch.float32, True, 8),
     "autocast": (600, 2048, 8000, torch.float32, False, 24),
     "odd-width": (4000, 100, 4000, torch.bfloat16, False, 5),

@@ -334,3 +334,28 @@ def test_the_active_set_has_the_schedule_of_exact(
     assert sparse.peak_bytes <= mib << 20
     area = sparse.tile_rows * sparse.tile_columns
     assert area >= exact.tile_rows * exact.tile_columns / 4 or rows == 1, (sparse, exact)
+
+
+@pytest.mark.parametrize("backend", ["reference", None], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "z_loss": 0.01}], ids=len)
+@pytest.mark.parametrize("gradient", ["exact", ActiveSet(0.0, 32, 512)], ids=["exact", "active"])
+def test_many_blocks_sum_dw_in_float32(backend, options, gradient):
+    """More than two blocks would round a bfloat16 dW once for each of them."""
+    hidden, weight, bias, target = head(3000, 64, 4000, torch.bfloat16)
+    with K.use_backend(backend) if backend else nullcontext():
+        problem = plan.explain(2571, 4000, 64, scalar=True, gradient=gradient, workspace=8 << 20)
+        assert problem.sum_weight and len(problem.blocks(2571)) > 2
+        loss = K.linear_cross_entropy(
+            hidden, weight, target, bias=bias, workspace=8 << 20, gradient=gradient, **options
+        )
+        got = torch.autograd.grad(1.7 * loss, [hidden, weight, bias])
+    h, w, b = (t.detach().double().requires_grad_() for t in (hidden, weight, bias))
+    logits = h @ w.T + b
+    if options:
+        logits = 20.0 * torch.tanh(logits / 20.0)
+    wanted = torch.nn.functional.cross_entropy(logits, target)
+    if options:
+        wanted = wanted + 0.01 * logits.logsumexp(1)[target >= 0].square().mean()
+    for a, e in zip(got, torch.autograd.grad(1.7 * wanted, [h, w, b]), strict=True):
+        assert a.dtype == torch.bfloat16
+        assert distance(a, e) < 6e-3
