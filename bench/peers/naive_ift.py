@@ -40,10 +40,10 @@ def naive_ift_loss(
             logits = model(inputs_embeds=embeds, attention_mask=attention_mask).logits
             predicted = naive_predict(logits, rule=rule, k=k, temperature=temperature)
     shifted = torch.cat([input_ids[:, :1], predicted[:, :-1]], dim=1)
-    further = torch.where(labels == -100, input_ids, shifted)
+    mixed_in = torch.where(labels == -100, input_ids, shifted)
     with torch.no_grad():
-        embeds_further = (embedding or model.get_input_embeddings())(further)
-    mixed = (1 - lam) * embeds + lam * embeds_further
+        mixed_in_embeds = (embedding or model.get_input_embeddings())(mixed_in)
+    mixed = (1 - lam) * embeds + lam * mixed_in_embeds
     logits = model(inputs_embeds=mixed, attention_mask=attention_mask).logits
     logprob, mask = naive_logprob(logits, labels)
     return naive_propagation_loss(

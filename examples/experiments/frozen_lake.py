@@ -87,9 +87,9 @@ def losses(net: nn.Module, lake: Lake) -> dict[str, Callable[[], Tensor]]:
     def of_ift() -> Tensor:
         with torch.no_grad():
             guess = net(seen[:1]).argmax(-1)
-            further = torch.eye(16).double()[lake.next[states[:1], guess]]
+            mixed_in = torch.eye(16).double()[lake.next[states[:1], guess]]
         mixed = seen[:1].clone()
-        mixed[:, 1:] = (1 - LAM) * seen[:1, 1:] + LAM * further[:, :-1]
+        mixed[:, 1:] = (1 - LAM) * seen[:1, 1:] + LAM * mixed_in[:, :-1]
         return ift_loss(logprob(net, mixed, 1), mask[:1])
 
     return {

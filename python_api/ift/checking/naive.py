@@ -6,7 +6,7 @@ released code are mended, each marked where it is:
 
 1. the softmax norm overwrote what its own backward needs;
 2. kind "mask" divided and summed bools;
-3. a row without response tokens, or with losses of 0 only, was 0/0 and poisoned the batch.
+3. a row without response tokens, or with losses of 0 only, was 0/0 and made the whole batch NaN.
 
 The two objectives that the released code does not have, "paper" and "algorithm1", are written out
 as sums over pairs of positions.
@@ -59,16 +59,16 @@ def naive_ift(model: Any, batch: dict[str, Any], config: IFTConfig) -> NaivePass
     # Position t is mixed with what was predicted for it, if it has a label: never the first one.
     mixed_at = labels != IGNORE_INDEX
     mixed_at[:, 0] = False
-    further, near_tie = None, False
+    mixed_in, near_tie = None, False
     if lam > 0:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         with torch.no_grad():
             logits = _logits(model(**inputs), labels)
         if logits is None:
             raise ValueError(f"batch: the logits of {type(model).__name__} do not fit its labels")
-        further = _predicted(model, logits, mixed_at, config)
+        mixed_in = _predicted(model, logits, mixed_at, config)
         near_tie = _has_near_tie(logits, mixed_at, config)
-    with _mixed_embeddings(model, ids, mixed_at, further, lam, config.embedding_grad):
+    with _mixed_embeddings(model, ids, mixed_at, mixed_in, lam, config.embedding_grad):
         output = model(**batch)
     logprob, mask = naive_logprob(output.logits, labels)
     loss = naive_propagation_loss(
@@ -134,11 +134,11 @@ def _mixed_embeddings(
     model: Any,
     ids: Tensor,
     mixed_at: Tensor,
-    further: Tensor | None,
+    mixed_in: Tensor | None,
     lam: float,
     embedding_grad: bool,
 ) -> Iterator[None]:
-    """Within it, the input embedding of `ids` is ``(1 - lam) * E(ids) + lam * further``."""
+    """Within it, the input embedding of `ids` is ``(1 - lam) * E(ids) + lam * mixed_in``."""
     calls = 0
 
     def replace(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
@@ -147,8 +147,8 @@ def _mixed_embeddings(
             return output
         calls += 1
         mixed = output.clone() if embedding_grad else output.detach().clone()
-        if further is not None:
-            mixed[mixed_at] = torch.lerp(mixed[mixed_at], further.to(mixed.dtype), lam)
+        if mixed_in is not None:
+            mixed[mixed_at] = torch.lerp(mixed[mixed_at], mixed_in.to(mixed.dtype), lam)
         return mixed
 
     handle = model.get_input_embeddings().register_forward_hook(replace, prepend=True)

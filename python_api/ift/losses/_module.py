@@ -145,7 +145,7 @@ def _init_of(fields: dict[str, inspect.Parameter]) -> Callable[..., None]:
     """An ``__init__`` with these keyword arguments.
 
     The class is no dataclass: FSDP and DDP take those among a forward's arguments apart and make
-    new ones, whose metrics nobody would see.
+    new ones, and their metrics would be lost.
     """
 
     def __init__(self: Loss, *args: Any, **options: Any) -> None:
