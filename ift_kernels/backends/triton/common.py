@@ -93,7 +93,7 @@ def merge_into(
     top, total, picked, has_target, e_z, e_sq, z_sum, second, at,  # float64 scalars; int64
     TRACK: tl.constexpr,
 ):  # fmt: skip
-    """Fold statistics of further columns, relative to their own maximum, into a running state.
+    """Merge statistics of more columns, relative to their own maximum, into a running state.
 
     The rows are MAX, SUM, TARGET, E_Z, E_SQ, Z_SUM and SECOND of contract.py.
     """

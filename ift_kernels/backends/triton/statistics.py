@@ -111,7 +111,7 @@ def merge_kernel(
     parts, source_stride, part_stride, argmax_stride, state_stride, length, columns, offset,
     TRACK: tl.constexpr,
 ):  # fmt: skip
-    """Fold `parts` states of a row, each of `length` columns, in order into the running one."""
+    """Merge `parts` states of a row, each of `length` columns, in order into the running one."""
     row = tl.program_id(0).to(tl.int64)
     source += row
     source_argmax += row
