@@ -4,7 +4,8 @@
 find what became slower, ``counts`` what became more, ``training`` compares gradients by what they
 train, and ``quick`` runs a short form of every suite. ``device`` is for a machine with a GPU: all
 that is to be known of it, the most telling first; ``tune`` finds launch configurations there.
-``static``, ``cuda-static`` and ``roofline`` need no GPU: kernels compiled for some, plans by a model.
+``static``, ``cuda-static`` and ``roofline`` need no GPU: kernels compiled for one, plans by a
+model.
 """
 
 from __future__ import annotations

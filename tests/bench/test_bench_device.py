@@ -11,13 +11,13 @@ import torch
 from bench.gpu import device, device_cells, device_run
 from bench.harness import measure
 from bench.harness.data import Wrong
-from bench.harness.machine import Budget
+from bench.harness.machine import ROOT, Budget
 from bench.harness.worker import Failed, Worker
 from bench.peers import heads
 from bench.suites import grid, head
 from ift.files import JsonlLog
 from ift_kernels import backends
-from processes import HANG
+from processes import HANG, SETTINGS, python
 
 NEVER = Budget(60.0 * HANG)
 ABOUT = {"sources": "one"}
@@ -32,22 +32,38 @@ def lines(path):
 # --- the whole way --------------------------------------------------------------------------------
 
 
-def dry_run(folder):
-    """The process that measures, in a worker: it sets what is read when kernels are loaded."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    options = ["--dry-run", "--plot", "--until", "1e12", "--output", folder]
-    return device.main(options)
+# The process that measures. Importing all of it must not touch a GPU: workers are forks of a
+# process that has done so, and a fork could not use it.
+MEASURES = """
+import sys
+import torch
+
+def refuse(*given):
+    raise SystemExit("CUDA was initialised")
+
+torch.cuda._lazy_init = refuse
+import bench.gpu.tune, ift, ift_kernels
+from bench.__main__ import main
+
+assert main(["--list"]) == 0
+code = main(["device", "--until=1e12", *sys.argv[1:]])
+assert not torch.cuda.is_initialized()
+sys.exit(code)
+"""
 
 
 def test_dry_run(tmp_path):
     """Every phase, with Triton interpreted; nothing fails, and `bench report` could read it."""
     pytest.importorskip("triton")
-    with Worker(1) as worker:
-        assert worker.call(dry_run, str(tmp_path)) == device.DONE
+    options = ["--dry-run", "--plot", "--output", tmp_path]
+    first = {"TRITON_INTERPRET": "1"}  # else --list would import Triton without it
+    done = python("-c", MEASURES, *options, cwd=ROOT, without=SETTINGS, **first)
+    assert done.returncode == device.DONE, done.stdout + done.stderr
+    assert "faster, for ift_kernels/backends/selection.py: {" in done.stdout
     found = lines(tmp_path / "device.jsonl")
     assert not [row for row in found if row["reason"]]
-    planned = {cell for phase in device_cells.phases(True) for cell in map(id, phase.cells)}
-    assert len(found) >= len(planned)  # here Triton is not interpreted, so it is in no plan
+    planned = sum(len(phase.cells) for phase in device_cells.phases(True))
+    assert len(found) > planned  # here Triton is not interpreted, so it is in no plan
     right = [row for row in found if row["phase"] == "correctness"]
     assert {row["implementation"] for row in right} == {"triton"}
     assert all(row["errors"]["calls"] > 0 for row in right)

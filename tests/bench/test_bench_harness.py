@@ -20,7 +20,7 @@ from bench.harness.worker import Failed, InProcess, Worker
 from bench.peers import heads
 from bench.report import pictures, tables
 from bench.suites import grid, head
-from processes import HANG, python
+from processes import HANG
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -132,29 +132,6 @@ def test_calls_in_this_process_fail_in_one_line():
         with pytest.raises(Failed, match=r"^ZeroDivisionError: .*$") as failed:
             worker.call(divmod, 7, 0)
     assert failed.value.__context__ is None  # which would hold on to the tensors of its frames
-
-
-# Modules, and what a session does before it measures.
-IMPORTS = """
-import torch
-
-def refuse(*given):
-    raise SystemExit("CUDA was initialised")
-
-torch.cuda._lazy_init = refuse
-import ift, ift_kernels
-import bench.gpu.device_run, bench.gpu.tune, bench.suites.command
-from bench.__main__ import main
-assert main(["--list"]) == 0
-assert not torch.cuda.is_initialized()
-print("fine")
-"""
-
-
-def test_importing_initialises_no_gpu():
-    """A worker is a fork of a process that has imported all of it."""
-    done = python("-c", IMPORTS, cwd=machine.ROOT)
-    assert done.stdout.endswith("fine\n"), done.stdout + done.stderr
 
 
 # --- how much is measured -------------------------------------------------------------------------
