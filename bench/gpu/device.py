@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,8 +42,9 @@ def parser() -> argparse.ArgumentParser:
 def supervise(command: Sequence[str], seconds: float) -> int:
     """Run the process that measures, again where it did not get to its end; an exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end the other process too
-    until, ended = time.time() + seconds, ""
-    while True:
+    until, ended, late = time.time() + seconds, "", False
+    while not late:
+        late = time.time() >= until  # one more process, which closes the log and writes reports
         process = subprocess.Popen([*command, f"--until={until}", *([ended] if ended else [])])
         try:
             code = process.wait()
@@ -51,6 +53,7 @@ def supervise(command: Sequence[str], seconds: float) -> int:
         if code in (DONE, FAILED, UNUSABLE, USAGE):
             return int(code != DONE)
         ended = f"--after={code}"
+    return 1
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -58,6 +61,10 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     if options.until is None:
         return supervise([sys.executable, "-m", "bench", "device", *arguments], options.seconds)
-    from bench.gpu import device_run  # imports torch and the peers: seconds
+    try:
+        from bench.gpu import device_run  # imports torch and the peers: seconds
 
-    return device_run.main(options)
+        return device_run.main(options)
+    except Exception:  # not of a measurement: a new process would end likewise
+        traceback.print_exc()
+        return UNUSABLE

@@ -149,20 +149,20 @@ def run(
             if budget.left() < 1 + 5 * cell.estimate + COMPILES * cell.compiled:
                 late += 1
                 continue
-            if phase.name != last:
-                device_cells.release_inputs()
-            last = phase.name
             log.append(row | {"begun": True})
             settings = Settings(
                 torch.get_num_threads(), phase.rounds, limits[0], in_process=True,
                 budget=Budget(min(SLICE, budget.left()) / 60),
             )  # fmt: skip
-            with guard(limits[cell.compiled]):
+            with guard(limits[cell.compiled]):  # all that may wait for a GPU
+                if phase.name != last:
+                    device_cells.release_inputs()
                 measure([cell], settings, progress)
+                usable, last = answers(), phase.name
             log.append(row | cell.record())
             found = cell.reason or tables.duration(cell.seconds) or "right"
             print(f"{phase.name}: {cell.case}, {cell.implementation}: {found}", flush=True)
-            if not answers():
+            if not usable:
                 return RENEW
     if late:
         print(f"no time was left for {late} measurements; run this again to go on")

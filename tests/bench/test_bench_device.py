@@ -222,6 +222,12 @@ def test_a_gpu_that_does_not_answer_gets_a_new_process(tmp_path, monkeypatch):
     assert [row["case"] for row in lines(log.path)] == ["0 works", "1 works"]
 
 
+def test_an_error_outside_a_measurement_ends_it(monkeypatch, capsys):
+    monkeypatch.setattr(device_run, "main", lambda options: 1 // 0)
+    assert device.main(["--until", "0"]) == device.UNUSABLE
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
 def test_no_time_is_begun_that_is_not_left(tmp_path, capsys):
     log = JsonlLog(tmp_path / "device.jsonl")
     cells = device_cells.ordered([plan(("works", "works"))])
@@ -231,11 +237,14 @@ def test_no_time_is_begun_that_is_not_left(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("codes", "code"),
-    [((0,), 0), ((3,), 1), ((4,), 1), ((2,), 1), ((1, 5, 0), 0), ((-9, 1, 3), 1)],
-)
-def test_the_process_that_measures_is_started_again(codes, code, tmp_path, monkeypatch):
-    """With the code that the last one ended with, until it gets to its end."""
+    ("codes", "seconds", "code"),
+    [
+        ((0,), 0, 0), ((3,), HANG, 1), ((4,), HANG, 1), ((2,), HANG, 1), ((1, 5, 0), HANG, 0),
+        ((-9, 1, 3), HANG, 1), ((1,), 0, 1),
+    ],
+)  # fmt: skip
+def test_the_process_that_measures_is_started_again(codes, seconds, code, tmp_path, monkeypatch):
+    """With the code that the last one ended with, until it gets to its end or time is over."""
     monkeypatch.setattr(signal, "signal", lambda *given: None)  # of pytest's own process
     script = f"""
 import os, sys, json
@@ -244,7 +253,7 @@ open(path, "a").write(json.dumps(sys.argv[1:]) + "\\n")
 code = {list(codes)!r}[len(open(path).readlines()) - 1]
 os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)
 """
-    assert device.supervise([sys.executable, "-c", script], 0.0) == code
+    assert device.supervise([sys.executable, "-c", script], seconds) == code
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     assert [call[1:] for call in calls] == [
         [], *([f"--after={before}"] for before in codes[:-1])
