@@ -12,6 +12,7 @@ begun is then marked as failed, and the rest goes on.
 from __future__ import annotations
 
 import argparse
+import importlib
 import signal
 import subprocess
 import sys
@@ -62,9 +63,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.until is None:
         return supervise([sys.executable, "-m", "bench", "device", *arguments], options.seconds)
     try:
-        from bench.gpu import device_run  # imports torch and the peers: seconds
-
-        return device_run.main(options)
+        # By name, as `bench.__main__` does: it imports torch and the peers, which takes seconds.
+        return int(importlib.import_module("bench.gpu.device_run").main(options))
     except Exception:  # not of a measurement: a new process would end likewise
         traceback.print_exc()
         return UNUSABLE
