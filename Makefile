@@ -33,11 +33,11 @@ prove: $(VENV)/dev.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m bench quick $(ARGS)
 
-# On a machine with a GPU: PART=tests|head|active|ops|losses|e2e|tune, all of them without; run it again to
-# go on where it stopped. DRY=1 goes the same way on a CPU. MINUTES=8 is for each part.
+# On a machine with a GPU: all that is to be known of it, with pictures; run it again to go on where
+# it stopped. SECONDS=90 gives a first answer, DRY=1 goes the same way on a CPU.
 gpu: $(VENV)/dev.stamp
-	$(BIN)/python -m bench gpu $(if $(PART),--part $(PART)) $(if $(DRY),--dry-run) \
-		$(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+	$(BIN)/python -m bench device --plot $(if $(DRY),--dry-run) \
+		$(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
 
 # What CI runs, and what pre-commit runs on every commit.
 lint: $(VENV)/dev.stamp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,8 +13,7 @@ COMMANDS = {
     "report": ("report.pages", "main"), "quick": ("suites.command", "quick"),
     "compare": ("report.compare", "compare"), "run": ("report.compare", "run_base"),
     "counts": ("suites.counts", "main"), "training": ("suites.active", "train"),
-    "lmlike": ("harness.data", "main"), "gpu": ("gpu.run", "main"),
-    "tune": ("gpu.tune", "tune"), "backends": ("gpu.tune", "backends"),
+    "device": ("gpu.device", "main"), "tune": ("gpu.tune", "tune"),
     "static": ("gpu.static", "main"), "cuda-static": ("gpu.cuda_static", "main"),
     "roofline": ("gpu.roofline", "main"),
 }  # fmt: skip
@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = given[0] if given else ""
+    if "--dry-run" in given:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are loaded
     module, function = COMMANDS.get(name, ("suites.command", "main"))
     run = getattr(importlib.import_module(f"bench.{module}"), function)
     return int(run(given[1:] if name in COMMANDS else given))

@@ -1,15 +1,13 @@
-"""Kernels on this GPU: the backends beside each other, and launch configurations of Triton.
+"""Launch configurations of the Triton backend: measured, and written to its table.
 
-``backends``: every function of the backends that serve a device. Time on a large shape, as a share
-of the bandwidth of a copy of the same size; and what a call costs the host on 16 rows, below the
-operators that users call. What is faster goes to the table `FASTER` of
-ift_kernels/backends/selection.py.
-
-``tune``: launch configurations of the Triton backend, measured and written to its table. Every
-candidate is checked before it is timed: its result must be that of the committed configuration.
+Every candidate is checked before it is timed: its result must be that of the committed
+configuration. What counts most comes first: kernels by their share of a training step at 8192
+tokens, width 4096 and 128256 ids, and of each the committed configuration and those next to it. A
+round takes one candidate of every kernel, and the table is written after each measurement, so the
+best so far is safe whenever the time is over.
 
 ``--dry-run`` goes the whole way without a GPU, in Triton's interpreter, on shapes so small that the
-times mean nothing; ``tune`` then writes only where ``--output`` says.
+times mean nothing, and writes only where ``--output`` says.
 """
 
 from __future__ import annotations
@@ -17,27 +15,23 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import statistics
-import subprocess
-import sys
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 import ift_kernels
 from bench.harness import data, machine
-from bench.harness.machine import provenance, synchronize
-from bench.report.tables import Table, percent, terminal
+from bench.harness.machine import provenance
+from bench.harness.measure import Subject, seconds
+from ift.files import write_text
 from ift_kernels import backends as installed
 from ift_kernels.backends import contract
 from ift_kernels.common.transform import LogitTransform
 
-CLEARLY = 0.97  # of the time of the backend that comes first
 PLAIN = LogitTransform()
 Configs = list[dict[str, int]]
 
@@ -71,8 +65,8 @@ def calls(
     backend: contract.Backend, device: torch.device, rows: int, columns: int
 ) -> dict[str, Call]:
     """By name of the function; bfloat16 logits, float32 sequences."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, columns, generator=generator).to(device, torch.bfloat16)
+    on: Any = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    x = torch.randn(rows, columns, **on).bfloat16()
     target = torch.arange(rows, device=device) % columns
     level = x.float().amax(1) - 2
     norm = torch.stack([x.float().amax(1), torch.full((rows,), 3.0, device=device)])
@@ -84,11 +78,11 @@ def calls(
     ids = torch.full((rows, 2), -1, device=device)
     best, logit = torch.full((2, rows), -torch.inf, device=device)
     drawn = torch.zeros_like(target)
-    row_weights = torch.rand(rows, generator=generator).to(device)
-    sequence = torch.randn(rows, columns, generator=generator).to(device)
+    row_weights = torch.rand(rows, **on)
+    sequence = torch.randn(rows, columns, **on)
     table = x[: max(rows // 4, 1)]
     tokens = torch.arange(rows, device=device)[None] % len(table)
-    grad = torch.randn(1, rows, columns, generator=generator).to(device, torch.bfloat16)
+    grad = torch.randn(1, rows, columns, **on).bfloat16()
     chunk, moved = contract.Chunk(x), x.numel() * x.element_size()
     mixing = (tokens, tokens.roll(1, 1), tokens, None, 0.2, -100)
     # Every eighth column is active, in blocks and buckets of the default size.
@@ -97,7 +91,7 @@ def calls(
     few = few.expand(-(-rows // block), -1).contiguous()
     active = x.new_zeros(block * len(few) * width)
     tails = torch.zeros(-(-columns // bucket), rows, device=device)
-    tail_weights = torch.rand(columns, generator=generator).to(device)
+    tail_weights = torch.rand(columns, **on)
 
     def new_state() -> None:
         for tensor, first in zip(state, contract.new_state(rows, device), strict=True):
@@ -145,24 +139,6 @@ def calls(
     }  # fmt: skip
 
 
-def seconds(
-    run: Callable[[], Any], device: torch.device, samples: int, repeats: int = 1, wait: bool = True
-) -> float:
-    """Median time of a call; without `wait` that of the host alone."""
-    run()
-    times = []
-    for _ in range(samples):
-        synchronize(device)
-        start = machine.now()
-        for _ in range(repeats):
-            run()
-        if wait:
-            synchronize(device)
-        times.append((machine.now() - start) / repeats)
-        synchronize(device)
-    return statistics.median(times)
-
-
 def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
     """Whether two results agree but for rounding; ids may differ where logits nearly tie."""
     for a, b in zip(found, wanted, strict=True):
@@ -174,95 +150,6 @@ def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
     return True
 
 
-def parser(name: str, about: str) -> argparse.ArgumentParser:
-    """Options of both commands."""
-    found = argparse.ArgumentParser(prog=f"python -m bench {name}", description=about)
-    found.add_argument("--dry-run", action="store_true", help="in the interpreter; no GPU needed")
-    return found
-
-
-def interpreted(name: str, dry: bool, arguments: Sequence[str]) -> torch.device:
-    """The device to measure; a dry run starts again in a new process, and this one ends with it.
-
-    TRITON_INTERPRET decides when kernels are loaded.
-    """
-    if not dry and not torch.cuda.is_available():
-        raise SystemExit(f"python -m bench {name}: torch sees no GPU; --dry-run goes without one")
-    if dry and os.environ.get("TRITON_INTERPRET") != "1":
-        again = [sys.executable, "-m", "bench", name, *arguments]
-        env = {**os.environ, "TRITON_INTERPRET": "1"}
-        raise SystemExit(subprocess.run(again, env=env).returncode)
-    return torch.device("cpu") if dry else torch.device("cuda", 0)
-
-
-# --- backends -------------------------------------------------------------------------------------
-
-
-def compare(device: torch.device, dry: bool) -> dict[str, Any]:
-    """Rows of the report, the bandwidth of a copy, and the table of what is faster."""
-    serving = {
-        name: module
-        for name, module in installed.BACKENDS.items()
-        if not module.unsupported_reason(device, torch.bfloat16)
-    }
-    large, small = ((5, 96), (3, 40)) if dry else ((8192, 32000), (16, 1024))
-    samples, repeats = (1, 1) if dry else (5, 20)
-    source = torch.zeros(large, dtype=torch.bfloat16, device=device)
-    goal = torch.empty_like(source)
-    copy = seconds(lambda: goal.copy_(source), device, samples, repeats)
-    copy_rate = 2 * source.numel() * source.element_size() / copy
-    reference = calls(installed.BACKENDS["reference"], device, *large)
-    expected = {name: call.fresh() for name, call in reference.items()}
-    del reference
-    rows: list[dict[str, Any]] = []
-    for backend_name, backend in serving.items():
-        few = calls(backend, device, *small)
-        for name, call in calls(backend, device, *large).items():
-            row: dict[str, Any] = {"function": name, "backend": backend_name}
-            rows.append(row)
-            if not same(call.fresh(), expected[name]):
-                row["refused"] = "another result than the reference"
-                continue
-            row["seconds"] = seconds(call.run, device, samples, repeats)
-            row["of_copy"] = call.bytes / row["seconds"] / copy_rate
-            row["overhead"] = seconds(few[name].run, device, samples, 10 * repeats, wait=False)
-    rows.sort(key=lambda row: list(expected).index(row["function"]))
-    return {"copy_bytes_per_second": copy_rate, "rows": rows, "faster": faster(rows)}
-
-
-def faster(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """By function, the backend that clearly beats the one that would serve without a table."""
-    found = {}
-    for name in dict.fromkeys(row["function"] for row in rows):
-        timed = [row for row in rows if row["function"] == name and "seconds" in row]
-        best = min(timed, key=lambda row: row["seconds"], default=None)
-        if best and best["seconds"] < CLEARLY * timed[0]["seconds"]:
-            found[name] = best["backend"]
-    return found
-
-
-def backends(arguments: Sequence[str]) -> int:
-    """``python -m bench backends``: every function of the backends beside each other."""
-    options_of = parser("backends", backends.__doc__ or "")
-    options_of.add_argument("--json", type=Path, help="write everything measured")
-    options = options_of.parse_args(arguments)
-    device = interpreted("backends", options.dry_run, arguments)
-    found = compare(device, options.dry_run)
-    rows = [
-        [row["function"], row["backend"], row["refused"], "", ""] if "refused" in row else
-        [row["function"], row["backend"], f"{1e6 * row['seconds']:.1f}",
-         percent(row["of_copy"], 0), f"{1e6 * row['overhead']:.1f}"]
-        for row in found["rows"]
-    ]  # fmt: skip
-    head = ("function", "backend", "µs", "of copy", "µs on the host, 16 rows")
-    Console(width=110).print(terminal(Table("", head, rows)))
-    print(f"faster, for ift_kernels/backends/selection.py: {found['faster']}")
-    if options.json:
-        about = {"provenance": provenance(device, torch.get_num_threads())}
-        options.json.write_text(json.dumps(about | found, indent=2) + "\n", encoding="utf-8")
-    return 1 if any("refused" in row for row in found["rows"]) else 0
-
-
 # --- tune -----------------------------------------------------------------------------------------
 
 
@@ -272,20 +159,21 @@ def grid(**values: tuple[int, ...]) -> Configs:
 
 
 ROWWISE = grid(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8))
-# Kernel → the function that launches it, and candidates.
+# Kernel → the function that launches it, and candidates; by their share of a training step.
 EPILOGUES = {
-    "stats": ("stats_update", ROWWISE), "dlogits": ("dlogits_", ROWWISE),
-    "top_k": ("top_k_update", ROWWISE), "gumbel": ("gumbel_update", ROWWISE),
-    "scan": ("scan", ROWWISE), "residual": ("residual", ROWWISE),
-    "mask": ("active_mask", grid(ROWS=(16, 32), BLOCK=(64, 128), num_warps=(2, 4, 8))),
+    "dlogits": ("dlogits_", ROWWISE), "stats": ("stats_update", ROWWISE),
     "split": ("split_active", grid(ROWS=(8, 16, 32), BLOCK=(64, 128, 256), num_warps=(4, 8))),
+    "mask": ("active_mask", grid(ROWS=(16, 32), BLOCK=(64, 128), num_warps=(2, 4, 8))),
     "segments": ("bucket_sums", grid(ITEMS=(4, 8, 16), BLOCK=(128, 256, 512), num_warps=(2, 4))),
+    "residual": ("residual", ROWWISE), "scan": ("scan", ROWWISE),
+    "top_k": ("top_k_update", ROWWISE), "gumbel": ("gumbel_update", ROWWISE),
 }  # fmt: skip
 CANDIDATES: dict[str, Configs] = {name: some for name, (_, some) in EPILOGUES.items()} | {
     "fused": grid(ROWS=(64, 128), COLUMNS=(16, 32, 64, 128), INNER=(32, 64), num_warps=(4, 8),
                   num_stages=(2, 3, 4)),
     "forward": grid(FUSED=(0, 1)),
 }  # fmt: skip
+FLAGSHIP = ("wide", "wide-all", "half")  # classes of its tiles, and of 16-bit products
 
 
 def subjects(dry: bool, device: torch.device) -> Iterator[tuple[str, str, Call]]:
@@ -307,8 +195,8 @@ def _products(
     from ift_kernels.backends.triton.fused import fused_statistics  # imports Triton
 
     n, d, v = (20, 16, 300) if dry else (8192, 4096, 32000)
-    made = data.generate(n, d, v, dtype=dtype)
-    hidden, weight, target = (t.to(device) for t in (made.hidden, made.weight, made.target))
+    made = data.generate(n, d, v, dtype=dtype, device=str(device))
+    hidden, weight, target = made.hidden, made.weight, made.target
 
     def fused(track: int) -> list[Tensor]:
         state = contract.new_state(n, device)
@@ -326,42 +214,63 @@ def _products(
     yield "forward", kind, returning(forward)
 
 
-def measure(device: torch.device, dry: bool, only: list[str] | None) -> dict[str, Any]:
-    """What is fastest: {kernel: {class: configuration}}, and all times."""
+def candidates(kernel: str, committed: dict[str, int]) -> Configs:
+    """The committed configuration, then the others, the nearest first."""
+
+    def distance(values: dict[str, int]) -> float:
+        steps = (max(v, 1) / max(committed.get(name, v), 1) for name, v in values.items())
+        return sum(abs(math.log2(step)) for step in steps)
+
+    return [committed, *sorted((c for c in CANDIDATES[kernel] if c != committed), key=distance)]
+
+
+def measure(
+    device: torch.device, dry: bool, only: list[str] | None, budget: machine.Budget
+) -> Iterator[dict[str, Any]]:
+    """The rows of the table of times, one by one: a configuration each, in rounds of kernels."""
     from ift_kernels.backends.triton import launch  # imports Triton
 
-    best: dict[str, dict[str, Any]] = {}
-    times: list[dict[str, Any]] = []
-    for kernel, kind, call in subjects(dry, device):
-        if only and kernel not in only:
-            continue
-        wanted, some = call.fresh(), CANDIDATES[kernel]
-        results = []
-        for values in some[:: max(1, len(some) // 2)] if dry else some:
+    def attempts(kernel: str, kind: str, call: Call) -> Iterator[dict[str, Any]]:
+        committed = launch.config(kernel, kind, device)
+        wanted = call.fresh()
+        timed = Subject(call.run, call.run, lambda result: {}, device)
+        some = candidates(kernel, committed)
+        for values in some[:2] if dry else some:
             row: dict[str, Any] = {"kernel": kernel, "class": kind, "config": values}
             with launch.use_config(kernel, values):
                 try:
                     if same(call.fresh(), wanted):
-                        row["seconds"] = seconds(call.run, device, 1 if dry else 30)
-                        results.append((row["seconds"], values))
+                        row["seconds"] = seconds(timed, 1 if dry else 9)
                     else:
                         row["refused"] = "another result"
                 except Exception as error:  # more shared memory than there is, say
                     row["refused"] = f"{type(error).__name__}: {error}".splitlines()[0]
-            times.append(row)
-        if results:
-            best.setdefault(kernel, {})[kind] = min(results, key=lambda r: r[0])[1]
-    return {"best": best, "times": times}
+            yield row
+
+    found = [s for s in subjects(dry, device) if not only or s[0] in only]
+    found.sort(key=lambda s: (s[1] not in FLAGSHIP, list(CANDIDATES).index(s[0])))
+    waiting = [attempts(*subject) for subject in found]
+    while waiting:
+        for each in tuple(waiting):
+            if budget.left() <= 0:
+                return
+            row = next(each, None)
+            if row is None:
+                waiting.remove(each)
+            else:
+                yield row
 
 
-def write(path: Path, architecture: str, found: dict[str, Any], about: dict[str, Any]) -> None:
+def write(
+    path: Path, table: dict[str, Any], architecture: str, rows: list[dict[str, Any]],
+    about: dict[str, Any],
+) -> None:  # fmt: skip
     """Put what was found into the table, beside what other architectures have."""
-    table = json.loads(path.read_text(encoding="utf-8"))
     of_arch = table["architectures"].setdefault(architecture, {})
-    for kernel, kinds in found["best"].items():
-        of_arch.setdefault(kernel, {}).update(kinds)
-    table["measured"][architecture] = {"provenance": about, "times": found["times"]}
-    path.write_text(format_table(table), encoding="utf-8")
+    for row in sorted((r for r in rows if "seconds" in r), key=lambda r: -r["seconds"]):
+        of_arch.setdefault(row["kernel"], {})[row["class"]] = row["config"]  # the fastest is last
+    table["measured"][architecture] = {"provenance": about, "times": rows}
+    write_text(path, format_table(table))
 
 
 def format_table(table: dict[str, Any]) -> str:
@@ -380,23 +289,28 @@ def format_table(table: dict[str, Any]) -> str:
 
 def tune(arguments: Sequence[str]) -> int:
     """``python -m bench tune``: launch configurations of the Triton backend."""
-    options_of = parser("tune", tune.__doc__ or "")
+    options_of = argparse.ArgumentParser(prog="python -m bench tune", description=__doc__)
+    options_of.add_argument("--dry-run", action="store_true", help="in the interpreter; no GPU")
     options_of.add_argument("--kernels", nargs="+", choices=CANDIDATES, help="default: all")
+    options_of.add_argument("--minutes", type=float, default=8.0, help="time budget (8)")
     options_of.add_argument("--output", type=Path, help="default: the committed table")
     options = options_of.parse_args(arguments)
-    device = interpreted("tune", options.dry_run, arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        options_of.error("torch sees no GPU; --dry-run goes without one")
+    device = torch.device("cpu") if options.dry_run else torch.device("cuda", 0)
     from ift_kernels.backends.triton import launch  # imports Triton
 
-    with ift_kernels.use_backend("triton"):
-        found = measure(device, options.dry_run, options.kernels)
-    for row in found["times"]:
-        what = f"{row['seconds'] * 1e6:10.1f} µs" if "seconds" in row else row["refused"]
-        print(f"{row['kernel']:10} {row['class']:8} {json.dumps(row['config']):50} {what}")
     output = options.output or (None if options.dry_run else launch.TABLE)
-    if output is not None:
-        if not output.exists():
-            output.write_text(launch.TABLE.read_text(encoding="utf-8"), encoding="utf-8")
-        about = provenance(device, torch.get_num_threads())
-        write(output, launch.architecture(device.index), found, about)
-        print(f"written: {output}")
-    return 0 if found["best"] else 1
+    source = output if output is not None and output.exists() else launch.TABLE
+    table = json.loads(source.read_text(encoding="utf-8"))
+    about, rows = provenance(device, torch.get_num_threads()), []
+    with ift_kernels.use_backend("triton"):
+        budget = machine.Budget(options.minutes)
+        for row in measure(device, options.dry_run, options.kernels, budget):
+            rows.append(row)
+            if output is not None:
+                write(output, table, launch.architecture(device.index), rows, about)
+            what = f"{row['seconds'] * 1e6:10.1f} µs" if "seconds" in row else row["refused"]
+            print(f"{row['kernel']:10} {row['class']:8} {json.dumps(row['config']):50} {what}",
+                  flush=True)  # fmt: skip
+    return 0 if any("seconds" in row for row in rows) else 1

@@ -18,7 +18,7 @@ so no probability depends on it, but a gradient does whose rows have lost their 
 
 Calibrated on three figures published for Qwen2.5-0.5B (V = 151936): 0.125 % of probabilities exceed
 2⁻¹²; of 128 × 128 tiles of tokens and ids 61 % hold one that does, and 99 % when the vocabulary is
-permuted. `survival` measures them; ``python -m bench lmlike`` prints them.
+permuted. `survival` measures them, and every report has those of its own data.
 
 `exact` is the reference in fp64, on a sample small enough to keep, and `Errors` compares results
 with it. The log-sum-exp of every row is exact. Gradients are compared on some rows (of hidden) and
@@ -27,9 +27,8 @@ some columns (of weight): any upstream gradient then needs no further pass over 
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -70,9 +69,11 @@ class Data:
 
 def generate(
     rows: int, width: int, vocabulary: int, *, dtype: torch.dtype = torch.float32,
-    shape: Shape | None = None, seed: int = 0,
+    shape: Shape | None = None, seed: int = 0, device: str = "cpu",
 ) -> Data:  # fmt: skip
     """LM-like data of N = `rows`, D = `width`, V = `vocabulary`, the same for the same seed.
+
+    A device has random numbers of its own: the data are as LM-like there, but not the same.
 
     Raises:
         ValueError: a width below 8, which cannot hold the directions it takes.
@@ -80,10 +81,10 @@ def generate(
     if width < 8:
         raise ValueError(f"width: expected at least 8, got {width}")
     shape = shape or Shape()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
+        return torch.randn(size, generator=generator, device=device)
 
     # One direction is frequency, the same at every position; all else is orthogonal to it.
     common = _unit(normal(width))
@@ -91,9 +92,9 @@ def generate(
     def directions(x: Tensor) -> Tensor:
         return _unit(x - (x @ common)[:, None] * common)
 
-    order = torch.arange(1, vocabulary + 1).log() + shape.disorder * normal(vocabulary)
-    log_rank = torch.empty(vocabulary)
-    log_rank[order.argsort()] = torch.arange(1, vocabulary + 1).log()
+    log_place = torch.arange(1, vocabulary + 1, device=device).log()
+    log_rank = torch.empty_like(log_place)
+    log_rank[(log_place + shape.disorder * normal(vocabulary)).argsort()] = log_place
     frequency = -shape.slope * (log_rank - log_rank.mean())
     scale = math.sqrt(width)
     own = directions(normal(vocabulary, width))
@@ -103,7 +104,7 @@ def generate(
     mixed = math.sqrt(shape.shared) * documents[:rows]
     mixed += math.sqrt(1 - shape.shared) * normal(rows, width)
     position = spread * scale * directions(mixed)
-    target = torch.empty(rows, dtype=torch.int64)
+    target = torch.empty(rows, dtype=torch.int64, device=device)
     for part in _blocks(rows):
         p = (position[part] @ own.T + frequency).softmax(-1)
         target[part] = torch.multinomial(p, 1, generator=generator)[:, 0]
@@ -127,6 +128,7 @@ def survival(data: Data, *, threshold: float = THRESHOLD, seed: int = 1) -> dict
     """
     vocabulary = data.weight.shape[0]
     permutation = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed))
+    permutation = permutation.to(data.weight.device)
     weight = data.weight.float()
     sums = dict.fromkeys(("above", "natural", "permuted", "k", "loss"), 0.0)
     blocks = 0
@@ -156,25 +158,6 @@ def _tiles(some: Tensor) -> float:
     """Share of tiles of ids with any of them active."""
     whole = max(some.shape[0] // TILE, 1)
     return some[: whole * TILE].view(whole, -1).any(1).float().mean().item()
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Print the figures of the calibrated shape beside the published ones."""
-    parser = argparse.ArgumentParser(prog="python -m bench lmlike", description=main.__doc__)
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--vocabulary", type=int, default=151936)
-    parser.add_argument("--seed", type=int, default=0)
-    for name, value in vars(Shape()).items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
-    options = vars(parser.parse_args(arguments))
-    sizes = [options.pop(name) for name in ("rows", "width", "vocabulary")]
-    seed = options.pop("seed")
-    measured = survival(generate(*sizes, shape=Shape(**options), seed=seed))
-    for name, value in measured.items():
-        known = f"   published {PUBLISHED[name]:.3%}" if name in PUBLISHED else ""
-        print(f"{name:<9}" + (f"{value:8.2f}" if name == "loss" else f"{value:8.3%}") + known)
-    return 0
 
 
 # --- the exact result -----------------------------------------------------------------------------

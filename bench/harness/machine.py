@@ -216,7 +216,10 @@ def clocks(device: torch.device) -> dict[str, str]:
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except subprocess.TimeoutExpired:  # of a GPU that does not answer
+        return {}
     lines = done.stdout.splitlines() if done.returncode == 0 else []
     at = device.index or 0
     values = lines[at].split(", ") if at < len(lines) else []

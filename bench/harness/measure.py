@@ -7,6 +7,9 @@
    users have, unless an option makes it keep what it frees. How many rounds a cell gets depends on
    its time and the budget; calls so long that a budget would not hold a second one keep the first.
 
+On a GPU all of this is in one process: torch's allocator keeps the peak of a call in the place of a
+fresh process, and what a cell has made is released with its group.
+
 A group (one shape and dtype) shares its inputs and its rounds: ratios are meant within a group.
 """
 
@@ -26,7 +29,7 @@ import torch
 from bench.harness import machine
 from bench.harness.data import Wrong
 from bench.harness.machine import Budget, freed_at_once, keep_freed, observe, synchronize
-from bench.harness.worker import Failed, Worker
+from bench.harness.worker import Failed, InProcess, Worker, release
 
 # A call at least this long counts as a sample though it was made in a fresh process: what a first
 # call costs on top (kernels generated, code paged in) is milliseconds.
@@ -63,6 +66,7 @@ class Cell:
     memory: bool = True  # does its memory mean anything?
     compiled: bool = False  # first called in the process that is kept, so that it compiles once
     samples: list[float] = field(default_factory=list)  # seconds
+    host_samples: list[float] = field(default_factory=list)  # of a GPU: until the call returned
     extra_bytes: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
     reason: str = ""  # why there are no samples
@@ -88,7 +92,10 @@ class Cell:
         """What a report keeps of it."""
         names = ("case", "implementation", "seconds", "spread", "samples", "extra_bytes", "errors",
                  "reason")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        if self.host_samples:
+            found["host_seconds"] = statistics.median(self.host_samples)
+        return found
 
 
 Records = Iterator[dict[str, Any]]
@@ -130,6 +137,11 @@ class Settings:
     keep_freed: bool = False  # do the processes that are timed keep the memory that they free?
     # For everything; cells get fewer rounds, never none.
     budget: Budget = field(default_factory=lambda: Budget(minutes=8))
+    in_process: bool = False  # measure in this process, as a GPU wants it
+
+    def worker(self) -> Worker | InProcess:
+        """What makes calls."""
+        return InProcess() if self.in_process else Worker(self.threads)
 
 
 def measure(
@@ -203,13 +215,13 @@ class Crew:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, Worker | InProcess] = {}
 
     def call(self, cell: Cell, function: Callable[..., Any], *arguments: Any) -> Any:
         """``function(cell.prepare, cell.arguments, *arguments)`` in the worker of `cell`."""
         name = cell.implementation
         if name not in self._workers:
-            self._workers[name] = Worker(self._settings.threads)
+            self._workers[name] = self._settings.worker()
             if self._settings.keep_freed:
                 self._workers[name].call(keep_freed)
         try:
@@ -218,7 +230,9 @@ class Crew:
             self._workers.pop(name).close()
             raise
 
-    def call_in(self, worker: Worker, cell: Cell, function: Callable[..., Any], *rest: Any) -> Any:
+    def call_in(
+        self, worker: Worker | InProcess, cell: Cell, function: Callable[..., Any], *rest: Any
+    ) -> Any:
         """The same in any worker, with time for inputs and check, or for a compilation."""
         limit = self._settings.limit
         limit = 2 * limit + 120 if cell.compiled else limit + 20
@@ -230,13 +244,14 @@ class Crew:
     def __exit__(self, *_: object) -> None:
         for worker in self._workers.values():
             worker.close()
+        forget()
 
 
 def _first(cell: Cell, settings: Settings, crew: Crew) -> None:
     """Memory, errors and a first time of a cell."""
     try:
         if cell.fresh:
-            with Worker(settings.threads) as worker:
+            with settings.worker() as worker:
                 found = crew.call_in(worker, cell, _observe, settings.limit)
         else:
             found = crew.call(cell, _observe, settings.limit)
@@ -256,7 +271,9 @@ def _again(cell: Cell, crew: Crew) -> None:
     """One sample."""
     time.sleep(PAUSE)
     try:
-        cell.samples.append(crew.call(cell, _sample, cell.estimate))
+        seconds, host = crew.call(cell, _sample, cell.estimate)
+        cell.samples.append(seconds)
+        cell.host_samples += [] if host is None else [host]
     except Failed as failure:
         cell.reason = str(failure)
 
@@ -265,9 +282,10 @@ def _observe(
     prepare: Callable[..., Subject], arguments: tuple[Any, ...], limit: float
 ) -> dict[str, Any]:
     """In the worker: memory, errors and time of a first call."""
-    subject = prepare(*arguments)
+    subject = _subject(prepare, arguments)
+    compiles = subject.compiled or subject.device.type == "cuda"
     with freed_at_once():
-        (subject.call if subject.compiled else subject.warm)()
+        (subject.call if compiles else subject.warm)()
         result, seconds, extra = observe(subject.call, subject.device)
     errors: dict[str, float] = {}
     wrong = ""
@@ -287,8 +305,11 @@ def peak_bytes(
     Raises:
         Failed: the call failed, took longer than the limit, or this system reports no memory.
     """
-    with Worker(settings.threads) as worker:  # a limit of 0 s: nothing is checked
-        found = worker.call(_observe, prepare, arguments, 0.0, limit=settings.limit + 20)
+    try:
+        with settings.worker() as worker:  # a limit of 0 s: nothing is checked
+            found = worker.call(_observe, prepare, arguments, 0.0, limit=settings.limit + 20)
+    finally:
+        forget()
     if found["extra_bytes"] is None:
         raise Failed("this system does not report the memory of a process")
     return int(found["extra_bytes"])
@@ -300,24 +321,48 @@ def due(turn: int, count: int, rounds: int) -> bool:
 
 
 @functools.cache
+def _subject(prepare: Callable[..., Subject], arguments: tuple[Any, ...]) -> Subject:
+    """In the process that measures: made once, for memory and time."""
+    return prepare(*arguments)
+
+
+def forget() -> None:
+    """Release the subjects of this process."""
+    _ready.cache_clear()
+    _subject.cache_clear()
+    release()
+
+
+@functools.cache
 def _ready(
     prepare: Callable[..., Subject], arguments: tuple[Any, ...], estimate: float
 ) -> tuple[Subject, int]:
     """In a kept worker: a subject after its first call, and how often a sample repeats it."""
-    subject = prepare(*arguments)
+    subject = _subject(prepare, arguments)
     (subject.call if subject.compiled or estimate < LONG else subject.warm)()
-    return subject, 1 if estimate >= LONG else max(1, math.ceil(SAMPLE / _time(subject, 1)))
+    return subject, 1 if estimate >= LONG else max(1, math.ceil(SAMPLE / _time(subject, 1)[0]))
 
 
-def _sample(prepare: Callable[..., Subject], arguments: tuple[Any, ...], estimate: float) -> float:
+def _sample(
+    prepare: Callable[..., Subject], arguments: tuple[Any, ...], estimate: float
+) -> tuple[float, float | None]:
     subject, repeats = _ready(prepare, arguments, estimate)
     if repeats > 1:
         subject.call()  # caches have seen other processes since
     return _time(subject, repeats)
 
 
-def _time(subject: Subject, repeats: int) -> float:
-    """Mean seconds of `repeats` calls. What the last one returns is freed after the clock stops."""
+def seconds(subject: Subject, samples: int) -> float:
+    """Median time of a call, after one that fills caches."""
+    subject.call()
+    return statistics.median(_time(subject, 1)[0] for _ in range(samples))
+
+
+def _time(subject: Subject, repeats: int) -> tuple[float, float | None]:
+    """Mean seconds of `repeats` calls, and of a GPU those until the first of them returned.
+
+    What the last one returns is freed after the clock stops.
+    """
     if subject.device.type == "cuda" and not subject.host:
         return _device_time(subject, repeats)
     result = None
@@ -330,27 +375,32 @@ def _time(subject: Subject, repeats: int) -> float:
     synchronize(subject.device)
     seconds = (machine.now() - start) / done
     del result
-    return seconds
+    return seconds, None
 
 
-def _device_time(subject: Subject, repeats: int) -> float:
+def _device_time(subject: Subject, repeats: int) -> tuple[float, float]:
     """The same by the GPU's own clock, each call with cold caches.
 
     Writing over the second-level cache also gives the host a head start: its launches are seen only
-    where the GPU has to wait for them.
+    where the GPU has to wait for them. So the host's own time is reported beside it, of the first
+    call: later ones may wait for a place in the queue.
     """
     cold = _cold(subject.device)
-    marks = []
-    for _ in range(repeats):
+    synchronize(subject.device)
+    marks, host = [], 0.0
+    for at in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         cold.zero_()
         start.record()
+        begun = machine.now()
         result = subject.call()
+        if not at:
+            host = machine.now() - begun
         end.record()
         marks.append((start, end))
     synchronize(subject.device)
     del result
-    return sum(start.elapsed_time(end) for start, end in marks) / 1e3 / repeats
+    return sum(start.elapsed_time(end) for start, end in marks) / 1e3 / repeats, host
 
 
 @functools.cache

@@ -2,10 +2,10 @@
 
 ``report`` makes pages of what was measured, ``compare A.json B.json`` and ``run --base REV SUITE``
 find what became slower, ``counts`` what became more, ``training`` compares gradients by what they
-train, ``lmlike`` shows the data, and ``quick`` runs a short form of every suite.
-``static``, ``cuda-static``, ``roofline``, ``tune``, ``backends`` and ``gpu`` measure nothing about
-peers: kernels compiled for GPUs that are not installed, plans for one by a model, launch
-configurations, our backends beside each other, and everything that a machine with a GPU should run.
+train, and ``quick`` runs a short form of every suite. ``device`` is for a machine with a GPU: all
+that is to be known of it, the most telling first; ``tune`` finds launch configurations there.
+``static``, ``cuda-static`` and ``roofline`` need no GPU: kernels compiled for one, plans by a
+model.
 """
 
 from __future__ import annotations
@@ -49,18 +49,11 @@ def main(arguments: Sequence[str]) -> int:
     if options.plot and not plotting.available():
         raise SystemExit("python -m bench: --plot needs matplotlib")
     settings = Settings(
-        options.threads, options.rounds, options.limit, options.keep_freed, Budget(options.minutes)
-    )
+        options.threads, options.rounds, options.limit, options.keep_freed, Budget(options.minutes),
+        in_process=options.device == "cuda",
+    )  # fmt: skip
     about = provenance(torch.device(options.device), options.threads)
     groups: list[tables.Report] = []
-    interrupted = False
-    with tables.progress(Console(stderr=True)) as progress:
-        try:
-            for group in SUITES[options.suite].run(options, settings, progress):
-                tables.compare(group)
-                groups.append(group)
-        except KeyboardInterrupt:
-            interrupted = True
     done = {
         "schema": tables.SCHEMA,
         "suite": options.suite,
@@ -70,6 +63,17 @@ def main(arguments: Sequence[str]) -> int:
         "names": names(),
         "groups": groups,
     }
+    interrupted = False
+    with tables.progress(Console(stderr=True)) as progress:
+        try:
+            for group in SUITES[options.suite].run(options, settings, progress):
+                tables.compare(group)
+                groups.append(group)
+                done["load_at_end"] = load()
+                if options.json:  # what is measured is safe, whatever stops the next group
+                    tables.write(done, options.json)
+        except KeyboardInterrupt:
+            interrupted = True
     tables.show(done, console)
     if interrupted:
         console.print("interrupted: only complete groups are in this report", style="red")

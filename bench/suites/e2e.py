@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,6 +85,7 @@ class Setting:
     vocabulary: int | None
     dtype: str
     device: str
+    packed: bool = False  # ours gets all rows in one, as documents
 
     @property
     def vocabulary_size(self) -> int:
@@ -93,8 +94,9 @@ class Setting:
 
     @property
     def name(self) -> str:
-        return (f"{self.architecture} {self.layers}x{self.hidden} V={self.vocabulary_size}, "
-                f"{self.rows}x{self.length} tokens, {self.dtype}")  # fmt: skip
+        size = f"{self.layers}x{self.hidden} V={self.vocabulary_size}"
+        tokens = f"{self.rows}x{self.length} {'packed ' * self.packed}tokens"
+        return f"{self.architecture} {size}, {tokens}, {self.dtype}"
 
 
 # --- in the workers -------------------------------------------------------------------------------
@@ -109,12 +111,19 @@ def make_model(setting: Setting) -> Any:
         intermediate_size=setting.hidden * 8 // 3 // 32 * 32, num_hidden_layers=setting.layers,
         num_attention_heads=heads, num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
         max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        attn_implementation="eager" if setting.architecture == "gemma2" else "sdpa",
-        use_cache=False, **special,
+        attn_implementation=attention(setting), use_cache=False, **special,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.device(setting.device):
+        model = transformers.AutoModelForCausalLM.from_config(config)
     return model.to(setting.device, DTYPES[setting.dtype]).train()
+
+
+def attention(setting: Setting) -> str:
+    """Packed rows in 16 bits take flash-attn on a GPU: a mask of all pairs would be too large."""
+    if setting.packed and setting.device != "cpu" and setting.dtype != "fp32":
+        return "flash_attention_2"
+    return "eager" if setting.architecture == "gemma2" else "sdpa"
 
 
 Batch = dict[str, Tensor]
@@ -129,6 +138,14 @@ def batch(setting: Setting, rows: int) -> Batch:
     labels[:, : int(PROMPT * setting.length)] = -100
     found = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
     return {name: value.to(setting.device) for name, value in found.items()}
+
+
+def pack(given: Batch) -> Batch:
+    """The rows of a batch as documents of one."""
+    ids = given["input_ids"]
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    rows = {"input_ids": ids, "labels": given["labels"], "position_ids": positions}
+    return {name: value.reshape(1, -1) for name, value in rows.items()}
 
 
 def _naive_dpo(model: Any, reference: Any, given: Batch) -> Tensor:
@@ -178,7 +195,9 @@ class Trainer:
                     ift.patch(model)
         elif case.name == "ift":
             self.frozen = naive_ift.frozen_embedding(self.model)
-        self.loss = STEPS[case.name, implementation]
+        step = STEPS[case.name, implementation]
+        packed = setting.packed and implementation != "naive"
+        self.loss = (lambda *one: step(*one[:-1], pack(one[-1]))) if packed else step
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def step(self, given: Batch) -> Tensor:
@@ -279,21 +298,13 @@ def run(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Rec
             architecture, arguments.rows, arguments.length, arguments.hidden, arguments.layers,
             arguments.vocabulary, dtype, arguments.device,
         )  # fmt: skip
-        cells = [
-            _cell(setting, case, name)
-            for case in cases
-            for name in arguments.implementations if (case.name, name) in STEPS
-        ]  # fmt: skip
+        cells = plan(setting, cases, arguments.implementations)
         left = len(pairs) - done
         measure(cells, settings, progress, (0.6 if arguments.memory else 1) / left, 1 / len(pairs))
-        tokens = setting.rows * setting.length
-        found = record(
-            setting.name, [setting.rows, setting.length, setting.hidden], dtype, cells,
-            {case.name: case.title for case in cases}, memory=arguments.memory, tokens=tokens,
-        )  # fmt: skip
+        found = record_of(setting, cells) | {"memory": arguments.memory}
         for cell, kept in zip(cells, found["cells"], strict=True):
             if kept["seconds"]:
-                kept["tokens_per_second"] = tokens / kept["seconds"]
+                kept["tokens_per_second"] = found["tokens"] / kept["seconds"]
             if arguments.memory and not cell.reason:
                 progress.at(f"most rows of {cell.case}, {cell.implementation}")
                 kept["largest"] = largest(
@@ -345,13 +356,27 @@ def _with_rows(setting: Setting, case: str, implementation: str, rows: int) -> t
     return replace(setting, rows=rows), case, implementation
 
 
-def _cell(setting: Setting, case: Case, implementation: str) -> Cell:
+def plan(setting: Setting, cases: Iterable[Case], implementations: Iterable[str]) -> list[Cell]:
+    """What is to be measured."""
     tokens = setting.rows * setting.length
-    work = case.products * tokens * setting.vocabulary_size * setting.hidden
     rate = RATE[torch.device(setting.device).type, DTYPES[setting.dtype].itemsize]
-    return Cell(
-        setting.name, case.name, implementation, prepare, (setting, case.name, implementation),
-        estimate=0.2 + 2 * work / rate,
+    work = tokens * setting.vocabulary_size * setting.hidden / rate
+    return [
+        Cell(
+            setting.name, case.name, name, prepare, (setting, case.name, name),
+            estimate=0.2 + 2 * case.products * work,
+        )
+        for case in cases
+        for name in implementations if (case.name, name) in STEPS
+    ]  # fmt: skip
+
+
+def record_of(setting: Setting, cells: list[Cell]) -> dict[str, Any]:
+    """What a report keeps of a group."""
+    return record(
+        setting.name, [setting.rows, setting.length, setting.hidden], setting.dtype, cells,
+        {cell.case: CASES[cell.case].title for cell in cells},
+        tokens=setting.rows * setting.length,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,53 +99,71 @@ class Inputs(NamedTuple):
 # --- in the workers -------------------------------------------------------------------------------
 
 
-def make_groups(
-    shape: tuple[int, int, int], paths: dict[str, str], flat: bool, device: str, seed: int = 0
-) -> dict[str, dict[str, Any]]:
-    """Write the inputs of one shape for some dtypes (name → file); return figures of them."""
+def make(
+    shape: tuple[int, int, int], dtypes: Iterable[str], flat: bool, device: str, seed: int = 0
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(dtype, inputs of one shape, figures of them), made on the device."""
     n, d, v = shape
+    generator = torch.Generator(device).manual_seed(seed)
+    on: Any = {"generator": generator, "device": device}
     if flat:
-        generator = torch.Generator().manual_seed(seed)
         made = data.Data(
-            torch.randn(n, d, generator=generator),
-            torch.randn(v, d, generator=generator) * d**-0.5,
-            torch.randint(v, (n,), generator=generator),
+            torch.randn(n, d, **on), torch.randn(v, d, **on) * d**-0.5, torch.randint(v, (n,), **on)
         )
     else:
-        made = data.generate(n, d, v, seed=seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    sizes = torch.rand(n, generator=generator).mul(4).sub(3).exp()
-    upstream = sizes * (torch.randint(0, 2, (n,), generator=generator) * 2 - 1) / n
-    chance = torch.rand(n, generator=generator)  # a target is ignored where it is below the share
+        made = data.generate(n, d, v, seed=seed, device=device)
+    generator.manual_seed(seed + 1)
+    sizes = torch.rand(n, **on).mul(4).sub(3).exp()
+    upstream = sizes * (torch.randint(0, 2, (n,), **on) * 2 - 1) / n
+    chance = torch.rand(n, **on)  # a target is ignored where it is below the share
     chance[0] = 1.0  # at least one token has a loss
-    figures: dict[str, dict[str, Any]] = {}
-    for name, path in paths.items():
+    for name in dtypes:
         hidden, weight = made.hidden.to(DTYPES[name]), made.weight.to(DTYPES[name])
         first = data.Data(hidden[: data.TILE], weight, made.target[: data.TILE])
-        figures[name] = dict(data.survival(first))
-        h, w, target = (t.to(device) for t in (hidden, weight, made.target))
-        references = {"all": data.exact(h, w, target)}
+        references = {"all": data.exact(hidden, weight, made.target)}
         if n > FEW:
-            references["few"] = data.exact(h[:FEW], w, target[:FEW])
-        figures[name]["reference"] = references["all"].words
+            references["few"] = data.exact(hidden[:FEW], weight, made.target[:FEW])
+        figures = data.survival(first) | {"reference": references["all"].words}
         inputs = {"hidden": hidden, "weight": weight, "target": made.target, "upstream": upstream}
         saved = {key: vars(value) for key, value in references.items()}
-        torch.save({**inputs, "chance": chance, "references": saved}, path)
+        yield name, {**inputs, "chance": chance, "references": saved}, figures
+
+
+def make_groups(
+    shape: tuple[int, int, int], paths: dict[str, str], flat: bool, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Write the inputs of one shape for some dtypes (name → file); return figures of them."""
+    figures = {}
+    for name, inputs, of_data in make(shape, paths, flat, "cpu", seed):
+        torch.save(inputs, paths[name])
+        figures[name] = of_data
     return figures
 
 
+@dataclass(frozen=True)
+class Made:
+    """Inputs that are made in the process and on the device that uses them: no file."""
+
+    shape: tuple[int, int, int]
+    dtype: str
+    flat: bool = False
+
+
 @functools.lru_cache(maxsize=1)
-def load(path: str, device: str) -> dict[str, Any]:
-    """A group's file, every page of it in memory."""
-    found = torch.load(path, map_location=device, mmap=device == "cpu", weights_only=True)
+def load(source: str | Made, device: str) -> dict[str, Any]:
+    """The inputs of a group: from a file, every page of it in memory, or new ones."""
+    if isinstance(source, Made):
+        ((_, found, figures),) = make(source.shape, [source.dtype], source.flat, device)
+        return found | {"figures": figures}
+    found = torch.load(source, map_location=device, mmap=device == "cpu", weights_only=True)
     for name in ("hidden", "weight"):
         found[name].sum()
     return found
 
 
-def inputs(path: str, case: Case, device: str) -> Inputs:
-    """The inputs of a case, from the file of its group."""
-    found = load(path, device)
+def inputs(source: str | Made, case: Case, device: str) -> Inputs:
+    """The inputs of a case, of those of its group."""
+    found = load(source, device)
     rows = slice(0, FEW if case.few else None)
     known = found["target"][rows]
     return Inputs(
@@ -158,9 +176,9 @@ def inputs(path: str, case: Case, device: str) -> Inputs:
     )
 
 
-def prepare(path: str, case: Case, implementation: str, device: str) -> Subject:
+def prepare(source: str | Made, case: Case, implementation: str, device: str) -> Subject:
     """An implementation in any case, ready to be measured."""
-    given = inputs(path, case, device)
+    given = inputs(source, case, device)
     if implementation in FLOORS:
         return _floor(case, given, implementation == "floor-t")
     peer = PEERS[implementation]
@@ -303,31 +321,51 @@ def run(
     grids: Sequence[Grid], arguments: argparse.Namespace, settings: Settings, progress: Any
 ) -> Iterator[dict[str, Any]]:
     """Measure grids, each with a share of the time that grows with its work; one record each."""
-    with tempfile.TemporaryDirectory() as folder:
-        plans = [_plan(grid, arguments.device, Path(folder)) for grid in grids]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = None if settings.in_process else Path(temporary)
+        plans = [plan(grid, arguments.device, folder) for grid in grids]
         costs = [sum(cell.estimate + 0.3 for cell in cells) for cells, _ in plans]
         for done, (grid, (cells, absent)) in enumerate(zip(grids, plans, strict=True)):
             shapes, figures = list(dict.fromkeys(point.shape for point in grid.points)), {}
             for sizes in shapes:
                 progress.at(f"making data of {words(sizes)}")
-                path = _path(Path(folder), grid, sizes)
-                with Worker(settings.threads) as worker:
-                    figures = worker.call(
-                        make_groups, sizes, {grid.dtype: path}, grid.flat, arguments.device
-                    )[grid.dtype]
+                data_of = {grid.dtype: source(folder, grid.name, sizes, grid.dtype, grid.flat)}
+                figures = figures_of(data_of, sizes, grid.flat, settings)[grid.dtype]
             left = max(sum(costs[done:]), 1e-9)
             measure(cells, settings, progress, costs[done] / left, costs[done] / sum(costs))
-            for sizes in shapes:
-                Path(_path(Path(folder), grid, sizes)).unlink()
-            yield _record(grid, cells, absent, figures, arguments.device)
+            for file in Path(temporary).iterdir():
+                file.unlink()
+            yield record_of(grid, cells, absent, figures, arguments.device)
 
 
-def _path(folder: Path, grid: Grid, sizes: Sequence[int]) -> str:
-    return str(folder / f"{grid.name.replace(' ', '-')}-{words(sizes)}.pt")
+def source(
+    folder: Path | None, name: str, sizes: tuple[int, int, int], dtype: str, flat: bool = False
+) -> str | Made:
+    """A file, which processes share, or without a folder inputs of the process that measures."""
+    if folder is None:
+        return Made(sizes, dtype, flat)
+    return str(folder / f"{name.replace(' ', '-')}-{words(sizes)}.pt")
 
 
-def _plan(grid: Grid, device: str, folder: Path) -> tuple[list[Cell], dict[str, dict[str, str]]]:
-    """What is to be measured, and what is not (case → implementation → reason)."""
+def figures_of(
+    sources: dict[str, Any], sizes: tuple[int, int, int], flat: bool, settings: Settings
+) -> dict[str, dict[str, Any]]:
+    """Figures of the inputs of one shape, by dtype; files of them are written."""
+    if settings.in_process:
+        return {name: load(each, "cuda")["figures"] for name, each in sources.items()}
+    with Worker(settings.threads) as worker:
+        found: dict[str, dict[str, Any]] = worker.call(make_groups, sizes, sources, flat)
+    return found
+
+
+def plan(
+    grid: Grid, device: str, folder: Path | None
+) -> tuple[list[Cell], dict[str, dict[str, str]]]:
+    """What is to be measured, and what is not (case → implementation → reason).
+
+    Args:
+        folder: see `source`.
+    """
     cells: list[Cell] = []
     absent: dict[str, dict[str, str]] = {}
     dtype = DTYPES[grid.dtype]
@@ -345,7 +383,8 @@ def _plan(grid: Grid, device: str, folder: Path) -> tuple[list[Cell], dict[str, 
             cells.append(
                 Cell(
                     grid.name, case.name, name, prepare,
-                    (_path(folder, grid, point.shape), case, name, device),
+                    (source(folder, grid.name, point.shape, grid.dtype, grid.flat), case, name,
+                     device),
                     estimate=1e-4 + work * (peer.slowness if peer else 1.0),
                     weight=2.0 if name in CORE else 1.0,
                     memory=peer is not None and name != "dropped" and not case.call,
@@ -355,9 +394,10 @@ def _plan(grid: Grid, device: str, folder: Path) -> tuple[list[Cell], dict[str, 
     return cells, absent
 
 
-def _record(
+def record_of(
     grid: Grid, cells: list[Cell], absent: dict[str, Any], figures: dict[str, Any], device: str
 ) -> dict[str, Any]:
+    """What a report keeps of a grid."""
     measured = {cell.case for cell in cells}
     points = [point for point in grid.points if point.case.name in measured]
     return record(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from bench.harness.data import Wrong
 from bench.harness.measure import Cell, Records, Settings, Subject, Suite, by_name, measure, record
-from bench.suites.grid import DTYPES, RATE, sizes
+from bench.suites.grid import DTYPES, RATE, sizes, words
 from ift import losses
 
 SHAPE = (8, 64, 896, 151936)  # responses, tokens of each, D, V
@@ -174,24 +175,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Records:
     """Measure; one record per dtype."""
-    rows, length, d, v = shape = arguments.shape
-    cases = [CASES[name] for name in arguments.cases or CASES]
-    device = torch.device(arguments.device)
+    left = len(arguments.dtype)
     for at, dtype in enumerate(arguments.dtype):
-        name = f"losses {rows}x{length}x{d}x{v} {dtype}"
-        rate = RATE[device.type, DTYPES[dtype].itemsize]
-        cells = [
-            Cell(
-                name, case.name, implementation, prepare,
-                (case.name, implementation, dtype, shape, device.type),
-                estimate=0.05 + 1.5 * case.products * rows * length * d * v / rate,
-            )
-            for case in cases
-            for implementation in IMPLEMENTATIONS
-        ]  # fmt: skip
-        left = len(arguments.dtype)
+        cells = plan(arguments.shape, dtype, arguments.cases or CASES, arguments.device)
         measure(cells, settings, progress, 1 / (left - at), 1 / left)
-        yield record(name, shape, dtype, cells, {case.name: case.title for case in cases})
+        yield record_of(arguments.shape, dtype, cells)
+
+
+def plan(shape: tuple[int, ...], dtype: str, cases: Iterable[str], device: str) -> list[Cell]:
+    """What is to be measured."""
+    rate = RATE[device, DTYPES[dtype].itemsize]
+    return [
+        Cell(
+            f"losses {words(shape)} {dtype}", name, implementation, prepare,
+            (name, implementation, dtype, shape, device),
+            estimate=0.05 + 1.5 * CASES[name].products * math.prod(shape) / rate,
+        )
+        for name in cases
+        for implementation in IMPLEMENTATIONS
+    ]  # fmt: skip
+
+
+def record_of(shape: tuple[int, ...], dtype: str, cells: list[Cell]) -> dict[str, Any]:
+    """What a report keeps of a group."""
+    return record(cells[0].group, shape, dtype, cells, {c.case: CASES[c.case].title for c in cells})
 
 
 def _shape(text: str) -> tuple[int, ...]:

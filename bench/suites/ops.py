@@ -17,7 +17,6 @@ from torch import Tensor
 import ift_kernels
 from bench.harness.data import WRONG, Errors, Exact, Wrong
 from bench.harness.measure import Cell, Records, Settings, Subject, Suite, by_name, measure, record
-from bench.harness.worker import Worker
 from bench.peers import heads
 from bench.peers.naive_ift import naive_weights
 from bench.suites import grid
@@ -132,12 +131,10 @@ def _sequences(rows: int, length: int, width: int, v: int, dtype: str, device: s
     return {name: tensor.to(device) for name, tensor in made.items()}
 
 
-def prepare(
-    case_name: str, implementation: str, dtype: str, source: str | tuple[int, ...], device: str
-) -> Subject:
-    """One cell: `source` is the file of a head, or the sizes of sequences."""
+def prepare(case_name: str, implementation: str, dtype: str, source: Any, device: str) -> Subject:
+    """One cell: `source` is that of a head (`grid.load`), or a tuple: the sizes of sequences."""
     case = CASES[case_name]
-    if isinstance(source, str):
+    if not isinstance(source, tuple):
         found = grid.load(source, device)
         tensors = {"hidden": found["hidden"], "weight": found["weight"]}
         tensors["embedding"] = tensors["weight"].clone()
@@ -152,7 +149,7 @@ def prepare(
     if compiled:
         function = heads.compiled(function)
     call = functools.partial(_call, function, case, tensors)
-    check = _check_head if isinstance(source, str) else _check_sequences
+    check = _check_sequences if isinstance(source, tuple) else _check_head
     return Subject(
         call,
         call,
@@ -178,9 +175,9 @@ def _upstream(value: Tensor) -> Tensor:
 
 
 def _check_head(
-    case: Case, tensors: Tensors, path: str, device: str, result: Any
+    case: Case, tensors: Tensors, source: str | grid.Made, device: str, result: Any
 ) -> dict[str, float]:
-    found = grid.load(path, device)
+    found = grid.load(source, device)
     reference = Exact(**found["references"]["all"])
     everyone = torch.ones_like(found["target"], dtype=torch.bool)
     hidden, weight = found["hidden"], found["weight"]
@@ -272,16 +269,17 @@ def run(arguments: argparse.Namespace, settings: Settings, progress: Any) -> Rec
         if (cases := [case for case in asked if case.group == kind])
         for dtype in (["fp32"] if kind == "scan" else arguments.dtype)
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {name: str(Path(folder, f"{name}.pt")) for name in arguments.dtype}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = None if settings.in_process else Path(temporary)
+        heads_of = {
+            name: grid.source(folder, name, arguments.shape, name) for name in arguments.dtype
+        }
         figures: dict[str, dict[str, Any]] = {}
         if planned[0][0] == "head":
             progress.at("making data")
-            with Worker(settings.threads) as worker:
-                made = (arguments.shape, paths, False, arguments.device)
-                figures = worker.call(grid.make_groups, *made)
+            figures = grid.figures_of(heads_of, arguments.shape, False, settings)
         for at, (kind, dtype, cases) in enumerate(planned):
-            source = paths[dtype] if kind == "head" else (rows, length, d, v)
+            source = heads_of[dtype] if kind == "head" else (rows, length, d, v)
             sizes = {"head": f"{n}x{d}x{v}", "residual": f"{rows}x{length}, {v}x{d}"}
             name = f"{kind} {sizes.get(kind, f'{rows}x{length}')} {dtype}"
             cells = _cells(name, cases, source, dtype, arguments)

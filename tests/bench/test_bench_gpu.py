@@ -1,23 +1,20 @@
-"""What a machine with a GPU runs: its dry runs, and how a part goes on where it stopped."""
+"""Kernels for a GPU: what is captured of them, how they are compared, and how they are tuned."""
 
 import ast
 import importlib
 import importlib.util
 import json
 import pkgutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.gpu import run as gpu
-from bench.gpu import tune
-from bench.harness import machine
+from bench.gpu import device_cells, tune
+from bench.harness import data, machine
 from bench.harness.machine import ROOT
-from bench.suites import command
 from ift_kernels.backends import triton as backend
-from processes import SETTINGS, python, run
+from processes import HANG, SETTINGS, python, run
 
 
 @pytest.fixture
@@ -27,64 +24,6 @@ def static():
     from bench.gpu import static
 
     return static
-
-
-@pytest.mark.parametrize("part", gpu.PARTS)
-def test_every_part_has_a_dry_run(part, tmp_path):
-    """With the same steps as on a GPU, none of which asks for one."""
-    dry, real = ({step.name for step in gpu.steps(part, tmp_path, d)} for d in (True, False))
-    assert len(dry) >= 1 and len(real) >= 1
-    for step in gpu.steps(part, tmp_path, True):
-        assert step.command[0] in (sys.executable, step.needs)
-        assert "cuda" not in step.command
-        written = [word for word in step.command if word != sys.executable]
-        assert str(ROOT) not in " ".join(written)  # results stay out of the checkout
-
-
-@pytest.mark.parametrize("dry", [True, False])
-def test_suites_know_the_options_that_they_are_given(dry, tmp_path):
-    seen = set()
-    for part in gpu.PARTS:
-        for step in gpu.steps(part, tmp_path, dry):
-            if step.command[1:3] == ["-m", "bench"] and step.command[3] in command.SUITES:
-                seen.add(command.parse(step.command[3:]).suite)
-    assert seen >= {"head", "active", "ops", "losses"}
-
-
-CODE = sys.executable, "-c"
-
-
-def test_a_part_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    ran = tmp_path / "ran"
-    note = f"open({str(ran)!r}, 'a').write('x')"
-    found = [
-        gpu.Step("good", [*CODE, note]),
-        gpu.Step("bad", [*CODE, "raise SystemExit(3)"]),
-        gpu.Step("program", [*CODE, note], needs="no-such-program"),
-    ]
-    monkeypatch.setattr(gpu, "steps", lambda part, out, dry: found)
-    monkeypatch.setattr(gpu, "revision", lambda: "one")
-    monkeypatch.setattr(machine, "now", lambda: 0.0)
-    assert gpu.run("ops", tmp_path, True, 10.0) == 1  # what is absent is no failure
-    printed = capsys.readouterr().out
-    assert "bad: failed with 3" in printed
-    assert "program needs no-such-program, which is not installed: left out" in printed
-    state = json.loads((tmp_path / "ops.state.json").read_text())
-    assert state["steps"]["good"]["outcome"] == "done"
-    assert state["steps"]["program"]["outcome"] == "absent"
-    found[1] = gpu.Step("bad", [*CODE, "pass"])
-    assert gpu.run("ops", tmp_path, True, 10.0) == 0
-    assert "good: done, not run again" in capsys.readouterr().out
-    assert ran.read_text() == "x"
-    monkeypatch.setattr(gpu, "revision", lambda: "two")
-    assert gpu.run("ops", tmp_path, True, 10.0) == 0
-    assert ran.read_text() == "xx"
-    assert gpu.run("ops", tmp_path, True, 0.0) == 1  # no time for what is absent to be looked for
-
-
-def test_a_step_that_takes_too_long_is_stopped(tmp_path):
-    step = gpu.Step("long", [*CODE, "while True: pass"])
-    assert gpu._run(step, tmp_path, 0)["outcome"] == "stopped after 0 s"
 
 
 def test_results_do_not_change_the_revision(tmp_path, monkeypatch):
@@ -100,42 +39,34 @@ def test_results_do_not_change_the_revision(tmp_path, monkeypatch):
     assert machine.revision() == clean + "+"
 
 
-def test_backends_beside_each_other():
-    found = tune.compare(torch.device("cpu"), True)
-    served = {row["backend"] for row in found["rows"]}
-    assert "reference" in served
-    assert not [row for row in found["rows"] if "refused" in row]
-    for row in found["rows"]:
-        assert row["seconds"] > 0 and row["overhead"] > 0 and row["of_copy"] > 0
-
-
-def test_a_backend_with_another_result_gets_no_time(monkeypatch):
+@pytest.mark.parametrize("function", ["scan", "dlogits_", "split_active"])
+def test_an_epilogue_with_another_result_gets_no_time(function, monkeypatch):
+    cpu = torch.device("cpu")
+    right = device_cells.epilogue("reference", function, (5, 96), cpu)
+    assert right.check(right.call()) == {}
     reference = tune.installed.BACKENDS["reference"]
 
     class Wrong:
-        unsupported_reason = staticmethod(lambda device, dtype: "")
-        scan = staticmethod(lambda *arguments: reference.scan(*arguments) + 1)
-
         def __getattr__(self, name):
-            return getattr(reference, name)
+            def off(*given):
+                result = getattr(reference, name)(*given)
+                for tensor in (result, getattr(given[0], "x", None), given[-1]):
+                    if isinstance(tensor, torch.Tensor):
+                        tensor += 1
+                return result
 
-    some = {"reference": reference, "wrong": Wrong()}
-    monkeypatch.setattr(tune.installed, "BACKENDS", some)
-    rows = tune.compare(torch.device("cpu"), True)["rows"]
-    assert [(r["backend"], r["function"]) for r in rows if "refused" in r] == [("wrong", "scan")]
+            return off if name == function else getattr(reference, name)
+
+    monkeypatch.setitem(tune.installed.BACKENDS, "wrong", Wrong())
+    wrong = device_cells.epilogue("wrong", function, (5, 96), cpu)
+    with pytest.raises(data.Wrong, match="another result than the reference"):
+        wrong.check(wrong.call())
 
 
-def test_what_is_faster():
-    def row(function, backend, seconds):
-        return {"function": function, "backend": backend, "seconds": seconds}
-
-    rows = [
-        row("scan", "triton", 2.0), row("scan", "cuda", 1.0), row("scan", "reference", 9.0),
-        row("dlogits_", "triton", 1.0), row("dlogits_", "cuda", 0.99),
-        {"function": "residual", "backend": "triton", "refused": "another result"},
-        row("residual", "cuda", 1.0),
-    ]  # fmt: skip
-    assert tune.faster(rows) == {"scan": "cuda"}
+def test_the_floor_of_an_epilogue_is_a_copy():
+    cpu = torch.device("cpu")
+    copy = device_cells.epilogue("floor-copy", "dlogits_", (5, 96), cpu)
+    assert copy.call().nbytes == 5 * 96 * 2  # read once and written once
 
 
 def triton_modules():
@@ -241,7 +172,7 @@ def test_every_function_has_a_call():
 def test_tuner_writes_a_table(tmp_path):
     pytest.importorskip("triton")
     path = tmp_path / "launch.json"
-    kernels = "--kernels", "residual", "split", "--output", path
+    kernels = "--kernels", "residual", "split", "--minutes", HANG, "--output", path
     done = python("-m", "bench", "tune", "--dry-run", *kernels, cwd=ROOT, without=SETTINGS)
     assert done.returncode == 0, done.stdout + done.stderr
     table = json.loads(path.read_text())
@@ -251,4 +182,62 @@ def test_tuner_writes_a_table(tmp_path):
     assert set(written) == {"residual", "split"}
     assert set(written["residual"]) == {"narrow", "wide"}
     times = table["measured"]["interpreter"]["times"]
-    assert len(times) > 4 and all("seconds" in row for row in times)
+    assert len(times) == 8 and all("seconds" in row for row in times)
+    # In rounds, the classes of large shapes first; the committed configuration is the first.
+    order = [(row["kernel"], row["class"]) for row in times]
+    assert order[:4] == order[4:]
+    wanted = ["split", "wide"], ["residual", "wide"], ["split", "narrow"], ["residual", "narrow"]
+    assert [list(each) for each in order[:4]] == list(wanted)
+    default = committed["architectures"]["default"]
+    assert all(row["config"] == default[row["kernel"]][row["class"]] for row in times[:4])
+    assert all(row["config"] != default[row["kernel"]][row["class"]] for row in times[4:])
+
+
+@pytest.mark.parametrize("kernel", ["dlogits", "fused", "mask"])
+def test_neighbours_are_tried_first(kernel):
+    committed = tune.CANDIDATES[kernel][3]
+    first, *others = tune.candidates(kernel, committed)
+    assert first == committed
+    assert len(others) == len(tune.CANDIDATES[kernel]) - 1 and committed not in others
+    changed = [sum(c[name] != committed[name] for name in c) for c in others]
+    assert changed[0] == 1 and changed[-1] > 1
+    odd = {name: 3 * value for name, value in committed.items()}  # not among the candidates
+    assert tune.candidates(kernel, odd)[0] == odd
+
+
+def test_tuner_keeps_to_its_time(tmp_path, monkeypatch):
+    """What was measured by then is in the table, and the fastest so far is chosen."""
+    launch = pytest.importorskip("ift_kernels.backends.triton.launch")
+    now, path = [0.0], tmp_path / "launch.json"
+    monkeypatch.setattr(machine, "now", lambda: now[0])
+    monkeypatch.setattr(tune, "provenance", lambda *given: {})
+
+    def call(seconds_of):
+        return tune.Call(1, lambda: None, lambda: [torch.ones(1)])
+
+    some = [
+        ("residual", "narrow", call(1)),
+        ("dlogits", "wide", call(2)),
+        ("stats", "wide", call(3)),
+    ]
+    monkeypatch.setattr(tune, "subjects", lambda dry, device: iter(some))
+    taken = iter((5.0, 1.0, 7.0, 4.0))
+
+    def timed(subject, samples):
+        now[0] += 20.0
+        return next(taken)
+
+    monkeypatch.setattr(tune, "seconds", timed)
+    files = []
+    replace = tune.write_text
+    monkeypatch.setattr(tune, "write_text", lambda *given: (replace(*given), files.append(given)))
+    options = ["--dry-run", "--minutes", "1.1", "--output", str(path)]
+    assert tune.tune(options) == 0
+    assert len(files) == 4  # after each, all of it in one step
+    table = json.loads(path.read_text())
+    times = table["measured"]["interpreter"]["times"]
+    order = ["dlogits", "stats", "residual", "dlogits"]
+    assert [row["kernel"] for row in times] == order
+    chosen = table["architectures"]["interpreter"]
+    assert chosen["dlogits"]["wide"] == times[3]["config"]  # the faster of two
+    assert chosen["stats"]["wide"] == launch.config("stats", "wide", torch.device("cpu"))

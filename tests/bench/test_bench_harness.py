@@ -16,7 +16,7 @@ from running import assert_exits, run
 from bench.__main__ import main
 from bench.harness import data, machine, measure
 from bench.harness.machine import Budget
-from bench.harness.worker import Failed, Worker
+from bench.harness.worker import Failed, InProcess, Worker
 from bench.peers import heads
 from bench.report import pictures, tables
 from bench.suites import grid, head
@@ -124,6 +124,14 @@ def test_worker_that_hangs_or_dies(function, limit, reason, monkeypatch):
     with Worker(1) as worker, pytest.raises(Failed, match=reason):
         worker.call(function, limit=limit)
     assert worker._process.exitcode == -signal.SIGKILL
+
+
+def test_calls_in_this_process_fail_in_one_line():
+    with InProcess() as worker:
+        assert worker.call(os.getpid, limit=0) == os.getpid()
+        with pytest.raises(Failed, match=r"^ZeroDivisionError: .*$") as failed:
+            worker.call(divmod, 7, 0)
+    assert failed.value.__context__ is None  # which would hold on to the tensors of its frames
 
 
 # --- how much is measured -------------------------------------------------------------------------
@@ -263,7 +271,7 @@ def test_a_peer_is_right_or_says_why_it_cannot_run(name, kind, tmp_path):
         assert name not in ("ours", "naive"), reason
         return
     path = str(tmp_path / "inputs.pt")
-    grid.make_groups((40, 16, 600), {"fp32": path}, False, "cpu")
+    grid.make_groups((40, 16, 600), {"fp32": path}, False)
     for case in head.CASES.values():
         if case.kind == kind:
             call, _, check, *_ = grid.prepare(path, case, name, "cpu")

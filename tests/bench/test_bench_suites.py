@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from bench.harness import machine, measure
 from bench.harness.data import Wrong
 from bench.harness.worker import Failed
 from bench.peers import heads
+from bench.report import tables
 from bench.suites import command, e2e, grid, head, losses
 from bench.suites.command import SUITES, parse
 from processes import HANG, NEVER_ENDS
@@ -88,13 +90,82 @@ def test_gpu_calls_are_timed_by_events_with_cold_caches(monkeypatch):
     monkeypatch.setattr(measure, "_cold", lambda device: Cold())
     device = torch.device("cuda")
     subject = measure.Subject(call, call, lambda result: {}, device)
-    assert measure._time(subject, 3) == pytest.approx(7e-3)
-    assert order == ["cold", "mark", "call", "mark"] * 3 + ["wait"]
-    order.clear()
     ticks = itertools.count()
     monkeypatch.setattr(machine, "now", lambda: next(ticks) / 64)  # the host's
-    assert measure._time(subject._replace(host=True), 2) == 1 / 64  # three readings, two calls
+    seconds, host = measure._time(subject, 3)
+    assert seconds == pytest.approx(7e-3) and host == 1 / 64  # of the first call alone
+    assert order == ["wait", *["cold", "mark", "call", "mark"] * 3, "wait"]
+    order.clear()
+    # Three readings, two calls.
+    assert measure._time(subject._replace(host=True), 2) == (1 / 64, None)
     assert order == ["wait", "call", "call", "wait"]
+    assert measure.seconds(subject, 4) == pytest.approx(7e-3)
+
+
+@pytest.mark.parametrize("kind", ["works", "raises", "is wrong"])
+def test_on_a_gpu_cells_share_a_process_and_leave_nothing(kind, monkeypatch):
+    """Peaks are those of torch's allocator, here made up, over what earlier cells still hold."""
+    log = []
+    held = [0]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("empty"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: log.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: held[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held[0] + 4096)
+    monkeypatch.setattr(measure, "_device_time", lambda subject, repeats: (0.25, 0.125))
+    alive = []
+
+    class Data:
+        pass
+
+    def prepare(name):
+        made = Data()
+        alive.append(weakref.ref(made))
+        held[0] += 1000
+
+        def call():
+            assert made is not None and os.getpid() == process
+            if kind == "raises":
+                raise RuntimeError("out of memory")
+            return torch.ones(8)
+
+        def check(result):
+            if kind == "is wrong":
+                raise Wrong("loss: not finite")
+            return {"loss": 0.0}
+
+        return measure.Subject(call, call, check, torch.device("cuda"))
+
+    process = os.getpid()
+    cells = [measure.Cell("g", "c", name, prepare, (name,), 0.1) for name in ("ours", "naive")]
+    settings = measure.Settings(1, 2, HANG, in_process=True, budget=machine.Budget(60 * HANG))
+    measure.measure(cells, settings, argparse.Namespace(at=lambda _: None, advance=lambda _: None))
+    reasons = {"works": "", "raises": "RuntimeError: out of memory",
+               "is wrong": "wrong result: loss: not finite"}  # fmt: skip
+    assert [cell.reason for cell in cells] == [reasons[kind]] * 2
+    if kind == "works":
+        assert [cell.extra_bytes for cell in cells] == [4096 - 32] * 2
+        assert cells[0].record()["host_seconds"] == 0.125 and cells[0].samples == [0.25] * 2
+    assert len(alive) == 2  # a subject serves memory and time
+    assert not [ref for ref in alive if ref() is not None] and log[-1] == "empty"
+
+
+def test_what_is_measured_is_written_after_each_group(tmp_path, monkeypatch):
+    """Whatever ends the run."""
+    suite = SUITES["overhead"]
+
+    def stops(*given):
+        for name in ("first", "second"):
+            yield measure.record(name, [1], "fp32", [], {})
+        raise MemoryError
+
+    monkeypatch.setitem(SUITES, "overhead", suite._replace(run=stops))
+    file = tmp_path / "found.json"
+    with pytest.raises(MemoryError):
+        main(["overhead", "--json", str(file)])
+    found = tables.collect(tmp_path)[0].report
+    assert [group["name"] for group in found["groups"]] == ["first", "second"]
 
 
 # --- masked, scaling, overhead --------------------------------------------------------------------
@@ -102,7 +173,7 @@ def test_gpu_calls_are_timed_by_events_with_cold_caches(monkeypatch):
 
 def test_masked_leaves_out_what_is_ignored(tmp_path):
     path = str(tmp_path / "inputs.pt")
-    grid.make_groups((200, 16, 300), {"fp32": path}, False, "cpu")
+    grid.make_groups((200, 16, 300), {"fp32": path}, False)
     masks = [grid.inputs(path, head.MASKED["scalar", share], "cpu").target == -100
              for share in head.SHARES]  # fmt: skip
     shares = [float(mask.float().mean()) for mask in masks]
@@ -155,7 +226,7 @@ def test_points_along_an_axis():
 
 def test_grid_refuses_wrong_results_of_any_case(tmp_path):
     path = str(tmp_path / "inputs.pt")
-    grid.make_groups((40, 16, 300), {"fp32": path}, True, "cpu")
+    grid.make_groups((40, 16, 300), {"fp32": path}, True)
     case = head.MASKED["per-token", 60]
     for name in ("ours", "active"):
         subject = grid.prepare(path, case, name, "cpu")
@@ -186,6 +257,17 @@ def test_a_step_is_the_one_people_write(name):
 def test_other_architectures(architecture):
     setting = replace(TINY, architecture=architecture)
     assert max(e2e.deviation(setting, e2e.CASES["ift"]).values()) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["sft", "ift"])
+@pytest.mark.parametrize("length", [16, 32])
+def test_packed_rows_are_the_rows(name, length):
+    """Ours gets the documents in one row, the step that people write has them below each other."""
+    setting = replace(TINY, packed=True, rows=3, length=length)
+    assert max(e2e.deviation(setting, e2e.CASES[name]).values()) < 1e-4
+    packed = e2e.pack(e2e.batch(setting, 3))
+    assert packed["input_ids"].shape == (1, 3 * length)
+    assert packed["position_ids"][0, length] == 0
 
 
 def test_a_wrong_step_is_refused(monkeypatch):

@@ -1,6 +1,7 @@
-"""What only a GPU can show, of every backend for GPUs; ``make gpu PART=tests`` runs it.
+"""What only a GPU can show, of every backend for GPUs.
 
-DRY=1 runs the kernels of Triton in its interpreter, and those of CUDA C++ in tests/cuda_emulator.
+TRITON_INTERPRET=1 IFT_BACKEND=triton runs the kernels of Triton in its interpreter, and
+``PYTHONPATH=tests -p cuda_emulator`` those of CUDA C++ in tests/cuda_emulator, on any machine.
 """
 
 import contextlib
