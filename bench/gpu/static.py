@@ -44,7 +44,8 @@ NARROW = {"mask", "merge"}
 # Touch every element once, so the bytes requested may hardly exceed the least; but for a bias,
 # which every row reads again from a cache.
 STREAMING = {"stats", "dlogits", "probabilities", "top_k", "gumbel", "scan", "residual",
-             "bucket_sums"}  # fmt: skip
+             "bucket_sums", "softmax_gradient", "divergence_terms",
+             "divergence_gradient"}  # fmt: skip
 MAX_RATIO = 1.1
 MATRIX = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 PRODUCTS = {"fused"}
@@ -97,7 +98,17 @@ class Variant:
         flags = [
             n if v is True else f"{n}={v}" for n, v in self.constants if v not in (None, False)
         ]
-        return " ".join([*(half or types), *flags, *(f"{n}={v}" for n, v in self.options)])
+        odd = ["irregular"] if self.irregular else []
+        options = (f"{n}={v}" for n, v in self.options)
+        return " ".join([*(half or types), *odd, *flags, *options])
+
+    @property
+    def irregular(self) -> bool:
+        """Whether rows do not begin on 16 bytes, or do not end there."""
+        sizes = {"width", "stride", "columns", "length"} & dict(self.signature).keys()
+        pointers = {name for name, kind in self.signature if kind[0] == "*"}
+        special = {p.name for p in self.kernel.params if not p.do_not_specialize}
+        return not (pointers | (sizes & special)) - dict(self.constants).keys() <= set(self.aligned)
 
     def source(self) -> ASTSource:
         """What Triton compiles."""
@@ -238,6 +249,7 @@ def variants(
         for dtype in dtypes:
             for full in fullness:
                 traffic.launches(dtype, full)
+        traffic.irregular_launches()
     return found
 
 
@@ -256,8 +268,8 @@ def complaints(
     if found.programs < 1:
         wrong.append("does not fit on a multiprocessor")
     constants = dict(which.constants)
-    # Documents start anywhere; a bias is one element wide.
-    anywhere = constants.get("PACKED") or constants.get("width") == 1
+    # Documents and odd rows start anywhere; a bias is one element wide.
+    anywhere = constants.get("PACKED") or constants.get("width") == 1 or which.irregular
     if not found.wide_loads and which.name not in NARROW and not anywhere:
         wrong.append("no 16-byte loads")
     half = any(t in ("*bf16", "*fp16") for _, t in which.signature)

@@ -90,6 +90,8 @@ def calls(
     tokens = torch.arange(rows, device=device)[None] % len(table)
     grad = torch.randn(1, rows, columns, generator=generator).to(device, torch.bfloat16)
     chunk, moved = contract.Chunk(x), x.numel() * x.element_size()
+    two = contract.Chunk(x.flip(0)), "jsd", 0.5, torch.stack([norm, norm])  # teacher and options
+    sums, d_prob = torch.zeros(2, rows, dtype=torch.float64, device=device), x.float()
     mixing = (tokens, tokens.roll(1, 1), tokens, None, 0.2, -100)
     # Every eighth column is active, in blocks and buckets of the default size.
     block, bucket, width = 128, 2048, -(-len(range(0, columns, 8)) // 32) * 32
@@ -124,6 +126,19 @@ def calls(
                          lambda: [y], lambda: y.copy_(x)),
         "probabilities_": Call(2 * moved, lambda: backend.probabilities_(contract.Chunk(y), norm),
                                lambda: [y], lambda: y.copy_(x)),
+        "softmax_gradient_": Call(
+            4 * moved, lambda: backend.softmax_gradient_(contract.Chunk(y), d_prob, norm, norm[1]),
+            lambda: [y], lambda: (y.copy_(x), d_prob.copy_(x)),
+        ),
+        "divergence_terms": Call(
+            2 * moved, lambda: backend.divergence_terms(chunk, *two, *sums), lambda: [sums],
+            sums.zero_,
+        ),
+        "divergence_gradient_": Call(
+            3 * moved,
+            lambda: backend.divergence_gradient_(contract.Chunk(y), *two, sums[1], coef[0]),
+            lambda: [y], lambda: (y.copy_(x), sums.zero_()),
+        ),
         "top_k_update": Call(moved, lambda: backend.top_k_update(chunk, values, ids),
                              lambda: [values, ids], no_values),
         "gumbel_update": Call(
@@ -275,6 +290,7 @@ ROWWISE = grid(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8))
 # Kernel → the function that launches it, and candidates.
 EPILOGUES = {
     "stats": ("stats_update", ROWWISE), "dlogits": ("dlogits_", ROWWISE),
+    "divergence": ("divergence_terms", ROWWISE),
     "top_k": ("top_k_update", ROWWISE), "gumbel": ("gumbel_update", ROWWISE),
     "scan": ("scan", ROWWISE), "residual": ("residual", ROWWISE),
     "mask": ("active_mask", grid(ROWS=(16, 32), BLOCK=(64, 128), num_warps=(2, 4, 8))),

@@ -22,17 +22,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 wants_transpose = reference.wants_transpose  # cuBLAS reads either operand transposed
 scratch = reference.scratch
-# In plain torch so far.
-divergence_terms = reference.divergence_terms
-divergence_gradient_ = reference.divergence_gradient_
-transpose = reference.transpose
+transpose = reference.transpose  # never called, since none is wanted
 
 # Where the functions of the contract are; see `contract` for what they do.
 _MODULES = {
     "statistics": ("stats_update",),
-    "dlogits": ("dlogits_", "probabilities_"),
+    "dlogits": ("dlogits_", "probabilities_", "softmax_gradient_"),
     "sampling": ("top_k_update", "gumbel_update"),
     "active": ("active_mask", "split_active", "bucket_sums"),
+    "divergence": ("divergence_terms", "divergence_gradient_"),
     "scans": ("scan",),
     "temporal": ("residual", "residual_grad"),
     # Beyond the contract: what a schedule may use where a backend has it.

@@ -43,15 +43,15 @@ def fused_kernel(
     part = tl.program_id(0) // groups
     group = tl.program_id(0) % groups
     row = (group * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    there = row < rows
+    valid_row = row < rows
     lane, inner = tl.arange(0, COLUMNS), tl.arange(0, INNER)
-    wanted = tl.load(target + row, mask=there, other=-1)
+    target_id = tl.load(target + row, mask=valid_row, other=-1)
     low = tl.full((ROWS,), float("-inf"), tl.float32)
     zero = tl.zeros((ROWS,), tl.float32)
     top, second, total, e_z, e_sq, z_sum, picked = low, low, zero, zero, zero, zero, zero
-    best_at = tl.zeros((ROWS,), tl.int32)
-    found = tl.zeros((ROWS,), tl.int32)
-    poisoned = tl.zeros((ROWS,), tl.int32)  # a NaN was seen, whose column is `best_at`
+    best_id = tl.zeros((ROWS,), tl.int32)
+    has_target = tl.zeros((ROWS,), tl.int32)
+    seen_nan = tl.zeros((ROWS,), tl.int32)  # a NaN, whose column is `best_id`
     first = part * length * GRAIN
     last = tl.minimum(first + length * GRAIN, columns)
     for start in range(first, last, COLUMNS):
@@ -59,11 +59,11 @@ def fused_kernel(
         inside = column < columns
         x = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, width, INNER):
-            deep = k + inner < width
-            h_at = hidden + row[:, None] * hidden_stride + (k + inner)[None, :]
-            h = tl.load(h_at, mask=there[:, None] & deep[None, :], other=0.0)
-            w_at = weight + column.to(tl.int64)[:, None] * weight_stride + (k + inner)[None, :]
-            w = tl.load(w_at, mask=inside[:, None] & deep[None, :], other=0.0)
+            in_width = k + inner < width
+            h_pointer = hidden + row[:, None] * hidden_stride + (k + inner)[None, :]
+            h = tl.load(h_pointer, mask=valid_row[:, None] & in_width[None, :], other=0.0)
+            w_pointer = weight + column.to(tl.int64)[:, None] * weight_stride + (k + inner)[None, :]
+            w = tl.load(w_pointer, mask=inside[:, None] & in_width[None, :], other=0.0)
             x = product(h, tl.trans(w), x, PRECISION)
         # The same log-probabilities as where the vendor's product stores its 16 bits.
         x = x.to(hidden.dtype.element_ty).to(tl.float32)
@@ -71,27 +71,28 @@ def fused_kernel(
         if HAS_BIAS:
             b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
         z = logits(x, b[None, :], pre, post, HAS_BIAS, HAS_CAP)
-        hit = (wanted[:, None] == column[None, :]) & inside[None, :]
-        picked += tl.sum(tl.where(hit, z, 0.0), axis=1)
-        found = tl.maximum(found, tl.max(tl.where(hit, 1, 0), axis=1))
+        is_target = (target_id[:, None] == column[None, :]) & inside[None, :]
+        picked += tl.sum(tl.where(is_target, z, 0.0), axis=1)
+        has_target = tl.maximum(has_target, tl.max(tl.where(is_target, 1, 0), axis=1))
         if TRACK & 8:
             z_sum += tl.sum(tl.where(inside[None, :], z, 0.0), axis=1)
         z = tl.where(inside[None, :], z, float("-inf"))
-        known = tl.where(z == z, z, float("-inf"))
-        here = tl.max(known, axis=1)
+        not_nan = tl.where(z == z, z, float("-inf"))
+        tile_max = tl.max(not_nan, axis=1)
         if TRACK & 17:
-            at = tl.min(tl.where(known == here[:, None], column[None, :], NO_COLUMN), axis=1)
-            nan_at = tl.min(tl.where(z != z, column[None, :], NO_COLUMN), axis=1)
+            is_max = not_nan == tile_max[:, None]
+            tile_id = tl.min(tl.where(is_max, column[None, :], NO_COLUMN), axis=1)
+            nan_id = tl.min(tl.where(z != z, column[None, :], NO_COLUMN), axis=1)
             if TRACK & 16:
-                others = tl.where(column[None, :] == at[:, None], float("-inf"), known)
-                rest = tl.maximum(tl.max(others, axis=1), tl.minimum(here, top))
+                rest = tl.where(column[None, :] == tile_id[:, None], float("-inf"), not_nan)
+                rest = tl.maximum(tl.max(rest, axis=1), tl.minimum(tile_max, top))
                 second = tl.maximum(second, rest)
             # A NaN wins, as it does in torch.argmax, and what came first stays.
-            best_at = tl.where((here > top) & (poisoned == 0), at, best_at)
-            fresh = (nan_at != NO_COLUMN) & (poisoned == 0)
-            best_at = tl.where(fresh, nan_at, best_at)
-            poisoned = tl.where(fresh, 1, poisoned)
-        new = tl.maximum(top, here)
+            best_id = tl.where((tile_max > top) & (seen_nan == 0), tile_id, best_id)
+            first_nan = (nan_id != NO_COLUMN) & (seen_nan == 0)
+            best_id = tl.where(first_nan, nan_id, best_id)
+            seen_nan = tl.where(first_nan, 1, seen_nan)
+        new = tl.maximum(top, tile_max)
         m = tl.where(new == float("-inf"), 0.0, new)
         delta_max = tl.where(top == float("-inf"), 0.0, top - m)
         rescale = tl.where(top == float("-inf"), 0.0, tl.exp(delta_max))
@@ -106,16 +107,16 @@ def fused_kernel(
         top = new
 
     state += part.to(tl.int64) * part_stride + row
-    top_64 = tl.where(poisoned != 0, float("nan"), top.to(tl.float64))
-    tl.store(state, top_64, mask=there)
-    tl.store(state + state_stride, total.to(tl.float64), mask=there)
-    tl.store(state + 2 * state_stride, picked.to(tl.float64), mask=there & (found != 0))
-    tl.store(state + 3 * state_stride, e_z.to(tl.float64), mask=there)
-    tl.store(state + 4 * state_stride, e_sq.to(tl.float64), mask=there)
-    tl.store(state + 5 * state_stride, z_sum.to(tl.float64), mask=there)
-    tl.store(state + 6 * state_stride, second.to(tl.float64), mask=there)
-    at_argmax = argmax + part.to(tl.int64) * argmax_stride + row
-    tl.store(at_argmax, best_at.to(tl.int64), mask=there)
+    top_64 = tl.where(seen_nan != 0, float("nan"), top.to(tl.float64))
+    tl.store(state, top_64, mask=valid_row)
+    tl.store(state + state_stride, total.to(tl.float64), mask=valid_row)
+    tl.store(state + 2 * state_stride, picked.to(tl.float64), mask=valid_row & (has_target != 0))
+    tl.store(state + 3 * state_stride, e_z.to(tl.float64), mask=valid_row)
+    tl.store(state + 4 * state_stride, e_sq.to(tl.float64), mask=valid_row)
+    tl.store(state + 5 * state_stride, z_sum.to(tl.float64), mask=valid_row)
+    tl.store(state + 6 * state_stride, second.to(tl.float64), mask=valid_row)
+    argmax_pointer = argmax + part.to(tl.int64) * argmax_stride + row
+    tl.store(argmax_pointer, best_id.to(tl.int64), mask=valid_row)
 
 
 def fused_statistics(

@@ -44,18 +44,18 @@ def scan_kernel(
         start = first + number * BLOCK
         if LEFT:
             start = last - (number + 1) * BLOCK
-        at = start + lane
-        inside = (at >= first) & (at < last)
-        counts = inside
+        position = start + lane
+        inside = (position >= first) & (position < last)
+        valid = inside
         if HAS_MASK:
-            counts = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
-        value = tl.load(x + at, mask=counts, other=0.0).to(tl.float32)
+            valid = inside & (tl.load(mask + position, mask=inside, other=0) != 0)
+        value = tl.load(x + position, mask=valid, other=0.0).to(tl.float32)
         powers, sums = tl.associative_scan((decay, value), 0, discounted, reverse=LEFT)
         sums += carry * powers
         # The last in the direction of the scan goes on to the next block.
         end = 0 if LEFT else BLOCK - 1
         carry = tl.sum(tl.where(lane == end, sums, 0.0))
-        tl.store(out + at, tl.where(counts, sums, 0.0).to(out.dtype.element_ty), mask=inside)
+        tl.store(out + position, tl.where(valid, sums, 0.0).to(out.dtype.element_ty), mask=inside)
 
 
 def scan(

@@ -18,21 +18,21 @@ from ift_kernels.backends.triton.launch import blocks, config, launch, shape_cla
 
 @triton.jit(do_not_specialize=["tokens", "width_blocks"])
 def residual_kernel(
-    embedding, ids, further, out, width, stride, width_blocks, lam, BLOCK: tl.constexpr
+    embedding, ids, mixed_in, out, width, stride, width_blocks, lam, BLOCK: tl.constexpr
 ):
     program = tl.program_id(0).to(tl.int64)
     token = program // width_blocks
     column = (program % width_blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    own_id, other_id = tl.load(ids + token), tl.load(further + token)
-    own = tl.load(embedding + own_id * stride + column, mask=inside)
-    at = out + token * width + column
-    if own_id == other_id:  # bit for bit: no rounding, and no second read
-        tl.store(at, own, mask=inside)
+    token_id, mixed_in_id = tl.load(ids + token), tl.load(mixed_in + token)
+    token_row = tl.load(embedding + token_id * stride + column, mask=inside)
+    pointer = out + token * width + column
+    if token_id == mixed_in_id:  # bit for bit: no rounding, and no second read
+        tl.store(pointer, token_row, mask=inside)
     else:
-        other = tl.load(embedding + other_id * stride + column, mask=inside).to(tl.float32)
-        mixed = (1.0 - lam) * own.to(tl.float32) + lam * other
-        tl.store(at, mixed.to(out.dtype.element_ty), mask=inside)
+        mixed_row = tl.load(embedding + mixed_in_id * stride + column, mask=inside)
+        mixed = (1.0 - lam) * token_row.to(tl.float32) + lam * mixed_row.to(tl.float32)
+        tl.store(pointer, mixed.to(out.dtype.element_ty), mask=inside)
 
 
 def residual(
@@ -45,13 +45,13 @@ def residual(
     ignore_index: int,
 ) -> Tensor:
     embedding, width = embedding.contiguous(), embedding.shape[1]
-    further = mixed_in_of(ids, predicted, labels, cu_seqlens, ignore_index)
+    mixed_in = mixed_in_of(ids, predicted, labels, cu_seqlens, ignore_index)
     out = embedding.new_empty(*ids.shape, width)
     chosen = config("residual", shape_class(width), embedding.device)
     width_blocks = blocks(width, chosen["BLOCK"])
     launch(
         residual_kernel, (ids.numel() * width_blocks,), embedding,
-        embedding, ids.contiguous(), further.contiguous(), out, width, embedding.stride(0),
+        embedding, ids.contiguous(), mixed_in.contiguous(), out, width, embedding.stride(0),
         width_blocks, lam, **chosen,
     )  # fmt: skip
     return out
@@ -74,28 +74,28 @@ def segment_kernel(
     lane = tl.arange(0, ITEMS)
     for start in range(first, last, ITEMS):
         item = start + lane
-        there = item < last
-        source = tl.load(order + item, mask=there, other=0)
-        at = parts + (source % rows)[:, None] * parts_stride + column[None, :]
-        value = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        share = tl.load(factor + source, mask=there, other=0.0)
+        valid = item < last
+        source = tl.load(order + item, mask=valid, other=0)
+        pointer = parts + (source % rows)[:, None] * parts_stride + column[None, :]
+        value = tl.load(pointer, mask=valid[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        share = tl.load(factor + source, mask=valid, other=0.0)
         # A share of 0 is no part at all, even of a NaN.
         value = tl.where((share == 0.0)[:, None], 0.0, value * share[:, None])
         total += tl.sum(value, axis=0)
-    at = out + v * width + column
-    tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+    pointer = out + v * width + column
+    tl.store(pointer, total.to(out.dtype.element_ty), mask=inside)
 
 
 def sum_segments(
     parts: Tensor,  # (P, D)
-    at: Tensor,  # (M,) which row of `out` each item adds to
+    out_row: Tensor,  # (M,) which row of `out` each item adds to
     factor: Tensor,  # (M,) float32; item i is row i % P of parts
     out: Tensor,  # (rows, D)
 ) -> None:
     """Sum items into the rows of `out` in the order in which they come, in float32."""
     (rows, width), device = out.shape, out.device
-    at, order = at.sort(stable=True)
-    starts = torch.searchsorted(at, torch.arange(rows + 1, device=device))
+    out_row, order = out_row.sort(stable=True)
+    starts = torch.searchsorted(out_row, torch.arange(rows + 1, device=device))
     chosen = config("segments", shape_class(width), device)
     launch(
         segment_kernel, (rows, blocks(width, chosen["BLOCK"])), out,
@@ -114,12 +114,12 @@ def residual_grad(
     vocabulary: int,
 ) -> Tensor:
     width = grad.shape[2]
-    further = mixed_in_of(ids, predicted, labels, cu_seqlens, ignore_index)
-    alone = (further == ids).flatten()
-    own = torch.where(alone, 1.0, 1.0 - lam)
-    factor = torch.cat([own, torch.where(alone, 0.0, lam)]).float()
+    mixed_in = mixed_in_of(ids, predicted, labels, cu_seqlens, ignore_index)
+    unmixed = (mixed_in == ids).flatten()
+    token_share = torch.where(unmixed, 1.0, 1.0 - lam)
+    factor = torch.cat([token_share, torch.where(unmixed, 0.0, lam)]).float()
     out = grad.new_empty(vocabulary, width)
     flat = grad.contiguous().view(-1, width)
-    at = torch.cat([ids.flatten(), further.flatten()])
-    sum_segments(flat, at, factor, out)
+    out_row = torch.cat([ids.flatten(), mixed_in.flatten()])
+    sum_segments(flat, out_row, factor, out)
     return out
