@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -32,14 +32,14 @@ def faster(serving: dict[str, Backend], device: torch.device) -> Backend:
     if device.type != "cuda" or not FASTER:
         return first
     table = FASTER.get(_architecture(device.index or 0), {})
-    faster = tuple((op, serving[name]) for op, name in table.items() if name in serving)
-    return _mixed(first, faster) if faster else first
+    chosen = tuple((op, cast(Any, serving[name])) for op, name in table.items() if name in serving)
+    return _mixed(cast(Any, first), chosen) if chosen else first
 
 
 @functools.cache
-def _mixed(first: Any, faster: tuple[tuple[str, Any], ...]) -> Mixed:
+def _mixed(first: Backend, chosen: tuple[tuple[str, Any], ...]) -> Mixed:
     """One object for all calls: operations on two heads compare their backends."""
-    return Mixed(first, {op: getattr(backend, op) for op, backend in faster})
+    return Mixed(first, {op: getattr(backend, op) for op, backend in chosen})
 
 
 @functools.cache

@@ -63,9 +63,25 @@ def _unavailable() -> str:
         import triton
     except Exception as error:  # a broken installation must not take the other backends along
         return f"triton does not load ({error})"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < OLDEST:
+    if _version(triton) < OLDEST:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
+    return ""
+
+
+def _version(module: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+
+@functools.cache
+def _interpreter_unavailable() -> str:
+    """Why Triton's interpreter cannot run beside this numpy, or "" if it can."""
+    import numpy
+    import triton
+
+    # They turn arrays of one element into numbers.
+    if _version(triton) < (3, 7) and _version(numpy) >= (2, 4):
+        versions = triton.__version__, numpy.__version__
+        return "the interpreter of triton {} needs numpy below 2.4, got {}".format(*versions)
     return ""
 
 
@@ -88,9 +104,9 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str:
         return reason
     if device.type == "cpu":
         late = "TRITON_INTERPRET=1 was set after the kernels had been loaded"
-        return "" if interpreted() else late
+        return _interpreter_unavailable() if interpreted() else late
     if interpreted():
-        return ""  # copied to the CPU and back by the interpreter: slow, but right
+        return _interpreter_unavailable()  # copied to the CPU and back: slow, but right
     index = torch.cuda.current_device() if device.index is None else device.index
     return _device_too_old(index)
 

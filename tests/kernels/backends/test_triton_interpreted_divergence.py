@@ -126,8 +126,8 @@ def test_softmax_gradient(dtype, transform, bias, with_prob, blocks):
     for ours, wanted in zip(*found, strict=True):
         eps = 2e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
         torch.testing.assert_close(ours, wanted, rtol=eps, atol=1e-5, equal_nan=True)
-    if b is not None:
-        assert not found[0][0][4:, 5].any()
+    if b is not None:  # its softcap is flat at a bias of −∞
+        assert found[0][0][4:, 5].abs().max() < 1e-6
 
 
 def test_wrong_layouts_of_a_softmax_gradient_are_refused():
