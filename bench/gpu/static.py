@@ -103,17 +103,15 @@ class Variant:
         flags = [
             n if v is True else f"{n}={v}" for n, v in self.constants if v not in (None, False)
         ]
-        odd = ["irregular"] if self.irregular else []
-        options = (f"{n}={v}" for n, v in self.options)
-        return " ".join([*(half or types), *odd, *flags, *options])
+        flags += [f"{n}={v}" for n, v in self.options] + ["irregular"] * self.irregular
+        return " ".join([*(half or types), *flags])
 
     @property
     def irregular(self) -> bool:
         """Whether rows do not begin on 16 bytes, or do not end there."""
-        sizes = {"width", "stride", "columns", "length"} & dict(self.signature).keys()
-        pointers = {name for name, kind in self.signature if kind[0] == "*"}
-        special = {p.name for p in self.kernel.params if not p.do_not_specialize}
-        return not (pointers | (sizes & special)) - dict(self.constants).keys() <= set(self.aligned)
+        free = {p.name for p in self.kernel.params if p.do_not_specialize} | set(self.aligned)
+        sizes = {"width", "stride", "columns", "length"} - dict(self.constants).keys()
+        return any(n not in free and (n in sizes or kind[0] == "*") for n, kind in self.signature)
 
     def source(self) -> ASTSource:
         """What Triton compiles."""

@@ -55,10 +55,8 @@ def irregular_launches() -> None:
 def _epilogues(dtype: torch.dtype, full: bool, c: int, gap: int = 0) -> None:
     """`gap`: elements before the first row of products, and beside each."""
     n, transform = 64, FULL if full else PLAIN
-    x, y = (
-        torch.zeros(gap + n * (c + gap), dtype=dtype)[gap:].view(n, c + gap)[:, :c]
-        for _ in range(2)
-    )
+    both = [torch.zeros(gap + n * (c + gap), dtype=dtype)[gap:] for _ in range(2)]
+    x, y = (storage.view(n, c + gap)[:, :c] for storage in both)
     target = torch.zeros(n, dtype=torch.int64)
     norm, coef, bias = torch.zeros(2, n), torch.zeros(4, n), torch.zeros(c) if full else None
     chunk = contract.Chunk(x, bias, transform)

@@ -91,7 +91,8 @@ def calls(
     grad = torch.randn(1, rows, columns, generator=generator).to(device, torch.bfloat16)
     chunk, moved = contract.Chunk(x), x.numel() * x.element_size()
     two = contract.Chunk(x.flip(0)), "jsd", 0.5, torch.stack([norm, norm])  # teacher and options
-    sums, d_prob = torch.zeros(2, rows, dtype=torch.float64, device=device), x.float()
+    *sums, zero = torch.zeros(3, rows, dtype=torch.float64, device=device)
+    d_prob = x.float()
     mixing = (tokens, tokens.roll(1, 1), tokens, None, 0.2, -100)
     # Every eighth column is active, in blocks and buckets of the default size.
     block, bucket, width = 128, 2048, -(-len(range(0, columns, 8)) // 32) * 32
@@ -128,17 +129,12 @@ def calls(
                                lambda: [y], lambda: y.copy_(x)),
         "softmax_gradient_": Call(
             4 * moved, lambda: backend.softmax_gradient_(contract.Chunk(y), d_prob, norm, norm[1]),
-            lambda: [y], lambda: (y.copy_(x), d_prob.copy_(x)),
-        ),
-        "divergence_terms": Call(
-            2 * moved, lambda: backend.divergence_terms(chunk, *two, *sums), lambda: [sums],
-            sums.zero_,
-        ),
+            lambda: [y], lambda: (y.copy_(x), d_prob.copy_(x))),
+        "divergence_terms": Call(2 * moved, lambda: backend.divergence_terms(chunk, *two, *sums),
+                                 lambda: sums, lambda: [s.zero_() for s in sums]),
         "divergence_gradient_": Call(
-            3 * moved,
-            lambda: backend.divergence_gradient_(contract.Chunk(y), *two, sums[1], coef[0]),
-            lambda: [y], lambda: (y.copy_(x), sums.zero_()),
-        ),
+            3 * moved, lambda: backend.divergence_gradient_(contract.Chunk(y), *two, zero, norm[1]),
+            lambda: [y], lambda: y.copy_(x)),
         "top_k_update": Call(moved, lambda: backend.top_k_update(chunk, values, ids),
                              lambda: [values, ids], no_values),
         "gumbel_update": Call(

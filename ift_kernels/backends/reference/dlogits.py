@@ -48,7 +48,7 @@ def softmax_gradient_(
     The difference is formed before it is rounded: of a nearly certain token the two cancel.
     """
     z = logits(chunk)
-    p = ((z - norm[0].to(z.dtype)[:, None]) - norm[1].to(z.dtype)[:, None]).exp_()
+    p = (z - norm[0].to(z.dtype)[:, None]).sub_(norm[1].to(z.dtype)[:, None]).exp_()
     if prob is not None:
         prob.copy_(p)
     dz = d_prob.sub_(centre.to(d_prob.dtype)[:, None]).mul_(p)
