@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ift_kernels import backends
-from ift_kernels.backends import contract
+from ift_kernels.backends import contract, reference
 from ift_kernels.common import checks
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.operators import library
-from ift_kernels.schedule import plan, products
+from ift_kernels.schedule import device, plan, products
 from ift_kernels.schedule.accumulate import accum_dtype
-from ift_kernels.schedule.head import Head, pad_row_stride
+from ift_kernels.schedule.head import Head, empty_padded, pad_row_stride
 
 
 def linear_expected_embedding(
@@ -98,16 +98,19 @@ def _head(
 
 
 def _plan(head: Head, embedding: Tensor, workspace: int, temporaries: int, sums: int) -> plan.Plan:
-    """Tiles for `temporaries` matrices of a tile's size, and `sums` columns of either table."""
+    """Tiles for `temporaries` matrices of a tile's size, and `sums` columns of either table.
+
+    In cache for the epilogues of a CPU; launches of a GPU take long beside such tiles.
+    """
     (n, width), dtype = head.hidden.shape, head.hidden.dtype
     itemsize = accum_dtype(dtype).itemsize
     whole = plan.make(plan.Problem(n, head.vocabulary, width, dtype, workspace))
     per_column = (width + embedding.shape[1]) * (
         dtype.itemsize + sums * (itemsize + dtype.itemsize)
     )
-    rows, columns = plan.tile(
-        n, head.vocabulary, dtype.itemsize + temporaries * itemsize, workspace, per_column
-    )
+    per_element = dtype.itemsize + temporaries * itemsize
+    tile_bytes = workspace if device.of(head.hidden.device).is_gpu else plan.TILE_BYTES
+    rows, columns = plan.tile(n, head.vocabulary, per_element, workspace, per_column, tile_bytes)
     return replace(whole, tile_rows=rows, tile_columns=columns)
 
 
@@ -167,25 +170,32 @@ def _backward_op(
     upstream = pad_row_stride(d_soft.to(dtype))
     # dz_v = p_v·(E_v·g − Σ_u p_u E_u·g), and the sum is the result's own product with g. Both in
     # float32 at least: for a nearly certain token they cancel, and their rounding must not stay.
-    mean = (soft * d_soft).sum(1, keepdim=True)
-    chosen = _plan(head, embedding, options[3], 6, 1)
+    centre = (soft * d_soft).sum(1)
+    # In plain torch the epilogue has temporaries of its own.
+    temporaries = 6 if head.backend.softmax_gradient_ is reference.softmax_gradient_ else 2
+    chosen = _plan(head, embedding, options[3], temporaries, 1)
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows, columns, product in products.tiles(head, chosen):
-            z = head.transform.apply(product.to(sums), head.bias_chunk(columns))
-            p = (z - norm[0, rows, None]).sub_(norm[1, rows, None]).exp_()
-            if d_embedding is not None:
-                d_embedding.add(rows, columns, product.copy_(p).T, upstream[rows])
-            if not any(needs[:3]):
-                continue
-            along = torch.mm(d_soft[rows], embedding[columns].to(sums).T)
-            dx = along.sub_(mean[rows]).mul_(p).mul_(head.transform.derivative(z))
-            narrow = product.copy_(dx)  # where its rows are padded
+        for tile in products.tiles(head, chosen):
+            rows, columns, product = tile
+            if any(needs[:3]):
+                prob: Tensor | None = None
+                if d_embedding is not None:
+                    prob = empty_padded(head.backend, product, *product.shape)
+                d_prob = torch.mm(d_soft[rows], embedding[columns].to(sums).T)
+                head.backend.softmax_gradient_(
+                    head.chunk(tile), d_prob, norm[:, rows], centre[rows], prob
+                )
+            else:
+                prob = product
+                head.backend.probabilities_(head.chunk(tile), norm[:, rows])
+            if d_embedding is not None and prob is not None:
+                d_embedding.add(rows, columns, prob.T, upstream[rows])
             if needs[0]:
-                d_hidden[rows] += torch.mm(narrow, head.weight_chunk(columns))
+                d_hidden[rows] += torch.mm(product, head.weight_chunk(columns))
             if d_weight is not None:
-                d_weight.add(rows, columns, narrow.T, head.hidden[rows])
+                d_weight.add(rows, columns, product.T, head.hidden[rows])
             if d_bias is not None:
-                d_bias[columns] += dx.sum(0)
+                d_bias[columns] += product.sum(0, dtype=sums)
     nothing = hidden.new_empty(0)
     return (
         d_hidden.to(hidden.dtype),

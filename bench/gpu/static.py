@@ -44,7 +44,8 @@ NARROW = {"mask", "merge"}
 # Touch every element once, so the bytes requested may hardly exceed the least; but for a bias,
 # which every row reads again from a cache.
 STREAMING = {"stats", "dlogits", "probabilities", "top_k", "gumbel", "scan", "residual",
-             "bucket_sums"}  # fmt: skip
+             "bucket_sums", "softmax_gradient", "divergence_terms",
+             "divergence_gradient"}  # fmt: skip
 MAX_RATIO = 1.1
 MATRIX = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 PRODUCTS = {"fused"}
@@ -90,6 +91,11 @@ class Variant:
         return name.removesuffix("_kernel")
 
     @property
+    def limit(self) -> str:
+        """What its limit of registers is called: rows that begin anywhere take more."""
+        return f"{self.name}, irregular" if self.irregular else self.name
+
+    @property
     def about(self) -> str:
         """Types of the tensors and constants, for people."""
         types = dict.fromkeys(t[1:] for _, t in self.signature if t in ("*bf16", "*fp16", "*fp32"))
@@ -97,7 +103,15 @@ class Variant:
         flags = [
             n if v is True else f"{n}={v}" for n, v in self.constants if v not in (None, False)
         ]
-        return " ".join([*(half or types), *flags, *(f"{n}={v}" for n, v in self.options)])
+        flags += [f"{n}={v}" for n, v in self.options] + ["irregular"] * self.irregular
+        return " ".join([*(half or types), *flags])
+
+    @property
+    def irregular(self) -> bool:
+        """Whether rows do not begin on 16 bytes, or do not end there."""
+        free = {p.name for p in self.kernel.params if p.do_not_specialize} | set(self.aligned)
+        sizes = {"width", "stride", "columns", "length"} - dict(self.constants).keys()
+        return any(n not in free and (n in sizes or kind[0] == "*") for n, kind in self.signature)
 
     def source(self) -> ASTSource:
         """What Triton compiles."""
@@ -238,6 +252,7 @@ def variants(
         for dtype in dtypes:
             for full in fullness:
                 traffic.launches(dtype, full)
+        traffic.irregular_launches()
     return found
 
 
@@ -256,8 +271,8 @@ def complaints(
     if found.programs < 1:
         wrong.append("does not fit on a multiprocessor")
     constants = dict(which.constants)
-    # Documents start anywhere; a bias is one element wide.
-    anywhere = constants.get("PACKED") or constants.get("width") == 1
+    # Documents and odd rows start anywhere; a bias is one element wide.
+    anywhere = constants.get("PACKED") or constants.get("width") == 1 or which.irregular
     if not found.wide_loads and which.name not in NARROW and not anywhere:
         wrong.append("no 16-byte loads")
     half = any(t in ("*bf16", "*fp16") for _, t in which.signature)
@@ -336,11 +351,11 @@ def run(architectures: list[str], console: Console, write: bool = False) -> int:
         bytes_ = traffic.measure(architecture)
         if write:
             for which, used in found:
-                limits[which.name] = max(used.registers, limits.get(which.name, 0))
+                limits[which.limit] = max(used.registers, limits.get(which.limit, 0))
         rows, bad_here = [], 0
         for which, used in found:
             moved = bytes_.get(traffic.key(which.name, which.about))
-            wrong = complaints(which, used, architecture, limits.get(which.name), moved)
+            wrong = complaints(which, used, architecture, limits.get(which.limit), moved)
             bad_here += bool(wrong)
             rows.append([
                 which.name, which.about, str(used.registers), str(used.spills), str(used.shared),

@@ -45,9 +45,19 @@ def launches(
     _products(dtype, full, *head)
 
 
-def _epilogues(dtype: torch.dtype, full: bool, c: int) -> None:
+def irregular_launches() -> None:
+    """Float16, and rows of odd sizes that begin anywhere, as those of a caller's own head may."""
+    _epilogues(torch.float16, False, 4096)
+    _epilogues(torch.float16, False, 1021, 1)
+    _whole_operations(torch.bfloat16, 1021)
+
+
+def _epilogues(dtype: torch.dtype, full: bool, c: int, gap: int = 0) -> None:
+    """`gap`: elements before the first row of products, and beside each."""
     n, transform = 64, FULL if full else PLAIN
-    x, target = torch.zeros(n, c, dtype=dtype), torch.zeros(n, dtype=torch.int64)
+    both = [torch.zeros(gap + n * (c + gap), dtype=dtype)[gap:] for _ in range(2)]
+    x, y = (storage.view(n, c + gap)[:, :c] for storage in both)
+    target = torch.zeros(n, dtype=torch.int64)
     norm, coef, bias = torch.zeros(2, n), torch.zeros(4, n), torch.zeros(c) if full else None
     chunk = contract.Chunk(x, bias, transform)
     state = contract.new_state(n, x.device)
@@ -57,13 +67,20 @@ def _epilogues(dtype: torch.dtype, full: bool, c: int) -> None:
             backend.stats_update(part, target[rows], state.rows(rows), track)
     backend.dlogits_(chunk, contract.RowGradient(target, norm, coef))
     backend.probabilities_(chunk, norm)
+    prob = x.clone() if full else None
+    backend.softmax_gradient_(chunk, torch.zeros(n, c), norm, norm[0], prob)
+    rows, norms = torch.zeros(n, dtype=torch.float64), norm.expand(2, 2, n).contiguous()
+    for kind in ("jsd",) if full else contract.KINDS:
+        two = chunk, chunk._replace(x=y), kind, 0.5, norms
+        backend.divergence_terms(*two, rows, rows.clone())
+        backend.divergence_gradient_(*two, rows, norm[0], rows if kind == "forward" else None)
     k = 64 if full else 2
     backend.top_k_update(chunk, torch.zeros(n, k), torch.zeros(n, k, dtype=torch.int64))
     best = torch.zeros(n)
     backend.gumbel_update(chunk, 3, target, best, best.clone(), target.clone())
     backend.active_mask(chunk, target, best, 32)
     few = (torch.arange(2 * c) % 8 == 0).view(2, c)  # active columns of two blocks
-    active, sums = x.new_empty(n * c // 8), torch.empty(c // 512, n)
+    active, sums = x.new_empty(n * c // 4), torch.empty(-(-c // 512), n)
     backend.split_active(x, few.to(torch.uint8), 32, 512, torch.ones(c), sums, active)
 
 

@@ -84,6 +84,9 @@ def calls(
     tokens = torch.arange(rows, device=device)[None] % len(table)
     grad = torch.randn(1, rows, columns, **on).bfloat16()
     chunk, moved = contract.Chunk(x), x.numel() * x.element_size()
+    two = contract.Chunk(x.flip(0)), "jsd", 0.5, torch.stack([norm, norm])  # teacher and options
+    *sums, zero = torch.zeros(3, rows, dtype=torch.float64, device=device)
+    d_prob = x.float()
     mixing = (tokens, tokens.roll(1, 1), tokens, None, 0.2, -100)
     # Every eighth column is active, in blocks and buckets of the default size.
     block, bucket, width = 128, 2048, -(-len(range(0, columns, 8)) // 32) * 32
@@ -118,6 +121,14 @@ def calls(
                          lambda: [y], lambda: y.copy_(x)),
         "probabilities_": Call(2 * moved, lambda: backend.probabilities_(contract.Chunk(y), norm),
                                lambda: [y], lambda: y.copy_(x)),
+        "softmax_gradient_": Call(
+            4 * moved, lambda: backend.softmax_gradient_(contract.Chunk(y), d_prob, norm, norm[1]),
+            lambda: [y], lambda: (y.copy_(x), d_prob.copy_(x))),
+        "divergence_terms": Call(2 * moved, lambda: backend.divergence_terms(chunk, *two, *sums),
+                                 lambda: sums, lambda: [s.zero_() for s in sums]),
+        "divergence_gradient_": Call(
+            3 * moved, lambda: backend.divergence_gradient_(contract.Chunk(y), *two, zero, norm[1]),
+            lambda: [y], lambda: y.copy_(x)),
         "top_k_update": Call(moved, lambda: backend.top_k_update(chunk, values, ids),
                              lambda: [values, ids], no_values),
         "gumbel_update": Call(
@@ -162,6 +173,7 @@ ROWWISE = grid(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8))
 # Kernel → the function that launches it, and candidates; by their share of a training step.
 EPILOGUES = {
     "dlogits": ("dlogits_", ROWWISE), "stats": ("stats_update", ROWWISE),
+    "divergence": ("divergence_terms", ROWWISE),
     "split": ("split_active", grid(ROWS=(8, 16, 32), BLOCK=(64, 128, 256), num_warps=(4, 8))),
     "mask": ("active_mask", grid(ROWS=(16, 32), BLOCK=(64, 128), num_warps=(2, 4, 8))),
     "segments": ("bucket_sums", grid(ITEMS=(4, 8, 16), BLOCK=(128, 256, 512), num_warps=(2, 4))),

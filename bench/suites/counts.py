@@ -33,13 +33,7 @@ BACKENDS = ("reference", "cpu")
 SIZES = (256, 64, 3000)  # N, D, V: several blocks in every schedule
 WORKSPACE = 1 << 20
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
-# Functions of a backend that launch nothing on a GPU.
-ON_HOST = ("unsupported_reason", "describe", "wants_transpose", "scratch")
-# The others, and what goes beyond the contract.
-EPILOGUES = (
-    *(n for n in vars(contract.Backend) if not n.startswith("_") and n not in ON_HOST),
-    "fused_statistics",
-)
+EPILOGUES = (*contract.EPILOGUES, "fused_statistics")  # which goes beyond the contract
 READS = ("aten::_local_scalar_dense", "aten::nonzero")
 # Views and bookkeeping launch nothing.
 FREE = frozenset(

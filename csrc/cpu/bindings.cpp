@@ -15,7 +15,7 @@ namespace py = pybind11;
 namespace {
 
 template <class T>
-T* at(uintptr_t address) {
+T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
@@ -26,7 +26,7 @@ void advise_huge_pages(uintptr_t address, size_t bytes) {
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
   const uintptr_t first = (address + kPage - 1) & ~(kPage - 1);
   const uintptr_t last = (address + bytes) & ~(kPage - 1);
-  if (last > first) (void)madvise(at<void>(first), last - first, MADV_HUGEPAGE);
+  if (last > first) (void)madvise(pointer<void>(first), last - first, MADV_HUGEPAGE);
 #else
   (void)address, (void)bytes;
 #endif
@@ -46,60 +46,62 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init([](uintptr_t x, int dtype, int64_t rows, int64_t cols, int64_t ld,
                        uintptr_t bias, float scale, float softcap, float temperature,
                        int64_t offset, int threads) {
-        return Chunk{at<void>(x), dtype,   rows,        cols,   ld,     at<const float>(bias),
-                     scale,       softcap, temperature, offset, threads};
+        return Chunk{
+            pointer<void>(x), dtype,       rows,   cols,   ld, pointer<const float>(bias), scale,
+            softcap,          temperature, offset, threads};
       }));
   m.def(
       "stats",
       [](const Chunk& c, uintptr_t target, uintptr_t state, int64_t state_ld, uintptr_t argmax,
          int track) {
-        ift::epilogues().stats(c, at<int64_t>(target), at<double>(state), state_ld,
-                               at<int64_t>(argmax), track);
+        ift::epilogues().stats(c, pointer<int64_t>(target), pointer<double>(state), state_ld,
+                               pointer<int64_t>(argmax), track);
       },
       Release());
   m.def(
       "dlogits",
       [](const Chunk& c, uintptr_t target, uintptr_t norm, int64_t norm_ld, uintptr_t coef,
          int64_t coef_ld, uintptr_t transposed, int64_t transposed_ld) {
-        ift::epilogues().dlogits(c, {at<int64_t>(target), at<float>(norm), norm_ld, at<float>(coef),
-                                     coef_ld, at<void>(transposed), transposed_ld});
+        ift::epilogues().dlogits(
+            c, {pointer<int64_t>(target), pointer<float>(norm), norm_ld, pointer<float>(coef),
+                coef_ld, pointer<void>(transposed), transposed_ld});
       },
       Release());
   m.def(
       "probabilities",
       [](const Chunk& c, uintptr_t norm, int64_t norm_ld) {
-        ift::epilogues().probabilities(c, at<float>(norm), norm_ld);
+        ift::epilogues().probabilities(c, pointer<float>(norm), norm_ld);
       },
       Release());
   m.def(
       "top_k",
       [](const Chunk& c, uintptr_t values, uintptr_t ids, int64_t k) {
-        ift::epilogues().top_k(c, at<float>(values), at<int64_t>(ids), k);
+        ift::epilogues().top_k(c, pointer<float>(values), pointer<int64_t>(ids), k);
       },
       Release());
   m.def(
       "gumbel",
       [](const Chunk& c, uint64_t seed, uintptr_t rows, uintptr_t best, uintptr_t logit,
          uintptr_t ids) {
-        ift::epilogues().gumbel(c, seed, at<int64_t>(rows), at<float>(best), at<float>(logit),
-                                at<int64_t>(ids));
+        ift::epilogues().gumbel(c, seed, pointer<int64_t>(rows), pointer<float>(best),
+                                pointer<float>(logit), pointer<int64_t>(ids));
       },
       Release());
 
   m.def(
       "active_mask",
       [](const Chunk& c, uintptr_t target, uintptr_t level, int64_t block, uintptr_t mask) {
-        ift::epilogues().active_mask(c, at<int64_t>(target), at<float>(level), block,
-                                     at<uint8_t>(mask));
+        ift::epilogues().active_mask(c, pointer<int64_t>(target), pointer<float>(level), block,
+                                     pointer<uint8_t>(mask));
       },
       Release());
   m.def(
       "split_active",
       [](const Chunk& c, uintptr_t mask, int64_t block, int64_t bucket, uintptr_t tail_weights,
          uintptr_t tail_gradient, uintptr_t active, int64_t capacity) {
-        if (!ift::epilogues().split_active(c, at<uint8_t>(mask), block, bucket,
-                                           at<float>(tail_weights), at<float>(tail_gradient),
-                                           at<void>(active), capacity))
+        if (!ift::epilogues().split_active(
+                c, pointer<uint8_t>(mask), block, bucket, pointer<float>(tail_weights),
+                pointer<float>(tail_gradient), pointer<void>(active), capacity))
           throw std::runtime_error("active: too few elements for the active columns, got " +
                                    std::to_string(capacity));
       },
@@ -108,8 +110,8 @@ PYBIND11_MODULE(_cpu, m) {
       "bucket_sums",
       [](int dtype, uintptr_t matrix, int64_t count, int64_t width, int64_t ld, int64_t bucket,
          uintptr_t tail_weights, uintptr_t sums, int threads) {
-        ift::epilogues().bucket_sums(dtype, at<void>(matrix), count, width, ld, bucket,
-                                     at<float>(tail_weights), at<float>(sums), threads);
+        ift::epilogues().bucket_sums(dtype, pointer<void>(matrix), count, width, ld, bucket,
+                                     pointer<float>(tail_weights), pointer<float>(sums), threads);
       },
       Release());
 
@@ -118,11 +120,11 @@ PYBIND11_MODULE(_cpu, m) {
                        uintptr_t centre, uintptr_t upstream) {
         return ift::DivergenceRows{kind,
                                    beta,
-                                   at<const float>(norm),
+                                   pointer<const float>(norm),
                                    norm_ld,
-                                   at<double>(value),
-                                   at<double>(centre),
-                                   at<const float>(upstream)};
+                                   pointer<double>(value),
+                                   pointer<double>(centre),
+                                   pointer<const float>(upstream)};
       }));
   m.def(
       "divergence_terms",
@@ -139,7 +141,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "transpose",
       [](const Chunk& c, uintptr_t out, int64_t out_ld) {
-        ift::epilogues().transpose(c, at<void>(out), out_ld);
+        ift::epilogues().transpose(c, pointer<void>(out), out_ld);
       },
       Release());
 
@@ -148,32 +150,36 @@ PYBIND11_MODULE(_cpu, m) {
       "scan",
       [](uintptr_t x, uintptr_t mask, uintptr_t offsets, uintptr_t out, int64_t rows,
          int64_t length, double gamma, bool left, int dtype, int threads) {
-        ift::scan(at<void>(x), at<uint8_t>(mask), at<int64_t>(offsets), at<void>(out), rows, length,
-                  gamma, left, dtype, threads);
+        ift::scan(pointer<void>(x), pointer<uint8_t>(mask), pointer<int64_t>(offsets),
+                  pointer<void>(out), rows, length, gamma, left, dtype, threads);
       },
       Release());
   py::class_<ift::ResidualTokens>(m, "ResidualTokens")
       .def(
           py::init([](uintptr_t ids, uintptr_t predicted, uintptr_t labels, uintptr_t offsets,
                       int64_t documents, int64_t tokens, int64_t row_length, int64_t ignore_index) {
-            return ift::ResidualTokens{at<int64_t>(ids),    at<int64_t>(predicted),
-                                       at<int64_t>(labels), at<int64_t>(offsets),
-                                       documents,           tokens,
-                                       row_length,          ignore_index};
+            return ift::ResidualTokens{pointer<int64_t>(ids),
+                                       pointer<int64_t>(predicted),
+                                       pointer<int64_t>(labels),
+                                       pointer<int64_t>(offsets),
+                                       documents,
+                                       tokens,
+                                       row_length,
+                                       ignore_index};
           }));
   m.def(
       "residual",
       [](uintptr_t table, const ift::ResidualTokens& tokens, uintptr_t out, int64_t width,
          double lam, int dtype, int threads) {
-        ift::residual(at<void>(table), tokens, at<void>(out), width, lam, dtype, threads);
+        ift::residual(pointer<void>(table), tokens, pointer<void>(out), width, lam, dtype, threads);
       },
       Release());
   m.def(
       "residual_grad",
       [](uintptr_t grad, const ift::ResidualTokens& tokens, uintptr_t table_grad,
          int64_t vocabulary, int64_t width, double lam, int dtype, int threads) {
-        ift::residual_grad(at<void>(grad), tokens, at<void>(table_grad), vocabulary, width, lam,
-                           dtype, threads);
+        ift::residual_grad(pointer<void>(grad), tokens, pointer<void>(table_grad), vocabulary,
+                           width, lam, dtype, threads);
       },
       Release());
 }

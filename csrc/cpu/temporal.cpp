@@ -25,15 +25,15 @@ void mix(const T* table, const ResidualTokens& in, T* out, int64_t width, double
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t t = 0; t < in.tokens; ++t) {
     const int64_t other_id = mixed_in_id(in, t);
-    const T* own = table + in.ids[t] * width;
+    const T* token_row = table + in.ids[t] * width;
     T* to = out + t * width;
     if (other_id == in.ids[t]) {  // bit for bit, whatever lam is
-      std::memcpy(to, own, static_cast<size_t>(width) * sizeof(T));
+      std::memcpy(to, token_row, static_cast<size_t>(width) * sizeof(T));
       continue;
     }
-    const T* other = table + other_id * width;
+    const T* mixed_row = table + other_id * width;
     for (int64_t e = 0; e < width; ++e)
-      to[e] = from_float<T>(keep * to_float(own[e]) + share * to_float(other[e]));
+      to[e] = from_float<T>(keep * to_float(token_row[e]) + share * to_float(mixed_row[e]));
   }
 }
 
@@ -50,18 +50,18 @@ void sort_parts(const ResidualTokens& in, int64_t vocabulary, double lam,
   start.assign(static_cast<size_t>(vocabulary) + 1, 0);
   int64_t count = 0;
   for (int64_t t = 0; t < in.tokens; ++t) {
-    const int64_t other = mixed_in_id(in, t);
+    const int64_t mixed_id = mixed_in_id(in, t);
     ++start[in.ids[t] + 1], ++count;
-    if (other != in.ids[t]) ++start[other + 1], ++count;
+    if (mixed_id != in.ids[t]) ++start[mixed_id + 1], ++count;
   }
   for (int64_t v = 0; v < vocabulary; ++v) start[v + 1] += start[v];
   parts.resize(static_cast<size_t>(count));
   std::vector<int64_t> next(start.begin(), start.end() - 1);
   for (int64_t t = 0; t < in.tokens; ++t) {
-    const int64_t other = mixed_in_id(in, t);
-    const bool alone = other == in.ids[t];
-    parts[next[in.ids[t]]++] = {t, alone ? 1.0f : keep};
-    if (!alone) parts[next[other]++] = {t, share};
+    const int64_t mixed_id = mixed_in_id(in, t);
+    const bool unmixed = mixed_id == in.ids[t];
+    parts[next[in.ids[t]]++] = {t, unmixed ? 1.0f : keep};
+    if (!unmixed) parts[next[mixed_id]++] = {t, share};
   }
 }
 

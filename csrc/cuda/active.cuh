@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kThreads)
     float v[kSize];
     unpack<T>(load16(x + r * c.ld + column), v);
     const float bar = level[r];
-    const int64_t hit = target[r] - c.offset - column;
-    if (hit >= 0 && hit < kSize) bits |= 1u << hit;
+    const int64_t target_bit = target[r] - c.offset - column;
+    if (target_bit >= 0 && target_bit < kSize) bits |= 1u << target_bit;
 #pragma unroll
     for (int i = 0; i < kSize; ++i)  // not "greater": a NaN must not be lost
       bits |= !(logit<kPlain>(c, v[i], column + i) <= bar) ? 1u << i : 0u;

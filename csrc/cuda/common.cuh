@@ -172,8 +172,8 @@ __device__ inline float exp_of(float x) {
 
 // The column of a row's target in this chunk, -1 outside.
 __device__ inline int local_target(const Chunk& c, const int64_t* target, int64_t row) {
-  const int64_t at = target[row] - c.offset;
-  return at >= 0 && at < c.cols ? static_cast<int>(at) : -1;
+  const int64_t column = target[row] - c.offset;
+  return column >= 0 && column < c.cols ? static_cast<int>(column) : -1;
 }
 
 // Larger key: larger value, then lower column; NaN above all, both zeros the same.
@@ -191,19 +191,21 @@ __device__ inline uint32_t key_column(uint64_t key) {
 
 __device__ inline float warp_max(float v) {
 #pragma unroll
-  for (int at = kWarp / 2; at > 0; at /= 2) v = fmaxf(v, __shfl_xor_sync(kAll, v, at));
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    v = fmaxf(v, __shfl_xor_sync(kAll, v, distance));
   return v;
 }
 template <class V>
 __device__ inline V warp_sum(V v) {
 #pragma unroll
-  for (int at = kWarp / 2; at > 0; at /= 2) v += __shfl_xor_sync(kAll, v, at);
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    v += __shfl_xor_sync(kAll, v, distance);
   return v;
 }
 __device__ inline uint64_t warp_max(uint64_t v) {
 #pragma unroll
-  for (int at = kWarp / 2; at > 0; at /= 2) {
-    const uint64_t other = __shfl_xor_sync(kAll, static_cast<unsigned long long>(v), at);
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const uint64_t other = __shfl_xor_sync(kAll, static_cast<unsigned long long>(v), distance);
     v = other > v ? other : v;
   }
   return v;

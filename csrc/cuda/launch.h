@@ -24,17 +24,17 @@ class DeviceGuard {
     check(cudaGetDevice(&before_), "asking for the current device");
     if (before_ == device) return;
     check(cudaSetDevice(device), "choosing the device of the tensors");
-    moved_ = true;
+    changed_ = true;
   }
   ~DeviceGuard() {
-    if (moved_) (void)cudaSetDevice(before_);
+    if (changed_) (void)cudaSetDevice(before_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   int before_ = 0;
-  bool moved_ = false;
+  bool changed_ = false;
 };
 
 // Queues kernel(args...) in `blocks` blocks of kThreads; nothing where there are none.

@@ -61,13 +61,13 @@ struct Draw {
     uint32_t group = kNowhere;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int64_t here = column + i / kPack<T> * stride + i % kPack<T>, id = c.offset + here;
+      const int64_t local = column + i / kPack<T> * stride + i % kPack<T>, id = c.offset + local;
       if (static_cast<uint32_t>(id / 4) != group) {
         group = static_cast<uint32_t>(id / 4);
         words = philox(seed, row_number, group);
       }
       const float score = z[i] + gumbel_noise(words, static_cast<int>(id % 4));
-      const uint64_t mine = order_key(score, static_cast<uint32_t>(here));
+      const uint64_t mine = order_key(score, static_cast<uint32_t>(local));
       if (mine > key) {
         key = mine;
         bar = fmaxf(bar, score);
@@ -142,8 +142,8 @@ struct BestBelow {
   __device__ void batch(const float (&x)[kCount], int64_t column, int64_t stride) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int64_t here = column + i / kPack<T> * stride + i % kPack<T>;
-      const uint64_t mine = order_key(logit<kPlain>(c, x[i], here), static_cast<uint32_t>(here));
+      const int64_t local = column + i / kPack<T> * stride + i % kPack<T>;
+      const uint64_t mine = order_key(logit<kPlain>(c, x[i], local), static_cast<uint32_t>(local));
       if (mine < bound && mine > key) key = mine;
     }
   }

@@ -80,9 +80,9 @@ struct NanSearch {
   __device__ void batch(const float (&x)[kCount], int64_t column, int64_t stride) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int64_t here = column + i / kPack<T> * stride + i % kPack<T>;
-      const float z = logit<kPlain>(c, x[i], here);
-      if (z != z && here < at) at = static_cast<uint32_t>(here);
+      const int64_t id = column + i / kPack<T> * stride + i % kPack<T>;
+      const float z = logit<kPlain>(c, x[i], id);
+      if (z != z && id < at) at = static_cast<uint32_t>(id);
     }
   }
 };
@@ -134,17 +134,17 @@ __device__ inline void merge_row(const Chunk& c, const RunningState& out, int64_
   const double base = now == -infinity() ? 0.0 : now;
   const double delta_max = old == -infinity() ? 0.0 : old - base;
   const double rescale = old == -infinity() ? 0.0 : exp(delta_max);
-  const double here = top == -infinity() ? 0.0 : top - base;
-  const double grow = exp(here), sum = at[kSum * ld];
-  at[kEZ * ld] = rescale * (at[kEZ * ld] + delta_max * sum) + grow * (s.e_z + here * s.sum);
+  const double delta_chunk = top == -infinity() ? 0.0 : top - base;
+  const double grow = exp(delta_chunk), sum = at[kSum * ld];
+  at[kEZ * ld] = rescale * (at[kEZ * ld] + delta_max * sum) + grow * (s.e_z + delta_chunk * s.sum);
   at[kESq * ld] = rescale * rescale * at[kESq * ld] + grow * grow * s.e_sq;
   at[kSum * ld] = rescale * sum + grow * s.sum;
   at[kZSum * ld] += s.z_sum;
   at[kMax * ld] = now;
-  const int hit = local_target(c, out.target, row);
-  if (hit >= 0) {
-    const T x = (static_cast<const T*>(c.x) + row * c.ld)[hit];
-    at[kTarget * ld] = logit<kPlain>(c, to_float(x), hit);
+  const int target_column = local_target(c, out.target, row);
+  if (target_column >= 0) {
+    const T x = (static_cast<const T*>(c.x) + row * c.ld)[target_column];
+    at[kTarget * ld] = logit<kPlain>(c, to_float(x), target_column);
   }
 }
 

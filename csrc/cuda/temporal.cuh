@@ -31,10 +31,10 @@ __device__ inline int64_t mixed_in_id(const ResidualTokens& in, int64_t t) {
 }
 
 // Both must lie inside the table: like torch's own gather, this stops the device otherwise.
-__device__ inline void check_tokens(const ResidualTokens& in, int64_t own, int64_t other) {
-  assert(own >= 0 && own < in.vocabulary && "ids: token outside the table");
-  assert(other >= 0 && other < in.vocabulary && "predicted: token outside the table");
-  (void)own, (void)other, (void)in;
+__device__ inline void check_tokens(const ResidualTokens& in, int64_t token_id, int64_t mixed_id) {
+  assert(token_id >= 0 && token_id < in.vocabulary && "ids: token outside the table");
+  assert(mixed_id >= 0 && mixed_id < in.vocabulary && "predicted: token outside the table");
+  (void)token_id, (void)mixed_id, (void)in;
 }
 
 // out[t] = keep * table[ids[t]] + share * table[mixed_in_id(t)], a warp per token. `units`: groups
@@ -46,28 +46,28 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t t = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (t >= in.tokens) return;
-  const int64_t own_id = in.ids[t], other_id = mixed_in_id(in, t);
-  check_tokens(in, own_id, other_id);
-  const T* const own = table + own_id * width;
-  const T* const other = table + other_id * width;
+  const int64_t token_id = in.ids[t], mixed_id = mixed_in_id(in, t);
+  check_tokens(in, token_id, mixed_id);
+  const T* const token_row = table + token_id * width;
+  const T* const mixed_row = table + mixed_id * width;
   T* const to = out + t * width;
-  const bool alone = own_id == other_id;  // then bit for bit, whatever share is
+  const bool unmixed = token_id == mixed_id;  // then bit for bit, whatever share is
 #pragma unroll 2
   for (int64_t u = lane; u < units; u += kWarp) {
     float a[8], b[8];
-    load8(own + 8 * u, a);
-    if (!alone) {
-      load8(other + 8 * u, b);
+    load8(token_row + 8 * u, a);
+    if (!unmixed) {
+      load8(mixed_row + 8 * u, b);
 #pragma unroll
       for (int i = 0; i < 8; ++i) a[i] = keep * a[i] + share * b[i];
     }
     store8(to + 8 * u, a);
   }
   for (int64_t e = 8 * units + lane; e < width; e += kWarp) {
-    if (alone)
-      to[e] = own[e];
+    if (unmixed)
+      to[e] = token_row[e];
     else
-      put(to + e, keep * to_float(own[e]) + share * to_float(other[e]));
+      put(to + e, keep * to_float(token_row[e]) + share * to_float(mixed_row[e]));
   }
 }
 
@@ -77,10 +77,10 @@ static __global__ void __launch_bounds__(kThreads)
     residual_keys_kernel(ResidualTokens in, int64_t* keys) {
   const int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (t >= in.tokens) return;
-  const int64_t own = in.ids[t], other = mixed_in_id(in, t);
-  check_tokens(in, own, other);
-  keys[t] = own;
-  keys[in.tokens + t] = other == own ? in.vocabulary : other;
+  const int64_t token_id = in.ids[t], mixed_id = mixed_in_id(in, t);
+  check_tokens(in, token_id, mixed_id);
+  keys[t] = token_id;
+  keys[in.tokens + t] = mixed_id == token_id ? in.vocabulary : mixed_id;
 }
 
 template <int kCount, class T>

@@ -9,6 +9,7 @@ environment variable ``IFT_BACKEND`` or the context manager `use_backend` overri
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ift_kernels.backends import cpu, cuda, reference, selection, triton
-from ift_kernels.backends.contract import Backend
+from ift_kernels.backends.contract import EPILOGUES, Backend
 from ift_kernels.common.settings import Setting
 
 # In order of preference; `reference` serves whatever nothing else does.
@@ -81,6 +82,25 @@ def get(tensor: Tensor, dtype: torch.dtype | None = None) -> Backend:
     return selection.faster(found, tensor.device) if found else reference
 
 
+def plain_torch(backend: Backend) -> list[str]:
+    """The epilogues of a backend that plain torch serves, some of them only in part."""
+    found = [
+        name
+        for name in EPILOGUES
+        if getattr(backend, name) is getattr(reference, name)
+        and (name != "transpose" or backend.wants_transpose(torch.bfloat16))  # else never called
+    ]
+    partly: Callable[[], list[str]] = getattr(backend, "partly_plain_torch", list)
+    return found + partly()
+
+
 def describe() -> list[dict[str, Any]]:
-    """One row per backend: name, available, reason (why not), detail. For ``ift doctor``."""
-    return [{"name": name, **backend.describe()} for name, backend in BACKENDS.items()]
+    """One row per backend: name, available, reason (why not), detail, `plain_torch` (if available).
+
+    For ``ift doctor``.
+    """
+    rows = [{"name": name, **backend.describe()} for name, backend in BACKENDS.items()]
+    for row in rows:
+        serves = row["available"] and row["name"] != "reference"
+        row["plain_torch"] = plain_torch(BACKENDS[row["name"]]) if serves else []
+    return rows

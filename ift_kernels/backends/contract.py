@@ -114,6 +114,11 @@ class Backend(Protocol):
     def probabilities_(self, chunk: Chunk, norm: Tensor) -> None:
         """Overwrite a chunk by probabilities."""
 
+    def softmax_gradient_(
+        self, chunk: Chunk, d_prob: Tensor, norm: Tensor, centre: Tensor, prob: Tensor | None = None
+    ) -> None:
+        """Overwrite a chunk by its gradient, given that of its probabilities."""
+
     def top_k_update(self, chunk: Chunk, values: Tensor, ids: Tensor) -> None:
         """Update the k best logits with a chunk."""
 
@@ -165,3 +170,8 @@ class Backend(Protocol):
         cu_seqlens: Tensor | None, lam: float, ignore_index: int, vocabulary: int,
     ) -> Tensor:  # fmt: skip
         """The gradient of the table."""
+
+
+# Functions that launch nothing on a device, and the others.
+ON_HOST = ("unsupported_reason", "describe", "wants_transpose", "scratch")
+EPILOGUES = tuple(n for n in vars(Backend) if not n.startswith("_") and n not in ON_HOST)

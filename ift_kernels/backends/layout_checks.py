@@ -46,6 +46,41 @@ def check_row_gradient(rows: int, row_gradient: RowGradient) -> None:
     check_rows("coef", row_gradient.coef, rows)
 
 
+def check_divergence_args(
+    student: Chunk, teacher: Chunk, norm: Tensor, value: Tensor | None, centre: Tensor,
+    upstream: Tensor | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    """Rows and columns of both chunks, once all tensors of a divergence are checked."""
+    rows, columns = check_chunk(student)
+    check_chunk(teacher)
+    if teacher.x.shape != student.x.shape:
+        raise RuntimeError(f"products {tuple(student.x.shape)} and {tuple(teacher.x.shape)}")
+    # Its four rows at equal distances, each of consecutive elements.
+    right = norm.shape == (2, 2, rows) and norm.dtype == torch.float32
+    if not right or norm.stride(0) != 2 * norm.stride(1) or (norm.stride(2) != 1 and rows > 1):
+        raise RuntimeError(f"norm: {norm.dtype} {tuple(norm.shape)}, strides {norm.stride()}")
+    check_vectors(rows, value=value, centre=centre, upstream=upstream)
+    for sums in (value, centre):
+        if sums is not None and sums.dtype != torch.float64:
+            raise RuntimeError(f"expected float64 sums, got {sums.dtype}")
+    return rows, columns
+
+
+def check_softmax_gradient_args(
+    chunk: Chunk, d_prob: Tensor, norm: Tensor, centre: Tensor, prob: Tensor | None
+) -> tuple[int, int]:
+    """Rows and columns of the chunk, once all tensors of a softmax gradient are checked."""
+    rows, columns = check_chunk(chunk)
+    check_rows("norm", norm, rows)
+    check_vectors(rows, centre=centre)
+    for name, tile in (("d_prob", d_prob), ("prob", prob)):
+        if tile is not None:
+            check_rows(name, tile, columns)
+            if len(tile) != rows:
+                raise RuntimeError(f"{name}: expected {rows} rows, got {tuple(tile.shape)}")
+    return rows, columns
+
+
 def check_top_k(rows: int, values: Tensor, ids: Tensor) -> None:
     if not (values.shape == ids.shape and values.is_contiguous() and ids.is_contiguous()):
         raise RuntimeError("values and ids: expected contiguous (N, k)")
@@ -59,6 +94,12 @@ def address(tensor: Tensor | None) -> int:
 
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def kernel_matrix(matrix: Tensor) -> Tensor:
+    """In a dtype that kernels take, with rows of consecutive elements; a copy where it is not."""
+    matrix = matrix if matrix.dtype in DTYPES else matrix.float()
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def check_tail_weights(tail_weights: Tensor, columns: int) -> None:

@@ -12,20 +12,20 @@ def extension_error(what: str, module: str, error: ImportError, remedy: str = ""
     """Why a compiled module of this package is not there."""
     if importlib.util.find_spec(f"ift_kernels.{module}") is not None:
         return f"{what} does not load ({error})"
-    here = Path(__file__).resolve().parents[1]
-    if there := _installed_elsewhere(module, here):
+    package = Path(__file__).resolve().parents[1]
+    if installed := _installed_elsewhere(module, package):
         return (
-            f"{what} is not in {here}, which hides the installed package in {there}: start Python "
-            "in another folder (python -m puts the current one first on sys.path)"
+            f"{what} is not in {package}, which hides the installed package in {installed}: start "
+            "Python in another folder (python -m puts the current one first on sys.path)"
         )
     return f"{what} was not built{remedy}"
 
 
-def _installed_elsewhere(module: str, here: Path) -> Path | None:
+def _installed_elsewhere(module: str, package: Path) -> Path | None:
     """Another folder of this package on the path, which has the compiled module."""
     for entry in sys.path:
         folder = Path(entry, "ift_kernels").resolve()
         files = (folder / f"{module}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-        if folder != here and any(file.exists() for file in files):
+        if folder != package and any(file.exists() for file in files):
             return folder
     return None

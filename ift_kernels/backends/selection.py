@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,10 +17,10 @@ FASTER: dict[str, dict[str, str]] = {}
 class Mixed:
     """A backend whose functions come from several."""
 
-    def __init__(self, first: Backend, others: dict[str, Any]) -> None:
+    def __init__(self, first: Backend, faster: dict[str, Any]) -> None:
         self.__name__ = first.__name__
         self._first = first
-        self.__dict__.update(others)
+        self.__dict__.update(faster)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._first, name)
@@ -32,8 +32,14 @@ def faster(serving: dict[str, Backend], device: torch.device) -> Backend:
     if device.type != "cuda" or not FASTER:
         return first
     table = FASTER.get(_architecture(device.index or 0), {})
-    others = {op: getattr(serving[name], op) for op, name in table.items() if name in serving}
-    return Mixed(first, others) if others else first
+    chosen = tuple((op, cast(Any, serving[name])) for op, name in table.items() if name in serving)
+    return _mixed(cast(Any, first), chosen) if chosen else first
+
+
+@functools.cache
+def _mixed(first: Backend, chosen: tuple[tuple[str, Any], ...]) -> Mixed:
+    """One object for all calls: operations on two heads compare their backends."""
+    return Mixed(first, {op: getattr(backend, op) for op, backend in chosen})
 
 
 @functools.cache

@@ -7,12 +7,14 @@ CUDA's; `serve` lets the extension that comes out serve CPU tensors through the 
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
 import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import subprocess
 import sysconfig
 from collections.abc import Callable
@@ -25,6 +27,8 @@ ROOT = HERE.parents[1]
 # Not that of the extension for GPUs: where that is loaded, it would be returned in place of this.
 NAME = "cuda_emulator._cuda"
 SOURCES = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/cuda/bindings.cpp"]
+# In what nm -S prints, address and size of a static variable of a kernel: its `__shared__` memory.
+SHARED = re.compile(r"^(\w+) (\w+) [bdBDuvV] _ZZ\w+_kernel\w+$", re.MULTILINE)
 # No fused multiply-adds: the kernels say where one would change a logit, and elsewhere it decides
 # last digits only. _FORTIFY_SOURCE takes jumps between stacks for an attack. A wide access at an
 # address that is no multiple of its size, which a GPU refuses, ends the program.
@@ -49,23 +53,38 @@ def build() -> Path:
     return library
 
 
+def compiler() -> list[str]:
+    """The command; what it compiles finds the headers beside this file."""
+    return os.environ.get("CXX", "c++").split()
+
+
 def _compile(folder: Path, library: Path) -> None:
     import pybind11
 
-    compiler = os.environ.get("CXX", "c++").split()
     include = [HERE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     flags = [*FLAGS.split(), *(f"-I{path}" for path in include)]
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
-        subprocess.run([*compiler, *flags, "-c", source, "-o", target], check=True)
+        subprocess.run([*compiler(), *flags, "-c", source, "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, SOURCES))
     finished = folder / "finished.so"
-    subprocess.run([*compiler, "-shared", *objects, "-o", finished], check=True)
+    subprocess.run([*compiler(), "-shared", *objects, "-o", finished], check=True)
     finished.replace(library)  # whole or not at all
+
+
+def fill_shared_memory(path: Path) -> None:
+    """Have every `__shared__` variable of a loaded library filled with NaN before each block."""
+    listed = subprocess.run(["nm", "-S", path], check=True, capture_output=True, text=True).stdout
+    register = ctypes.CDLL(str(path)).emulated_shared
+    offset = re.search(r"^(\w+) \w+ \w emulated_shared$", listed, re.MULTILINE)
+    assert offset is not None
+    base = ctypes.cast(register, ctypes.c_void_p).value - int(offset[1], 16)
+    for address, size in SHARED.findall(listed):
+        register(ctypes.c_void_p(base + int(address, 16)), ctypes.c_size_t(int(size, 16)))
 
 
 @functools.cache
@@ -77,6 +96,7 @@ def load() -> Any:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
+    fill_shared_memory(Path(path))
     return module
 
 

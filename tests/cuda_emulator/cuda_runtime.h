@@ -63,7 +63,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   if (config->blockDim.x > 1024) return cudaErrorInvalidConfiguration;
   emulated_launch_device = emulated_device;
-  for (unsigned b = 0; b < config->gridDim.x; ++b) {
+  for (unsigned b : emulator::block_order(config->gridDim.x)) {
     blockIdx.x = b;
     emulator::run_block(static_cast<int>(config->blockDim.x), [&] { kernel(args...); });
   }

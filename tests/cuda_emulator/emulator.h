@@ -1,8 +1,8 @@
 // CUDA's language and runtime on the CPU, as far as csrc/cuda uses them, so that its kernels run
-// where there is no GPU. Blocks run one after another, the threads of a block as coroutines: each
-// runs to its next barrier or warp operation before another does, in an order that
-// IFT_EMULATOR_ORDER=reverse turns around. A missing barrier therefore shows in one of the two
-// orders.
+// where there is no GPU. Blocks run one after another, shuffled by IFT_EMULATOR_SEED, the threads
+// of a block as coroutines: each runs to its next barrier or warp operation before another does, in
+// an order that IFT_EMULATOR_ORDER=reverse turns around. A missing barrier therefore shows in one
+// of the two orders. Shared memory is full of NaN when a block begins.
 //
 // Stricter than a GPU: a barrier or a warp operation that some threads have left for good ends the
 // program. Not emulated: timing, memory order between blocks, the rounding of approximate
@@ -12,6 +12,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -19,6 +20,9 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <numeric>
+#include <random>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -139,6 +143,19 @@ inline bool release() {
   return false;
 }
 
+// Every `__shared__` variable: its address and size, as `emulated_shared` was given them.
+inline std::vector<std::pair<void*, size_t>> shared_memory;
+
+// Blocks of a launch in the order in which they run, another one each time.
+inline std::vector<unsigned> block_order(unsigned blocks) {
+  static const char* const seed = std::getenv("IFT_EMULATOR_SEED");
+  static std::mt19937 generator(seed ? std::atoi(seed) : 0);
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), generator);
+  return order;
+}
+
 inline void run_block(int threads, const std::function<void()>& body) {
   static const char* const order = std::getenv("IFT_EMULATOR_ORDER");
   static const bool reverse = order && std::strcmp(order, "reverse") == 0;
@@ -146,6 +163,8 @@ inline void run_block(int threads, const std::function<void()>& body) {
     block.threads = std::vector<Thread>(threads);
     block.slots.assign(2 * threads, 0);
   }
+  // All bits set: a NaN in every floating type, -1 in integers.
+  for (const auto& [address, bytes] : shared_memory) std::memset(address, 0xFF, bytes);
   block.count = threads;
   block.body = body;
   for (int t = 0; t < threads; ++t) {
@@ -175,6 +194,11 @@ auto exchange(uint64_t mine, const F& read) {
 }
 
 }  // namespace emulator
+
+extern "C" __attribute__((visibility("default"), used)) inline void emulated_shared(void* address,
+                                                                                    size_t bytes) {
+  emulator::shared_memory.emplace_back(address, bytes);
+}
 
 inline void __syncthreads() { emulator::pause(emulator::kBlock); }
 

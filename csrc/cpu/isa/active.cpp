@@ -58,8 +58,8 @@ void active_mask(const Chunk& c, const int64_t* target, const float* level, int6
     }
   });
   for (int64_t r = 0; r < c.rows; ++r) {
-    const int64_t hit = target[r] - c.offset;
-    if (hit >= 0 && hit < c.cols) mask[r / block * c.cols + hit] = 1;
+    const int64_t target_column = target[r] - c.offset;
+    if (target_column >= 0 && target_column < c.cols) mask[r / block * c.cols + target_column] = 1;
   }
 }
 
@@ -91,10 +91,10 @@ bool split_active(const Chunk& c, const uint8_t* mask, int64_t block, int64_t bu
   int64_t needed = 0;
   for (int64_t b = 0; b < blocks; ++b) {
     int64_t count = 0;
-    for (int64_t at = 0; at < buckets; ++at) {
-      before[b * buckets + at] = count;
-      const uint8_t* of = mask + b * c.cols + at * bucket;
-      for (int64_t j = 0; j < std::min(bucket, c.cols - at * bucket); ++j) count += of[j];
+    for (int64_t bucket_id = 0; bucket_id < buckets; ++bucket_id) {
+      before[b * buckets + bucket_id] = count;
+      const uint8_t* of = mask + b * c.cols + bucket_id * bucket;
+      for (int64_t j = 0; j < std::min(bucket, c.cols - bucket_id * bucket); ++j) count += of[j];
     }
     const int64_t width = (count + kWidth - 1) / kWidth * kWidth;
     of_block[b] = {needed, width};
@@ -110,8 +110,8 @@ bool split_active(const Chunk& c, const uint8_t* mask, int64_t block, int64_t bu
       Buffer<float> values(bucket + W);
 #pragma omp for schedule(dynamic)
       for (int64_t job = 0; job < blocks * buckets; ++job) {
-        const int64_t b = job / buckets, at = job % buckets, first = b * block;
-        const int64_t begin = at * bucket, n = std::min(c.cols, begin + bucket) - begin;
+        const int64_t b = job / buckets, bucket_id = job % buckets, first = b * block;
+        const int64_t begin = bucket_id * bucket, n = std::min(c.cols, begin + bucket) - begin;
         const int64_t count = std::min(c.rows - first, block), width = of_block[b].width;
         const int64_t active_count = split_mask(mask + b * c.cols + begin, n, ids.data, tail.data);
         float weight = 0.0f;
@@ -136,7 +136,7 @@ bool split_active(const Chunk& c, const uint8_t* mask, int64_t block, int64_t bu
           }
           // Not 0 * a sum, which may be a NaN.
           const float u = weight == 0.0f ? 0.0f : sum(total0 + total1) / weight;
-          tail_gradient[at * c.rows + first + r] = u;
+          tail_gradient[bucket_id * c.rows + first + r] = u;
           for (int64_t k = 0; k < active_count; ++k)
             values[k] = to_float(x[ids[k]]) - u * tail_weights[begin + ids[k]];
           T* out = static_cast<T*>(active) + of_block[b].start + r * width + before[job];
@@ -144,7 +144,7 @@ bool split_active(const Chunk& c, const uint8_t* mask, int64_t block, int64_t bu
           for (; k + W <= active_count; k += W) store(out + k, load(values.data + k));
           if (k < active_count)
             store_part(out + k, load(values.data + k), static_cast<int>(active_count - k));
-          if (at == buckets - 1)
+          if (bucket_id == buckets - 1)
             std::fill(out + active_count, out + width - before[job], from_float<T>(0.0f));
         }
       }

@@ -23,7 +23,8 @@ struct Distribution {
 struct Row {
   Distribution student, teacher;
   float beta, centre, upstream;
-  double value, own;  // what the row has summed so far; own: what its gradient is centred by
+  double value,
+      centre_sum;  // of the terms so far: the divergence, and what its gradient is centred by
 };
 
 // p * x, and 0 where p is: both heads may rule out a token with -inf.
@@ -32,18 +33,18 @@ inline vf times(vf p, vf x) { return pick(p == (vf){}, (vf){}, p * x); }
 // A block of n columns, n up to whole vectors by -inf; `g` receives the gradient by the logits.
 template <int kKind, bool kValue, bool kGradient>
 inline void block(const float* z, const float* y, int n, Row& row, float* g) {
-  vf own{}, other{};
+  vf of_student{}, of_teacher{};
   const float beta = row.beta, rest = 1.0f - beta;
   for (int i = 0; i < n; i += W) {
     const vf s = row.student.log_p(z + i), t = row.teacher.log_p(y + i);
     vf grad{};
     if constexpr (kKind == kForwardKL) {
       const vf q = vexp_small(t);
-      if (kValue) own += times(q, t - s);
+      if (kValue) of_student += times(q, t - s);
       if (kGradient) grad = vexp_small(s) - q;
     } else if constexpr (kKind == kReverseKL) {
       const vf p = vexp_small(s), x = s - t;
-      if (kValue) own += times(p, x);
+      if (kValue) of_student += times(p, x);
       if (kGradient) grad = times(p, x - row.centre);
     } else {
       // Relative to the larger of the two, so that the logarithm is of a number in (0, 1].
@@ -54,19 +55,19 @@ inline void block(const float* z, const float* y, int n, Row& row, float* g) {
       const vf minus_log = -vlog(mix);
       const vf s_over_m = pick(mostly_student, minus_log, minus_log - d);
       if (kValue) {
-        own += times(p, s_over_m);
-        other += times(vexp_small(t), pick(mostly_student, d + minus_log, minus_log));
+        of_student += times(p, s_over_m);
+        of_teacher += times(vexp_small(t), pick(mostly_student, d + minus_log, minus_log));
       }
       if (kGradient) grad = times(p, s_over_m - row.centre) * rest;
     }
     if (kGradient) store(g + i, grad * row.upstream);
   }
   if (kValue) {
-    const double sum_own = sum(own);
-    row.own += sum_own;
+    const double student_sum = sum(of_student);
+    row.centre_sum += student_sum;
     row.value += kKind == kJensenShannon
-                     ? (1.0 - double(beta)) * sum_own + double(beta) * double(sum(other))
-                     : sum_own;
+                     ? (1.0 - double(beta)) * student_sum + double(beta) * double(sum(of_teacher))
+                     : student_sum;
   }
 }
 
@@ -113,7 +114,7 @@ Access access(const Chunk& c) {
 
 template <int kKind, bool kValue, bool kGradient>
 void rows(const Chunk& student, const Chunk& teacher, const DivergenceRows& d) {
-  const Access own = access(student), other = access(teacher);
+  const Access student_access = access(student), teacher_access = access(teacher);
 #pragma omp parallel for schedule(static) \
     num_threads(student.threads) if (student.rows > 1 && student.threads > 1)
   for (int64_t r = 0; r < student.rows; ++r) {
@@ -124,20 +125,20 @@ void rows(const Chunk& student, const Chunk& teacher, const DivergenceRows& d) {
       row.upstream = d.upstream[r];
       row.centre = static_cast<float>(d.centre[r]);
     }
-    const bool silent = kGradient && row.upstream == 0.0f;
-    if (!silent || kValue) {
+    const bool no_upstream = kGradient && row.upstream == 0.0f;
+    if (!no_upstream || kValue) {
       for (int64_t begin = 0; begin < student.cols; begin += kBlock) {
         const int n = static_cast<int>(std::min<int64_t>(kBlock, student.cols - begin));
-        own.read(student, r, begin, n, z);
-        other.read(teacher, r, begin, n, y);
+        student_access.read(student, r, begin, n, z);
+        teacher_access.read(teacher, r, begin, n, y);
         block<kKind, kValue, kGradient>(z, y, n, row, g);
-        if (kGradient) own.write(student, r, begin, n, z, g);
+        if (kGradient) student_access.write(student, r, begin, n, z, g);
       }
     }
-    if (silent) own.clear(student, r);  // also where the row has a NaN
+    if (no_upstream) student_access.clear(student, r);  // also where the row has a NaN
     if (kValue) {
       d.value[r] += row.value;
-      if (!kGradient && kKind != kForwardKL) d.centre[r] += row.own;
+      if (!kGradient && kKind != kForwardKL) d.centre[r] += row.centre_sum;
     }
   }
 }

@@ -59,11 +59,12 @@ void gradient_block(T* x, const Chunk& c, const Transform<kCapped, kBiased>& f, 
     vf tail = p == (vf){} ? (vf){} : c_plogp * log_p;
     return (p * (c_prob + tail) + c_uniform) * f.slope(z);
   };
-  const int64_t at = rows.target[r] - c.offset;
-  const bool inside = at >= begin && at < end;
+  const int64_t target_column = rows.target[r] - c.offset;
+  const bool inside = target_column >= begin && target_column < end;
   float target_gradient = 0.0f;
   if (inside) {  // in float32, before the row is rounded to T
-    vf z = f.logit(load_part(x + at, 1, 0.0f), kBiased ? splat(c.bias[at]) : (vf){});
+    vf z = f.logit(load_part(x + target_column, 1, 0.0f),
+                   kBiased ? splat(c.bias[target_column]) : (vf){});
     vf log_p = (z - top) - log_sum;
     vf p = vexp_small(log_p);
     vf tail = c_plogp == 0.0f || p[0] == 0.0f ? (vf){} : c_plogp * log_p;
@@ -75,7 +76,7 @@ void gradient_block(T* x, const Chunk& c, const Transform<kCapped, kBiased>& f, 
     rewrite(x, c, f, begin, end, plain);
   else
     rewrite(x, c, f, begin, end, with_entropy);
-  if (inside) store_part(x + at, splat(target_gradient), 1);
+  if (inside) store_part(x + target_column, splat(target_gradient), 1);
 }
 
 void dlogits(const Chunk& c, const DlogitsRows& rows) {

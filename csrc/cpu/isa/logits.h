@@ -112,8 +112,8 @@ inline float raw_maximum(const T* x, int n) {
 // Asks for the cache lines of [p, p + bytes): the prefetcher starts anew at every row of a
 // tile, whose rows are far apart.
 inline void prefetch(const void* p, int64_t bytes) {
-  const char* at = static_cast<const char*>(p);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+  const char* line = static_cast<const char*>(p);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
 }
 
 // Calls body(row, T*) for every row of the chunk, rows split among the threads.

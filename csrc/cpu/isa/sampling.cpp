@@ -25,13 +25,13 @@ void top_k(const Chunk& c, float* values, int64_t* ids, int64_t k) {
         if (!(top > v[k - 1]) && id[k - 1] >= 0) continue;
         for (int j = 0; j < n; ++j) {
           if (!(z[j] > v[k - 1]) && id[k - 1] >= 0) continue;
-          int64_t at = k - 1;
-          for (; at > 0 && (z[j] > v[at - 1] || id[at - 1] < 0); --at) {
-            v[at] = v[at - 1];
-            id[at] = id[at - 1];
+          int64_t slot = k - 1;
+          for (; slot > 0 && (z[j] > v[slot - 1] || id[slot - 1] < 0); --slot) {
+            v[slot] = v[slot - 1];
+            id[slot] = id[slot - 1];
           }
-          v[at] = z[j];
-          id[at] = c.offset + begin + j;
+          v[slot] = z[j];
+          id[slot] = c.offset + begin + j;
         }
       }
     });

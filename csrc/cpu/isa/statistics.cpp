@@ -37,9 +37,9 @@ inline void update_block(RowState& s, const float* z, int n, float top, int64_t 
     if (top != -kInf) {
       raise(s, top);
       if (track & kArgmax) {
-        int at = 0;
-        while (z[at] != top) ++at;
-        s.argmax = first_id + at;
+        int first = 0;
+        while (z[first] != top) ++first;
+        s.argmax = first_id + first;
       }
     }
   }
@@ -94,8 +94,8 @@ template <bool kWithEntropy, class T>
 inline bool update_plain(RowState& s, const T* x, int n, vf mul, int64_t first_id, int track) {
   const float raw = raw_maximum(x, n), top = raw * mul[0];
   if (!(std::fabs(top) < kInf) || s.max != s.max) return false;
-  const double base = std::max<double>(s.max, top);
-  const vf m = splat(static_cast<float>(base));
+  const double new_max = std::max<double>(s.max, top);
+  const vf m = splat(static_cast<float>(new_max));
   vf sum0{}, sum1{}, e_z0{}, e_z1{};
   for (int i = 0; i < n; i += 2 * W) {
     vf c0 = rounded(load(x + i) * mul) - m, c1 = rounded(load(x + i + W) * mul) - m;
@@ -112,9 +112,9 @@ inline bool update_plain(RowState& s, const T* x, int n, vf mul, int64_t first_i
   if (top > s.max) {
     raise(s, top);
     if (track & kArgmax) {
-      int at = 0;
-      while (to_float(x[at]) != raw) ++at;
-      s.argmax = first_id + at;
+      int first = 0;
+      while (to_float(x[first]) != raw) ++first;
+      s.argmax = first_id + first;
     }
   }
   s.sum += total;
@@ -130,9 +130,14 @@ void stats_rows(const Chunk& c, const int64_t* target, double* state, int64_t ld
       !kCapped && !kBiased && !(kTrack & ~kEntropy) && !(track & kTop2) && f.pre[0] > 0;
   each_row<T>(c, [&](int64_t r, const T* row) {
     alignas(64) float z[kBlock + W];
-    double* at = state + r;
-    RowState s{at[kMax * ld],  at[kSum * ld],    at[kEZ * ld], at[kESq * ld],
-               at[kZSum * ld], at[kSecond * ld], argmax[r]};
+    double* row_state = state + r;
+    RowState s{row_state[kMax * ld],
+               row_state[kSum * ld],
+               row_state[kEZ * ld],
+               row_state[kESq * ld],
+               row_state[kZSum * ld],
+               row_state[kSecond * ld],
+               argmax[r]};
     for (int64_t begin = 0; begin < c.cols; begin += kBlock) {
       int n = static_cast<int>(std::min<int64_t>(kBlock, c.cols - begin));
       const int64_t next = begin + kBlock;
@@ -146,17 +151,17 @@ void stats_rows(const Chunk& c, const int64_t* target, double* state, int64_t ld
       float top = read_block(row, c.bias, f, begin, n, z);
       update_block<kTrack>(s, z, n, top, c.offset + begin, track);
     }
-    at[kMax * ld] = s.max;
-    at[kSum * ld] = s.sum;
-    at[kEZ * ld] = s.e_z;
-    at[kESq * ld] = s.e_sq;
-    at[kZSum * ld] = s.z_sum;
-    at[kSecond * ld] = s.second;
+    row_state[kMax * ld] = s.max;
+    row_state[kSum * ld] = s.sum;
+    row_state[kEZ * ld] = s.e_z;
+    row_state[kESq * ld] = s.e_sq;
+    row_state[kZSum * ld] = s.z_sum;
+    row_state[kSecond * ld] = s.second;
     argmax[r] = s.argmax;
-    int64_t hit = target[r] - c.offset;
-    if (hit >= 0 && hit < c.cols) {
-      vf x = load_part(row + hit, 1, 0.0f);
-      at[kTarget * ld] = f.logit(x, kBiased ? splat(c.bias[hit]) : (vf){})[0];
+    int64_t target_column = target[r] - c.offset;
+    if (target_column >= 0 && target_column < c.cols) {
+      vf x = load_part(row + target_column, 1, 0.0f);
+      row_state[kTarget * ld] = f.logit(x, kBiased ? splat(c.bias[target_column]) : (vf){})[0];
     }
   });
 }

@@ -17,6 +17,7 @@ from ift_kernels.backends.cpu.sampling import gumbel_update, top_k_update
 from ift_kernels.backends.cpu.scans import scan
 from ift_kernels.backends.cpu.statistics import stats_update
 from ift_kernels.backends.cpu.temporal import residual, residual_grad
+from ift_kernels.backends.reference import softmax_gradient_
 
 __all__ = [
     "active_mask",
@@ -31,6 +32,7 @@ __all__ = [
     "residual_grad",
     "scan",
     "scratch",
+    "softmax_gradient_",
     "split_active",
     "stats_update",
     "top_k_update",

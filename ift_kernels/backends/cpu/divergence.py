@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ift_kernels.backends.contract import KINDS, Chunk
 from ift_kernels.backends.cpu.extension import compiled, products_of
-from ift_kernels.backends.layout_checks import address, check_rows, check_vectors
+from ift_kernels.backends.layout_checks import address, check_divergence_args, check_rows
 
 
 def divergence_terms(
@@ -60,15 +59,7 @@ def _arguments(
     upstream: Tensor | None = None,
 ) -> tuple[Any, Any, Any]:
     """The C++ records of both chunks and of the rows, whose tensors are checked."""
-    count = student.x.shape[0]
-    if teacher.x.shape != student.x.shape:
-        raise RuntimeError(f"products {tuple(student.x.shape)} and {tuple(teacher.x.shape)}")
-    if norm.shape != (2, 2, count) or norm.dtype != torch.float32 or not _packed(norm):
-        raise RuntimeError(f"norm: {norm.dtype} {tuple(norm.shape)}, strides {norm.stride()}")
-    check_vectors(count, value=value, centre=centre, upstream=upstream)
-    for sums in (value, centre):
-        if sums is not None and sums.dtype != torch.float64:
-            raise RuntimeError(f"expected float64 sums, got {sums.dtype}")
+    check_divergence_args(student, teacher, norm, value, centre, upstream)
     rows = compiled().DivergenceRows(
         KINDS.index(kind),
         beta,
@@ -79,8 +70,3 @@ def _arguments(
         address(upstream),
     )
     return products_of(student), products_of(teacher), rows
-
-
-def _packed(norm: Tensor) -> bool:
-    """Its four rows at equal distances, each of consecutive elements."""
-    return norm.stride(0) == 2 * norm.stride(1) and (norm.stride(2) == 1 or norm.shape[2] <= 1)

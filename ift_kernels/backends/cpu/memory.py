@@ -53,10 +53,10 @@ def _make_space(nbytes: int, free: list[torch.UntypedStorage]) -> bool:
 
     Blocks in use stay until they are free: what they hold counts.
     """
-    held = sum(block.nbytes() for block in _blocks)
+    reserved = sum(block.nbytes() for block in _blocks)
     for block in free:
-        if held + nbytes <= LIMIT:
+        if reserved + nbytes <= LIMIT:
             break
-        _blocks[:] = [other for other in _blocks if other is not block]
-        held -= block.nbytes()
-    return held + nbytes <= LIMIT
+        _blocks[:] = [kept for kept in _blocks if kept is not block]
+        reserved -= block.nbytes()
+    return reserved + nbytes <= LIMIT

@@ -7,11 +7,11 @@ from ift_kernels.backends.cuda.extension import (
     unsupported_reason,
     wants_transpose,
 )
-from ift_kernels.backends.cuda.sampling import gumbel_update, top_k_update
+from ift_kernels.backends.cuda.sampling import gumbel_update, partly_plain_torch, top_k_update
 from ift_kernels.backends.cuda.scans import scan
 from ift_kernels.backends.cuda.statistics import stats_update
 from ift_kernels.backends.cuda.temporal import residual, residual_grad
-from ift_kernels.backends.reference import scratch
+from ift_kernels.backends.reference import scratch, softmax_gradient_
 from ift_kernels.backends.reference.divergence import (
     divergence_gradient_,
     divergence_terms,
@@ -26,11 +26,13 @@ __all__ = [
     "divergence_terms",
     "dlogits_",
     "gumbel_update",
+    "partly_plain_torch",
     "probabilities_",
     "residual",
     "residual_grad",
     "scan",
     "scratch",
+    "softmax_gradient_",
     "split_active",
     "stats_update",
     "top_k_update",

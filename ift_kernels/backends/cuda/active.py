@@ -12,8 +12,8 @@ from ift_kernels.backends.layout_checks import (
     check_split_active_args,
     check_tail_weights,
     check_vectors,
+    kernel_matrix,
 )
-from ift_kernels.backends.reference.active import bucket_sums as reference_bucket_sums
 
 
 def active_mask(chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tensor:
@@ -60,8 +60,7 @@ def split_active(
 
 
 def bucket_sums(matrix: Tensor, bucket: int, tail_weights: Tensor) -> Tensor:
-    if matrix.dtype not in DTYPES or matrix.stride(1) != 1:
-        return reference_bucket_sums(matrix, bucket, tail_weights)
+    matrix = kernel_matrix(matrix)
     count, width = matrix.shape
     check_tail_weights(tail_weights, count)
     sums = torch.empty((-(-count // bucket), width), dtype=torch.float32, device=matrix.device)

@@ -10,6 +10,10 @@ from ift_kernels.backends.cuda.extension import compiled, partials, products_of
 from ift_kernels.backends.layout_checks import check_top_k, check_vectors
 
 
+def partly_plain_torch() -> list[str]:
+    return [f"top_k_update of k > {compiled().MAX_TOP_K}"]
+
+
 def top_k_update(chunk: Chunk, values: Tensor, ids: Tensor) -> None:
     if values.shape[1] > compiled().MAX_TOP_K:  # the kernel reads a row k times
         reference.top_k_update(chunk, values, ids)

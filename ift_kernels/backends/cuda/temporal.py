@@ -22,7 +22,7 @@ def residual(
 ) -> Tensor:
     embedding, width = embedding.contiguous(), embedding.shape[1]
     out = embedding.new_empty(*ids.shape, width)
-    held, tokens = _tokens(ids, predicted, labels, cu_seqlens, ignore_index, embedding.shape[0])
+    alive, tokens = _tokens(ids, predicted, labels, cu_seqlens, ignore_index, embedding.shape[0])
     compiled().residual(
         queue_of(out.device),
         DTYPES[out.dtype],
@@ -32,7 +32,7 @@ def residual(
         width,
         lam,
     )
-    del held  # alive until here
+    del alive  # until the kernels are queued
     return out
 
 
@@ -48,11 +48,11 @@ def residual_grad(
 ) -> Tensor:
     grad, width = grad.contiguous(), grad.shape[2]
     out = grad.new_empty(vocabulary, width)
-    held, tokens = _tokens(ids, predicted, labels, cu_seqlens, ignore_index, vocabulary)
+    alive, tokens = _tokens(ids, predicted, labels, cu_seqlens, ignore_index, vocabulary)
     keys = torch.empty(2 * ids.numel(), dtype=torch.int64, device=grad.device)
     queue = queue_of(grad.device)
     compiled().residual_keys(queue, tokens, keys.data_ptr())
-    del held  # alive until here
+    del alive  # until the kernels are queued
     rows, order = keys.sort(stable=True)
     first = torch.searchsorted(rows, torch.arange(vocabulary + 1, device=grad.device))
     compiled().sum_rows(

@@ -16,7 +16,7 @@ from ift_kernels.backends.reference.divergence import (
     divergence_terms,
     transpose,
 )
-from ift_kernels.backends.reference.dlogits import dlogits_, probabilities_
+from ift_kernels.backends.reference.dlogits import dlogits_, probabilities_, softmax_gradient_
 from ift_kernels.backends.reference.sampling import gumbel_update, top_k_update
 from ift_kernels.backends.reference.scans import scan
 from ift_kernels.backends.reference.statistics import stats_update
@@ -35,6 +35,7 @@ __all__ = [
     "residual_grad",
     "scan",
     "scratch",
+    "softmax_gradient_",
     "split_active",
     "stats_update",
     "top_k_update",

@@ -34,13 +34,14 @@ def divergence_terms(
         value += _forward_terms(s, t)
         return
     if kind == "reverse":
-        own = _times(s.exp(), s - t).sum(1, dtype=torch.float64)
-        value += own
+        of_student = _times(s.exp(), s - t).sum(1, dtype=torch.float64)
+        value += of_student
     else:
         parts = zip((s, t), _over_mixture(s, t, beta), strict=True)
-        own, other = (_times(a.exp(), over).sum(1, dtype=torch.float64) for a, over in parts)
-        value += (1 - beta) * own + beta * other
-    centre += own
+        sums = (_times(a.exp(), over).sum(1, dtype=torch.float64) for a, over in parts)
+        of_student, of_teacher = sums
+        value += (1 - beta) * of_student + beta * of_teacher
+    centre += of_student
 
 
 def divergence_gradient_(

@@ -34,3 +34,22 @@ def probabilities_(chunk: Chunk, norm: Tensor) -> None:
     """Overwrite raw products with ``exp(z − norm[0] − norm[1])``, in place."""
     z = logits(chunk)
     chunk.x.copy_(((z - norm[0].to(z.dtype)[:, None]) - norm[1].to(z.dtype)[:, None]).exp())
+
+
+def softmax_gradient_(
+    chunk: Chunk,
+    d_prob: Tensor,  # (N, C) gradient by the probabilities p; work memory
+    norm: Tensor,  # (2, N) as of `probabilities_`
+    centre: Tensor,  # (N,) Σ p·d_prob over the whole vocabulary
+    prob: Tensor | None = None,  # (N, C)
+) -> None:
+    """Overwrite raw products with ``∂z/∂x · p·(d_prob − centre)``; write p to `prob` too.
+
+    The difference is formed before it is rounded: of a nearly certain token the two cancel.
+    """
+    z = logits(chunk)
+    p = (z - norm[0].to(z.dtype)[:, None]).sub_(norm[1].to(z.dtype)[:, None]).exp_()
+    if prob is not None:
+        prob.copy_(p)
+    dz = d_prob.sub_(centre.to(d_prob.dtype)[:, None]).mul_(p)
+    chunk.x.copy_(dz.mul_(chunk.transform.derivative(z)))

@@ -62,8 +62,8 @@ def gumbel_update(
     # −log1p(−u) of a small u keeps its digits: the largest perturbation is 22.9, not 16.6.
     u = (bits.to(z.dtype) + 0.5) * 2.0**-32
     score = z - torch.log(-torch.log1p(-u.clamp(max=1 - 2.0**-24)))
-    top, at = score.max(dim=1)
+    top, column = score.max(dim=1)
     is_new_max = (top > best) | (top.isnan() & ~best.isnan())
     best.copy_(torch.where(is_new_max, top, best))
-    logit.copy_(torch.where(is_new_max, z.gather(1, at[:, None])[:, 0], logit))
-    ids.copy_(torch.where(is_new_max, at + offset, ids))
+    logit.copy_(torch.where(is_new_max, z.gather(1, column[:, None])[:, 0], logit))
+    ids.copy_(torch.where(is_new_max, column + offset, ids))

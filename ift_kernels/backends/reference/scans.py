@@ -36,9 +36,9 @@ def scan(
     reach = 1
     while reach < length and gamma != 0.0:  # 0 is the identity, also beside NaN or infinity
         # The wrapped-around part of the roll is outside every document, as is a neighbour's.
-        shifted = y.roll(-reach if left else reach, dims=1)
+        rolled = y.roll(-reach if left else reach, dims=1)
         # γ^reach may underflow, and 0 · ∞ is NaN where the recurrence has ∞.
-        scaled = torch.where(shifted.isfinite(), gamma**reach * shifted, shifted)
+        scaled = torch.where(rolled.isfinite(), gamma**reach * rolled, rolled)
         y = y + torch.where(ahead >= reach, scaled, 0)
         reach *= 2
     if mask is not None:

@@ -27,16 +27,16 @@ from ift_kernels.backends.reference.chunk import logits, target_columns
 def stats_update(chunk: Chunk, target: Tensor, state: RowState, track: int) -> None:
     """Update the running statistics with one chunk, in place."""
     z, (values, argmax) = logits(chunk), state
-    top, at = z.max(dim=1)  # a NaN wins, as it does in torch.argmax; ties go to the lowest id
+    top, column = z.max(dim=1)  # a NaN wins, as it does in torch.argmax; ties go to the lowest id
     old = values[MAX].clone()
     top64 = top.double()
     is_new_max = (top64 > old) | (top64.isnan() & ~old.isnan())
     if track & TRACK_SECOND:
-        rest = z.scatter(1, at[:, None], -torch.inf).amax(dim=1).double()
+        rest = z.scatter(1, column[:, None], -torch.inf).amax(dim=1).double()
         contenders = torch.stack([torch.minimum(old, top64), rest, values[SECOND]])
         values[SECOND] = contenders.amax(dim=0)
     if track & TRACK_ARGMAX:
-        argmax.copy_(torch.where(is_new_max, at + chunk.offset, argmax))
+        argmax.copy_(torch.where(is_new_max, column + chunk.offset, argmax))
     new = torch.where(is_new_max, top64, old)
     # A row of −inf only has no finite reference point; 0 keeps exp(−inf − m) = 0.
     m = torch.where(new == -torch.inf, 0.0, new)

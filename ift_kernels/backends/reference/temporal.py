@@ -33,10 +33,10 @@ def residual(
 ) -> Tensor:
     """``(1 − λ)·E(ids) + λ·E(mixed_in)``, (R, T, E); E(ids) bit for bit where nothing is mixed."""
     mixed_in = mixed_in_of(ids, predicted, labels, cu_seqlens, ignore_index)
-    own, other = embedding[ids], embedding[mixed_in]
+    rows, mixed_rows = embedding[ids], embedding[mixed_in]
     wide = _wide(embedding.dtype)
-    mixed = ((1 - lam) * own.to(wide) + lam * other.to(wide)).to(embedding.dtype)
-    return torch.where((mixed_in == ids)[..., None], own, mixed)
+    mixed = ((1 - lam) * rows.to(wide) + lam * mixed_rows.to(wide)).to(embedding.dtype)
+    return torch.where((mixed_in == ids)[..., None], rows, mixed)
 
 
 def residual_grad(
@@ -53,9 +53,9 @@ def residual_grad(
     mixed_in = mixed_in_of(ids, predicted, labels, cu_seqlens, ignore_index)
     width = grad.shape[2]
     flat = grad.reshape(-1, width).to(_wide(grad.dtype))
-    alone = (mixed_in == ids).reshape(-1, 1)
-    parts = torch.cat([torch.where(alone, flat, (1 - lam) * flat), flat.mul(lam)])
-    parts[len(flat) :].masked_fill_(alone, 0)
+    unmixed = (mixed_in == ids).reshape(-1, 1)
+    parts = torch.cat([torch.where(unmixed, flat, (1 - lam) * flat), flat.mul(lam)])
+    parts[len(flat) :].masked_fill_(unmixed, 0)
     # Only rows that occur are held in fp32: a (V, E) fp32 copy would dwarf the batch.
     seen, slot = torch.unique(torch.cat([ids.flatten(), mixed_in.flatten()]), return_inverse=True)
     sums = torch.zeros(len(seen), width, dtype=flat.dtype, device=grad.device)

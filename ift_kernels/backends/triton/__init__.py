@@ -22,17 +22,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 wants_transpose = reference.wants_transpose  # cuBLAS reads either operand transposed
 scratch = reference.scratch
-# In plain torch so far.
-divergence_terms = reference.divergence_terms
-divergence_gradient_ = reference.divergence_gradient_
-transpose = reference.transpose
+transpose = reference.transpose  # never called, since none is wanted
 
 # Where the functions of the contract are; see `contract` for what they do.
 _MODULES = {
     "statistics": ("stats_update",),
-    "dlogits": ("dlogits_", "probabilities_"),
+    "dlogits": ("dlogits_", "probabilities_", "softmax_gradient_"),
     "sampling": ("top_k_update", "gumbel_update"),
     "active": ("active_mask", "split_active", "bucket_sums"),
+    "divergence": ("divergence_terms", "divergence_gradient_"),
     "scans": ("scan",),
     "temporal": ("residual", "residual_grad"),
     # Beyond the contract: what a schedule may use where a backend has it.
@@ -65,9 +63,25 @@ def _unavailable() -> str:
         import triton
     except Exception as error:  # a broken installation must not take the other backends along
         return f"triton does not load ({error})"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < OLDEST:
+    if _version(triton) < OLDEST:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
+    return ""
+
+
+def _version(module: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+
+@functools.cache
+def _interpreter_unavailable() -> str:
+    """Why Triton's interpreter cannot run beside this numpy, or "" if it can."""
+    import numpy
+    import triton
+
+    # They turn arrays of one element into numbers.
+    if _version(triton) < (3, 7) and _version(numpy) >= (2, 4):
+        versions = triton.__version__, numpy.__version__
+        return "the interpreter of triton {} needs numpy below 2.4, got {}".format(*versions)
     return ""
 
 
@@ -90,9 +104,9 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str:
         return reason
     if device.type == "cpu":
         late = "TRITON_INTERPRET=1 was set after the kernels had been loaded"
-        return "" if interpreted() else late
+        return _interpreter_unavailable() if interpreted() else late
     if interpreted():
-        return ""  # copied to the CPU and back by the interpreter: slow, but right
+        return _interpreter_unavailable()  # copied to the CPU and back: slow, but right
     index = torch.cuda.current_device() if device.index is None else device.index
     return _device_too_old(index)
 

@@ -18,9 +18,8 @@ from ift_kernels.backends.layout_checks import (
     check_split_active_args,
     check_tail_weights,
     check_vectors,
+    kernel_matrix,
 )
-from ift_kernels.backends.reference.active import bucket_sums as reference_bucket_sums
-from ift_kernels.backends.triton import DTYPES
 from ift_kernels.backends.triton.common import logits, transform_arguments
 from ift_kernels.backends.triton.launch import blocks, config, launch, shape_class
 
@@ -45,15 +44,15 @@ def mask_kernel(
     marked = tl.where(b == float("-inf"), 1, 0)
     for start in range(0, block, ROWS):
         row = number * block + start + tl.arange(0, ROWS)
-        there = row < rows
-        at = x + row[:, None] * stride + column[None, :]
-        z = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        valid_row = row < rows
+        pointer = x + row[:, None] * stride + column[None, :]
+        z = tl.load(pointer, mask=valid_row[:, None] & inside[None, :], other=0.0).to(tl.float32)
         z = logits(z, b[None, :], pre, post, HAS_BIAS, HAS_CAP)
-        least = tl.load(level + row, mask=there, other=float("inf")).to(tl.float32)
-        local = tl.load(target + row, mask=there, other=-1) - offset
+        limit = tl.load(level + row, mask=valid_row, other=float("inf")).to(tl.float32)
+        local = tl.load(target + row, mask=valid_row, other=-1) - offset
         # "not ≤" rather than ">": a NaN must not be lost.
-        low = (z <= least[:, None]) & (local[:, None] != column[None, :])
-        above = tl.where(low | ~there[:, None], 0, 1)
+        low = (z <= limit[:, None]) & (local[:, None] != column[None, :])
+        above = tl.where(low | ~valid_row[:, None], 0, 1)
         marked = tl.maximum(marked, tl.max(above, axis=0))
     tl.store(mask_out + number * columns + column, marked.to(tl.uint8), mask=inside)
 
@@ -80,9 +79,9 @@ def split_kernel(
     PADDING: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    group, at_bucket = program // buckets, program % buckets
+    group, bucket_id = program // buckets, program % buckets
     row = group * ROWS + tl.arange(0, ROWS)
-    there = row < rows
+    valid_row = row < rows
     number = group * ROWS // block
     active_mask += number * columns
     position += number * columns
@@ -93,15 +92,15 @@ def split_kernel(
     for start in range(first, last, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < last
-        at = dz + row[:, None] * stride + column[None, :]
-        x = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        pointer = dz + row[:, None] * stride + column[None, :]
+        x = tl.load(pointer, mask=valid_row[:, None] & inside[None, :], other=0.0).to(tl.float32)
         tail = tl.load(active_mask + column, mask=inside, other=1) == 0
         # Not a product with 0 or 1: a NaN of an active column has no part in the sum.
         total += tl.sum(tl.where(tail[None, :], x, 0.0), axis=1)
         share = tl.load(tail_weights + column, mask=inside, other=0.0)
         weight += tl.sum(tl.where(tail, share, 0.0), axis=0)
     u = tl.where(weight == 0.0, 0.0, total / weight)
-    tl.store(tail_gradient + at_bucket * rows + row, u, mask=there)
+    tl.store(tail_gradient + bucket_id * rows + row, u, mask=valid_row)
 
     count = tl.load(position + columns - 1)
     width = ((count + PADDING - 1) // PADDING * PADDING).to(tl.int64)
@@ -109,18 +108,19 @@ def split_kernel(
     for start in range(first, last, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < last
-        at = dz + row[:, None] * stride + column[None, :]
-        x = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        kept = tl.load(active_mask + column, mask=inside, other=0) != 0
-        slot = tl.load(position + column, mask=kept, other=1) - 1
-        share = tl.load(tail_weights + column, mask=kept, other=0.0)
+        pointer = dz + row[:, None] * stride + column[None, :]
+        x = tl.load(pointer, mask=valid_row[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        is_active = tl.load(active_mask + column, mask=inside, other=0) != 0
+        slot = tl.load(position + column, mask=is_active, other=1) - 1
+        share = tl.load(tail_weights + column, mask=is_active, other=0.0)
         centred = (x - u[:, None] * share[None, :]).to(active.dtype.element_ty)
-        tl.store(out[:, None] + slot[None, :], centred, mask=there[:, None] & kept[None, :])
-    if at_bucket == buckets - 1:
-        beyond = count + tl.arange(0, PADDING)
-        padding = there[:, None] & (beyond < width)[None, :]
+        written = valid_row[:, None] & is_active[None, :]
+        tl.store(out[:, None] + slot[None, :], centred, mask=written)
+    if bucket_id == buckets - 1:
+        slot_beyond = count + tl.arange(0, PADDING)
+        padding = valid_row[:, None] & (slot_beyond < width)[None, :]
         nothing = tl.zeros((ROWS, PADDING), active.dtype.element_ty)
-        tl.store(out[:, None] + beyond[None, :], nothing, mask=padding)
+        tl.store(out[:, None] + slot_beyond[None, :], nothing, mask=padding)
 
 
 def split_active(
@@ -166,17 +166,16 @@ def bucket_sums_kernel(
     last = tl.minimum(first + bucket, count)
     for start in range(first, last, ITEMS):
         row = start + lane
-        at = matrix + row[:, None] * stride + column[None, :]
-        there = (row < last)[:, None] & inside[None, :]
-        value = tl.load(at, mask=there, other=0.0).to(tl.float32)
+        pointer = matrix + row[:, None] * stride + column[None, :]
+        valid = (row < last)[:, None] & inside[None, :]
+        value = tl.load(pointer, mask=valid, other=0.0).to(tl.float32)
         share = tl.load(tail_weights + row, mask=row < last, other=0.0)
         total += tl.sum(value * share[:, None], axis=0)
     tl.store(sums + number * width + column, total, mask=inside)
 
 
 def bucket_sums(matrix: Tensor, bucket: int, tail_weights: Tensor) -> Tensor:
-    if matrix.dtype not in DTYPES or matrix.stride(1) != 1:
-        return reference_bucket_sums(matrix, bucket, tail_weights)
+    matrix = kernel_matrix(matrix)
     count, width = matrix.shape
     check_tail_weights(tail_weights, count)
     sums = torch.empty((blocks(count, bucket), width), dtype=torch.float32, device=matrix.device)

@@ -52,6 +52,16 @@ def logits(x, bias, pre, post, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
+def load_logits(x, bias, column, inside, pre, post, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+    """Logits of the columns of a row of products that starts at `x`; those of 0 outside."""
+    z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+    b = 0.0
+    if HAS_BIAS:
+        b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    return logits(z, b, pre, post, HAS_BIAS, HAS_CAP)
+
+
+@triton.jit
 def slope(z, post, plain_slope, HAS_CAP: tl.constexpr):
     """∂z/∂x from the logits."""
     s = tl.zeros_like(z) + plain_slope
@@ -90,7 +100,7 @@ def row_gradient(z, norm_0, norm_1, c_prob, c_plogp, c_uniform):
 @triton.jit
 def merge_into(
     state, argmax, stride,  # of this row: rows of float64 `stride` apart, and an int64
-    top, total, picked, has_target, e_z, e_sq, z_sum, second, at,  # float64 scalars; int64
+    top, total, picked, has_target, e_z, e_sq, z_sum, second, top_id,  # float64 scalars; int64
     TRACK: tl.constexpr,
 ):  # fmt: skip
     """Merge statistics of more columns, relative to their own maximum, into a running state.
@@ -122,11 +132,11 @@ def merge_into(
         tl.store(state + 5 * stride, tl.load(state + 5 * stride) + z_sum)
     if TRACK & 16:
         before = tl.load(state + 6 * stride)
-        least = tl.where(top > old, old, top)
+        smaller_max = tl.where(top > old, old, top)
         best = tl.where(second > before, second, before)
-        tl.store(state + 6 * stride, tl.where(least > best, least, best))
+        tl.store(state + 6 * stride, tl.where(smaller_max > best, smaller_max, best))
     if TRACK & 1:
-        tl.store(argmax, tl.where(is_new_max, at, tl.load(argmax)))
+        tl.store(argmax, tl.where(is_new_max, top_id, tl.load(argmax)))
     tl.store(state + stride, rescale * old_total + rescale_chunk * total)
     tl.store(state, new)
     tl.store(state + 2 * stride, tl.where(has_target, picked, tl.load(state + 2 * stride)))

@@ -1,7 +1,8 @@
 """A tile of products to its gradient, or to probabilities, in place: one read and one write.
 
-Floors per element: 4 bytes moved (bf16), 8 (fp32); one exponential and about 12 float operations,
-which hide behind the move. Distance from them: not measured.
+Floors per element: 4 bytes moved (bf16), 8 (fp32), of a softmax's gradient 4 more for that of the
+probabilities; one exponential and about 12 float operations, which hide behind the move. Distance
+from them: not measured.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ift_kernels.backends.contract import Chunk, RowGradient
-from ift_kernels.backends.layout_checks import check_chunk, check_row_gradient, check_rows
-from ift_kernels.backends.triton.common import logits, row_gradient, slope, transform_arguments
+from ift_kernels.backends.layout_checks import (
+    check_chunk,
+    check_row_gradient,
+    check_rows,
+    check_softmax_gradient_args,
+)
+from ift_kernels.backends.triton.common import load_logits, row_gradient, slope, transform_arguments
 from ift_kernels.backends.triton.launch import blocks, config, launch, shape_class
 
 
@@ -30,11 +36,7 @@ def dlogits_kernel(
     column = (program % column_blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     x += row * stride
-    z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-    b = 0.0
-    if HAS_BIAS:
-        b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    z = logits(z, b, pre, post, HAS_BIAS, HAS_CAP)
+    z = load_logits(x, bias, column, inside, pre, post, HAS_BIAS, HAS_CAP)
     c_target = tl.load(coef + row).to(tl.float32)
     c_prob = tl.load(coef + coef_stride + row).to(tl.float32)
     c_plogp = tl.load(coef + 2 * coef_stride + row).to(tl.float32)
@@ -62,14 +64,35 @@ def probabilities_kernel(
     column = (program % column_blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     x += row * stride
-    z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-    b = 0.0
-    if HAS_BIAS:
-        b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    z = logits(z, b, pre, post, HAS_BIAS, HAS_CAP)
+    z = load_logits(x, bias, column, inside, pre, post, HAS_BIAS, HAS_CAP)
     norm_0 = tl.load(norm + row).to(tl.float32)
     p = tl.exp((z - norm_0) - tl.load(norm + norm_stride + row).to(tl.float32))
     tl.store(x + column, p.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["column_blocks"])
+def softmax_gradient_kernel(
+    x, bias, d_prob, norm, centre, prob,
+    columns, stride, d_prob_stride, norm_stride, prob_stride, column_blocks,
+    pre, post, plain_slope,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_PROB: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    row = program // column_blocks
+    column = (program % column_blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    x += row * stride
+    z = load_logits(x, bias, column, inside, pre, post, HAS_BIAS, HAS_CAP)
+    norm_0 = tl.load(norm + row).to(tl.float32)
+    p = tl.exp((z - norm_0) - tl.load(norm + norm_stride + row).to(tl.float32))
+    if HAS_PROB:
+        tl.store(prob + row * prob_stride + column, p.to(prob.dtype.element_ty), mask=inside)
+    # Of a nearly certain token the two cancel: neither is rounded to 16 bits.
+    d_prob += row * d_prob_stride
+    along = tl.load(d_prob + column, mask=inside, other=0.0).to(tl.float32)
+    dz = p * (along - tl.load(centre + row).to(tl.float32))
+    dx = dz * slope(z, post, plain_slope, HAS_CAP)
+    tl.store(x + column, dx.to(x.dtype.element_ty), mask=inside)
 
 
 def dlogits_(chunk: Chunk, row_gradient: RowGradient, transposed: Tensor | None = None) -> None:
@@ -96,6 +119,20 @@ def probabilities_(chunk: Chunk, norm: Tensor) -> None:
         probabilities_kernel, (rows * column_blocks,), x,
         x, bias, norm, columns, x.stride(0), norm.stride(0), column_blocks,
         **transform_arguments(bias, transform), **chosen,
+    )  # fmt: skip
+
+
+def softmax_gradient_(
+    chunk: Chunk, d_prob: Tensor, norm: Tensor, centre: Tensor, prob: Tensor | None = None
+) -> None:
+    rows, columns = check_softmax_gradient_args(chunk, d_prob, norm, centre, prob)
+    x, bias, transform, _ = chunk
+    chosen, column_blocks = _blocks(x)
+    launch(
+        softmax_gradient_kernel, (rows * column_blocks,), x,
+        x, bias, d_prob, norm, centre, prob, columns, x.stride(0), d_prob.stride(0),
+        norm.stride(0), 0 if prob is None else prob.stride(0), column_blocks,
+        **transform_arguments(bias, transform), HAS_PROB=prob is not None, **chosen,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ift_kernels.backends.contract import Chunk
 from ift_kernels.backends.layout_checks import check_chunk, check_top_k, check_vectors
-from ift_kernels.backends.triton.common import logits, transform_arguments
+from ift_kernels.backends.triton.common import load_logits, transform_arguments
 from ift_kernels.backends.triton.launch import config, launch, power_of_two, shape_class
 
 MIN_KEY = tl.constexpr(-(2**63))
@@ -51,11 +51,7 @@ def top_k_kernel(
     for start in range(0, columns, BLOCK):
         column = start + lane
         inside = column < columns
-        raw = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-        b = 0.0
-        if HAS_BIAS:
-            b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-        z = logits(raw, b, pre, post, HAS_BIAS, HAS_CAP)
+        z = load_logits(x, bias, column, inside, pre, post, HAS_BIAS, HAS_CAP)
         key = tl.where(inside, key_of(z, column + offset), MIN_KEY)
         top = tl.max(key)
         while top > worst:
@@ -69,11 +65,11 @@ def top_k_kernel(
     ordered = (best >> 32).to(tl.int32)
     bits = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
     logit = bits.to(tl.float32, bitcast=True)  # of 0x7FFFFFFF: a NaN
-    found = (best & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
+    best_id = (best & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
     # Fewer columns than k, so far: still a placeholder.
     empty = best < MIN_KEY + 64  # = the largest K
     tl.store(values + row * k + place, tl.where(empty, float("-inf"), logit), mask=used)
-    tl.store(ids + row * k + place, tl.where(empty, -1, found.to(tl.int64)), mask=used)
+    tl.store(ids + row * k + place, tl.where(empty, -1, best_id.to(tl.int64)), mask=used)
 
 
 @triton.jit
@@ -107,16 +103,12 @@ def gumbel_kernel(
     quarter = tl.arange(0, BLOCK // 4)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     top_logit = top
-    top_at = tl.full((BLOCK,), NO_ID, tl.int32)
+    top_id = tl.full((BLOCK,), NO_ID, tl.int32)
     # Four ids share a counter, so blocks start at multiples of four ids.
     for start in range(-SKIPPED, columns, BLOCK):
         column = start + lane
         inside = (column >= 0) & (column < columns)
-        raw = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-        b = 0.0
-        if HAS_BIAS:
-            b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-        z = logits(raw, b, pre, post, HAS_BIAS, HAS_CAP)
+        z = load_logits(x, bias, column, inside, pre, post, HAS_BIAS, HAS_CAP)
         counter = ((start + offset) // 4 + quarter).to(tl.uint32)
         blank = tl.zeros_like(counter)
         w0, w1, w2, w3 = tl.philox(seed, counter, blank + low, blank + high, blank)
@@ -126,20 +118,22 @@ def gumbel_kernel(
         better = (score > top) | ((score != score) & (top == top))
         top = tl.where(better, score, top)
         top_logit = tl.where(better, z, top_logit)
-        top_at = tl.where(better, column, top_at)
-    nan_at = tl.min(tl.where(top != top, top_at, NO_ID))
+        top_id = tl.where(better, column, top_id)
+    nan_id = tl.min(tl.where(top != top, top_id, NO_ID))
     score = tl.max(tl.where(top == top, top, float("-inf")))
-    at = tl.where(nan_at != NO_ID, nan_at, tl.min(tl.where(top == score, top_at, NO_ID)))
-    score = tl.where(nan_at != NO_ID, float("nan"), score)
+    drawn = tl.where(nan_id != NO_ID, nan_id, tl.min(tl.where(top == score, top_id, NO_ID)))
+    score = tl.where(nan_id != NO_ID, float("nan"), score)
     # One lane has it, or none where all is −inf.
-    is_nan = tl.max(tl.where((top_at == at) & (top_logit != top_logit), 1, 0)) > 0
-    found = tl.max(tl.where((top_at == at) & (top_logit == top_logit), top_logit, float("-inf")))
-    found = tl.where(is_nan, float("nan"), found)
+    is_drawn = top_id == drawn
+    is_nan = tl.max(tl.where(is_drawn & (top_logit != top_logit), 1, 0)) > 0
+    drawn_logit = tl.where(is_drawn & (top_logit == top_logit), top_logit, float("-inf"))
+    drawn_logit = tl.max(drawn_logit)
+    drawn_logit = tl.where(is_nan, float("nan"), drawn_logit)
     old = tl.load(best + row * best_stride)
     is_new_max = (score > old) | ((score != score) & (old == old))
     tl.store(best + row * best_stride, score, mask=is_new_max)
-    tl.store(logit + row, found, mask=is_new_max)
-    tl.store(ids + row * ids_stride, at.to(tl.int64) + offset, mask=is_new_max)
+    tl.store(logit + row, drawn_logit, mask=is_new_max)
+    tl.store(ids + row * ids_stride, drawn.to(tl.int64) + offset, mask=is_new_max)
 
 
 def top_k_update(chunk: Chunk, values: Tensor, ids: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ift_kernels.backends.contract import TRACK_ARGMAX, Chunk, RowState, new_state
 from ift_kernels.backends.layout_checks import check_chunk, check_state
-from ift_kernels.backends.triton.common import logits, merge_into, transform_arguments
+from ift_kernels.backends.triton.common import load_logits, merge_into, transform_arguments
 from ift_kernels.backends.triton.launch import blocks, config, launch, multiprocessors, shape_class
 
 NO_COLUMN = tl.constexpr(2**31 - 1)  # larger than any
@@ -40,7 +40,7 @@ def stats_kernel(
     low = tl.full((BLOCK,), float("-inf"), tl.float32)
     zero = tl.zeros((BLOCK,), tl.float32)
     best, second = low, low
-    best_at = tl.full((BLOCK,), NO_COLUMN, tl.int32)
+    best_id = tl.full((BLOCK,), NO_COLUMN, tl.int32)
     total, e_z, e_sq, z_sum = zero, zero, zero, zero
     top = tl.max(low)
     first = part.to(tl.int32) * length * BLOCK
@@ -48,16 +48,12 @@ def stats_kernel(
     for start in range(first, last, BLOCK):
         column = start + lane
         inside = column < columns  # of a part before the last: always
-        raw = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-        b = 0.0
-        if HAS_BIAS:
-            b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-        z = logits(raw, b, pre, post, HAS_BIAS, HAS_CAP)
+        z = load_logits(x, bias, column, inside, pre, post, HAS_BIAS, HAS_CAP)
         if TRACK & 8:
             z_sum += tl.where(inside, z, 0.0)
         z = tl.where(inside, z, float("-inf"))
-        known = tl.where(z == z, z, float("-inf"))
-        new = tl.maximum(top, tl.max(known))
+        not_nan = tl.where(z == z, z, float("-inf"))
+        new = tl.maximum(top, tl.max(not_nan))
         m = tl.where(new == float("-inf"), 0.0, new)
         delta_max = tl.where(top == float("-inf"), 0.0, top - m)
         rescale = tl.where(top == float("-inf"), 0.0, tl.exp(delta_max))
@@ -70,37 +66,33 @@ def stats_kernel(
         total = rescale * total + e
         top = new
         if TRACK & 16:
-            second = tl.maximum(second, tl.minimum(best, known))
+            second = tl.maximum(second, tl.minimum(best, not_nan))
         if (TRACK & 1) | (TRACK & 16):
             # A NaN wins, as it does in torch.argmax, and what came first stays.
             better = (z > best) | ((z != z) & (best == best))
             best = tl.where(better, z, best)
-            best_at = tl.where(better, column, best_at)
+            best_id = tl.where(better, column, best_id)
     top_64 = top.to(tl.float64)
-    at = tl.zeros((), tl.int32)
+    top_id = tl.zeros((), tl.int32)
     runner_up = top
     if (TRACK & 1) | (TRACK & 16):
-        nan_at = tl.min(tl.where(best != best, best_at, NO_COLUMN))
-        found = tl.min(tl.where(best == top, best_at, NO_COLUMN))
-        at = tl.where(nan_at != NO_COLUMN, nan_at, found)
+        nan_id = tl.min(tl.where(best != best, best_id, NO_COLUMN))
+        top_id = tl.min(tl.where(best == top, best_id, NO_COLUMN))
+        top_id = tl.where(nan_id != NO_COLUMN, nan_id, top_id)
         # All −inf: no lane has exceeded its start.
-        at = tl.where(at == NO_COLUMN, first, at)
-        top_64 = tl.where(nan_at != NO_COLUMN, float("nan"), top_64)
+        top_id = tl.where(top_id == NO_COLUMN, first, top_id)
+        top_64 = tl.where(nan_id != NO_COLUMN, float("nan"), top_64)
         if TRACK & 16:
-            others = tl.where((best_at == at) | (best != best), second, tl.maximum(best, second))
-            runner_up = tl.max(others)
+            rest = tl.where((best_id == top_id) | (best != best), second, tl.maximum(best, second))
+            runner_up = tl.max(rest)
     local = tl.load(target + row) - offset
     has_target = (local >= first) & (local < last)
-    picked = tl.load(x + local, mask=has_target, other=0.0).to(tl.float32)
-    b = 0.0
-    if HAS_BIAS:
-        b = tl.load(bias + local, mask=has_target, other=0.0).to(tl.float32)
-    picked = logits(picked, b, pre, post, HAS_BIAS, HAS_CAP)
+    picked = load_logits(x, bias, local, has_target, pre, post, HAS_BIAS, HAS_CAP)
     merge_into(
         state, argmax, state_stride,
         top_64, tl.sum(total.to(tl.float64)), picked.to(tl.float64), has_target,
         tl.sum(e_z.to(tl.float64)), tl.sum(e_sq.to(tl.float64)), tl.sum(z_sum.to(tl.float64)),
-        runner_up.to(tl.float64), at.to(tl.int64) + offset,
+        runner_up.to(tl.float64), top_id.to(tl.int64) + offset,
         TRACK,
     )  # fmt: skip
 
@@ -119,15 +111,16 @@ def merge_kernel(
     argmax += row
     local = tl.load(target + row) - offset
     for part in range(parts):
-        here = source + part * part_stride
+        of_part = source + part * part_stride
         first = part * length
         last = tl.minimum(first + length, columns)
-        second = tl.load(here + 6 * source_stride)
+        second = tl.load(of_part + 6 * source_stride)
         merge_into(
             state, argmax, state_stride,
-            tl.load(here), tl.load(here + source_stride), tl.load(here + 2 * source_stride),
-            (local >= first) & (local < last), tl.load(here + 3 * source_stride),
-            tl.load(here + 4 * source_stride), tl.load(here + 5 * source_stride), second,
+            tl.load(of_part), tl.load(of_part + source_stride),
+            tl.load(of_part + 2 * source_stride),
+            (local >= first) & (local < last), tl.load(of_part + 3 * source_stride),
+            tl.load(of_part + 4 * source_stride), tl.load(of_part + 5 * source_stride), second,
             tl.load(source_argmax + part * argmax_stride),
             TRACK,
         )  # fmt: skip

@@ -66,6 +66,8 @@ def as_text(report: dict[str, Any]) -> str:
         lines.append(f"  {backend['name']:<14}{state}")
         if backend.get("detail"):
             lines.append(f"  {'':<14}{backend['detail']}")
+        if backend.get("plain_torch"):
+            lines.append(f"  {'':<14}in plain torch: {', '.join(backend['plain_torch'])}")
     lines.append("what serves what")
     lines += [f"  {what:<14}{backend}" for what, backend in report["serves"].items()]
     if report["problem"]:

@@ -383,6 +383,9 @@ def test_doctor(capsys):
     text = capsys.readouterr().out
     for word in ("torch", "transformers", "devices", "backends", "reference", "available"):
         assert word in text
+    for backend in report["backends"]:
+        if backend["plain_torch"]:
+            assert f"in plain torch: {', '.join(backend['plain_torch'])}" in text
 
 
 def test_doctor_reports_a_wrong_environment():

@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from ift_kernels import (
     linear_logprobs,
     linear_token,
 )
-from ift_kernels.backends import contract, cpu, loading
+from ift_kernels.backends import contract, cpu, cuda, loading, reference
+from ift_kernels.backends.cuda import sampling
 from processes import python, python_with_tests
 from serving import BACKENDS, DTYPES, needs_cpp
 
@@ -256,8 +258,22 @@ def test_describe():
     assert set(rows) == set(backends.BACKENDS)
     assert rows["reference"]["available"]
     for row in rows.values():
-        assert set(row) == {"name", "available", "reason", "detail"}
+        assert set(row) == {"name", "available", "reason", "detail", "plain_torch"}
         assert bool(row["reason"]) != row["available"]
+        assert not row["plain_torch"] or row["available"]
+    if rows["cpu"]["available"]:
+        assert rows["cpu"]["plain_torch"] == ["softmax_gradient_"]
+
+
+def test_what_plain_torch_serves_is_listed(monkeypatch):
+    """In part or whole, of a backend for GPUs: nothing falls back without a word."""
+    of_cuda = ["softmax_gradient_", "divergence_terms", "divergence_gradient_"]
+    monkeypatch.setattr(sampling, "compiled", lambda: SimpleNamespace(MAX_TOP_K=16))
+    assert backends.plain_torch(cuda) == [*of_cuda, "top_k_update of k > 16"]
+    everything = backends.plain_torch(reference)
+    assert "scan" in everything and "transpose" not in everything  # which nobody calls
+    monkeypatch.setattr(cuda, "scan", reference.scan)
+    assert "scan" in backends.plain_torch(cuda)
 
 
 @needs_cpp

@@ -5,6 +5,8 @@ behind the real Python backend. It has no approximate instructions and no timing
 """
 
 import ctypes
+import re
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -34,10 +36,61 @@ print("the same")
 """
 
 
-@pytest.mark.parametrize("order", ["forward", "reverse"])
-def test_emulated_kernels_equal_the_reference(order):
-    done = python_with_tests("-c", CHECK, OMP_NUM_THREADS="1", IFT_EMULATOR_ORDER=order)
+@pytest.mark.parametrize(("order", "seed"), [("forward", "1"), ("reverse", "2")])
+def test_emulated_kernels_equal_the_reference(order, seed):
+    settings = {"IFT_EMULATOR_ORDER": order, "IFT_EMULATOR_SEED": seed}
+    done = python_with_tests("-c", CHECK, OMP_NUM_THREADS="1", **settings)
     assert done.stdout.strip() == "the same", done.stdout + done.stderr
+
+
+WRONG = """
+#include <cuda_runtime.h>
+
+__global__ void unwritten_kernel(float* out) {  // half of what it reads was not written
+  __shared__ float values[64];
+  if (threadIdx.x < 32) values[threadIdx.x] = 1.0f;
+  __syncthreads();
+  out[64 * blockIdx.x + threadIdx.x] = values[threadIdx.x];
+}
+
+__global__ void chain_kernel(float* out) {  // counts on the block before having run
+  if (threadIdx.x == 0) out[blockIdx.x] = blockIdx.x ? out[blockIdx.x - 1] + 1.0f : 1.0f;
+}
+
+extern "C" __attribute__((visibility("default"))) void run(float* unwritten, float* chain) {
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(64);
+  config.gridDim = dim3(2);
+  cudaLaunchKernelEx(&config, unwritten_kernel, unwritten);
+  config.gridDim = dim3(20);
+  cudaLaunchKernelEx(&config, chain_kernel, chain);
+}
+"""
+
+
+def test_the_emulator_shows_unwritten_shared_memory_and_dependence_on_the_order(tmp_path):
+    source, library = tmp_path / "wrong.cu", tmp_path / "wrong.so"
+    source.write_text(WRONG)
+    flags = *cuda_emulator.FLAGS.split(), f"-I{cuda_emulator.HERE}", "-shared"
+    subprocess.run([*cuda_emulator.compiler(), *flags, source, "-o", library], check=True)
+    cuda_emulator.fill_shared_memory(library)
+    unwritten, chain = torch.zeros(2, 64), torch.zeros(20)
+    run = ctypes.CDLL(str(library)).run
+    run(ctypes.c_void_p(unwritten.data_ptr()), ctypes.c_void_p(chain.data_ptr()))
+    assert (unwritten[:, :32] == 1).all() and unwritten[:, 32:].isnan().all()
+    assert not torch.equal(chain, torch.arange(1.0, 21.0)) and chain[0] == 1
+
+
+def test_all_shared_memory_is_found():
+    """By its symbols: as many variables as the sources declare, of one kernel or another."""
+    sources = (cuda_emulator.ROOT / "csrc/cuda").glob("*.cuh")
+    lines = [line for s in sources for line in re.findall(r"__shared__ ([^;]+);", s.read_text())]
+    declared = {re.findall(r"\w+", part.split("[")[0])[-1] for line in lines
+                for part in line.split(",")}  # fmt: skip
+    listed = subprocess.run(["nm", "-S", cuda_emulator.build()], capture_output=True, text=True)
+    found = "\n".join(m[0] for m in cuda_emulator.SHARED.finditer(listed.stdout))
+    assert declared and all(re.search(rf"{len(name)}{name}$", found, re.MULTILINE)
+                            for name in declared)  # fmt: skip
 
 
 def test_operations_on_the_emulator():
@@ -109,6 +162,8 @@ def test_the_faster_backend_serves_function_by_function(monkeypatch):
     mixed = selection.faster(serving, device)
     assert mixed.scan is reference.scan
     assert mixed.dlogits_ is cpu.dlogits_ and mixed.__name__ == cpu.__name__
+    # Two heads are served by one backend: `divergence_blocks.Products` would take the reference.
+    assert selection.faster(dict(serving), device) is mixed
     monkeypatch.setattr(selection, "_architecture", lambda index: "sm_80")
     assert selection.faster(serving, device) is cpu
     assert selection.faster(serving, torch.device("cpu")) is cpu

@@ -66,6 +66,32 @@ def test_an_absent_triton(monkeypatch):
         backend._unavailable.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("of_triton", "of_numpy", "refused"),
+    [("3.6.0", "2.5.5", True), ("3.4.0", "2.4.0", True), ("3.6.0", "2.3.5", False),
+     ("3.7.1", "2.5.5", False)],
+)  # fmt: skip
+def test_an_interpreter_that_needs_an_older_numpy(monkeypatch, of_triton, of_numpy, refused):
+    import numpy
+    import triton
+
+    from ift_kernels.backends import triton as backend
+    from ift_kernels.backends.triton import launch
+
+    monkeypatch.setattr(triton, "__version__", of_triton)
+    monkeypatch.setattr(numpy, "__version__", of_numpy)
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    backend._interpreter_unavailable.cache_clear()
+    try:
+        for device in ("cpu", "cuda"):
+            reason = backend.unsupported_reason(torch.device(device), torch.float32)
+            said = f"the interpreter of triton {of_triton} needs numpy below 2.4, got {of_numpy}"
+            assert reason == (said if refused else "")
+    finally:
+        backend._interpreter_unavailable.cache_clear()
+
+
 # What the schedules hand to `dlogits_`, and the rest, comes with rows on cache lines: so do these.
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_committed_sources_compile(architecture):
@@ -92,10 +118,11 @@ def test_compiled_kernels_stay_within_their_limits(architecture):
 
     limits = static.committed()["registers"][architecture]
     some = static.variants(architecture, (torch.bfloat16,), (False,))
-    assert {v.name for v in some} == set(limits)
-    for which in dict(reversed([(v.name, v) for v in some])).values():  # one of each kernel
+    assert {v.limit for v in some} == set(limits)
+    regular = [v for v in some if not v.irregular]
+    for which in dict(reversed([(v.name, v) for v in regular])).values():  # one of each kernel
         found = static.compile_for(which, architecture)
-        wrong = static.complaints(which, found, architecture, limits.get(which.name))
+        wrong = static.complaints(which, found, architecture, limits.get(which.limit))
         assert not wrong, f"{which.name} {which.about}: {'; '.join(wrong)}"
 
 
@@ -114,6 +141,9 @@ def test_complaints():
         assert word in "".join(static.complaints(which, replace(good, **change), "sm_90", 100))
     assert "no committed limit" in static.complaints(which, good, "sm_90", None)
     streaming = next(v for v in static.variants("sm_90", (torch.bfloat16,)) if v.name == "dlogits")
+    odd = next(v for v in static.variants("sm_90", ()) if v.name == "dlogits" and v.irregular)
+    assert static.complaints(odd, replace(good, wide_loads=0), "sm_90", 100) == []
+    assert not streaming.irregular and "irregular" in odd.about
     for bytes_, wanted in (((4.4, 4.0), []), ((6.0, 4.0), ["1.50 of the least bytes"])):
         assert static.complaints(streaming, good, "sm_90", 100, traffic.Bytes(*bytes_)) == wanted
 

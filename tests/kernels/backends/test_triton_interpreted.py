@@ -30,6 +30,7 @@ PLAIN, FULL = LogitTransform(), LogitTransform(0.7, 5.0, 1.3)
 SMALL = {
     "stats": {"BLOCK": 64, "num_warps": 1},
     "dlogits": {"BLOCK": 128, "num_warps": 1},
+    "divergence": {"BLOCK": 64, "num_warps": 1},
     "top_k": {"BLOCK": 64, "num_warps": 1},
     "gumbel": {"BLOCK": 64, "num_warps": 1},
     "mask": {"ROWS": 16, "BLOCK": 64, "num_warps": 1},
