@@ -311,12 +311,12 @@ def kernel_code(kernel: Any) -> str:
 
 
 def digests(architecture: str, which: list[Variant]) -> dict[str, str]:
-    """By kernel, of everything that decides what comes out: sources, constants, configurations."""
+    """By limit, of everything that decides what comes out: sources, constants, configurations."""
     parts: dict[str, list[str]] = {}
     code = {kernel: kernel_code(kernel) for kernel in {v.kernel for v in which}}
     for v in which:
         options = f"{v.signature} {v.constants} {v.aligned} {v.options}"
-        parts.setdefault(v.name, []).append(f"{code[v.kernel]} {options}")
+        parts.setdefault(v.limit, []).append(f"{code[v.kernel]} {options}")
     return {
         name: hashlib.sha256("\n".join([architecture, *sorted(some)]).encode()).hexdigest()[:16]
         for name, some in sorted(parts.items())
@@ -344,8 +344,8 @@ def run(architectures: list[str], console: Console, write: bool = False) -> int:
         limits: dict[str, int] = known["registers"].get(architecture, {})
         if write:
             before = known["digests"].get(architecture, {})
-            some = [v for v in some if code[v.name] != before.get(v.name)]
-            changed = {v.name for v in some}
+            some = [v for v in some if code[v.limit] != before.get(v.limit)]
+            changed = {v.limit for v in some}
             limits = {k: v for k, v in limits.items() if k in code and k not in changed}
         found = [(which, compile_for(which, architecture)) for which in some]
         bytes_ = traffic.measure(architecture)
