@@ -131,7 +131,7 @@ class Memory:
                 taken = columns * (gathered + block * itemsize)
                 self.budget = max(self.budget - taken, p.workspace // 4)  # products need some
                 # Blocks that do not fill the last one; masks and ids while they are counted.
-                active_row = columns * itemsize * 9 // 8 + p.vocabulary * 32 // block
+                active_row = columns * itemsize * 9 // 8 + p.vocabulary * 24 // block
                 missing = gathered = 0
         # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it
         # unless the vendor does that.
