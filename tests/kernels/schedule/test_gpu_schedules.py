@@ -245,10 +245,10 @@ def test_one_cast_of_the_head_at_a_time(made, monkeypatch, trained, rows, width,
     weight = (torch.randn(vocabulary, width) / 16).requires_grad_(trained)
     target = torch.randint(vocabulary, (rows,))
     leaves = [t for t in (hidden, weight) if t.requires_grad]
-    with torch.autocast("cpu", torch.bfloat16), plan.use_schedule("recompute"):
-        with Allocations() as seen:
-            out = linear_logprobs(hidden, weight, target, workspace=8 * MIB).logprob
-            got = torch.autograd.grad(out.sum(), leaves)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with autocast, plan.use_schedule("recompute"), Allocations() as seen:
+        out = linear_logprobs(hidden, weight, target, workspace=8 * MIB).logprob
+        got = torch.autograd.grad(out.sum(), leaves)
     limit = max(chosen.peak_bytes for chosen in made) + size(*got) + MIB
     if "cpu" in serving.BACKENDS:
         assert seen.peak <= limit, (seen.peak / MIB, limit / MIB)
