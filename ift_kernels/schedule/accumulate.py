@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ift_kernels.schedule import device
+from ift_kernels.schedule.head import slices
 
 
 def accum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -113,8 +114,19 @@ def add_fp32_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def accumulate_fp32(total: Tensor, part: Tensor) -> None:
     """``total += part``, a 16-bit `part` piece by piece: torch casts all that it adds at once."""
+    for rows in _pieces(part):
+        total[rows].add_(part[rows])  # += would also assign
+
+
+def add_column_sums(total: Tensor, part: Tensor) -> None:
+    """``total += part.sum(0)``, a 16-bit `part` piece by piece as well."""
+    for rows in _pieces(part):
+        total.add_(part[rows].sum(0, dtype=total.dtype))
+
+
+def _pieces(part: Tensor) -> Iterator[slice]:
+    """Rows of a matrix: all, but few on a CPU, which casts 16 bits in memory."""
     step = len(part)
-    if part.device.type == "cpu":
+    if part.device.type == "cpu" and part.dtype.itemsize == 2:
         step = min(step, max((1 << 16) // part.shape[1], 1))
-    for start in range(0, len(part), max(step, 1)):
-        total[start : start + step].add_(part[start : start + step])  # += would also assign
+    return slices(0, len(part), max(step, 1))

@@ -142,7 +142,7 @@ def _counts(totals: list[list[int]], ends: list[int]) -> list[list[int]]:
 def ids_of_known_count(mask: Tensor, count: int) -> Tensor:
     """``mask.nonzero()[:, 1]`` of (blocks, C); a GPU would wait for that to count them."""
     found = mask.flatten() != 0
-    place = torch.where(found, found.cumsum(0) - 1, count)
+    place = found.cumsum(0).sub_(1).masked_fill_(~found, count)
     columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask).reshape(-1)
     return place.new_empty(count + 1).scatter_(0, place, columns)[:count]
 
@@ -166,6 +166,11 @@ class ActiveHidden:
         """Before all else: the call that this is for."""
         self._problem, self._pending_bytes = problem, tail_bytes(problem)
 
+    def weigh(self, head: Head, row_gradient: RowGradient) -> None:
+        """The first rows' tail weights serve all that follow."""
+        if self._weights is None:
+            self._weights = TailWeights(head, row_gradient, self.options.threshold)
+
     def mask(self, head: Head, tile: Tile, row_gradient: RowGradient, alone: bool) -> Tensor | None:
         """Which columns of a tile of products are active in which block, uint8 (blocks, C).
 
@@ -177,8 +182,7 @@ class ActiveHidden:
                 self._report.add(True, 0, tile.product.numel() / self.options.block)
             return None
         target, norm, _ = row_gradient
-        if self._weights is None:
-            self._weights = TailWeights(head, row_gradient, self.options.threshold)
+        self.weigh(head, row_gradient)
         if self._of is not row_gradient:
             self._of = row_gradient
             if self._report is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ift_kernels.backends import contract, reference
 from ift_kernels.backends.contract import Chunk
-from ift_kernels.schedule.accumulate import Sum, accum_dtype
+from ift_kernels.schedule.accumulate import Sum, accum_dtype, add_column_sums
 from ift_kernels.schedule.divergence_plan import Heads, Layout, Needs, in_place, layout
 from ift_kernels.schedule.gradients import Gradients
 from ift_kernels.schedule.head import Head, Results, Tile, empty_padded, slices
@@ -179,7 +179,7 @@ class Divergence:
             for columns, pair in self.products.tiles(rows):
                 self._gradient(pair, part, with_value=self.kind == "forward")
                 if total.bias is not None:
-                    total.bias[columns] += pair[0].x.sum(0, dtype=total.bias.dtype)
+                    add_column_sums(total.bias[columns], pair[0].x)
                 if total.weight is not None and in_place(self.head):
                     self._add_weight_in_place(total.weight[columns], rows, pair[0].x)
             if hidden is not None:
@@ -279,5 +279,5 @@ class Divergence:
             if total.weight is not None:
                 self._add_weight(total, rows, columns, pair[0].x)
             if total.bias is not None:
-                total.bias[columns] += pair[0].x.sum(0, dtype=total.bias.dtype)
+                add_column_sums(total.bias[columns], pair[0].x)
         return total.results()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ift_kernels.backends.contract import RowGradient
-from ift_kernels.schedule.accumulate import Sum, accum_dtype
+from ift_kernels.schedule.accumulate import Sum, accum_dtype, add_column_sums
 from ift_kernels.schedule.active import ActiveHidden
 from ift_kernels.schedule.head import Head, Results, Tile, empty_padded, slices
 from ift_kernels.schedule.plan import Plan
@@ -99,7 +99,7 @@ class Gradients:
         elif self.weight is not None:
             self.add_weight(rows, columns, product.T if transposed is None else transposed)
         if self.bias is not None:
-            self.bias[columns] += product.sum(0, dtype=self.bias.dtype)
+            add_column_sums(self.bias[columns], product)
         return mask
 
     def consume(
@@ -219,6 +219,8 @@ def _hidden_by_blocks(
     """The gradient of hidden alone, tokens outermost: its running sum is one block of rows."""
     n, width = head.hidden.shape
     out = torch.empty((n, width), dtype=hidden_dtype, device=head.hidden.device)
+    if active is not None:
+        active.weigh(head, row_gradient)  # of all rows: only some may have a gradient of mean_logit
     for rows in slices(0, n, plan.hidden_rows):
         total = Gradients(head.rows(rows), (True, False, False), hidden_dtype, 0, 0, None, active)
         part = row_gradient.rows(rows)

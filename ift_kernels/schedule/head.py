@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,13 +23,21 @@ class Head:
     weight: Tensor  # (V, D), any float dtype, cast chunk by chunk
     bias: Tensor | None  # (V,), float32 (float64 when computing in float64)
     transform: LogitTransform
+    # The last chunk that was cast: one cast serves a tile's products and its gradient.
+    _cast: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def vocabulary(self) -> int:
         return self.weight.shape[0]
 
     def weight_chunk(self, columns: slice) -> Tensor:
-        return self.weight[columns].to(self.hidden.dtype)
+        if self.weight.dtype == self.hidden.dtype:
+            return self.weight[columns]
+        key = columns.start, columns.stop
+        if key not in self._cast:
+            self._cast.clear()  # before the next takes its memory
+            self._cast[key] = self.weight[columns].to(self.hidden.dtype)
+        return self._cast[key]
 
     def bias_chunk(self, columns: slice) -> Tensor | None:
         return None if self.bias is None else self.bias[columns]

@@ -68,19 +68,18 @@ def make(
 
     Args:
         reserved_bytes: what calls before their backward keep, beside which this one keeps its own.
-        kept_bytes: in backward, what this call has kept: a GPU's tiles fit beside it. Those of a
-            CPU do anyway.
+        kept_bytes: in backward, what this call has kept: its tiles fit beside it.
     """
     if problem.device.is_gpu:
         # Numbers of valid rows differ from step to step; few plans serve them all.
         unit = 256 if problem.rows > 2048 else 32
         rows = max(-(-problem.rows // unit), 1) * unit
         return gpu_plan.make(replace(problem, rows=rows), reserved_bytes, schedule, kept_bytes)
-    return _by_rules(problem, reserved_bytes, schedule)
+    return _by_rules(problem, reserved_bytes, schedule, kept_bytes)
 
 
 @functools.lru_cache(maxsize=256)  # a training step asks for the same plans again and again
-def _by_rules(problem: Problem, reserved_bytes: int, schedule: str | None) -> Plan:
+def _by_rules(problem: Problem, reserved_bytes: int, schedule: str | None, kept_bytes: int) -> Plan:
     """On a CPU: tiles that stay in cache, and the fewest products."""
     p, memory = problem, Memory(problem)
     n, itemsize, budget = max(p.rows, 1), p.dtype.itemsize, memory.budget
@@ -97,6 +96,9 @@ def _by_rules(problem: Problem, reserved_bytes: int, schedule: str | None) -> Pl
         n, p.vocabulary, size, (budget - sums) // 2, memory.per_column, memory.tile_bytes
     )
     keep = 0
+    if kept_bytes:  # beside them forward may have had narrower tiles
+        fit = (budget - sums - kept_bytes) // memory.per_tile_column(rows) // ALIGN * ALIGN
+        columns = min(columns, max(fit, ALIGN))
     if schedule != "recompute" and hidden_rows == n and rows == n:
         free = budget - reserved_bytes
         keep = keep_columns(p, free - memory.gradients(rows, columns, hidden_rows), columns)

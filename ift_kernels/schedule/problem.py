@@ -122,15 +122,17 @@ class Memory:
         # each column a head row and what the tail takes. A mask is a byte for `block` products.
         missing, gathered, active_row = 0, 0, 0
         if p.active is not None:
-            missing = -n % min(p.active.block, -(-n // 32) * 32)
+            block = min(p.active.block, -(-n // 32) * 32)
+            missing = -n % block
             gathered = p.width * itemsize + 8 * p.width // min(p.active.tail_bucket, 512) + 8
             if p.any_gradient:
                 self.budget -= tail_bytes(p)
             if p.device.is_gpu:  # whatever the tile: once for all products that are there
                 columns = active_columns(p, 0)
-                self.budget -= columns * (gathered + p.active.block * itemsize)
+                taken = columns * (gathered + block * itemsize)
+                self.budget = max(self.budget - taken, p.workspace // 4)  # products need some
                 # Blocks that do not fill the last one; masks and ids while they are counted.
-                active_row = columns * itemsize * 9 // 8 + p.vocabulary // 4
+                active_row = columns * itemsize * 9 // 8 + p.vocabulary * 24 // block
                 missing = gathered = 0
         # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it
         # unless the vendor does that.

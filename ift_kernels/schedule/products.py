@@ -54,12 +54,13 @@ def recomputed_tiles(head: Head, plan: Plan, first: int) -> Iterator[Tile]:
     n = head.hidden.shape[0]
     scratch = empty_padded(head.backend, head.hidden, min(plan.tile_rows, n), plan.tile_columns)
     for columns in slices(first, head.vocabulary, plan.tile_columns):
-        weight = head.weight_chunk(columns)
-        scratch[:, weight.shape[0] :] = 0  # as in empty_padded, for a narrower last tile
+        width = columns.stop - columns.start
+        scratch[:, width:] = 0  # as in empty_padded, for a narrower last tile
         for rows in slices(0, n, plan.tile_rows):
             hidden = head.hidden[rows]
-            product = scratch[: hidden.shape[0], : weight.shape[0]]
-            yield Tile(rows, columns, torch.mm(hidden, weight.T, out=product))
+            product = scratch[: hidden.shape[0], :width]
+            torch.mm(hidden, head.weight_chunk(columns).T, out=product)
+            yield Tile(rows, columns, product)
 
 
 def update(head: Head, tile: Tile, target: Tensor, state: RowState, track: int) -> None:

@@ -214,3 +214,22 @@ def test_the_reference_takes_any_layout():
     found, active = torch.empty(1, 50), torch.empty(sum(p.numel() for p in parts))
     reference.split_active(dz, mask, 32, 64, tail_weights, found, active)
     torch.testing.assert_close(found.double(), tail_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", [390, 250, 1])
+def test_a_gradient_of_mean_logit_in_some_rows(start, sparse):
+    """It is the same for all ids, so the tail is uniform, whichever block of rows it is in."""
+    h = frozen(lm(n=400, d=512, v=700, dtype=torch.bfloat16))
+    mean = (torch.arange(400) >= start).double()
+
+    def gradient(head, stats):
+        value = (stats["logprob"] * (1 - mean)).sum() + (stats["mean_logit"] * mean).sum()
+        return torch.autograd.grad(value, head.hidden)[0][start:]
+
+    with plan.use_schedule("recompute"):
+        chosen = ActiveSet(block=32, tail_bucket=512)
+        outputs = "logprob", "mean_logit"
+        stats = K.linear_logprobs(*h.args, outputs=outputs, gradient=chosen, workspace=MIB)
+        found = gradient(h, stats._asdict())
+    double = h.double()
+    assert distance(found, gradient(double, dense.stats(double))) <= 0.02

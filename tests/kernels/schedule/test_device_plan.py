@@ -12,7 +12,7 @@ from bench.gpu.roofline import CASES, LARGE, problem
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.schedule import cost, device, plan
 from ift_kernels.schedule.device import H200
-from ift_kernels.schedule.problem import MAX_ROUNDED_GPU
+from ift_kernels.schedule.problem import MAX_ROUNDED_GPU, Memory
 
 MIB = 1 << 20
 
@@ -200,3 +200,33 @@ def test_a_plan_can_be_explained_for_a_device_that_is_not_there():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"device: .* torch sees no GPU"):
             ift_kernels.explain(*sizes, device="cuda")
+
+
+@pytest.mark.parametrize("rows", [0, 300, 8192])
+@pytest.mark.parametrize(("vocabulary", "width"), [(3448, 15707), (232643, 1), (128256, 4096)])
+@pytest.mark.parametrize(("block", "bucket"), [(32, 64), (4096, 2048), (1 << 20, 1 << 20)])
+def test_blocks_larger_than_the_call(rows, vocabulary, width, block, bucket):
+    """They take what the rows take: there is a plan, and a block too large changes none."""
+    for workspace in (MIB, 300 * MIB):
+        for dtype in (torch.bfloat16, torch.float64):
+            p = plan.Problem(
+                rows, vocabulary, width, dtype, workspace, True, grads_in_forward=True,
+                active=ActiveSet(0.0, block, bucket), device=H200,
+            )  # fmt: skip
+            chosen = plan.make(p)
+            assert chosen.tile_rows >= 1 <= chosen.tile_columns <= vocabulary
+            if block >= rows:
+                whole = replace(p, active=ActiveSet(0.0, max(-(-rows // 256) * 256, 32), bucket))
+                assert rows <= 300 or plan.make(whole) == chosen
+
+
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("rows", [1024, 4096])
+def test_masks_and_ids_of_small_blocks_are_in_the_workspace(rows, block):
+    """While ids are listed there are 17 bytes of each block and column, and four masks."""
+    p = plan.Problem(
+        rows, 32768, 128, torch.bfloat16, 512 * MIB, True, grads_in_forward=True,
+        active=ActiveSet(2.0**-12, block), device=H200,
+    )  # fmt: skip
+    row_bytes = Memory(p).per_row - Memory(replace(p, vocabulary=0)).per_row
+    assert row_bytes * block >= (17 + 4) * p.vocabulary

@@ -162,8 +162,8 @@ def reads(monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "vocabulary", "workspace", "block", "bucket"),
     [
-        (512, 8192, 8, 32, 512),
-        (500, 8200, 8, 32, 2048),  # ragged blocks of rows, a ragged tile
+        (512, 8192, 10, 32, 512),
+        (500, 8200, 10, 32, 2048),  # ragged blocks of rows, a ragged tile
         (512, 8192, 64, 128, 1024),
         (96, 5000, 4, 32, 512),
     ],
@@ -234,3 +234,24 @@ def test_ids_of_a_known_number(shape, share):
     mask = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < share).to(torch.uint8)
     found = active_module.ids_of_known_count(mask, int(mask.sum()))
     assert torch.equal(found, mask.nonzero()[:, 1])
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(("rows", "width", "vocabulary"), [(3, 300, 40000), (64, 512, 20000)])
+def test_one_cast_of_the_head_at_a_time(made, monkeypatch, trained, rows, width, vocabulary):
+    """Where it is of another dtype: for products and gradients of a tile alike."""
+    monkeypatch.setattr(device, "of", lambda place: replace(H200, fp32_out=False))
+    hidden = torch.randn(rows, width, requires_grad=True)
+    weight = (torch.randn(vocabulary, width) / 16).requires_grad_(trained)
+    target = torch.randint(vocabulary, (rows,))
+    leaves = [t for t in (hidden, weight) if t.requires_grad]
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with autocast, plan.use_schedule("recompute"), Allocations() as seen:
+        out = linear_logprobs(hidden, weight, target, workspace=8 * MIB).logprob
+        got = torch.autograd.grad(out.sum(), leaves)
+    limit = max(chosen.peak_bytes for chosen in made) + size(*got) + MIB
+    if "cpu" in serving.BACKENDS:
+        assert seen.peak <= limit, (seen.peak / MIB, limit / MIB)
+    wanted = exact(hidden, weight, target, torch.ones(rows, dtype=torch.float64))
+    for a, b in zip(got, wanted, strict=True):
+        assert distance(a, b) < 0.02

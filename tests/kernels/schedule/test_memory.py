@@ -279,3 +279,37 @@ def test_backward_of_a_loss_formed_in_forward_takes_nothing(name):
             grads = torch.autograd.grad(loss, [h.hidden, h.weight])
     assert seen.peak < MIB // 4, seen.peak / MIB
     assert grads[1].any()
+
+
+@needs_cpp
+@pytest.mark.parametrize("gradient", ["exact", "active"])
+@pytest.mark.parametrize(("rows", "mib"), [(100, 7), (128, 8), (260, 17)])
+def test_peak_of_backward_where_narrow_tiles_keep_all_products(rows, mib, gradient, no_products):
+    """Backward has the narrow tiles of its forward."""
+    h = dense.head(rows, 64, 30000, torch.bfloat16, ignored=0)
+    with ift_kernels.use_backend("cpu"):
+        _, backward, _, held = peaks(
+            lambda: linear_logprobs(*h.args, workspace=mib * MIB, gradient=gradient).logprob
+        )
+    assert held == rows * 30000 * 2  # all
+    peak = backward.peak + held - size(h.hidden.grad, h.weight.grad)
+    assert peak <= mib * MIB + 64 * 8 * rows + MIB // 2, peak / MIB
+
+
+@needs_cpp
+@pytest.mark.parametrize("rows", [130, 264, 700])
+@pytest.mark.parametrize("scalar", [True, False])
+def test_peak_of_a_bias(rows, scalar, no_products):
+    """Sums over the rows of a 16-bit tile cast a few rows at a time."""
+    h = dense.head(rows, 12, 23424, torch.bfloat16, ignored=0, bias=True)
+    h.weight.requires_grad_(False)
+
+    def operation(h, workspace):
+        operation = linear_cross_entropy if scalar else linear_logprobs
+        out = operation(*h.args, bias=h.bias, workspace=workspace)
+        return out if scalar else out.logprob
+
+    with ift_kernels.use_backend("cpu"), plan.use_schedule("keep"):
+        _, backward, _, held = peaks(lambda: operation(h, 4 * MIB))
+    peak = backward.peak + held - size(h.hidden.grad, h.bias.grad)
+    assert peak <= 4 * MIB + 64 * 8 * rows + MIB // 2, peak / MIB
