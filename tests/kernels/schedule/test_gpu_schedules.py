@@ -92,7 +92,7 @@ def test_products_wait_in_dw(made, rows, vocabulary, workspace):
         loss = linear_cross_entropy(hidden, weight, target, workspace=workspace * MIB)
     assert 0 < made[-1].first_columns < vocabulary
     got = torch.autograd.grad(loss, [hidden, weight])
-    if serving.BACKENDS[-1] == "cpu":  # the reference makes a dozen temporaries of a tile
+    if "cpu" in serving.BACKENDS:  # the reference makes a dozen temporaries of a tile
         assert seen.peak - size(*got) <= 1.25 * workspace * MIB
     for a, b in zip(got, exact(hidden, weight, target), strict=True):
         assert distance(a, b) < 1e-5
