@@ -100,13 +100,8 @@ def _by_rules(problem: Problem, reserved_bytes: int, schedule: str | None, kept_
         fit = (budget - sums - kept_bytes) // memory.per_tile_column(rows) // ALIGN * ALIGN
         columns = min(columns, max(fit, ALIGN))
     if schedule != "recompute" and hidden_rows == n and rows == n:
-        free = budget - reserved_bytes
-        keep = keep_columns(p, free - memory.gradients(rows, columns, hidden_rows), columns)
-        # Narrower tiles, where all products can be kept beside them.
-        left = free - sums - memory.kept(p.vocabulary)
-        narrow = left // memory.per_tile_column(rows) // ALIGN * ALIGN
-        if keep < p.vocabulary and narrow >= MIN_COLUMNS:
-            keep, columns = p.vocabulary, narrow
+        free = budget - reserved_bytes - memory.gradients(rows, columns, hidden_rows)
+        keep = keep_columns(p, free, columns)
     if (
         reserved_bytes == 0
         # Its sums over blocks cost more than recomputing a tenth of the vocabulary.
@@ -129,6 +124,11 @@ def _by_rules(problem: Problem, reserved_bytes: int, schedule: str | None, kept_
         if sum_bytes <= budget // 2 and block >= min(n, MIN_SUMMED_ROWS):
             block = -(-n // -(-n // block))
             return in_forward(p, memory, block, across, sum_weight=True)
+    if 0 < keep < p.vocabulary:  # narrower tiles, where all products can be kept beside them
+        left = budget - reserved_bytes - sums - memory.kept(p.vocabulary)
+        narrow = left // memory.per_tile_column(rows) // ALIGN * ALIGN
+        if narrow >= MIN_COLUMNS:
+            keep, columns = p.vocabulary, narrow
     return in_backward(p, memory, rows, columns, keep, hidden_rows)
 
 
