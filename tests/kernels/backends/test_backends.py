@@ -271,7 +271,7 @@ def test_what_plain_torch_serves_is_listed(monkeypatch):
     monkeypatch.setattr(sampling, "compiled", lambda: SimpleNamespace(MAX_TOP_K=16))
     assert backends.plain_torch(cuda) == [*of_cuda, "top_k_update of k > 16"]
     everything = backends.plain_torch(reference)
-    assert "scan" in everything and "transpose" not in everything  # which nobody calls
+    assert "scan" in everything and "transpose" not in everything  # never called
     monkeypatch.setattr(cuda, "scan", reference.scan)
     assert "scan" in backends.plain_torch(cuda)
 
