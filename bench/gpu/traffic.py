@@ -57,6 +57,7 @@ def _epilogues(dtype: torch.dtype, full: bool, c: int) -> None:
             backend.stats_update(part, target[rows], state.rows(rows), track)
     backend.dlogits_(chunk, contract.RowGradient(target, norm, coef))
     backend.probabilities_(chunk, norm)
+    backend.scale_(x, torch.tensor(0.5))
     k = 64 if full else 2
     backend.top_k_update(chunk, torch.zeros(n, k), torch.zeros(n, k, dtype=torch.int64))
     best = torch.zeros(n)

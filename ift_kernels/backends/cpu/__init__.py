@@ -17,6 +17,7 @@ from ift_kernels.backends.cpu.sampling import gumbel_update, top_k_update
 from ift_kernels.backends.cpu.scans import scan
 from ift_kernels.backends.cpu.statistics import stats_update
 from ift_kernels.backends.cpu.temporal import residual, residual_grad
+from ift_kernels.backends.reference.scaling import scale_
 
 __all__ = [
     "active_mask",
@@ -29,6 +30,7 @@ __all__ = [
     "probabilities_",
     "residual",
     "residual_grad",
+    "scale_",
     "scan",
     "scratch",
     "split_active",

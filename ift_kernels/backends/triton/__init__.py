@@ -33,6 +33,7 @@ _MODULES = {
     "dlogits": ("dlogits_", "probabilities_"),
     "sampling": ("top_k_update", "gumbel_update"),
     "active": ("active_mask", "split_active", "bucket_sums"),
+    "scaling": ("scale_",),
     "scans": ("scan",),
     "temporal": ("residual", "residual_grad"),
     # Beyond the contract: what a schedule may use where a backend has it.

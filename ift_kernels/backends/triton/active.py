@@ -27,7 +27,10 @@ from ift_kernels.backends.triton.launch import blocks, config, launch, shape_cla
 PADDING = 32  # the active columns of a block are rounded up to this
 
 
-@triton.jit(do_not_specialize=["rows", "offset", "column_blocks"])
+@triton.jit(
+    do_not_specialize=["rows", "columns", "offset", "column_blocks"],
+    do_not_specialize_on_alignment=["target", "level"],
+)
 def mask_kernel(
     x, bias, target, level, mask_out,
     rows, columns, stride, offset, block, column_blocks,
@@ -36,7 +39,8 @@ def mask_kernel(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     number = program // column_blocks
-    column = (program % column_blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    at_column = (program % column_blocks).to(tl.int32) * BLOCK
+    column = at_column + tl.arange(0, BLOCK)
     inside = column < columns
     b = tl.zeros((BLOCK,), tl.float32)
     if HAS_BIAS:
@@ -47,8 +51,11 @@ def mask_kernel(
         row = number * block + start + tl.arange(0, ROWS)
         there = row < rows
         at = x + row[:, None] * stride + column[None, :]
-        z = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        z = logits(z, b[None, :], pre, post, HAS_BIAS, HAS_CAP)
+        if at_column + BLOCK <= columns:  # as `load_columns`
+            raw = tl.load(at, mask=there[:, None], other=0.0)
+        else:
+            raw = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0)
+        z = logits(raw.to(tl.float32), b[None, :], pre, post, HAS_BIAS, HAS_CAP)
         least = tl.load(level + row, mask=there, other=float("inf")).to(tl.float32)
         local = tl.load(target + row, mask=there, other=-1) - offset
         # "not ≤" rather than ">": a NaN must not be lost.

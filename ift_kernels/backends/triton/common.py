@@ -52,6 +52,20 @@ def logits(x, bias, pre, post, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
+def load_columns(at, start, column, columns, BLOCK: tl.constexpr):
+    """Float32 values of the columns from `start` on, 0 beyond.
+
+    A block inside needs no mask, so it is loaded 16 bytes at a time whatever `columns` is: kernels
+    need not be compiled for widths that are multiples of 16 and others.
+    """
+    if (start >= 0) & (start + BLOCK <= columns):
+        value = tl.load(at)
+    else:
+        value = tl.load(at, mask=(column >= 0) & (column < columns), other=0.0)
+    return value.to(tl.float32)
+
+
+@triton.jit
 def slope(z, post, plain_slope, HAS_CAP: tl.constexpr):
     """∂z/∂x from the logits."""
     s = tl.zeros_like(z) + plain_slope

@@ -14,11 +14,30 @@ from torch import Tensor
 
 from ift_kernels.backends.contract import Chunk, RowGradient
 from ift_kernels.backends.layout_checks import check_chunk, check_row_gradient, check_rows
-from ift_kernels.backends.triton.common import logits, row_gradient, slope, transform_arguments
+from ift_kernels.backends.triton.common import (
+    load_columns,
+    logits,
+    row_gradient,
+    slope,
+    transform_arguments,
+)
 from ift_kernels.backends.triton.launch import blocks, config, launch, shape_class
 
 
-@triton.jit(do_not_specialize=["offset", "column_blocks"])
+@triton.jit
+def store_columns(at, value, start, column, columns, BLOCK: tl.constexpr):
+    """The reverse of `load_columns`, in the dtype of the tile."""
+    value = value.to(at.dtype.element_ty)
+    if start + BLOCK <= columns:
+        tl.store(at, value)
+    else:
+        tl.store(at, value, mask=column < columns)
+
+
+@triton.jit(
+    do_not_specialize=["columns", "norm_stride", "coef_stride", "offset", "column_blocks"],
+    do_not_specialize_on_alignment=["target", "norm", "coef"],
+)
 def dlogits_kernel(
     x, bias, target, norm, coef,
     columns, stride, norm_stride, coef_stride, offset, column_blocks,
@@ -27,13 +46,13 @@ def dlogits_kernel(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = program // column_blocks
-    column = (program % column_blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
+    start = (program % column_blocks).to(tl.int32) * BLOCK
+    column = start + tl.arange(0, BLOCK)
     x += row * stride
-    z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+    z = load_columns(x + column, start, column, columns, BLOCK)
     b = 0.0
     if HAS_BIAS:
-        b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        b = load_columns(bias + column, start, column, columns, BLOCK)
     z = logits(z, b, pre, post, HAS_BIAS, HAS_CAP)
     c_target = tl.load(coef + row).to(tl.float32)
     c_prob = tl.load(coef + coef_stride + row).to(tl.float32)
@@ -47,10 +66,14 @@ def dlogits_kernel(
     grad *= slope(z, post, plain_slope, HAS_CAP)
     # Nothing comes from a row without upstream gradient, even where it holds a NaN.
     no_upstream = (c_target == 0.0) & (c_prob == 0.0) & (c_plogp == 0.0) & (c_uniform == 0.0)
-    tl.store(x + column, tl.where(no_upstream, 0.0, grad).to(x.dtype.element_ty), mask=inside)
+    grad = tl.where(no_upstream, 0.0, grad)
+    store_columns(x + column, grad, start, column, columns, BLOCK)
 
 
-@triton.jit(do_not_specialize=["column_blocks"])
+@triton.jit(
+    do_not_specialize=["columns", "norm_stride", "column_blocks"],
+    do_not_specialize_on_alignment=["norm"],
+)
 def probabilities_kernel(
     x, bias, norm,
     columns, stride, norm_stride, column_blocks,
@@ -59,17 +82,17 @@ def probabilities_kernel(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = program // column_blocks
-    column = (program % column_blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
+    start = (program % column_blocks).to(tl.int32) * BLOCK
+    column = start + tl.arange(0, BLOCK)
     x += row * stride
-    z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+    z = load_columns(x + column, start, column, columns, BLOCK)
     b = 0.0
     if HAS_BIAS:
-        b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        b = load_columns(bias + column, start, column, columns, BLOCK)
     z = logits(z, b, pre, post, HAS_BIAS, HAS_CAP)
     norm_0 = tl.load(norm + row).to(tl.float32)
     p = tl.exp((z - norm_0) - tl.load(norm + norm_stride + row).to(tl.float32))
-    tl.store(x + column, p.to(x.dtype.element_ty), mask=inside)
+    store_columns(x + column, p, start, column, columns, BLOCK)
 
 
 def dlogits_(chunk: Chunk, row_gradient: RowGradient, transposed: Tensor | None = None) -> None:

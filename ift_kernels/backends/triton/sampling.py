@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ift_kernels.backends.contract import Chunk
 from ift_kernels.backends.layout_checks import check_chunk, check_top_k, check_vectors
-from ift_kernels.backends.triton.common import logits, transform_arguments
+from ift_kernels.backends.triton.common import load_columns, logits, transform_arguments
 from ift_kernels.backends.triton.launch import config, launch, power_of_two, shape_class
 
 MIN_KEY = tl.constexpr(-(2**63))
@@ -29,7 +29,9 @@ def key_of(z, ids):
     return (ordered.to(tl.int64) << 32) | (ids ^ 0x7FFFFFFF).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["offset", "k"])
+@triton.jit(
+    do_not_specialize=["columns", "offset", "k"], do_not_specialize_on_alignment=["values", "ids"]
+)
 def top_k_kernel(
     x, bias, values, ids,
     columns, stride, offset, k,
@@ -51,10 +53,10 @@ def top_k_kernel(
     for start in range(0, columns, BLOCK):
         column = start + lane
         inside = column < columns
-        raw = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        raw = load_columns(x + column, start, column, columns, BLOCK)
         b = 0.0
         if HAS_BIAS:
-            b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+            b = load_columns(bias + column, start, column, columns, BLOCK)
         z = logits(raw, b, pre, post, HAS_BIAS, HAS_CAP)
         key = tl.where(inside, key_of(z, column + offset), MIN_KEY)
         top = tl.max(key)
@@ -90,7 +92,10 @@ def minus_log_exponential(bits):
     return -tl.log(exponential)
 
 
-@triton.jit(do_not_specialize=["offset", "seed_low", "seed_high"])
+@triton.jit(
+    do_not_specialize=["columns", "offset", "seed_low", "seed_high"],
+    do_not_specialize_on_alignment=["rows", "best", "logit", "ids"],
+)
 def gumbel_kernel(
     x, bias, rows, best, logit, ids,
     columns, stride, best_stride, ids_stride, offset, seed_low, seed_high,
@@ -100,7 +105,7 @@ def gumbel_kernel(
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
     number = tl.load(rows + row).to(tl.int64)
-    seed = (seed_high.to(tl.int64) << 32) | seed_low.to(tl.int64)
+    seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
     low = (number & 0xFFFFFFFF).to(tl.uint32)
     high = ((number >> 32) & 0xFFFFFFFF).to(tl.uint32)
     lane = tl.arange(0, BLOCK)
@@ -112,10 +117,10 @@ def gumbel_kernel(
     for start in range(-SKIPPED, columns, BLOCK):
         column = start + lane
         inside = (column >= 0) & (column < columns)
-        raw = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        raw = load_columns(x + column, start, column, columns, BLOCK)
         b = 0.0
         if HAS_BIAS:
-            b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+            b = load_columns(bias + column, start, column, columns, BLOCK)
         z = logits(raw, b, pre, post, HAS_BIAS, HAS_CAP)
         counter = ((start + offset) // 4 + quarter).to(tl.uint32)
         blank = tl.zeros_like(counter)
@@ -164,7 +169,12 @@ def gumbel_update(
     launch(
         gumbel_kernel, (count,), x,
         x, bias, rows, best, logit, ids, columns, x.stride(0), best.stride(0),
-        ids.stride(0), offset, seed % 2**32, seed // 2**32 % 2**32,
+        ids.stride(0), offset, _half(seed), _half(seed >> 32),
         **transform_arguments(bias, transform), SKIPPED=offset % 4,
         **config("gumbel", shape_class(columns), x.device),
     )  # fmt: skip
+
+
+def _half(seed: int) -> int:
+    """The low 32 bits as a signed number: a larger one would be another type, and compiled anew."""
+    return (seed + 2**31) % 2**32 - 2**31

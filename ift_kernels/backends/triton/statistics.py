@@ -17,14 +17,23 @@ from torch import Tensor
 
 from ift_kernels.backends.contract import TRACK_ARGMAX, Chunk, RowState, new_state
 from ift_kernels.backends.layout_checks import check_chunk, check_state
-from ift_kernels.backends.triton.common import logits, merge_into, transform_arguments
+from ift_kernels.backends.triton.common import (
+    load_columns,
+    logits,
+    merge_into,
+    transform_arguments,
+)
 from ift_kernels.backends.triton.launch import blocks, config, launch, multiprocessors, shape_class
 
 NO_COLUMN = tl.constexpr(2**31 - 1)  # larger than any
 MAX_PARTS = 64
 
 
-@triton.jit(do_not_specialize=["offset", "parts", "length"])
+@triton.jit(
+    do_not_specialize=["columns", "state_stride", "part_stride", "argmax_stride", "offset",
+                       "parts", "length"],
+    do_not_specialize_on_alignment=["target", "state", "argmax"],
+)  # fmt: skip
 def stats_kernel(
     x, bias, target, state, argmax,
     columns, stride, state_stride, part_stride, argmax_stride, offset, parts, length,
@@ -48,10 +57,10 @@ def stats_kernel(
     for start in range(first, last, BLOCK):
         column = start + lane
         inside = column < columns  # of a part before the last: always
-        raw = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        raw = load_columns(x + column, start, column, columns, BLOCK)
         b = 0.0
         if HAS_BIAS:
-            b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+            b = load_columns(bias + column, start, column, columns, BLOCK)
         z = logits(raw, b, pre, post, HAS_BIAS, HAS_CAP)
         if TRACK & 8:
             z_sum += tl.where(inside, z, 0.0)
@@ -105,7 +114,11 @@ def stats_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["parts", "length", "columns", "offset"])
+@triton.jit(
+    do_not_specialize=["parts", "source_stride", "part_stride", "argmax_stride", "state_stride",
+                       "length", "columns", "offset"],
+    do_not_specialize_on_alignment=["target", "state", "argmax"],
+)  # fmt: skip
 def merge_kernel(
     source, source_argmax, target, state, argmax,
     parts, source_stride, part_stride, argmax_stride, state_stride, length, columns, offset,

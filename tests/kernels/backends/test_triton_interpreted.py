@@ -324,3 +324,31 @@ def test_bytes_that_kernels_ask_for():
     assert biased.least == plain.least + 4 / 8
     about = "bf16 argmax_stride=1 HAS_BIAS PRECISION=tf32 BLOCK=1024 num_warps=4"
     assert traffic.key("dlogits", about) in found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 5), (70, 701), (1, 4096)])
+def test_scale(dtype, shape):
+    x = torch.randn(shape).to(dtype)
+    for factor in (1.0, 0.3, 0.0, float("nan")):
+        ours = x.clone()
+        backend.scale_(ours, torch.tensor(factor))
+        close(ours, (x.float() * factor).to(dtype), dtype)
+
+
+def test_a_factor_of_one_moves_nothing():
+    """Not a bit changes, so a NaN keeps its payload; and nothing but the factor is read."""
+    x = torch.full((5000,), torch.nan)
+    x.view(torch.int32)[::2] = 0x7FC12345
+    before = x.view(torch.int32).clone()
+    backend.scale_(x, torch.tensor(1.0))
+    assert torch.equal(x.view(torch.int32), before)
+
+
+@pytest.mark.parametrize("target", [-1, 196, 2**40])
+def test_the_logit_of_a_target_outside_is_nan(target, blocks):
+    state = new_state(2, torch.device("cpu"))
+    x, ids = torch.randn(2, 196), torch.tensor([target, 5])
+    backend.stats_update(Chunk(x), ids, state, 0)
+    logprob = linear_stats.row_values(*state, 196, 0).logprob
+    assert logprob[0].isnan() and not logprob[1].isnan()

@@ -8,9 +8,12 @@ import torch
 import ift_kernels
 import serving
 from allocations import MIB, Allocations, size
-from ift_kernels import linear_cross_entropy, linear_logprobs
-from ift_kernels.schedule import device, gpu_plan, plan
+from bench.suites import counts
+from ift_kernels import backends, linear_cross_entropy, linear_logprobs
+from ift_kernels.common.transform import LogitTransform
+from ift_kernels.schedule import device, divergence_plan, gpu_plan, plan
 from ift_kernels.schedule.device import H200
+from ift_kernels.schedule.head import Head
 
 N, D, V = 512, 256, 8192
 # On so small and slow a GPU small tensors take whole waves and longer than launches, as do large
@@ -135,3 +138,32 @@ def test_backward_fits_beside_what_forward_kept():
     assert forward.kept_bytes + backward.peak_bytes <= p.workspace
     alone = plan.make(p, 0, "recompute")
     assert alone.tile_columns > backward.tile_columns  # there it has the whole workspace
+
+
+@pytest.mark.parametrize("kind", ["forward", "jsd"])
+@pytest.mark.parametrize(("reduction", "workspace"), [("mean", 64), ("mean", 7), ("none", 2)])
+def test_divergence(made, kind, reduction, workspace):
+    hidden, weight, _ = leaves(torch.float32)
+    teacher = hidden.detach().roll(1, 0), weight.detach()
+    options = {"kind": kind, "reduction": reduction, "workspace": workspace * MIB}
+    up = torch.ones(()) if reduction == "mean" else torch.linspace(0.1, 1, N)
+    found = []
+    for kind_of_number in (torch.float32, torch.float64):
+        h, w = (t.detach().to(kind_of_number).requires_grad_() for t in (hidden, weight))
+        other = (t.to(kind_of_number) for t in teacher)
+        value = ift_kernels.linear_divergence(h, w, *other, **options)
+        found.append(torch.autograd.grad(value, (h, w), up.to(kind_of_number)))
+    for a, b in zip(*found, strict=True):
+        assert distance(a, b) < 1e-5
+
+
+def test_tiles_of_a_divergence_are_wide_on_a_gpu():
+    """By hand, at full size: launches of narrow ones would take longer than what they do."""
+    pytest.importorskip("triton")
+    with counts.planned_for_h200():
+        hidden, weight = (torch.empty(n, 4096, dtype=torch.bfloat16, device="meta")
+                          for n in (8192, 128256))  # fmt: skip
+        head = Head(backends.get(hidden), hidden, weight, None, LogitTransform())
+        found = divergence_plan.layout((head, head), 512 * MIB, True, True)
+    assert found.block >= 256 and found.block * found.block_columns >= 1 << 20
+    assert found.held % found.block_columns == 0
