@@ -42,7 +42,7 @@ WORKSPACE = 1 << 20
 QUANTITIES = ("products", "flops", "bytes", "peak", "operators", "epilogues", "reads")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 EPILOGUES = (*contract.EPILOGUES, "fused_statistics")  # which goes beyond the contract
-READS = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero")
+READS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero")
 # Beside views, these launch nothing.
 FREE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::lift_fresh")
 ACTIVE_SHARE = 0.1  # of the columns, of data like that of a language model
@@ -255,7 +255,8 @@ class _Dispatched(TorchDispatchMode):
     def _likely(self, name: str, x: Tensor) -> Any:
         """Of masks of rows all is true, of active columns (bytes) a share."""
         if name == "aten::nonzero":
-            count = int(x.numel() * (ACTIVE_SHARE if x.dtype == torch.uint8 else 1))
+            share = ACTIVE_SHARE if x.dtype == torch.uint8 else 1
+            count = x[..., 0].numel() * int(share * x.shape[-1])
             return x.new_empty((count, x.dim()), dtype=torch.int64)
         value = True if x.dtype == torch.bool else self._sums.get(x, 1)
         return value if name in READS else torch.full(x.shape, value, dtype=x.dtype)

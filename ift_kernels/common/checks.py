@@ -134,16 +134,18 @@ def seqlens(cu_seqlens: Tensor, like: Tensor) -> Tensor:
             f"cu_seqlens: expected on {like.device} like the tokens, got {cu_seqlens.device}"
         )
     cu, total = cu_seqlens.long().contiguous(), like.numel()
-    if torch.compiler.is_compiling() or _read.get(cu_seqlens) == (total, _version(cu_seqlens)):
+    if torch.compiler.is_compiling():
         return cu
-    ends = torch.stack([cu[0], cu[-1], cu.diff().amin()]).tolist()  # one synchronisation, not three
-    if ends[:2] != [0, total]:
-        raise ValueError(
-            f"cu_seqlens: expected to run from 0 to {total}, the number of positions, "
-            f"got {ends[0]} to {ends[1]}"
-        )
-    if ends[2] < 0:
-        raise ValueError("cu_seqlens: expected non-decreasing values, got a decreasing pair")
+    if _read.get(cu_seqlens) != (total, _version(cu_seqlens)):
+        # One synchronisation, not three.
+        ends = torch.stack([cu[0], cu[-1], cu.diff().amin()]).tolist()
+        if ends[:2] != [0, total]:
+            raise ValueError(
+                f"cu_seqlens: expected to run from 0 to {total}, the number of positions, "
+                f"got {ends[0]} to {ends[1]}"
+            )
+        if ends[2] < 0:
+            raise ValueError("cu_seqlens: expected non-decreasing values, got a decreasing pair")
     for tensor in (cu_seqlens, cu):
         if _version(tensor) is not None:
             _read[tensor] = total, _version(tensor)

@@ -21,7 +21,7 @@ from ift_kernels.backends.layout_checks import (
 )
 from ift_kernels.backends.reference.active import bucket_sums as reference_bucket_sums
 from ift_kernels.backends.triton import DTYPES
-from ift_kernels.backends.triton.common import logits, transform_arguments
+from ift_kernels.backends.triton.common import end_of, logits, padded, transform_arguments
 from ift_kernels.backends.triton.launch import blocks, config, launch, shape_class
 
 PADDING = 32  # the active columns of a block are rounded up to this
@@ -35,13 +35,13 @@ def mask_kernel(
     x, bias, target, level, mask_out,
     rows, columns, stride, offset, block, column_blocks,
     pre, post, plain_slope,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     number = program // column_blocks
-    at_column = (program % column_blocks).to(tl.int32) * BLOCK
-    column = at_column + tl.arange(0, BLOCK)
-    inside = column < columns
+    column = (program % column_blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    inside, readable = column < columns, column < end_of(columns, PADDED)
     b = tl.zeros((BLOCK,), tl.float32)
     if HAS_BIAS:
         b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
@@ -51,11 +51,8 @@ def mask_kernel(
         row = number * block + start + tl.arange(0, ROWS)
         there = row < rows
         at = x + row[:, None] * stride + column[None, :]
-        if at_column + BLOCK <= columns:  # as `load_columns`
-            raw = tl.load(at, mask=there[:, None], other=0.0)
-        else:
-            raw = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0)
-        z = logits(raw.to(tl.float32), b[None, :], pre, post, HAS_BIAS, HAS_CAP)
+        z = tl.load(at, mask=there[:, None] & readable[None, :], other=0.0).to(tl.float32)
+        z = logits(z, b[None, :], pre, post, HAS_BIAS, HAS_CAP)
         least = tl.load(level + row, mask=there, other=float("inf")).to(tl.float32)
         local = tl.load(target + row, mask=there, other=-1) - offset
         # "not ≤" rather than ">": a NaN must not be lost.
@@ -75,7 +72,7 @@ def active_mask(chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tens
     launch(
         mask_kernel, (len(mask) * column_blocks,), x,
         x, bias, target, level, mask, rows, columns, x.stride(0), offset, block, column_blocks,
-        **transform_arguments(bias, transform), **chosen,
+        **transform_arguments(bias, transform), PADDED=padded(x), **chosen,
     )  # fmt: skip
     return mask
 

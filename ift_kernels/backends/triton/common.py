@@ -51,17 +51,34 @@ def logits(x, bias, pre, post, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
     return z
 
 
-@triton.jit
-def load_columns(at, start, column, columns, BLOCK: tl.constexpr):
-    """Float32 values of the columns from `start` on, 0 beyond.
+def padded(x: Tensor) -> bool:
+    """Whether rows begin on 16 bytes and own what is up to the next multiple of 16 elements.
 
-    A block inside needs no mask, so it is loaded 16 bytes at a time whatever `columns` is: kernels
-    need not be compiled for widths that are multiples of 16 and others.
+    So it is with all tiles of the schedules, see `head.empty_padded`.
     """
+    return x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+
+
+@triton.jit
+def end_of(columns, PADDED: tl.constexpr):
+    """Up to where a row may be read and written.
+
+    In whole 16 bytes where it is padded, so that Triton makes accesses of 16 bytes whatever
+    `columns` is, and compiles nothing anew for one that is not a multiple of 16.
+    """
+    end = columns
+    if PADDED:
+        end = tl.cdiv(columns, 16) * 16
+    return end
+
+
+@triton.jit
+def load_bias(bias, start, column, columns, BLOCK: tl.constexpr):
+    """Biases of the columns from `start` on, 0 beyond: they have no padding."""
     if (start >= 0) & (start + BLOCK <= columns):
-        value = tl.load(at)
+        value = tl.load(bias + column)
     else:
-        value = tl.load(at, mask=(column >= 0) & (column < columns), other=0.0)
+        value = tl.load(bias + column, mask=(column >= 0) & (column < columns), other=0.0)
     return value.to(tl.float32)
 
 

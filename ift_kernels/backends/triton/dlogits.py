@@ -15,23 +15,15 @@ from torch import Tensor
 from ift_kernels.backends.contract import Chunk, RowGradient
 from ift_kernels.backends.layout_checks import check_chunk, check_row_gradient, check_rows
 from ift_kernels.backends.triton.common import (
-    load_columns,
+    end_of,
+    load_bias,
     logits,
+    padded,
     row_gradient,
     slope,
     transform_arguments,
 )
 from ift_kernels.backends.triton.launch import blocks, config, launch, shape_class
-
-
-@triton.jit
-def store_columns(at, value, start, column, columns, BLOCK: tl.constexpr):
-    """The reverse of `load_columns`, in the dtype of the tile."""
-    value = value.to(at.dtype.element_ty)
-    if start + BLOCK <= columns:
-        tl.store(at, value)
-    else:
-        tl.store(at, value, mask=column < columns)
 
 
 @triton.jit(
@@ -42,17 +34,18 @@ def dlogits_kernel(
     x, bias, target, norm, coef,
     columns, stride, norm_stride, coef_stride, offset, column_blocks,
     pre, post, plain_slope,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = program // column_blocks
     start = (program % column_blocks).to(tl.int32) * BLOCK
     column = start + tl.arange(0, BLOCK)
+    inside = column < end_of(columns, PADDED)
     x += row * stride
-    z = load_columns(x + column, start, column, columns, BLOCK)
+    z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
     b = 0.0
     if HAS_BIAS:
-        b = load_columns(bias + column, start, column, columns, BLOCK)
+        b = load_bias(bias, start, column, columns, BLOCK)
     z = logits(z, b, pre, post, HAS_BIAS, HAS_CAP)
     c_target = tl.load(coef + row).to(tl.float32)
     c_prob = tl.load(coef + coef_stride + row).to(tl.float32)
@@ -66,8 +59,8 @@ def dlogits_kernel(
     grad *= slope(z, post, plain_slope, HAS_CAP)
     # Nothing comes from a row without upstream gradient, even where it holds a NaN.
     no_upstream = (c_target == 0.0) & (c_prob == 0.0) & (c_plogp == 0.0) & (c_uniform == 0.0)
-    grad = tl.where(no_upstream, 0.0, grad)
-    store_columns(x + column, grad, start, column, columns, BLOCK)
+    grad = tl.where(no_upstream, 0.0, tl.where(column < columns, grad, 0.0))
+    tl.store(x + column, grad.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit(
@@ -78,21 +71,23 @@ def probabilities_kernel(
     x, bias, norm,
     columns, stride, norm_stride, column_blocks,
     pre, post, plain_slope,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = program // column_blocks
     start = (program % column_blocks).to(tl.int32) * BLOCK
     column = start + tl.arange(0, BLOCK)
+    inside = column < end_of(columns, PADDED)
     x += row * stride
-    z = load_columns(x + column, start, column, columns, BLOCK)
+    z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
     b = 0.0
     if HAS_BIAS:
-        b = load_columns(bias + column, start, column, columns, BLOCK)
+        b = load_bias(bias, start, column, columns, BLOCK)
     z = logits(z, b, pre, post, HAS_BIAS, HAS_CAP)
     norm_0 = tl.load(norm + row).to(tl.float32)
     p = tl.exp((z - norm_0) - tl.load(norm + norm_stride + row).to(tl.float32))
-    store_columns(x + column, p, start, column, columns, BLOCK)
+    p = tl.where(column < columns, p, 0.0)
+    tl.store(x + column, p.to(x.dtype.element_ty), mask=inside)
 
 
 def dlogits_(chunk: Chunk, row_gradient: RowGradient, transposed: Tensor | None = None) -> None:
@@ -104,7 +99,7 @@ def dlogits_(chunk: Chunk, row_gradient: RowGradient, transposed: Tensor | None 
     launch(
         dlogits_kernel, (rows * column_blocks,), x,
         x, bias, target, norm, coef, columns, x.stride(0), norm.stride(0), coef.stride(0),
-        offset, column_blocks, **transform_arguments(bias, transform), **chosen,
+        offset, column_blocks, **transform_arguments(bias, transform), PADDED=padded(x), **chosen,
     )  # fmt: skip
     if transposed is not None:
         transposed.copy_(x.T)
@@ -118,7 +113,7 @@ def probabilities_(chunk: Chunk, norm: Tensor) -> None:
     launch(
         probabilities_kernel, (rows * column_blocks,), x,
         x, bias, norm, columns, x.stride(0), norm.stride(0), column_blocks,
-        **transform_arguments(bias, transform), **chosen,
+        **transform_arguments(bias, transform), PADDED=padded(x), **chosen,
     )  # fmt: skip
 
 

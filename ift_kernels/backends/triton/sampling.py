@@ -13,7 +13,13 @@ from torch import Tensor
 
 from ift_kernels.backends.contract import Chunk
 from ift_kernels.backends.layout_checks import check_chunk, check_top_k, check_vectors
-from ift_kernels.backends.triton.common import load_columns, logits, transform_arguments
+from ift_kernels.backends.triton.common import (
+    end_of,
+    load_bias,
+    logits,
+    padded,
+    transform_arguments,
+)
 from ift_kernels.backends.triton.launch import config, launch, power_of_two, shape_class
 
 MIN_KEY = tl.constexpr(-(2**63))
@@ -36,7 +42,8 @@ def top_k_kernel(
     x, bias, values, ids,
     columns, stride, offset, k,
     pre, post, plain_slope,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
@@ -50,13 +57,14 @@ def top_k_kernel(
     best = tl.where(used, best, 0x7FFFFFFFFFFFFFFF - slot)
     worst = tl.min(best)
     lane = tl.arange(0, BLOCK)
+    end = end_of(columns, PADDED)
     for start in range(0, columns, BLOCK):
         column = start + lane
         inside = column < columns
-        raw = load_columns(x + column, start, column, columns, BLOCK)
+        raw = tl.load(x + column, mask=column < end, other=0.0).to(tl.float32)
         b = 0.0
         if HAS_BIAS:
-            b = load_columns(bias + column, start, column, columns, BLOCK)
+            b = load_bias(bias, start, column, columns, BLOCK)
         z = logits(raw, b, pre, post, HAS_BIAS, HAS_CAP)
         key = tl.where(inside, key_of(z, column + offset), MIN_KEY)
         top = tl.max(key)
@@ -100,7 +108,8 @@ def gumbel_kernel(
     x, bias, rows, best, logit, ids,
     columns, stride, best_stride, ids_stride, offset, seed_low, seed_high,
     pre, post, plain_slope,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, SKIPPED: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PADDED: tl.constexpr, SKIPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
@@ -114,13 +123,14 @@ def gumbel_kernel(
     top_logit = top
     top_at = tl.full((BLOCK,), NO_ID, tl.int32)
     # Four ids share a counter, so blocks start at multiples of four ids.
+    end = end_of(columns, PADDED)
     for start in range(-SKIPPED, columns, BLOCK):
         column = start + lane
         inside = (column >= 0) & (column < columns)
-        raw = load_columns(x + column, start, column, columns, BLOCK)
+        raw = tl.load(x + column, mask=(column >= 0) & (column < end), other=0.0).to(tl.float32)
         b = 0.0
         if HAS_BIAS:
-            b = load_columns(bias + column, start, column, columns, BLOCK)
+            b = load_bias(bias, start, column, columns, BLOCK)
         z = logits(raw, b, pre, post, HAS_BIAS, HAS_CAP)
         counter = ((start + offset) // 4 + quarter).to(tl.uint32)
         blank = tl.zeros_like(counter)
@@ -155,7 +165,7 @@ def top_k_update(chunk: Chunk, values: Tensor, ids: Tensor) -> None:
     launch(
         top_k_kernel, (rows,), x,
         x, bias, values, ids, columns, x.stride(0), offset, k,
-        **transform_arguments(bias, transform), K=power_of_two(max(k, 2)),
+        **transform_arguments(bias, transform), PADDED=padded(x), K=power_of_two(max(k, 2)),
         **config("top_k", shape_class(columns), x.device),
     )  # fmt: skip
 
@@ -170,7 +180,7 @@ def gumbel_update(
         gumbel_kernel, (count,), x,
         x, bias, rows, best, logit, ids, columns, x.stride(0), best.stride(0),
         ids.stride(0), offset, _half(seed), _half(seed >> 32),
-        **transform_arguments(bias, transform), SKIPPED=offset % 4,
+        **transform_arguments(bias, transform), PADDED=padded(x), SKIPPED=offset % 4,
         **config("gumbel", shape_class(columns), x.device),
     )  # fmt: skip
 

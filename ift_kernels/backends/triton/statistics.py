@@ -18,9 +18,11 @@ from torch import Tensor
 from ift_kernels.backends.contract import TRACK_ARGMAX, Chunk, RowState, new_state
 from ift_kernels.backends.layout_checks import check_chunk, check_state
 from ift_kernels.backends.triton.common import (
-    load_columns,
+    end_of,
+    load_bias,
     logits,
     merge_into,
+    padded,
     transform_arguments,
 )
 from ift_kernels.backends.triton.launch import blocks, config, launch, multiprocessors, shape_class
@@ -38,7 +40,8 @@ def stats_kernel(
     x, bias, target, state, argmax,
     columns, stride, state_stride, part_stride, argmax_stride, offset, parts, length,
     pre, post, plain_slope,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TRACK: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TRACK: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row, part = program // parts, program % parts
@@ -54,13 +57,14 @@ def stats_kernel(
     top = tl.max(low)
     first = part.to(tl.int32) * length * BLOCK
     last = tl.minimum(first + length * BLOCK, columns)
+    end = end_of(columns, PADDED)
     for start in range(first, last, BLOCK):
         column = start + lane
         inside = column < columns  # of a part before the last: always
-        raw = load_columns(x + column, start, column, columns, BLOCK)
+        raw = tl.load(x + column, mask=column < end, other=0.0).to(tl.float32)
         b = 0.0
         if HAS_BIAS:
-            b = load_columns(bias + column, start, column, columns, BLOCK)
+            b = load_bias(bias, start, column, columns, BLOCK)
         z = logits(raw, b, pre, post, HAS_BIAS, HAS_CAP)
         if TRACK & 8:
             z_sum += tl.where(inside, z, 0.0)
@@ -161,7 +165,7 @@ def stats_update(chunk: Chunk, target: Tensor, state: RowState, track: int) -> N
         stats_kernel, (rows * parts,), x,
         x, bias, target, *whole, columns, x.stride(0), whole.values.stride(-2),
         whole.values.stride(0), whole.argmax.stride(0), offset, parts, length,
-        **transform_arguments(bias, transform), TRACK=track, **chosen,
+        **transform_arguments(bias, transform), TRACK=track, PADDED=padded(x), **chosen,
     )  # fmt: skip
     if parts > 1:
         merge_parts(whole, target, state, length * chosen["BLOCK"], columns, offset, track)

@@ -141,12 +141,12 @@ def test_backward_fits_beside_what_forward_kept():
 
 
 @pytest.mark.parametrize("kind", ["forward", "jsd"])
-@pytest.mark.parametrize(("reduction", "workspace"), [("mean", 64), ("mean", 7), ("none", 2)])
+@pytest.mark.parametrize(("reduction", "workspace"), [("mean", 16), ("mean", 2), ("none", 1)])
 def test_divergence(made, kind, reduction, workspace):
-    hidden, weight, _ = leaves(torch.float32)
+    hidden, weight, _ = leaves(torch.float32, 192, 2048)
     teacher = hidden.detach().roll(1, 0), weight.detach()
     options = {"kind": kind, "reduction": reduction, "workspace": workspace * MIB}
-    up = torch.ones(()) if reduction == "mean" else torch.linspace(0.1, 1, N)
+    up = torch.ones(()) if reduction == "mean" else torch.linspace(0.1, 1, 192)
     found = []
     for kind_of_number in (torch.float32, torch.float64):
         h, w = (t.detach().to(kind_of_number).requires_grad_() for t in (hidden, weight))
