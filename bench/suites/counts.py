@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import importlib.util
 import json
 import sys
 import weakref
@@ -28,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-import ift_kernels
+import ift_kernels as k
 from bench.report.tables import Table, terminal
 from ift import losses
 from ift_kernels import backends
@@ -65,126 +67,99 @@ SMALL, FULL = Size(), Size((8192, 4096, 128256), torch.bfloat16, "meta", None, N
 def operations(size: Size = SMALL) -> dict[str, Callable[[], Any]]:
     """What is counted, by name: every operation and every loss, with their gradients."""
     (n, d, v), generator = size.shape, torch.Generator().manual_seed(0)
+    some: dict[str, Any] = {"workspace": size.workspace}
+    wide: dict[str, Any] = {"workspace": size.wide}
 
-    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = size.dtype) -> Tensor:
+    def normal(*shape: int, dtype: torch.dtype = size.dtype) -> Tensor:
         if size.device == "meta":
             return torch.empty(shape, dtype=dtype, device="meta")
-        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+        return torch.randn(shape, generator=generator).to(dtype)
 
-    hidden, weight = normal(n, d).requires_grad_(), normal(v, d, scale=d**-0.5).requires_grad_()
+    hidden, weight = normal(n, d).requires_grad_(), (normal(v, d) / d**0.5).requires_grad_()
     frozen, teacher = weight.detach(), hidden.detach().flip(0)
     target = torch.randint(v, (n,), generator=generator).to(size.device)
-    upstream = normal(n, dtype=torch.float32)
     x, ids = normal(4, n // 4, dtype=torch.float32).requires_grad_(), target.view(4, -1)
-    response = x.detach() == x.detach()
     # Few columns of a block matter, or it would be dense.
-    peaked = (8 * hidden.detach()).requires_grad_()
+    peaked, upstream = (8 * hidden.detach()).requires_grad_(), normal(n, dtype=torch.float32)
 
-    def gradients(value: Any, seed: Tensor | None = None, *of: Tensor) -> Any:
+    def gradients(value: Tensor, *of: Tensor) -> Any:
+        seed = upstream if value.shape == upstream.shape else torch.ones_like(value)
         return torch.autograd.grad(value, of or (hidden, weight), seed)
 
     def logprobs(states: Tensor = hidden, head: Tensor = weight, **options: Any) -> Any:
-        options = {"workspace": size.workspace} | options
-        return ift_kernels.linear_logprobs(states, head, target, **options).logprob
+        return k.linear_logprobs(states, head, target, **some | options)
 
     def forward() -> Any:
         with torch.no_grad():
             return logprobs(outputs=("logprob", "entropy", "argmax"))
 
     def of_entropy() -> Any:
-        outputs = {"outputs": ("logprob", "entropy"), "workspace": size.workspace}
-        found = ift_kernels.linear_logprobs(hidden, weight, target, **outputs)
-        return gradients((found.logprob, found.entropy), (upstream, upstream))
+        found = logprobs(outputs=("logprob", "entropy"))
+        return gradients(found.logprob + found.entropy)
 
-    def sparse(head: Tensor) -> Tensor:
-        return logprobs(peaked, head, gradient="active", workspace=size.wide)
+    def active(*trained: Tensor) -> Any:
+        head = trained[0] if trained else frozen
+        stats = logprobs(peaked, head, gradient="active", **wide)
+        return gradients(stats.logprob, peaked, *trained)
 
     def token(**rule: Any) -> Any:
-        return ift_kernels.linear_token(hidden, weight, workspace=size.workspace, **rule)
+        return k.linear_token(hidden, weight, **some, **rule)
 
     def divergence(**options: Any) -> Any:
-        return ift_kernels.linear_divergence(
-            hidden, weight, teacher, frozen, workspace=size.wide, **options
-        )
-
-    def embedding() -> Any:
-        soft = ift_kernels.linear_expected_embedding(
-            hidden, weight, weight, workspace=size.workspace
-        )
-        return gradients(soft, torch.ones_like(soft))
-
-    def residual() -> Any:
-        mixed = ift_kernels.temporal_residual(weight, ids, ids, ids, 0.2)
-        return gradients(mixed, torch.ones_like(mixed), weight)
+        return gradients(k.linear_divergence(hidden, weight, teacher, frozen, **wide, **options))
 
     def shard() -> Any:
         one = {"is_initialized": lambda: True, "get_world_size": lambda group: 1,
                "get_rank": lambda group: 0, "all_reduce": lambda *a, **k: None}  # fmt: skip
         with mock.patch.multiple(torch.distributed, **one):
-            found = ift_kernels.vocab_parallel_logprobs(
-                hidden, weight, target, workspace=size.workspace
-            )
-            return gradients(found.logprob, upstream)
+            return gradients(k.vocab_parallel_logprobs(hidden, weight, target, **some).logprob)
 
+    head = losses.Head(teacher.view(8, -1, d), frozen)
+
+    def of_loss(loss: Any) -> Any:
+        arguments = hidden.view_as(head.hidden), weight, target.view(8, -1)
+        if not isinstance(loss, losses.Loss):
+            return gradients(loss(*arguments, head))
+        reference: dict[str, Any] = (
+            {"reference": head} if "reference" in losses._module.accepted(loss) else {}
+        )
+        rows = [torch.ones(8, device=size.device)] * loss.needs
+        return gradients(loss.from_hidden(*arguments, *rows, **reference, **some))
+
+    kinds = (getattr(losses, name) for name in losses.__all__ if name.endswith("Loss"))
+    made = [kind() for kind in kinds if kind is not losses.Loss]
     return {
         "linear_logprobs": forward,
-        "linear_logprobs, backward": lambda: gradients(logprobs(), upstream),
+        "linear_logprobs, backward": lambda: gradients(logprobs().logprob),
         "linear_logprobs, backward, head frozen": lambda: gradients(
-            logprobs(head=frozen), upstream, hidden
+            logprobs(head=frozen).logprob, hidden
         ),
         "linear_logprobs, backward, with entropy": of_entropy,
-        "linear_logprobs, active": lambda: gradients(sparse(frozen), upstream, peaked),
-        "linear_logprobs, active, head trained": lambda: gradients(
-            sparse(weight), upstream, peaked, weight
-        ),
+        "linear_logprobs, active": active,
+        "linear_logprobs, active, head trained": lambda: active(weight),
         "linear_cross_entropy, backward": lambda: gradients(
-            ift_kernels.linear_cross_entropy(hidden, weight, target, workspace=size.workspace)
+            k.linear_cross_entropy(hidden, weight, target, **some)
         ),
         "linear_token": token,
         "linear_token, kth": lambda: token(rule="kth", k=8),
         "linear_token, sample": lambda: token(rule="sample", seed=1),
-        "linear_expected_embedding, backward": embedding,
-        "discounted_cumsum": lambda: gradients(
-            ift_kernels.discounted_cumsum(x, 0.9), torch.ones_like(x), x
+        "linear_expected_embedding, backward": lambda: gradients(
+            k.linear_expected_embedding(hidden, weight, weight, **some)
         ),
-        "propagation_weights": lambda: gradients(
-            ift_kernels.propagation_weights(x, response), torch.ones_like(x), x
+        "discounted_cumsum": lambda: gradients(k.discounted_cumsum(x, 0.9), x),
+        "propagation_weights": lambda: gradients(k.propagation_weights(x, ids >= 0), x),
+        "temporal_residual": lambda: gradients(
+            k.temporal_residual(weight, ids, ids, ids, 0.2), weight
         ),
-        "temporal_residual": residual,
-        "influence": lambda: ift_kernels.influence(
-            teacher[:64], target[:64], teacher, target, frozen, workspace=size.wide
+        "influence": lambda: k.influence(
+            teacher[:64], target[:64], teacher, target, frozen, **wide
         ),
         "vocab_parallel_logprobs, backward": shard,
-        "linear_divergence, backward": lambda: gradients(divergence()),
-        "linear_divergence, backward, per token": lambda: gradients(
-            divergence(reduction="none"), upstream
-        ),
-        "linear_divergence, backward, reverse": lambda: gradients(divergence(kind="reverse")),
-        "linear_divergence, backward, jsd": lambda: gradients(divergence(kind="jsd")),
-    } | _losses(hidden, weight, target, teacher, size.workspace)
-
-
-def _losses(
-    hidden: Tensor, weight: Tensor, target: Tensor, other: Tensor, workspace: int | None
-) -> dict[str, Callable[[], Any]]:
-    """Every loss of `ift.losses` on eight responses, with its reference model or its teacher."""
-    rows = torch.ones(8, device=target.device)
-    head = losses.Head(other.view(8, -1, other.shape[1]), weight.detach())
-
-    def call(loss: Any) -> Any:
-        states, ids = hidden.view_as(head.hidden), target.view(8, -1)
-        if isinstance(loss, losses.Loss):
-            reference = {"reference": head} if "reference" in loss_arguments(loss) else {}
-            given = [rows] * loss.needs
-            value = loss.from_hidden(states, weight, ids, *given, **reference, workspace=workspace)
-        else:
-            value = loss(states, weight, ids, head)
-        return torch.autograd.grad(value, (hidden, weight))
-
-    loss_arguments = losses._module.accepted
-    kinds = (getattr(losses, name) for name in losses.__all__ if name.endswith("Loss"))
-    made = [kind() for kind in kinds if kind is not losses.Loss]
-    return {type(loss).__name__: lambda loss=loss: call(loss) for loss in made}  # type: ignore[misc]
+        "linear_divergence, backward": divergence,
+        "linear_divergence, backward, per token": lambda: divergence(reduction="none"),
+        "linear_divergence, backward, reverse": lambda: divergence(kind="reverse"),
+        "linear_divergence, backward, jsd": lambda: divergence(kind="jsd"),
+    } | {type(loss).__name__: functools.partial(of_loss, loss) for loss in made}
 
 
 # --- counting -------------------------------------------------------------------------------------
@@ -194,7 +169,7 @@ class _Dispatched(TorchDispatchMode):
     """Counts what torch's dispatcher is asked for. Reads of meta tensors get likely values."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter(dict.fromkeys(QUANTITIES, 0))
         self._alive: dict[int, int] = {}  # bytes of each storage, 0 of those from before
         self._now = 0
@@ -205,12 +180,12 @@ class _Dispatched(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if op.namespace == "ift_kernels":  # of meta tensors torch would take shapes alone
-            key = torch._C.DispatchKey.CompositeExplicitAutograd  # type: ignore[attr-defined]
+            key = torch._C.DispatchKey.CompositeExplicitAutograd
             with self:
                 return op._op_dk(key, *args, **kwargs)
         name, on_meta = op._schema.name, False
         for tensor in _tensors((args, kwargs)):
-            self._alive.setdefault(tensor.untyped_storage()._cdata, 0)
+            self._note(tensor, new=False)
             on_meta |= tensor.is_meta
         copied = on_meta and str(kwargs.get("device")) == "cpu"
         if copied or name in READS:  # a GPU's queue runs dry
@@ -232,9 +207,9 @@ class _Dispatched(TorchDispatchMode):
         self.counts["operators"] += not free
         return result
 
-    def _note(self, tensor: Tensor) -> None:
+    def _note(self, tensor: Tensor, new: bool = True) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, new * storage.nbytes()
         if key in self._alive:
             return
         self._alive[key] = size
@@ -275,21 +250,25 @@ def _reader() -> str:
 
 
 def count(call: Callable[[], Any], backend: contract.Backend = reference) -> Counts:
-    """What one call does with `backend`, after one that fills caches."""
-    call()
+    """What one call does with `backend`."""
+    called = 0
+
+    def noted(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+        nonlocal called  # a spy would keep the tensors of its calls
+        called += 1
+        return function(*args, **keywords)
+
     kept, memory.LIMIT = memory.LIMIT, 0  # what an earlier call left would not be counted
     try:
         with contextlib.ExitStack() as stack:
-            spies = [
-                stack.enter_context(mock.patch.object(backend, n, wraps=getattr(backend, n)))
-                for n in EPILOGUES
-                if hasattr(backend, n)
-            ]
+            for name in EPILOGUES:
+                if function := getattr(backend, name, None):
+                    noting = functools.partial(noted, function)
+                    stack.enter_context(mock.patch.object(backend, name, noting))
             found = dispatched(call)
     finally:
         memory.LIMIT = kept
-    found["epilogues"] = sum(spy.call_count for spy in spies)
-    return found
+    return found | {"epilogues": called}
 
 
 def dispatched(call: Callable[[], Any]) -> Counts:
@@ -303,17 +282,16 @@ def dispatched(call: Callable[[], Any]) -> Counts:
 
 @contextlib.contextmanager
 def planned_for_h200() -> Iterator[list[Any]]:
-    """Plans are those of an H200, and meta tensors are served by the Triton backend.
+    """Plans are those of an H200; the Triton backend serves meta tensors.
 
-    Its launches, which do not run, come back. Without Triton: ImportError.
+    Its launches do not run: their kernels come back.
     """
-    from ift_kernels.backends import triton
     from ift_kernels.backends.triton import launch
 
     launched: list[Any] = []
     changed = (
         (launch, "run", lambda kernel, *_: launched.append(kernel)),
-        (triton, "unsupported_reason", lambda place, dtype: ""),
+        (backends.BACKENDS["triton"], "unsupported_reason", lambda place, dtype: ""),
         (device, "of", lambda place: device.H200),
         (torch, "autocast", lambda *_, **__: contextlib.nullcontext()),  # knows no meta
         (torch, "is_autocast_enabled", lambda *_: False),
@@ -322,15 +300,8 @@ def planned_for_h200() -> Iterator[list[Any]]:
         for module, name, value in changed:
             stack.enter_context(mock.patch.object(module, name, value))
         stack.enter_context(launch.use_architecture("sm_90"))
-        stack.enter_context(ift_kernels.use_backend("triton"))
+        stack.enter_context(k.use_backend("triton"))
         yield launched
-
-
-def count_full_size(call: Callable[[], Any]) -> Counts:
-    """What one call does on an H200."""
-    with planned_for_h200() as launched:
-        found = dispatched(call)
-    return found | {"epilogues": len(launched)}
 
 
 def measure() -> dict[str, dict[str, Counts]]:
@@ -338,14 +309,18 @@ def measure() -> dict[str, dict[str, Counts]]:
     found: dict[str, dict[str, Counts]] = {}
     torch.set_num_threads(1)  # the same everywhere
     for name in BACKENDS:
-        if not backends.BACKENDS[name].unsupported_reason(torch.device("cpu"), torch.float32):
-            with ift_kernels.use_backend(name):
-                found[name] = {
-                    what: count(call, backends.BACKENDS[name])
-                    for what, call in operations().items()
-                }
-    with contextlib.suppress(ImportError):
-        found[FULL_SIZE] = {what: count_full_size(call) for what, call in operations(FULL).items()}
+        backend, calls = backends.BACKENDS[name], operations()
+        if not backend.unsupported_reason(torch.device("cpu"), torch.float32):
+            with k.use_backend(name):
+                for call in calls.values():
+                    call()  # fills caches
+                found[name] = {what: count(call, backend) for what, call in calls.items()}
+    if importlib.util.find_spec("triton"):
+        found[FULL_SIZE] = {}
+        with planned_for_h200() as launched:
+            for what, call in operations(FULL).items():
+                launched.clear()
+                found[FULL_SIZE][what] = dispatched(call) | {"epilogues": len(launched)}
     return found
 
 

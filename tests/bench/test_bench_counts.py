@@ -42,7 +42,7 @@ def test_every_operation_is_committed_and_costs_its_products():
             assert 3 * 2 * n * d * v <= backend[what]["flops"] <= 4 * 2 * n * d * v
         if name == counts.FULL_SIZE:
             continue
-        assert backend["linear_logprobs, active, head trained"]["flops"] < 2.8 * 2 * n * d * v
+        assert backend["linear_logprobs, active, head trained"]["flops"] < 2.95 * 2 * n * d * v
         # With the head frozen, in so small a workspace: a dense product has to be formed again.
         assert backend["linear_logprobs, active"]["flops"] < 2.5 * 2 * n * d * v
 
@@ -95,8 +95,8 @@ def test_memory_of_what_is_returned_is_not_part_of_the_peak():
 
 def test_epilogues_are_counted_and_the_backend_is_left_as_it_was():
     x, before = torch.ones(2, 3), counts.reference.scan
-    with counts.ift_kernels.use_backend("reference"):
-        found = counts.count(lambda: counts.ift_kernels.discounted_cumsum(x, 0.5))
+    with counts.k.use_backend("reference"):
+        found = counts.count(lambda: counts.k.discounted_cumsum(x, 0.5))
     assert found["epilogues"] == 1
     assert counts.reference.scan is before
 
@@ -106,10 +106,10 @@ def test_epilogues_of_divergences_are_counted(kind):
     h, w, y = torch.ones(4, 8, requires_grad=True), torch.ones(50, 8), torch.zeros(4, 8)
 
     def call(reduction):
-        loss = counts.ift_kernels.linear_divergence(h, w, y, w, kind=kind, reduction=reduction)
+        loss = counts.k.linear_divergence(h, w, y, w, kind=kind, reduction=reduction)
         torch.autograd.grad(loss.sum(), h)
 
-    with counts.ift_kernels.use_backend("reference"):
+    with counts.k.use_backend("reference"):
         for reduction in ("mean", "none"):
             found = counts.count(lambda reduction=reduction: call(reduction))
             # Statistics of both heads, the gradient; terms unless the gradient's pass has them.
