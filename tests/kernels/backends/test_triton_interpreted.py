@@ -352,3 +352,34 @@ def test_the_logit_of_a_target_outside_is_nan(target, blocks):
     backend.stats_update(Chunk(x), ids, state, 0)
     logprob = linear_stats.row_values(*state, 196, 0).logprob
     assert logprob[0].isnan() and not logprob[1].isnan()
+
+
+@pytest.mark.parametrize("columns", [131, 1, 17])
+@pytest.mark.parametrize("bias", [False, True])
+def test_odd_widths_of_padded_rows(columns, bias, blocks):
+    """As the schedules have them: what is between rows has no part in anything, and may be 0."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.full((6, 160), torch.nan)[:, :columns]
+    x.copy_(torch.randn(6, columns, generator=generator))
+    b = torch.randn(columns, generator=generator) if bias else None
+    target = torch.randint(columns, (6,), generator=generator)
+    results = []
+    for side in SIDES:
+        y = x._base.clone()[:, :columns]
+        state = new_state(6, torch.device("cpu"))
+        side.stats_update(Chunk(y, b), target, state, TRACK_ALL)
+        values, ids = torch.full((6, 3), -torch.inf), torch.full((6, 3), -1)
+        side.top_k_update(Chunk(y, b), values, ids)
+        best = torch.full((6,), -torch.inf)
+        drawn = best, best.clone(), torch.zeros(6, dtype=torch.int64)
+        side.gumbel_update(Chunk(y, b), 2**40 + 3, torch.arange(6), *drawn)
+        norm = torch.stack([state.values[0], state.values[1].log()]).float()
+        mask = side.active_mask(Chunk(y, b), target, norm.sum(0) - 3, 32)
+        p = y._base.clone()[:, :columns]
+        side.probabilities_(Chunk(p, b), norm)
+        side.dlogits_(Chunk(y, b), RowGradient(target, norm, torch.ones(4, 6)))
+        results.append((*state, values, ids, *drawn, mask, p, y))
+        beyond = y._base[:, columns:]
+        assert (beyond.isnan() | (beyond == 0)).all()
+    for ours, wanted in zip(results[0], results[1], strict=True):
+        close(ours, wanted)
