@@ -82,7 +82,7 @@ def operations(size: Size = SMALL) -> dict[str, Callable[[], Any]]:
     # Few columns of a block matter, or it would be dense.
     peaked, upstream = (8 * hidden.detach()).requires_grad_(), normal(n, dtype=torch.float32)
 
-    def gradients(value: Tensor, *of: Tensor) -> Any:
+    def gradients(value: Any, *of: Tensor) -> Any:
         seed = upstream if value.shape == upstream.shape else torch.ones_like(value)
         return torch.autograd.grad(value, of or (hidden, weight), seed)
 
@@ -117,14 +117,15 @@ def operations(size: Size = SMALL) -> dict[str, Callable[[], Any]]:
     head = losses.Head(teacher.view(8, -1, d), frozen)
 
     def of_loss(loss: Any) -> Any:
-        arguments = hidden.view_as(head.hidden), weight, target.view(8, -1)
+        arguments: Any = (hidden.view_as(head.hidden), weight, target.view(8, -1))
         if not isinstance(loss, losses.Loss):
             return gradients(loss(*arguments, head))
         reference: dict[str, Any] = (
             {"reference": head} if "reference" in losses._module.accepted(loss) else {}
         )
         rows = [torch.ones(8, device=size.device)] * loss.needs
-        return gradients(loss.from_hidden(*arguments, *rows, **reference, **some))
+        from_hidden: Any = loss.from_hidden
+        return gradients(from_hidden(*arguments, *rows, **reference, **some))
 
     kinds = (getattr(losses, name) for name in losses.__all__ if name.endswith("Loss"))
     made = [kind() for kind in kinds if kind is not losses.Loss]
