@@ -109,7 +109,7 @@ def operations(size: Size = SMALL) -> dict[str, Callable[[], Any]]:
         return gradients(k.linear_divergence(hidden, weight, teacher, frozen, **wide, **options))
 
     def shard() -> Any:
-        one = {"is_initialized": lambda: True, "get_world_size": lambda group: 1,
+        one: Any = {"is_initialized": lambda: True, "get_world_size": lambda group: 1,
                "get_rank": lambda group: 0, "all_reduce": lambda *a, **k: None}  # fmt: skip
         with mock.patch.multiple(torch.distributed, **one):
             return gradients(k.vocab_parallel_logprobs(hidden, weight, target, **some).logprob)
