@@ -155,7 +155,7 @@ class _Side:
             hidden, weight, bias, target, *options, track, [False] * 3, "", []
         )
         row = linear_stats.Statistics(*values)
-        valid = target != options.ignore_index
+        valid = head_call.ValidRows.of(target != options.ignore_index)
         self.call = head_call.Call(hidden, weight, bias, valid, options, (False, False, False))
         coef = linear_stats.row_coefficients(row.norm, row.entropy, weight.shape[0], upstream)
         rows = (self.call.select(value).contiguous() for value in (target, row.norm, coef))

@@ -92,7 +92,9 @@ def linear_logprobs(
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or options that do not fit; a target outside
-            [0, V) that is not `ignore_index`.
+            [0, V) that is not `ignore_index`. On a GPU, where that check would stall the queue, its
+            log-probability is NaN, or of a frozen head torch's gather asserts; ``IFT_DEBUG=1`` in
+            the environment checks there too.
         RuntimeError: differentiated twice, in forward mode, or by torch.func.
 
     >>> hidden, weight = torch.randn(2, 5, 16), torch.randn(100, 16)

@@ -153,10 +153,10 @@ class _Call:
     def __init__(self, tensors: tuple[Any, ...], options: tuple[Any, ...], needs: list[bool]):
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, valid = tensors
         kind, beta, scale, softcap, t_scale, t_softcap, temperature, workspace, *dtypes = options
-        self.bias = bias
+        self.bias, rows = bias, head_call.ValidRows.of(valid)
         student, teacher = (
             head_call.Call(
-                *head, valid,
+                *head, rows,
                 head_call.Options(0, *transform, temperature, workspace, dtype), (False,) * 3,
             )
             for head, transform, dtype in (

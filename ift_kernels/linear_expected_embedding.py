@@ -181,7 +181,8 @@ def _backward_op(
                 prob: Tensor | None = None
                 if d_embedding is not None:
                     prob = empty_padded(head.backend, product, *product.shape)
-                d_prob = torch.mm(d_soft[rows], embedding[columns].to(sums).T)
+                d_prob = empty_padded(head.backend, d_soft, *product.shape)
+                torch.mm(d_soft[rows], embedding[columns].to(sums).T, out=d_prob)
                 head.backend.softmax_gradient_(
                     head.chunk(tile), d_prob, norm[:, rows], centre[rows], prob
                 )

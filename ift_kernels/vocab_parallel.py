@@ -91,6 +91,9 @@ def vocab_parallel_logprobs(
     own = torch.where(here, target - shard.start, 0).masked_fill(~valid, _IGNORE)
     local = _local(hidden, shard, own, transform, workspace, track, active, differentiable)
     stats = _combined(local, here, shard, track)
+    assert stats.logprob is not None
+    outside = valid & ((target < 0) | (target >= shard.vocabulary))  # NaN, as of a whole head
+    stats = stats._replace(logprob=stats.logprob.masked_fill(outside, torch.nan))
     stats = stats._replace(**{name: getattr(stats, name).detach() for name in detached})
     return TokenStats(
         *(

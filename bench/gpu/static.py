@@ -43,7 +43,7 @@ LIMITS = Path(__file__).with_name("static_limits.json")
 NARROW = {"mask", "merge"}
 # Touch every element once, so the bytes requested may hardly exceed the least; but for a bias,
 # which every row reads again from a cache.
-STREAMING = {"stats", "dlogits", "probabilities", "top_k", "gumbel", "scan", "residual",
+STREAMING = {"stats", "dlogits", "probabilities", "scale", "top_k", "gumbel", "scan", "residual",
              "bucket_sums", "softmax_gradient", "divergence_terms",
              "divergence_gradient"}  # fmt: skip
 MAX_RATIO = 1.1
@@ -130,19 +130,20 @@ def variant(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Var
     for parameter in kernel.params:
         name, value = parameter.name, values[parameter.name]
         special = not parameter.do_not_specialize
+        by_alignment = special and not parameter.do_not_specialize_on_alignment
         one = isinstance(value, int) and not isinstance(value, bool) and value == 1 and special
         if parameter.is_constexpr or value is None or one:
             signature.append((name, "constexpr"))
             constants.append((name, value))
         elif isinstance(value, Tensor):
             signature.append((name, "*" + TYPES[value.dtype]))
-            if value.data_ptr() % 16 == 0:
+            if by_alignment and value.data_ptr() % 16 == 0:
                 aligned.append(name)
         elif isinstance(value, float):
             signature.append((name, "fp32"))
         else:
             signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
-            if special and value % 16 == 0:
+            if by_alignment and value % 16 == 0:
                 aligned.append(name)
     return Variant(kernel, tuple(signature), tuple(constants), tuple(aligned), options)
 

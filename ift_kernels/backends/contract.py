@@ -79,9 +79,14 @@ class RowGradient(NamedTuple):
 
 
 def new_state(rows: int, device: torch.device, *parts: int) -> RowState:
-    """Empty running statistics; `parts`: leading dimension, one state per part of a row."""
+    """Empty running statistics; `parts`: leading dimension, one state per part of a row.
+
+    The logit of a target is NaN until its column comes: so is what is made of an id outside the
+    vocabulary, where no check has refused it.
+    """
     values = torch.zeros((*parts, STATE_ROWS, rows), dtype=torch.float64, device=device)
     values[..., MAX, :] = -torch.inf
+    values[..., TARGET, :] = torch.nan
     values[..., SECOND, :] = -torch.inf
     return RowState(values, torch.zeros((*parts, rows), dtype=torch.int64, device=device))
 
@@ -110,6 +115,9 @@ class Backend(Protocol):
         self, chunk: Chunk, row_gradient: RowGradient, transposed: Tensor | None = None
     ) -> None:
         """Overwrite a chunk by its gradient."""
+
+    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
+        """Times a factor, in place."""
 
     def probabilities_(self, chunk: Chunk, norm: Tensor) -> None:
         """Overwrite a chunk by probabilities."""

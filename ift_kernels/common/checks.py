@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+def debugging() -> bool:
+    """Whether ``IFT_DEBUG=1`` asks for checks of values on GPUs too, which stall their queue."""
+    return os.environ.get("IFT_DEBUG", "0") not in ("", "0")
 
 
 def one_of(name: str, value: object, allowed: Collection[str]) -> None:
@@ -113,7 +120,7 @@ def seqlens(cu_seqlens: Tensor, like: Tensor) -> Tensor:
     """`cu_seqlens` as int64, checked: documents [cu[i], cu[i+1]) cover the positions of `like`.
 
     Its values are read only outside `torch.compile`, whose traces cannot branch on data; the
-    operations themselves check again when they run.
+    operations themselves check again when they run. A tensor is read once, unless it changes.
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         came = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
@@ -129,15 +136,29 @@ def seqlens(cu_seqlens: Tensor, like: Tensor) -> Tensor:
     cu, total = cu_seqlens.long().contiguous(), like.numel()
     if torch.compiler.is_compiling():
         return cu
-    ends = torch.stack([cu[0], cu[-1], cu.diff().amin()]).tolist()  # one synchronisation, not three
-    if ends[:2] != [0, total]:
-        raise ValueError(
-            f"cu_seqlens: expected to run from 0 to {total}, the number of positions, "
-            f"got {ends[0]} to {ends[1]}"
-        )
-    if ends[2] < 0:
-        raise ValueError("cu_seqlens: expected non-decreasing values, got a decreasing pair")
+    if _read.get(cu_seqlens) != (total, _version(cu_seqlens)):
+        # One synchronisation, not three.
+        ends = torch.stack([cu[0], cu[-1], cu.diff().amin()]).tolist()
+        if ends[:2] != [0, total]:
+            raise ValueError(
+                f"cu_seqlens: expected to run from 0 to {total}, the number of positions, "
+                f"got {ends[0]} to {ends[1]}"
+            )
+        if ends[2] < 0:
+            raise ValueError("cu_seqlens: expected non-decreasing values, got a decreasing pair")
+    for tensor in (cu_seqlens, cu):
+        if _version(tensor) is not None:
+            _read[tensor] = total, _version(tensor)
     return cu
+
+
+# How many positions a `cu_seqlens` has been found to cover, and the version it had then.
+_read = WeakTensorKeyDictionary()
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often it was written in place; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def plain_floating(name: str, value: Tensor) -> None:

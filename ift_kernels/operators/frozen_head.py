@@ -46,7 +46,8 @@ def _frozen(
     valid, vocabulary = target != options[0], weight.shape[0]
     head_call.check_targets(target, valid, vocabulary)
     active = head_call.active_hidden(numbers)
-    arguments = hidden, weight, bias, valid, head_call.Options(*options), NEEDS
+    valid_rows = head_call.ValidRows.of(valid)
+    arguments = hidden, weight, bias, valid_rows, head_call.Options(*options), NEEDS
     call = head_call.Call(*arguments, grads_in_forward=True, active=active)
     chosen = plan.make(call.problem, plan.ledger.reserved, "forward")
     rows, accum = call.select(target), accum_dtype(call.dtype)
@@ -129,10 +130,10 @@ def _d_hidden(
     zero = torch.zeros_like(target_coef[0])
     upstream = (zero if gradient is None else gradient for gradient in (d_logprob, d_lse))
     columns = (target, *target_coef, *upstream)
-    rows = None
-    if len(nontarget_sum) != len(target):
-        rows = (target != options.ignore_index).nonzero()[:, 0]
-    if rows is not None:
+    rows, count = None, len(nontarget_sum)
+    if count != len(target):
+        # The valid ones first: `nonzero` would wait for the device to count them again.
+        rows = (target == options.ignore_index).byte().argsort(stable=True)[:count]
         columns = tuple(value.index_select(0, rows) for value in columns)
     ids, per_logprob, per_lse, a, c = columns
     target_rows, rest = a * per_logprob + c * per_lse, c - a

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ift_kernels import backends
-from ift_kernels.common import sync_free
+from ift_kernels.common import checks, sync_free
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.schedule import device, plan
@@ -44,10 +44,28 @@ class SavedBuffers:
     def gradients(self, upstream: Tensor) -> tuple[Tensor, ...]:
         """The buffers, gradients formed in forward, times `upstream`, in place; releases them."""
         self.release()
-        if not (upstream.device.type == "cpu" and float(upstream) == 1.0):
-            for gradient in self.tensors:
-                gradient.mul_(upstream)
+        for gradient in self.tensors:
+            if gradient.numel():
+                backends.get(gradient).scale_(gradient, upstream)
         return self.tensors
+
+
+class ValidRows(NamedTuple):
+    """Which rows of a call are computed: all of them unless `ids` is given."""
+
+    mask: Tensor | None  # (N,) bool, in sync-free mode, where every row stays
+    ids: Tensor | None = None  # (n,)
+
+    @staticmethod
+    def of(valid: Tensor) -> ValidRows:
+        """Those in the mask (N,). Their number decides sizes, so the host waits for it, once."""
+        if sync_free.on():
+            return ValidRows(valid)
+        return ValidRows.among(valid.nonzero()[:, 0], len(valid))
+
+    @staticmethod
+    def among(ids: Tensor, rows: int) -> ValidRows:
+        return ValidRows(None, None if len(ids) == rows else ids)
 
 
 class Call:
@@ -58,7 +76,7 @@ class Call:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        valid: Tensor,  # (N,) bool
+        valid: ValidRows,
         options: Options,
         needs: Needs,
         grads_in_forward: bool = False,
@@ -67,12 +85,9 @@ class Call:
         _, scale, softcap, temperature, workspace, dtype = options
         self.dtype = dtype
         self.all_rows = hidden.shape[0]
-        self.valid_mask: Tensor | None = None  # in sync-free mode, where every row stays
-        self.rows: Tensor | None = None
-        if sync_free.on():
-            self.valid_mask, hidden = valid, sync_free.masked_rows(valid, hidden)
-        elif not bool(valid.all()):
-            self.rows = valid.nonzero()[:, 0]
+        self.valid_mask, self.rows = valid
+        if self.valid_mask is not None:
+            hidden = sync_free.masked_rows(self.valid_mask, hidden)
         if self.rows is not None:
             hidden = hidden.index_select(0, self.rows)
         # Copies count, but the products keep a quarter of the budget: less would crawl.
@@ -158,16 +173,18 @@ def gives_half(tensors: tuple[Tensor | None, ...], needs: Needs | list[bool]) ->
 
 
 def check_targets(target: Tensor, valid: Tensor, vocabulary: int, name: str = "target") -> None:
-    """Raise a ValueError for a target outside the vocabulary, where looking costs no stall."""
-    if target.device.type != "cpu" or not target.numel():
-        return  # elsewhere a check would stall the device's queue
-    low, high = target.aminmax()
-    if int(low) >= 0 and int(high) < vocabulary:
+    """Refuse a target outside the vocabulary: on a CPU, elsewhere only under ``IFT_DEBUG=1``.
+
+    There the check would stall the device's queue; without it such a log-probability is NaN, see
+    `contract.new_state`. In sync-free mode the device itself asserts.
+    """
+    on_cpu = target.device.type == "cpu"
+    if not target.numel() or not (on_cpu or checks.debugging()):
         return
     bad = valid & ((target < 0) | (target >= vocabulary))
-    if bool(bad.any()):
+    expected = f"{name}: expected ids in [0, {vocabulary}) or ignore_index"
+    if not on_cpu and sync_free.on():
+        torch._assert_async(~bad.any(), expected)
+    elif bool(bad.any()):
         at = int(bad.nonzero()[0, 0])
-        raise ValueError(
-            f"{name}: expected ids in [0, {vocabulary}) or ignore_index, got {int(target[at])} "
-            f"at flat position {at}"
-        )
+        raise ValueError(f"{expected}, got {int(target[at])} at flat position {at}")

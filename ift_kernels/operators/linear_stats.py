@@ -19,6 +19,7 @@ from ift_kernels.operators.head_call import (
     Call,
     Options,
     SavedBuffers,
+    ValidRows,
     active_hidden,
     check_targets,
 )
@@ -155,7 +156,8 @@ def _stats(
     valid = target != options[0]
     check_targets(target, valid, weight.shape[0])
     active = active_hidden(numbers)
-    call = Call(hidden, weight, bias, valid, Options(*options), tuple(needs), active=active)
+    rows = ValidRows.of(valid)
+    call = Call(hidden, weight, bias, rows, Options(*options), tuple(needs), active=active)
     chosen = plan.make(call.problem, plan.ledger.reserved, schedule or None)
     kept_rows = call.problem.rows if chosen.keep_columns else 0
     kept = empty_padded(call.head.backend, call.head.hidden, kept_rows, chosen.keep_columns)
@@ -173,6 +175,26 @@ def _stats_fake(
     *options, track, _, _, _ = rest
     out = outputs_fake(hidden, options[-1], track)
     return (*out, hidden.new_empty((0, 0), dtype=options[-1]))
+
+
+def _backward_rows(
+    valid: Tensor, nonzero: Tensor, kept: Tensor | None
+) -> tuple[ValidRows, bool, bool]:
+    """The rows of a backward, whether they are those of `kept`, and whether all are `nonzero`.
+
+    Those with an upstream gradient; all valid ones where `kept` has two of their three products.
+    Waits for the device once: how many rows are valid is known from `kept`.
+    """
+    if sync_free.on():
+        return ValidRows(nonzero if kept is None else valid), kept is not None, False
+    if kept is None:
+        return ValidRows.of(nonzero), False, True
+    found, count = torch.cat([valid, nonzero]).nonzero()[:, 0], kept.shape[0]
+    ids, of_nonzero = found[:count], found[count:] - len(valid)
+    # Three products on these rows alone cost less than two on all.
+    if 3 * len(of_nonzero) < 2 * count:
+        return ValidRows.among(of_nonzero, len(valid)), False, True
+    return ValidRows.among(ids, len(valid)), True, len(of_nonzero) == count
 
 
 def _stats_backward(
@@ -196,22 +218,16 @@ def _stats_backward(
     valid = target != options[0]
     # Rows without upstream gradient send none. A NaN upstream is not 0 and so stays in.
     nonzero_grad_rows = valid & (coef != 0).any(0)
-    allow_sync = not sync_free.on()
     kept_bytes = 0 if kept is None else kept.numel() * kept.element_size()  # until backward ends
-    coef = coef if allow_sync else coef.masked_fill(~nonzero_grad_rows, 0)
-    if kept is not None and allow_sync and 3 * int(nonzero_grad_rows.sum()) < 2 * kept.shape[0]:
-        kept = None  # three products on these rows alone cost less than two on all
-    if kept is not None:
+    rows, of_kept, all_nonzero = _backward_rows(valid, nonzero_grad_rows, kept)
+    if rows.mask is not None:
+        coef = coef.masked_fill(~nonzero_grad_rows, 0)
+    if not of_kept:
+        kept = None
+    elif not all_nonzero:
         # All rows, with hidden 0 where there is no upstream gradient: 0 times a NaN is NaN.
-        hidden = (
-            hidden.masked_fill((valid & ~nonzero_grad_rows)[:, None], 0)
-            if not allow_sync or bool((valid ^ nonzero_grad_rows).any())
-            else hidden
-        )
-        nonzero_grad_rows = valid
-    call = Call(
-        hidden, weight, bias, nonzero_grad_rows, Options(*options), tuple(needs), active=active
-    )
+        hidden = hidden.masked_fill((valid & ~nonzero_grad_rows)[:, None], 0)
+    call = Call(hidden, weight, bias, rows, Options(*options), tuple(needs), active=active)
     # Of the same problem, so that with `kept` beside it everything fits as forward has planned.
     chosen = plan.make(call.problem, 0, "recompute", kept_bytes)
     with torch.autocast(hidden.device.type, enabled=False):

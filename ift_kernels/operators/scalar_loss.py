@@ -26,7 +26,8 @@ def _loss(
     active = head_call.active_hidden(numbers)
     valid = target != options[0]
     head_call.check_targets(target, valid, weight.shape[0])
-    arguments = hidden, weight, bias, valid, head_call.Options(*options), tuple(needs)
+    valid_rows = head_call.ValidRows.of(valid)
+    arguments = hidden, weight, bias, valid_rows, head_call.Options(*options), tuple(needs)
     call = head_call.Call(*arguments, grads_in_forward=True, active=active)
     chosen = plan.make(call.problem, plan.ledger.reserved, "forward")
     # Gradients that earlier calls hold, or too few rows a block: backward recomputes instead.

@@ -294,9 +294,10 @@ def _in_forward(model: _Model, plan: Plan) -> Cost:
         for columns, tiles in _steps(p.vocabulary, plan.tile_columns):
             total += model.gradient(rows, columns) * (tiles * first)
             total += model.gradient(rows, columns, added=True) * (tiles * (count - first))
-    # Backward: times the upstream gradient, in place; a frozen head's dh from its two factors.
+    # Backward: times the upstream gradient, in place, which moves nothing where that is 1, as of a
+    # loss itself; a frozen head's dh from its two factors.
     if p.need_weight:
-        return total + model.moved(2 * p.width * model.size * (p.vocabulary + p.rows), 2)
+        return total + model.small(2)
     pieces = math.ceil(16 * p.rows * p.width / p.workspace)
     return total + model.moved(50 * p.rows * p.width, 10 * pieces)
 

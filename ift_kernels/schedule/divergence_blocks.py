@@ -31,9 +31,6 @@ class Products:
     def _buffer(self, head: Head, rows: int, columns: int) -> Tensor:
         return empty_padded(head.backend, head.hidden, rows, columns)
 
-    def _columns(self, first: int = 0) -> Iterator[slice]:
-        return slices(first, self.heads[0].vocabulary, self.sizes.tile_columns)
-
     def blocks(self) -> Iterator[slice]:
         """Rows of all blocks, whose products are then `formed` and read again by `tiles`."""
         block, vocabulary = min(self.sizes.block, self.rows), self.heads[0].vocabulary
@@ -46,7 +43,7 @@ class Products:
     def tiles(self, rows: slice) -> Iterator[tuple[slice, Pair]]:
         """Columns and products of a block's tiles."""
         held, count = self.sizes.held, rows.stop - rows.start
-        for columns in self._columns():
+        for columns in slices(0, self.heads[0].vocabulary, self.sizes.block_columns):
             if columns.stop <= held:
                 student = self.held[rows, columns]
             else:
@@ -80,7 +77,7 @@ class Products:
             return
         tile_rows = min(self.sizes.tile_rows, over.stop - over.start)
         scratch = [self._buffer(head, tile_rows, self.sizes.tile_columns) for head in self.heads]
-        for columns in self._columns(first):
+        for columns in slices(first, self.heads[0].vocabulary, self.sizes.tile_columns):
             width = columns.stop - columns.start
             weights = [head.weight_chunk(columns) for head in self.heads]
             scratch[0][:, width:] = 0  # as in empty_padded, for a narrower last tile

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ift_kernels.schedule import plan
+from ift_kernels.backends import reference
+from ift_kernels.schedule import device, plan
 from ift_kernels.schedule.head import Head
 
 MIN_BLOCK = 64  # rows; fewer make thin products, slower than forming them three times
@@ -26,6 +27,7 @@ ALIGN = 32  # rows of a block, unless it is the last
 # Rows by which a block counts as longer than it is: every block reads both weights anew. Products
 # of 64 rows take 1.3 times as long as of 512, of 128 rows 1.1 times (Zen 4).
 BLOCK_COST = 20
+IN_TORCH = 40  # bytes that an epilogue of plain torch takes beside an element of a tile
 Heads = tuple[Head, Head]  # student, teacher
 Needs = tuple[bool, bool, bool]  # gradients of hidden, weight, bias
 
@@ -39,6 +41,7 @@ class Layout:
     hidden_rows: int  # whose float32 sum of dh a sweep holds at once
     block: int  # rows; 0: no blocks, only sweeps
     held: int  # columns
+    block_columns: int  # of a block's tiles; `held` is a multiple, or all
 
 
 def layout(heads: Heads, workspace: int, need_hidden: bool, need_weight: bool) -> Layout:
@@ -53,12 +56,17 @@ def layout(heads: Heads, workspace: int, need_hidden: bool, need_weight: bool) -
     )
     same = student.weight.dtype == student.hidden.dtype
     sums = width * (own + 4)  # of dW's columns, unless a tile writes them once
-    budget = min(plan.TILE_BYTES, workspace // 4)
-    per_element = own + other + flip
+    gpu = device.of(student.hidden.device).is_gpu
+    # In cache for the epilogues of a CPU; launches of a GPU take long beside such tiles.
+    tile_bytes = workspace if gpu else plan.TILE_BYTES
+    budget = min(tile_bytes, workspace // 4)
+    in_torch = student.backend.divergence_gradient_ is reference.divergence_gradient_
+    per_element = own + other + flip + (gpu and in_torch) * IN_TORCH
     per_column = cast + sums * (need_weight and not same)
-    tile_rows, columns = plan.tile(n, vocabulary, per_element, budget, per_column)
+    tile_rows, columns = plan.tile(n, vocabulary, per_element, budget, per_column, tile_bytes)
     if need_weight and same and tile_rows < n:
-        tile_rows, columns = plan.tile(n, vocabulary, per_element, budget, cast + sums)
+        per_column = cast + sums
+        tile_rows, columns = plan.tile(n, vocabulary, per_element, budget, per_column, tile_bytes)
     per_row = need_hidden * width * (own + 4)
     hidden_rows = n
     if n * per_row > workspace // 2:
@@ -66,16 +74,25 @@ def layout(heads: Heads, workspace: int, need_hidden: bool, need_weight: bool) -
     space = workspace - budget
     per_token = vocabulary * (own + other) + per_row
     fit = space // per_token
+
+    def found(block: int, held: int) -> Layout:
+        return Layout(tile_rows, columns, hidden_rows, block, held, block_columns(block))
+
+    def block_columns(block: int) -> int:
+        """A block has fewer rows than a sweep's tile; on a GPU its tiles are as much wider."""
+        wide = budget // per_element // max(block, 1) // 256 * 256 if gpu else 0
+        return min(max(wide, columns), vocabulary)
+
     if fit >= n:
-        return Layout(tile_rows, columns, hidden_rows, max(n, 1), vocabulary)
+        return found(max(n, 1), vocabulary)
     if fit < MIN_BLOCK:
-        return Layout(tile_rows, columns, hidden_rows, 0, 0)
+        return found(0, 0)
     if not need_weight or in_place(student):
-        return Layout(tile_rows, columns, hidden_rows, _even(n, fit), 0)
+        return found(_even(n, fit), 0)
 
     def held(block: int) -> int:
-        fitting = (space - block * per_token) // ((n - block) * own)
-        return vocabulary if fitting >= vocabulary else fitting // columns * columns
+        fitting, step = (space - block * per_token) // ((n - block) * own), block_columns(block)
+        return vocabulary if fitting >= vocabulary else fitting // step * step
 
     def cost(block: int) -> float:
         """In products of N·V·D, less that for dW: two and dh by blocks, two where none is held."""
@@ -83,7 +100,7 @@ def layout(heads: Heads, workspace: int, need_hidden: bool, need_weight: bool) -
         return 3 * (1 + BLOCK_COST * blocks / n) + 2 * (1 - held(block) / vocabulary)
 
     block = min((_even(n, rows) for rows in range(MIN_BLOCK, fit + 1, ALIGN)), key=cost)
-    return Layout(tile_rows, columns, hidden_rows, block, held(block))
+    return found(block, held(block))
 
 
 def in_place(head: Head) -> bool:

@@ -18,6 +18,7 @@ from ift_kernels.backends.cpu.scans import scan
 from ift_kernels.backends.cpu.statistics import stats_update
 from ift_kernels.backends.cpu.temporal import residual, residual_grad
 from ift_kernels.backends.reference import softmax_gradient_
+from ift_kernels.backends.reference.scaling import scale_
 
 __all__ = [
     "active_mask",
@@ -30,6 +31,7 @@ __all__ = [
     "probabilities_",
     "residual",
     "residual_grad",
+    "scale_",
     "scan",
     "scratch",
     "softmax_gradient_",

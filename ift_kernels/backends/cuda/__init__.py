@@ -17,6 +17,7 @@ from ift_kernels.backends.reference.divergence import (
     divergence_terms,
     transpose,
 )
+from ift_kernels.backends.reference.scaling import scale_
 
 __all__ = [
     "active_mask",
@@ -30,6 +31,7 @@ __all__ = [
     "probabilities_",
     "residual",
     "residual_grad",
+    "scale_",
     "scan",
     "scratch",
     "softmax_gradient_",

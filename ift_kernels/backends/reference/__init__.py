@@ -18,6 +18,7 @@ from ift_kernels.backends.reference.divergence import (
 )
 from ift_kernels.backends.reference.dlogits import dlogits_, probabilities_, softmax_gradient_
 from ift_kernels.backends.reference.sampling import gumbel_update, top_k_update
+from ift_kernels.backends.reference.scaling import scale_
 from ift_kernels.backends.reference.scans import scan
 from ift_kernels.backends.reference.statistics import stats_update
 from ift_kernels.backends.reference.temporal import residual, residual_grad
@@ -33,6 +34,7 @@ __all__ = [
     "probabilities_",
     "residual",
     "residual_grad",
+    "scale_",
     "scan",
     "scratch",
     "softmax_gradient_",

@@ -31,6 +31,7 @@ _MODULES = {
     "sampling": ("top_k_update", "gumbel_update"),
     "active": ("active_mask", "split_active", "bucket_sums"),
     "divergence": ("divergence_terms", "divergence_gradient_"),
+    "scaling": ("scale_",),
     "scans": ("scan",),
     "temporal": ("residual", "residual_grad"),
     # Beyond the contract: what a schedule may use where a backend has it.

@@ -20,23 +20,27 @@ from ift_kernels.backends.layout_checks import (
     check_vectors,
     kernel_matrix,
 )
-from ift_kernels.backends.triton.common import logits, transform_arguments
+from ift_kernels.backends.triton.common import end_of, logits, padded, transform_arguments
 from ift_kernels.backends.triton.launch import blocks, config, launch, shape_class
 
 PADDING = 32  # the active columns of a block are rounded up to this
 
 
-@triton.jit(do_not_specialize=["rows", "offset", "column_blocks"])
+@triton.jit(
+    do_not_specialize=["rows", "columns", "offset", "column_blocks"],
+    do_not_specialize_on_alignment=["target", "level"],
+)
 def mask_kernel(
     x, bias, target, level, mask_out,
     rows, columns, stride, offset, block, column_blocks,
     pre, post, plain_slope,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     number = program // column_blocks
     column = (program % column_blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
+    inside, readable = column < columns, column < end_of(columns, PADDED)
     b = tl.zeros((BLOCK,), tl.float32)
     if HAS_BIAS:
         b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
@@ -46,7 +50,7 @@ def mask_kernel(
         row = number * block + start + tl.arange(0, ROWS)
         valid_row = row < rows
         pointer = x + row[:, None] * stride + column[None, :]
-        z = tl.load(pointer, mask=valid_row[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        z = tl.load(pointer, mask=valid_row[:, None] & readable[None, :], other=0.0).to(tl.float32)
         z = logits(z, b[None, :], pre, post, HAS_BIAS, HAS_CAP)
         limit = tl.load(level + row, mask=valid_row, other=float("inf")).to(tl.float32)
         local = tl.load(target + row, mask=valid_row, other=-1) - offset
@@ -67,7 +71,7 @@ def active_mask(chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tens
     launch(
         mask_kernel, (len(mask) * column_blocks,), x,
         x, bias, target, level, mask, rows, columns, x.stride(0), offset, block, column_blocks,
-        **transform_arguments(bias, transform), **chosen,
+        **transform_arguments(bias, transform), PADDED=padded(x), **chosen,
     )  # fmt: skip
     return mask
 

@@ -51,13 +51,50 @@ def logits(x, bias, pre, post, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
     return z
 
 
+def padded(x: Tensor) -> bool:
+    """Whether rows begin on 16 bytes and own what is up to the next multiple of 16 elements.
+
+    So it is with all tiles of the schedules, see `head.empty_padded`.
+    """
+    return x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+
+
 @triton.jit
-def load_logits(x, bias, column, inside, pre, post, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
-    """Logits of the columns of a row of products that starts at `x`; those of 0 outside."""
-    z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+def end_of(columns, PADDED: tl.constexpr):
+    """Up to where a row may be read and written.
+
+    In whole 16 bytes where it is padded, so that Triton makes accesses of 16 bytes whatever
+    `columns` is, and compiles nothing anew for one that is not a multiple of 16.
+    """
+    end = columns
+    if PADDED:
+        end = tl.cdiv(columns, 16) * 16
+    return end
+
+
+@triton.jit
+def load_bias(bias, start, column, columns, BLOCK: tl.constexpr):
+    """Biases of the columns from `start` on, 0 beyond: they have no padding."""
+    if (start >= 0) & (start + BLOCK <= columns):
+        value = tl.load(bias + column)
+    else:
+        value = tl.load(bias + column, mask=(column >= 0) & (column < columns), other=0.0)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def load_logits(
+    x, bias, start, column, columns, readable, pre, post,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Logits of the columns from `start` on, of a row of products that starts at `x`.
+
+    Those that are not `readable` are of a product of 0; of padding, anything.
+    """
+    z = tl.load(x + column, mask=readable, other=0.0).to(tl.float32)
     b = 0.0
     if HAS_BIAS:
-        b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        b = load_bias(bias, start, column, columns, BLOCK)
     return logits(z, b, pre, post, HAS_BIAS, HAS_CAP)
 
 

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from ift_kernels.backends.contract import KINDS, Chunk
 from ift_kernels.backends.layout_checks import check_divergence_args
-from ift_kernels.backends.triton.common import load_logits, slope, transform_arguments
+from ift_kernels.backends.triton.common import (
+    end_of,
+    load_logits,
+    padded,
+    slope,
+    transform_arguments,
+)
 from ift_kernels.backends.triton.launch import blocks, config, launch, shape_class
 from ift_kernels.backends.triton.statistics import parts_of
 
@@ -49,14 +55,17 @@ def over_mixture(s, t, beta):
     return tl.where(student_larger, 0.0, -d) - log_mix, tl.where(student_larger, d, 0.0) - log_mix
 
 
-@triton.jit(do_not_specialize=["part_stride", "parts", "length"])
+@triton.jit(
+    do_not_specialize=["columns", "norm_stride", "part_stride", "parts", "length"],
+    do_not_specialize_on_alignment=["norm", "value", "centre"],
+)
 def divergence_terms_kernel(
     x, y, bias, teacher_bias, norm, value, centre,
     columns, stride, teacher_stride, norm_stride, part_stride, parts, length, beta,
     pre, post, plain_slope, teacher_pre, teacher_post,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
     TEACHER_BIAS: tl.constexpr, TEACHER_CAP: tl.constexpr,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row, part = program // parts, program % parts
@@ -68,13 +77,17 @@ def divergence_terms_kernel(
     of_teacher = tl.zeros((BLOCK,), tl.float32)
     first = part.to(tl.int32) * length * BLOCK
     last = tl.minimum(first + length * BLOCK, columns)
+    end = end_of(columns, PADDED)
     for start in range(first, last, BLOCK):
         column = start + lane
-        inside = column < columns
-        z = load_logits(x, bias, column, inside, pre, post, HAS_BIAS, HAS_CAP)
-        y_z = load_logits(
-            y, teacher_bias, column, inside, teacher_pre, teacher_post, TEACHER_BIAS, TEACHER_CAP
+        inside, readable = column < columns, column < end
+        z = load_logits(
+            x, bias, start, column, columns, readable, pre, post, HAS_BIAS, HAS_CAP, BLOCK
         )
+        y_z = load_logits(
+            y, teacher_bias, start, column, columns, readable, teacher_pre, teacher_post,
+            TEACHER_BIAS, TEACHER_CAP, BLOCK,
+        )  # fmt: skip
         s = log_probs(z, inside, norm, norm_stride)
         t = log_probs(y_z, inside, norm + 2 * norm_stride, norm_stride)
         if KIND == FORWARD:
@@ -95,14 +108,17 @@ def divergence_terms_kernel(
     tl.store(value, tl.load(value) + total)
 
 
-@triton.jit(do_not_specialize=["part_stride", "parts", "length"])
+@triton.jit(
+    do_not_specialize=["columns", "norm_stride", "part_stride", "parts", "length"],
+    do_not_specialize_on_alignment=["norm", "value", "centre", "upstream"],
+)
 def divergence_gradient_kernel(
     x, y, bias, teacher_bias, norm, value, centre, upstream,
     columns, stride, teacher_stride, norm_stride, part_stride, parts, length, beta,
     pre, post, plain_slope, teacher_pre, teacher_post,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
     TEACHER_BIAS: tl.constexpr, TEACHER_CAP: tl.constexpr,
-    KIND: tl.constexpr, HAS_VALUE: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, HAS_VALUE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row, part = program // parts, program % parts
@@ -115,13 +131,17 @@ def divergence_gradient_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     first = part.to(tl.int32) * length * BLOCK
     last = tl.minimum(first + length * BLOCK, columns)
+    end = end_of(columns, PADDED)
     for start in range(first, last, BLOCK):
         column = start + lane
-        inside = column < columns
-        z = load_logits(x, bias, column, inside, pre, post, HAS_BIAS, HAS_CAP)
-        y_z = load_logits(
-            y, teacher_bias, column, inside, teacher_pre, teacher_post, TEACHER_BIAS, TEACHER_CAP
+        inside, readable = column < columns, column < end
+        z = load_logits(
+            x, bias, start, column, columns, readable, pre, post, HAS_BIAS, HAS_CAP, BLOCK
         )
+        y_z = load_logits(
+            y, teacher_bias, start, column, columns, readable, teacher_pre, teacher_post,
+            TEACHER_BIAS, TEACHER_CAP, BLOCK,
+        )  # fmt: skip
         s = log_probs(z, inside, norm, norm_stride)
         t = log_probs(y_z, inside, norm + 2 * norm_stride, norm_stride)
         p = tl.exp(s)
@@ -137,8 +157,8 @@ def divergence_gradient_kernel(
             dz = times((1.0 - beta) * p, s_over - mean)
         dx = dz * d_value * slope(z, post, plain_slope, HAS_CAP)
         # Nothing comes from a row without upstream gradient, even where it holds a NaN.
-        dx = tl.where(d_value == 0.0, 0.0, dx)
-        tl.store(x + column, dx.to(x.dtype.element_ty), mask=inside)
+        dx = tl.where((d_value == 0.0) | ~inside, 0.0, dx)
+        tl.store(x + column, dx.to(x.dtype.element_ty), mask=readable)
     if HAS_VALUE:
         value += part * part_stride + row
         tl.store(value, tl.load(value) + tl.sum(total.to(tl.float64)))
@@ -162,7 +182,8 @@ def divergence_terms(
         divergence_terms_kernel, (rows * parts,), x,
         x, y, student.bias, teacher.bias, norm, to_value, to_centre, columns,
         x.stride(0), y.stride(0), norm.stride(1), rows, parts, length, beta,
-        **_transforms(student, teacher), KIND=KINDS.index(kind), **chosen,
+        **_transforms(student, teacher), KIND=KINDS.index(kind),
+        PADDED=padded(x) and padded(y), **chosen,
     )  # fmt: skip
     if sums is not None:
         value += sums[0].sum(0)
@@ -191,7 +212,7 @@ def divergence_gradient_(
         x, y, student.bias, teacher.bias, norm, value if sums is None else sums, centre, upstream,
         columns, x.stride(0), y.stride(0), norm.stride(1), rows, parts, length, beta,
         **_transforms(student, teacher), KIND=KINDS.index(kind), HAS_VALUE=value is not None,
-        **chosen,
+        PADDED=padded(x) and padded(y), **chosen,
     )  # fmt: skip
     if value is not None and sums is not None:
         value += sums.sum(0)

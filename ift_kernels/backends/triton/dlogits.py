@@ -20,23 +20,34 @@ from ift_kernels.backends.layout_checks import (
     check_rows,
     check_softmax_gradient_args,
 )
-from ift_kernels.backends.triton.common import load_logits, row_gradient, slope, transform_arguments
+from ift_kernels.backends.triton.common import (
+    end_of,
+    load_logits,
+    padded,
+    row_gradient,
+    slope,
+    transform_arguments,
+)
 from ift_kernels.backends.triton.launch import blocks, config, launch, shape_class
 
 
-@triton.jit(do_not_specialize=["offset", "column_blocks"])
+@triton.jit(
+    do_not_specialize=["columns", "norm_stride", "coef_stride", "offset", "column_blocks"],
+    do_not_specialize_on_alignment=["target", "norm", "coef"],
+)
 def dlogits_kernel(
     x, bias, target, norm, coef,
     columns, stride, norm_stride, coef_stride, offset, column_blocks,
     pre, post, plain_slope,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = program // column_blocks
-    column = (program % column_blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
+    start = (program % column_blocks).to(tl.int32) * BLOCK
+    column = start + tl.arange(0, BLOCK)
+    inside = column < end_of(columns, PADDED)
     x += row * stride
-    z = load_logits(x, bias, column, inside, pre, post, HAS_BIAS, HAS_CAP)
+    z = load_logits(x, bias, start, column, columns, inside, pre, post, HAS_BIAS, HAS_CAP, BLOCK)
     c_target = tl.load(coef + row).to(tl.float32)
     c_prob = tl.load(coef + coef_stride + row).to(tl.float32)
     c_plogp = tl.load(coef + 2 * coef_stride + row).to(tl.float32)
@@ -49,49 +60,61 @@ def dlogits_kernel(
     grad *= slope(z, post, plain_slope, HAS_CAP)
     # Nothing comes from a row without upstream gradient, even where it holds a NaN.
     no_upstream = (c_target == 0.0) & (c_prob == 0.0) & (c_plogp == 0.0) & (c_uniform == 0.0)
-    tl.store(x + column, tl.where(no_upstream, 0.0, grad).to(x.dtype.element_ty), mask=inside)
+    grad = tl.where(no_upstream, 0.0, tl.where(column < columns, grad, 0.0))
+    tl.store(x + column, grad.to(x.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["column_blocks"])
+@triton.jit(
+    do_not_specialize=["columns", "norm_stride", "column_blocks"],
+    do_not_specialize_on_alignment=["norm"],
+)
 def probabilities_kernel(
     x, bias, norm,
     columns, stride, norm_stride, column_blocks,
     pre, post, plain_slope,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = program // column_blocks
-    column = (program % column_blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
+    start = (program % column_blocks).to(tl.int32) * BLOCK
+    column = start + tl.arange(0, BLOCK)
+    inside = column < end_of(columns, PADDED)
     x += row * stride
-    z = load_logits(x, bias, column, inside, pre, post, HAS_BIAS, HAS_CAP)
+    z = load_logits(x, bias, start, column, columns, inside, pre, post, HAS_BIAS, HAS_CAP, BLOCK)
     norm_0 = tl.load(norm + row).to(tl.float32)
     p = tl.exp((z - norm_0) - tl.load(norm + norm_stride + row).to(tl.float32))
+    p = tl.where(column < columns, p, 0.0)
     tl.store(x + column, p.to(x.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["column_blocks"])
+@triton.jit(
+    do_not_specialize=["columns", "norm_stride", "column_blocks"],
+    do_not_specialize_on_alignment=["norm", "centre"],
+)
 def softmax_gradient_kernel(
     x, bias, d_prob, norm, centre, prob,
     columns, stride, d_prob_stride, norm_stride, prob_stride, column_blocks,
     pre, post, plain_slope,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_PROB: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_PROB: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = program // column_blocks
-    column = (program % column_blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
+    start = (program % column_blocks).to(tl.int32) * BLOCK
+    column = start + tl.arange(0, BLOCK)
+    inside = column < end_of(columns, PADDED)
     x += row * stride
-    z = load_logits(x, bias, column, inside, pre, post, HAS_BIAS, HAS_CAP)
+    z = load_logits(x, bias, start, column, columns, inside, pre, post, HAS_BIAS, HAS_CAP, BLOCK)
     norm_0 = tl.load(norm + row).to(tl.float32)
     p = tl.exp((z - norm_0) - tl.load(norm + norm_stride + row).to(tl.float32))
+    p = tl.where(column < columns, p, 0.0)
     if HAS_PROB:
         tl.store(prob + row * prob_stride + column, p.to(prob.dtype.element_ty), mask=inside)
     # Of a nearly certain token the two cancel: neither is rounded to 16 bits.
     d_prob += row * d_prob_stride
     along = tl.load(d_prob + column, mask=inside, other=0.0).to(tl.float32)
     dz = p * (along - tl.load(centre + row).to(tl.float32))
-    dx = dz * slope(z, post, plain_slope, HAS_CAP)
+    dx = tl.where(column < columns, dz * slope(z, post, plain_slope, HAS_CAP), 0.0)
     tl.store(x + column, dx.to(x.dtype.element_ty), mask=inside)
 
 
@@ -104,7 +127,7 @@ def dlogits_(chunk: Chunk, row_gradient: RowGradient, transposed: Tensor | None 
     launch(
         dlogits_kernel, (rows * column_blocks,), x,
         x, bias, target, norm, coef, columns, x.stride(0), norm.stride(0), coef.stride(0),
-        offset, column_blocks, **transform_arguments(bias, transform), **chosen,
+        offset, column_blocks, **transform_arguments(bias, transform), PADDED=padded(x), **chosen,
     )  # fmt: skip
     if transposed is not None:
         transposed.copy_(x.T)
@@ -118,7 +141,7 @@ def probabilities_(chunk: Chunk, norm: Tensor) -> None:
     launch(
         probabilities_kernel, (rows * column_blocks,), x,
         x, bias, norm, columns, x.stride(0), norm.stride(0), column_blocks,
-        **transform_arguments(bias, transform), **chosen,
+        **transform_arguments(bias, transform), PADDED=padded(x), **chosen,
     )  # fmt: skip
 
 
@@ -132,7 +155,8 @@ def softmax_gradient_(
         softmax_gradient_kernel, (rows * column_blocks,), x,
         x, bias, d_prob, norm, centre, prob, columns, x.stride(0), d_prob.stride(0),
         norm.stride(0), 0 if prob is None else prob.stride(0), column_blocks,
-        **transform_arguments(bias, transform), HAS_PROB=prob is not None, **chosen,
+        **transform_arguments(bias, transform), HAS_PROB=prob is not None,
+        PADDED=all(padded(t) for t in (x, d_prob, prob) if t is not None), **chosen,
     )  # fmt: skip
 
 

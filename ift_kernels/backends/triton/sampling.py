@@ -13,7 +13,12 @@ from torch import Tensor
 
 from ift_kernels.backends.contract import Chunk
 from ift_kernels.backends.layout_checks import check_chunk, check_top_k, check_vectors
-from ift_kernels.backends.triton.common import load_logits, transform_arguments
+from ift_kernels.backends.triton.common import (
+    end_of,
+    load_logits,
+    padded,
+    transform_arguments,
+)
 from ift_kernels.backends.triton.launch import config, launch, power_of_two, shape_class
 
 MIN_KEY = tl.constexpr(-(2**63))
@@ -29,12 +34,15 @@ def key_of(z, ids):
     return (ordered.to(tl.int64) << 32) | (ids ^ 0x7FFFFFFF).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["offset", "k"])
+@triton.jit(
+    do_not_specialize=["columns", "offset", "k"], do_not_specialize_on_alignment=["values", "ids"]
+)
 def top_k_kernel(
     x, bias, values, ids,
     columns, stride, offset, k,
     pre, post, plain_slope,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
@@ -48,10 +56,13 @@ def top_k_kernel(
     best = tl.where(used, best, 0x7FFFFFFFFFFFFFFF - slot)
     worst = tl.min(best)
     lane = tl.arange(0, BLOCK)
+    end = end_of(columns, PADDED)
     for start in range(0, columns, BLOCK):
         column = start + lane
         inside = column < columns
-        z = load_logits(x, bias, column, inside, pre, post, HAS_BIAS, HAS_CAP)
+        z = load_logits(
+            x, bias, start, column, columns, column < end, pre, post, HAS_BIAS, HAS_CAP, BLOCK
+        )
         key = tl.where(inside, key_of(z, column + offset), MIN_KEY)
         top = tl.max(key)
         while top > worst:
@@ -86,17 +97,21 @@ def minus_log_exponential(bits):
     return -tl.log(exponential)
 
 
-@triton.jit(do_not_specialize=["offset", "seed_low", "seed_high"])
+@triton.jit(
+    do_not_specialize=["columns", "offset", "seed_low", "seed_high"],
+    do_not_specialize_on_alignment=["rows", "best", "logit", "ids"],
+)
 def gumbel_kernel(
     x, bias, rows, best, logit, ids,
     columns, stride, best_stride, ids_stride, offset, seed_low, seed_high,
     pre, post, plain_slope,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, SKIPPED: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PADDED: tl.constexpr, SKIPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
     number = tl.load(rows + row).to(tl.int64)
-    seed = (seed_high.to(tl.int64) << 32) | seed_low.to(tl.int64)
+    seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
     low = (number & 0xFFFFFFFF).to(tl.uint32)
     high = ((number >> 32) & 0xFFFFFFFF).to(tl.uint32)
     lane = tl.arange(0, BLOCK)
@@ -105,10 +120,23 @@ def gumbel_kernel(
     top_logit = top
     top_id = tl.full((BLOCK,), NO_ID, tl.int32)
     # Four ids share a counter, so blocks start at multiples of four ids.
+    end = end_of(columns, PADDED)
     for start in range(-SKIPPED, columns, BLOCK):
         column = start + lane
         inside = (column >= 0) & (column < columns)
-        z = load_logits(x, bias, column, inside, pre, post, HAS_BIAS, HAS_CAP)
+        z = load_logits(
+            x,
+            bias,
+            start,
+            column,
+            columns,
+            (column >= 0) & (column < end),
+            pre,
+            post,
+            HAS_BIAS,
+            HAS_CAP,
+            BLOCK,
+        )
         counter = ((start + offset) // 4 + quarter).to(tl.uint32)
         blank = tl.zeros_like(counter)
         w0, w1, w2, w3 = tl.philox(seed, counter, blank + low, blank + high, blank)
@@ -144,7 +172,7 @@ def top_k_update(chunk: Chunk, values: Tensor, ids: Tensor) -> None:
     launch(
         top_k_kernel, (rows,), x,
         x, bias, values, ids, columns, x.stride(0), offset, k,
-        **transform_arguments(bias, transform), K=power_of_two(max(k, 2)),
+        **transform_arguments(bias, transform), PADDED=padded(x), K=power_of_two(max(k, 2)),
         **config("top_k", shape_class(columns), x.device),
     )  # fmt: skip
 
@@ -158,7 +186,12 @@ def gumbel_update(
     launch(
         gumbel_kernel, (count,), x,
         x, bias, rows, best, logit, ids, columns, x.stride(0), best.stride(0),
-        ids.stride(0), offset, seed % 2**32, seed // 2**32 % 2**32,
-        **transform_arguments(bias, transform), SKIPPED=offset % 4,
+        ids.stride(0), offset, _half(seed), _half(seed >> 32),
+        **transform_arguments(bias, transform), PADDED=padded(x), SKIPPED=offset % 4,
         **config("gumbel", shape_class(columns), x.device),
     )  # fmt: skip
+
+
+def _half(seed: int) -> int:
+    """The low 32 bits as a signed number: a larger one would be another type, and compiled anew."""
+    return (seed + 2**31) % 2**32 - 2**31

@@ -17,19 +17,31 @@ from torch import Tensor
 
 from ift_kernels.backends.contract import TRACK_ARGMAX, Chunk, RowState, new_state
 from ift_kernels.backends.layout_checks import check_chunk, check_state
-from ift_kernels.backends.triton.common import load_logits, merge_into, transform_arguments
+from ift_kernels.backends.triton.common import (
+    end_of,
+    load_logits,
+    logits,
+    merge_into,
+    padded,
+    transform_arguments,
+)
 from ift_kernels.backends.triton.launch import blocks, config, launch, multiprocessors, shape_class
 
 NO_COLUMN = tl.constexpr(2**31 - 1)  # larger than any
 MAX_PARTS = 64
 
 
-@triton.jit(do_not_specialize=["offset", "parts", "length"])
+@triton.jit(
+    do_not_specialize=["columns", "state_stride", "part_stride", "argmax_stride", "offset",
+                       "parts", "length"],
+    do_not_specialize_on_alignment=["target", "state", "argmax"],
+)  # fmt: skip
 def stats_kernel(
     x, bias, target, state, argmax,
     columns, stride, state_stride, part_stride, argmax_stride, offset, parts, length,
     pre, post, plain_slope,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TRACK: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TRACK: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row, part = program // parts, program % parts
@@ -45,10 +57,13 @@ def stats_kernel(
     top = tl.max(low)
     first = part.to(tl.int32) * length * BLOCK
     last = tl.minimum(first + length * BLOCK, columns)
+    end = end_of(columns, PADDED)
     for start in range(first, last, BLOCK):
         column = start + lane
         inside = column < columns  # of a part before the last: always
-        z = load_logits(x, bias, column, inside, pre, post, HAS_BIAS, HAS_CAP)
+        z = load_logits(
+            x, bias, start, column, columns, column < end, pre, post, HAS_BIAS, HAS_CAP, BLOCK
+        )
         if TRACK & 8:
             z_sum += tl.where(inside, z, 0.0)
         z = tl.where(inside, z, float("-inf"))
@@ -87,7 +102,11 @@ def stats_kernel(
             runner_up = tl.max(rest)
     local = tl.load(target + row) - offset
     has_target = (local >= first) & (local < last)
-    picked = load_logits(x, bias, local, has_target, pre, post, HAS_BIAS, HAS_CAP)
+    picked = tl.load(x + local, mask=has_target, other=0.0).to(tl.float32)
+    b = 0.0
+    if HAS_BIAS:
+        b = tl.load(bias + local, mask=has_target, other=0.0).to(tl.float32)
+    picked = logits(picked, b, pre, post, HAS_BIAS, HAS_CAP)
     merge_into(
         state, argmax, state_stride,
         top_64, tl.sum(total.to(tl.float64)), picked.to(tl.float64), has_target,
@@ -97,7 +116,11 @@ def stats_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["parts", "length", "columns", "offset"])
+@triton.jit(
+    do_not_specialize=["parts", "source_stride", "part_stride", "argmax_stride", "state_stride",
+                       "length", "columns", "offset"],
+    do_not_specialize_on_alignment=["target", "state", "argmax"],
+)  # fmt: skip
 def merge_kernel(
     source, source_argmax, target, state, argmax,
     parts, source_stride, part_stride, argmax_stride, state_stride, length, columns, offset,
@@ -141,7 +164,7 @@ def stats_update(chunk: Chunk, target: Tensor, state: RowState, track: int) -> N
         stats_kernel, (rows * parts,), x,
         x, bias, target, *whole, columns, x.stride(0), whole.values.stride(-2),
         whole.values.stride(0), whole.argmax.stride(0), offset, parts, length,
-        **transform_arguments(bias, transform), TRACK=track, **chosen,
+        **transform_arguments(bias, transform), TRACK=track, PADDED=padded(x), **chosen,
     )  # fmt: skip
     if parts > 1:
         merge_parts(whole, target, state, length * chosen["BLOCK"], columns, offset, track)

@@ -262,12 +262,12 @@ def test_describe():
         assert bool(row["reason"]) != row["available"]
         assert not row["plain_torch"] or row["available"]
     if rows["cpu"]["available"]:
-        assert rows["cpu"]["plain_torch"] == ["softmax_gradient_"]
+        assert rows["cpu"]["plain_torch"] == ["scale_", "softmax_gradient_"]
 
 
 def test_what_plain_torch_serves_is_listed(monkeypatch):
     """In part or whole, of a backend for GPUs: nothing falls back without a word."""
-    of_cuda = ["softmax_gradient_", "divergence_terms", "divergence_gradient_"]
+    of_cuda = ["scale_", "softmax_gradient_", "divergence_terms", "divergence_gradient_"]
     monkeypatch.setattr(sampling, "compiled", lambda: SimpleNamespace(MAX_TOP_K=16))
     assert backends.plain_torch(cuda) == [*of_cuda, "top_k_update of k > 16"]
     everything = backends.plain_torch(reference)

@@ -325,3 +325,62 @@ def test_bytes_that_kernels_ask_for():
     assert biased.least == plain.least + 4 / 8
     about = "bf16 argmax_stride=1 HAS_BIAS PRECISION=tf32 BLOCK=1024 num_warps=4"
     assert traffic.key("dlogits", about) in found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 5), (70, 701), (1, 4096)])
+def test_scale(dtype, shape):
+    x = torch.randn(shape).to(dtype)
+    for factor in (1.0, 0.3, 0.0, float("nan")):
+        ours = x.clone()
+        backend.scale_(ours, torch.tensor(factor))
+        close(ours, (x.float() * factor).to(dtype), dtype)
+
+
+def test_a_factor_of_one_moves_nothing():
+    """Not a bit changes, so a NaN keeps its payload; and nothing but the factor is read."""
+    x = torch.full((5000,), torch.nan)
+    x.view(torch.int32)[::2] = 0x7FC12345
+    before = x.view(torch.int32).clone()
+    backend.scale_(x, torch.tensor(1.0))
+    assert torch.equal(x.view(torch.int32), before)
+
+
+@pytest.mark.parametrize("target", [-1, 196, 2**40])
+def test_the_logit_of_a_target_outside_is_nan(target, blocks):
+    state = new_state(2, torch.device("cpu"))
+    x, ids = torch.randn(2, 196), torch.tensor([target, 5])
+    backend.stats_update(Chunk(x), ids, state, 0)
+    logprob = linear_stats.row_values(*state, 196, 0).logprob
+    assert logprob[0].isnan() and not logprob[1].isnan()
+
+
+@pytest.mark.parametrize("columns", [131, 1, 17])
+@pytest.mark.parametrize("bias", [False, True])
+def test_odd_widths_of_padded_rows(columns, bias, blocks):
+    """As the schedules have them: what is between rows has no part in anything, and may be 0."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.full((6, 160), torch.nan)[:, :columns]
+    x.copy_(torch.randn(6, columns, generator=generator))
+    b = torch.randn(columns, generator=generator) if bias else None
+    target = torch.randint(columns, (6,), generator=generator)
+    results = []
+    for side in SIDES:
+        y = x._base.clone()[:, :columns]
+        state = new_state(6, torch.device("cpu"))
+        side.stats_update(Chunk(y, b), target, state, TRACK_ALL)
+        values, ids = torch.full((6, 3), -torch.inf), torch.full((6, 3), -1)
+        side.top_k_update(Chunk(y, b), values, ids)
+        best = torch.full((6,), -torch.inf)
+        drawn = best, best.clone(), torch.zeros(6, dtype=torch.int64)
+        side.gumbel_update(Chunk(y, b), 2**40 + 3, torch.arange(6), *drawn)
+        norm = torch.stack([state.values[0], state.values[1].log()]).float()
+        mask = side.active_mask(Chunk(y, b), target, norm.sum(0) - 3, 32)
+        p = y._base.clone()[:, :columns]
+        side.probabilities_(Chunk(p, b), norm)
+        side.dlogits_(Chunk(y, b), RowGradient(target, norm, torch.ones(4, 6)))
+        results.append((*state, values, ids, *drawn, mask, p, y))
+        beyond = y._base[:, columns:]
+        assert (beyond.isnan() | (beyond == 0)).all()
+    for ours, wanted in zip(results[0], results[1], strict=True):
+        close(ours, wanted)

@@ -8,10 +8,13 @@ import torch
 import ift_kernels
 import serving
 from allocations import MIB, Allocations, size
-from ift_kernels import linear_cross_entropy, linear_logprobs
+from bench.suites import counts
+from ift_kernels import backends, linear_cross_entropy, linear_logprobs
+from ift_kernels.common.transform import LogitTransform
 from ift_kernels.schedule import active as active_module
-from ift_kernels.schedule import cost, device, gpu_plan, plan
+from ift_kernels.schedule import cost, device, divergence_plan, gpu_plan, plan
 from ift_kernels.schedule.device import H200
+from ift_kernels.schedule.head import Head
 
 N, D, V = 512, 256, 8192
 # On so small and slow a GPU small tensors take whole waves and longer than launches, as do large
@@ -255,3 +258,35 @@ def test_one_cast_of_the_head_at_a_time(made, monkeypatch, trained, rows, width,
     wanted = exact(hidden, weight, target, torch.ones(rows, dtype=torch.float64))
     for a, b in zip(got, wanted, strict=True):
         assert distance(a, b) < 0.02
+
+
+# --- divergences ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["forward", "jsd"])
+@pytest.mark.parametrize(("reduction", "workspace"), [("mean", 16), ("mean", 2), ("none", 1)])
+def test_divergence(made, kind, reduction, workspace):
+    hidden, weight, _ = leaves(torch.float32, 192, 2048)
+    teacher = hidden.detach().roll(1, 0), weight.detach()
+    options = {"kind": kind, "reduction": reduction, "workspace": workspace * MIB}
+    up = torch.ones(()) if reduction == "mean" else torch.linspace(0.1, 1, 192)
+    found = []
+    for kind_of_number in (torch.float32, torch.float64):
+        h, w = (t.detach().to(kind_of_number).requires_grad_() for t in (hidden, weight))
+        other = (t.to(kind_of_number) for t in teacher)
+        value = ift_kernels.linear_divergence(h, w, *other, **options)
+        found.append(torch.autograd.grad(value, (h, w), up.to(kind_of_number)))
+    for a, b in zip(*found, strict=True):
+        assert distance(a, b) < 1e-5
+
+
+def test_tiles_of_a_divergence_are_wide_on_a_gpu():
+    """By hand, at full size: launches of narrow ones would take longer than what they do."""
+    pytest.importorskip("triton")
+    with counts.planned_for_h200():
+        hidden, weight = (torch.empty(n, 4096, dtype=torch.bfloat16, device="meta")
+                          for n in (8192, 128256))  # fmt: skip
+        head = Head(backends.get(hidden), hidden, weight, None, LogitTransform())
+        found = divergence_plan.layout((head, head), 512 * MIB, True, True)
+    assert found.block >= 256 and found.block * found.block_columns >= 1 << 20
+    assert found.held % found.block_columns == 0
