@@ -157,7 +157,7 @@ def divergence_gradient_kernel(
             dz = times((1.0 - beta) * p, s_over - mean)
         dx = dz * d_value * slope(z, post, plain_slope, HAS_CAP)
         # Nothing comes from a row without upstream gradient, even where it holds a NaN.
-        dx = tl.where((d_value == 0.0) | ~inside, 0.0, dx)
+        dx = tl.where(inside, tl.where(d_value == 0.0, 0.0, dx), 0.0)
         tl.store(x + column, dx.to(x.dtype.element_ty), mask=readable)
     if HAS_VALUE:
         value += part * part_stride + row
