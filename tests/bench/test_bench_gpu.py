@@ -253,10 +253,8 @@ def test_every_function_has_a_call():
     assert tuned == {(kernel, kind) for kernel, kinds in table.items() for kind in kinds}
 
 
+@pytest.mark.usefixtures("triton_interpreter")
 def test_tuner_writes_a_table(tmp_path):
-    pytest.importorskip("triton")
-    if reason := backend.interpreter_unavailable():
-        pytest.skip(reason)
     path = tmp_path / "launch.json"
     kernels = "--kernels", "residual", "split", "--minutes", HANG, "--output", path
     done = python("-m", "bench", "tune", "--dry-run", *kernels, cwd=ROOT, without=SETTINGS)

@@ -18,10 +18,9 @@ ALONE = {"without": SETTINGS, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("triton_interpreter")
 def test_interpreted():
     """TRITON_INTERPRET decides when kernels are imported, so it needs its own process."""
-    if reason := backend.interpreter_unavailable():
-        pytest.skip(reason)
     files = map(str, sorted(Path(__file__).parent.glob("test_triton_interpreted*.py")))
     quiet = "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"
     done = python("-m", "pytest", "-n", "0", *quiet, *files, TRITON_INTERPRET="1", **ALONE)
