@@ -10,7 +10,7 @@ INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp
 # Without a GPU the CUDA extension would cost minutes and serve nothing; its tests compile it anyway.
 WITH_CUDA := $(or $(IFT_BUILD_CUDA),$(if $(shell command -v nvidia-smi),auto,0))
 
-.PHONY: demo experiments test prove bench gpu lint wheel cuda-versions clean
+.PHONY: demo experiments test prove bench gpu lint wheel cuda-versions triton-versions clean
 .SECONDARY:
 
 demo: $(VENV)/train.stamp
@@ -59,6 +59,17 @@ cuda-versions: $(VENV)/dev.stamp
 	    nvidia-cuda-nvrtc-cu12==$$2 nvidia-cuda-runtime-cu12==$$3 \
 	    nvidia-cuda-nvcc-cu12==$$4 nvidia-cuda-cccl-cu12==$$5; \
 	  $(BIN)/python .ci/nvrtc.py $$folder 80 90a; \
+	done
+
+# The kernels with each older Triton that has committed limits, in the interpreter and compiled, beside
+# the newest numpy that this interpreter takes. ARGS=--write commits limits of kernels that changed.
+TRITON_VERSIONS := 3.6.0
+triton-versions: $(VENV)/dev.stamp
+	set -e; for each in $(TRITON_VERSIONS); do folder=build/triton-$$each; \
+	  [ -d $$folder ] || $(PIP) install --quiet --no-deps --target $$folder triton==$$each 'numpy<2.4'; \
+	  PYTHONPATH=$$folder $(BIN)/python -m bench static $(ARGS); \
+	  PYTHONPATH=$$folder $(BIN)/python -m pytest -n 0 tests/kernels/backends/test_triton.py \
+	    tests/bench/test_bench_gpu.py; \
 	done
 
 # Leaves the packages in .venv, which take longest; the next command builds ours again.

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ift_kernels import use_backend
+from ift_kernels.backends import triton
 from ift_kernels.backends.cpu import memory
 from ift_kernels.schedule import active, plan
 from serving import BACKENDS, SERVED
@@ -88,6 +89,14 @@ def set_num_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def triton_interpreter():
+    """Skip the test where there is no Triton, or its interpreter does not work with this numpy."""
+    pytest.importorskip("triton")
+    if reason := triton.interpreter_unavailable():
+        pytest.skip(reason)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ that a GPU would see. Each is compiled in every committed configuration, for NVI
 architectures, by Triton's own compiler, and the machine code is read with the disassembler that
 comes with it. Committed limits: registers, no spills, 16-byte loads and stores of global memory,
 the matrix instructions of the architecture where there is a product, and bytes that are requested
-against the least that could be (`bench.gpu.traffic`).
+against the least that could be (`bench.gpu.traffic`). Limits of registers are per Triton version.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ from triton.compiler import ASTSource
 
 from bench.gpu import traffic
 from bench.report.tables import Table, percent, terminal
+from ift_kernels.backends import triton as backend
 from ift_kernels.backends.triton import launch
 
+VERSION = ".".join(triton.__version__.split(".")[:2])  # as in LIMITS
 LIMITS = Path(__file__).with_name("static_limits.json")
 # Reads bytes, single flags or lists of ids; nothing to gain from wide accesses.
 NARROW = {"mask", "merge"}
@@ -299,7 +301,7 @@ def kernel_code(kernel: Any) -> str:
         body = tree.body[0].body  # type: ignore[attr-defined]  # a function's
         if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
             del body[0]  # its docstring
-        found[f"{where}.{function.__name__}"] = ast.dump(tree)
+        found[f"{where}.{function.__name__}"] = _nested(tree)
         for name, value in ((name, function.__globals__.get(name)) for name in names):
             if isinstance(value, triton.language.constexpr):
                 found[f"{where}.{name}"] = value.value
@@ -309,6 +311,16 @@ def kernel_code(kernel: Any) -> str:
                 key = f"{value.__module__}.{value.__name__}"
                 waiting += [] if key in found or key.startswith("triton.") else [value]
     return repr(sorted(found.items()))
+
+
+def _nested(node: Any) -> Any:
+    """A syntax tree without empty fields: which of those there are depends on Python's version."""
+    if isinstance(node, list):
+        return [_nested(each) for each in node]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = [(name, _nested(v)) for name, v in ast.iter_fields(node) if v not in (None, [])]
+    return type(node).__name__, fields
 
 
 def digests(architecture: str, which: list[Variant]) -> dict[str, str]:
@@ -325,7 +337,10 @@ def digests(architecture: str, which: list[Variant]) -> dict[str, str]:
 
 
 def committed() -> dict[str, Any]:
-    """Limits and digests of the kernels when they were last compiled with nothing wrong."""
+    """Digests of the kernels when they were last compiled, and by version of Triton their limits.
+
+    A kernel has a limit where that Triton compiled what has this digest, with nothing wrong.
+    """
     loaded: dict[str, Any] = json.loads(LIMITS.read_text(encoding="utf-8"))
     return loaded
 
@@ -336,20 +351,16 @@ def run(architectures: list[str], console: Console, write: bool = False) -> int:
     `write` commits what comes out of the kernels that have changed; the others stay as they are.
     """
     known = committed()
-    if write and known["triton"] != triton.__version__:
-        known["digests"] = {}
     bad = 0
     for architecture in architectures:
         some = variants(architecture)
         code = digests(architecture, some)
-        limits: dict[str, int] = known["registers"].get(architecture, {})
+        limits: dict[str, int] = known["registers"].get(VERSION, {}).get(architecture, {})
         if write:
-            before = known["digests"].get(architecture, {})
-            some = [v for v in some if code[v.limit] != before.get(v.limit)]
-            changed = {v.limit for v in some}
-            limits = {k: v for k, v in limits.items() if k in code and k not in changed}
+            limits = _unchanged(limits, known["digests"].get(architecture, {}), code)
+            some = [v for v in some if v.limit not in limits]
         found = [(which, compile_for(which, architecture)) for which in some]
-        bytes_ = traffic.measure(architecture)
+        bytes_ = traffic.measure(architecture) if some else {}
         if write:
             for which, used in found:
                 limits[which.limit] = max(used.registers, limits.get(which.limit, 0))
@@ -374,12 +385,19 @@ def run(architectures: list[str], console: Console, write: bool = False) -> int:
     return bad
 
 
+def _unchanged(
+    limits: dict[str, int], before: dict[str, str], code: dict[str, str]
+) -> dict[str, int]:
+    return {k: v for k, v in limits.items() if k in code and code[k] == before.get(k)}
+
+
 def _commit(architecture: str, limits: dict[str, int], code: dict[str, str]) -> None:
     known = committed()  # again: another run may have written its architecture
-    if known["triton"] != triton.__version__:  # what another one compiled says nothing here
-        known = {"digests": {}, "registers": {}}
-    known["registers"][architecture], known["digests"][architecture] = limits, code
-    known["triton"] = triton.__version__
+    before = known["digests"].get(architecture, {})
+    for other in known["registers"].values():  # their Triton has not compiled what has changed
+        other[architecture] = _unchanged(other.get(architecture, {}), before, code)
+    known["registers"].setdefault(VERSION, {})[architecture] = limits
+    known["digests"][architecture] = code
     LIMITS.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -396,5 +414,11 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if launch.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
+    if reason := backend.interpreter_unavailable():
+        parser.error(f"bytes are counted in the interpreter: {reason}")
+    some = committed()["registers"]
+    if VERSION not in some and not options.write:
+        versions = ", ".join(sorted(some))
+        parser.error(f"limits are committed of Triton {versions}, not of {VERSION}: see --write")
     console = Console(width=170)
     return 1 if run(options.architectures, console, options.write) else 0

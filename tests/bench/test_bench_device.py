@@ -52,9 +52,9 @@ sys.exit(code)
 """
 
 
+@pytest.mark.usefixtures("triton_interpreter")
 def test_dry_run(tmp_path):
     """Every phase, with Triton interpreted; nothing fails, and `bench report` could read it."""
-    pytest.importorskip("triton")
     options = ["--dry-run", "--plot", "--output", tmp_path]
     first = {"TRITON_INTERPRET": "1"}  # else --list would import Triton without it
     done = python("-c", MEASURES, *options, cwd=ROOT, without=SETTINGS, **first)

@@ -149,6 +149,90 @@ def test_digests_are_of_code(old, new, same, tmp_path, static):
     assert (before == after) == same
 
 
+def test_digests_are_the_same_with_every_python(tmp_path, monkeypatch, static):
+    """Later releases add fields to a syntax tree, which are empty in our code."""
+    kernel = some_kernel(tmp_path / "some.py", MODULE)
+    before = static.kernel_code(kernel)
+    for kind, more in ((ast.FunctionDef, []), (ast.Call, None), (ast.arg, [])):
+        monkeypatch.setattr(kind, "_fields", (*kind._fields, "of_a_later_python"))
+        monkeypatch.setattr(kind, "of_a_later_python", more, raising=False)
+    assert static.kernel_code(kernel) == before
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch, static):
+    """Limits in a file of their own, of kernels that compile as the returned function says."""
+    monkeypatch.setattr(static, "LIMITS", tmp_path / "limits.json")
+    static.LIMITS.write_text('{"digests": {}, "registers": {}}')
+    some = static.variants("sm_90", (torch.bfloat16,), (False,))
+    some = [v for v in some if v.name in ("dlogits", "scan", "top_k") and not v.irregular]
+    monkeypatch.setattr(static, "variants", lambda architecture: some)
+    monkeypatch.setattr(static.traffic, "measure", lambda architecture: {})
+
+    def write(version, registers, sources, spills=0, arguments=("--write",)):
+        """With this Triton; `sources` by kernel. What was compiled, and the exit code."""
+        compiled = []
+
+        def compile_for(which, architecture):
+            compiled.append(which.limit)
+            return static.Resources(registers, spills, 0, 4, 8, 0.5, 1, 1, "")
+
+        monkeypatch.setattr(static, "VERSION", version)
+        monkeypatch.setattr(static, "compile_for", compile_for)
+        monkeypatch.setattr(static, "digests", lambda *given: sources)
+        bad = static.main(["--architectures", "sm_90", *arguments])
+        return sorted(set(compiled)), bad
+
+    return write
+
+
+def test_every_triton_has_its_own_limits(table, static, capsys):
+    old = {"dlogits": "a", "scan": "b", "top_k": "c"}
+    new = old | {"scan": "d"}
+    everything = sorted(old)
+
+    def limits(version):
+        return static.committed()["registers"][version]["sm_90"]
+
+    assert table("3.6", 40, old) == (everything, 0)
+    assert table("3.7", 50, old) == (everything, 0)  # of the same sources
+    assert limits("3.6") == dict.fromkeys(old, 40) and limits("3.7") == dict.fromkeys(old, 50)
+    assert table("3.7", 60, new) == (["scan"], 0)
+    assert limits("3.7") == dict.fromkeys(old, 50) | {"scan": 60}
+    assert limits("3.6") == {"dlogits": 40, "top_k": 40}  # it has not compiled this `scan`
+    assert static.committed()["digests"]["sm_90"] == new
+    assert table("3.6", 41, new, spills=8) == (["scan"], 1)
+    assert limits("3.6") == {"dlogits": 40, "top_k": 40}  # with something wrong, nothing is written
+    assert table("3.6", 41, new) == (["scan"], 0)
+    assert limits("3.6") == {"dlogits": 40, "top_k": 40, "scan": 41}
+    assert limits("3.7") == dict.fromkeys(old, 50) | {"scan": 60}
+    # The check is against the limits of the Triton that is installed.
+    assert table("3.7", 50, new, arguments=()) == (everything, 0)
+    compiled, bad = table("3.6", 50, new, arguments=())
+    assert compiled == everything and bad == 1
+    assert "50 registers, limit" in capsys.readouterr().out
+
+
+def test_a_triton_without_limits_is_refused(table, capsys):
+    sources = {"dlogits": "a", "scan": "b", "top_k": "c"}
+    for version in ("3.6", "3.7"):
+        table(version, 40, sources)
+    for version in ("3.4", "3.9", "3.70"):
+        with pytest.raises(SystemExit):
+            table(version, 40, sources, arguments=())
+        said = f"limits are committed of Triton 3.6, 3.7, not of {version}: see --write"
+        assert said in capsys.readouterr().err
+
+
+def test_what_cannot_count_bytes_is_refused(static, monkeypatch, capsys):
+    monkeypatch.setattr(static.backend, "interpreter_unavailable", lambda: "needs another numpy")
+    for arguments in ([], ["--write"]):
+        with pytest.raises(SystemExit):
+            static.main(arguments)
+        said = "bytes are counted in the interpreter: needs another numpy"
+        assert said in capsys.readouterr().err
+
+
 def test_digests_refuse_what_they_do_not_see(tmp_path, static):
     code = MODULE.replace("import triton\n", "import triton\nfrom ift_kernels import backends\n", 1)
     kernel = some_kernel(tmp_path / "some.py", code.replace("outer(tl", "backends.outer(tl"))
@@ -169,8 +253,8 @@ def test_every_function_has_a_call():
     assert tuned == {(kernel, kind) for kernel, kinds in table.items() for kind in kinds}
 
 
+@pytest.mark.usefixtures("triton_interpreter")
 def test_tuner_writes_a_table(tmp_path):
-    pytest.importorskip("triton")
     path = tmp_path / "launch.json"
     kernels = "--kernels", "residual", "split", "--minutes", HANG, "--output", path
     done = python("-m", "bench", "tune", "--dry-run", *kernels, cwd=ROOT, without=SETTINGS)

@@ -18,6 +18,8 @@ import torch
 from ift_kernels.backends import reference
 
 OLDEST = (3, 4)
+# With committed limits of what they compile; see `bench.gpu.static`.
+CHECKED = ("3.6", "3.7")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 wants_transpose = reference.wants_transpose  # cuBLAS reads either operand transposed
@@ -73,8 +75,12 @@ def _version(module: Any) -> tuple[int, ...]:
     return tuple(int(part) for part in module.__version__.split(".")[:2])
 
 
+def _interpreter_wanted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
 @functools.cache
-def _interpreter_unavailable() -> str:
+def interpreter_unavailable() -> str:
     """Why Triton's interpreter cannot run beside this numpy, or "" if it can."""
     import numpy
     import triton
@@ -97,7 +103,7 @@ def _device_too_old(index: int) -> str:
 def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str:
     if device.type not in ("cuda", "cpu"):
         return f"device {device.type} is not cuda"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+    if device.type == "cpu" and not _interpreter_wanted():
         return "device cpu is not cuda, and TRITON_INTERPRET=1 is not set"
     if dtype not in DTYPES:
         return f"dtype {dtype} is served by the reference backend"
@@ -105,9 +111,9 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str:
         return reason
     if device.type == "cpu":
         late = "TRITON_INTERPRET=1 was set after the kernels had been loaded"
-        return _interpreter_unavailable() if interpreted() else late
+        return interpreter_unavailable() if interpreted() else late
     if interpreted():
-        return _interpreter_unavailable()  # copied to the CPU and back: slow, but right
+        return interpreter_unavailable()  # copied to the CPU and back: slow, but right
     index = torch.cuda.current_device() if device.index is None else device.index
     return _device_too_old(index)
 
@@ -116,12 +122,16 @@ def describe() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     reason = unsupported_reason(device, torch.float32)
-    if reason and not cuda:
+    if not cuda and not _interpreter_wanted():
         reason = _unavailable() or "torch sees no GPU"
-    detail = ""
-    if not reason:
+    details = []
+    if not _unavailable():
         import triton
 
-        where = torch.cuda.get_device_name(device) if cuda else "interpreter"
-        detail = f"triton {triton.__version__}, {where}"
-    return {"available": not reason, "reason": reason, "detail": detail}
+        if not reason:
+            where = torch.cuda.get_device_name(device) if cuda else "interpreter"
+            details.append(f"triton {triton.__version__}, {where}")
+        if ".".join(map(str, _version(triton))) not in CHECKED:
+            known = f"compiled kernels are checked with {' and '.join(CHECKED)}"
+            details.append(f"triton {triton.__version__} is untested: {known}")
+    return {"available": not reason, "reason": reason, "detail": "; ".join(details)}

@@ -10,7 +10,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
-DISTRIBUTIONS = ("ift-kernels", "torch", "triton", "transformers", "accelerate", "tokenizers")
+DISTRIBUTIONS = (
+    "ift-kernels", "torch", "triton", "numpy", "transformers", "accelerate", "tokenizers",
+)  # fmt: skip
 VARIABLES = ("IFT_BACKEND", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 

@@ -376,7 +376,7 @@ def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["versions"]["python"] == sys.version.split()[0]
-    assert report["versions"]["torch"] and report["versions"]["transformers"]
+    assert all(report["versions"][name] for name in ("torch", "numpy", "transformers"))
     assert {"cpu", "reference"} <= {backend["name"] for backend in report["backends"]}
     assert report["threads"]["torch"] >= 1 and report["problem"] is None
     assert main(["doctor"]) == 0

@@ -8,15 +8,17 @@ import torch
 
 import ift_kernels
 from ift_kernels import backends
+from ift_kernels.backends import triton as backend
 from processes import SETTINGS, python
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 # Of a new process: without this one's settings.
 ALONE = {"without": SETTINGS, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("triton_interpreter")
 def test_interpreted():
     """TRITON_INTERPRET decides when kernels are imported, so it needs its own process."""
     files = map(str, sorted(Path(__file__).parent.glob("test_triton_interpreted*.py")))
@@ -53,8 +55,6 @@ def test_triton_is_not_imported_with_the_package():
 
 
 def test_an_absent_triton(monkeypatch):
-    from ift_kernels.backends import triton as backend
-
     backend._unavailable.cache_clear()
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     try:
@@ -73,50 +73,80 @@ def test_an_absent_triton(monkeypatch):
 )  # fmt: skip
 def test_an_interpreter_that_needs_an_older_numpy(monkeypatch, of_triton, of_numpy, refused):
     import numpy
-    import triton
 
-    from ift_kernels.backends import triton as backend
     from ift_kernels.backends.triton import launch
 
     monkeypatch.setattr(triton, "__version__", of_triton)
     monkeypatch.setattr(numpy, "__version__", of_numpy)
     monkeypatch.setattr(launch, "INTERPRETED", True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    backend._interpreter_unavailable.cache_clear()
+    backend.interpreter_unavailable.cache_clear()
     try:
         for device in ("cpu", "cuda"):
             reason = backend.unsupported_reason(torch.device(device), torch.float32)
             said = f"the interpreter of triton {of_triton} needs numpy below 2.4, got {of_numpy}"
             assert reason == (said if refused else "")
+        assert backend.describe()["reason"] == (said if refused else "")
     finally:
-        backend._interpreter_unavailable.cache_clear()
+        backend.interpreter_unavailable.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("version", "checked"),
+    [("3.4.0", False), ("3.6.0", True), ("3.7.2", True), ("3.9.0", False), ("3.60.0", False)],
+)
+def test_a_version_without_limits_is_reported(version, checked, monkeypatch):
+    """In one line of ``ift doctor``, with a GPU or without."""
+    from ift.cli import doctor
+
+    monkeypatch.setattr(triton, "__version__", version)
+    lines = [line for line in doctor.as_text(doctor.examine()).split("\n") if "checked" in line]
+    assert bool(lines) != checked
+    if not checked:
+        (line,) = lines
+        said = f"triton {version} is untested: compiled kernels are checked with 3.6 and 3.7"
+        assert line.endswith(said)
+
+
+@pytest.fixture
+def static():
+    """`bench.gpu.static`, where the Triton that is installed has limits."""
+    from bench.gpu import static
+
+    known = static.committed()["registers"]
+    if static.VERSION not in known:
+        pytest.skip(f"limits are committed of Triton {', '.join(known)}, not of {static.VERSION}")
+    return static
+
+
+def test_every_checked_version_has_limits():
+    from bench.gpu import static
+
+    assert static.committed()["registers"].keys() == set(backend.CHECKED)
 
 
 # What the schedules hand to `dlogits_`, and the rest, comes with rows on cache lines: so do these.
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_committed_sources_compile(architecture):
+def test_committed_sources_compile(architecture, static):
     """Every kernel in every configuration was compiled as it is, and nothing was wrong with it.
 
-    The digests are of sources, constants and configurations. Where one differs,
-    ``python -m bench static --write`` compiles that kernel.
+    With every Triton that has limits. The digests are of sources, constants and configurations.
+    Where one differs, ``python -m bench static --write`` compiles that kernel, and drops its limits
+    of other versions until it has run with those: ``make triton-versions``.
     """
-    from bench.gpu import static
-
     known = static.committed()
-    if static.triton.__version__ != known["triton"]:
-        pytest.skip(f"the committed digests are of Triton {known['triton']}")
     found = static.digests(architecture, static.variants(architecture))
     said = "kernels or configurations have changed: run python -m bench static --write"
     assert known["digests"][architecture] == found, said
+    for version, limits in known["registers"].items():
+        assert limits[architecture].keys() == found.keys(), f"with Triton {version}: {said}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_90"])
-def test_compiled_kernels_stay_within_their_limits(architecture):
+def test_compiled_kernels_stay_within_their_limits(architecture, static):
     """A quarter of the variants, compiled for certain; `test_committed_sources_compile` has all."""
-    from bench.gpu import static
-
-    limits = static.committed()["registers"][architecture]
+    limits = static.committed()["registers"][static.VERSION][architecture]
     some = static.variants(architecture, (torch.bfloat16,), (False,))
     assert {v.limit for v in some} == set(limits)
     regular = [v for v in some if not v.irregular]
@@ -150,6 +180,5 @@ def test_complaints():
 
 def test_no_module_has_the_name_of_a_function():
     """Importing a submodule sets it on the package, where the function of that name should be."""
-    backend = backends.BACKENDS["triton"]
     folder = Path(backend.__file__).parent
     assert not {path.stem for path in folder.glob("*.py")} & set(backend._HOME)
