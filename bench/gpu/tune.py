@@ -72,7 +72,7 @@ def calls(
     norm = torch.stack([x.float().amax(1), torch.full((rows,), 3.0, device=device)])
     coef = torch.ones(4, rows, device=device)
     state = contract.new_state(rows, device)
-    y = x.clone()
+    y, half = x.clone(), torch.tensor(0.5, device=device)
     row_gradient = contract.RowGradient(target, norm, coef)
     values = torch.full((rows, 2), -torch.inf, device=device)
     ids = torch.full((rows, 2), -1, device=device)
@@ -121,6 +121,8 @@ def calls(
                          lambda: [y], lambda: y.copy_(x)),
         "probabilities_": Call(2 * moved, lambda: backend.probabilities_(contract.Chunk(y), norm),
                                lambda: [y], lambda: y.copy_(x)),
+        "scale_": Call(2 * moved, lambda: backend.scale_(y, half), lambda: [y],
+                       lambda: y.copy_(x)),
         "softmax_gradient_": Call(
             4 * moved, lambda: backend.softmax_gradient_(contract.Chunk(y), d_prob, norm, norm[1]),
             lambda: [y], lambda: (y.copy_(x), d_prob.copy_(x))),
