@@ -120,7 +120,7 @@ def seqlens(cu_seqlens: Tensor, like: Tensor) -> Tensor:
     """`cu_seqlens` as int64, checked: documents [cu[i], cu[i+1]) cover the positions of `like`.
 
     Its values are read only outside `torch.compile`, whose traces cannot branch on data; the
-    operations themselves check again when they run. A tensor is read once, unless it changes.
+    operations themselves check again when they run. One on a GPU is read once, unless it changes.
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         came = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
@@ -136,7 +136,7 @@ def seqlens(cu_seqlens: Tensor, like: Tensor) -> Tensor:
     cu, total = cu_seqlens.long().contiguous(), like.numel()
     if torch.compiler.is_compiling():
         return cu
-    if _read.get(cu_seqlens) != (total, _version(cu_seqlens)):
+    if not _counts_writes(cu_seqlens) or _read.get(cu_seqlens) != (total, cu_seqlens._version):
         # One synchronisation, not three.
         ends = torch.stack([cu[0], cu[-1], cu.diff().amin()]).tolist()
         if ends[:2] != [0, total]:
@@ -147,8 +147,8 @@ def seqlens(cu_seqlens: Tensor, like: Tensor) -> Tensor:
         if ends[2] < 0:
             raise ValueError("cu_seqlens: expected non-decreasing values, got a decreasing pair")
     for tensor in (cu_seqlens, cu):
-        if _version(tensor) is not None:
-            _read[tensor] = total, _version(tensor)
+        if _counts_writes(tensor):
+            _read[tensor] = total, tensor._version
     return cu
 
 
@@ -156,9 +156,9 @@ def seqlens(cu_seqlens: Tensor, like: Tensor) -> Tensor:
 _read = WeakTensorKeyDictionary()
 
 
-def _version(tensor: Tensor) -> int | None:
-    """How often it was written in place; None where torch does not count."""
-    return None if tensor.is_inference() else tensor._version
+def _counts_writes(tensor: Tensor) -> bool:
+    """Whether torch counts all writes in place: numpy and others may share memory of a CPU."""
+    return tensor.device.type != "cpu" and not tensor.is_inference()
 
 
 def plain_floating(name: str, value: Tensor) -> None:

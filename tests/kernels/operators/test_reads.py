@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,6 +68,7 @@ def test_packed_rows_are_read_once(dtype, monkeypatch):
     x, cu = torch.ones(12, requires_grad=True), torch.tensor([0, 5, 5, 12], dtype=dtype)
     seen, original = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: seen.append(t) or original(t))
+    monkeypatch.setattr(checks, "_counts_writes", lambda t: True)  # as on a GPU
 
     def step():
         seen.clear()
@@ -102,6 +104,16 @@ def test_the_list_of_reads_is_complete():
             ".", "/"
         )
         assert f"def {function}(" in source.with_suffix(".py").read_text(encoding="utf-8")
+
+
+def test_packed_rows_of_a_cpu_are_read_every_time():
+    """What numpy writes torch does not count."""
+    array = np.array([0, 5, 12])
+    cu = torch.from_numpy(array)
+    ift_kernels.propagation_weights(torch.zeros(12), torch.ones(12), cu_seqlens=cu)
+    array[1:] = 13, 12
+    with pytest.raises(ValueError, match="non-decreasing"):
+        ift_kernels.propagation_weights(torch.zeros(12), torch.ones(12), cu_seqlens=cu)
 
 
 @pytest.mark.parametrize("target", [-1, 50, 2**40])
