@@ -14,6 +14,7 @@ import time
 import pytest
 
 from command_line import read_log, refusal, train, untimed, write_rows
+from ift import plotting
 from ift.cli import main, options
 from ift.files import JsonlLog
 from processes import HANG, fork, python
@@ -286,9 +287,14 @@ LONG = [*SMALL, "--max-steps", "30", "--log-steps", "7", "--save-steps", "5", "-
         "--eval-split", "0.1", "--rule", "sample", "--lam-noise", "--accumulate", "2"]  # fmt: skip
 
 
+def undrawn(arguments):
+    plotting.plot_run = lambda *given: None
+    return main(arguments)
+
+
 def completed(arguments, output):
     """Run `ift` in a process of its own."""
-    process = fork(output, main, arguments)
+    process = fork(output, undrawn, arguments)
     process.join()
     assert process.exitcode == 0, output.read_text()
 
@@ -303,7 +309,7 @@ def unbroken(data, tmp_path_factory):
 def broken_at(arguments, checkpoint, number):
     """Send `ift` a signal as soon as a checkpoint is there; its exit code and what it printed."""
     output = checkpoint.parents[1] / "printed"
-    process = fork(output, main, arguments)
+    process = fork(output, undrawn, arguments)
     deadline = time.monotonic() + HANG
     while not checkpoint.exists():
         assert process.is_alive() and time.monotonic() < deadline, output.read_text()
