@@ -19,7 +19,8 @@ from typing import Any
 
 PATIENCE = 5.0  # seconds for a process to leave
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-PRELOADED = ["bench.suites.command"]  # modules that the server imports when it starts
+# Modules that the server imports when it starts: suites, what the one of models needs, and peers.
+PRELOADED = ["bench.suites.command", "transformers.models.qwen2.modeling_qwen2"]
 
 
 class Failed(RuntimeError):
