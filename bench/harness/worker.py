@@ -20,7 +20,7 @@ from typing import Any
 PATIENCE = 5.0  # seconds for a process to leave
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 # Modules that the server imports when it starts: suites, what the one of models needs, and peers.
-PRELOADED = ["bench.suites.command", "transformers.models.qwen2.modeling_qwen2"]
+PRELOADED = ["bench.suites.command", "ift.integrations.transformers"]
 
 
 class Failed(RuntimeError):
