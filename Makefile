@@ -21,8 +21,10 @@ experiments: $(VENV)/experiments.stamp
 	for name in squeezing digits frozen_lake clip preference instructions probe_cost; do \
 	  $(BIN)/python -m examples.experiments.$$name || exit 1; done
 
+# Neighbouring tests share fixtures, so each worker takes half of them in a row, then what the other
+# has left. Tests start many processes: bytecode is kept even where the environment says otherwise.
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # What takes too long for a test: PART=models; run it again to go on where it stopped. Its log is
 # tests/proofs/models.jsonl, its table docs/models.md.

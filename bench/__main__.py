@@ -7,8 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-# Name → its module and function. Only what is asked for is imported: the suites import every peer,
-# which takes longer than most commands.
+# Name → its module and function. Only what is asked for is imported.
 COMMANDS = {
     "report": ("report.pages", "main"), "quick": ("suites.command", "quick"),
     "compare": ("report.compare", "compare"), "run": ("report.compare", "run_base"),

@@ -55,6 +55,27 @@ def start(worker, processes, directory, *more):
     )
 
 
+def fork(output, function, *arguments):
+    """A process that calls ``function(*arguments)``; its exit code is the result.
+
+    Nothing that is preloaded is imported again, which takes longer than most runs. What it prints
+    goes to the file `output`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_exit_with, args=(output, function, *arguments))
+    process.start()
+    return process
+
+
+def _exit_with(output, function, *arguments):
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.exit(function(*arguments))
+
+
 def results(worker, processes, directory):
     """What ``worker(rank, processes, directory)`` returns in each process of a group, by rank."""
     start(_in_group, processes, directory, worker)

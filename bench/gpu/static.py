@@ -111,7 +111,10 @@ class Variant:
     @property
     def irregular(self) -> bool:
         """Whether rows do not begin on 16 bytes, or do not end there."""
-        free = {p.name for p in self.kernel.params if p.do_not_specialize} | set(self.aligned)
+        free = {
+            p.name for p in self.kernel.params
+            if p.do_not_specialize or p.do_not_specialize_on_alignment
+        } | set(self.aligned)  # fmt: skip
         sizes = {"width", "stride", "columns", "length"} - dict(self.constants).keys()
         return any(n not in free and (n in sizes or kind[0] == "*") for n, kind in self.signature)
 

@@ -1,8 +1,8 @@
 """Processes of their own for what is measured: none inherits another's memory, threads or caches.
 
-A server imports torch and the peers once and never computes; every worker is a fresh fork of it, so
-that it starts within a tenth of a second and with no thread pool. A fork cannot use a GPU that the
-server has touched, and peers touch it when they are imported: `InProcess` is for GPUs.
+A server imports torch and the measured peers once and never computes; every worker is a fresh fork
+of it, so that it starts within a tenth of a second and with no thread pool. A fork cannot use a GPU
+that the server has touched, and peers touch it when they are imported: `InProcess` is for GPUs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 
 PATIENCE = 5.0  # seconds for a process to leave
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+# Modules that the server imports when it starts: suites, what the one of models needs, and peers.
+PRELOADED = ["bench.suites.command", "ift.integrations.transformers"]
 
 
 class Failed(RuntimeError):
@@ -36,7 +38,7 @@ class Worker:
     def __init__(self, threads: int) -> None:
         context: Any = multiprocessing.get_context(METHOD)
         if METHOD == "forkserver":
-            context.set_forkserver_preload(["bench.suites.command"])
+            context.set_forkserver_preload(PRELOADED)
         self._pipe, other_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(other_end, threads), daemon=True)
         self._process.start()

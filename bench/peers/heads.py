@@ -13,6 +13,7 @@ What the peers print or warn stays in the process of the worker that runs them.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ift_kernels
+from bench.harness import worker
 from ift_kernels import ActiveSet
 
 KINDS = ("loss", "logprob", "statistics", "ids")
@@ -30,25 +32,17 @@ LOSS_ONLY = LOGPROB_ONLY | {"logprob": "no gradient of its own per token"}
 Statistics = tuple[Tensor, Tensor, Tensor | None]
 
 
+@functools.cache
 def _optional(name: str) -> tuple[Any, str]:
-    """A module, or why there is none."""
+    """A module, or why there is none; workers that start later are forked with it imported."""
     try:
-        return importlib.import_module(name), ""
+        found = importlib.import_module(name)
     except ModuleNotFoundError as error:
         return None, f"{error.name} is not installed"
     except Exception as error:  # whatever a peer's import raises, the others still run
         return None, f"does not import: {type(error).__name__}: {str(error).splitlines()[0]}"
-
-
-# Imported once, by the server that workers are forked from.
-_trl, _trl_missing = _optional("trl.trainer.utils")
-_cce, _cce_missing = _optional("cut_cross_entropy")
-_liger, _liger_missing = _optional("liger_kernel.transformers.functional")
-_quack, _quack_missing = _optional("quack.linear_cross_entropy")
-_verl, _verl_missing = _optional("verl.utils.kernel.linear_cross_entropy")
-_verl_torch, _verl_torch_missing = _optional("verl.utils.experimental.torch_functional")
-_flash, _flash_missing = _optional("flash_attn.ops.triton.cross_entropy")
-_inductor, _inductor_missing = _optional("torch._inductor.compile_fx")
+    worker.PRELOADED.append(name)
+    return found, ""
 
 
 class Peer:
@@ -60,15 +54,21 @@ class Peer:
     slowness = 1.3  # a guess, against bare GEMMs, until it has been measured
     lacks: dict[str, str] = {}  # noqa: RUF012  kind → why it is not offered; read only
     gradient_limit: float | None = None  # relative error that is refused; None: beyond rounding
-    missing = ""  # why its package cannot be used
+    package = ""  # the module that it calls, imported when first needed: some take seconds
     gpu_only = False
+
+    @property
+    def module(self) -> Any:
+        return _optional(self.package)[0]
 
     def unsupported_reason(self, kind: str, device: torch.device, dtype: torch.dtype) -> str:
         """Empty if it can run."""
         return self.unavailable(device, dtype) or self.lacks.get(kind, "")
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        return "its kernels need a GPU" if self.gpu_only and device.type == "cpu" else self.missing
+        if self.gpu_only and device.type == "cpu":
+            return "its kernels need a GPU"
+        return _optional(self.package)[1] if self.package else ""
 
     def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return -self.logprob(hidden, weight, target).sum() / (target != -100).sum()
@@ -125,7 +125,7 @@ class Compiled(Peer):
     """`NaiveFloat` through inductor, once per shape."""
 
     name, title, compiled = "compile", "torch.compile of naive", True
-    missing = _inductor_missing
+    package = "torch._inductor.compile_fx"
 
     def function(self, kind: str) -> Callable[..., Any]:
         return compiled(getattr(NaiveFloat(), kind))
@@ -170,11 +170,12 @@ class TrlChunked(Peer):
 
     name, title, slowness = "trl", "TRL chunked logprob", 5.0
     lacks = {"ids": "reports whether the target is the most likely id, not which one is"}  # noqa: RUF012
+    package = "trl.trainer.utils"
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        if _trl is None:
-            return _trl_missing
-        has = hasattr(_trl, "_ChunkedLogProbFunction")
+        if self.module is None:
+            return super().unavailable(device, dtype)
+        has = hasattr(self.module, "_ChunkedLogProbFunction")
         return "" if has else "needs TRL 1.16 or a later one that still has its chunked logprob"
 
     def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -187,8 +188,8 @@ class TrlChunked(Peer):
         self, hidden: Tensor, weight: Tensor, target: Tensor, outputs: tuple[str, ...]
     ) -> tuple[Tensor, ...]:
         mask = target != -100
-        chunk = _trl._CHUNKED_LOGPROB_CHUNK_SIZE
-        apply = _trl._ChunkedLogProbFunction.apply
+        chunk = self.module._CHUNKED_LOGPROB_CHUNK_SIZE
+        apply = self.module._ChunkedLogProbFunction.apply
         found = apply(hidden, weight, None, target.clamp(min=0), 1.0, chunk, None, 1.0, outputs)
         return found[0].masked_fill(~mask, 0), *found[1:]
 
@@ -197,13 +198,14 @@ class CutCrossEntropy(Reduced):
     """Its Triton kernels on a GPU; elsewhere what it offers there, a compiled dense loss."""
 
     name, title = "cce", "Cut Cross-Entropy"
-    compiled, missing = True, _cce_missing
+    compiled, package = True, "cut_cross_entropy"
 
     def cross_entropy(
         self, hidden: Tensor, weight: Tensor, target: Tensor, reduction: str
     ) -> Tensor:
+        call = self.module.linear_cross_entropy
         mode = "cce" if hidden.is_cuda else "torch_compile"
-        return _cce.linear_cross_entropy(hidden, weight, target, reduction=reduction, impl=mode)
+        return call(hidden, weight, target, reduction=reduction, impl=mode)
 
 
 class Liger(Peer):
@@ -211,10 +213,10 @@ class Liger(Peer):
 
     name, title = "liger", "Liger-Kernel"
     lacks = LOSS_ONLY
-    gpu_only, missing = True, _liger_missing
+    gpu_only, package = True, "liger_kernel.transformers.functional"
 
     def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return _liger.liger_fused_linear_cross_entropy(hidden, weight, target)
+        return self.module.liger_fused_linear_cross_entropy(hidden, weight, target)
 
 
 class Quack(Peer):
@@ -222,14 +224,14 @@ class Quack(Peer):
 
     name, title, compiled = "quack", "QuACK", True
     lacks = LOSS_ONLY
-    gpu_only, missing = True, _quack_missing
+    gpu_only, package = True, "quack.linear_cross_entropy"
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
         found = super().unavailable(device, dtype)
         return found or ("16-bit data only" if dtype.itemsize > 2 else "")
 
     def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return _quack.chunked_linear_cross_entropy(hidden, weight, target)
+        return self.module.chunked_linear_cross_entropy(hidden, weight, target)
 
 
 class Verl(Peer):
@@ -237,9 +239,11 @@ class Verl(Peer):
 
     name, title, compiled, slowness = "verl", "verl fused linear", True, 2.0
     lacks = {"ids": "gives no ids"}  # noqa: RUF012
+    package = "verl.utils.experimental.torch_functional"
+    kernels = "verl.utils.kernel.linear_cross_entropy"
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        return _verl_torch_missing if device.type == "cpu" else _verl_missing
+        return _optional(self.package if device.type == "cpu" else self.kernels)[1]
 
     def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         # It has no ignored targets: its users mask what comes out.
@@ -252,8 +256,9 @@ class Verl(Peer):
 
     def _call(self, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if hidden.is_cuda:
-            return _verl.linear_cross_entropy(hidden, weight, target, 1.0, "none")
-        return _verl_torch.FusedLinearForPPO()(hidden, weight, target)
+            kernels = _optional(self.kernels)[0]
+            return kernels.linear_cross_entropy(hidden, weight, target, 1.0, "none")
+        return self.module.FusedLinearForPPO()(hidden, weight, target)
 
 
 class FlashAttention(Naive):
@@ -261,12 +266,12 @@ class FlashAttention(Naive):
 
     name, title, slowness = "flash", "naive, flash-attn's cross-entropy", 1.4
     lacks = LOGPROB_ONLY
-    gpu_only, missing = True, _flash_missing
+    gpu_only, package = True, "flash_attn.ops.triton.cross_entropy"
     loss = Peer.loss
 
     def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         logits = self.logits(hidden, weight)
-        return -_flash.cross_entropy_loss(logits, target, inplace_backward=True)[0]
+        return -self.module.cross_entropy_loss(logits, target, inplace_backward=True)[0]
 
 
 class Ours(Peer):

@@ -47,7 +47,8 @@ def test_verl_ignores_what_its_users_mask(monkeypatch):
             logp = (hidden @ weight.T).log_softmax(-1)
             return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
-    monkeypatch.setattr(heads, "_verl_torch", argparse.Namespace(FusedLinearForPPO=Fused))
+    found = argparse.Namespace(FusedLinearForPPO=Fused)
+    monkeypatch.setattr(heads, "_optional", lambda name: (found, ""))
     hidden, weight = torch.randn(6, 8), torch.randn(20, 8)
     target = torch.tensor([1, -100, 3, -100, 5, 6])
     verl, naive = heads.PEERS["verl"], heads.PEERS["naive"]

@@ -8,16 +8,16 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 
 from command_line import read_log, refusal, train, untimed, write_rows
+from ift import plotting
 from ift.cli import main, options
 from ift.files import JsonlLog
-from processes import python
+from processes import HANG, fork, python
 
 WORDS = ["the", "model", "learns", "to", "name", "what", "comes", "next", "and", "some", "more"]
 SMALL = ["--lr", "3e-3", "--batch-size", "4", "--max-length", "48"]
@@ -283,50 +283,55 @@ def test_models_that_cannot_be_loaded(data, tmp_path, capsys):
 # ---- interruptions -------------------------------------------------------------------------------
 
 # Records, evaluations and checkpoints at different steps, randomness of both kinds, accumulation.
-LONG = [*SMALL, "--max-steps", "60", "--log-steps", "7", "--save-steps", "5", "--eval-steps", "20",
+LONG = [*SMALL, "--max-steps", "30", "--log-steps", "7", "--save-steps", "5", "--eval-steps", "10",
         "--eval-split", "0.1", "--rule", "sample", "--lam-noise", "--accumulate", "2"]  # fmt: skip
+
+
+def undrawn(arguments):
+    plotting.plot_run = lambda *given: None
+    return main(arguments)
+
+
+def completed(arguments, output):
+    """Run `ift` in a process of its own."""
+    process = fork(output, undrawn, arguments)
+    process.join()
+    assert process.exitcode == 0, output.read_text()
 
 
 @pytest.fixture(scope="module")
 def unbroken(data, tmp_path_factory):
-    output = tmp_path_factory.mktemp("runs") / "unbroken"
-    done = python("-m", "ift.cli", *train(data, output, *LONG), **ALONE)
-    assert done.returncode == 0, done.stderr
-    return output
+    folder = tmp_path_factory.mktemp("runs")
+    completed(train(data, folder / "unbroken", *LONG), folder / "printed")
+    return folder / "unbroken"
 
 
 def broken_at(arguments, checkpoint, number):
-    """Send `ift` a signal as soon as a checkpoint is there; its exit code and stderr."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ift.cli", *arguments],
-        env={**os.environ, **ALONE},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
+    """Send `ift` a signal as soon as a checkpoint is there; its exit code and what it printed."""
+    output = checkpoint.parents[1] / "printed"
+    process = fork(output, undrawn, arguments)
+    deadline = time.monotonic() + HANG
     while not checkpoint.exists():
-        assert process.poll() is None and time.monotonic() < deadline, "ended before its checkpoint"
+        assert process.is_alive() and time.monotonic() < deadline, output.read_text()
         time.sleep(0.005)
-    process.send_signal(number)
-    shown = process.communicate()[1]
-    return process.returncode, shown
+    os.kill(process.pid, number)
+    process.join()
+    return process.exitcode, output.read_text()
 
 
 @pytest.mark.slow
 def test_killed_run_resumes_to_the_same_losses(data, unbroken, tmp_path):
     arguments = train(data, tmp_path / "r", *LONG)
-    code, _ = broken_at(arguments, tmp_path / "r" / "checkpoint-15", signal.SIGKILL)
+    code, _ = broken_at(arguments, tmp_path / "r" / "checkpoint-10", signal.SIGKILL)
     assert code == -signal.SIGKILL
     # What a kill may leave behind: half a checkpoint, half a line.
-    (tmp_path / "r" / ".unfinished" / "checkpoint-55").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "r" / ".unfinished" / "checkpoint-25").mkdir(parents=True, exist_ok=True)
     with (tmp_path / "r" / "log.jsonl").open("a") as file:
-        file.write('{"step": 5')
-    done = python("-m", "ift.cli", *arguments, "--resume", **ALONE)
-    assert done.returncode == 0, done.stderr
+        file.write('{"step": 2')
+    completed([*arguments, "--resume"], tmp_path / "printed")
     assert untimed(read_log(tmp_path / "r")) == untimed(read_log(unbroken))
     assert not list((tmp_path / "r").glob(".*"))
-    assert [r["step"] for r in read_log(unbroken)] == [7, 14, 20, 21, 28, 35, 40, 42, 49, 56, 60]
+    assert [r["step"] for r in read_log(unbroken)] == [7, 10, 14, 20, 21, 28, 30]
 
 
 @pytest.mark.slow
@@ -337,9 +342,8 @@ def test_interrupted_run_ends_in_one_line_and_resumes(data, unbroken, tmp_path):
     assert "Traceback" not in shown
     assert shown.splitlines()[-1].startswith("ift train: interrupted at step ")
     saved = max(int(path.name[11:]) for path in (tmp_path / "r").glob("checkpoint-*"))
-    assert f"interrupted at step {saved} of 60" in shown  # nothing of the work is lost
-    done = python("-m", "ift.cli", *arguments, "--resume", **ALONE)
-    assert done.returncode == 0, done.stderr
+    assert f"interrupted at step {saved} of 30" in shown  # nothing of the work is lost
+    completed([*arguments, "--resume"], tmp_path / "printed")
     assert untimed(read_log(tmp_path / "r")) == untimed(read_log(unbroken))
 
 

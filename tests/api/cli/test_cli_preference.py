@@ -180,7 +180,12 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", OPTIONS)
+DRAWN = {"dpo", "kto"}  # with log-probabilities and without
+
+
+@pytest.mark.parametrize(
+    "loss", [pytest.param(x, marks=[pytest.mark.pictures] * (x in DRAWN)) for x in OPTIONS]
+)
 def test_training_widens_the_margin(tmp_path, loss):
     data, output = write_rows(tmp_path / "p.jsonl", rows()), tmp_path / "out"
     more = ["--loss", loss, "--max-steps", 12, "--lr", "2e-3", "--batch-size", 4]
@@ -191,7 +196,7 @@ def test_training_widens_the_margin(tmp_path, loss):
     assert log[-1]["reward_margin"] > log[0]["reward_margin"]
     assert log[-1]["logprob_chosen" if loss != "kto" else "reward_chosen"] is not None
     assert any("eval_reward_margin" in record for record in log)
-    assert (output / "curves.png").stat().st_size > 10_000
+    assert loss not in DRAWN or (output / "curves.png").stat().st_size > 10_000
     assert (output / "reference").exists() == (loss in ("dpo", "kto"))
     if loss == "dpo":  # the same numbers after an interruption, the reference from the cache
         before = [record["loss"] for record in log]

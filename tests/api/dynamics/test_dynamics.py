@@ -295,6 +295,7 @@ def trainer(tokenizer, output, callbacks, steps=7, **options):
     )  # fmt: skip
 
 
+@pytest.mark.pictures
 def test_callback_in_a_plain_trainer_and_resumed(tokenizer, tmp_path):
     probes = build_probe_set(rows(), size=3)
     without = trainer(tokenizer, tmp_path / "none", [])

@@ -93,10 +93,11 @@ def test_all_shared_memory_is_found():
                             for name in declared)  # fmt: skip
 
 
-def test_operations_on_the_emulator():
+@pytest.mark.parametrize(
+    "file", ["schedule/test_active_set.py", "schedule/test_active_hidden.py", "test_residual.py"]
+)
+def test_operations_on_the_emulator(file):
     """Tests of the operations that any backend must pass, with the kernels serving them."""
-    names = "schedule/test_active_set.py", "schedule/test_active_hidden.py", "test_residual.py"
-    files = [Path(__file__).parents[1] / name for name in names]
     # Not what names another backend, nor what a backend has no part in and takes long: torch's own
     # checks of an operator. Of the gradients that the exact schedules form, not those of many ids.
     few = "not contract and not compile and not workspace and not cpu and not reference"
@@ -104,7 +105,8 @@ def test_operations_on_the_emulator():
     # Sets formed in forward, and again in backward: not each in every workspace.
     few += " and not (error_at_the_default and (4MiB and keep or recompute and not 4MiB))"
     pytest_ = "-m", "pytest", "-p", "cuda_emulator"
-    done = python_with_tests(*pytest_, *files, "-k", few, OMP_NUM_THREADS="1")
+    path = Path(__file__).parents[1] / file
+    done = python_with_tests(*pytest_, path, "-k", few, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 

@@ -19,11 +19,13 @@ ALONE = {"without": SETTINGS, "OMP_NUM_THREADS": "1"}
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("triton_interpreter")
-def test_interpreted():
+@pytest.mark.parametrize(
+    "file", sorted(Path(__file__).parent.glob("test_triton_interpreted*.py")), ids=lambda f: f.stem
+)
+def test_interpreted(file):
     """TRITON_INTERPRET decides when kernels are imported, so it needs its own process."""
-    files = map(str, sorted(Path(__file__).parent.glob("test_triton_interpreted*.py")))
     quiet = "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"
-    done = python("-m", "pytest", "-n", "0", *quiet, *files, TRITON_INTERPRET="1", **ALONE)
+    done = python("-m", "pytest", "-n", "0", *quiet, file, TRITON_INTERPRET="1", **ALONE)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 

@@ -1,5 +1,6 @@
 """The active set: exact where everything is active, close and sum-preserving elsewhere."""
 
+import functools
 import math
 
 import pytest
@@ -52,9 +53,13 @@ def frozen(h):
 HEADS = pytest.mark.parametrize("of", [lambda h: h, frozen], ids=["trained", "frozen"])
 
 
+generate = functools.lru_cache(2)(lmlike.generate)  # tests of one head follow one another
+
+
 def lm(n=256, d=64, v=2400, dtype=torch.float32, seed=0, **shape):
-    data = lmlike.generate(n, d, v, dtype=dtype, seed=seed, shape=lmlike.Shape(**shape))
-    return dense.Head(data.hidden.requires_grad_(), data.weight.requires_grad_(), data.target)
+    data = generate(n, d, v, dtype=dtype, seed=seed, shape=lmlike.Shape(**shape))
+    hidden, weight, target = (t.clone() for t in (data.hidden, data.weight, data.target))
+    return dense.Head(hidden.requires_grad_(), weight.requires_grad_(), target)
 
 
 # Rows and columns that fill neither their last block nor their last tile.
