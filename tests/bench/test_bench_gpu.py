@@ -168,6 +168,7 @@ def table(tmp_path, monkeypatch, static):
     some = [v for v in some if v.name in ("dlogits", "scan", "top_k") and not v.irregular]
     monkeypatch.setattr(static, "variants", lambda architecture: some)
     monkeypatch.setattr(static.traffic, "measure", lambda architecture: {})
+    monkeypatch.setattr(static.backend, "interpreter_unavailable", lambda: "")
 
     def write(version, registers, sources, spills=0, arguments=("--write",)):
         """With this Triton; `sources` by kernel. What was compiled, and the exit code."""
