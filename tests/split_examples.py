@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ift_kernels.backends import reference
+from ift_kernels.backends.contract import Chunk, RowGradient
 
 UNTOUCHED = 7.0  # where nothing is to be written
 
@@ -40,18 +41,31 @@ def outputs(dz, mask, block, bucket):
     return tail_gradient, torch.full((block * int(widths.sum()) + 40,), UNTOUCHED, dtype=dz.dtype)
 
 
-def assert_same(backend, dz, mask, block, bucket, weights):
+def row_gradient(rows, columns, offset):
+    """Of products about 1 in size: targets inside and outside; row 3 without any coefficient."""
+    generator = torch.Generator().manual_seed(rows)
+    target = torch.randint(offset - columns, offset + 2 * columns, (rows,), generator=generator)
+    target[0] = offset + columns - 1
+    norm = torch.stack([torch.full((rows,), 2.0), torch.full((rows,), 1.5)])
+    coef = torch.randn(4, rows, generator=generator)
+    coef[:, 3::17] = 0
+    return RowGradient(target, norm, coef)
+
+
+def assert_same(backend, chunk, mask, block, bucket, weights, of=None, rounded=False):
     """`split_active` of a backend is that of the reference, to rounding: of tail gradients in
-    float32, of columns in their dtype."""
-    results = []
-    for side in (backend, reference):
-        found = outputs(dz, mask, block, bucket)
-        side.split_active(dz, mask, block, bucket, weights, *found)
+    float32, of columns in their dtype; `rounded`: gradients `of` rows are stored in it first."""
+    results, eps = [], torch.finfo(chunk.x.dtype).eps
+    for side in (reference, backend):  # which may overwrite the chunk
+        found = outputs(chunk.x, mask, block, bucket)
+        side.split_active(chunk, mask, block, bucket, weights, *found, of)
         results.append(found)
-    for a, b, eps in zip(*results, (1e-6, torch.finfo(dz.dtype).eps), strict=True):
+    tolerances = (4 * eps if rounded else 4e-6 if of else 1e-6, 2 * eps if of else eps)
+    for b, a, rtol in zip(*results, tolerances, strict=True):
         torch.testing.assert_close(
-            a.double(), b.double(), rtol=max(eps, 1e-6), atol=2e-6, equal_nan=True
-        )
+            a.double(), b.double(), rtol=max(rtol, 1e-6), atol=max(2e-6, 2 * rtol * bool(of)),
+            equal_nan=True,
+        )  # fmt: skip
 
 
 REFUSED = (
@@ -65,7 +79,7 @@ REFUSED = (
 def assert_refuses_other_layouts(backend, block_of_40, *more):
     """Each change of an argument, and blocks of 40 rows, with an error that says so."""
     dz, mask = example(70, 200, torch.float32, 32, 64)
-    given = {"dz": dz, "mask": mask, "tail_weights": tail_weights(200)}
+    given = {"chunk": Chunk(dz), "mask": mask, "tail_weights": tail_weights(200)}
     given["tail_gradient"], given["active"] = outputs(dz, mask, 32, 64)
     for name, change, said in (*REFUSED, *more):
         with pytest.raises(RuntimeError, match=said):

@@ -82,7 +82,9 @@ def _epilogues(dtype: torch.dtype, full: bool, c: int, gap: int = 0) -> None:
     backend.active_mask(chunk, target, best, 32)
     few = (torch.arange(2 * c) % 8 == 0).view(2, c)  # active columns of two blocks
     active, sums = x.new_empty(n * c // 4), torch.empty(-(-c // 512), n)
-    backend.split_active(x, few.to(torch.uint8), 32, 512, torch.ones(c), sums, active)
+    split = few.to(torch.uint8), 32, 512, torch.ones(c), sums, active
+    for row_gradient in (None, contract.RowGradient(target, norm, coef)):
+        backend.split_active(chunk, *split, row_gradient)
 
 
 def _whole_operations(dtype: torch.dtype, width: int) -> None:

@@ -94,7 +94,7 @@ def calls(
     few = few.expand(-(-rows // block), -1).contiguous()
     active = x.new_zeros(block * len(few) * width)
     tails = torch.zeros(-(-columns // bucket), rows, device=device)
-    tail_weights = torch.rand(columns, **on)
+    split = few, block, bucket, torch.rand(columns, **on), tails, active
 
     def new_state() -> None:
         for tensor, first in zip(state, contract.new_state(rows, device), strict=True):
@@ -140,7 +140,7 @@ def calls(
         "active_mask": returning(lambda: [backend.active_mask(chunk, target, level, 32)], moved),
         "split_active": Call(
             moved + moved // 8,
-            lambda: backend.split_active(x, few, block, bucket, tail_weights, tails, active),
+            lambda: backend.split_active(chunk, *split, row_gradient),
             lambda: [tails, active],
         ),
         "bucket_sums": returning(lambda: [backend.bucket_sums(x, 64, row_weights)], moved),

@@ -139,10 +139,11 @@ class Backend(Protocol):
         """Which columns matter to which block of rows, uint8 (blocks, C)."""
 
     def split_active(
-        self, dz: Tensor, mask: Tensor, block: int, bucket: int, tail_weights: Tensor,
-        tail_gradient: Tensor, active: Tensor,
+        self, chunk: Chunk, mask: Tensor, block: int, bucket: int, tail_weights: Tensor,
+        tail_gradient: Tensor, active: Tensor, row_gradient: RowGradient | None = None,
     ) -> None:  # fmt: skip
-        """Split a tile of gradients into active columns and sums of the rest."""
+        """Split a tile of gradients, or what `dlogits_` would make of products, into active
+        columns and sums of the rest."""
 
     def bucket_sums(self, matrix: Tensor, bucket: int, tail_weights: Tensor) -> Tensor:
         """Weighted sums of head rows over buckets."""

@@ -166,6 +166,12 @@ class ActiveHidden:
         """Before all else: the call that this is for."""
         self._problem, self._pending_bytes = problem, tail_bytes(problem)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether plans are a GPU's."""
+        assert self._problem is not None  # by `serve`
+        return self._problem.device.is_gpu
+
     def weigh(self, head: Head, row_gradient: RowGradient) -> None:
         """The first rows' tail weights serve all that follow."""
         if self._weights is None:
@@ -176,8 +182,7 @@ class ActiveHidden:
 
         None where dh of the tile is exact: on a GPU that of a tile `alone`.
         """
-        assert self._problem is not None  # by `serve`
-        if alone and self._problem.device.is_gpu:
+        if alone and self.on_gpu:
             if self._report is not None:
                 self._report.add(True, 0, tile.product.numel() / self.options.block)
             return None
@@ -210,19 +215,30 @@ class ActiveHidden:
         self._add(head, tile, mask, block, counts, total)
 
     def _add(
-        self, head: Head, tile: Tile, mask: Tensor, block: int, counts: list[int], total: Sum
+        self,
+        head: Head,
+        tile: Tile,
+        mask: Tensor,
+        block: int,
+        counts: list[int],
+        total: Sum,
+        row_gradient: RowGradient | None = None,
     ) -> None:
-        """The same, of blocks that have so many active columns each."""
-        (rows, columns, dz), weight = tile, head.weight_chunk(tile.columns)
+        """The same, of blocks that have so many active columns each.
+
+        The tile has products where a `row_gradient` is given.
+        """
         if sum(counts) >= DENSE_SHARE * mask.numel():
-            total.add(rows, dz, weight)
+            self._add_dense(head, tile, total, row_gradient)
             return
+        (rows, columns, dz), weight = tile, head.weight_chunk(tile.columns)
         bucket = self.options.tail_bucket
         gradient = dz.new_empty((-(-dz.shape[1] // bucket), len(dz)), dtype=accum_dtype(dz.dtype))
         widths = [-(-count // 32) * 32 for count in counts]  # vendor products want few sizes
         active = self._take("active", head, block * sum(widths))
         weights = self._bucket_of(head, columns).weights
-        head.backend.split_active(dz, mask, block, bucket, weights, gradient, active)
+        split = mask, block, bucket, weights, gradient, active
+        head.backend.split_active(head.chunk(tile), *split, row_gradient)
         self._tails.append(_Tail(rows, columns, gradient))
         if mask.device.type == "cpu":  # less memory
             ids = mask.nonzero()[:, 1].split(counts)
@@ -244,6 +260,13 @@ class ActiveHidden:
             self.finish(head, total)
             self._buckets.clear()
 
+    def _add_dense(
+        self, head: Head, tile: Tile, total: Sum, row_gradient: RowGradient | None
+    ) -> None:
+        if row_gradient is not None:
+            head.backend.dlogits_(head.chunk(tile), row_gradient)
+        total.add(tile.rows, tile.product, head.weight_chunk(tile.columns))
+
     def add_kept(
         self,
         head: Head,
@@ -251,8 +274,11 @@ class ActiveHidden:
         tiles: Iterable[tuple[slice, Tensor | None]],
         tile_columns: int,
         total: Sum,
+        row_gradient: RowGradient | None = None,
     ) -> None:
         """Tiles of `kept`, gradients of all rows, given by their columns and active masks.
+
+        Products as yet where a `row_gradient` is given.
 
         As many columns at once as have `active_columns` in a block: vendor products want a long
         inner size. The same for all blocks of rows, so that sums of head rows serve them all.
@@ -268,7 +294,7 @@ class ActiveHidden:
             if self._report is not None:
                 pairs = len(masks[0]) * kept.shape[1]
                 self._report.add(True, pairs, pairs, len(self._report.pending))
-            total.add(rows, kept, head.weight_chunk(columns))
+            self._add_dense(head, Tile(rows, columns, kept), total, row_gradient)
             return
         blocks, totals = found
         counts = _counts(totals, self._ends)
@@ -286,7 +312,7 @@ class ActiveHidden:
                 dense = active >= DENSE_SHARE * pairs
                 self._report.add(dense, active * together, pairs * together, end - start)
             tile = Tile(rows, some, kept[:, some])
-            self._add(head, tile, mask, blocks.rows, of_blocks, total)
+            self._add(head, tile, mask, blocks.rows, of_blocks, total, row_gradient)
             start = end
 
     def _limit(self, tile_columns: int) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ift_kernels.backends.contract import Chunk
+from ift_kernels.backends.contract import Chunk, RowGradient
+from ift_kernels.backends.cpu.dlogits import dlogits_
 from ift_kernels.backends.cpu.extension import compiled, products_of
 from ift_kernels.backends.layout_checks import (
     DTYPES,
@@ -25,14 +26,18 @@ def active_mask(chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tens
 
 
 def split_active(
-    dz: Tensor,
+    chunk: Chunk,
     mask: Tensor,
     block: int,
     bucket: int,
     tail_weights: Tensor,
     tail_gradient: Tensor,
     active: Tensor,
+    row_gradient: RowGradient | None = None,
 ) -> None:
+    if row_gradient is not None:  # in place, while the tile is in cache
+        dlogits_(chunk, row_gradient)
+    dz = chunk.x
     check_split_active_args(dz, mask, block, bucket, tail_weights, tail_gradient, active)
     compiled().split_active(
         products_of(Chunk(dz)),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ift_kernels.backends.contract import Chunk
+from ift_kernels.backends.contract import Chunk, RowGradient
+from ift_kernels.backends.cuda.dlogits import dlogits_
 from ift_kernels.backends.cuda.extension import compiled, products_of, queue_of
 from ift_kernels.backends.layout_checks import (
     DTYPES,
@@ -28,14 +29,18 @@ def active_mask(chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tens
 
 
 def split_active(
-    dz: Tensor,
+    chunk: Chunk,
     mask: Tensor,
     block: int,
     bucket: int,
     tail_weights: Tensor,
     tail_gradient: Tensor,
     active: Tensor,
+    row_gradient: RowGradient | None = None,
 ) -> None:
+    if row_gradient is not None:
+        dlogits_(chunk, row_gradient)
+    dz = chunk.x
     blocks, buckets = check_split_active_args(
         dz, mask, block, bucket, tail_weights, tail_gradient, active
     )

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ift_kernels.backends.contract import Chunk
+from ift_kernels.backends.contract import Chunk, RowGradient
 from ift_kernels.backends.reference.chunk import logits, target_columns
+from ift_kernels.backends.reference.dlogits import dlogits_
 
 
 def active_mask(chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tensor:
@@ -30,15 +31,19 @@ def active_mask(chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tens
 
 
 def split_active(
-    dz: Tensor,
+    chunk: Chunk,
     mask: Tensor,
     block: int,
     bucket: int,
     tail_weights: Tensor,
     tail_gradient: Tensor,
     active: Tensor,
+    row_gradient: RowGradient | None = None,
 ) -> None:
     """Split a tile of gradients (N, C) for dh; both results are written completely.
+
+    With a `row_gradient` the chunk has products, of which `dlogits_` would make these gradients;
+    they may be overwritten.
 
     `tail_gradient` (buckets, N): the sum of each row over the columns of a bucket that are not
     active, over that of their `tail_weights` (C,), float32; 0 without any. `active`, flat, receives
@@ -46,7 +51,10 @@ def split_active(
     (block, their number rounded up to 32), zeros beyond, one block after another; rows beyond N
     stay as they are.
     """
-    rows, columns = dz.shape
+    if row_gradient is not None:  # in the dtype of sums: nothing is stored that could round them
+        chunk = chunk._replace(x=chunk.x.to(tail_gradient.dtype, copy=True))
+        dlogits_(chunk, row_gradient)
+    dz, (rows, columns) = chunk.x, chunk.x.shape
     tail = (mask == 0).repeat_interleave(block, 0)[:rows]
     zero = torch.zeros((), dtype=tail_gradient.dtype, device=dz.device)
     parts = (torch.where(tail, x.to(zero.dtype), zero) for x in (dz, tail_weights))

@@ -11,17 +11,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ift_kernels.backends.contract import Chunk
+from ift_kernels.backends.contract import Chunk, RowGradient
 from ift_kernels.backends.layout_checks import (
     check_chunk,
-    check_rows,
+    check_row_gradient,
     check_split_active_args,
     check_tail_weights,
     check_vectors,
     kernel_matrix,
 )
-from ift_kernels.backends.triton.common import end_of, logits, padded, transform_arguments
+from ift_kernels.backends.triton.common import (
+    end_of,
+    logits,
+    padded,
+    row_gradient,
+    transform_arguments,
+)
 from ift_kernels.backends.triton.launch import blocks, config, launch, shape_class
+from ift_kernels.common.transform import LogitTransform
 
 PADDING = 32  # the active columns of a block are rounded up to this
 
@@ -76,10 +83,37 @@ def active_mask(chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tens
     return mask
 
 
-@triton.jit(do_not_specialize=["rows", "buckets"])
+@triton.jit
+def tile_gradient(
+    x, bias, target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform,  # of a tile's rows
+    row, column, valid_row, inside, readable, stride, offset, pre, post, plain_slope,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, FORMS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile: of its products if it FORMS them, or as they are there."""
+    pointer = x + row[:, None] * stride + column[None, :]
+    value = tl.load(pointer, mask=valid_row[:, None] & readable[None, :], other=0.0).to(tl.float32)
+    if FORMS:
+        b = tl.zeros_like(column).to(tl.float32)
+        if HAS_BIAS:
+            b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        z = logits(value, b[None, :], pre, post, HAS_BIAS, HAS_CAP)
+        is_target = column[None, :] == (target - offset)[:, None]
+        value = row_gradient(
+            z, is_target, norm_0[:, None], norm_1[:, None], c_target[:, None], c_prob[:, None],
+            c_plogp[:, None], c_uniform[:, None], post, plain_slope, HAS_CAP,
+        )  # fmt: skip
+    return value
+
+
+@triton.jit(
+    do_not_specialize=["rows", "buckets", "norm_stride", "coef_stride", "offset"],
+    do_not_specialize_on_alignment=["bias", "target", "norm", "coef"],
+)
 def split_kernel(
-    dz, active_mask, position, starts, tail_weights, tail_gradient, active,
-    rows, columns, stride, block, bucket, buckets,
+    x, bias, target, norm, coef, active_mask, position, starts, tail_weights, tail_gradient, active,
+    rows, columns, stride, norm_stride, coef_stride, offset, block, bucket, buckets,
+    pre, post, plain_slope,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, FORMS: tl.constexpr, PADDED: tl.constexpr,
     PADDING: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -90,17 +124,36 @@ def split_kernel(
     active_mask += number * columns
     position += number * columns
     first = (tl.program_id(0) % buckets) * bucket
-    last = tl.minimum(first + bucket, columns)
+    last, end = (
+        tl.minimum(first + bucket, columns),
+        tl.minimum(first + bucket, end_of(columns, PADDED)),
+    )
+    target_id, zero = tl.full((ROWS,), -1, tl.int64), tl.zeros((ROWS,), tl.float32)
+    norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform = zero, zero, zero, zero, zero, zero
+    if FORMS:
+        target_id = tl.load(target + row, mask=valid_row, other=-1)
+        norm_0 = tl.load(norm + row, mask=valid_row, other=0.0).to(tl.float32)
+        norm_1 = tl.load(norm + norm_stride + row, mask=valid_row, other=0.0).to(tl.float32)
+        c_target = tl.load(coef + row, mask=valid_row, other=0.0).to(tl.float32)
+        coef += coef_stride
+        c_prob = tl.load(coef + row, mask=valid_row, other=0.0).to(tl.float32)
+        coef += coef_stride
+        c_plogp = tl.load(coef + row, mask=valid_row, other=0.0).to(tl.float32)
+        coef += coef_stride
+        c_uniform = tl.load(coef + row, mask=valid_row, other=0.0).to(tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     weight = 0.0
     for start in range(first, last, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < last
-        pointer = dz + row[:, None] * stride + column[None, :]
-        x = tl.load(pointer, mask=valid_row[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        dz = tile_gradient(
+            x, bias, target_id, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform,
+            row, column, valid_row, inside, column < end, stride, offset, pre, post, plain_slope,
+            HAS_BIAS, HAS_CAP, FORMS,
+        )  # fmt: skip
         tail = tl.load(active_mask + column, mask=inside, other=1) == 0
         # Not a product with 0 or 1: a NaN of an active column has no part in the sum.
-        total += tl.sum(tl.where(tail[None, :], x, 0.0), axis=1)
+        total += tl.sum(tl.where(tail[None, :], dz, 0.0), axis=1)
         share = tl.load(tail_weights + column, mask=inside, other=0.0)
         weight += tl.sum(tl.where(tail, share, 0.0), axis=0)
     u = tl.where(weight == 0.0, 0.0, total / weight)
@@ -112,12 +165,15 @@ def split_kernel(
     for start in range(first, last, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < last
-        pointer = dz + row[:, None] * stride + column[None, :]
-        x = tl.load(pointer, mask=valid_row[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        dz = tile_gradient(
+            x, bias, target_id, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform,
+            row, column, valid_row, inside, column < end, stride, offset, pre, post, plain_slope,
+            HAS_BIAS, HAS_CAP, FORMS,
+        )  # fmt: skip
         is_active = tl.load(active_mask + column, mask=inside, other=0) != 0
         slot = tl.load(position + column, mask=is_active, other=1) - 1
         share = tl.load(tail_weights + column, mask=is_active, other=0.0)
-        centred = (x - u[:, None] * share[None, :]).to(active.dtype.element_ty)
+        centred = (dz - u[:, None] * share[None, :]).to(active.dtype.element_ty)
         written = valid_row[:, None] & is_active[None, :]
         tl.store(out[:, None] + slot[None, :], centred, mask=written)
     if bucket_id == buckets - 1:
@@ -128,30 +184,39 @@ def split_kernel(
 
 
 def split_active(
-    dz: Tensor,
+    chunk: Chunk,
     mask: Tensor,
     block: int,
     bucket: int,
     tail_weights: Tensor,
     tail_gradient: Tensor,
     active: Tensor,
+    row_gradient: RowGradient | None = None,
 ) -> None:
-    rows, columns = dz.shape
-    chosen = config("split", shape_class(columns), dz.device)
+    rows, columns = check_chunk(chunk)
+    x, bias, transform, offset = chunk
+    chosen = config("split", shape_class(columns), x.device)
     if block % chosen["ROWS"]:
         raise RuntimeError(f"block: expected a multiple of {chosen['ROWS']}, got {block}")
     _, buckets = check_split_active_args(
-        dz, mask, block, bucket, tail_weights, tail_gradient, active
+        x, mask, block, bucket, tail_weights, tail_gradient, active
     )
-    check_rows("dz", dz)
+    if row_gradient is None:
+        of_rows, strides = (None, None, None), (0, 0)
+        bias, transform = None, LogitTransform()
+    else:
+        check_row_gradient(rows, row_gradient)
+        of_rows, strides = row_gradient, (row_gradient.norm.stride(0), row_gradient.coef.stride(0))
     # How many active columns its block has up to a column, itself included; where the block begins.
     position = mask.cumsum(1, dtype=torch.int32)
     elements = (position[:, -1].long() + (PADDING - 1)) // PADDING * PADDING * block
     starts = elements.cumsum(0) - elements
     launch(
-        split_kernel, (blocks(rows, chosen["ROWS"]) * buckets,), dz,
-        dz, mask, position, starts, tail_weights, tail_gradient, active,
-        rows, columns, dz.stride(0), block, bucket, buckets, PADDING=PADDING, **chosen,
+        split_kernel, (blocks(rows, chosen["ROWS"]) * buckets,), x,
+        x, bias, *of_rows, mask, position, starts, tail_weights, tail_gradient, active,
+        rows, columns, x.stride(0), *strides, offset, block, bucket, buckets,
+        **transform_arguments(bias, transform), FORMS=row_gradient is not None, PADDED=padded(x),
+        PADDING=PADDING, **chosen,
     )  # fmt: skip
 
 

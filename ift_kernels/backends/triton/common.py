@@ -126,12 +126,20 @@ def product(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def row_gradient(z, norm_0, norm_1, c_prob, c_plogp, c_uniform):
-    """``p·(c_prob + c_plogp·log p) + c_uniform`` of `dlogits_`, without the term of the target."""
+def row_gradient(
+    z, is_target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post, plain_slope,
+    HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """What `dlogits_` makes of logits, given values of their rows."""
     log_p = (z - norm_0) - norm_1
     p = tl.exp(log_p)
     # 0 · (−inf) of a token that is masked out would be NaN.
-    return p * (c_prob + c_plogp * tl.where(p == 0.0, 0.0, log_p)) + c_uniform
+    grad = p * (c_prob + c_plogp * tl.where(p == 0.0, 0.0, log_p)) + c_uniform
+    grad += tl.where(is_target, c_target, 0.0)
+    grad *= slope(z, post, plain_slope, HAS_CAP)
+    # Nothing comes from a row without upstream gradient, even where it holds a NaN.
+    no_upstream = (c_target == 0.0) & (c_prob == 0.0) & (c_plogp == 0.0) & (c_uniform == 0.0)
+    return tl.where(no_upstream, 0.0, grad)
 
 
 @triton.jit

@@ -54,13 +54,12 @@ def dlogits_kernel(
     c_uniform = tl.load(coef + 3 * coef_stride + row).to(tl.float32)
     norm_0 = tl.load(norm + row).to(tl.float32)
     norm_1 = tl.load(norm + norm_stride + row).to(tl.float32)
-    grad = row_gradient(z, norm_0, norm_1, c_prob, c_plogp, c_uniform)
-    local = tl.load(target + row) - offset
-    grad += tl.where(column == local, c_target, 0.0)
-    grad *= slope(z, post, plain_slope, HAS_CAP)
-    # Nothing comes from a row without upstream gradient, even where it holds a NaN.
-    no_upstream = (c_target == 0.0) & (c_prob == 0.0) & (c_plogp == 0.0) & (c_uniform == 0.0)
-    grad = tl.where(no_upstream, 0.0, tl.where(column < columns, grad, 0.0))
+    is_target = column == tl.load(target + row) - offset
+    grad = row_gradient(
+        z, is_target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post, plain_slope,
+        HAS_CAP,
+    )  # fmt: skip
+    grad = tl.where(column < columns, grad, 0.0)
     tl.store(x + column, grad.to(x.dtype.element_ty), mask=inside)
 
 

@@ -171,7 +171,10 @@ def test_split_active(rows, cols, block, bucket, start, gap, dtype):
     dz, mask = split_examples.example(rows, cols, dtype, block, bucket, start, gap)
     tail_weights = split_examples.tail_weights(cols)
     tail_weights[cols // bucket * bucket :] = 0  # of a tail that is there
-    split_examples.assert_same(cuda, dz, mask, block, bucket, tail_weights)
+    split_examples.assert_same(cuda, Chunk(dz), mask, block, bucket, tail_weights)
+    of = split_examples.row_gradient(rows, cols, 0)
+    chunk = Chunk(dz, None, CAPPED)
+    split_examples.assert_same(cuda, chunk, mask, block, bucket, tail_weights, of, rounded=True)
 
 
 def test_split_active_refuses_other_layouts():

@@ -12,8 +12,10 @@ import interpreter
 import split_examples
 from dense import distance
 from ift_kernels.backends import triton as backend
+from ift_kernels.backends.contract import Chunk
 from ift_kernels.backends.triton import launch
 from ift_kernels.common import sync_free
+from ift_kernels.common.transform import LogitTransform
 from ift_kernels.operators import head_call, linear_stats
 
 interpreter.round_to_nearest()
@@ -160,7 +162,34 @@ def test_split_active(rows, columns, block, bucket, gap, small, dtype):
     # Every loop goes round, and a bucket may end within a block of columns.
     values = {"ROWS": 8, "BLOCK": 128 if bucket == 64 else 32, "num_warps": 1}
     with launch.use_config("split", values) if small else contextlib.nullcontext():
-        split_examples.assert_same(backend, dz, mask, block, bucket, tail_weights)
+        split_examples.assert_same(backend, Chunk(dz), mask, block, bucket, tail_weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        Chunk(None, offset=7),
+        Chunk(None, torch.empty(0), LogitTransform(0.7, 5.0, 1.3)),
+        Chunk(None, torch.empty(0), LogitTransform(1.3), 1000),
+    ],
+    ids=["plain", "softcap", "bias"],
+)
+@pytest.mark.parametrize(
+    ("rows", "columns", "block", "bucket", "gap"),
+    [(70, 200, 32, 64, 8), (40, 301, 64, 192, 19), (33, 150, 32, 2048, 3)],
+)
+def test_split_of_products(rows, columns, block, bucket, gap, chunk, dtype):
+    """Gradients are formed meanwhile, rows padded or not; a NaN where no upstream is has no part."""
+    x, mask = split_examples.example(rows, columns, dtype, block, bucket, gap=gap)
+    x[3, 1:20] = torch.nan
+    if chunk.bias is not None:
+        bias = torch.linspace(-1, 1, columns)
+        bias[5::9] = -torch.inf
+        chunk = chunk._replace(bias=bias)
+    of = split_examples.row_gradient(rows, columns, chunk.offset)
+    weights = split_examples.tail_weights(columns)
+    split_examples.assert_same(backend, chunk._replace(x=x), mask, block, bucket, weights, of)
 
 
 def test_split_active_refuses_other_layouts():
@@ -169,9 +198,9 @@ def test_split_active_refuses_other_layouts():
 
     split_examples.assert_refuses_other_layouts(
         backend,
-        "block: expected a multiple of 16, got 40",
+        "blocks of 40",
         ("tail_gradient", columns_first, "tail_gradient"),
-        ("dz", columns_first, "dz"),
+        ("chunk", lambda chunk: chunk._replace(x=columns_first(chunk.x)), "x: "),
         ("tail_weights", lambda t: t[1:], "tail_weights"),
     )
 

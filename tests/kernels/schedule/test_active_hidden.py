@@ -12,6 +12,7 @@ from allocations import Allocations, allowed, size
 from dense import distance
 from ift_kernels import backends
 from ift_kernels.backends import reference
+from ift_kernels.backends.contract import Chunk
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.schedule import plan
 from serving import DTYPES, needs_cpp
@@ -63,7 +64,7 @@ def test_split_active(backend, dtype, rows, columns, bucket, share):
     tail_gradient, parts = by_the_definition(dz, mask, block, bucket, tail_weights)
     found = torch.full(tail_gradient.shape, 7.0)
     active = torch.full((sum(p.numel() for p in parts) + 40,), 7.0, dtype=dtype)
-    backends.get(dz).split_active(dz, mask, block, bucket, tail_weights, found, active)
+    backends.get(dz).split_active(Chunk(dz), mask, block, bucket, tail_weights, found, active)
     assert torch.equal(wide.nan_to_num(9), before.nan_to_num(9))
     rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     torch.testing.assert_close(found.double(), tail_gradient, rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -81,7 +82,7 @@ def test_too_little_space_is_refused():
     dz, mask = torch.randn(64, 64), torch.ones(2, 64, dtype=torch.uint8)
     with K.use_backend("cpu"), pytest.raises(RuntimeError, match="active: too few elements"):
         backends.get(dz).split_active(
-            dz, mask, 32, 64, torch.ones(64), torch.empty(1, 64), torch.empty(4095)
+            Chunk(dz), mask, 32, 64, torch.ones(64), torch.empty(1, 64), torch.empty(4095)
         )
 
 
@@ -215,7 +216,7 @@ def test_the_reference_takes_any_layout():
     tail_weights = torch.rand(40)
     tail_gradient, parts = by_the_definition(dz, mask, 32, 64, tail_weights)
     found, active = torch.empty(1, 50), torch.empty(sum(p.numel() for p in parts))
-    reference.split_active(dz, mask, 32, 64, tail_weights, found, active)
+    reference.split_active(Chunk(dz), mask, 32, 64, tail_weights, found, active)
     torch.testing.assert_close(found.double(), tail_gradient, rtol=1e-5, atol=1e-6)
 
 
