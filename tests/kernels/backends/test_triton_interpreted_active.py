@@ -216,9 +216,8 @@ def test_products_of_active_columns(rows, width, columns, block, small, dtype):
     ids = mask.nonzero()[:, 1]
     _, active = split_examples.outputs(dz, mask, block, 64)
     active.fill_(torch.nan)  # rows beyond the last
-    reference.split_active(
-        Chunk(dz), mask, block, 64, torch.zeros(columns), torch.empty(-(-columns // 64), rows), active
-    )  # fmt: skip
+    zeros, tails = torch.zeros(columns), torch.empty(-(-columns // 64), rows)
+    reference.split_active(Chunk(dz), mask, block, 64, zeros, tails, active)
     total = torch.randn(rows, width + 3, generator=generator)[:, :width]
     chosen = mask.repeat_interleave(block, 0)[:rows].bool()
     wanted = total.double() + torch.where(chosen, dz.double(), 0.0) @ weight.double().nan_to_num(
