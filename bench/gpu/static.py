@@ -50,7 +50,7 @@ STREAMING = {"stats", "dlogits", "probabilities", "scale", "top_k", "gumbel", "s
              "divergence_gradient"}  # fmt: skip
 MAX_RATIO = 1.1
 MATRIX = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
-PRODUCTS = {"fused"}
+PRODUCTS = {"fused", "gathered"}
 
 
 # --- compiling for GPUs that are not installed ----------------------------------------------------

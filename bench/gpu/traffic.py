@@ -110,6 +110,10 @@ def _products(dtype: torch.dtype, full: bool, n: int, v: int, d: int) -> None:
     with launch.use_config("forward", {"FUSED": 1}):
         for track in (contract.TRACK_ALL,) if full else (0, contract.TRACK_ARGMAX):
             backend.fused_statistics(hidden, weight, bias, transform, target, state, track)
+    ids = torch.arange(0, 2 * v, 8) % v  # of two blocks, every eighth
+    mask = (torch.arange(2 * v) % 8 == 0).view(2, v).to(torch.uint8)
+    active, total = hidden.new_zeros(n * v // 8), torch.zeros(n, d)
+    backend.add_active_products(active, mask, n // 2, ids, weight, total)
 
 
 class Bytes(NamedTuple):

@@ -185,6 +185,8 @@ EPILOGUES = {
 CANDIDATES: dict[str, Configs] = {name: some for name, (_, some) in EPILOGUES.items()} | {
     "fused": grid(ROWS=(64, 128), COLUMNS=(16, 32, 64, 128), INNER=(32, 64), num_warps=(4, 8),
                   num_stages=(2, 3, 4)),
+    "gathered": grid(ROWS=(64, 128), COLUMNS=(128, 256), INNER=(32, 64), num_warps=(4, 8),
+                     num_stages=(3, 4, 5)),
     "forward": grid(FUSED=(0, 1)),
 }  # fmt: skip
 FLAGSHIP = ("wide", "wide-all", "half")  # classes of its tiles, and of 16-bit products
@@ -207,6 +209,7 @@ def _products(
 ) -> Iterator[tuple[str, str, Call]]:
     """The same of kernels with products, and of the choice between schedules."""
     from ift_kernels.backends.triton.fused import fused_statistics  # imports Triton
+    from ift_kernels.backends.triton.gathered import add_active_products
 
     n, d, v = (20, 16, 300) if dry else (8192, 4096, 32000)
     made = data.generate(n, d, v, dtype=dtype, device=str(device))
@@ -217,12 +220,22 @@ def _products(
         fused_statistics(hidden, weight, None, PLAIN, target, state, track)
         return [state.values[:3]]
 
+    def gathered() -> list[Tensor]:
+        total = torch.zeros(n, d, device=device)
+        add_active_products(active, mask, 128, ids, weight, total)
+        return [total]
+
     def forward() -> list[Tensor]:
         with torch.no_grad():
             logprob = ift_kernels.linear_logprobs(hidden, weight, target).logprob
         assert logprob is not None
         return [logprob]
 
+    if kind == "half":  # every eighth column is active, shifted from block to block
+        mask = (torch.arange(-(-n // 128) * v, device=device).view(-1, v) % 8 == 0).to(torch.uint8)
+        ids = mask.nonzero()[:, 1]
+        active = torch.ones(128 * len(mask) * (-(-v // 8) + 32), dtype=dtype, device=device)
+        yield "gathered", kind, returning(gathered)
     yield "fused", kind, returning(lambda: fused(contract.TRACK_ARGMAX))
     yield "fused", f"{kind}-all", returning(lambda: fused(contract.TRACK_ALL))
     yield "forward", kind, returning(forward)

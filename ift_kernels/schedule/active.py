@@ -17,14 +17,15 @@ active where they are in any of these: more rows share a gather of head rows and
 products, but have more active columns. `cost.active_hidden` says which number is fastest.
 
 Floor per tile of N × C products, k the active share: 2·k·N·C·D flops in place of 2·N·C·D; two more
-reads of the tile, k·N·C elements written and read, k·N·C·D / block elements of W gathered.
+reads of the tile, in place of the read and write of its gradients where nothing else needs those;
+k·N·C elements written and read; k·N·C·D / block elements of W read.
 docs/active_set.md derives the error bound and has what was measured.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -241,9 +242,31 @@ class ActiveHidden:
         head.backend.split_active(head.chunk(tile), *split, row_gradient)
         self._tails.append(_Tail(rows, columns, gradient))
         if mask.device.type == "cpu":  # less memory
-            ids = mask.nonzero()[:, 1].split(counts)
+            ids = mask.nonzero()[:, 1]
         else:
-            ids = ids_of_known_count(mask, sum(counts)).split(counts)
+            ids = ids_of_known_count(mask, sum(counts))
+        # One kernel for all blocks, which reads head rows where they lie, where a backend has it.
+        multiply: Callable[..., bool] | None = getattr(head.backend, "add_active_products", None)
+        if multiply is None or not multiply(active, mask, block, ids, weight, total.total[rows]):
+            self._add_blocks(head, rows, block, ids.split(counts), widths, active, weight, total)
+        pending = [tail.gradient for tail in self._tails]
+        pending += [x for buckets in self._buckets.values() for x in buckets]
+        if 2 * sum(x.numel() * x.element_size() for x in pending) > self._pending_bytes:
+            self.finish(head, total)
+            self._buckets.clear()
+
+    def _add_blocks(
+        self,
+        head: Head,
+        rows: slice,
+        block: int,
+        ids: Sequence[Tensor],
+        widths: list[int],
+        active: Tensor,
+        weight: Tensor,
+        total: Sum,
+    ) -> None:
+        """A product for every block of rows, of its active columns and gathered head rows."""
         start = 0
         for number, (of_block, width) in enumerate(zip(ids, widths, strict=True)):
             if not width:
@@ -254,11 +277,6 @@ class ActiveHidden:
             start += block * width
             gathered = self._head_rows(head, weight, of_block, width)
             total.add(block_rows, part[: block_rows.stop - first], gathered)
-        pending = [tail.gradient for tail in self._tails]
-        pending += [x for buckets in self._buckets.values() for x in buckets]
-        if 2 * sum(x.numel() * x.element_size() for x in pending) > self._pending_bytes:
-            self.finish(head, total)
-            self._buckets.clear()
 
     def _add_dense(
         self, head: Head, tile: Tile, total: Sum, row_gradient: RowGradient | None

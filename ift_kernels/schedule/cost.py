@@ -26,6 +26,10 @@ L2_RATE = 1.5  # of the bandwidth, for a tile that is still in the L2 cache
 HOST = 10e-6  # seconds of the host for a launch
 # Above this share of active columns a dense product costs no more than gathering the columns.
 DENSE_SHARE = 0.8
+# Of the vendor's rate, what the product of active columns with head rows where they lie is taken to
+# reach, in tiles of 128 x 256: what the L2 cache can serve without sharing between tiles.
+GATHERED_SHARE = 0.6
+PAIR_BYTES = 90  # moved for each (block, column): counts, places and ids of active columns
 # For plans: the share of the vocabulary that is active in a block of 128 rows, and the power of the
 # rows with which that of a larger block grows, of LM-like data.
 SHARE_OF_128, SHARE_POWER = 0.1, 0.57
@@ -169,6 +173,19 @@ class _Model:
         first = result  # is cast once there is another
         return first + self.moved(10 * size * (terms - 1), blocks * (terms - 1)) + result
 
+    def gathered(self, rows: int, block: int, inner: int) -> Cost:
+        """One launch: in every block of rows, a product with `inner` head rows where they lie.
+
+        Each block reads its head rows from memory, whatever others have read.
+        """
+        p, device, blocks = self.p, self.device, math.ceil(rows / block)
+        tiles = blocks * math.ceil(min(block, rows) / 128) * math.ceil(p.width / 256)
+        rate = device.flops(p.dtype) / device.multiprocessors * GATHERED_SHARE
+        wave = 2 * 128 * 256 * inner / rate + WAVE
+        read = inner * (blocks * p.width + rows) * self.size
+        seconds = max(math.ceil(tiles / device.multiprocessors) * wave, read / device.bandwidth)
+        return Cost(seconds, 0.0, 0.0, device.launch_gap, 1)
+
     def small(self, launches: int) -> Cost:
         """Operations on values per row."""
         return self.moved(0, launches)
@@ -198,7 +215,7 @@ def _backward(model: _Model, rows: int, plan: Plan, hidden: bool, weight: bool) 
     row_tiles = _steps(rows, plan.tile_rows)
     blocks = sum(count for _, count in row_tiles)
     again = _steps(p.vocabulary - kept, plan.tile_columns)
-    for columns, count in _steps(kept, plan.tile_columns):  # of all rows
+    for columns, count in _steps(0 if _stays(p) else kept, plan.tile_columns):  # of all rows
         total += model.gradient(rows, columns) * count
     for columns, count in again:
         per_tile = model.cast(columns)
@@ -230,8 +247,15 @@ def usual_share(rows: int) -> float:
 
 
 def dense_hidden(p: Problem, rows: int, columns: int) -> Cost:
-    """dh of `rows` from a tile of gradients, in one product."""
-    return _Model(p).product(rows, p.width, columns)
+    """dh of `rows` from a tile of gradients, in one product; of products as yet if `_stays` so."""
+    model = _Model(p)
+    formed = model.epilogue(rows, columns, 2) if _stays(p) else Cost()
+    return model.product(rows, p.width, columns) + formed
+
+
+def _stays(p: Problem) -> bool:
+    """Whether kept products become gradients only where active columns are taken from them."""
+    return p.active is not None and p.need_hidden and not (p.need_weight or p.need_bias)
 
 
 def active_hidden(p: Problem, rows: int, columns: int, block: int, share: float) -> Cost:
@@ -240,11 +264,14 @@ def active_hidden(p: Problem, rows: int, columns: int, block: int, share: float)
     inner = max(256, round(share * columns / 256) * 256)  # rounded: few sizes for the cache
     blocks = -(-rows // block)
     groups = math.ceil(inner / active_columns(p, columns))
+    # The tile is read for the sums of the tail, and again, from the cache, for what is active.
+    read = rows * columns * (1 + 1 / L2_RATE) + rows * inner
+    split = model.moved(int(read * model.size) + PAIR_BYTES * blocks * columns, 18 * groups)
+    if model.size == 2:  # `add_active_products`
+        return split + model.gathered(rows, block, -(-inner // groups)) * groups
     of_block = model.moved(2 * inner * p.width * model.size, groups)  # gathered head rows
     of_block += model.product(min(block, rows), p.width, -(-inner // groups)) * groups
-    # The gradients are read for the sums of the tail, and again, from the cache, what is active.
-    read = rows * columns * (1 + 1 / L2_RATE) + rows * inner
-    return of_block * blocks + model.moved(int(read * model.size), 8 * groups)
+    return of_block * blocks + split
 
 
 def _active(model: _Model, rows: int, columns: int, plan: Plan) -> Cost:
@@ -291,7 +318,7 @@ def _in_forward(model: _Model, plan: Plan) -> Cost:
             terms = sum(several for _, several in groups)
             block += model.added(rows * p.width, terms)
         total += block * count
-        for columns, tiles in _steps(p.vocabulary, plan.tile_columns):
+        for columns, tiles in _steps(0 if _stays(p) else p.vocabulary, plan.tile_columns):
             total += model.gradient(rows, columns) * (tiles * first)
             total += model.gradient(rows, columns, added=True) * (tiles * (count - first))
     # Backward: times the upstream gradient, in place, which moves nothing where that is 1, as of a

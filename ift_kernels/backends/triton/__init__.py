@@ -38,6 +38,7 @@ _MODULES = {
     "temporal": ("residual", "residual_grad"),
     # Beyond the contract: what a schedule may use where a backend has it.
     "fused": ("fused_statistics",),
+    "gathered": ("add_active_products",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

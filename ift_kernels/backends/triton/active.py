@@ -1,7 +1,7 @@
 """The active set: which columns matter to a block of rows, a tile of gradients split, bucket sums.
 
-Floors per element of a tile: 2 bytes read (bf16) for the mask; 2 to 4 for the split, of which a
-share k is written again; of the head's rows each is read once for the sums. Distance: not measured.
+Floors per element of a tile: 2 bytes read (bf16) for the mask; 2 to 4 for the split, be it of
+products or of gradients, of which a share k is written again; of the head's rows each is read once for the sums. Distance: not measured.
 """
 
 from __future__ import annotations
@@ -201,12 +201,14 @@ def split_active(
     _, buckets = check_split_active_args(
         x, mask, block, bucket, tail_weights, tail_gradient, active
     )
+    of_rows: tuple[Tensor | None, ...] = (None, None, None)
+    strides = 0, 0
     if row_gradient is None:
-        of_rows, strides = (None, None, None), (0, 0)
         bias, transform = None, LogitTransform()
     else:
         check_row_gradient(rows, row_gradient)
-        of_rows, strides = row_gradient, (row_gradient.norm.stride(0), row_gradient.coef.stride(0))
+        of_rows = row_gradient
+        strides = row_gradient.norm.stride(0), row_gradient.coef.stride(0)
     # How many active columns its block has up to a column, itself included; where the block begins.
     position = mask.cumsum(1, dtype=torch.int32)
     elements = (position[:, -1].long() + (PADDING - 1)) // PADDING * PADDING * block

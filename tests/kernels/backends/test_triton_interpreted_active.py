@@ -11,6 +11,7 @@ import ift_kernels as K
 import interpreter
 import split_examples
 from dense import distance
+from ift_kernels.backends import reference
 from ift_kernels.backends import triton as backend
 from ift_kernels.backends.contract import Chunk
 from ift_kernels.backends.triton import launch
@@ -180,7 +181,7 @@ def test_split_active(rows, columns, block, bucket, gap, small, dtype):
     [(70, 200, 32, 64, 8), (40, 301, 64, 192, 19), (33, 150, 32, 2048, 3)],
 )
 def test_split_of_products(rows, columns, block, bucket, gap, chunk, dtype):
-    """Gradients are formed meanwhile, rows padded or not; a NaN where no upstream is has no part."""
+    """Gradients are formed meanwhile, rows padded or not; rows without upstream have no NaN."""
     x, mask = split_examples.example(rows, columns, dtype, block, bucket, gap=gap)
     x[3, 1:20] = torch.nan
     if chunk.bias is not None:
@@ -190,6 +191,42 @@ def test_split_of_products(rows, columns, block, bucket, gap, chunk, dtype):
     of = split_examples.row_gradient(rows, columns, chunk.offset)
     weights = split_examples.tail_weights(columns)
     split_examples.assert_same(backend, chunk._replace(x=x), mask, block, bucket, weights, of)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("small", [True, False], ids=["small", "committed"])
+@pytest.mark.parametrize(
+    ("rows", "width", "columns", "block"),
+    [
+        (70, 40, 200, 32),
+        (96, 64, 500, 96),
+        (40, 13, 300, 64),
+        (300, 33, 90, 160),
+        (1090, 5, 40, 32),
+    ],
+)
+def test_products_of_active_columns(rows, width, columns, block, small, dtype):
+    """Head rows that are not active are never read, nor is what pads the active columns."""
+    generator = torch.Generator().manual_seed(rows)
+    dz, mask = split_examples.example(rows, columns, dtype, block, 64)
+    dz.nan_to_num_(0.5)
+    weight = torch.randn(columns, width, generator=generator).to(dtype)
+    weight[0] = torch.inf  # active in few blocks, if in any
+    mask[:, 0] = 0
+    ids = mask.nonzero()[:, 1]
+    _, active = split_examples.outputs(dz, mask, block, 64)
+    active.fill_(torch.nan)  # rows beyond the last
+    zeros, tails = torch.zeros(columns), torch.empty(-(-columns // 64), rows)
+    reference.split_active(Chunk(dz), mask, block, 64, zeros, tails, active)
+    total = torch.randn(rows, width + 3, generator=generator)[:, :width]
+    chosen = mask.repeat_interleave(block, 0)[:rows].bool()
+    wanted = total.double() + torch.where(chosen, dz.double(), 0.0) @ weight.double().nan_to_num(
+        posinf=0.0
+    )
+    values = {"ROWS": 16, "COLUMNS": 16, "INNER": 32, "num_warps": 1}
+    with launch.use_config("gathered", values) if small else contextlib.nullcontext():
+        assert backend.add_active_products(active, mask, block, ids, weight, total)
+    torch.testing.assert_close(total.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_split_active_refuses_other_layouts():

@@ -71,16 +71,16 @@ def test_goals_of_a_large_head(case, most, fp32_out):
 
 
 def test_the_active_set_of_a_large_head():
-    """A tenth of the vocabulary active in 128 rows, by the model; its goal of .75 is not reached.
+    """A tenth of the vocabulary active in 128 rows, by the model.
 
-    Masks, gradients and their division read the products five times, which is .14 of two products;
-    head rows are gathered once for every block of rows.
+    Products are read for statistics, masks and, twice, active columns, never written; head rows
+    are read where they lie, at a rate that is not measured (`cost.GATHERED_SHARE`).
     """
     p, exact = problem("active", LARGE), problem("frozen", LARGE)
     made = plan.make(p)
     assert cost.usual_share(128) == 0.1
     ratio = cost.seconds(p, made).device / cost.seconds(exact, plan.make(exact)).device
-    assert ratio < 0.9
+    assert ratio <= 0.75
     assert made.peak_bytes <= p.workspace
     assert cost.seconds(p, made).host <= cost.seconds(p, made).device / 2
 

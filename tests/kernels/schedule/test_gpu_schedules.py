@@ -214,6 +214,42 @@ def test_blocks_are_united_where_that_is_faster(made, monkeypatch, united):
     assert last[0][1] < last[3][1] and distance(got, wanted) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("way", "bias", "formed", "error"),
+    [
+        ("split", False, False, 0.05),  # what is active is taken from the products
+        ("split", True, True, 0.05),
+        ("all active", False, True, 1e-5),
+        ("dense", False, True, 1e-5),
+        ("dense", True, True, 1e-5),
+    ],
+)
+def test_kept_products_become_gradients_where_they_are_needed(
+    made, monkeypatch, way, bias, formed, error
+):
+    """A frozen head's only for a dense product; a bias has its own sum of them."""
+    slow = "active_hidden" if way == "dense" else "dense_hidden"
+    monkeypatch.setattr(cost, slow, lambda *a: cost.Cost(products=1e9))
+    monkeypatch.setattr(gpu_plan, "_gpu_columns", lambda p, rows: [p.vocabulary])
+    hidden, weight, target = peaked(300, 8200)
+    backend, found = backends.get(hidden), []
+    original = backend.dlogits_
+    monkeypatch.setattr(backend, "dlogits_", lambda *a: found.append(a) or original(*a))
+    b = torch.zeros(8200, requires_grad=bias)
+    options = ift_kernels.ActiveSet(0.0 if way == "all active" else 2.0**-9, 32, 512)
+    with plan.use_schedule("forward"):
+        loss = linear_cross_entropy(
+            hidden, weight, target, bias=b, reduction="sum", gradient=options, workspace=64 * MIB
+        )
+    assert made[-1].schedule == "forward" and bool(found) == formed
+    got = torch.autograd.grad(loss, [hidden, b] if bias else [hidden])
+    upstream = -torch.ones(300, dtype=torch.float64)
+    assert distance(got[0], exact(hidden, weight, target, upstream)[0]) < error
+    if bias:
+        p = (hidden.detach().double() @ weight.double().T).softmax(1)
+        assert distance(got[1], p.sum(0) - target.bincount(minlength=8200)) < 1e-5
+
+
 @pytest.mark.parametrize("workspace", [3, 14])
 def test_tiles_formed_again_are_exact(made, reads, workspace):
     """Their active columns would have to be counted tile by tile."""
