@@ -83,7 +83,8 @@ def linear_logprobs(
         gradient: "exact", or "active" (an `ActiveSet` for its options): the gradient of hidden is
             approximated from the columns that matter to a block of tokens and the sums of the rest;
             those of weight and bias are exact. Gradients flow from logprob, lse, entropy and
-            mean_logit, for any upstream gradient; rows where it is all 0 may be skipped.
+            mean_logit, for any upstream gradient; rows where it is all 0 may be skipped. On a GPU
+            the call is exact where its plan takes that for faster: see `explain`.
         workspace: bytes of work memory, default 256 MiB on CPU and 512 MiB on GPU,
             half as much again where the products are float32 and so twice as large.
 

@@ -304,6 +304,8 @@ def _in_forward(model: _Model, plan: Plan) -> Cost:
 
 def seconds(problem: Problem, plan: Plan) -> Cost:
     """What `plan` takes on the problem's device, which must be a GPU, forward and backward."""
+    if not plan.active:
+        problem = replace(problem, active=None)
     model, n = _Model(problem), problem.rows
     total = model.small(CALL_OPERATIONS) + Cost(peak_bytes=plan.peak_bytes)
     if plan.schedule == "forward":

@@ -30,8 +30,28 @@ BLOCK_ROWS = 128  # of a GPU's `forward`: a tile of vendor products
 
 @functools.lru_cache(maxsize=256)
 def make(problem: Problem, reserved_bytes: int, schedule: str | None, kept_bytes: int) -> Plan:
-    """On a GPU: of all choices that fit, the one that takes the least time by the model."""
-    p, memory = problem, Memory(problem)
+    """On a GPU: of all choices that fit, the one that takes the least time by the model.
+
+    Of the active set only where that is faster than the exact gradient.
+    """
+    exact = replace(problem, active=None)
+    best = _best(exact, reserved_bytes, schedule, kept_bytes)
+    if problem.active is None:
+        return best
+    other = _best(problem, reserved_bytes, schedule, kept_bytes)
+    if not kept_bytes:
+        return _fastest(problem, [best, other])
+    if kept_bytes + other.peak_bytes > Memory(problem).budget:
+        return best
+    # In backward: gradients of what forward kept, and the rest formed again.
+    keep = min(kept_bytes // (max(problem.rows, 1) * problem.dtype.itemsize), problem.vocabulary)
+    found = (best, replace(other, active=True))
+    return min(found, key=lambda plan: _time(problem, replace(plan, keep_columns=keep)))
+
+
+def _best(p: Problem, reserved_bytes: int, schedule: str | None, kept_bytes: int) -> Plan:
+    """The same, of the active set wherever the problem has one."""
+    memory = Memory(p)
     n, budget = p.rows, memory.budget
     found: list[Plan] = []
     if not p.any_gradient:
@@ -62,11 +82,12 @@ def make(problem: Problem, reserved_bytes: int, schedule: str | None, kept_bytes
 def _fastest(p: Problem, found: list[Plan]) -> Plan:
     """Of plans that fit, if any does; where the host takes longer, the least work of the device."""
 
-    def time(plan: Plan) -> tuple[bool, float, float]:
-        taken = cost.seconds(p, plan)
-        return plan.peak_bytes > p.workspace, taken.seconds, taken.device
+    return min(found, key=lambda plan: _time(p, plan))
 
-    return min(found, key=time)
+
+def _time(p: Problem, plan: Plan) -> tuple[bool, float, float]:
+    taken = cost.seconds(p, plan)
+    return plan.peak_bytes > p.workspace, taken.seconds, taken.device
 
 
 def _gpu_tiles(p: Problem, space: int, per_column: Callable[[int], int]) -> list[tuple[int, int]]:

@@ -187,8 +187,9 @@ def in_backward(
         raise RuntimeError(f"kept: expected products of {n} rows, got {len(kept)}")
     if n == 0:
         return _recorded(_nothing(head, needs, hidden_dtype), active)
+    formed_from = active if plan.active else None
     if needs[0] and plan.hidden_rows < n:
-        hidden = _hidden_by_blocks(head, row_gradient, hidden_dtype, plan, active)
+        hidden = _hidden_by_blocks(head, row_gradient, hidden_dtype, plan, formed_from)
         if not any(needs[1:]):
             return _recorded((hidden, None, None), active)
         needs = (False, needs[1], needs[2])
@@ -200,7 +201,7 @@ def in_backward(
         hidden_dtype,
         plan.tile_columns,
         n if kept is not None else min(plan.tile_rows, n),
-        active=active,
+        active=formed_from,
     )
     if kept is not None:
         total.consume(kept, row_gradient, plan.tile_columns)
@@ -250,6 +251,7 @@ def in_forward(
     if n == 0:
         return _recorded(_nothing(head, needs, hidden_dtype), active)
     d_hidden = head.hidden.new_empty((n, width), dtype=hidden_dtype) if needs[0] else None
+    formed_from = active if plan.active else None
     buffer: Tensor | None = None
     total: Gradients | None = None
     for rows in plan.blocks(n):
@@ -257,8 +259,9 @@ def in_forward(
         size = rows.stop - rows.start
         if total is None:
             total = Gradients(
-                part, needs, hidden_dtype, plan.tile_columns, size, into, active, plan.sum_weight
-            )
+                part, needs, hidden_dtype, plan.tile_columns, size, into, formed_from,
+                plan.sum_weight,
+            )  # fmt: skip
         else:
             total.restart(part, into)
         parked = total.weight if rows.start == 0 and plan.first_rows else None

@@ -187,6 +187,7 @@ def explain(
         scalar: the loss is `linear_cross_entropy` with reduction "mean" or "sum".
         gradient: "exact" or "active" (an `ActiveSet` for its options), as in `linear_logprobs`. How
             many columns are active depends on data, so `products` counts all of them: the most.
+            The plan of a GPU is `active` only where that is faster than an exact gradient.
         workspace: as the operations.
         device: a torch device of this machine, or the record of any, as
             `ift_kernels.schedule.device.H200`.

@@ -66,6 +66,7 @@ class Plan:
     first_rows: int = 0
     first_columns: int = 0
     sum_weight: bool = False  # of `forward`: dW is a float32 sum over blocks, cast at the end
+    active: bool = False  # dh is formed from the active set, where the problem has one
 
     def blocks(self, rows: int) -> list[slice]:
         """The blocks of so many rows in `forward`."""
@@ -251,7 +252,10 @@ def in_forward(
     peak = rows * memory.block_token(columns) + memory.block_fixed(columns)
     peak += memory.weight_sum(columns) * sum_weight
     products, n = 1.0 + p.gradients, max(p.rows, 1)
-    return Plan("forward", rows, columns, p.vocabulary, products, n, 0, peak, sum_weight=sum_weight)
+    return Plan(
+        "forward", rows, columns, p.vocabulary, products, n, 0, peak,
+        sum_weight=sum_weight, active=p.active is not None,
+    )  # fmt: skip
 
 
 def in_backward(
@@ -263,4 +267,6 @@ def in_backward(
     kept = memory.kept(keep)
     peak = kept + memory.gradients(rows, columns, hidden_rows)
     name = "keep" if keep else "recompute"
-    return Plan(name, rows, columns, keep, products, hidden_rows, kept, peak)
+    # A GPU would wait for the number of active columns of every tile that is formed again.
+    active = p.active is not None and (keep > 0 or not p.device.is_gpu)
+    return Plan(name, rows, columns, keep, products, hidden_rows, kept, peak, active=active)

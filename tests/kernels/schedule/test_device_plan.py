@@ -85,6 +85,23 @@ def test_the_active_set_of_a_large_head():
     assert cost.seconds(p, made).host <= cost.seconds(p, made).device / 2
 
 
+def test_the_active_set_is_planned_only_where_it_is_faster():
+    """Else the plan is that of the exact gradient, products and all."""
+    chosen = set()
+    for shape in roofline.SHAPES:
+        for case in ("frozen", "token", "scalar"):
+            exact = problem(case, shape)
+            asked = replace(exact, active=ActiveSet())
+            made, other = plan.make(asked), plan.make(exact)
+            times = [cost.seconds(asked, found).seconds for found in (made, other)]
+            assert times[0] < times[1] if made.active else made == other
+            assert made.products <= other.products or made.active
+            chosen.add((case, made.active))
+    assert {("frozen", False), ("frozen", True), ("token", False)} <= chosen
+    large = replace(problem("token", LARGE), active=ActiveSet())
+    assert plan.make(large).products == plan.make(problem("token", LARGE)).products < 4
+
+
 @pytest.mark.parametrize("shape", roofline.SHAPES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if case != "active"])
 def test_plans_lose_little_to_waves_and_tiles(case, shape):

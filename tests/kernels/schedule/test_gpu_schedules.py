@@ -198,9 +198,9 @@ def test_blocks_are_united_where_that_is_faster(made, monkeypatch, united):
     seen = []
 
     def seconds(problem, rows, columns, block, share):
-        """The largest blocks are the fastest, or the slowest."""
+        """The largest blocks are the fastest, or the slowest; all faster than an exact dh."""
         seen.append((block, share))
-        return cost.Cost(products=1 / block if united else block)
+        return cost.Cost(products=1e-9 / block if united else 1e-9 * block)
 
     with ift_kernels.record_active_sets() as report, plan.use_schedule("forward"):
         monkeypatch.setattr(cost, "active_hidden", seconds)
@@ -228,6 +228,39 @@ def test_tiles_formed_again_are_exact(made, reads, workspace):
     assert distance(got[1], wanted[1]) < 1e-5
     if made[-2].schedule == "recompute":
         assert distance(got[0], wanted[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rows", "frozen", "scalar", "schedule"),
+    [
+        (512, True, False, "forward"),
+        (500, True, True, "forward"),
+        (300, False, False, "keep"),
+        (512, False, True, "forward"),
+    ],
+)
+def test_the_call_is_exact_where_the_active_set_is_slower(
+    made, monkeypatch, reads, rows, frozen, scalar, schedule
+):
+    """As where masks and launches take longer than the products that are saved."""
+    monkeypatch.setattr(device, "of", lambda place: replace(SLOW, launch_gap=10.0))
+    hidden, weight, target = peaked(rows, 8192)
+    weight.requires_grad_(not frozen)
+    target[::5] = -100
+    found = []
+    for gradient in ("exact", "active"):
+        options = {"gradient": gradient, "workspace": 32 * MIB}
+        with ift_kernels.record_active_sets() as report:
+            if scalar:
+                value = linear_cross_entropy(hidden, weight, target, **options)
+            else:
+                value = linear_logprobs(hidden, weight, target, **options).logprob.sum()
+            found.append(torch.autograd.grad(value, [t for t in (hidden, weight) if t.requires_grad]))
+        assert made[-1 - (schedule == "keep")].schedule == schedule
+    for wanted, got in zip(*found, strict=True):
+        assert torch.equal(got, wanted)
+    assert report == [ift_kernels.ActiveSetStats(1.0, 0.0, 0.0, 0, 0)]
+    assert not reads
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 70), (5, 33)])
