@@ -20,12 +20,16 @@ from ift_kernels.schedule.problem import (
     in_forward,
     keep_columns,
     max_blocks,
+    rest_problem,
     tile,
 )
 
 GPU_COLUMNS = tuple(1 << bits for bits in range(10, 16))  # of tiles, and whole waves near them
 MIN_TILE_ROWS = 4096  # of a GPU, unless there are no more
 BLOCK_ROWS = 128  # of a GPU's `forward`: a tile of vendor products
+# Where dW is a float32 sum over blocks: columns of tiles, and the least share of columns. Half of
+# them fit into dW itself.
+SUMMED_COLUMNS, SUMMED_EIGHTHS = GPU_COLUMNS[2:], 4
 
 
 @functools.lru_cache(maxsize=256)
@@ -75,6 +79,7 @@ def _best(p: Problem, reserved_bytes: int, schedule: str | None, kept_bytes: int
                 if -(-n // rows) <= max_blocks(p):
                     formed.append(in_forward(p, memory, rows, columns))
                 formed += _parked(p, memory, rows, columns)
+        formed += _summed(p, memory)
         found = formed if formed and schedule == "forward" else found + formed
     return _fastest(p, found)
 
@@ -164,3 +169,22 @@ def _parked(p: Problem, memory: Memory, rows: int, columns: int) -> Iterator[Pla
         plan = in_forward(p, memory, rows, columns)
         peak = max(sums + first * kept * p.dtype.itemsize, (blocks > 1) * plan.peak_bytes)
         yield replace(plan, peak_bytes=peak, first_rows=first, first_columns=kept)
+
+
+def _summed(p: Problem, memory: Memory) -> Iterator[Plan]:
+    """Plans whose dW is a float32 sum over blocks, of any number of them.
+
+    Of all columns or, in less memory, of some: dW of the others takes products formed again.
+    """
+    if not p.need_weight or p.dtype.itemsize >= 4:
+        return
+    for eighths in range(SUMMED_EIGHTHS, 9):
+        summed, rest = p.vocabulary * eighths // 8 // ALIGN * ALIGN, None
+        if eighths == 8:
+            summed = p.vocabulary
+        elif summed:
+            rest = _best(rest_problem(p, summed), 0, "recompute", 0)
+        for columns in {min(c, p.vocabulary) for c in SUMMED_COLUMNS if summed}:
+            space = memory.budget - memory.weight_sum(columns, summed) - memory.block_fixed(columns)
+            for rows in _block_rows(p.rows, space // memory.block_token(columns)):
+                yield in_forward(p, memory, rows, columns, summed, rest)
