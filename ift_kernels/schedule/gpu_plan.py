@@ -45,9 +45,10 @@ def make(problem: Problem, reserved_bytes: int, schedule: str | None, kept_bytes
     other = _best(problem, reserved_bytes, schedule, kept_bytes)
     if not kept_bytes:
         return _fastest(problem, [best, other])
-    if kept_bytes + other.peak_bytes > Memory(problem).budget:
+    # In backward: gradients of what forward kept, and the rest formed again. Exact if forward was.
+    fits = kept_bytes + other.peak_bytes <= Memory(problem).budget
+    if not fits or not make(problem, 0, None, 0).active:
         return best
-    # In backward: gradients of what forward kept, and the rest formed again.
     keep = min(kept_bytes // (max(problem.rows, 1) * problem.dtype.itemsize), problem.vocabulary)
     found = (best, replace(other, active=True))
     return min(found, key=lambda plan: _time(problem, replace(plan, keep_columns=keep)))

@@ -89,15 +89,18 @@ def test_the_active_set_is_planned_only_where_it_is_faster():
     """Else the plan is that of the exact gradient, products and all."""
     chosen = set()
     for shape in roofline.SHAPES:
-        for case in ("frozen", "token", "scalar"):
-            exact = problem(case, shape)
+        for case, workspace in (("frozen", 512), ("token", 512), ("token", 8192), ("scalar", 512)):
+            exact = problem(case, shape, workspace=workspace * MIB)
             asked = replace(exact, active=ActiveSet())
             made, other = plan.make(asked), plan.make(exact)
             times = [cost.seconds(asked, found).seconds for found in (made, other)]
             assert times[0] < times[1] if made.active else made == other
             assert made.products <= other.products or made.active
+            if case == "token":
+                backward = plan.make(asked, 0, "recompute", made.kept_bytes)
+                assert backward.active == made.active
             chosen.add((case, made.active))
-    assert {("frozen", False), ("frozen", True), ("token", False)} <= chosen
+    assert {("frozen", False), ("frozen", True), ("token", False), ("token", True)} <= chosen
     large = replace(problem("token", LARGE), active=ActiveSet())
     assert plan.make(large).products == plan.make(problem("token", LARGE)).products < 4
 
