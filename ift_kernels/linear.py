@@ -83,7 +83,8 @@ def linear_logprobs(
         gradient: "exact", or "active" (an `ActiveSet` for its options): the gradient of hidden is
             approximated from the columns that matter to a block of tokens and the sums of the rest;
             those of weight and bias are exact. Gradients flow from logprob, lse, entropy and
-            mean_logit, for any upstream gradient; rows where it is all 0 may be skipped.
+            mean_logit, for any upstream gradient; rows where it is all 0 may be skipped. On a GPU
+            the call is exact where its plan takes that for faster: see `explain`.
         workspace: bytes of work memory, default 256 MiB on CPU and 512 MiB on GPU,
             half as much again where the products are float32 and so twice as large.
 
@@ -145,6 +146,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
+    weight_grad_sum: str = "auto",
     gradient: str | ActiveSet = "exact",
     workspace: int | None = None,
 ) -> Tensor:
@@ -163,6 +165,13 @@ def linear_cross_entropy(
         num_items: divisor of "mean", for losses whose mean runs over several calls (gradient
             accumulation): at least 0, a number or a tensor of one; with 0 the mean is 0. Default:
             the number of targets not ignored in this call.
+        weight_grad_sum: how a 16-bit gradient of weight is summed over blocks of tokens. "auto":
+            by a schedule that rounds it at most twice on a CPU and three times on a GPU, which
+            errs by up to √1.5 and √2 of a single rounding (R roundings by √((R + 1)/2)), or in
+            float32 where that is faster. "float32": never so; it is one product or a float32 sum,
+            rounded at the end. That can cost up to a product more. On a CPU, and before torch 2.8,
+            the terms of such a sum are rounded too, which errs by √2 at most whatever their number.
+            With reduction "none" and in `linear_logprobs` sums are float32 anyway.
         The rest: as `linear_logprobs`.
 
     Returns:
@@ -180,6 +189,8 @@ def linear_cross_entropy(
     """
     active = active_options(gradient)
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+    checks.one_of("weight_grad_sum", weight_grad_sum, plan.WEIGHT_SUMS)
+    fp32_weight_sum = weight_grad_sum == "float32"
     ignore_index = checks.integer("ignore_index", ignore_index)
     label_smoothing = checks.number("label_smoothing", label_smoothing)
     z_loss = checks.number("z_loss", z_loss)
@@ -198,10 +209,10 @@ def linear_cross_entropy(
     else:
         factor = checks.reciprocal("num_items", num_items, hidden.device)
     grads_in_forward = reduction != "none" and call.schedule != "recompute"
-    if grads_in_forward and call.plan(active).schedule == "forward":
+    if grads_in_forward and call.plan(active, fp32_weight_sum).schedule == "forward":
         results = torch.ops.ift_kernels.linear_loss(
-            *call.tensors, factor, *call.options, label_smoothing, z_loss, call.needs,
-            call.for_hidden(active),
+            *call.tensors, factor, *call.options, label_smoothing, z_loss, fp32_weight_sum,
+            call.needs, call.for_hidden(active),
         )  # fmt: skip
         return cast(Tensor, results[0])
     track = contract.TRACK_MEAN if label_smoothing else 0
@@ -253,14 +264,15 @@ class _Call:
             return []
         return [active.threshold, active.block, active.tail_bucket]
 
-    def plan(self, active: ActiveSet | None = None) -> plan.Plan:
+    def plan(self, active: ActiveSet | None, fp32_weight_sum: bool = False) -> plan.Plan:
         """The plan for this call if no target is ignored and gradients can be formed in forward."""
         hidden, weight, bias, _ = self.tensors
         needs = self.needs[0], self.needs[1], self.needs[2]
         of_hidden = head_call.active_hidden(self.for_hidden(active))
         problem = head_call.problem(
-            hidden, weight, bias, self.options.dtype, self.options.workspace, needs, True, of_hidden
-        )
+            hidden, weight, bias, self.options.dtype, self.options.workspace, needs, True,
+            of_hidden, fp32_weight_sum,
+        )  # fmt: skip
         return plan.make(problem, plan.ledger.reserved, self.schedule or None)
 
     def statistics(

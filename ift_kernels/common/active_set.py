@@ -57,7 +57,8 @@ class ActiveSetStats:
     share: active share k of (block, id) pairs, 1 where a tile was dense.
     tail_mean, tail_max: over tokens, of the probability outside the active set; with a softcap
     weighted by its derivative, as it is in the gradient.
-    tiles, dense_tiles: of products; how many of them were dense.
+    tiles, dense_tiles: of products; how many of them were dense. 0 of none where all of the
+    gradient was exact, since a GPU's plan takes that for faster: the share is 1 then, the tail 0.
     """
 
     share: float

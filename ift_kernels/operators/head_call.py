@@ -81,6 +81,7 @@ class Call:
         needs: Needs,
         grads_in_forward: bool = False,
         active: ActiveHidden | None = None,
+        fp32_weight_sum: bool = False,
     ) -> None:
         _, scale, softcap, temperature, workspace, dtype = options
         self.dtype = dtype
@@ -104,7 +105,7 @@ class Call:
         )
         workspace = max(workspace - hidden.numel() * copies, workspace // 4)
         self.problem = problem(
-            hidden, weight, bias, dtype, workspace, needs, grads_in_forward, active
+            hidden, weight, bias, dtype, workspace, needs, grads_in_forward, active, fp32_weight_sum
         )
         if active is not None:
             active.serve(self.problem)
@@ -140,6 +141,7 @@ def problem(
     needs: Needs,
     grads_in_forward: bool,
     active: ActiveHidden | None = None,
+    fp32_weight_sum: bool = False,
 ) -> plan.Problem:
     """What `plan` needs of a call all of whose rows of hidden are valid.
 
@@ -152,7 +154,7 @@ def problem(
         hidden.shape[0], weight.shape[0], weight.shape[1], dtype, workspace, *needs,
         grads_in_forward and not half, weight.dtype == dtype, transpose,
         None if active is None else active.options, device.of(hidden.device),
-        hidden.dtype == dtype,
+        hidden.dtype == dtype, fp32_weight_sum,
     )  # fmt: skip
 
 

@@ -22,13 +22,15 @@ from ift_kernels.schedule.head import Results
 def _loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, factor: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *options, smoothing, z_loss, needs, numbers = rest
+    *options, smoothing, z_loss, fp32_weight_sum, needs, numbers = rest
     active = head_call.active_hidden(numbers)
     valid = target != options[0]
     head_call.check_targets(target, valid, weight.shape[0])
     valid_rows = head_call.ValidRows.of(valid)
     arguments = hidden, weight, bias, valid_rows, head_call.Options(*options), tuple(needs)
-    call = head_call.Call(*arguments, grads_in_forward=True, active=active)
+    call = head_call.Call(
+        *arguments, grads_in_forward=True, active=active, fp32_weight_sum=fp32_weight_sum
+    )
     chosen = plan.make(call.problem, plan.ledger.reserved, "forward")
     # Gradients that earlier calls hold, or too few rows a block: backward recomputes instead.
     # So it does in sync-free mode: rows that are not valid are still there.
@@ -83,7 +85,7 @@ def loss_upstream(
 def _loss_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, factor: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *options, _, _, needs, _ = rest
+    *options, _, _, _, needs, _ = rest
     dtype = accum_dtype(head_call.Options(*options).dtype)
     gradients = linear_stats.gradients_fake(hidden, weight, bias, needs)
     norm = hidden.new_empty((2, hidden.shape[0]), dtype=dtype)
@@ -102,13 +104,13 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _loss_autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nothing: tuple[None, ...] = (None,) * 12
+    nothing: tuple[None, ...] = (None,) * 13
     if upstream is None:
         return (None, None, None, *nothing)
     hidden, weight, bias, target, factor, norm = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     if ctx.gradients is None or torch.is_grad_enabled():
-        *options, smoothing, z_loss, _, active = ctx.options
+        *options, smoothing, z_loss, _, _, active = ctx.options
         rows = loss_upstream(norm, factor * upstream, smoothing, z_loss)
         results = torch.ops.ift_kernels.linear_stats_backward(
             hidden, weight, bias, target, norm, norm[0], *rows, *options, needs, active
@@ -121,7 +123,7 @@ def _loss_autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor |
 
 library.register(
     f"linear_loss({linear_stats.HEAD}, Tensor factor, {linear_stats.OPTIONS}, float smoothing,"
-    " float z_loss, bool[] needs, float[] active)"
+    " float z_loss, bool fp32_weight_sum, bool[] needs, float[] active)"
     f" -> (Tensor loss, Tensor norm, {linear_stats.GRADIENTS})",
     _loss,
     _loss_fake,

@@ -18,6 +18,9 @@ def accum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+FIRST_ROWS = 16  # that are cast through a copy
+
+
 class Sum:
     """``total[rows] += a @ b`` over tiles, in float32 whatever the dtype of the products.
 
@@ -70,15 +73,62 @@ class Sum:
         elif self.total.dtype == a.dtype:
             self.total[rows].addmm_(a, b)
         else:
-            total = self.total[rows]
-            if self._part is None or len(self._part) < len(a):
-                self._part = a.new_empty(total.shape) if self._first is None else self._first
-            accumulate_fp32(total, torch.mm(a, b, out=self._part[: len(a)]))
+            if self._part is None:
+                self._part = self._first
+            self._part = _add_rounded(self.total[rows], a, b, self._part)
 
     def result(self, dtype: torch.dtype) -> Tensor:
         """The whole sum in `dtype`."""
         only = self._first if self._total is None else None
         return (self.total if only is None else only).to(dtype)
+
+
+class SumInResult:
+    """A float32 sum over tiles, as `Sum`, of the first rows of a 16-bit `result` (R, width).
+
+    Its first half is in the memory of `result`, which is not written before the sum is whole.
+    """
+
+    def __init__(self, result: Tensor, rows: int) -> None:
+        self._result, self._rows, width = result, rows, result.shape[1]
+        inside = min(rows, len(result) // 2)
+        memory = result.view(-1)[: 2 * inside * width].view(torch.float32).view(inside, width)
+        outside = result.new_empty((rows - inside, width), dtype=torch.float32)
+        self._totals = ((0, memory.zero_()), (inside, outside.zero_()))
+        self._fp32_products = adds_fp32_products(result)
+        self._part: Tensor | None = None
+
+    def add(self, rows: slice, a: Tensor, b: Tensor) -> None:
+        """``sum[rows] += a @ b``, as far as these are among its rows."""
+        for begin, total in self._totals:
+            start, stop = max(rows.start, begin), min(rows.stop, begin + len(total))
+            if start >= stop:
+                continue
+            some, of_a = total[start - begin : stop - begin], a[start - rows.start :]
+            if self._fp32_products:
+                add_fp32_product(some, of_a[: stop - start], b)
+            else:
+                self._part = _add_rounded(some, of_a[: stop - start], b, self._part)
+
+    def result(self) -> Tensor:
+        """`result`, with the sum in its first rows."""
+        (_, inside), (_, outside) = self._totals
+        done = min(FIRST_ROWS, len(inside))
+        self._result[:done] = inside[:done].clone()
+        while done < len(inside):  # a row is written where one of half its number was
+            rows = slice(done, min(2 * done, len(inside)))
+            self._result[rows] = inside[rows]
+            done = rows.stop
+        self._result[done : self._rows] = outside
+        return self._result
+
+
+def _add_rounded(total: Tensor, a: Tensor, b: Tensor, scratch: Tensor | None) -> Tensor:
+    """``total += a @ b``, rounded to 16 bits in `scratch`; returns that, or a larger one."""
+    if scratch is None or len(scratch) < len(a):
+        scratch = a.new_empty(total.shape)
+    accumulate_fp32(total, torch.mm(a, b, out=scratch[: len(a)]))
+    return scratch
 
 
 def adds_fp32_products(like: Tensor) -> bool:

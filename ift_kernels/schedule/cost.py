@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ift_kernels.schedule.device import Device
-from ift_kernels.schedule.problem import Plan, Problem, active_columns
+from ift_kernels.schedule.problem import Plan, Problem, active_columns, rest_problem
 
 # Tiles of vendor products and the share of the peak rate that their inner loop reaches.
 GEMM_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.85))
@@ -158,6 +158,13 @@ class _Model:
             cost += self.moved(rows * columns * self.size, 2)
         return cost
 
+    def summed(self, rows: int, columns: int) -> Cost:
+        """DW of a tile's columns, added to a float32 sum."""
+        size = columns * self.p.width
+        if self.device.fp32_out:
+            return self.product(columns, self.p.width, rows, 8 * size)
+        return self.product(columns, self.p.width, rows) + self.moved((8 + self.size) * size)
+
     def added(self, size: int, terms: int, blocks: int = 1) -> Cost:
         """Beside products: a float32 sum of `size` elements over `terms`, see `accumulate.Sum`.
 
@@ -297,6 +304,7 @@ def _in_forward(model: _Model, plan: Plan) -> Cost:
     """Blocks of rows, each against the whole vocabulary: see `gradients.in_forward`."""
     p, total = model.p, Cost()
     parked = plan.first_rows * (p.vocabulary - plan.first_columns)
+    without_weight = _Model(replace(p, need_weight=False))
     if p.active is not None:
         total += _tail_weights(model, p.vocabulary)
     sizes = [(plan.first_rows, 1)] if parked else []
@@ -319,8 +327,18 @@ def _in_forward(model: _Model, plan: Plan) -> Cost:
             block += model.added(rows * p.width, terms)
         total += block * count
         for columns, tiles in _steps(0 if _stays(p) else p.vocabulary, plan.tile_columns):
+            if plan.sum_columns:
+                total += without_weight.gradient(rows, columns) * (tiles * count)
+                continue
             total += model.gradient(rows, columns) * (tiles * first)
             total += model.gradient(rows, columns, added=True) * (tiles * (count - first))
+        for columns, tiles in _steps(plan.sum_columns, plan.tile_columns):
+            total += model.summed(rows, columns) * (tiles * count)
+    if plan.sum_columns:  # begins with zeros, is cast at the end, piece by piece
+        total += model.moved((8 + model.size) * plan.sum_columns * p.width, 16)
+    if plan.rest is not None:
+        again = _Model(rest_problem(p, plan.sum_columns))
+        total += _backward(again, p.rows, plan.rest, False, True)
     # Backward: times the upstream gradient, in place, which moves nothing where that is 1, as of a
     # loss itself; a frozen head's dh from its two factors.
     if p.need_weight:
@@ -331,6 +349,8 @@ def _in_forward(model: _Model, plan: Plan) -> Cost:
 
 def seconds(problem: Problem, plan: Plan) -> Cost:
     """What `plan` takes on the problem's device, which must be a GPU, forward and backward."""
+    if problem.active is not None and not plan.active:
+        problem = replace(problem, active=None)
     model, n = _Model(problem), problem.rows
     total = model.small(CALL_OPERATIONS) + Cost(peak_bytes=plan.peak_bytes)
     if plan.schedule == "forward":

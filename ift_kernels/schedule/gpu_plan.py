@@ -20,18 +20,43 @@ from ift_kernels.schedule.problem import (
     in_forward,
     keep_columns,
     max_blocks,
+    rest_problem,
     tile,
 )
 
 GPU_COLUMNS = tuple(1 << bits for bits in range(10, 16))  # of tiles, and whole waves near them
 MIN_TILE_ROWS = 4096  # of a GPU, unless there are no more
 BLOCK_ROWS = 128  # of a GPU's `forward`: a tile of vendor products
+# Where dW is a float32 sum over blocks: columns of tiles, and the least share of columns. Half of
+# them fit into dW itself.
+SUMMED_COLUMNS, SUMMED_EIGHTHS = GPU_COLUMNS[2:], 4
 
 
 @functools.lru_cache(maxsize=256)
 def make(problem: Problem, reserved_bytes: int, schedule: str | None, kept_bytes: int) -> Plan:
-    """On a GPU: of all choices that fit, the one that takes the least time by the model."""
-    p, memory = problem, Memory(problem)
+    """On a GPU: of all choices that fit, the one that takes the least time by the model.
+
+    Of the active set only where that is faster than the exact gradient.
+    """
+    exact = replace(problem, active=None)
+    best = _best(exact, reserved_bytes, schedule, kept_bytes)
+    if problem.active is None:
+        return best
+    other = _best(problem, reserved_bytes, schedule, kept_bytes)
+    if not kept_bytes:
+        return _fastest(problem, [best, other])
+    # In backward: gradients of what forward kept, and the rest formed again. Exact if forward was.
+    fits = kept_bytes + other.peak_bytes <= Memory(problem).budget
+    if not fits or not make(problem, 0, None, 0).active:
+        return best
+    keep = min(kept_bytes // (max(problem.rows, 1) * problem.dtype.itemsize), problem.vocabulary)
+    found = (best, replace(other, active=True))
+    return min(found, key=lambda plan: _time(problem, replace(plan, keep_columns=keep)))
+
+
+def _best(p: Problem, reserved_bytes: int, schedule: str | None, kept_bytes: int) -> Plan:
+    """The same, of the active set wherever the problem has one."""
+    memory = Memory(p)
     n, budget = p.rows, memory.budget
     found: list[Plan] = []
     if not p.any_gradient:
@@ -55,6 +80,7 @@ def make(problem: Problem, reserved_bytes: int, schedule: str | None, kept_bytes
                 if -(-n // rows) <= max_blocks(p):
                     formed.append(in_forward(p, memory, rows, columns))
                 formed += _parked(p, memory, rows, columns)
+        formed += _summed(p, memory)
         found = formed if formed and schedule == "forward" else found + formed
     return _fastest(p, found)
 
@@ -62,11 +88,12 @@ def make(problem: Problem, reserved_bytes: int, schedule: str | None, kept_bytes
 def _fastest(p: Problem, found: list[Plan]) -> Plan:
     """Of plans that fit, if any does; where the host takes longer, the least work of the device."""
 
-    def time(plan: Plan) -> tuple[bool, float, float]:
-        taken = cost.seconds(p, plan)
-        return plan.peak_bytes > p.workspace, taken.seconds, taken.device
+    return min(found, key=lambda plan: _time(p, plan))
 
-    return min(found, key=time)
+
+def _time(p: Problem, plan: Plan) -> tuple[bool, float, float]:
+    taken = cost.seconds(p, plan)
+    return plan.peak_bytes > p.workspace, taken.seconds, taken.device
 
 
 def _gpu_tiles(p: Problem, space: int, per_column: Callable[[int], int]) -> list[tuple[int, int]]:
@@ -143,3 +170,22 @@ def _parked(p: Problem, memory: Memory, rows: int, columns: int) -> Iterator[Pla
         plan = in_forward(p, memory, rows, columns)
         peak = max(sums + first * kept * p.dtype.itemsize, (blocks > 1) * plan.peak_bytes)
         yield replace(plan, peak_bytes=peak, first_rows=first, first_columns=kept)
+
+
+def _summed(p: Problem, memory: Memory) -> Iterator[Plan]:
+    """Plans whose dW is a float32 sum over blocks, of any number of them.
+
+    Of all columns or, in less memory, of some: dW of the others takes products formed again.
+    """
+    if not p.need_weight or p.dtype.itemsize >= 4:
+        return
+    for eighths in range(SUMMED_EIGHTHS, 9):
+        summed, rest = p.vocabulary * eighths // 8 // ALIGN * ALIGN, None
+        if eighths == 8:
+            summed = p.vocabulary
+        elif summed:
+            rest = _best(rest_problem(p, summed), 0, "recompute", 0)
+        for columns in {min(c, p.vocabulary) for c in SUMMED_COLUMNS if summed}:
+            space = memory.budget - memory.weight_sum(columns, summed) - memory.block_fixed(columns)
+            for rows in _block_rows(p.rows, space // memory.block_token(columns)):
+                yield in_forward(p, memory, rows, columns, summed, rest)

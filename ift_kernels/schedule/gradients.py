@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ift_kernels.backends.contract import RowGradient
-from ift_kernels.schedule.accumulate import Sum, accum_dtype, add_column_sums
+from ift_kernels.schedule.accumulate import Sum, SumInResult, accum_dtype, add_column_sums
 from ift_kernels.schedule.active import ActiveHidden
 from ift_kernels.schedule.head import Head, Results, Tile, empty_padded, slices
 from ift_kernels.schedule.plan import Plan
@@ -47,10 +47,11 @@ class Gradients:
         tile_rows: int,
         into: Tensor | None = None,
         active: ActiveHidden | None = None,
-        sum_weight: bool = False,
+        sum_columns: int = 0,
     ) -> None:
         """`into`: preferred buffer of hidden's gradient, see `Sum`; `active`: it is formed from
-        active columns only; `sum_weight`: weight's is a float32 sum over blocks of rows.
+        active columns only; `sum_columns`: weight's is a float32 sum over blocks of rows, of the
+        first columns; nothing is added for the others.
         """
         self.head, self.hidden_dtype = head, hidden_dtype
         self.active = active if needs[0] else None
@@ -58,11 +59,10 @@ class Gradients:
         like = head.hidden
         self.hidden = Sum((n, width), like, head.vocabulary, into) if needs[0] else None
         self.weight, self.adds = None, False
-        self.weight_sum: Sum | None = None
-        if needs[1] and sum_weight:
-            self.weight_sum = Sum((head.vocabulary, width), like, 0)
-        elif needs[1]:
+        self.weight_sum: SumInResult | None = None
+        if needs[1]:
             self.weight = head.weight.new_empty((head.vocabulary, width))
+            self.weight_sum = SumInResult(self.weight, sum_columns) if sum_columns else None
         self.bias = None
         if needs[2]:
             self.bias = like.new_zeros(head.vocabulary, dtype=accum_dtype(like.dtype))
@@ -177,9 +177,9 @@ class Gradients:
 
     def weight_result(self) -> Tensor | None:
         """The gradient of the weight, once all tiles are added."""
-        if self.weight_sum is None:
-            return self.weight
-        return self.weight_sum.result(self.head.weight.dtype)
+        if self.weight_sum is not None:
+            self.weight, self.weight_sum = self.weight_sum.result(), None
+        return self.weight
 
     def results(self) -> Results:
         return self.hidden_result(), self.weight_result(), self.bias
@@ -200,8 +200,9 @@ def in_backward(
         raise RuntimeError(f"kept: expected products of {n} rows, got {len(kept)}")
     if n == 0:
         return _recorded(_nothing(head, needs, hidden_dtype), active)
+    formed_from = active if plan.active else None
     if needs[0] and plan.hidden_rows < n:
-        hidden = _hidden_by_blocks(head, row_gradient, hidden_dtype, plan, active)
+        hidden = _hidden_by_blocks(head, row_gradient, hidden_dtype, plan, formed_from)
         if not any(needs[1:]):
             return _recorded((hidden, None, None), active)
         needs = (False, needs[1], needs[2])
@@ -213,7 +214,7 @@ def in_backward(
         hidden_dtype,
         plan.tile_columns,
         n if kept is not None else min(plan.tile_rows, n),
-        active=active,
+        active=formed_from,
     )
     if kept is not None:
         total.consume(kept, row_gradient, plan.tile_columns)
@@ -263,15 +264,18 @@ def in_forward(
     if n == 0:
         return _recorded(_nothing(head, needs, hidden_dtype), active)
     d_hidden = head.hidden.new_empty((n, width), dtype=hidden_dtype) if needs[0] else None
+    formed_from = active if plan.active else None
     buffer: Tensor | None = None
     total: Gradients | None = None
+    row_gradients: list[RowGradient] = []
     for rows in plan.blocks(n):
         part, into = head.rows(rows), None if d_hidden is None else d_hidden[rows]
         size = rows.stop - rows.start
         if total is None:
             total = Gradients(
-                part, needs, hidden_dtype, plan.tile_columns, size, into, active, plan.sum_weight
-            )
+                part, needs, hidden_dtype, plan.tile_columns, size, into, formed_from,
+                plan.sum_columns,
+            )  # fmt: skip
         else:
             total.restart(part, into)
         parked = total.weight if rows.start == 0 and plan.first_rows else None
@@ -281,6 +285,8 @@ def in_forward(
         kept = buffer[:size]
         state = statistics(part, target[rows], track, plan, kept, parked=parked)
         row_gradient = coefficients(*state)._replace(target=target[rows])
+        if plan.rest is not None:
+            row_gradients.append(row_gradient)
         total.consume(kept, row_gradient, plan.tile_columns)
         if parked is not None:
             total.consume_parked(kept, row_gradient, plan.tile_columns)
@@ -290,7 +296,16 @@ def in_forward(
         if into is not None and formed is not None and formed is not into:
             into.copy_(formed)
     assert total is not None
-    return _recorded((d_hidden, total.weight_result(), total.bias), active)
+    weight = total.weight_result()
+    if plan.rest is not None:
+        del part, kept, buffer  # a place for other tiles
+        _, norms, coefs = zip(*row_gradients, strict=True)
+        of_all = RowGradient(target, torch.cat(norms, 1), torch.cat(coefs, 1))
+        again = Gradients(head, (False, False, False), hidden_dtype, 0, 0)
+        again.weight = weight
+        for tile in recomputed_tiles(head, plan.rest, plan.sum_columns):
+            again.add(tile, of_all)
+    return _recorded((d_hidden, weight, total.bias), active)
 
 
 def _recorded(results: Results, active: ActiveHidden | None) -> Results:

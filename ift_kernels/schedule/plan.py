@@ -10,8 +10,10 @@ The schedules, cheapest first wherever they fit, in products of N·V·D multiply
   two factors a row, applied in backward. 1 product, +1 for each of dh and dW. Sums over blocks go
   straight into dW, which must have the dtype of the products. In 16 bits that rounds dW once for
   every block, and R roundings of growing sums err by sqrt((R + 1)/2) of a single one: at most two
-  blocks on a CPU (1.22), three on a GPU (1.41). With more blocks a CPU sums dW in float32, where
-  half of the workspace can hold that.
+  blocks on a CPU (1.22), three on a GPU (1.41), one with ``weight_grad_sum="float32"``. With more
+  blocks dW is a float32 sum: on a CPU where half of the workspace can hold that, on a GPU where it
+  is the fastest. Half of it is in the 16-bit dW itself. Where even the rest is too large a GPU sums
+  a share s of the columns, and forms the products of the others again for their dW: 4 − s.
 * ``recompute``: ``keep`` with s = 0.
 
 On a CPU the plan counts products: epilogues cost a few percent of one and memory traffic less, and
@@ -54,6 +56,7 @@ from ift_kernels.schedule.problem import tile as tile
 
 MIN_SUMMED_ROWS = 512  # of a block of `forward` whose dW is added to a float32 sum
 SCHEDULES = ("recompute", "keep", "forward")
+WEIGHT_SUMS = ("auto", "float32")
 
 _forced = Setting[str | None]("ift_schedule", None)
 
@@ -117,13 +120,13 @@ def _by_rules(problem: Problem, reserved_bytes: int, schedule: str | None, kept_
                 block = -(-n // blocks)  # of even size: a small last one would be slow
                 return in_forward(p, memory, block, across)
         # More blocks than dW may be rounded for: a float32 sum, where half of the workspace has it.
-        sum_bytes = memory.weight_sum(across)
+        sum_bytes = memory.weight_sum(across, p.vocabulary)
         block = max(0, budget - sum_bytes - memory.block_fixed(across)) // memory.block_token(
             across
         )
         if sum_bytes <= budget // 2 and block >= min(n, MIN_SUMMED_ROWS):
             block = -(-n // -(-n // block))
-            return in_forward(p, memory, block, across, sum_weight=True)
+            return in_forward(p, memory, block, across, sum_columns=p.vocabulary)
     if 0 < keep < p.vocabulary:  # narrower tiles, where all products can be kept beside them
         left = budget - reserved_bytes - sums - memory.kept(p.vocabulary)
         narrow = left // memory.per_tile_column(rows) // ALIGN * ALIGN
@@ -174,6 +177,7 @@ def explain(
     need_hidden: bool = True,
     need_weight: bool = True,
     scalar: bool = False,
+    weight_grad_sum: str = "auto",
     gradient: str | ActiveSet = "exact",
     workspace: int | None = None,
     device: str | torch.device | Device = "cpu",
@@ -185,15 +189,17 @@ def explain(
         dtype: of hidden and weight.
         need_hidden, need_weight: which inputs require gradients, not through entropy or mean_logit.
         scalar: the loss is `linear_cross_entropy` with reduction "mean" or "sum".
+        weight_grad_sum: "auto" or "float32", as there.
         gradient: "exact" or "active" (an `ActiveSet` for its options), as in `linear_logprobs`. How
             many columns are active depends on data, so `products` counts all of them: the most.
+            The plan of a GPU is `active` only where that is faster than an exact gradient.
         workspace: as the operations.
         device: a torch device of this machine, or the record of any, as
             `ift_kernels.schedule.device.H200`.
 
     Raises:
-        TypeError, ValueError: a `gradient` or `workspace` that does not fit, a `device` that is
-            not there.
+        TypeError, ValueError: a `weight_grad_sum`, `gradient` or `workspace` that does not fit, a
+            `device` that is not there.
 
     >>> print(explain(2048, 32000, 1024, torch.bfloat16).schedule)
     keep
@@ -205,6 +211,7 @@ def explain(
     True
     """
     active = active_options(gradient)
+    checks.one_of("weight_grad_sum", weight_grad_sum, WEIGHT_SUMS)
     if isinstance(device, Device):
         record = device
     else:
@@ -224,7 +231,7 @@ def explain(
         transpose=not record.is_gpu and dtype.itemsize == 2,
         # As `head_call`: gradients are exact where no size may depend on data.
         active=active if need_hidden and not sync_free.on() else None,
-        device=record,
+        device=record, fp32_weight_sum=weight_grad_sum == "float32",
     )  # fmt: skip
     return make(problem, ledger.reserved, forced())
 

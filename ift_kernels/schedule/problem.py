@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,6 +37,7 @@ class Problem:
     active: ActiveSet | None = None  # that dh is formed from; None: dh is exact
     device: Device = CPU
     same_hidden_dtype: bool = True  # hidden (and its gradient) in the dtype of the products
+    fp32_weight_sum: bool = False  # sums of dW over blocks of rows are float32, whatever its dtype
 
     @property
     def any_gradient(self) -> bool:
@@ -65,7 +66,11 @@ class Plan:
     # columns its products are in the workspace. The others wait in dW, which is not yet written.
     first_rows: int = 0
     first_columns: int = 0
-    sum_weight: bool = False  # of `forward`: dW is a float32 sum over blocks, cast at the end
+    # Of `forward`, unless 0: the first columns whose dW is a float32 sum over blocks, cast at the
+    # end. dW of the others, if any, is written once, from products formed again: see `rest`.
+    sum_columns: int = 0
+    rest: Plan | None = None
+    active: bool = False  # dh is formed from the active set, where the problem has one
 
     def blocks(self, rows: int) -> list[slice]:
         """The blocks of so many rows in `forward`."""
@@ -136,6 +141,7 @@ class Memory:
                 missing = gathered = 0
         # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it
         # unless the vendor does that.
+        self._on_gpu, self._fp32_out = p.device.is_gpu, p.device.fp32_out
         part = 0 if p.device.fp32_out else itemsize
         self.per_row = p.width * (4 + part) if p.need_hidden and itemsize < 4 else 0
         self.per_row += active_row
@@ -183,9 +189,18 @@ class Memory:
         copied = columns * self._size * (self.copies - 1)
         return self._vocabulary * self._size + self._block_row + copied
 
-    def weight_sum(self, columns: int) -> int:
-        """Of a float32 sum of dW over blocks, and the product of a tile that is added to it."""
-        return self._weight_width * (4 * self._vocabulary + self._size * columns)
+    def weight_sum(self, columns: int, summed: int) -> int:
+        """Of a float32 sum of `summed` columns of dW over blocks, and the product of a tile that
+        is added to it unless the vendor does that.
+
+        As much of the sum as the 16-bit dW has room for is there; plans of a CPU were measured
+        without that.
+        """
+        part = self._size * columns
+        if self._on_gpu:
+            summed -= min(summed, self._vocabulary // 2)
+            part *= not self._fp32_out
+        return self._weight_width * (4 * summed + part)
 
     def block_fixed(self, columns: int) -> int:
         """Beside that: a tile's transpose is 64 rows wider, and what goes with each column."""
@@ -241,17 +256,39 @@ def max_blocks(p: Problem) -> int:
     """Blocks that `forward` may take: each rounds a 16-bit dW once more."""
     if not p.need_weight or p.dtype.itemsize >= 4:
         return max(p.rows, 1)
+    if p.fp32_weight_sum:
+        return 1
     return MAX_ROUNDED_GPU if p.device.is_gpu else MAX_ROUNDED
 
 
+def rest_problem(p: Problem, summed: int) -> Problem:
+    """DW of the columns after the `summed` ones, from products that are formed again."""
+    return replace(
+        p, vocabulary=p.vocabulary - summed, need_hidden=False, need_bias=False, active=None,
+        grads_in_forward=False,
+    )  # fmt: skip
+
+
 def in_forward(
-    p: Problem, memory: Memory, rows: int, columns: int, sum_weight: bool = False
+    p: Problem,
+    memory: Memory,
+    rows: int,
+    columns: int,
+    sum_columns: int = 0,
+    rest: Plan | None = None,
 ) -> Plan:
     """`forward`, in blocks of `rows`."""
     peak = rows * memory.block_token(columns) + memory.block_fixed(columns)
-    peak += memory.weight_sum(columns) * sum_weight
     products, n = 1.0 + p.gradients, max(p.rows, 1)
-    return Plan("forward", rows, columns, p.vocabulary, products, n, 0, peak, sum_weight=sum_weight)
+    if sum_columns:
+        peak += memory.weight_sum(columns, sum_columns)
+    if rest is not None:
+        products += 1.0 - sum_columns / p.vocabulary
+        peak = max(peak, rest.peak_bytes)
+    return Plan(
+        "forward", rows, columns, p.vocabulary, products, n, 0, peak,
+        sum_columns=sum_columns, rest=rest, active=p.active is not None,
+    )  # fmt: skip
 
 
 def in_backward(
@@ -263,4 +300,6 @@ def in_backward(
     kept = memory.kept(keep)
     peak = kept + memory.gradients(rows, columns, hidden_rows)
     name = "keep" if keep else "recompute"
-    return Plan(name, rows, columns, keep, products, hidden_rows, kept, peak)
+    # A GPU would wait for the number of active columns of every tile that is formed again.
+    active = p.active is not None and (keep > 0 or not p.device.is_gpu)
+    return Plan(name, rows, columns, keep, products, hidden_rows, kept, peak, active=active)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ift_kernels.schedule import accumulate
-from ift_kernels.schedule.accumulate import Sum
+from ift_kernels.schedule.accumulate import Sum, SumInResult
 
 ROWS, INNER, WIDTH = 64, 4096, 48
 
@@ -96,3 +96,27 @@ def test_on_cuda_alone(monkeypatch):
     before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     with accumulate.sums_in_fp32(torch.ones(1, dtype=torch.bfloat16)):
         assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction == before
+
+
+@pytest.mark.parametrize("fp32_out", [False, True])
+@pytest.mark.parametrize(
+    ("size", "rows", "tile"),
+    [(200, 200, 64), (201, 201, 70), (200, 100, 48), (200, 150, 200), (33, 9, 8), (1, 1, 1)],
+)
+def test_a_sum_in_the_memory_of_its_result(fp32_products, monkeypatch, fp32_out, size, rows, tile):
+    """Of two blocks, whatever the result held; what is not among its rows is not added."""
+    monkeypatch.setattr(accumulate, "adds_fp32_products", lambda like: fp32_out)
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2, size, INNER, generator=generator).bfloat16()
+    b = torch.randn(2, INNER, WIDTH, generator=generator).bfloat16()
+    result = torch.full((size, WIDTH), torch.nan, dtype=torch.bfloat16)
+    total = SumInResult(result, rows)
+    for block in range(2):
+        for start in range(0, size, tile):
+            stop = min(start + tile, size)
+            total.add(slice(start, stop), a[block, start:stop], b[block])
+    inside, outside = size // 2, max(rows - size // 2, 0)
+    assert [len(part) for _, part in total._totals] == [min(rows, inside), outside]
+    assert total.result() is result
+    wanted = (a.double() @ b.double()).sum(0)[:rows]
+    assert (result[:rows] - wanted).norm() < 4e-3 * wanted.norm()

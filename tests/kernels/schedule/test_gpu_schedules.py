@@ -11,8 +11,8 @@ from allocations import MIB, Allocations, size
 from bench.suites import counts
 from ift_kernels import backends, linear_cross_entropy, linear_logprobs
 from ift_kernels.common.transform import LogitTransform
+from ift_kernels.schedule import accumulate, cost, device, divergence_plan, gpu_plan, plan
 from ift_kernels.schedule import active as active_module
-from ift_kernels.schedule import cost, device, divergence_plan, gpu_plan, plan
 from ift_kernels.schedule.device import H200
 from ift_kernels.schedule.head import Head
 
@@ -116,6 +116,65 @@ def test_three_roundings_of_dw_err_by_sqrt_two_of_one(made):
     assert errors[3][0] <= 2**0.5 * errors[1][0]
 
 
+@pytest.fixture
+def unrounded(monkeypatch):
+    """Products are added to float32 sums unrounded, as on CUDA."""
+    monkeypatch.setattr(accumulate, "adds_fp32_products", lambda like: like.dtype.itemsize == 2)
+    monkeypatch.setattr(
+        accumulate, "add_fp32_product", lambda total, a, b: total.addmm_(a.float(), b.float())
+    )
+
+
+def test_float32_sums_of_dw_err_as_a_single_rounding(made, unrounded, monkeypatch):
+    """Three roundings on the way err by sqrt(2) of one."""
+    hidden, weight, target = leaves(torch.bfloat16, N, 4096)
+    wanted, errors = exact(hidden, weight, target)[1], []
+    for kind, workspace, blocks, summed in (
+        ("auto", 8, 1, 0), ("auto", 1.3, 3, 0), ("float32", 1.3, 4, 2048), ("float32", 3.7, 4, 4096)
+    ):  # fmt: skip
+        if summed == 4096:
+            monkeypatch.setattr(gpu_plan, "SUMMED_EIGHTHS", 8)  # all columns
+        options = {"weight_grad_sum": kind, "workspace": int(workspace * MIB)}
+        with plan.use_schedule("forward"), ift_kernels.use_backend("reference"):
+            loss = linear_cross_entropy(hidden, weight, target, **options)
+        assert (len(made[-1].blocks(N)), made[-1].sum_columns) == (blocks, summed)
+        errors.append(distance(torch.autograd.grad(loss, weight)[0], wanted))
+    once, thrice, of_some, of_all = errors
+    assert 1.25 * once < thrice < 1.45 * once
+    assert max(of_some, of_all) < 1.02 * once
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "workspace", "softcap"),
+    [(596, 4096, 3, None), (500, 4100, 3, 20.0), (700, 3001, 2.2, None)],
+)
+def test_dw_of_some_columns_is_summed_and_of_others_formed_again(
+    made, rows, vocabulary, workspace, softcap
+):
+    """With either backend; the other columns in tiles of all rows, also behind ignored ones."""
+    hidden, weight, target = leaves(torch.bfloat16, rows, vocabulary)
+    bias = torch.linspace(-1, 1, vocabulary).bfloat16().requires_grad_()
+    target[::7] = -100
+    inputs, workspace = [hidden, weight, bias], int(workspace * MIB)
+    with plan.use_schedule("forward"), Allocations() as seen:
+        loss = linear_cross_entropy(
+            hidden, weight, target, bias=bias, softcap=softcap, weight_grad_sum="float32",
+            workspace=workspace,
+        )  # fmt: skip
+    got = torch.autograd.grad(loss, inputs)
+    assert made[-1].schedule == "forward" and len(made[-1].blocks(rows)) > 1
+    assert 0 < made[-1].sum_columns < vocabulary and 3 < made[-1].products < 4
+    if "cpu" in serving.BACKENDS:  # the reference makes a dozen temporaries of a tile
+        assert seen.peak - size(*got) <= 1.25 * workspace
+    h, w, b = (t.detach().double().requires_grad_() for t in inputs)
+    logits = h @ w.T + b
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    value = torch.nn.functional.cross_entropy(logits, target)
+    for found, wanted in zip(got, torch.autograd.grad(value, (h, w, b)), strict=True):
+        assert distance(found, wanted) < 6e-3
+
+
 @pytest.mark.parametrize("share", [1.0, 0.2])  # of rows with an upstream gradient
 def test_backward_plans_for_what_is_left(made, share):
     hidden, weight, target = leaves(torch.float32)
@@ -139,6 +198,29 @@ def test_backward_fits_beside_what_forward_kept():
     assert forward.kept_bytes + backward.peak_bytes <= p.workspace
     alone = plan.make(p, 0, "recompute")
     assert alone.tile_columns > backward.tile_columns  # there it has the whole workspace
+
+
+@pytest.mark.parametrize(
+    ("shape", "products"), [((8192, 4096, 128256), 3.5), ((32768, 896, 151936), 3.375)], ids=str
+)
+def test_float32_sums_of_dw_at_full_size(shape, products):
+    """As counted on tensors without memory: products, and work memory beside the results."""
+    pytest.importorskip("triton")
+    n, d, v = shape
+    with counts.planned_for_h200():
+        hidden, weight = (
+            torch.empty(size, d, dtype=torch.bfloat16, device="meta", requires_grad=True)
+            for size in (n, v)
+        )
+        target = torch.empty(n, dtype=torch.int64, device="meta")
+
+        def call():
+            loss = linear_cross_entropy(hidden, weight, target, weight_grad_sum="float32")
+            return torch.autograd.grad(loss, (hidden, weight))
+
+        found = counts.dispatched(call)
+    assert found["flops"] <= 1.001 * products * 2 * n * d * v
+    assert found["peak"] <= 640 * MIB and found["reads"] == 1
 
 
 # --- the active set ------------------------------------------------------------------------------
@@ -198,9 +280,9 @@ def test_blocks_are_united_where_that_is_faster(made, monkeypatch, united):
     seen = []
 
     def seconds(problem, rows, columns, block, share):
-        """The largest blocks are the fastest, or the slowest."""
+        """The largest blocks are the fastest, or the slowest; all faster than an exact dh."""
         seen.append((block, share))
-        return cost.Cost(products=1 / block if united else block)
+        return cost.Cost(products=1e-9 / block if united else 1e-9 * block)
 
     with ift_kernels.record_active_sets() as report, plan.use_schedule("forward"):
         monkeypatch.setattr(cost, "active_hidden", seconds)
@@ -264,6 +346,41 @@ def test_tiles_formed_again_are_exact(made, reads, workspace):
     assert distance(got[1], wanted[1]) < 1e-5
     if made[-2].schedule == "recompute":
         assert distance(got[0], wanted[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rows", "frozen", "scalar", "schedule"),
+    [
+        (512, True, False, "forward"),
+        (500, True, True, "forward"),
+        (300, False, False, "keep"),
+        (512, False, True, "forward"),
+    ],
+)
+def test_the_call_is_exact_where_the_active_set_is_slower(
+    made, monkeypatch, reads, rows, frozen, scalar, schedule
+):
+    """As where masks and launches take longer than the products that are saved."""
+    monkeypatch.setattr(device, "of", lambda place: replace(SLOW, launch_gap=10.0))
+    hidden, weight, target = peaked(rows, 8192)
+    weight.requires_grad_(not frozen)
+    target[::5] = -100
+    found = []
+    for gradient in ("exact", "active"):
+        options = {"gradient": gradient, "workspace": 32 * MIB}
+        with ift_kernels.record_active_sets() as report:
+            if scalar:
+                value = linear_cross_entropy(hidden, weight, target, **options)
+            else:
+                value = linear_logprobs(hidden, weight, target, **options).logprob.sum()
+            found.append(
+                torch.autograd.grad(value, [t for t in (hidden, weight) if t.requires_grad])
+            )
+        assert made[-1 - (schedule == "keep")].schedule == schedule
+    for wanted, got in zip(*found, strict=True):
+        assert torch.equal(got, wanted)
+    assert report == [ift_kernels.ActiveSetStats(1.0, 0.0, 0.0, 0, 0)]
+    assert not reads
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 70), (5, 33)])
