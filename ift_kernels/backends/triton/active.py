@@ -1,7 +1,8 @@
 """The active set: which columns matter to a block of rows, a tile of gradients split, bucket sums.
 
 Floors per element of a tile: 2 bytes read (bf16) for the mask; 2 to 4 for the split, be it of
-products or of gradients, of which a share k is written again; of the head's rows each is read once for the sums. Distance: not measured.
+products or of gradients, of which a share k is written again; of the head's rows each is read once
+for the sums. Distance: not measured.
 """
 
 from __future__ import annotations
