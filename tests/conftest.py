@@ -16,8 +16,10 @@ from serving import BACKENDS, SERVED
 # already share the cores among them.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
-# Run by test_triton.py, in a process of its own.
-collect_ignore_glob = [] if "TRITON_INTERPRET" in os.environ else ["*test_triton_interpreted*.py"]
+# No doctests: there is another of this name in tests/api.
+collect_ignore_glob = ["*conftest.py"]
+if "TRITON_INTERPRET" not in os.environ:  # run by test_triton.py, in a process of its own
+    collect_ignore_glob.append("*test_triton_interpreted*.py")
 
 ALLOCATORS = [
     (torch, "empty"),

@@ -60,7 +60,9 @@ def assert_same(backend, chunk, mask, block, bucket, weights, of=None, rounded=F
         found = outputs(chunk.x, mask, block, bucket)
         side.split_active(chunk, mask, block, bucket, weights, *found, of)
         results.append(found)
-    tolerances = (4 * eps if rounded else 4e-6 if of else 1e-6, 2 * eps if of else eps)
+    tolerances = (4e-6 if of else 1e-6, 2 * eps if of else eps)
+    if rounded:  # and an exponential of a logit up to 28 has its rounding so many times
+        tolerances = (max(4 * eps, 4e-5), max(2 * eps, 4e-5))
     for b, a, rtol in zip(*results, tolerances, strict=True):
         torch.testing.assert_close(
             a.double(), b.double(), rtol=max(rtol, 1e-6), atol=max(2e-6, 2 * rtol * bool(of)),

@@ -140,8 +140,8 @@ def calls(
         "active_mask": returning(lambda: [backend.active_mask(chunk, target, level, 32)], moved),
         "split_active": Call(
             moved + moved // 8,
-            lambda: backend.split_active(chunk, *split, row_gradient),
-            lambda: [tails, active],
+            lambda: backend.split_active(contract.Chunk(y), *split, row_gradient),
+            lambda: [tails, active], lambda: y.copy_(x),
         ),
         "bucket_sums": returning(lambda: [backend.bucket_sums(x, 64, row_weights)], moved),
         "scan": returning(lambda: [backend.scan(sequence, None, None, 0.95, True)], 4 * moved),
