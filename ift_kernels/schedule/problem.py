@@ -193,7 +193,7 @@ class Memory:
         """Of a float32 sum of `summed` columns of dW over blocks, and the product of a tile that
         is added to it unless the vendor does that.
 
-        As much of the sum as the 16-bit dW has room for is there; plans of a CPU were measured
+        As much of the sum as the 16-bit dW can hold is there; plans of a CPU were measured
         without that.
         """
         part = self._size * columns

@@ -125,10 +125,8 @@ def split_kernel(
     active_mask += number * columns
     position += number * columns
     first = (tl.program_id(0) % buckets) * bucket
-    last, end = (
-        tl.minimum(first + bucket, columns),
-        tl.minimum(first + bucket, end_of(columns, PADDED)),
-    )
+    last = tl.minimum(first + bucket, columns)
+    end = tl.minimum(first + bucket, end_of(columns, PADDED))
     target_id, zero = tl.full((ROWS,), -1, tl.int64), tl.zeros((ROWS,), tl.float32)
     norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform = zero, zero, zero, zero, zero, zero
     if FORMS:

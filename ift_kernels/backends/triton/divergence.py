@@ -45,6 +45,24 @@ def log_probs(z, inside, norm, norm_stride):
 
 
 @triton.jit
+def load_both(
+    x, y, bias, teacher_bias, norm, norm_stride, start, column, columns, end,
+    pre, post, teacher_pre, teacher_post,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr, TEACHER_CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The student's logits, and the log-probabilities of both, of the columns from `start` on."""
+    inside, readable = column < columns, column < end
+    z = load_logits(x, bias, start, column, columns, readable, pre, post, HAS_BIAS, HAS_CAP, BLOCK)
+    y_z = load_logits(
+        y, teacher_bias, start, column, columns, readable, teacher_pre, teacher_post,
+        TEACHER_BIAS, TEACHER_CAP, BLOCK,
+    )  # fmt: skip
+    s = log_probs(z, inside, norm, norm_stride)
+    return z, s, log_probs(y_z, inside, norm + 2 * norm_stride, norm_stride)
+
+
+@triton.jit
 def over_mixture(s, t, beta):
     """s − log m and t − log m with m = (1 − β)eˢ + βeᵗ, relative to the larger of s and t."""
     d = t - s
@@ -80,16 +98,11 @@ def divergence_terms_kernel(
     end = end_of(columns, PADDED)
     for start in range(first, last, BLOCK):
         column = start + lane
-        inside, readable = column < columns, column < end
-        z = load_logits(
-            x, bias, start, column, columns, readable, pre, post, HAS_BIAS, HAS_CAP, BLOCK
-        )
-        y_z = load_logits(
-            y, teacher_bias, start, column, columns, readable, teacher_pre, teacher_post,
-            TEACHER_BIAS, TEACHER_CAP, BLOCK,
+        _, s, t = load_both(
+            x, y, bias, teacher_bias, norm, norm_stride, start, column, columns, end,
+            pre, post, teacher_pre, teacher_post,
+            HAS_BIAS, HAS_CAP, TEACHER_BIAS, TEACHER_CAP, BLOCK,
         )  # fmt: skip
-        s = log_probs(z, inside, norm, norm_stride)
-        t = log_probs(y_z, inside, norm + 2 * norm_stride, norm_stride)
         if KIND == FORWARD:
             own += times(tl.exp(t), t - s)
         elif KIND == REVERSE:
@@ -134,16 +147,11 @@ def divergence_gradient_kernel(
     end = end_of(columns, PADDED)
     for start in range(first, last, BLOCK):
         column = start + lane
-        inside, readable = column < columns, column < end
-        z = load_logits(
-            x, bias, start, column, columns, readable, pre, post, HAS_BIAS, HAS_CAP, BLOCK
-        )
-        y_z = load_logits(
-            y, teacher_bias, start, column, columns, readable, teacher_pre, teacher_post,
-            TEACHER_BIAS, TEACHER_CAP, BLOCK,
+        z, s, t = load_both(
+            x, y, bias, teacher_bias, norm, norm_stride, start, column, columns, end,
+            pre, post, teacher_pre, teacher_post,
+            HAS_BIAS, HAS_CAP, TEACHER_BIAS, TEACHER_CAP, BLOCK,
         )  # fmt: skip
-        s = log_probs(z, inside, norm, norm_stride)
-        t = log_probs(y_z, inside, norm + 2 * norm_stride, norm_stride)
         p = tl.exp(s)
         if KIND == FORWARD:
             q = tl.exp(t)
@@ -157,8 +165,8 @@ def divergence_gradient_kernel(
             dz = times((1.0 - beta) * p, s_over - mean)
         dx = dz * d_value * slope(z, post, plain_slope, HAS_CAP)
         # Nothing comes from a row without upstream gradient, even where it holds a NaN.
-        dx = tl.where(inside, tl.where(d_value == 0.0, 0.0, dx), 0.0)
-        tl.store(x + column, dx.to(x.dtype.element_ty), mask=readable)
+        dx = tl.where(column < columns, tl.where(d_value == 0.0, 0.0, dx), 0.0)
+        tl.store(x + column, dx.to(x.dtype.element_ty), mask=column < end)
     if HAS_VALUE:
         value += part * part_stride + row
         tl.store(value, tl.load(value) + tl.sum(total.to(tl.float64)))
@@ -182,8 +190,7 @@ def divergence_terms(
         divergence_terms_kernel, (rows * parts,), x,
         x, y, student.bias, teacher.bias, norm, to_value, to_centre, columns,
         x.stride(0), y.stride(0), norm.stride(1), rows, parts, length, beta,
-        **_transforms(student, teacher), KIND=KINDS.index(kind),
-        PADDED=padded(x) and padded(y), **chosen,
+        **_of_both(student, teacher), KIND=KINDS.index(kind), **chosen,
     )  # fmt: skip
     if sums is not None:
         value += sums[0].sum(0)
@@ -211,8 +218,8 @@ def divergence_gradient_(
         divergence_gradient_kernel, (rows * parts,), x,
         x, y, student.bias, teacher.bias, norm, value if sums is None else sums, centre, upstream,
         columns, x.stride(0), y.stride(0), norm.stride(1), rows, parts, length, beta,
-        **_transforms(student, teacher), KIND=KINDS.index(kind), HAS_VALUE=value is not None,
-        PADDED=padded(x) and padded(y), **chosen,
+        **_of_both(student, teacher), KIND=KINDS.index(kind), HAS_VALUE=value is not None,
+        **chosen,
     )  # fmt: skip
     if value is not None and sums is not None:
         value += sums.sum(0)
@@ -226,8 +233,8 @@ def _parts(x: Tensor) -> tuple[dict[str, int], int, int]:
     return chosen, parts, blocks(blocks(columns, parts), chosen["BLOCK"])
 
 
-def _transforms(student: Chunk, teacher: Chunk) -> dict[str, Any]:
-    """The arguments of a kernel that stand for both transforms, and for which biases there are."""
+def _of_both(student: Chunk, teacher: Chunk) -> dict[str, Any]:
+    """The arguments of a kernel that depend on both sides: transforms, biases, padding."""
     other = transform_arguments(teacher.bias, teacher.transform)
     return {
         **transform_arguments(student.bias, student.transform),
@@ -235,4 +242,5 @@ def _transforms(student: Chunk, teacher: Chunk) -> dict[str, Any]:
         "teacher_post": other["post"],
         "TEACHER_BIAS": other["HAS_BIAS"],
         "TEACHER_CAP": other["HAS_CAP"],
+        "PADDED": padded(student.x) and padded(teacher.x),
     }

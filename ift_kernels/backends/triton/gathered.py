@@ -64,8 +64,6 @@ def gathered_kernel(
         w_pointer = weight + v[:, None] * weight_stride + column[None, :]
         w = tl.load(w_pointer, mask=there[:, None] & inside[None, :], other=0.0)
         x = product(a, w, x, PRECISION)
-    pointer = total + first * total_stride + (row[:, None] * total_stride + column[None, :])
-    written = valid_row[:, None] & inside[None, :]
     tl.store(pointer, x, mask=written)
 
 

@@ -124,18 +124,9 @@ def gumbel_kernel(
     for start in range(-SKIPPED, columns, BLOCK):
         column = start + lane
         inside = (column >= 0) & (column < columns)
+        readable = (column >= 0) & (column < end)
         z = load_logits(
-            x,
-            bias,
-            start,
-            column,
-            columns,
-            (column >= 0) & (column < end),
-            pre,
-            post,
-            HAS_BIAS,
-            HAS_CAP,
-            BLOCK,
+            x, bias, start, column, columns, readable, pre, post, HAS_BIAS, HAS_CAP, BLOCK
         )
         counter = ((start + offset) // 4 + quarter).to(tl.uint32)
         blank = tl.zeros_like(counter)
