@@ -7,7 +7,8 @@ Environment:
     CXX, CXXFLAGS, LDFLAGS, ARCHFLAGS   the compiler and flags added to ours
     IFT_REQUIRE_CPP=1                   stop when the extension cannot be built
     IFT_NO_CPP=1                        leave it out: a pure Python wheel, reference backend only
-    IFT_BUILD_CUDA=auto|0|1             the CUDA extension: where nvcc is, never, or demanded
+    IFT_BUILD_CUDA=auto|0|1             the CUDA extension: where nvcc is and torch is no build
+                                        without CUDA, never, or demanded
     CUDA_HOME                           the toolkit; else nvcc on PATH, else /usr/local/cuda
     IFT_CUDA_ARCHS                      "80;90a;90-virtual": code for 8.x and for 9.0, PTX of 9.0
     MAX_JOBS                            compilers that run at once
@@ -187,6 +188,16 @@ class Toolkit:
         return ""
 
 
+def torch_without_cuda() -> bool:
+    """Whether the torch of this interpreter is a build without CUDA; not where there is none yet.
+
+    Its version.py is read, not imported: an isolated build hides torch from imports alone.
+    """
+    version = Path(sysconfig.get_path("platlib"), "torch", "version.py")
+    text = version.read_text(encoding="utf-8") if version.is_file() else ""
+    return re.search(r"^cuda\b.*=\s*None\s*$", text, re.M) is not None
+
+
 @functools.cache
 def toolkit() -> Toolkit | str:
     """The CUDA toolkit to use, or the reason why there is none."""
@@ -195,6 +206,10 @@ def toolkit() -> Toolkit | str:
         raise SystemExit(f"ift-kernels: IFT_BUILD_CUDA: expected auto, 0 or 1, got {wanted!r}")
     if wanted == "0":
         return "IFT_BUILD_CUDA=0"
+    if wanted == "auto" and torch_without_cuda():
+        reason = "the installed torch is a build without CUDA"
+        say(f"NOTE: without the CUDA extension ({reason}); IFT_BUILD_CUDA=1 builds it anyway")
+        return reason
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         found = shutil.which("nvcc", path=str(Path(home, "bin")))

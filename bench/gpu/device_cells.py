@@ -86,8 +86,9 @@ def ordered(some: Sequence[Phase]) -> list[tuple[Phase, Cell]]:
 
 def release_inputs() -> None:
     """Free what cells of a phase share."""
-    for cache in (grid.load, grid.scratch, losses._data, ops._sequences):
+    for cache in (grid.load, losses._data, ops._sequences):
         cache.cache_clear()
+    grid.BUFFERS.clear()
 
 
 # --- correctness ----------------------------------------------------------------------------------

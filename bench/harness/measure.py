@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -138,6 +140,13 @@ class Settings:
     # For everything; cells get fewer rounds, never none.
     budget: Budget = field(default_factory=lambda: Budget(minutes=8))
     in_process: bool = False  # measure in this process, as a GPU wants it
+    log: Path | None = None  # gets a line after each measurement, which nothing can take back
+
+    def keep(self, cell: Cell) -> None:
+        """Append what is known of a cell to the log."""
+        if self.log is not None:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"group": cell.group} | cell.record()) + "\n")
 
     def worker(self) -> Worker | InProcess:
         """What makes calls."""
@@ -160,6 +169,7 @@ def measure(
         for cell, cost in zip(cells, guess, strict=True):
             progress.at(f"checking {cell.group}: {cell.case}, {cell.implementation}")
             _first(cell, settings, crew)
+            settings.keep(cell)
             progress.advance(whole / 2 * cost / sum(guess))
         cells = [cell for cell in cells if not cell.reason]
         # Kept processes start with a call of each of their cells, unless it is long.
@@ -179,6 +189,7 @@ def measure(
                     progress.at(f"round {turn + 1}/{most} {cells[i].group}: {cells[i].case}, "
                                 f"{cells[i].implementation}")  # fmt: skip
                     _again(cells[i], crew)
+                    settings.keep(cells[i])
                     progress.advance(whole / 2 / turns)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from bench.harness import data
 from bench.harness.machine import RESULTS, ROOT
-from bench.report import pictures, ranking, tables
+from bench.report import headline, pictures, ranking, tables
 from bench.report.ranking import ABOUT, ORDER, Case
 from bench.report.tables import Report, Source, Table, escape, web
 from ift import plotting
@@ -174,7 +174,7 @@ def figures(sources: Sequence[Source], results: str) -> str:
 
 BLOCKS: dict[str, Callable[[Sequence[Source], str], str]] = {
     "benchmarks": ranking.benchmarks,
-    "headline": lambda sources, results: ranking.headline(sources, DEVICE),
+    "headline": lambda sources, results: headline.table(sources, DEVICE, results),
     "data": figures,
     "active-times": _block(
         "N × D × V, dtype",
@@ -393,6 +393,9 @@ def main(arguments: Sequence[str]) -> int:
         text = page.read_text(encoding="utf-8")
         if (new := filled(text, page, sources)) != text:
             texts[page] = new
+    if options.results == RESULTS and plotting.available():
+        headline.draw(sources, DEVICE)
+        print(f"written: {headline.PICTURE}")
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -299,22 +299,3 @@ def benchmarks(sources: Sequence[Source], results: str) -> str:
 def link(name: str, results: str) -> str:
     """Of a file of results."""
     return f"[{name}]({results}/{name})"
-
-
-def headline(sources: Sequence[Source], device: str) -> str:
-    """What ours takes beside naive, in the cases that people ask about first."""
-    rows = []
-    for suite, group, cases in (
-        ("head", "1024x896x151936 bf16", ("statistics", "scalar", "per-token")),
-        ("losses", "losses 8x64x896x151936 bf16", ("sft", "ift", "dpo", "grpo")),
-    ):
-        found = by_group(sources, suite)[group]
-        for case in (found[name][device] for name in cases):
-            cell = case.ours or {}
-            rows.append([
-                f"{suite}: {case.group['titles'][case.name]}", duration(cell["seconds"]),
-                times(cell["of_naive"]), size(cell["extra_bytes"]), times(cell["memory_of_naive"]),
-            ])  # fmt: skip
-    head = ("512 or 1024 tokens, width 896, V = 151936, bf16", "time", "of naive", "memory",
-            "of naive")  # fmt: skip
-    return markdown(Table("", head, rows))

@@ -48,9 +48,12 @@ def main(arguments: Sequence[str]) -> int:
         raise SystemExit("python -m bench: --device cuda, but torch sees no GPU")
     if options.plot and not plotting.available():
         raise SystemExit("python -m bench: --plot needs matplotlib")
+    log = Path(options.json).with_suffix(".jsonl") if options.json else None
+    if log is not None:
+        log.unlink(missing_ok=True)
     settings = Settings(
         options.threads, options.rounds, options.limit, options.keep_freed, Budget(options.minutes),
-        in_process=options.device == "cuda",
+        in_process=options.device == "cuda", log=log,
     )  # fmt: skip
     about = provenance(torch.device(options.device), options.threads)
     groups: list[tables.Report] = []
@@ -76,7 +79,10 @@ def main(arguments: Sequence[str]) -> int:
             interrupted = True
     tables.show(done, console)
     if interrupted:
-        console.print("interrupted: only complete groups are in this report", style="red")
+        rest = f"; what else was measured is in {log}" if log is not None else ""
+        console.print(f"interrupted: only complete groups are in this report{rest}", style="red")
+    elif log is not None:
+        log.unlink(missing_ok=True)
     if options.json:
         tables.write(done, options.json)
     if options.plot:
@@ -108,7 +114,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         suite.add_argument("--keep-freed", action="store_true",
                            help="time processes that keep freed memory")  # fmt: skip
         suite.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-        suite.add_argument("--json", metavar="FILE", help="write everything measured")
+        suite.add_argument(
+            "--json",
+            metavar="FILE",
+            help="write everything measured; FILE.jsonl "
+            "has it line by line until the suite is through",
+        )
         suite.add_argument("--plot", metavar="FILE", help="draw it, as PNG")
     options = parser.parse_args(arguments)
     if options.suite:

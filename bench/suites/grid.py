@@ -252,30 +252,37 @@ def check(
     return errors.found
 
 
-@functools.lru_cache(maxsize=2)
-def scratch(
-    rows: int, width: int, v: int, dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
-    """What the bare GEMMs read and write: logits, the same transposed, dh, dW."""
-    sizes = ((rows, v), (v, rows), (rows, width), (v, width))
-    return [torch.full(size, 1e-3, dtype=dtype, device=device) for size in sizes]
+BUFFERS: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+
+def scratch(what: str, rows: int, columns: int, like: Tensor) -> Tensor:
+    """(rows, columns) of a buffer that all cases of this process share, as large as the largest."""
+    key, size = (what, like.dtype, like.device), rows * columns
+    if key not in BUFFERS or BUFFERS[key].numel() < size:
+        BUFFERS[key] = torch.full((size,), 1e-3, dtype=like.dtype, device=like.device)
+    return BUFFERS[key][:size].view(rows, columns)
 
 
 def _floor(case: Case, inputs: Inputs, transposed: bool) -> Subject:
     """The GEMMs that cannot be avoided, on the valid rows, into memory that is allocated."""
     rows = int((inputs.target != -100).sum())
     h, w = inputs.hidden.detach()[:rows], inputs.weight.detach()
-    z, z_t, dh, dw = scratch(inputs.hidden.shape[0], h.shape[1], w.shape[0], h.dtype, h.device)
-    z, dh = z[:rows], dh[:rows]
-    dz_t = z_t.view(-1)[: rows * w.shape[0]].view(w.shape[0], rows) if transposed else z.T
+
+    def buffers() -> tuple[Tensor, ...]:
+        """Logits and what dW is formed from, dh, dW. Views, so that no case keeps a buffer."""
+        z = scratch("logits", rows, len(w), h)
+        dz_t = scratch("transposed", len(w), rows, h) if transposed else z.T
+        return z, dz_t, scratch("dh", *h.shape, h), scratch("dW", *w.shape, h)
 
     def call() -> None:
+        z, dz_t, dh, dw = buffers()
         torch.mm(h, w.T, out=z)
         if case.gemms > 1:
             torch.mm(z, w, out=dh)
         if case.gemms > 2:
             torch.mm(dz_t, h, out=dw)
 
+    buffers()
     warm = functools.partial(torch.mm, h[:8], w[:1024].T)
     return Subject(call, warm, lambda result: {}, h.device)
 

@@ -176,6 +176,7 @@ def plain_floating(name: str, value: Tensor) -> None:
 
 
 MIN_WORKSPACE = 1 << 20
+NO_FLOAT64 = ("mps",)  # types of device
 DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 512 << 20}  # for products in 16 bits
 
 
@@ -193,6 +194,11 @@ def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None, of: str 
             raise ValueError(
                 f"{name}: expected on {hidden.device} like {of}hidden, got {value.device}"
             )
+    if hidden.device.type in NO_FLOAT64:
+        raise RuntimeError(
+            f"{of}hidden: on {hidden.device}, which has no float64 for the sums over a vocabulary; "
+            "expected a tensor on a CPU or a GPU that has"
+        )
     if hidden.dim() < 1 or hidden.shape[-1] == 0:
         raise ValueError(
             f"{of}hidden: expected shape (..., D) with D > 0, got {tuple(hidden.shape)}"

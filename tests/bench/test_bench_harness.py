@@ -179,12 +179,18 @@ def subject(kind):
     return measure.Subject(call, lambda: None, check, torch.device("cpu"), kind == "compiled")
 
 
-def test_only_what_is_right_gets_a_time(monkeypatch):
+def test_only_what_is_right_gets_a_time(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "now", lambda: 0.0)  # here, no time passes: the budget is whole
     kinds = ("right", "compiled", "long", "wrong", "slow", "dies", "absent")
     cells = [measure.Cell("g", "case", kind, subject, (kind,), 0.01) for kind in kinds]
-    settings = measure.Settings(1, rounds=3, limit=HANG, budget=Budget(minutes=1))
+    log = tmp_path / "log.jsonl"
+    settings = measure.Settings(1, rounds=3, limit=HANG, budget=Budget(minutes=1), log=log)
     measure.measure(cells, settings, Silent())
+    # A line after each measurement: the first of every cell, and three or none for its samples.
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["implementation"] for line in lines[:7]] == list(kinds) and len(lines) == 7 + 6
+    last = {line["implementation"]: line["samples"] for line in lines}
+    assert last == {cell.implementation: cell.samples for cell in cells}
     found = {cell.implementation: cell for cell in cells}
     # Of a long call a minute buys no sample but the first call.
     for kind, samples in (("right", [0.01] * 3), ("compiled", [0.01] * 3), ("long", [70.0])):
@@ -309,7 +315,7 @@ def test_head_end_to_end(tmp_path, capsys):
         "--cases", *cases, "--plot", str(picture), rounds=2,
     )  # fmt: skip
     (head,) = found["groups"]
-    assert head["name"] == "40x16x600 fp32"
+    assert head["name"] == "40x16x600 fp32" and not list(tmp_path.glob("*.jsonl"))
     cells = {(c["case"], c["implementation"]): c for c in head["cells"]}
     assert set(cells) == {(case, name) for case in cases for name in names}
     for (case, name), cell in cells.items():

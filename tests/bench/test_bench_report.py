@@ -12,7 +12,7 @@ from running import assert_exits
 
 from bench.__main__ import main
 from bench.harness import machine
-from bench.report import compare, pages, pictures, ranking, tables
+from bench.report import compare, headline, pages, pictures, ranking, tables
 from bench.report.tables import Source
 
 
@@ -173,6 +173,21 @@ def test_pictures_are_of_the_cells_in_the_table(tmp_path, monkeypatch):
     (group,) = drawn[0]["groups"]
     assert [(c["case"], c["seconds"]) for c in group["cells"]] == [("scalar", 4.0), ("few", 7.0)]
     assert drawn[0]["provenance"]["date"] == "2026-01-01"
+
+
+def test_the_readme_compares_with_the_best_other_and_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(headline, "PARTS", (("head", "g", "a head", ("scalar",)),))
+    found = made_up(*BASE, cell("cce", [1.5], 300 << 20))
+    found["groups"][0]["cells"][2]["extra_bytes"] = 200 << 20  # of naive
+    sources = [Source(tmp_path / "one" / "a.json", found)]
+    text = headline.table(sources, "one", "results")
+    row = "| **1.10 s** | 2.00 s (1.82×) | 1.50 s (1.36×), <CCE> | **100 MiB** | 200 MiB (2.00×) |"
+    assert row in text and "300 MiB (3.00×), <CCE>" in text and "(results/one/a.json)" in text
+    assert "on a GPU | not measured" in text
+    headline.draw(sources, "one", picture := tmp_path / "a.png")
+    assert picture.stat().st_size > 5000
+    found["provenance"] |= {"cpu": "A CPU"}
+    assert "not measured" not in headline.table(sources, "one", "results")
 
 
 def test_a_picture_for_phones_is_narrow(tmp_path):

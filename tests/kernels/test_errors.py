@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import dense
 import ift_kernels
@@ -183,6 +184,20 @@ def test_an_error_leaves_nothing_behind(call):
         call(bias=H.bias[:3])
     call(bias=H.bias)
     assert plan.ledger.reserved == held
+
+
+def test_a_device_without_float64_is_refused():
+    on = {"device": "mps"}
+    with FakeTensorMode():
+        hidden, weight, embedding_ = (torch.empty(s, **on) for s in ((2, 7), (33, 7), (33, 3)))
+        rows = {"hidden": hidden, "weight": weight}
+        target = torch.zeros(2, dtype=torch.int64, **on)
+        each = {
+            logprobs: {"target": target}, cross_entropy: {"target": target}, token: {},
+            embedding: {"embedding": embedding_},
+        }  # fmt: skip
+        for call, more in each.items():
+            check(call, RuntimeError, "hidden", ["mps", "float64", "expected"], rows | more)
 
 
 def test_position_of_a_bad_target():

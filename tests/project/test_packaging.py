@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import processes
 from processes import python
@@ -150,6 +151,19 @@ def test_build_is_incremental(built):
     source, _ = built
     done = python("setup.py", "build_ext", cwd=source, **QUICK)
     assert "no work to do" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch was built with CUDA")
+def test_no_cuda_extension_for_a_torch_without_cuda(built, tmp_path):
+    source, _ = built
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(mode=0o755)
+    asked = {**QUICK, "IFT_BUILD_CUDA": "auto", "CUDA_HOME": str(tmp_path)}
+    done = python("setup.py", "build_ext", cwd=source, **asked)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "without the CUDA extension (the installed torch is a build without CUDA)" in output
 
 
 def test_without_a_compiler_the_wheel_is_pure_and_says_so(tmp_path):
