@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ift.cli import processes
 from ift.cli.arguments import (
     Option,
     add_options,
@@ -98,7 +100,7 @@ TRAINING_OPTIONS = {
                           default=False),
     "optimizer": Option("that updates the weights; its other settings are those of transformers",
                         choices=("adamw", "rmsprop", "sgd", "adafactor"), default="adamw"),
-    "weight_decay": Option("of the optimizer, on matrices", not_negative, "X", 0.0),
+    "weight_decay": Option("of the optimizer, but for biases and norms", not_negative, "X", 0.0),
     "max_grad_norm": Option("clip the gradient to this norm; 0: as it is", not_negative, "X", 1.0),
     "scheduler": Option("of the learning rate", choices=("linear", "cosine", "constant"),
                         default="linear"),
@@ -141,7 +143,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from ift.cli.doctor import version_of
 
-        print(f"ift {version_of('ift-kernels') or 'that is not installed'}")
+        installed = version_of("ift-kernels") or importlib.import_module("ift_kernels").__version__
+        print(f"ift {installed}")
         parser.exit()
 
 
@@ -237,7 +240,7 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
     if "config" in line:
         path = Path(line["config"])
         file = read_options(path, "--config", known, {})
-        _check_contents(path, file, line)
+        _check_repeats(path, file, line)
     run = Path(line.get("output", file.options.get("output", ""))) / RUN_FILE
     if line.get("resume") and run.is_file():
         saved = read_options(run, "--resume", known, others)
@@ -250,8 +253,8 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
         for name, other in REPLACES.items():
             if name in layer and layer.get(other):
                 problem = f"got it beside {flag_of(other)}; expected one of the two"
-                raise CliError(flag_of(name), problem)
-    _check_applicable(values, given, preset)
+                raise CliError(_place(name, line), problem)
+    _check_applicable(values, given, preset, line)
     return argparse.Namespace(**values)
 
 
@@ -284,8 +287,11 @@ def _check_required(values: Mapping[str, Any], known: Mapping[str, Option]) -> N
         raise CliError(command, f"the following arguments are required: {', '.join(missing)}")
 
 
-def _check_contents(path: Path, file: OptionFile, line: Mapping[str, Any]) -> None:
+def _check_repeats(path: Path, file: OptionFile, line: Mapping[str, Any]) -> None:
     """Refuse to repeat a run on other data than its own, unless the data are given."""
+    before, now = file.recorded.get("processes", 1), processes.count()
+    if file.recorded and before != now:
+        processes.note(f"{path} is of a run in {before} processes, this one has {now}")
     for name in DATA:
         recorded, data = file.recorded.get(f"{name}_sha256"), file.options.get(name)
         if recorded and data and name not in line and digest(Path(data), "--config") != recorded:
@@ -296,28 +302,36 @@ def _check_contents(path: Path, file: OptionFile, line: Mapping[str, Any]) -> No
             )
 
 
+def _place(name: str, line: Mapping[str, Any]) -> str:
+    """Where an option was given, for errors."""
+    return flag_of(name) if name in line else f"--config: {name}"
+
+
 def _check_applicable(
-    values: Mapping[str, Any], given: Mapping[str, Any], preset: Mapping[str, Any]
+    values: Mapping[str, Any],
+    given: Mapping[str, Any],
+    preset: Mapping[str, Any],
+    line: Mapping[str, Any],
 ) -> None:
     """Refuse given options that have no effect in this run."""
+
+    def refuse(name: str, got: str, expected: str) -> NoReturn:
+        raise CliError(_place(name, line), f"got it {got}; expected {expected}")
+
     loss = values["loss"]
     for name in OPTIONS:
         if name in given and not LOSSES[loss].takes(name):
-            expected = " or ".join(losses_with(name))
-            raise CliError(flag_of(name), f"got it with --loss {loss}; expected --loss {expected}")
+            refuse(name, f"with --loss {loss}", f"--loss {' or '.join(losses_with(name))}")
     if preset and loss != preset["loss"]:
-        raise CliError("--preset", f"got it with --loss {loss}; expected --loss {preset['loss']}")
-    for name, (other, expects) in NEEDS.items():
+        refuse("preset", f"with --loss {loss}", f"--loss {preset['loss']}")
+    for name, (other, expected) in NEEDS.items():
         value = values[other] or next(iter(IFT_OPTIONS[other].choices or ()))  # the default
-        if given.get(name) and value not in expects:
-            expected = " or ".join(expects)
-            raise CliError(
-                flag_of(name),
-                f"got it with {flag_of(other)} {value}; expected {flag_of(other)} {expected}",
-            )
+        if given.get(name) and value not in expected:
+            flag = flag_of(other)
+            refuse(name, f"with {flag} {value}", f"{flag} {' or '.join(expected)}")
     if "eval_steps" in given and not (values["eval_data"] or values["eval_split"]):
-        raise CliError("--eval-steps", "got it without --eval-data or --eval-split; expected one")
+        refuse("eval_steps", "without --eval-data or --eval-split", "one of the two")
     for name in ("probe_size", "probe_test", "probe_sample"):
-        other = given.get(name, DEFAULTS[name]) != DEFAULTS[name]
-        if other and values["probes"] is not None and not values["resume"]:
-            raise CliError(flag_of(name), "got it beside --probes, a set that is made already")
+        changed = given.get(name, DEFAULTS[name]) != DEFAULTS[name]
+        if changed and values["probes"] is not None and not values["resume"]:
+            refuse(name, "beside --probes", "one of the two")

@@ -9,7 +9,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ift import plotting
 from ift.cli import options
@@ -230,30 +230,39 @@ def check_same_run(arguments: argparse.Namespace, output: Path) -> None:
             problem = f"no file {data}; expected the data of the run in {output}"
             raise CliError(flag_of(name), problem)
     now = saved_options(arguments, known)
+    # Options without a value, since another one replaces them; that one is compared.
+    replaced = {
+        name for pair in options.REPLACES.items() for name in pair
+        if now[name] is None and any(now[other] is not None for other in pair)
+    }  # fmt: skip
     hashes = (f"{name}_sha256" for name in DATA)
     for name in ("model", "loss", "preset", *OPTIONS, *FIXED, "processes", *hashes):
-        value = now[name]
-        if value is None and any(
-            now[other] is not None
-            for pair in options.REPLACES.items() if name in pair for other in pair
-        ):  # fmt: skip
-            continue  # the option that replaces it is compared
         # A run of a version without the option had its default.
         was = absolute(before.get(name, options.DEFAULTS.get(name)), known.get(name))
-        if was == value or (name in LENGTHS and value is not None and was is not None
-                            and value > was):  # fmt: skip
-            continue
-        argument = flag_of(name.removesuffix("_sha256"))
-        argument = "torchrun --nproc-per-node" if name == "processes" else argument
-        got, expected = ("the default" if v is None else v for v in (value, was))
-        least = "at least " if name in LENGTHS and was is not None else ""
-        problem = f"got {got}; expected {least}{expected}, as the run in {output} was started"
-        if name in LENGTHS and None in (was, value):
-            other = next(x for x in LENGTHS if x != name)
-            problem = f"got another kind of length; expected {flag_of(other)}"
-        if name.endswith("_sha256"):
-            problem = f"other contents than when the run in {output} was started"
-        raise CliError(argument, problem)
+        if name not in replaced and now[name] != was and not longer(name, now[name], was):
+            refuse_change(name, now[name], was, output)
+
+
+def longer(name: str, value: Any, was: Any) -> bool:
+    """Whether a run only grows."""
+    return name in LENGTHS and None not in (value, was) and bool(value > was)
+
+
+def refuse_change(name: str, value: Any, was: Any, output: Path) -> NoReturn:
+    """Raise the error of an option with another value than the run was started with."""
+    started = f"as the run in {output} was started"
+    got, expected = ("the default" if v is None else v for v in (value, was))
+    if name == "processes":
+        raise CliError("torchrun --nproc-per-node", f"got {got}; expected {expected}, {started}")
+    if name.endswith("_sha256"):
+        problem = f"other contents than when the run in {output} was started"
+        raise CliError(flag_of(name.removesuffix("_sha256")), problem)
+    if name in LENGTHS and was is None:
+        other = next(length for length in LENGTHS if length != name)
+        expected = flag_of(other)
+    elif name in LENGTHS:
+        expected = f"at least {was}"
+    raise CliError(flag_of(name), f"got {got}; expected {expected}, {started}")
 
 
 @contextlib.contextmanager

@@ -88,7 +88,10 @@ def test_files_that_are_none(tmp_path, capsys):
         assert said.startswith(f"ift: --config: {file}") and said.count("\n") == 1
     file = written(tmp_path / "lr.yaml", "epochs: 1\nmax_steps: 2\n")
     said = refusal([*CALL, "--config", str(file)], capsys)
-    assert "--max-steps: got it beside --epochs; expected one of the two" in said
+    assert "--config: max_steps: got it beside --epochs; expected one of the two" in said
+    written(file, "k: 3\nrule: kth\n")
+    said = refusal([*CALL, "--config", str(file), "--rule", "greedy"], capsys)
+    assert said == "ift: --config: k: got it with --rule greedy; expected --rule kth\n"
     said = refusal(["train", "--config", str(written(file, "model: m\n"))], capsys)
     assert said == "ift: train: the following arguments are required: --data, --output\n"
 
@@ -130,8 +133,10 @@ def test_a_run_is_repeated_from_its_run_json(runs, data, tmp_path, monkeypatch, 
     assert saved["data"] == data and saved["rule"] == "sample" and saved["cpu"] is True
     assert saved["epochs"] is None and "output" not in saved and "probe_every" not in saved
     monkeypatch.chdir(tmp_path)
-    given = ["train", "--config", str(runs / "3" / "run.json"), "--output", "again"]
+    (runs / "two.json").write_text(json.dumps({**saved, "processes": 2}))
+    given = ["train", "--config", str(runs / "two.json"), "--output", "again"]
     assert main(given) == 0
+    assert "two.json is of a run in 2 processes, this one has 1" in capsys.readouterr().err
     assert_same(tmp_path / "again", runs / "3")
     assert json.loads((tmp_path / "again" / "run.json").read_text()) == saved
     copy = shutil.copy(data, tmp_path / "rows.jsonl")
@@ -171,7 +176,7 @@ def test_what_a_resumed_run_refuses(runs, data, tmp_path, capsys):
         "--gamma 0.5": "--gamma: got 0.5; expected the default, as the run in",
         "--no-dropout": "--dropout: got False; expected True, as the run in",
         "--max-steps 2": "--max-steps: got 2; expected at least 3, as the run in",
-        "--epochs 9": "--epochs: got another kind of length; expected --max-steps",
+        "--epochs 9": "--epochs: got 9.0; expected --max-steps, as the run in",
         "--data /nowhere.jsonl": "--data: no file /nowhere.jsonl; expected the data of the run in",
         "--warmup-ratio 0.5": "--warmup-ratio: got 0.5; expected the default, as",
     }.items():
