@@ -18,8 +18,8 @@ Rule = Literal["greedy", "kth", "sample", "soft"]
 RULES = ("greedy", "kth", "sample", "soft")
 LAMBDA_SCHEDULES = ("constant", "linear")
 
-# Relative standard deviation of λ under `lam_noise`, from the released code.
-LAM_NOISE_STD = 0.5
+# `lam_noise` of the released code.
+RELEASED_LAM_NOISE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,8 @@ class IFTConfig:
         lambda_schedule: "constant", or "linear" from `min_lam` to `lam` over `warmup_steps`.
         min_lam: λ at step 0 of the linear schedule, in [0, lam].
         warmup_steps: steps, at least 0, of the linear schedule.
-        lam_noise: multiply λ by 1 + n/2, n ~ N(0, 1) anew each step, then clamp to [0, 1].
+        lam_noise: standard deviation σ ≥ 0: multiply λ by 1 + σn, n ~ N(0, 1) anew each step, then
+            clamp to [0, 1]. 0: no noise; the released code has 0.5 where it has any.
         seed: of the λ noise and of rule "sample", a non-negative integer below 2**63.
         step: the optimizer step of this forward, at least 0; the trainer sets it with `replace`.
         num_rows: rows with response tokens in the whole optimizer step, as in `ift_loss`.
@@ -76,7 +77,7 @@ class IFTConfig:
     lambda_schedule: Literal["constant", "linear"] = "constant"
     min_lam: float = 0.0
     warmup_steps: int = 0
-    lam_noise: bool = False
+    lam_noise: float = 0.0
     seed: int = 0
     step: int = 0
     num_rows: float | Tensor | None = None
@@ -86,7 +87,7 @@ class IFTConfig:
     def __post_init__(self) -> None:
         for name in ("lam", "gamma", "min_lam"):
             checks.unit_interval(name, getattr(self, name))
-        for name in ("detach_weights", "embedding_grad", "lam_noise", "share_prompt"):
+        for name in ("detach_weights", "embedding_grad", "share_prompt"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
         check_objective(self.objective, self.propagation, self.side, self.norm)
@@ -96,6 +97,9 @@ class IFTConfig:
             _whole(name, getattr(self, name), least)
         if self.workspace is not None:
             _whole("workspace", self.workspace, checks.MIN_WORKSPACE)
+        noise = checks.number("lam_noise", self.lam_noise)
+        if not (noise >= 0 and math.isfinite(noise)):
+            raise ValueError(f"lam_noise: expected a finite number of at least 0, got {noise}")
         temperature = self.sample_temperature
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
             raise TypeError(f"sample_temperature: expected a float, got {temperature!r}")
@@ -111,7 +115,7 @@ class IFTConfig:
         """λ at an optimizer step: a pure function, so that a resumed run repeats an unbroken one.
 
         ``lam``, or ``min_lam + (lam - min_lam) * min(1, step / warmup_steps)`` under the linear
-        schedule; times ``1 + 0.5 * n`` with noise, n ~ N(0, 1) keyed by (seed, step); in [0, 1].
+        schedule; times ``1 + lam_noise * n``, n ~ N(0, 1) keyed by (seed, step); in [0, 1].
 
         Raises:
             TypeError, ValueError: `step` not an integer, or negative.
@@ -121,7 +125,7 @@ class IFTConfig:
         if self.lambda_schedule == "linear" and step < self.warmup_steps:
             lam = self.min_lam + (lam - self.min_lam) * step / self.warmup_steps
         if self.lam_noise:
-            lam *= 1.0 + LAM_NOISE_STD * _standard_normal(self.seed, step)
+            lam *= 1.0 + self.lam_noise * _standard_normal(self.seed, step)
         return min(1.0, max(0.0, lam))
 
     def replace(self, **changes: Any) -> IFTConfig:
@@ -141,11 +145,12 @@ class IFTConfig:
 
     @classmethod
     def noisy(cls, **changes: Any) -> IFTConfig:
-        """The recipe with a noisy λ: that of `paper`, λ multiplied by 1 + n/2 anew each step.
+        """The recipe with a noisy λ: that of `paper`, with ``lam_noise=0.5``.
 
         λ rises linearly from `min_lam` over `warmup_steps`, if any are given.
         """
-        return cls.paper(**{"lam_noise": True, "lambda_schedule": "linear", **changes})
+        noise = {"lam_noise": RELEASED_LAM_NOISE, "lambda_schedule": "linear"}
+        return cls.paper(**{**noise, **changes})
 
 
 def _whole(name: str, value: object, least: int) -> None:

@@ -61,7 +61,9 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
 
     Without logits the output has ``logits=None``, and `model.ift_metrics` holds three scalar
     tensors of this call: the number of targets, ``tokens``, and the sums over them of ``correct``
-    (argmax equals target) and ``entropy``.
+    (argmax equals target) and ``entropy``. With `ift` they are those of the second pass, and there
+    are three more: the number of ``rows`` with targets, and the sums over them of the losses of the
+    first pass, ``loss_sft`` (the mean cross-entropy of the row), and of the second, ``loss_ift``.
 
     Patching tries the model on four tokens, in evaluation mode and without gradient, and compares
     its loss with the one without logits; a model whose weights are not there yet (meta device,

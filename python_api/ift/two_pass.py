@@ -25,14 +25,13 @@ from ift.documents import (
 )
 from ift.head_pass import LossArguments, head_pass
 from ift.input_embeddings import Mixture, embedding_table, mixing
-from ift.losses import ift_loss
+from ift.losses import ift_loss, sft_loss
 from ift.token_stats import token_metrics, token_stats, transform_options
 from ift_kernels import (
     ActiveSet,
     TokenStats,
     linear_expected_embedding,
     linear_token,
-    vocab_parallel_logprobs,
 )
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded
@@ -81,7 +80,11 @@ class State(Protocol):
 def ift_forward(
     model: Any, forward: Forward, kwargs: dict[str, Any], config: IFTConfig, state: State
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Output (loss set, logits a placeholder) and token metrics of one IFT forward.
+    """Output (loss set, logits a placeholder) and metrics of one IFT forward.
+
+    Beside `token_metrics` of pass 2: ``rows``, those with targets, and sums over them of both
+    losses, ``loss_sft`` of pass 1 (mean cross-entropy of the row) and ``loss_ift`` of pass 2; in
+    evaluation mode `token_metrics` of pass 1 under ``first_…``, with ``first_nll``.
 
     Raises:
         ValueError: `kwargs` without input_ids, or with arguments that IFT does not support.
@@ -103,10 +106,11 @@ def ift_forward(
         mixture, first, kwargs = shared
         target = mixture.target
     if lam > 0.0:  # else there is nothing to mix
-        predict = _prediction(model, target != IGNORE_INDEX, config, state)
+        predict = _prediction(model, target, config, state)
         given = {k: v for k, v in first.items() if k not in _FIRST_PASS_DROPS}
         with torch.no_grad():
-            _, mixture.predicted = head_pass(model, forward, given, predict)
+            _, (mixture.predicted, first_stats) = head_pass(model, forward, given, predict)
+    losses: list[Tensor] = []
 
     def loss(stats: TokenStats, given: LossArguments) -> Tensor:
         assert stats.logprob is not None
@@ -116,7 +120,7 @@ def ift_forward(
                 f"{type(model).__name__}: changes its labels before its loss, so IFT, which mixes "
                 "tokens by its labels, would train something else"
             )
-        return ift_loss(
+        value = ift_loss(
             stats.logprob,
             (target != IGNORE_INDEX).to(stats.logprob.device),
             gamma=config.gamma,
@@ -128,16 +132,24 @@ def ift_forward(
             cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(stats.logprob.device),
             num_rows=config.num_rows,
         )
+        losses.append(value.detach())
+        return value
 
     callback = token_stats(target, transform, state.gradient, config.workspace)
     with mixing(model, mixture):
         output, stats = head_pass(model, forward, kwargs, callback, loss=loss)
     if shared is not None:  # the cache is ours, the caller asked for none
         output = type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
+    rows = documents_with_targets(target_of_batch, starts).sum()
     if config.num_rows is None and output.loss.requires_grad:
-        rows = documents_with_targets(target_of_batch, starts).sum()
         output.loss.register_hook(lambda grad: _warn_of_accumulation(model, grad, rows, state))
-    return output, token_metrics(stats, target)
+    metrics = token_metrics(stats, target) | {"rows": rows}
+    divisor = rows if config.num_rows is None else config.num_rows
+    metrics["loss_ift"] = losses[0] * torch.as_tensor(divisor).to(losses[0])
+    if lam == 0.0:  # both passes are one
+        mask = (target != IGNORE_INDEX).to(losses[0].device)
+        first_stats = TokenStats(*(None if x is None else x[mask] for x in stats))
+    return output, metrics | _first_metrics(first_stats, target, cu_seqlens, model.training)
 
 
 def _shared_prompt(
@@ -256,24 +268,37 @@ def _warn_of_accumulation(model: nn.Module, grad: Tensor, rows: Tensor, state: S
 
 
 def _prediction(
-    model: Any, positions: Tensor, config: IFTConfig, state: State
-) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """The head callback of pass 1: the predictions at `positions`, (B, T) bool.
+    model: Any, target: Tensor, config: IFTConfig, state: State
+) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, TokenStats]]:
+    """The head callback of pass 1: the predictions at the targets, and the targets' statistics.
 
-    Token ids (B, T), 0 at other positions; for rule "soft" embeddings, one row per position.
+    Token ids (B, T), 0 at other positions; for rule "soft" embeddings, one row per target.
+    Statistics have one entry per target. They hold the greedy prediction; the other rules cost
+    a product of the head beside them.
     """
-    assert state.transform is not None
-    options = transform_options(state.transform)
+    transform = state.transform
+    assert transform is not None
+    options = transform_options(transform)
+    outputs = ("logprob", "argmax") if model.training else ("logprob", "argmax", "entropy")
 
-    def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        mask = positions.to(hidden.device)
+    def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, TokenStats]:
+        targets = target.to(hidden.device)
+        mask = targets != IGNORE_INDEX
         rows = hidden[mask]
+        stats = token_stats(
+            targets[mask], transform, workspace=config.workspace, outputs=outputs, detached=()
+        )(rows, weight, bias)
         chosen: Any = {"bias": bias, "workspace": config.workspace, **options}
-        if is_sharded(weight):
-            predicted = _greedy_of_shards(rows, weight, config.rule, chosen)
+        if config.rule == "greedy":
+            assert stats.argmax is not None
+            predicted = stats.argmax
+        elif is_sharded(weight):
+            raise ValueError(
+                f"rule: expected 'greedy' with a vocabulary-parallel head, got {config.rule!r}"
+            )
         elif config.rule == "soft":
             table, scale = embedding_table(model)
-            return linear_expected_embedding(rows, weight, table, **chosen) * scale
+            return linear_expected_embedding(rows, weight, table, **chosen) * scale, stats
         else:
             if config.rule == "sample":
                 chosen["temperature"] = config.sample_temperature
@@ -281,16 +306,28 @@ def _prediction(
                 chosen["row_offset"] = state.sampled_rows.next_rows(config.step, rows.shape[0])
             predicted = linear_token(rows, weight, rule=config.rule, k=config.k, **chosen).ids
         ids = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
-        return ids.masked_scatter_(mask, predicted).to(positions.device)
+        return ids.masked_scatter_(mask, predicted).to(target.device), stats
 
     return callback
 
 
-def _greedy_of_shards(rows: Tensor, weight: Tensor, rule: str, options: Any) -> Tensor:
-    """The predicted ids of a head whose vocabulary is spread over processes."""
-    if rule != "greedy":
-        raise ValueError(f"rule: expected 'greedy' with a vocabulary-parallel head, got {rule!r}")
-    no_target = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
-    stats = vocab_parallel_logprobs(rows, weight, no_target, outputs=("argmax",), **options)
-    assert stats.argmax is not None
-    return stats.argmax
+def _first_metrics(
+    stats: TokenStats,  # one entry per target
+    target: Tensor,
+    cu_seqlens: Tensor | None,
+    training: bool,
+) -> dict[str, Tensor]:
+    """The metrics of pass 1, as `ift_forward` names them."""
+    assert stats.logprob is not None
+    nll = -stats.logprob.detach()
+    mask = (target != IGNORE_INDEX).to(nll.device)
+    logprob = nll.new_zeros(mask.shape).masked_scatter_(mask, -nll)
+    sum_of_means = sft_loss(
+        logprob, mask, reduction="row_mean", num_rows=1.0,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(nll.device),
+    )  # fmt: skip
+    metrics = {"loss_sft": sum_of_means}
+    if not training:
+        found = token_metrics(stats, target[target != IGNORE_INDEX]) | {"nll": nll.sum()}
+        metrics |= {f"first_{name}": value for name, value in found.items()}
+    return metrics

@@ -44,7 +44,7 @@ def test_linear_schedule():
 
 
 def test_noise_is_a_function_of_seed_and_step():
-    config = IFTConfig(lam_noise=True)
+    config = IFTConfig(lam_noise=0.5)
     steps = range(4000)
     values = [config.lam_at(step) for step in steps]
     assert values == [config.lam_at(step) for step in reversed(steps)][::-1]
@@ -57,13 +57,16 @@ def test_noise_is_a_function_of_seed_and_step():
     upper = statistics.mean((v - 0.2) ** 2 for v in values if v > 0.2) ** 0.5
     assert upper == pytest.approx(0.1, rel=0.05)
     assert config.replace(lam=0.0, min_lam=0.0).lam_at(3) == 0.0
+    n = [value / 0.2 - 1 for value in values]  # what no clamp touches grows with the deviation
+    small = [config.replace(lam_noise=0.01).lam_at(step) for step in steps]
+    assert small[:9] == pytest.approx([0.2 * (1 + v / 50) for v in n[:9]])
     large = [config.replace(lam=1.0).lam_at(step) for step in range(100)]
     assert max(large) == 1.0
 
 
 def test_noise_does_not_touch_torch_and_is_the_same_everywhere():
     before = torch.get_rng_state()
-    value = IFTConfig(lam_noise=True, seed=3).lam_at(11)
+    value = IFTConfig(lam_noise=0.5, seed=3).lam_at(11)
     assert torch.equal(torch.get_rng_state(), before)
     # A resumed run on another machine must repeat this one.
     assert value == pytest.approx(0.25156163611897986, abs=1e-15)
@@ -97,7 +100,10 @@ def test_lam_at_errors(step):
         ({"sample_temperature": "hot"}, TypeError, ".*'hot'"),
         ({"detach_weights": 1}, TypeError, "expected a bool, got 1"),
         ({"embedding_grad": None}, TypeError, "expected a bool"),
-        ({"lam_noise": "yes"}, TypeError, "expected a bool"),
+        ({"lam_noise": "yes"}, TypeError, "expected a number, got str"),
+        ({"lam_noise": True}, TypeError, "expected a number, got bool"),
+        ({"lam_noise": -0.5}, ValueError, ".*at least 0, got -0.5"),
+        ({"lam_noise": float("inf")}, ValueError, ".*got inf"),
         ({"warmup_steps": -1}, ValueError, ".*got -1"),
         ({"seed": -1}, ValueError, ".*got -1"),
         ({"step": -1}, ValueError, ".*got -1"),

@@ -194,6 +194,56 @@ def test_packed_rows_of_flash_attention_are_rows(config):
     torch.testing.assert_close(*losses, rtol=2e-2, atol=0.0)
 
 
+def first_pass(model, inputs):
+    """Of a plain forward: the sum of the rows' mean losses, and `token_metrics` with the loss."""
+    model.eval()
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits[:, :-1]
+    target = inputs["labels"][:, 1:]
+    mask, logp = target != -100, logits.log_softmax(-1)
+    nll = -logp.gather(-1, target.clamp(min=0)[..., None])[..., 0] * mask
+    right, entropy = logits.argmax(-1) == target, -(logp.exp() * logp).sum(-1)
+    tokens = {"nll": nll, "correct": right & mask, "entropy": entropy * mask, "tokens": mask}
+    model.train()
+    means = nll.sum(1) / mask.sum(1).clamp(min=1)
+    return means.sum().item(), {name: value.sum().item() for name, value in tokens.items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"rule": rule} for rule in ("greedy", "kth", "sample", "soft")),
+        *({"lam": 0.0}, {"share_prompt": False}, {"objective": "paper", "gamma": 0.5}),
+    ],
+    ids=str,
+)
+def test_losses_of_both_passes_are_reported(options):
+    """As sums over rows, one of which has no response, whatever they are divided by."""
+    model, inputs = make("llama"), batch(rows=4)
+    inputs["labels"][2] = -100
+    expected, tokens = first_pass(model, inputs)
+    patch(model)
+    for training, num_rows in ((True, None), (True, 7), (False, None)):
+        model.train(training)
+        loss = model(**inputs, ift=IFTConfig(num_rows=num_rows, **options)).loss.item()
+        found = {name: value.item() for name, value in model.ift_metrics.items()}
+        assert found["rows"] == 3
+        assert found["loss_sft"] == pytest.approx(expected, rel=1e-5)
+        assert found["loss_ift"] == pytest.approx(loss * (num_rows or 3), rel=1e-5)
+        first = {name[6:]: value for name, value in found.items() if name.startswith("first_")}
+        assert first == ({} if training else pytest.approx(tokens, rel=1e-5))
+
+
+def test_losses_of_both_passes_of_packed_rows_are_those_of_the_rows():
+    documents = [torch.randint(3, V, (length,)) for length in (5, 8, 3)]
+    labels = [d.index_fill(0, torch.tensor(0), -100) for d in documents]
+    model, found = patch(make("llama")), []
+    for inputs in packed(documents, labels):
+        model(**inputs, ift=IFTConfig())
+        found.append({name: value.item() for name, value in model.ift_metrics.items()})
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0]["rows"] == 3
+
+
 def test_sampled_rows_never_share_their_noise_and_repeat_by_step():
     model = patch(make("llama"))
     state, flat = model._ift_patch, torch.zeros(V, 32)  # equal logits: draws are all noise
@@ -201,8 +251,9 @@ def test_sampled_rows_never_share_their_noise_and_repeat_by_step():
 
     def draws(step, rows):
         config = IFTConfig(rule="sample", step=step)
-        answer = _prediction(model, torch.ones(rows, 1, dtype=torch.bool), config, state)
-        return answer(torch.zeros(rows, 1, 32), flat, None).flatten().tolist()
+        callback = _prediction(model, torch.zeros(rows, 1, dtype=torch.int64), config, state)
+        predicted, _ = callback(torch.zeros(rows, 1, 32), flat, None)
+        return predicted.flatten().tolist()
 
     in_one_forward = draws(5, 4)
     assert len(set(in_one_forward)) > 1

@@ -7,8 +7,11 @@ imported only once a command needs them, so ``ift --help`` and argument errors a
 from __future__ import annotations
 
 import importlib
+import os
+import select
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from ift.cli.errors import CliError
 from ift.cli.options import build_parser
@@ -23,8 +26,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; default ``sys.argv[1:]``.
 
     Returns:
-        The exit code: 0 done, 2 bad input, 130 interrupted.
+        The exit code: 0 done, 2 bad input, 130 interrupted, 141 if nobody reads what it prints.
     """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _close_broken_streams():
+            raise  # another pipe than ours
+        return 141
+
+
+def _close_broken_streams() -> bool:
+    """Let Python's last flush at exit write nowhere; whether any reader had left."""
+    broken = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
+    for stream in broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return bool(broken)
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+    except (AttributeError, OSError, ValueError):  # no such call, or no file behind the stream
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     try:
         arguments = parser.parse(argv)

@@ -49,6 +49,9 @@ natural = number("a whole number of at least 0", lambda x: x >= 0, int)
 fraction = number("a fraction in [0, 1)", lambda x: 0 <= x < 1)
 
 
+ON_OR_OFF = {True: "on", False: "off"}
+
+
 class Option(NamedTuple):
     """An option of the command line.
 
@@ -59,7 +62,7 @@ class Option(NamedTuple):
         default: None where something else decides, such as a loss.
         choices: the names that it may be, in place of `type`. Without either it is a switch,
             ``--name`` and ``--no-name``.
-        required: whether it has to be given.
+        required: whether it has to be given, on the command line or in a file.
     """
 
     help: str
@@ -75,22 +78,28 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def is_switch(option: Option) -> bool:
+    """Whether it takes no value."""
+    return option.type is None and option.choices is None
+
+
 def add_options(
     parser: argparse.ArgumentParser, title: str, options: Mapping[str, Option]
 ) -> argparse._ArgumentGroup:
-    """Add a group of options; those that are not given are None."""
+    """Add a group of options; those that are not given are None, required ones too."""
     group = parser.add_argument_group(title)
     for name, option in options.items():
-        if option.type is None and option.choices is None:
-            switch = argparse.BooleanOptionalAction
-            group.add_argument(flag_of(name), action=switch, default=None, help=option.help)
+        if is_switch(option):
+            default = "" if option.default is None else f" (default: {ON_OR_OFF[option.default]})"
+            group.add_argument(
+                flag_of(name), action=argparse.BooleanOptionalAction, default=None,
+                help=option.help + default,
+            )  # fmt: skip
             continue
         convert, metavar = option.type or str, option.metavar
         if option.choices is not None:
             convert, metavar = one_of(option.choices), "{" + ",".join(option.choices) + "}"
         default = "" if option.default is None else f" (default: {option.default})"
-        group.add_argument(
-            flag_of(name), type=convert, metavar=metavar, help=option.help + default,
-            required=option.required,
-        )  # fmt: skip
+        default = " (required)" if option.required else default
+        group.add_argument(flag_of(name), type=convert, metavar=metavar, help=option.help + default)
     return group

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ift.cli import train
+from ift.cli import options, train
 from ift.cli.arguments import flag_of
 from ift.cli.errors import CliError, refusals
 from ift.cli.processes import note
@@ -27,11 +27,12 @@ def run(arguments: argparse.Namespace) -> int:
         CliError: bad input.
     """
     if arguments.action == "run":
+        arguments = options.resolve(arguments)
         for name in ("probes", "probe_test"):
             path = getattr(arguments, name)
             if path is not None and not Path(path).is_file():
                 raise CliError(flag_of(name), f"no file {path}; expected a JSONL file")
-        return train.run(arguments, watch)
+        return train.run_resolved(arguments, watch)
     from ift.dynamics import report
     from ift.dynamics.monitor import before_and_after
 

@@ -25,6 +25,10 @@ from ift.cli.arguments import (
 from ift.cli.errors import CliError
 
 # Options that are None where they are not given: the loss has its own default.
+SFT_OPTIONS = {
+    "sft_mean": Option("mean over all target tokens, or over rows of the means of their tokens, as "
+                       "IFT's (token)", choices=("token", "row")),
+}  # fmt: skip
 IFT_OPTIONS = {
     "lam": Option("weight of the predicted token in the residual (0.2)", unit("λ"), "λ"),
     "gamma": Option("decay of the propagation (0.95)", unit("γ"), "γ"),
@@ -32,16 +36,17 @@ IFT_OPTIONS = {
     "propagation": Option("what is propagated (loss)", choices=("loss", "logps", "mask")),
     "side": Option("suffix or prefix sums (left)", choices=("left", "right")),
     "norm": Option("of the weights (L1)", choices=("L1", "L2", "softmax", "log")),
-    "detach_weights": Option("no gradient through the weights"),
+    "detach_weights": Option("no gradient through the weights (off)"),
     "rule": Option("of the predicted token (greedy)", choices=("greedy", "kth", "sample", "soft")),
     "k": Option("take the k-th best token (--rule kth; 2)", positive_int, "N"),
     "sample_temperature": Option("of --rule sample (0.7)", positive, "T"),
-    "embedding_grad": Option("let the gradient reach the input embedding"),
+    "embedding_grad": Option("let the gradient reach the input embedding (off)"),
     "lambda_schedule": Option("of λ (constant)", choices=("constant", "linear")),
     "min_lam": Option("where the linear schedule starts (0)", unit("λ"), "λ"),
     "warmup_steps": Option("steps in which it reaches --lam (0)", natural, "N"),
-    "lam_noise": Option("multiply λ by 1 + n/2, n ~ N(0, 1), at each step"),
-}
+    "lam_noise": Option("standard deviation σ: λ times 1 + σn, n ~ N(0, 1), at each step (0)",
+                        not_negative, "σ"),
+}  # fmt: skip
 PAIR_OPTIONS = {
     "beta": Option("strength (0.1; simpo 2; slic 1)", positive, "β"),
     "dpo_kind": Option("formula (sigmoid), as in ift.losses.dpo_loss", str, "NAME"),
@@ -52,7 +57,7 @@ PAIR_OPTIONS = {
     "reference": Option("reference model (--model before training); its log-probabilities are kept "
                         "in DIR/reference", str, "MODEL"),
 }  # fmt: skip
-OPTIONS = ChainMap(PAIR_OPTIONS, IFT_OPTIONS)
+OPTIONS = ChainMap(PAIR_OPTIONS, IFT_OPTIONS, SFT_OPTIONS)
 
 
 class CliLoss(NamedTuple):
@@ -60,14 +65,14 @@ class CliLoss(NamedTuple):
 
     Args:
         builds: "module:name", imported when it trains: a module of `ift.losses` for preference
-            losses, `ift.IFTConfig`, or None for cross-entropy.
+            losses, `ift.IFTConfig`, or `sft_config`.
         options: option of the command line → parameter of `builds`.
         pairs: whether its rows hold a chosen and a rejected response.
         reference: whether it compares with a frozen model (``--reference``).
         fixed: further arguments of `builds`.
     """
 
-    builds: str | None = None
+    builds: str
     options: Mapping[str, str] = {}
     pairs: bool = False
     reference: bool = False
@@ -84,7 +89,7 @@ class CliLoss(NamedTuple):
 
 
 LOSSES = {
-    "sft": CliLoss(),
+    "sft": CliLoss("ift.cli.losses:sft_config", {"sft_mean": "mean"}),
     "ift": CliLoss("ift:IFTConfig", {name: name for name in (*IFT_OPTIONS, "seed")}),
     "dpo": CliLoss(
         "ift.losses:DPOLoss",
@@ -115,6 +120,17 @@ LOSSES = {
 }
 
 
+def sft_config(mean: str = "token") -> Any:
+    """None, which is cross-entropy, or what is left of IFT without its two parts: means over rows.
+
+    >>> sft_config() is None, sft_config("row").lam
+    (True, 0.0)
+    """
+    from ift.config import IFTConfig
+
+    return None if mean == "token" else IFTConfig(lam=0.0, gamma=0.0, embedding_grad=True)
+
+
 def losses_with(option: str) -> tuple[str, ...]:
     """The losses that have an option of the command line."""
     return tuple(name for name, loss in LOSSES.items() if loss.takes(option))
@@ -127,8 +143,6 @@ def build_loss(arguments: argparse.Namespace) -> Any:
         CliError: an option outside its range, or one that another rules out.
     """
     loss = LOSSES[arguments.loss]
-    if loss.builds is None:
-        return None
     _check_dpo_kind(arguments)
     module, _, name = loss.builds.partition(":")
     build = getattr(importlib.import_module(module), name)

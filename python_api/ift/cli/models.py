@@ -171,6 +171,27 @@ def check_positions(model: Any, length: int, flag: str) -> None:
     )
 
 
+def turn_off_dropout(model: Any) -> int:
+    """Set every dropout of a model to 0, of its configuration as well; how many values those were.
+
+    Models draw it in modules of torch, or in functions with a probability that a module or the
+    configuration holds under a name with "drop" in it (layer drop among them).
+    """
+    from torch.nn.modules.dropout import _DropoutNd
+
+    owners = [*model.modules(), *(m.config for m in model.modules() if hasattr(m, "config"))]
+    owners += [c.get_text_config() for c in owners if hasattr(c, "get_text_config")]
+    changed = 0
+    for owner in owners:
+        names = ["p"] if isinstance(owner, _DropoutNd) else [n for n in vars(owner) if "drop" in n]
+        for name in names:
+            value = getattr(owner, name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value:
+                setattr(owner, name, type(value)(0))
+                changed += 1
+    return changed
+
+
 def padding_id(tokenizer: Any) -> int:
     """The pad token, or any other: padding is masked out."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)

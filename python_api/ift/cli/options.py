@@ -1,44 +1,71 @@
 """The parser of ``ift``: options of a run, their defaults and presets.
 
-The parser leaves options that are not given at None; `resolve` fills them from the preset, then
-from the defaults, so a preset never overrides a given option.
+The parser leaves options that are not given at None; `resolve` fills them from the file of
+``--config``, a run that is resumed, the preset and the defaults, in this order.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
+import importlib
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from ift.cli import processes
 from ift.cli.arguments import (
     Option,
     add_options,
     flag_of,
     fraction,
     natural,
+    not_negative,
     number,
     positive,
     positive_int,
 )
+from ift.cli.config_file import DATA, RUN_FILE, OptionFile, digest, read_options
 from ift.cli.errors import CliError
-from ift.cli.losses import IFT_OPTIONS, LOSSES, OPTIONS, PAIR_OPTIONS, losses_with
+from ift.cli.losses import (
+    IFT_OPTIONS,
+    LOSSES,
+    OPTIONS,
+    PAIR_OPTIONS,
+    SFT_OPTIONS,
+    losses_with,
+)
 
-# The settings reported in the IFT paper; the loss options of the preset are IFTConfig.paper()'s.
+# The training of the IFT paper as its released code does it; λ and γ are IFTConfig.paper()'s.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "loss": "ift",
+        "objective": "released",
         "epochs": 3.0,
         "lr": 5e-7,
         "optimizer": "rmsprop",
         "scheduler": "cosine",
+        "warmup_ratio": 0.15,
+        "max_grad_norm": 10.0,
+        "dropout": False,
         "batch_size": 8,
         "accumulate": 64,
         "max_length": 1024,
         "bf16": True,
     }
 }
-PRESETS["noisy"] = PRESETS["paper"]  # with λ noise: IFTConfig.noisy()
+PRESETS["noisy"] = {**PRESETS["paper"], "lam_noise": 0.5, "lambda_schedule": "linear"}
+# Of two options that exclude each other, the one that replaces the other's default.
+REPLACES = {"max_steps": "epochs", "eval_data": "eval_split", "warmup_ratio": "lr_warmup_steps"}
+# Options without effect unless another one has one of these values.
+NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "k": ("rule", ("kth",)),
+    "sample_temperature": ("rule", ("sample",)),
+    "min_lam": ("lambda_schedule", ("linear",)),
+    "warmup_steps": ("lambda_schedule", ("linear",)),
+    "detach_weights": ("objective", ("released", "algorithm1")),
+}
 INPUT_OPTIONS = {
     "model": Option("a directory, a hub id, or `tiny`: a small random Llama with a tokenizer "
                     "trained on the data", str, "MODEL", required=True),
@@ -46,6 +73,10 @@ INPUT_OPTIONS = {
                    "losses `prompt`, `chosen` and `rejected`", str, "FILE", required=True),
     "output": Option("gets checkpoints, model/, log.jsonl and curves.png", str, "DIR",
                      required=True),
+    "config": Option("YAML or JSON file of options by their names, such as the run.json of a run; "
+                     "options given beside it win", str, "FILE"),
+    "allow_new_weights": Option("train a model of which --model (or --reference) lacks weights, a "
+                                "head for one: they start from random numbers"),
 }  # fmt: skip
 RUN_OPTIONS = {
     "eval_split": Option("share of the rows to hold out for evaluation", fraction, "F", 0.0),
@@ -54,7 +85,8 @@ RUN_OPTIONS = {
     "log_steps": Option("log every N steps", positive_int, "N", 10),
     "save_steps": Option("write a checkpoint every N steps, and at the end", positive_int, "N",
                          500),
-    "resume": Option("continue from the last checkpoint in --output", default=False),
+    "resume": Option("continue the run in --output from its last checkpoint, with its options; a "
+                     "larger --epochs or --max-steps makes it longer", default=False),
 }  # fmt: skip
 TRAINING_OPTIONS = {
     "loss": Option("loss to train with", choices=LOSSES, default="ift"),
@@ -66,10 +98,17 @@ TRAINING_OPTIONS = {
                        choices=("exact", "active"), default="exact"),
     "freeze_head": Option("do not train the output head (nor an embedding tied to it)",
                           default=False),
-    "optimizer": Option("", choices=("adamw", "rmsprop", "sgd", "adafactor"), default="adamw"),
+    "optimizer": Option("that updates the weights; its other settings are those of transformers",
+                        choices=("adamw", "rmsprop", "sgd", "adafactor"), default="adamw"),
+    "weight_decay": Option("of the optimizer, but for biases and norms", not_negative, "X", 0.0),
+    "max_grad_norm": Option("clip the gradient to this norm; 0: as it is", not_negative, "X", 1.0),
     "scheduler": Option("of the learning rate", choices=("linear", "cosine", "constant"),
                         default="linear"),
     "lr_warmup_steps": Option("steps of linear learning-rate warm-up", natural, "N", 0),
+    "warmup_ratio": Option("share of all steps for it, instead of --lr-warmup-steps", fraction,
+                           "F"),
+    "dropout": Option("train with the dropout of the model's configuration; --no-dropout sets all "
+                      "of it to 0", default=True),
     "batch_size": Option("rows per forward on each device", positive_int, "N", 8),
     "accumulate": Option("forwards per optimizer step", positive_int, "N", 1),
     "max_length": Option("cut rows at N tokens",
@@ -93,6 +132,20 @@ DEFAULTS = {
     for options in (RUN_OPTIONS, TRAINING_OPTIONS, PROBE_OPTIONS)
     for name, option in options.items()
 }
+
+
+class _Version(argparse.Action):
+    """Print the version and exit; it is looked up when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from ift.cli.doctor import version_of
+
+        installed = version_of("ift-kernels") or importlib.import_module("ift_kernels").__version__
+        print(f"ift {installed}")
+        parser.exit()
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,6 +186,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     """The parser of ``ift``."""
     parser = Parser(prog="ift", description="Fine-tune language models with fused losses.")
+    parser.add_argument("--version", action=_Version, help="print the version, and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     doctor = commands.add_parser(
         "doctor", help="say what is installed and which backend serves what, and why"
@@ -145,13 +199,10 @@ def build_parser() -> Parser:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, "what to train", INPUT_OPTIONS).add_argument(
-        "--allow-new-weights", action="store_true", default=None,
-        help="train a model of which --model (or --reference) lacks weights, a head for one: they "
-        "start from random numbers",
-    )  # fmt: skip
+    add_options(parser, "what to train", INPUT_OPTIONS)
     add_options(parser, "evaluation, log and checkpoints", RUN_OPTIONS)
     add_options(parser, "training", TRAINING_OPTIONS)
+    add_options(parser, "supervised fine-tuning (--loss sft)", SFT_OPTIONS)
     add_options(parser, "IFT loss (--loss ift); defaults as released", IFT_OPTIONS)
     pairs = {
         name: option._replace(help=f"{option.help} [{', '.join(losses_with(name))}]")
@@ -170,27 +221,117 @@ def _add_dynamics(parser: argparse.ArgumentParser) -> None:
     plot.add_argument("--title", default="", help="above the picture")
     compare = actions.add_parser("compare", help="draw runs over one another, and print a table")
     compare.add_argument("runs", nargs="+", metavar="DIR", help="outputs of `ift dynamics run`")
-    compare.add_argument("--output", default="compare.png", metavar="PNG")
+    compare.add_argument(
+        "--output", default="compare.png", metavar="PNG", help="picture (default: compare.png)"
+    )
 
 
 def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Fill what was not given from the preset and the defaults, and refuse contradictions.
+    """Fill what was not given, and refuse contradictions.
 
     Raises:
-        CliError: two arguments exclude each other.
+        CliError: two arguments exclude each other, or one has no effect; what is required is
+            missing; a file of options that cannot be used.
     """
-    given = {key: value for key, value in vars(arguments).items() if value is not None}
-    preset = PRESETS.get(given.get("preset", ""), {})
-    values = {**dict.fromkeys(vars(arguments)), **DEFAULTS, **preset, **given}
+    known = known_options(arguments)
+    others = {name: option for name, option in PROBE_OPTIONS.items() if name not in known}
+    line = {key: value for key, value in vars(arguments).items() if value is not None}
+    file, saved = OptionFile({}, {}), OptionFile({}, {})
+    if "config" in line:
+        path = Path(line["config"])
+        file = read_options(path, "--config", known, {})
+        _check_repeats(path, file, line)
+    run = Path(line.get("output", file.options.get("output", ""))) / RUN_FILE
+    if line.get("resume") and run.is_file():
+        saved = read_options(run, "--resume", known, others)
+    given = _over(file.options, line)
+    preset = PRESETS.get(given.get("preset", saved.options.get("preset", "")), {})
+    values = _over(DEFAULTS, preset, saved.options, given)
+    values = {name: values.get(name) for name in vars(arguments)}
+    _check_required(values, known)
+    for layer in (line, file.options):
+        for name, other in REPLACES.items():
+            if name in layer and layer.get(other):
+                problem = f"got it beside {flag_of(other)}; expected one of the two"
+                raise CliError(_place(name, line), problem)
+    _check_applicable(values, given, preset, line)
+    return argparse.Namespace(**values)
+
+
+def known_options(arguments: argparse.Namespace) -> dict[str, Option]:
+    """The options of a command, by name."""
+    every = ChainMap(INPUT_OPTIONS, RUN_OPTIONS, TRAINING_OPTIONS, PROBE_OPTIONS, OPTIONS)
+    return {name: every[name] for name in vars(arguments) if name in every}
+
+
+def _over(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of which later layers win; one that is given replaces those that it excludes."""
+    values: dict[str, Any] = {}
+    for layer in layers:
+        found = {name: value for name, value in layer.items() if value is not None}
+        for name, other in REPLACES.items():
+            if name in found:
+                values.pop(other, None)
+                found = {k: v for k, v in found.items() if k != other}
+            elif other in found:
+                values.pop(name, None)
+        values |= found
+    return values
+
+
+def _check_required(values: Mapping[str, Any], known: Mapping[str, Option]) -> None:
+    missing = [flag_of(name) for name, option in known.items()
+               if option.required and values[name] is None]  # fmt: skip
+    if missing:
+        command = " ".join(filter(None, (values["command"], values.get("action"))))
+        raise CliError(command, f"the following arguments are required: {', '.join(missing)}")
+
+
+def _check_repeats(path: Path, file: OptionFile, line: Mapping[str, Any]) -> None:
+    """Refuse to repeat a run on other data than its own, unless the data are given."""
+    before, now = file.recorded.get("processes", 1), processes.count()
+    if file.recorded and before != now:
+        processes.note(f"{path} is of a run in {before} processes, this one has {now}")
+    for name in DATA:
+        recorded, data = file.recorded.get(f"{name}_sha256"), file.options.get(name)
+        if recorded and data and name not in line and digest(Path(data), "--config") != recorded:
+            raise CliError(
+                "--config",
+                f"{path}: {data} has other contents than when that run was started; expected the "
+                f"same, or {flag_of(name)}",
+            )
+
+
+def _place(name: str, line: Mapping[str, Any]) -> str:
+    """Where an option was given, for errors."""
+    return flag_of(name) if name in line else f"--config: {name}"
+
+
+def _check_applicable(
+    values: Mapping[str, Any],
+    given: Mapping[str, Any],
+    preset: Mapping[str, Any],
+    line: Mapping[str, Any],
+) -> None:
+    """Refuse given options that have no effect in this run."""
+
+    def refuse(name: str, got: str, expected: str) -> NoReturn:
+        raise CliError(_place(name, line), f"got it {got}; expected {expected}")
+
     loss = values["loss"]
     for name in OPTIONS:
         if name in given and not LOSSES[loss].takes(name):
-            expected = " or ".join(losses_with(name))
-            raise CliError(flag_of(name), f"got it with --loss {loss}; expected --loss {expected}")
+            refuse(name, f"with --loss {loss}", f"--loss {' or '.join(losses_with(name))}")
     if preset and loss != preset["loss"]:
-        raise CliError("--preset", f"got it with --loss {loss}; expected --loss {preset['loss']}")
-    if "eval_data" in given and given.get("eval_split"):
-        raise CliError("--eval-split", "got it beside --eval-data; expected one of the two")
-    if "max_steps" in given and "epochs" in given:
-        raise CliError("--max-steps", "got it beside --epochs; expected one of the two")
-    return argparse.Namespace(**values)
+        refuse("preset", f"with --loss {loss}", f"--loss {preset['loss']}")
+    for name, (other, expected) in NEEDS.items():
+        value = values[other] or next(iter(IFT_OPTIONS[other].choices or ()))  # the default
+        if given.get(name) and value not in expected:
+            flag = flag_of(other)
+            refuse(name, f"with {flag} {value}", f"{flag} {' or '.join(expected)}")
+    if "eval_steps" in given and not (values["eval_data"] or values["eval_split"]):
+        refuse("eval_steps", "without --eval-data or --eval-split", "one of the two")
+    for name in ("probe_size", "probe_test", "probe_sample"):
+        changed = given.get(name, DEFAULTS[name]) != DEFAULTS[name]
+        if changed and values["probes"] is not None and not values["resume"]:
+            refuse(name, "beside --probes", "one of the two")

@@ -131,7 +131,7 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
             self._eval_pairs.append(EvalPair(chosen, rejected, sums, None if kl is None else kl[i]))
 
     def _eval_metrics(
-        self, total: float, tokens: float, correct: float, entropy: float
+        self, total: float, tokens: float, correct: float, entropy: float, *more: float
     ) -> dict[str, float]:
         """The loss of all pairs of the set in one call, and what it reports."""
         pairs = gather_object(self._eval_pairs)

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ift import plotting
-from ift.cli import options, processes
+from ift.cli import options
 from ift.cli.arguments import flag_of
+from ift.cli.checkpoints import last_checkpoint, step_of
+from ift.cli.config_file import DATA, RUN_FILE, absolute, saved_options
 from ift.cli.errors import CliError, refusals
 from ift.cli.losses import LOSSES, OPTIONS, build_loss
-from ift.cli.models import check_model_path, check_positions, load_model, padding_id
+from ift.cli.models import (
+    check_model_path,
+    check_positions,
+    load_model,
+    padding_id,
+    turn_off_dropout,
+)
 from ift.cli.processes import note
 from ift.data import Collator, Encoded, encode, split_rows
 from ift.data_rows import read_jsonl, read_preferences
@@ -27,17 +34,24 @@ from ift.preference_data import EncodedPairs, PairCollator, encode_pairs
 # A run continued with another value of these, or of an option of its loss, would be another run.
 FIXED = (
     *("eval_split", "epochs", "max_steps", "lr", "optimizer", "scheduler", "lr_warmup_steps"),
+    *("warmup_ratio", "weight_decay", "max_grad_norm", "dropout"),
     *("batch_size", "accumulate", "max_length", "bf16", "gradient", "freeze_head"),
     "seed",
 )
+LENGTHS = ("epochs", "max_steps")  # may grow
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd", "adafactor": "adafactor"}
 
 
-def run(arguments: argparse.Namespace, watch: Any = None) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Train with the arguments of the command line, as `run_resolved`."""
+    return run_resolved(options.resolve(arguments))
+
+
+def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
     """Train.
 
     Args:
-        arguments: of the command line.
+        arguments: of `options.resolve`.
         watch: (arguments, held-out rows, model, tokenizer) → one more callback of the trainer.
 
     Returns:
@@ -46,8 +60,10 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     Raises:
         CliError: bad input.
     """
-    arguments = options.resolve(arguments)
     output = Path(arguments.output)
+    start = last_checkpoint(output) if arguments.resume else None
+    if start is not None:
+        check_same_run(arguments, output)
     check_model_path(arguments.model)
     train_rows, eval_rows = read_rows(arguments)
     check_output(output, arguments.resume)
@@ -58,13 +74,11 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     from ift.cli.preference import PairTrainer
     from ift.cli.reference import add_references
     from ift.cli.runlog import RunLog
-    from ift.cli.trainer import RunTrainer, StopOnSignal, last_checkpoint, step_of
+    from ift.cli.trainer import RunTrainer, StopOnSignal
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     kind, loss = LOSSES[arguments.loss], build_loss(arguments)
-    start = last_checkpoint(output) if arguments.resume else None
-    check_same_run(arguments, output, started=start is not None)
     if arguments.resume and start is None:
         note(f"no checkpoint in {output}: starting from step 0")
     if not plotting.available():
@@ -73,6 +87,10 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     model, tokenizer = load_model(
         arguments, train_rows, start, "--model" if start is None else "--resume"
     )
+    if not arguments.dropout:
+        off = turn_off_dropout(model)
+        if off:
+            note(f"--no-dropout: set {off} probabilities of the model and its configuration to 0")
     if arguments.freeze_head:
         model.get_output_embeddings().requires_grad_(False)
     mismatched = kind.pairs and not loss.pairs  # KTO scores other prompts' responses, too
@@ -86,10 +104,14 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     steps_per_epoch = -(-len(train_data.examples) // training_arguments.train_batch_size)
     steps_per_epoch = -(-steps_per_epoch // (arguments.accumulate * training_arguments.world_size))
     eval_steps = (arguments.eval_steps or steps_per_epoch) if eval_data.examples else None
-    steps = arguments.max_steps or arguments.epochs * steps_per_epoch
-    if arguments.lr_warmup_steps >= steps:
-        note(f"--lr-warmup-steps {arguments.lr_warmup_steps}: the run has {math.ceil(steps)} "
-             "steps, so the learning rate does not reach --lr")  # fmt: skip
+    steps = arguments.max_steps or math.ceil(arguments.epochs * steps_per_epoch)
+    warmup = arguments.lr_warmup_steps
+    if warmup is None:
+        warmup = math.ceil(arguments.warmup_ratio * steps)
+    training_arguments.warmup_steps = warmup
+    if warmup >= steps:
+        note(f"{warmup} steps of warm-up: the run has {steps} steps, so the learning rate does "
+             "not reach --lr")  # fmt: skip
     stop = StopOnSignal(alone=training_arguments.world_size == 1)
     collator: Any = Collator(padding_id(tokenizer))
     title = f"{arguments.loss.upper()} of {Path(arguments.model).name} on "
@@ -121,7 +143,8 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
 
     if trainer.is_world_process_zero():
         note(describe(arguments, model, tokenizer, train_data, eval_data, training_arguments))
-        write_text(output / "run.json", json.dumps(fingerprint(arguments), indent=2) + "\n")
+        saved = saved_options(arguments, options.known_options(arguments))
+        write_text(output / RUN_FILE, json.dumps(saved, indent=2) + "\n")
         with damage_in(log.path):
             log.rewind(0 if start is None else step_of(start))
     complete = False
@@ -129,8 +152,17 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
         with damage_in(start):
             trainer.restore_window(start)
             state = json.loads((start / "trainer_state.json").read_text(encoding="utf-8"))
-            # At its last step: `Trainer` would do one more.
-            complete = state["global_step"] >= state["max_steps"]
+            done, before = state["global_step"], state["max_steps"]
+        complete = done >= steps  # at its last step `Trainer` would do one more
+        epoch = f"epoch {done / steps_per_epoch:.2f}"
+        if complete:
+            note(f"complete at step {done} of {steps} ({epoch}); a larger --epochs or --max-steps "
+                 "continues it")  # fmt: skip
+        else:
+            note(f"resuming at step {done} of {steps} ({epoch})")
+        if not complete and before < steps and arguments.scheduler != "constant":
+            note(f"the run was made longer than {before} steps: from here on the learning rate is "
+                 f"that of a {arguments.scheduler} schedule of {steps}")  # fmt: skip
     with stop:
         if not complete:
             first = 0 if start is None else step_of(start)
@@ -181,35 +213,56 @@ def check_output(output: Path, resume: bool) -> None:
         )
 
 
-def fingerprint(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Equal for equal runs: FIXED, the options of losses, and a hash of the data."""
-    names = ("model", "loss", "preset", *OPTIONS, *FIXED)
-    found = {name: getattr(arguments, name) for name in names}
-    found["processes"] = processes.count()
-    for name in ("data", "eval_data"):
-        path = getattr(arguments, name)
-        found[f"{name}_sha256"] = path and hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return found
-
-
-def check_same_run(arguments: argparse.Namespace, output: Path, *, started: bool) -> None:
+def check_same_run(arguments: argparse.Namespace, output: Path) -> None:
     """Refuse to continue a run under other arguments than those it was started with."""
-    path = output / "run.json"
-    if not (started and path.exists()):
+    path = output / RUN_FILE
+    if not path.exists():
         return
     with damage_in(path):
         before = {"processes": 1, **json.loads(path.read_text(encoding="utf-8"))}
-    now = fingerprint(arguments)
-    for name, value in now.items():
+    for name, other in options.REPLACES.items():
+        if before.get(name) is not None:
+            before[other] = None
+    known = options.known_options(arguments)
+    for name in DATA:
+        data = getattr(arguments, name)
+        if data is not None and not Path(data).exists():
+            problem = f"no file {data}; expected the data of the run in {output}"
+            raise CliError(flag_of(name), problem)
+    now = saved_options(arguments, known)
+    # Options without a value, since another one replaces them; that one is compared.
+    replaced = {
+        name for pair in options.REPLACES.items() for name in pair
+        if now[name] is None and any(now[other] is not None for other in pair)
+    }  # fmt: skip
+    hashes = (f"{name}_sha256" for name in DATA)
+    for name in ("model", "loss", "preset", *OPTIONS, *FIXED, "processes", *hashes):
         # A run of a version without the option had its default.
-        if before.get(name, options.DEFAULTS.get(name)) != value:
-            argument = flag_of(name.removesuffix("_sha256"))
-            argument = "torchrun --nproc-per-node" if name == "processes" else argument
-            got, was = ("the default" if v is None else v for v in (value, before.get(name)))
-            problem = f"got {got}; expected {was}, as the run in {output} was started"
-            if name.endswith("_sha256"):
-                problem = f"other contents than when the run in {output} was started"
-            raise CliError(argument, problem)
+        was = absolute(before.get(name, options.DEFAULTS.get(name)), known.get(name))
+        if name not in replaced and now[name] != was and not longer(name, now[name], was):
+            refuse_change(name, now[name], was, output)
+
+
+def longer(name: str, value: Any, was: Any) -> bool:
+    """Whether a run only grows."""
+    return name in LENGTHS and None not in (value, was) and bool(value > was)
+
+
+def refuse_change(name: str, value: Any, was: Any, output: Path) -> NoReturn:
+    """Raise the error of an option with another value than the run was started with."""
+    started = f"as the run in {output} was started"
+    got, expected = ("the default" if v is None else v for v in (value, was))
+    if name == "processes":
+        raise CliError("torchrun --nproc-per-node", f"got {got}; expected {expected}, {started}")
+    if name.endswith("_sha256"):
+        problem = f"other contents than when the run in {output} was started"
+        raise CliError(flag_of(name.removesuffix("_sha256")), problem)
+    if name in LENGTHS and was is None:
+        other = next(length for length in LENGTHS if length != name)
+        expected = flag_of(other)
+    elif name in LENGTHS:
+        expected = f"at least {was}"
+    raise CliError(flag_of(name), f"got {got}; expected {expected}, {started}")
 
 
 @contextlib.contextmanager
@@ -261,14 +314,15 @@ def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -
     try:
         return transformers.TrainingArguments(
             output_dir=arguments.output,
-            num_train_epochs=arguments.epochs,
+            num_train_epochs=arguments.epochs or 1.0,  # or max_steps
             max_steps=arguments.max_steps or -1,
             learning_rate=arguments.lr,
             optim=OPTIMIZERS[arguments.optimizer],
             lr_scheduler_type=(
                 "constant_with_warmup" if arguments.scheduler == "constant" else arguments.scheduler
             ),
-            warmup_steps=arguments.lr_warmup_steps,
+            weight_decay=arguments.weight_decay,
+            max_grad_norm=arguments.max_grad_norm,
             per_device_train_batch_size=arguments.batch_size,
             per_device_eval_batch_size=arguments.batch_size,
             gradient_accumulation_steps=arguments.accumulate,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import re
 import shutil
 import signal
 import time
@@ -33,17 +32,6 @@ else:
 
 UNFINISHED = ".unfinished"  # subdirectory of the output in which things are written
 WINDOW = "log_window_{}.json"  # of each process
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The whole checkpoint with the highest step in a run's directory."""
-    found = [p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return max(found, key=step_of, default=None)
-
-
-def step_of(checkpoint: Path) -> int:
-    """``…/checkpoint-500`` → 500."""
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 @dataclasses.dataclass
@@ -86,6 +74,25 @@ class ResumableRun(_Base):
             self.window.metrics = None if sums is None else sums.tolist()
             text = json.dumps(dataclasses.asdict(self.window))
             self._window_in(unfinished).write_text(text, encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the parent's, at the learning rate of this run's schedule, which is another one than
+        that of the checkpoint where the run was made longer."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        if checkpoint is None or not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            return
+        rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        schedule._last_lr = [base * factor(schedule.last_epoch) for base, factor in rates]
+        for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the parent's; training draws the same random numbers with it and without."""
+        device = self.args.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
 
     def save_final(self, path: Path) -> None:
         """Write model and tokenizer for `from_pretrained`, in one step as well."""
@@ -152,13 +159,7 @@ class ResumableRun(_Base):
 
 
 class RunTrainer(ResumableRun, IFTTrainer):
-    """`ift.IFTTrainer` as ``ift train`` runs it, with λ in its log."""
-
-    def _train_metrics(self) -> dict[str, float]:
-        means = super()._train_metrics()
-        if self.ift_config is not None:
-            means["lam"] = self.ift_config.lam_at(self.state.global_step - 1)
-        return means
+    """`ift.IFTTrainer` as ``ift train`` runs it."""
 
 
 class _Clock(TrainerCallback):

@@ -17,6 +17,7 @@ from accelerate.data_loader import (  # type: ignore[import-untyped]  # has no a
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ift.config import IFTConfig
 from ift.documents import IGNORE_INDEX, document_starts
 from ift.patching import base_model
 
@@ -53,7 +54,8 @@ class TargetMetrics(_Base):
     accuracy_name = "token_accuracy"
     rows_per_example = 1  # of the labels
     _eval_loader: Any = None  # of the evaluation that runs
-    _eval_sums: list[Tensor]  # of each of its batches: -Σ log p(y), targets, correct, entropy
+    # Of each of its batches: -Σ log p(y), targets, correct, entropy, and what a subclass adds.
+    _eval_sums: list[Tensor]
     _train_sums: Tensor | None = None  # since the last log; its end: correct, entropy, tokens
 
     # ---- training ----
@@ -162,17 +164,22 @@ class TargetMetrics(_Base):
             raise forward_was_replaced(self._patched(model))
         return sums[0] / self._add_eval(sums[0], model).clamp(min=1)
 
-    def _add_eval(self, total: Tensor, model: nn.Module) -> Tensor:
+    def _add_eval(
+        self,
+        total: Tensor,
+        model: nn.Module,
+        names: tuple[str, ...] = ("tokens", "correct", "entropy"),
+    ) -> Tensor:
         """Add `total` and the sums of the last forward to those of the set; its targets."""
         metrics: Any = self._patched(model).ift_metrics
-        parts = (total, *(metrics[name] for name in ("tokens", "correct", "entropy")))
+        parts = (total, *(metrics[name] for name in names))
         sums = torch.stack([part.detach().to(total) for part in parts]).float()
         if self._eval_loader is not None:
             self._eval_sums.append(sums)
         return sums[1]
 
     def _eval_metrics(
-        self, total: float, tokens: float, correct: float, entropy: float
+        self, total: float, tokens: float, correct: float, entropy: float, *more: float
     ) -> dict[str, float]:
         """The metrics of the set, by name, from its sums."""
         if not tokens:
@@ -232,3 +239,83 @@ class TargetMetrics(_Base):
                 "per_device_eval_batch_size=1 or dataloader_drop_last=True"
             )
         return (starts.flatten().cumsum(0) - 1).view_as(starts)
+
+
+# Rule "sample" draws by the step; evaluations have steps that no training has.
+_EVAL_STEPS = 2**62
+
+
+class TwoPassMetrics(TargetMetrics):
+    """`TargetMetrics` with the losses of both passes of IFT and its λ, as means over rows.
+
+    ``loss_sft`` is the cross-entropy of the first pass, a mean over the targets of each row;
+    ``loss_ift`` the loss of the second; ``lam`` what mixes between them. The evaluation runs both
+    passes at the λ of the last step, without its noise; ``eval_loss``, accuracy and entropy are
+    those of the first, whose inputs are the examples themselves.
+    """
+
+    ift_config: IFTConfig | None  # None: as `TargetMetrics`
+
+    @property
+    def _logs_both(self) -> bool:
+        """Whether there is more than a mean over rows, which λ = γ = 0 leaves."""
+        config = self.ift_config
+        return config is not None and (config.lam > 0 or config.gamma > 0)
+
+    def _last_lam(self, config: IFTConfig) -> float:
+        return config.lam_at(max(0, self.state.global_step - 1))
+
+    # ---- training ----
+
+    def _add_both_losses(self, model: nn.Module) -> None:
+        """Add the sums of the last forward."""
+        metrics = self._patched(model).__dict__.get("ift_metrics", {})
+        names = ("loss_sft", "loss_ift", "rows") if self._logs_both else ()
+        self._add_train_sums(model, [metrics[name] for name in names if name in metrics])
+
+    def _train_means(self, sums: Tensor) -> dict[str, float]:
+        means = super()._train_means(sums)
+        if self._logs_both:
+            first, second, rows = sums[:3].tolist()
+            means |= _means_of_rows(first, second, rows)
+        return means
+
+    def _train_metrics(self) -> dict[str, float]:
+        means = super()._train_metrics()
+        if self._logs_both and self.ift_config is not None:
+            means["lam"] = self._last_lam(self.ift_config)
+        return means
+
+    # ---- evaluation ----
+
+    def _score(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+        config = self.ift_config
+        if config is None or not self._logs_both:
+            return super()._score(model, inputs)
+        lam = self._last_lam(config.replace(lam_noise=0.0))
+        config = config.replace(
+            lam=lam, lam_noise=0.0, lambda_schedule="constant",
+            step=_EVAL_STEPS + self.state.global_step,
+        )  # fmt: skip
+        self._patched(model).__dict__.pop("ift_metrics", None)
+        model(**inputs, ift=config)
+        metrics = self._patched(model).__dict__.get("ift_metrics")
+        if metrics is None:
+            raise forward_was_replaced(self._patched(model))
+        names = ("first_tokens", "first_correct", "first_entropy", "loss_sft", "loss_ift", "rows")
+        nll: Tensor = metrics["first_nll"]
+        return nll / self._add_eval(nll, model, names).clamp(min=1)
+
+    def _eval_metrics(
+        self, total: float, tokens: float, correct: float, entropy: float, *more: float
+    ) -> dict[str, float]:
+        means = super()._eval_metrics(total, tokens, correct, entropy)
+        if self._logs_both and self.ift_config is not None:
+            means |= _means_of_rows(*more)
+            means["lam"] = self._last_lam(self.ift_config.replace(lam_noise=0.0))
+        return means
+
+
+def _means_of_rows(first: float, second: float, rows: float) -> dict[str, float]:
+    rows = rows or float("nan")
+    return {"loss_sft": first / rows, "loss_ift": second / rows}

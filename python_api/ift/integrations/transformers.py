@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ift.config import IFTConfig
 from ift.documents import IGNORE_INDEX, rows_with_targets
 from ift.head_pass import plain_head
-from ift.integrations.metrics import TargetMetrics
+from ift.integrations.metrics import TwoPassMetrics
 from ift.patching import base_model, patch, unpatch
 from ift_kernels import ActiveSet
 
@@ -61,15 +61,16 @@ def refuse_unsupported(trainer: Any) -> None:
         )
 
 
-class IFTTrainer(TargetMetrics, Trainer):
+class IFTTrainer(TwoPassMetrics, Trainer):
     """`transformers.Trainer` with SFT or IFT losses that never hold logits.
 
     The model is patched (`ift.patch`). λ follows the optimizer step. The IFT loss is a mean over
     the rows with response tokens of the whole optimizer step, across gradient accumulation and,
     unless ``args.average_tokens_across_devices`` is off, processes. ``token_accuracy`` and
-    ``entropy`` join the logs of training and evaluation. Evaluation measures plain cross-entropy
-    per target of the whole set, also under IFT; with `compute_metrics` a second forward makes the
-    logits that this needs.
+    ``entropy`` join the logs of training and evaluation, under IFT the losses of both passes,
+    ``loss_sft`` and ``loss_ift``, and λ, ``lam`` (`TwoPassMetrics`). ``eval_loss`` is plain
+    cross-entropy per target of the whole set, also under IFT; with `compute_metrics` one more
+    forward makes the logits that this needs.
 
     With the default ``embedding_grad=False`` no gradient reaches an untied input embedding, so it
     is frozen here: it leaves the optimizer, and DDP does not wait for it.
@@ -145,5 +146,5 @@ class IFTTrainer(TargetMetrics, Trainer):
             )
             inputs = {**inputs, "ift": config}
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._add_train_sums(model)
+        self._add_both_losses(model)
         return result

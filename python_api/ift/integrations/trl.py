@@ -20,7 +20,7 @@ except ImportError as error:
 
 from ift.config import IFTConfig
 from ift.integrations.fused_head import use_ift_kernels
-from ift.integrations.metrics import TargetMetrics
+from ift.integrations.metrics import TwoPassMetrics
 from ift.integrations.transformers import (
     freeze_unreached_embedding,
     refuse_unsupported,
@@ -51,15 +51,15 @@ class IFTSFTConfig(SFTConfig):
     )
 
 
-class IFTSFTTrainer(TargetMetrics, SFTTrainer):
+class IFTSFTTrainer(TwoPassMetrics, SFTTrainer):
     """`trl.SFTTrainer` whose training loss is that of Intuitive Fine-Tuning.
 
     It is to `trl.SFTTrainer` what `ift.IFTTrainer` is to `transformers.Trainer`; its ``args.ift``
     holds the options of the `ift.IFTConfig` that `ift.IFTTrainer` takes as `ift_config`.
 
     Data, chat templates, packing, completion masks and PEFT are those of `SFTTrainer`; evaluation
-    measures cross-entropy per target of the whole set. λ, rows and the frozen input embedding are
-    as in `ift.IFTTrainer`.
+    measures cross-entropy per target of the whole set. Logs, λ, rows and the frozen input embedding
+    are as in `ift.IFTTrainer`.
 
     Args:
         As `trl.SFTTrainer`; `args` an `IFTSFTConfig` or None.
@@ -71,6 +71,7 @@ class IFTSFTTrainer(TargetMetrics, SFTTrainer):
     """
 
     accuracy_name = "mean_token_accuracy"
+    ift_config: IFTConfig
 
     def __init__(self, model: Any = None, args: IFTSFTConfig | None = None, **kwargs: Any) -> None:
         if args is None:
@@ -107,10 +108,13 @@ class IFTSFTTrainer(TargetMetrics, SFTTrainer):
         )
         metrics: Any = self._patched(model).ift_metrics
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-        sums = (metrics["tokens"], metrics["entropy"], metrics["correct"], mask.sum())
+        names = ("tokens", "entropy", "correct", "loss_sft", "loss_ift", "rows")
+        sums = [*(metrics[name] for name in names), mask.sum()]
         reduced = self.accelerator.reduce(torch.stack([s.double() for s in sums]), "sum")
-        tokens, entropy, correct, seen = reduced.tolist()
+        tokens, entropy, correct, first, second, rows, seen = reduced.tolist()
         log = self._metrics["train"]
+        log["loss_sft"].append(first / max(rows, 1))
+        log["loss_ift"].append(second / max(rows, 1))
         log["entropy"].append(entropy / max(tokens, 1))
         log["mean_token_accuracy"].append(correct / max(tokens, 1))
         self._total_train_tokens += int(seen)

@@ -73,7 +73,7 @@ BAD = {
     "learning rate": ("--lr 0", "--lr: got '0'; expected a number above 0"),
     "value missing": ("--lr", "--lr: expected one argument"),
     "split of everything": ("--eval-split 1", "--eval-split: got '1'; expected a fraction"),
-    "two evaluation sets": ("--eval-split 0.1 --eval-data x", "--eval-split: got it bes"),
+    "two evaluation sets": ("--eval-split 0.1 --eval-data x", "--eval-data: got it bes"),
     "two lengths": ("--epochs 1 --max-steps 3", "--max-steps: got it beside --epochs"),
     "no such data": ("--data /nowhere.jsonl", "--data: /nowhere.jsonl: No such file"),
     "no such evaluation data": ("--eval-data /nowhere.jsonl", "--eval-data: /nowhere.jsonl"),
@@ -189,16 +189,17 @@ def test_from_a_directory_with_every_ift_option(trained, data, tmp_path, capsys)
     arguments += ["--log-steps", "1"]
     arguments += ["--loss", "ift", "--lam", "0.4", "--gamma", "0.9", "--objective", "released"]
     arguments += ["--propagation", "logps", "--side", "left", "--norm", "log", "--detach-weights"]
-    arguments += ["--rule", "kth", "--k", "3", "--sample-temperature", "0.5", "--embedding-grad"]
+    arguments += ["--rule", "kth", "--k", "3", "--embedding-grad"]
     arguments += ["--lambda-schedule", "linear", "--min-lam", "0.1", "--warmup-steps", "4"]
-    arguments += ["--lam-noise", "--optimizer", "rmsprop", "--scheduler", "cosine", "--bf16"]
+    arguments += ["--lam-noise", "0.3", "--optimizer", "rmsprop", "--scheduler", "cosine"]
+    arguments += ["--bf16"]
     assert main([*arguments, "--lr-warmup-steps", "2", "--accumulate", "2", "--epochs", "1"]) == 0
     log = read_log(output)
     assert [r["step"] for r in log] == [1, 2, 3, 4, 5]
     from ift import IFTConfig
 
     config = IFTConfig(lam=0.4, lambda_schedule="linear", min_lam=0.1, warmup_steps=4,
-                       lam_noise=True)  # fmt: skip
+                       lam_noise=0.3)  # fmt: skip
     assert [r["lam"] for r in log] == [config.lam_at(step) for step in range(5)]
     assert log[2]["lr"] == max(r["lr"] for r in log) == 3e-3  # after two steps of warm-up
     assert "done" in capsys.readouterr().err
@@ -284,7 +285,8 @@ def test_models_that_cannot_be_loaded(data, tmp_path, capsys):
 
 # Records, evaluations and checkpoints at different steps, randomness of both kinds, accumulation.
 LONG = [*SMALL, "--max-steps", "30", "--log-steps", "7", "--save-steps", "5", "--eval-steps", "10",
-        "--eval-split", "0.1", "--rule", "sample", "--lam-noise", "--accumulate", "2"]  # fmt: skip
+        "--eval-split", "0.1", "--rule", "sample", "--lam-noise", "0.5",
+        "--accumulate", "2"]  # fmt: skip
 
 
 def undrawn(arguments):

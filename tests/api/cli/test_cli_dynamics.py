@@ -10,8 +10,8 @@ from ift.cli import main
 from ift.dynamics import read_probes, report
 from ift.dynamics.callback import read_records
 
-SMALL = ["--model", "tiny", "--cpu", "--batch-size", "4"]
-SMALL += ["--probe-size", "3", "--probe-sample", "4"]
+PLAIN = ["--model", "tiny", "--cpu", "--batch-size", "4"]
+SMALL = [*PLAIN, "--probe-size", "3", "--probe-sample", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_resumed_run_refuses_other_probes(trained, tmp_path, capsys):
     assert main([*resumed, str(tmp_path / "run" / "probes.jsonl")]) == 0
 
 
-RUN = ["run", *SMALL, "--data", "x", "--output", "y"]
+RUN = ["run", *PLAIN, "--data", "x", "--output", "y"]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,8 @@ RUN = ["run", *SMALL, "--data", "x", "--output", "y"]
     [
         (["plot", "nowhere"], "DIR: no evaluations in nowhere"),
         (["compare", "nowhere"], "DIR: no evaluations in nowhere"),
-        (["run", "--prob-size", "3"], "--model"),
+        (["run", "--prob-size", "3"], "did you mean --probe-size or"),
+        (["run", "--probe-size", "3"], "are required: --model, --data, --output"),
         ([*RUN, "--probe-sizes", "3"], "did you mean --probe-size or"),
         ([*RUN, "--probes", "z"], "--probes: no file z"),
         ([*RUN, "--probe-every", "0"], "--probe-every: got"),
@@ -148,4 +149,4 @@ def test_damaged_probes(tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text("{}\n", encoding="utf-8")
     arguments = ["--data", data, "--loss", "dpo", "--output", str(tmp_path / "run")]
     arguments += ["--probes", str(tmp_path / "bad.jsonl")]
-    assert "--probes: " in refusal(["dynamics", "run", *SMALL, *arguments], capsys)
+    assert "--probes: " in refusal(["dynamics", "run", *PLAIN, *arguments], capsys)

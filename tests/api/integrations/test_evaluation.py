@@ -120,7 +120,7 @@ def test_a_forward_that_was_replaced_is_noticed(tmp_path):
     one = trainer(tmp_path, whole(), 2, remove_unused_columns=False)
     own = type(one.model).forward.__get__(one.model)
     one.model.forward = lambda loss=None, **kwargs: own(**kwargs)
-    with pytest.raises(RuntimeError, match="the patched forward did not run"):
+    with pytest.raises(RuntimeError, match="forward .*did not run"):
         one.evaluate()
 
 

@@ -5,6 +5,7 @@ import torch
 import transformers as hf
 
 from causal_lms import V, assert_close, make, rows, token_metrics
+from ift.cli.losses import sft_config
 from ift.cli.preference import PairTrainer
 from ift.cli.trainer import RunTrainer
 from ift.config import IFTConfig
@@ -58,6 +59,7 @@ CONFIGS = {
     "ift": IFTConfig(),
     "embedding": IFTConfig(embedding_grad=True),
     "sample": IFTConfig(rule="sample"),
+    "sft, mean over rows": sft_config("row"),
 }
 
 
@@ -116,7 +118,7 @@ def test_sft_is_transformers_own(tmp_path):
 
 
 def test_the_step_reaches_the_forward_and_resuming_repeats_it(tmp_path):
-    config = IFTConfig(lambda_schedule="linear", lam=0.8, warmup_steps=3, lam_noise=True)
+    config = IFTConfig(lambda_schedule="linear", lam=0.8, warmup_steps=3, lam_noise=0.5)
 
     class Watching(InOrder):
         def compute_loss(self, model, inputs, *args, **kwargs):

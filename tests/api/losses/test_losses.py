@@ -370,7 +370,7 @@ def test_errors(make, error, said):
 
 def test_noisy_recipe():
     noisy = ift.IFTConfig.noisy(warmup_steps=10, seed=3)
-    assert noisy.lam_noise and noisy.lambda_schedule == "linear" and noisy.lam == 0.2
+    assert noisy.lam_noise == 0.5 and noisy.lambda_schedule == "linear" and noisy.lam == 0.2
     assert len({noisy.lam_at(step) for step in range(20)}) > 10
 
 
