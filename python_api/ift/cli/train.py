@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import tempfile
@@ -19,16 +18,18 @@ from ift.cli.errors import CliError, refusals
 from ift.cli.losses import LOSSES, OPTIONS, build_loss
 from ift.cli.models import check_model_path, check_positions, load_model, padding_id
 from ift.cli.processes import note
-from ift.data import Collator, Encoded, encode, split_rows
-from ift.data_rows import read_jsonl, read_preferences
+from ift.cli.rows import read_rows, tokenise
+from ift.data import Collator, Encoded
+from ift.data_files import digest
+from ift.data_rows import Row
 from ift.files import JsonlLog, write_text
-from ift.preference_data import EncodedPairs, PairCollator, encode_pairs
+from ift.preference_data import EncodedPairs, PairCollator
 
 # A run continued with another value of these, or of an option of its loss, would be another run.
 FIXED = (
     *("eval_split", "epochs", "max_steps", "lr", "optimizer", "scheduler", "lr_warmup_steps"),
     *("batch_size", "accumulate", "max_length", "bf16", "gradient", "freeze_head"),
-    "seed",
+    *("columns", "system", "truncate", "seed"),
 )
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd", "adafactor": "adafactor"}
 
@@ -50,7 +51,10 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     output = Path(arguments.output)
     check_model_path(arguments.model)
     train_rows, eval_rows = read_rows(arguments)
-    check_output(output, arguments.resume)
+    if arguments.dry_run and processes.count() > 1:
+        raise CliError("--dry-run", f"got {processes.count()} processes; expected one")
+    if not arguments.dry_run:
+        check_output(output, arguments.resume)
 
     import torch  # from here on it takes seconds
     import transformers
@@ -90,6 +94,13 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     if arguments.lr_warmup_steps >= steps:
         note(f"--lr-warmup-steps {arguments.lr_warmup_steps}: the run has {math.ceil(steps)} "
              "steps, so the learning rate does not reach --lr")  # fmt: skip
+    if arguments.dry_run:
+        from ift.cli.dry_run import show
+
+        sets = train_data, eval_data
+        with refusals("--model", kind.flags):
+            show(arguments, train_rows, model, tokenizer, loss, sets, training_arguments, steps)
+        return 0
     stop = StopOnSignal(alone=training_arguments.world_size == 1)
     collator: Any = Collator(padding_id(tokenizer))
     title = f"{arguments.loss.upper()} of {Path(arguments.model).name} on "
@@ -106,10 +117,12 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
         if kind.pairs:
             collator = PairCollator(collator)
         trainer_class: Any = PairTrainer if kind.pairs else RunTrainer
+        single = {"single": isinstance(train_rows[0], Row)} if kind.pairs else {}
         trainer = trainer_class(
             model,
             training_arguments,
             **{"loss" if kind.pairs else "ift_config": loss},
+            **single,
             gradient=arguments.gradient,
             data_collator=collator,
             train_dataset=train_data.examples,
@@ -152,18 +165,6 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
 # ---- input, checked before anything slow ---------------------------------------------------------
 
 
-def read_rows(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
-    """Training and evaluation rows, or pairs for a preference loss."""
-    read: Any = read_preferences if LOSSES[arguments.loss].pairs else read_jsonl
-    with refusals("--data"):
-        rows = read(arguments.data)
-    if arguments.eval_data is not None:
-        with refusals("--eval-data"):
-            return rows, read(arguments.eval_data)
-    with refusals("--eval-split"):
-        return split_rows(rows, arguments.eval_split, arguments.seed)
-
-
 def check_output(output: Path, resume: bool) -> None:
     """Make the directory, try to write in it, and refuse to write over another run."""
     try:
@@ -188,7 +189,7 @@ def fingerprint(arguments: argparse.Namespace) -> dict[str, Any]:
     found["processes"] = processes.count()
     for name in ("data", "eval_data"):
         path = getattr(arguments, name)
-        found[f"{name}_sha256"] = path and hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        found[f"{name}_sha256"] = path and digest(path)
     return found
 
 
@@ -223,34 +224,6 @@ def damage_in(path: Path) -> Iterator[None]:
 
 
 # ---- building ------------------------------------------------------------------------------------
-
-
-def tokenise(
-    rows: list[Any],
-    tokenizer: Any,
-    arguments: argparse.Namespace,
-    flag: str,
-    mismatched: bool,
-) -> Encoded | EncodedPairs:
-    """Encode rows or pairs and say which were dropped; no rows give no examples.
-
-    `mismatched` is that of `encode_pairs`.
-    """
-    if not rows:
-        return Encoded([], [])
-    max_length = arguments.max_length
-    encoded: Encoded | EncodedPairs
-    with refusals(flag):
-        if LOSSES[arguments.loss].pairs:
-            encoded = encode_pairs(rows, tokenizer, max_length, mismatched=mismatched)
-        else:
-            encoded = encode(rows, tokenizer, max_length)
-    if encoded.dropped:
-        note(
-            f"{flag}: dropped {len(encoded.dropped)} of {len(rows)} rows, which have no completion "
-            f"token within --max-length {max_length} (first: {encoded.dropped[0]})"
-        )
-    return encoded
 
 
 def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -> Any:
