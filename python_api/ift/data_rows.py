@@ -128,7 +128,7 @@ def read_responses(
     """Preferences, or single responses with a label; the first row decides."""
     records = mapped_records(path, f"{PAIR_FORMATS}; or {UNPAIRED_FORMATS}", columns, system)
     first, _ = records[0]
-    if isinstance(first, dict) and "chosen" not in first:
+    if isinstance(first, dict) and first.get("chosen") is None:
         return [unpaired_row(*each) for each in records]
     return [pair_row(*each) for each in records]
 
@@ -150,7 +150,7 @@ def unread_keys(rows: Iterable[Row | PairRow]) -> dict[str, tuple[int, str]]:
 def training_row(record: Any, where: str) -> Row:
     """The row of a parsed line, checked; of a preference the chosen response."""
     record = _checked_record(record, where, FORMATS)
-    if "chosen" in record:
+    if record.get("chosen") is not None:
         pair = pair_row(record, where)
         return Row(where, pair.chosen.content, unread=pair.unread)
     keys = _format_of(record, where)
@@ -184,7 +184,7 @@ def pair_row(record: Any, where: str) -> PairRow:
     """The pair of a parsed line, checked."""
     record = _checked_record(record, where, PAIR_FORMATS)
     for key in ("chosen", "rejected"):
-        if key not in record:
+        if record.get(key) is None:
             hint = "; --loss kto takes single responses" if "label" in record else ""
             raise DataError(f"{where}: got {_names(record)}; expected {PAIR_FORMATS}{hint}")
     prompt, keys = _prompt(record, where)
@@ -238,11 +238,11 @@ def _response(
     response = record[key]
     if isinstance(response, dict):
         response = [response]
+    if response == "":
+        raise DataError(f"{where}: {key!r} is empty; expected some text")
     if isinstance(prompt, str) and isinstance(response, str):
         for name, text in (("prompt", prompt), (key, response)):
             check_encodable(text, where, name)
-        if not response:
-            raise DataError(f"{where}: {key!r} is empty; expected some text")
         _refuse_system(record, where)
         return Row(where, {"prompt": prompt, "completion": response})
     before: Any = [] if prompt is None else prompt
@@ -258,7 +258,8 @@ def _response(
     after = conversation(response, where, key)
     # A whole conversation may come beside its prompt.
     skipped = int(after[0]["role"] == "system" and before[:1] != after[:1])
-    repeats = bool(before) and after[skipped : skipped + len(before)] == before
+    answer = skipped + len(before)
+    repeats = bool(before) and len(after) > answer and after[skipped:answer] == before
     messages = check_messages(after if repeats else [*before, *after], where)
     if messages[-1]["role"] != "assistant":
         raise DataError(
@@ -271,7 +272,7 @@ def _response(
         )
     content = _conversation_content(record, messages, where)
     turns = content["messages"]
-    learned = len(after) - skipped - len(before) if repeats else len(after)
+    learned = len(after) - (answer if repeats else 0)
     return Row(where, content, context=len(turns) - (learned if every_turn else 1))
 
 
@@ -304,6 +305,8 @@ def _alpaca_prompt(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
         if text is not None and not isinstance(text, str):
             raise DataError(f"{where}: {key!r} is a {json_type(text)}; expected a string")
         parts += [text] if text else []
+    if not parts:
+        raise DataError(f"{where}: 'instruction' is empty; expected some text")
     return [*messages, {"role": "user", "content": "\n".join(parts)}]
 
 
@@ -393,4 +396,5 @@ def _truth(value: Any) -> bool | None:
 
 
 def _names(record: dict[str, Any]) -> str:
-    return ", ".join(map(repr, record)) or "no keys"
+    shown = [f"{key!r}{' (null)' if value is None else ''}" for key, value in record.items()]
+    return ", ".join(shown) or "no keys"

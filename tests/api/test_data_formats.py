@@ -107,6 +107,9 @@ BAD_ROWS = {
     "two systems": ({"messages": [TERSE, HI, YES], "system": "Be long."}, "'system' is not the"),
     "system of plain text": ({"prompt": "a", "completion": "b", "system": "c"}, "with a row"),
     "template options": ({"messages": [HI, YES], "chat_template_kwargs": 1}, "is a number"),
+    "no instruction": ({"instruction": "", "output": "b"}, "'instruction' is empty"),
+    "empty answer": ({"prompt": [HI], "completion": ""}, "'completion' is empty"),
+    "the prompt again": ({"prompt": [HI, YES], "completion": [HI, YES]}, "starts with the role"),
     "another prompt": ({"prompt": "yo", "completion": [HI, YES]}, "'completion' starts with"),
 }  # fmt: skip
 
@@ -197,6 +200,8 @@ def test_pairs_of_other_formats():
     assert alpaca.chosen.messages == [TERSE, HI, YES] and alpaca.chosen.context == 2
     whole = {"prompt": "hi", "chosen": [HI, YES], "rejected": [HI, said("assistant", "n")]}
     assert pair_row(whole, "here").chosen.messages == [HI, YES]
+    with pytest.raises(DataError, match=r"got 'prompt', 'chosen' \(null\), 'rejected'; expected"):
+        pair_row({"prompt": "a", "chosen": None, "rejected": "b"}, "here")
     with pytest.raises(DataError, match="got 'prompt', 'completion', 'label'; .* --loss kto takes"):
         pair_row({"prompt": "a", "completion": "b", "label": True}, "here")
 

@@ -42,7 +42,7 @@ def raw_rows(arguments: argparse.Namespace, without: list[Any]) -> list[dict[str
     found = []
     names = column_names(arguments.columns)
     for row, where in mapped_records(arguments.data, FORMATS, names, arguments.system):
-        single = LOSSES[arguments.loss].single and "chosen" not in row
+        single = LOSSES[arguments.loss].single and row.get("chosen") is None
         checked = (unpaired_row if single else training_row)(row, where)
         if where not in apart and checked.desirable is not False:
             found.append(row)

@@ -19,7 +19,7 @@ from ift.cli.dry_run import described, duration, lengths, token_text
 from ift.cli.losses import build_loss
 from ift.cli.preference import PairTrainer
 from ift.cli.reference import add_reference
-from ift.cli.rows import read_rows, tokenise
+from ift.cli.rows import raw_rows, read_rows, tokenise
 from ift.data import Collator, encode
 from ift.data_rows import Row, unpaired_row
 from ift.one_pass import target_logprobs
@@ -117,6 +117,20 @@ def test_what_is_not_learned_is_counted(tmp_path, capsys, name):
     assert len(found) == len(rows) - (name == "labels")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and note.format(path) in lines[0]
+
+
+def test_raw_rows_of_a_probe_set(tmp_path):
+    """Under the names that `--columns` gives, without those held out and bad responses."""
+    rows = [{"q": f"say {i}", "completion": str(i), "label": i != 2, "x": i} for i in range(5)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    for loss in ("kto", "sft"):
+        command = train(path, tmp_path / "o", "--loss", loss, "--columns", "prompt=q")
+        arguments = parsed([*command, "--eval-split", 0.2])
+        _, held_out = read_rows(arguments)
+        found = raw_rows(arguments, held_out)
+        left = [row["x"] for row in found]
+        assert left == [i for i in (0, 1, 3, 4) if f"line {i + 1}" not in held_out[0].where]
+        assert all(row["prompt"] == f"say {row['x']}" for row in found)
 
 
 CUT = {
