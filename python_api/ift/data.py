@@ -6,46 +6,39 @@ and ``-100`` on the prompt, so the loss sees the completion only.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from ift.chat_template import render, render_row
 from ift.data_rows import DataError, Row
 from ift.token_spans import prompt_and_completion_ids, token_ids, token_spans, tokenised
 
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
-
-# For tokenizers that bring no chat template.  The assistant's turn ends with the end-of-text token,
-# so a trained model knows when to stop.
-SIMPLE_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message.role + '|>\n' + message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template's marks of what is generated
+TRUNCATE = ("end", "drop", "start")  # what happens to a row that is too long
+Example = dict[str, np.ndarray]  # input_ids, labels: int32 (T,), T varies
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples ready for `Collator`, and the rows that truncation left without a target."""
+    """Examples ready for `Collator`, and the places of rows that were dropped or cut."""
 
-    examples: list[dict[str, Any]]  # input_ids, labels: int32 (T,), T varies
-    dropped: list[str]  # "train.jsonl line 3", …
+    examples: list[dict[str, Any]]
+    dropped: list[str]  # "train.jsonl line 3", …; without a target
+    truncated: list[str] = field(default_factory=list)  # too long: cut, or left out (`drop`)
 
     @property
     def target_tokens(self) -> int:
         """How many tokens the loss sees in one epoch."""
         return sum(int((e["labels"][1:] != IGNORE_INDEX).sum()) for e in self.sides())
 
-    def sides(self) -> Iterator[dict[str, np.ndarray]]:
+    def sides(self) -> Iterator[Example]:
         """Every sequence."""
         return iter(self.examples)
 
@@ -74,8 +67,8 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Ro
 # ---- tokenising ----------------------------------------------------------------------------------
 
 
-def encode(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Encoded:
-    """Tokenise rows with their prompt masked, cut at `max_length` tokens.
+def encode(rows: Iterable[Row], tokenizer: Any, max_length: int, truncate: str = "end") -> Encoded:
+    """Tokenise rows with their prompt masked, cut to `max_length` tokens.
 
     ``messages`` become the ids of ``tokenizer.apply_chat_template``, or of `SIMPLE_CHAT_TEMPLATE`
     for a tokenizer without a template. The targets are the tokens of what the template adds after
@@ -85,46 +78,65 @@ def encode(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Encoded:
 
     A ``prompt``/``completion`` row is the tokenizer's start token (if it uses one), the ids of the
     prompt as at inference, those of the completion that continue it, and the end token. No token
-    lies across the border.
+    lies across the border. Plain text is a completion of nothing; a start or end token that it
+    spells itself is not doubled.
 
     A row that has no completion token within `max_length` is dropped and is in
     ``Encoded.dropped``.
 
     Args:
-        rows: from `read_jsonl`.
+        rows: from `ift.data_rows.read_rows`.
         tokenizer: a transformers tokenizer.
-        max_length: longest example in tokens; what is beyond is cut at the end.
+        max_length: longest example in tokens.
+        truncate: of a longer row "end" cuts off its end (default) and "start" its start, after the
+            start token, so that the end of the prompt and all answers stay; "drop" leaves it out.
 
     Raises:
         DataError: the chat template refuses a conversation, no tokens of a completion decode to it
             after its prompt, or no row has a completion token left.
     """
     rows = list(rows)
-    encoded = encode_each(rows, tokenizer, max_length)
-    dropped = [row.where for row, example in zip(rows, encoded, strict=True) if example is None]
-    examples = [example for example in encoded if example is not None]
+    examples, dropped, truncated = [], [], []
+    for row, whole in zip(rows, encode_whole(rows, tokenizer), strict=True):
+        cut = None if whole is None else shortened(whole, tokenizer, max_length, truncate)
+        too_long = whole is not None and len(whole["input_ids"]) > max_length
+        if cut is not None:
+            examples.append(cut)
+        if too_long and (cut is not None or truncate == "drop"):
+            truncated.append(row.where)
+        elif cut is None:
+            dropped.append(row.where)
     if not examples:
         raise DataError(
             f"no completion tokens left in any of {len(rows)} rows after cutting at {max_length} "
-            f"tokens (first: {dropped[0]}); expected a maximum length above that of the prompts"
-            if dropped
+            f"tokens (first: {rows[0].where}); expected a maximum length above that of the "
+            f"{'rows' if truncate == 'drop' else 'prompts'}"
+            if rows
             else "no rows to encode; expected at least one"
         )
-    return Encoded(examples, dropped)
+    return Encoded(examples, dropped, truncated)
 
 
 def encode_each(
-    rows: Sequence[Row], tokenizer: Any, max_length: int
-) -> list[dict[str, np.ndarray] | None]:
-    """The example of each row as in `encode`; None for a row that is dropped."""
-    encoded: list[dict[str, np.ndarray] | None] = [None] * len(rows)
+    rows: Sequence[Row], tokenizer: Any, max_length: int, truncate: str = "end"
+) -> list[Example | None]:
+    """The example of each row as in `encode`; None for a row that is left out."""
+    return [
+        None if whole is None else shortened(whole, tokenizer, max_length, truncate)
+        for whole in encode_whole(rows, tokenizer)
+    ]
+
+
+def encode_whole(rows: Sequence[Row], tokenizer: Any) -> list[Example | None]:
+    """The example of each row as in `encode`, not cut; None for one without a target."""
+    encoded: list[Example | None] = [None] * len(rows)
     start, end = _start_ids(tokenizer), _end_ids(tokenizer)
     plain = [index for index, row in enumerate(rows) if row.messages is None]
     prompts, completions = (
         [rows[index].content[key] for index in plain] for key in ("prompt", "completion")
     )
     parts = prompt_and_completion_ids(prompts, completions, tokenizer)
-    for index, part in zip(plain, parts, strict=True):
+    for index, text, part in zip(plain, prompts, parts, strict=True):
         if part is None:
             raise DataError(
                 f"{rows[index].where}: no tokens of 'completion' decode to it behind the prompt; "
@@ -132,22 +144,23 @@ def encode_each(
             )
         prompt, completion = part
         if completion:
-            ids = [*start, *prompt, *completion, *end]
-            span = len(start) + len(prompt), len(ids)
-            encoded[index] = _example(ids, [span], max_length)
+            first = [] if not text and completion[: len(start)] == start else start
+            last = [] if not text and completion[-len(end) :] == end else end
+            ids = [*first, *prompt, *completion, *last]
+            encoded[index] = _example(ids, [(len(first) + len(prompt), len(ids))])
 
     chats = [index for index, row in enumerate(rows) if row.messages is not None]
-    rendered = [_rendered(rows[index], tokenizer) for index in chats]
-    whole = tokenised([text for text, _ in rendered], tokenizer)
+    rendered = [render_row(rows[index], tokenizer) for index in chats]
+    whole = tokenised([each.text for each in rendered], tokenizer)
     inexact = []
-    for index, (text, turns), (ids, offsets) in zip(chats, rendered, whole, strict=True):
-        spans, exact = token_spans(text, ids, offsets, turns, tokenizer)
+    for index, each, (ids, offsets) in zip(chats, rendered, whole, strict=True):
+        spans, exact = token_spans(each.text, ids, offsets, each.targets, tokenizer)
         if not exact:
             inexact.append(rows[index].where)
         if not tokenizer.chat_template:
             ids = [*start, *ids]
             spans = [(first + len(start), stop + len(start)) for first, stop in spans]
-        encoded[index] = _example(ids, spans, max_length)
+        encoded[index] = _example(ids, spans)
     if inexact:
         logger.warning(
             "%d of %d conversations (first: %s): a token lies across the border of an answer, so "
@@ -155,106 +168,66 @@ def encode_each(
             "ends where a token ends avoids it",
             len(inexact), len(chats), inexact[0],
         )  # fmt: skip
+    unseen = [rows[i].where for i, each in zip(chats, rendered, strict=True) if each.tools_missing]
+    if unseen:
+        logger.warning(
+            "%d of %d conversations (first: %s) have tools that the chat template does not render",
+            len(unseen), len(chats), unseen[0],
+        )  # fmt: skip
     return encoded
 
 
-def prompt_ids(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[int]:
+def prompt_ids(prompt: str | list[dict[str, Any]], tokenizer: Any) -> list[int]:
     """The ids that a model gets at inference to answer `prompt`: `encode` puts them before the
     answer.
 
     Raises:
         DataError: the chat template refuses the messages.
     """
-    text = prompt if isinstance(prompt, str) else _render(prompt, tokenizer, "prompt", prompt=True)
+    text = prompt if isinstance(prompt, str) else render(prompt, tokenizer, "prompt", prompt=True)
     (ids,) = token_ids([text], tokenizer)
     plain = isinstance(prompt, str) or not tokenizer.chat_template
     return [*_start_ids(tokenizer), *ids] if plain else ids
 
 
-def _example(
-    ids: list[int], spans: list[tuple[int, int]], max_length: int
-) -> dict[str, np.ndarray] | None:
+def _example(ids: list[int], spans: list[tuple[int, int]]) -> Example | None:
     """Ids and labels, int32 (T,); None without a target."""
-    input_ids = np.asarray(ids[:max_length], dtype=np.int32)
+    input_ids = np.asarray(ids, dtype=np.int32)
     labels = np.full_like(input_ids, IGNORE_INDEX)
     for first, stop in spans:
         labels[first:stop] = input_ids[first:stop]
+    return _with_target({"input_ids": input_ids, "labels": labels})
+
+
+def _with_target(example: Example) -> Example | None:
     # Position 0 is predicted from nothing: a label there is no target.
-    if (labels[1:] == IGNORE_INDEX).all():
+    return None if (example["labels"][1:] == IGNORE_INDEX).all() else example
+
+
+def shortened(example: Example, tokenizer: Any, max_length: int, truncate: str) -> Example | None:
+    """The example with at most `max_length` tokens; None if it is left out or has no target."""
+    excess = len(example["input_ids"]) - max_length
+    if excess <= 0:
+        return _with_target(example)
+    if truncate == "drop":
         return None
-    return {"input_ids": input_ids, "labels": labels}
+    if truncate == "start":
+        return _with_target(without_start(example, tokenizer, excess))
+    return _with_target({name: part[:max_length] for name, part in example.items()})
 
 
-def _rendered(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation and the characters [start, stop) of its targets."""
-    messages = row.messages or []
-    text = _render(messages, tokenizer, row.where)
-    if tokenizer.chat_template and GENERATION.search(tokenizer.get_chat_template()):
-        turns = _marked(messages, tokenizer, row.where)
-        if row.last_turn:
-            last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-            turns = turns[len(_marked(messages[:last], tokenizer, row.where)) if last else 0 :]
-    else:
-        turns = _added(messages, text, tokenizer, row.where)
-        if row.last_turn:
-            turns = turns[-1:]
-    if not turns:
-        raise DataError(
-            f"{row.where}: no assistant turn to learn from; expected one that follows another "
-            "message and that the chat template renders unchanged"
-        )
-    return text, turns
+def without_start(example: Example, tokenizer: Any, count: int) -> Example:
+    """The example without `count` tokens at its start, behind the start token."""
+    first = start_length(example, tokenizer)
+    return {
+        name: np.concatenate([part[:first], part[first + count :]])
+        for name, part in example.items()
+    }
 
 
-def _marked(messages: list[dict[str, str]], tokenizer: Any, where: str) -> list[tuple[int, int]]:
-    """The ``{% generation %}`` blocks of a conversation as the template renders it."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    with _template_errors(where):
-        _, (spans,) = render_jinja_template(
-            conversations=[messages],
-            chat_template=tokenizer.get_chat_template(),
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
-    return [(start, stop) for start, stop in spans if start < stop]
-
-
-def _added(
-    messages: list[dict[str, str]], text: str, tokenizer: Any, where: str
-) -> list[tuple[int, int]]:
-    """What the template adds for each assistant turn after the generation prompt.
-
-    A turn that the template rewrites later (Qwen3 drops the thoughts of earlier turns) is context
-    only, for the model never sees it in that form when it answers.
-    """
-    turns = []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant" and index > 0:
-            before = _render(messages[:index], tokenizer, where, prompt=True)
-            turn = _render(messages[: index + 1], tokenizer, where)
-            if turn.startswith(before) and text.startswith(turn):
-                turns.append((len(before), len(turn)))
-    return turns
-
-
-def _render(
-    messages: list[dict[str, str]], tokenizer: Any, where: str, *, prompt: bool = False
-) -> str:
-    template = None if tokenizer.chat_template else SIMPLE_CHAT_TEMPLATE
-    with _template_errors(where):
-        text: str = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
-        )
-    return text
-
-
-@contextlib.contextmanager
-def _template_errors(where: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # templates raise whatever they like through jinja
-        raise DataError(f"{where}: the chat template refuses 'messages': {error}") from None
+def start_length(example: Example, tokenizer: Any) -> int:
+    """1 if the example starts with the start token, which the first tokens attend to, else 0."""
+    return int(example["input_ids"][0] == tokenizer.bos_token_id)
 
 
 def _start_ids(tokenizer: Any) -> list[int]:

@@ -1,41 +1,71 @@
-"""Rows of a JSONL file of training text, read and checked.
+"""Rows of training text, read and checked, in the formats that people have them in.
 
-A row is ``{"prompt": str, "completion": str}`` or ``{"messages": [{"role": str, "content": str},
-…]}``. A preference has two responses, ``"chosen"`` and ``"rejected"``, and a prompt, ``"prompt"``
-(text, or a list of messages) or ``"messages"``. Responses are text, a message, or a list of
-messages. Without a prompt both are whole conversations.
+==========================================  ====================================================
+``prompt``, ``completion``                  text, or messages
+``messages``                                a conversation
+``conversations``                           a conversation as ShareGPT has it
+``instruction``, ``input``, ``output``      Alpaca; with ``system`` and ``history``
+``text``                                    plain text, learned as a whole
+``prompt``, ``chosen``, ``rejected``        a preference; the prompt may be any of the above
+``prompt``, ``completion``, ``label``       a response that is good (true) or bad (false)
+==========================================  ====================================================
+
+Conversations take ``system``, ``tools`` and ``chat_template_kwargs`` beside them.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-FORMATS = '{"prompt": "…", "completion": "…"} or {"messages": [{"role": "…", "content": "…"}, …]}'
-PAIR_FORMATS = (
-    '{"prompt": "…", "chosen": "…", "rejected": "…"}, the same with lists of messages, or '
-    '{"messages": […], "chosen": "…", "rejected": "…"}'
+from ift.data_columns import ALPACA, BESIDE, REQUIRED, Columns, mapped_records
+from ift.data_files import DataError as DataError
+from ift.data_files import json_type
+from ift.data_messages import (
+    check_encodable,
+    check_messages,
+    checked_tools,
+    conversation,
 )
 
-
-class DataError(ValueError):
-    """A file or row that cannot be used; the message has file, line and what to expect."""
+FORMATS = (
+    '{"prompt", "completion"}, {"messages"}, {"conversations"}, {"instruction", "output"} or '
+    '{"text"}'
+)
+PAIR_FORMATS = (
+    '{"prompt", "chosen", "rejected"}, text or messages, or {"chosen", "rejected"} as whole '
+    "conversations"
+)
+UNPAIRED_FORMATS = '{"prompt", "completion", "label"} with true or false'
+LABELS: dict[Any, bool] = {0: False, 1: True, "0": False, "1": True}  # beside true and false
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+PARAPHRASES = ("chosen_paraphrase", "chosen_paraphrases", "rejected_paraphrase",
+               "rejected_paraphrases")  # fmt: skip  # read by `ift.dynamics`
 
 
 @dataclass(frozen=True)
 class Row:
-    """One valid JSONL row, and its file and line."""
+    """One valid row, and its place."""
 
     where: str  # "train.jsonl line 3"
-    content: dict[str, Any]
-    last_turn: bool = False  # of a conversation only the last assistant turn is a target
+    content: dict[str, Any]  # prompt and completion; or messages, tools, chat_template_kwargs
+    context: int = 0  # so many messages at the start have no target
+    desirable: bool | None = None  # of a response with a label
+    unread: tuple[str, ...] = ()  # keys that nothing reads
 
     @property
-    def messages(self) -> list[dict[str, str]] | None:
+    def messages(self) -> list[dict[str, Any]] | None:
         """The conversation, or None for a prompt/completion row."""
         return self.content.get("messages")
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What the chat template gets beside the messages."""
+        tools = {"tools": self.content["tools"]} if "tools" in self.content else {}
+        return {**tools, **self.content.get("chat_template_kwargs", {})}
 
     @property
     def texts(self) -> list[str]:
@@ -45,101 +75,6 @@ class Row:
         return [self.content["prompt"], self.content["completion"]]
 
 
-def read_jsonl(path: str | Path) -> list[Row]:
-    """Read and check a JSONL file.  Blank lines are skipped.
-
-    Raises:
-        DataError: the file is missing, unreadable or empty, or a row is malformed.
-    """
-    return [Row(where, checked_row(row, where)) for row, where in parsed_lines(Path(path), FORMATS)]
-
-
-def parsed_lines(path: Path, formats: str) -> list[tuple[Any, str]]:
-    """The JSON value of each line that is not blank, with its file and line."""
-    rows = []
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"{path} line {number}"
-                    rows.append((_parsed(line, where, number == 1, formats), where))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; expected a readable JSONL file") from None
-    if not rows:
-        raise DataError(f"{path}: the file has no rows; expected one object per line: {formats}")
-    return rows
-
-
-def _parsed(line: bytes, where: str, first: bool, formats: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}); expected {formats}"
-        ) from None
-    except ValueError:  # Python reads no integer of more than 4300 digits
-        raise DataError(f"{where}: an integer has too many digits; expected {formats}") from None
-    except RecursionError:
-        raise DataError(f"{where}: nested too deeply; expected {formats}") from None
-
-
-def checked_row(row: Any, where: str) -> dict[str, Any]:
-    """`row`, a valid one; of a preference the chosen response as a row."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: got a JSON {json_type(row)}; expected {FORMATS}")
-    if "chosen" in row:  # of a preference, what is learned is the chosen response
-        return pair_row(row, where).chosen.content
-    if "messages" in row:
-        check_messages(row["messages"], where)
-    elif "prompt" in row and "completion" in row:
-        for key in ("prompt", "completion"):
-            if not isinstance(row[key], str):
-                raise DataError(f"{where}: {key!r} is a {json_type(row[key])}; expected a string")
-            check_encodable(row[key], where, key)
-        if not row["completion"]:
-            raise DataError(f"{where}: 'completion' is empty; expected some text to learn")
-    else:
-        keys = ", ".join(map(repr, row)) or "no keys"
-        raise DataError(f"{where}: got {keys}; expected {FORMATS}")
-    return row
-
-
-def check_messages(messages: Any, where: str) -> None:
-    """Raise unless it is a conversation with an assistant's turn."""
-    if not isinstance(messages, list) or not messages:
-        got = "an empty array" if messages == [] else f"a {json_type(messages)}"
-        raise DataError(f"{where}: 'messages' is {got}; expected a non-empty array of messages")
-    for index, message in enumerate(messages):
-        for key in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(key), str):
-                raise DataError(
-                    f"{where}: messages[{index}] has no string {key!r}; "
-                    'expected {"role": "…", "content": "…"}'
-                )
-            check_encodable(message[key], where, f"messages[{index}].{key}")
-    if not any(m["role"] == "assistant" for m in messages):
-        roles = ", ".join(dict.fromkeys(m["role"] for m in messages))
-        raise DataError(f"{where}: roles are {roles}; expected at least one 'assistant' message")
-
-
-def check_encodable(text: str, where: str, key: str) -> None:
-    """JSON may spell half of a surrogate pair, which no tokenizer can take."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: {key} has a lone surrogate at character {error.start}; expected Unicode text"
-        ) from None
-
-
-def json_type(value: Any) -> str:
-    """What JSON calls the type of a parsed value."""
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
-
-
 @dataclass(frozen=True)
 class PairRow:
     """One preference: two rows that share their prompt."""
@@ -147,6 +82,7 @@ class PairRow:
     where: str
     chosen: Row
     rejected: Row
+    unread: tuple[str, ...] = ()
 
     @property
     def texts(self) -> list[str]:
@@ -159,37 +95,156 @@ class PairRow:
         return self.chosen.messages
 
 
-def read_preferences(path: str | Path) -> list[PairRow]:
-    """Read and check a JSONL file of preferences.
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def read_rows(
+    path: str | Path, columns: Columns | None = None, system: str | None = None
+) -> list[Row]:
+    """Read and check training rows; of a preference the chosen response.
+
+    Args:
+        path: as `ift.data_files.read_records`.
+        columns: key of a row → name of the column that holds it, where they differ. If these are
+            all keys of a format, the keys of the others are not read.
+        system: a system message for conversations that have none.
 
     Raises:
-        DataError: the file is missing or empty, or a row is malformed.
+        DataError: the file is missing, unreadable or empty, or a row is malformed.
     """
-    return [pair_row(row, where) for row, where in parsed_lines(Path(path), PAIR_FORMATS)]
+    return [training_row(*each) for each in mapped_records(path, FORMATS, columns, system)]
 
 
-def pair_row(row: Any, where: str) -> PairRow:
+def read_preferences(
+    path: str | Path, columns: Columns | None = None, system: str | None = None
+) -> list[PairRow]:
+    """Read and check preferences; the arguments and errors are those of `read_rows`."""
+    return [pair_row(*each) for each in mapped_records(path, PAIR_FORMATS, columns, system)]
+
+
+def read_responses(
+    path: str | Path, columns: Columns | None = None, system: str | None = None
+) -> list[PairRow] | list[Row]:
+    """Preferences, or single responses with a label; the first row decides."""
+    records = mapped_records(path, f"{PAIR_FORMATS}; or {UNPAIRED_FORMATS}", columns, system)
+    first, _ = records[0]
+    if isinstance(first, dict) and first.get("chosen") is None:
+        return [unpaired_row(*each) for each in records]
+    return [pair_row(*each) for each in records]
+
+
+def unread_keys(rows: Iterable[Row | PairRow]) -> dict[str, tuple[int, str]]:
+    """Keys that nothing reads: in how many rows they are, and the first of these."""
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for row in rows:
+        for key in row.unread:
+            counts[key] += 1
+            first.setdefault(key, row.where)
+    return {key: (count, first[key]) for key, count in counts.items()}
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def training_row(record: Any, where: str) -> Row:
+    """The row of a parsed line, checked; of a preference the chosen response."""
+    record = _checked_record(record, where, FORMATS)
+    if record.get("chosen") is not None:
+        pair = pair_row(record, where)
+        return Row(where, pair.chosen.content, unread=pair.unread)
+    keys = _format_of(record, where)
+    if keys == ("prompt", "completion"):
+        return _completion(record, where)
+    if keys == ("text",):
+        if not isinstance(record["text"], str) or not record["text"]:
+            got = f"a {json_type(record['text'])}" if record["text"] != "" else "empty"
+            raise DataError(f"{where}: 'text' is {got}; expected some text")
+        check_encodable(record["text"], where, "text")
+        _refuse_system(record, where)
+        return _row(record, where, {"prompt": "", "completion": record["text"]}, keys)
+    if keys == ("messages",):
+        messages = check_messages(record["messages"], where)
+    elif keys == ("conversations",):
+        messages = check_messages(
+            conversation(record["conversations"], where, "conversations"), where
+        )
+    else:
+        answer = record["output"]
+        if not isinstance(answer, str) or not answer:
+            got = "empty" if answer == "" else f"a {json_type(answer)}"
+            raise DataError(f"{where}: 'output' is {got}; expected some text to learn")
+        messages = [*_alpaca_prompt(record, where), {"role": "assistant", "content": answer}]
+        messages = check_messages(messages, where)
+        keys = (*keys, *ALPACA)
+    return _row(record, where, {"messages": messages}, keys)
+
+
+def pair_row(record: Any, where: str) -> PairRow:
     """The pair of a parsed line, checked."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: got a JSON {json_type(row)}; expected {PAIR_FORMATS}")
+    record = _checked_record(record, where, PAIR_FORMATS)
     for key in ("chosen", "rejected"):
-        if key not in row:
-            keys = ", ".join(map(repr, row)) or "no keys"
-            raise DataError(f"{where}: got {keys}; expected {PAIR_FORMATS}")
-    prompt = row.get("prompt", row.get("messages"))
-    sides = [_side(prompt, row[key], key, where) for key in ("chosen", "rejected")]
-    return PairRow(where, *(Row(where, side, last_turn=True) for side in sides))
+        if record.get(key) is None:
+            hint = "; --loss kto takes single responses" if "label" in record else ""
+            raise DataError(f"{where}: got {_names(record)}; expected {PAIR_FORMATS}{hint}")
+    prompt, keys = _prompt(record, where)
+    chosen, rejected = (_response(record, prompt, key, where) for key in ("chosen", "rejected"))
+    unread = _unread(record, (*keys, "chosen", "rejected"), chosen.messages is not None)
+    return PairRow(where, chosen, rejected, unread)
 
 
-def _side(prompt: Any, response: Any, key: str, where: str) -> dict[str, Any]:
+def unpaired_row(record: Any, where: str) -> Row:
+    """The response of a parsed line and whether it is desirable, checked."""
+    record = _checked_record(record, where, UNPAIRED_FORMATS)
+    if any(record.get(key) is None for key in ("prompt", "completion", "label")):
+        expected = f"{UNPAIRED_FORMATS}, in every row, or {PAIR_FORMATS}"
+        raise DataError(f"{where}: got {_names(record)}; expected {expected}")
+    label = record["label"]
+    desirable = LABELS.get(label) if isinstance(label, int | str) else None
+    desirable = _truth(label) if desirable is None else desirable
+    if desirable is None:
+        raise DataError(f"{where}: 'label' is {label!r}; expected true or false")
+    prompt, keys = _prompt(record, where)
+    row = _response(record, prompt, "completion", where)
+    used = (*keys, "completion", "label")
+    unread = _unread(record, used, row.messages is not None)
+    return replace(row, desirable=desirable, unread=unread)
+
+
+def _completion(record: dict[str, Any], where: str) -> Row:
+    """A prompt and its completion, as text or as messages; a label that is a truth is kept."""
+    values = [record[key] for key in ("prompt", "completion")]
+    desirable = _truth(record.get("label"))
+    keys = ("prompt", "completion", *(["label"] if desirable is not None else []))
+    if any(isinstance(value, list | dict) for value in values):
+        prompt, _ = _prompt(record, where)
+        row = _response(record, prompt, "completion", where, every_turn=True)
+        return replace(row, desirable=desirable, unread=_unread(record, keys, True))
+    for key, value in zip(keys, values, strict=False):
+        if not isinstance(value, str):
+            raise DataError(f"{where}: {key!r} is a {json_type(value)}; expected a string")
+        check_encodable(value, where, key)
+    if not record["completion"]:
+        raise DataError(f"{where}: 'completion' is empty; expected some text to learn")
+    _refuse_system(record, where)
+    content = {"prompt": record["prompt"], "completion": record["completion"]}
+    return replace(_row(record, where, content, keys), desirable=desirable)
+
+
+def _response(
+    record: dict[str, Any], prompt: Any, key: str, where: str, *, every_turn: bool = False
+) -> Row:
+    """The row of a prompt and a response, of which the last turn is learned, or every one."""
+    response = record[key]
     if isinstance(response, dict):
         response = [response]
+    if response == "":
+        raise DataError(f"{where}: {key!r} is empty; expected some text")
     if isinstance(prompt, str) and isinstance(response, str):
         for name, text in (("prompt", prompt), (key, response)):
             check_encodable(text, where, name)
-        if not response:
-            raise DataError(f"{where}: {key!r} is empty; expected some text")
-        return {"prompt": prompt, "completion": response}
+        _refuse_system(record, where)
+        return Row(where, {"prompt": prompt, "completion": response})
     before: Any = [] if prompt is None else prompt
     if isinstance(before, str):
         before = [{"role": "user", "content": before}]
@@ -200,10 +255,146 @@ def _side(prompt: Any, response: Any, key: str, where: str) -> dict[str, Any]:
             f"{where}: {key!r} is a {json_type(response)} and the prompt "
             f"{'missing' if prompt is None else f'a {json_type(prompt)}'}; expected {PAIR_FORMATS}"
         )
-    messages = [*before, *response]
-    check_messages(messages, where)
+    after = conversation(response, where, key)
+    # A whole conversation may come beside its prompt.
+    skipped = int(after[0]["role"] == "system" and before[:1] != after[:1])
+    answer = skipped + len(before)
+    repeats = bool(before) and len(after) > answer and after[skipped:answer] == before
+    messages = check_messages(after if repeats else [*before, *after], where)
     if messages[-1]["role"] != "assistant":
         raise DataError(
             f"{where}: {key!r} ends with the role {messages[-1]['role']!r}; expected 'assistant'"
         )
-    return {"messages": messages}
+    if before and not repeats and after[0]["role"] in ("user", "system"):
+        raise DataError(
+            f"{where}: {key!r} starts with the role {after[0]['role']!r} and not with the prompt; "
+            "expected an answer to the prompt, or the whole conversation"
+        )
+    content = _conversation_content(record, messages, where)
+    turns = content["messages"]
+    learned = len(after) - (answer if repeats else 0)
+    return Row(where, content, context=len(turns) - (learned if every_turn else 1))
+
+
+def _prompt(record: dict[str, Any], where: str) -> tuple[Any, tuple[str, ...]]:
+    """The prompt, text or messages or None, and the keys that hold it."""
+    for key in ("prompt", "messages", "conversations"):
+        value = record.get(key)
+        if value is not None:
+            value = [value] if isinstance(value, dict) else value
+            if isinstance(value, list):
+                value = conversation(value, where, key)
+            return value, (key,)
+    if record.get("instruction") is not None:
+        return _alpaca_prompt(record, where), ALPACA
+    return None, ()
+
+
+def _alpaca_prompt(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """Earlier turns, and the instruction with its input below it."""
+    messages = []
+    history = record.get("history")
+    for index, turn in enumerate(history if history is not None else []):
+        if not (isinstance(turn, list | tuple) and len(turn) == 2):
+            raise DataError(f"{where}: history[{index}] is no pair; expected [question, answer]")
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            messages.append({"role": role, "content": text})
+    parts = []
+    for key in ("instruction", "input"):
+        text = record.get(key)
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"{where}: {key!r} is a {json_type(text)}; expected a string")
+        parts += [text] if text else []
+    if not parts:
+        raise DataError(f"{where}: 'instruction' is empty; expected some text")
+    return [*messages, {"role": "user", "content": "\n".join(parts)}]
+
+
+def _format_of(record: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The keys of the row's format, the only one whose keys all have a value."""
+    found = [keys for keys in REQUIRED if all(record.get(key) is not None for key in keys)]
+    found = found or [keys for keys in REQUIRED if all(key in record for key in keys)]
+    if len(found) > 1:
+        names = " and ".join(repr(keys[0]) for keys in found)
+        raise DataError(
+            f"{where}: got {names}, each of a format of its own; expected one, or the keys of one "
+            f"in --columns ({' '.join(found[0])})"
+        )
+    if not found:
+        raise DataError(f"{where}: got {_names(record)}; expected {FORMATS}")
+    return found[0]
+
+
+def _row(record: dict[str, Any], where: str, content: dict[str, Any], keys: Sequence[str]) -> Row:
+    chat = "messages" in content
+    if chat:
+        content = _conversation_content(record, content["messages"], where)
+    return Row(where, content, unread=_unread(record, keys, chat))
+
+
+def _conversation_content(
+    record: dict[str, Any], messages: list[dict[str, Any]], where: str
+) -> dict[str, Any]:
+    """Messages, and what the row has for them beside."""
+    content: dict[str, Any] = {"messages": _with_system(messages, record.get("system"), where)}
+    if tools := record.get("tools"):
+        content["tools"] = checked_tools(tools, where)
+        if not content["tools"]:
+            del content["tools"]
+    options = record.get("chat_template_kwargs")
+    if options:
+        if not isinstance(options, dict):
+            got = json_type(options)
+            raise DataError(f"{where}: 'chat_template_kwargs' is a {got}; expected an object")
+        content["chat_template_kwargs"] = options
+    return content
+
+
+def _with_system(messages: list[dict[str, Any]], system: Any, where: str) -> list[dict[str, Any]]:
+    if system is None or system == "":
+        return messages
+    if not isinstance(system, str):
+        raise DataError(f"{where}: 'system' is a {json_type(system)}; expected a string")
+    check_encodable(system, where, "system")
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0]["content"] != system:
+        raise DataError(
+            f"{where}: 'system' is not the text of the conversation's system message; expected one "
+            "of the two"
+        )
+    return messages
+
+
+def _refuse_system(record: dict[str, Any], where: str) -> None:
+    if record.get("system"):
+        raise DataError(
+            f"{where}: a system prompt ('system', --system) with a row of plain text; expected "
+            "messages, which a chat template puts it before"
+        )
+
+
+def _checked_record(record: Any, where: str, formats: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: got a JSON {json_type(record)}; expected {formats}")
+    for key in MEDIA:
+        if record.get(key):
+            raise DataError(f"{where}: {key!r} is not text; expected rows of text alone")
+    return record
+
+
+def _unread(record: dict[str, Any], keys: Sequence[str], chat: bool) -> tuple[str, ...]:
+    known = {*keys, *PARAPHRASES, *(BESIDE if chat else ())}
+    return tuple(k for k, v in record.items() if k not in known and v not in (None, "", []))
+
+
+def _truth(value: Any) -> bool | None:
+    """A boolean, or a text that spells one."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.lower())
+    return value if isinstance(value, bool) else None
+
+
+def _names(record: dict[str, Any]) -> str:
+    shown = [f"{key!r}{' (null)' if value is None else ''}" for key, value in record.items()]
+    return ", ".join(shown) or "no keys"

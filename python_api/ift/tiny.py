@@ -22,7 +22,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from ift.data import SIMPLE_CHAT_TEMPLATE
+    from ift.chat_template import SIMPLE_CHAT_TEMPLATE
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

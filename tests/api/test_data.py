@@ -10,7 +10,7 @@ import torch
 from examples import docstrings
 from ift import tiny
 from ift.data import Collator, encode, split_rows
-from ift.data_rows import DataError, Row, read_jsonl
+from ift.data_rows import DataError, Row, read_rows
 
 TEXTS = ["def add(a, b):\n", "Return the sum of two numbers.", "Say hello to the user, twice."]
 
@@ -53,7 +53,7 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         ('["a"]\n', "line 2: got a JSON array"),
         ("3\n", "line 2: got a JSON number"),
         ('{"prompt": "a"}\n', "line 2: got 'prompt'; expected"),
-        ('{"text": "a"}\n', "line 2: got 'text'; expected"),
+        ('{"texts": "a"}\n', "line 2: got 'texts'; expected"),
         ("{}\n", "line 2: got no keys; expected"),
         ('{"prompt": 3, "completion": "b"}\n', "line 2: 'prompt' is a number; expected a string"),
         ('{"prompt": "a", "completion": null}\n', "line 2: 'completion' is a null"),
@@ -62,7 +62,7 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         ('{"messages": []}\n', "line 2: 'messages' is an empty array"),
         ('{"messages": "hi"}\n', "line 2: 'messages' is a string"),
         ('{"messages": ["hi"]}\n', r"line 2: messages\[0\] has no string 'role'"),
-        ('{"messages": [{"role": "user", "content": [1]}]}\n', r"messages\[0\] has no string 'con"),
+        ('{"messages": [{"role": "user", "content": 1}]}\n', r"messages\[0\] has no string 'con"),
         ('{"messages": [{"role": "user", "content": "x"}]}\n', "roles are user; expected at least"),
         (b'{"prompt": "\xff", "completion": "b"}\n', "line 2: not UTF-8"),
         ("[" * 100_000 + "\n", "line 2: "),
@@ -71,25 +71,25 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
 )
 def test_malformed_rows_name_their_line(tmp_path, line, problem):
     with pytest.raises(DataError, match=problem):
-        read_jsonl(write(tmp_path / "f.jsonl", GOOD, line))
+        read_rows(write(tmp_path / "f.jsonl", GOOD, line))
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_empty_file(tmp_path, content):
     with pytest.raises(DataError, match=r"f\.jsonl: the file has no rows; expected one object"):
-        read_jsonl(write(tmp_path / "f.jsonl", content))
+        read_rows(write(tmp_path / "f.jsonl", content))
 
 
 def test_missing_file_and_directory(tmp_path):
     with pytest.raises(DataError, match=r"no\.jsonl: No such file"):
-        read_jsonl(tmp_path / "no.jsonl")
-    with pytest.raises(DataError, match="Is a directory"):
-        read_jsonl(tmp_path)
+        read_rows(tmp_path / "no.jsonl")
+    with pytest.raises(DataError, match="a folder without a file of rows; expected .jsonl"):
+        read_rows(tmp_path)
 
 
 def test_reads_both_formats_blank_lines_and_bom(tmp_path):
     chat = '{"messages": [{"role": "user", "content": "é"}, {"role": "assistant", "content": "y"}]}'
-    rows = read_jsonl(write(tmp_path / "f.jsonl", b"\xef\xbb\xbf", GOOD, "\n", chat))
+    rows = read_rows(write(tmp_path / "f.jsonl", b"\xef\xbb\xbf", GOOD, "\n", chat))
     assert [row.where.split()[-1] for row in rows] == ["1", "3"]
     assert rows[0].texts == ["a", "b"] and rows[1].texts == ["é", "y"]
 
@@ -253,5 +253,5 @@ def test_collect_is_deterministic_and_does_not_leak(tmp_path, capsys, monkeypatc
     assert len(set(completions)) == len(completions)
     assert docstrings.main([str(tmp_path / "new")]) == 0
     assert f"{len(train)} training pairs" in capsys.readouterr().out
-    rows = read_jsonl(tmp_path / "new" / "train.jsonl")
+    rows = read_rows(tmp_path / "new" / "train.jsonl")
     assert [json.dumps(row.content) for row in rows] == [json.dumps(row) for row in train]

@@ -183,7 +183,7 @@ def test_ids_are_the_chat_templates_and_targets_decode(kind, tokenizer, template
         else:
             assert unknown(decode(tokenizer, ids), part, kind)
 
-    last = Row("here", {"messages": messages()}, last_turn=True)
+    last = Row("here", {"messages": messages()}, context=len(TALK) - 1)
     (example,) = encode([last], tokenizer, 999).examples
     assert targets(example) == found[-1] and example["input_ids"].tolist() == whole
 

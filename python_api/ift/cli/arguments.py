@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+from ift.data_columns import column_names
+
 
 def number(
     expected: str, accepts: Callable[[float], bool], kind: type = float
@@ -40,6 +42,15 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
 def unit(name: str) -> Callable[[str], float]:
     """A number in [0, 1]."""
     return number(f"{name} in [0, 1]", lambda x: 0 <= x <= 1)
+
+
+def columns(text: str) -> str:
+    """``key=column,…``, each key once; a name alone is both."""
+    try:
+        column_names(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 positive = number("a number above 0", lambda x: x > 0)

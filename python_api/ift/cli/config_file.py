@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ift import data_files
 from ift.cli import processes
 from ift.cli.arguments import Option, is_switch, one_of
 from ift.cli.errors import CliError
@@ -20,7 +20,7 @@ from ift.cli.errors import CliError
 RUN_FILE = "run.json"
 DATA = ("data", "eval_data")  # files whose contents are recorded
 RECORDED = ("processes", *(f"{name}_sha256" for name in DATA))
-OF_A_CALL = ("config", "resume")  # options of the command line alone
+OF_A_CALL = ("config", "resume", "dry_run")  # options of the command line alone
 UNSAVED = ("command", "action", "output", *OF_A_CALL)
 
 
@@ -143,11 +143,7 @@ def absolute(value: Any, option: Option | None) -> Any:
 
 def digest(path: Path, flag: str) -> str:
     """Of the contents of a file, or of all files of a directory."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    found = hashlib.sha256()
     try:
-        for file in files:
-            found.update(file.read_bytes())
-        return found.hexdigest()
+        return data_files.digest(path)
     except OSError as error:
         raise CliError(flag, f"{path}: {error.strerror}") from None

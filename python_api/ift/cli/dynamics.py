@@ -12,7 +12,8 @@ from ift.cli import options, train
 from ift.cli.arguments import flag_of
 from ift.cli.errors import CliError, refusals
 from ift.cli.processes import note
-from ift.data_rows import FORMATS, DataError, parsed_lines
+from ift.cli.rows import raw_rows
+from ift.data_files import DataError
 
 SET, CURVES = "probes.jsonl", "dynamics"
 
@@ -109,10 +110,11 @@ def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokeni
             probes = read_probes(given)
         else:
             # Of a preference, the chosen side.
-            held = [getattr(row, "chosen", row).content for row in held_out]
+            learned = [row for row in held_out if getattr(row, "desirable", None) is not False]
+            held = [getattr(row, "chosen", row).content for row in learned]
             tokens = arguments.probe_sample
             probes = build_probe_set(
-                _trained(arguments.data, held_out),
+                raw_rows(arguments, held_out),
                 size=arguments.probe_size,
                 test=arguments.probe_test or held or None,
                 sample=sampler(model, tokenizer, max_new_tokens=tokens) if tokens else None,
@@ -127,9 +129,3 @@ def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokeni
         )  # fmt: skip
     note(f"{len(probes)} probes, measured every {arguments.probe_every} steps")
     return callback
-
-
-def _trained(path: str, held_out: list[Any]) -> list[dict[str, Any]]:
-    """The raw rows of a file, without those that are held out."""
-    apart = {row.where for row in held_out}
-    return [row for row, where in parsed_lines(Path(path), FORMATS) if where not in apart]

@@ -54,6 +54,8 @@ PAIR_OPTIONS = {
                               number("ε in [0, 0.5]", lambda x: 0 <= x <= 0.5), "ε"),
     "margin": Option("γ of simpo (1), δ of slic (1)", not_negative, "X"),
     "nll_weight": Option("of the likelihood of the chosen (1; slic 0)", not_negative, "X"),
+    "desirable_weight": Option("of the good responses (1)", not_negative, "X"),
+    "undesirable_weight": Option("of the bad responses (1)", not_negative, "X"),
     "reference": Option("reference model (--model before training); its log-probabilities are kept "
                         "in DIR/reference", str, "MODEL"),
 }  # fmt: skip
@@ -69,6 +71,7 @@ class CliLoss(NamedTuple):
         options: option of the command line → parameter of `builds`.
         pairs: whether its rows hold a chosen and a rejected response.
         reference: whether it compares with a frozen model (``--reference``).
+        single: whether its rows may also hold a single response and a label.
         fixed: further arguments of `builds`.
     """
 
@@ -76,6 +79,7 @@ class CliLoss(NamedTuple):
     options: Mapping[str, str] = {}
     pairs: bool = False
     reference: bool = False
+    single: bool = False
     fixed: Mapping[str, Any] = {}
 
     def takes(self, option: str) -> bool:
@@ -97,7 +101,13 @@ LOSSES = {
         pairs=True,
         reference=True,
     ),
-    "kto": CliLoss("ift.losses:KTOLoss", {"beta": "beta"}, pairs=True, reference=True),
+    "kto": CliLoss(
+        "ift.losses:KTOLoss",
+        {name: name for name in ("beta", "desirable_weight", "undesirable_weight")},
+        pairs=True,
+        reference=True,
+        single=True,
+    ),
     "orpo": CliLoss(
         "ift.losses:ORPOLoss", {"beta": "beta", "nll_weight": "nll_weight"}, pairs=True
     ),

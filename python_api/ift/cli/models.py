@@ -43,7 +43,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ift import tiny
-    from ift.data import SIMPLE_CHAT_TEMPLATE
+    from ift.chat_template import SIMPLE_CHAT_TEMPLATE
 
     if arguments.model == "tiny" and checkpoint is None:
         tokenizer = tiny.train_tokenizer(text for row in rows for text in row.texts)

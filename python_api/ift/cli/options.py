@@ -18,6 +18,7 @@ from ift.cli import processes
 from ift.cli.arguments import (
     Option,
     add_options,
+    columns,
     flag_of,
     fraction,
     natural,
@@ -36,6 +37,7 @@ from ift.cli.losses import (
     SFT_OPTIONS,
     losses_with,
 )
+from ift.data import TRUNCATE
 
 # The training of the IFT paper as its released code does it; λ and γ are IFTConfig.paper()'s.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -69,18 +71,25 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
 INPUT_OPTIONS = {
     "model": Option("a directory, a hub id, or `tiny`: a small random Llama with a tokenizer "
                     "trained on the data", str, "MODEL", required=True),
-    "data": Option("JSONL; each line has `prompt` and `completion`, or `messages`; for preference "
-                   "losses `prompt`, `chosen` and `rejected`", str, "FILE", required=True),
+    "data": Option("rows in JSONL, JSON, Parquet or CSV, or a folder of such files or of "
+                   "`datasets`: `prompt` and `completion`, `messages`, ShareGPT, Alpaca or `text`; "
+                   "for preference losses `prompt`, `chosen` and `rejected`", str, "FILE",
+                   required=True),
+    "columns": Option("where the data has other names, as prompt=question,completion=answer; also "
+                      "chooses among several formats in a row", columns, "KEY=COLUMN,…"),
+    "system": Option("system message of conversations that have none", str, "TEXT"),
     "output": Option("gets checkpoints, model/, log.jsonl and curves.png", str, "DIR",
                      required=True),
     "config": Option("YAML or JSON file of options by their names, such as the run.json of a run; "
                      "options given beside it win", str, "FILE"),
     "allow_new_weights": Option("train a model of which --model (or --reference) lacks weights, a "
                                 "head for one: they start from random numbers"),
+    "dry_run": Option("show rows in tokens, lengths, and what memory and time it will take; train "
+                      "and write nothing", default=False),
 }  # fmt: skip
 RUN_OPTIONS = {
     "eval_split": Option("share of the rows to hold out for evaluation", fraction, "F", 0.0),
-    "eval_data": Option("JSONL to evaluate on, instead of a split", str, "FILE"),
+    "eval_data": Option("rows to evaluate on, as --data, instead of a split", str, "FILE"),
     "eval_steps": Option("evaluate every N steps (default: once an epoch)", positive_int, "N"),
     "log_steps": Option("log every N steps", positive_int, "N", 10),
     "save_steps": Option("write a checkpoint every N steps, and at the end", positive_int, "N",
@@ -111,8 +120,10 @@ TRAINING_OPTIONS = {
                       "of it to 0", default=True),
     "batch_size": Option("rows per forward on each device", positive_int, "N", 8),
     "accumulate": Option("forwards per optimizer step", positive_int, "N", 1),
-    "max_length": Option("cut rows at N tokens",
+    "max_length": Option("longest row in tokens",
                          number("a whole number of at least 2", lambda x: x >= 2, int), "N", 1024),
+    "truncate": Option("of longer rows cut off the end or the start (of the prompt, for pairs), or "
+                       "drop them", choices=TRUNCATE, default="end"),
     "bf16": Option("bf16 autocast over fp32 weights", default=False),
     "seed": Option("of the initial weights, the order of the data and the sampling",
                    number("a whole number in [0, 2**32)", lambda x: 0 <= x < 2**32, int), "N", 0),

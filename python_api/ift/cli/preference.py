@@ -24,13 +24,13 @@ from ift.plotting import PAIR_KEYS
 NAMES = ("input_ids", "attention_mask", "labels")
 
 
-class EvalPair(NamedTuple):
-    """What the loss of an evaluated pair is made of."""
+class EvalExample(NamedTuple):
+    """What the loss of an evaluated pair, or of a single response, is made of."""
 
-    chosen: Tensor  # log-probability of each target
-    rejected: Tensor
-    reference: list[float] | None  # sums of both
+    sides: list[Tensor]  # log-probability of each target: chosen and rejected, or the response
+    reference: list[float] | None  # sums of the sides
     kl: Tensor | None  # (3,), as `reference_point` takes them
+    desirable: bool | None  # of a single response
 
 
 class PairTrainer(ResumableRun, TargetMetrics, Trainer):
@@ -38,21 +38,32 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
 
     The loss is a mean over the pairs (KTO: rows) of the whole optimizer step. Evaluation calls it
     once, on the log-probabilities of the whole set, with one reference point (KTO) and one order
-    (AOT) for all. Rewards and margins join both logs.
+    (AOT) for all. Rewards and margins join both logs; of single responses they are means over all
+    good and all bad ones since the last log.
 
     Args:
         loss: a module of `ift.losses`; without `pairs` it takes `desirable` and `kl`, as KTO's.
+        single: the examples are single responses (`ift.preference_data.encode_responses`), for a
+            loss without `pairs`; default pairs.
         gradient: of the head, as in `ift.patch`.
         The rest: as `transformers.Trainer`.
     """
 
-    rows_per_example = 2
-
     def __init__(
-        self, model: nn.Module, args: Any, *, loss: Loss, gradient: str | None = None, **kwargs: Any
+        self,
+        model: nn.Module,
+        args: Any,
+        *,
+        loss: Loss,
+        gradient: str | None = None,
+        single: bool = False,
+        **kwargs: Any,
     ) -> None:
+        if single and loss.pairs:
+            raise ValueError(f"single: expected a loss without pairs, got {type(loss).__name__}")
         self.pair_loss = loss
-        self._eval_pairs: list[EvalPair] = []
+        self.rows_per_example = 1 if single else 2
+        self._eval_examples: list[EvalExample] = []
         super().__init__(patch(model, gradient=gradient), args, **kwargs)
         refuse_unsupported(self)
 
@@ -76,26 +87,46 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
             call["kl"] = reference_point(self.accelerator.gather(self._kl_rows(model, inputs)))
 
         def loss(logprob: Tensor, mask: Tensor) -> Tensor:
-            return self._loss(logprob, mask, inputs.get("reference"), **call)
+            return self._loss(logprob, mask, inputs.get("reference"), desirable, **call)
 
+        desirable = inputs.get("desirable")
         output = model(**batch, loss=loss)
         found = self.pair_loss.metrics
         zero = torch.zeros((), device=output.loss.device)
-        pairs = batch["labels"].shape[0] / 2
-        values = [found.get(name, zero).to(zero) * pairs for name in PAIR_KEYS]
-        self._add_train_sums(model, [*values, zero + pairs])
+        rows = batch["labels"].shape[0]
+        if desirable is None:
+            counts = [zero + rows / 2]
+            weights = counts * len(PAIR_KEYS)
+        else:  # a batch may have none of a kind
+            good = desirable.sum()
+            counts = [zero + good, zero + rows - good]
+            of = {"reward_chosen": counts[0], "reward_rejected": counts[1]}
+            weights = [of.get(name, zero + rows) for name in PAIR_KEYS]
+        values = [
+            found.get(name, zero).to(zero) * weight
+            for name, weight in zip(PAIR_KEYS, weights, strict=True)
+        ]
+        self._add_train_sums(model, [*values, *counts])
         value = output.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             value = value * self.accelerator.num_processes  # DDP averages
         return (value, output) if return_outputs else value
 
-    def _loss(self, logprob: Tensor, mask: Tensor, reference: Tensor | None, **call: Any) -> Tensor:
-        """The loss of rows of which the first half are chosen ones."""
+    def _loss(
+        self,
+        logprob: Tensor,
+        mask: Tensor,
+        reference: Tensor | None,
+        desirable: Tensor | None,
+        **call: Any,
+    ) -> Tensor:
+        """The loss of rows of which `desirable` or, without it, the first half are chosen ones."""
         if reference is not None:
             call["reference"] = reference
         if not self.pair_loss.pairs:
             rows = len(mask)
-            call["desirable"] = torch.arange(rows, device=mask.device) < rows // 2
+            half = torch.arange(rows, device=mask.device) < rows // 2
+            call["desirable"] = half if desirable is None else desirable
         value: Tensor = self.pair_loss(logprob, mask, **call)
         return value
 
@@ -111,7 +142,7 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's."""
-        self._eval_pairs = []
+        self._eval_examples = []
         return super().evaluation_loop(*args, **kwargs)
 
     def _score(self, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -119,43 +150,60 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
         logprob, mask = target_logprobs(model, **{k: inputs[k] for k in NAMES})
         logprob, mask = logprob.float().cpu(), mask.cpu()
         self._add_eval(logprob.new_zeros((), device=self.args.device), model)
-        count = len(mask) // 2
+        count = len(mask) // self.rows_per_example
         reference, kl = inputs.get("reference"), None
+        desirable = inputs.get("desirable")
         if not self.pair_loss.pairs:
             kl = self._kl_rows(model, inputs).cpu()
         for i in range(count):
-            if not mask[i].any():  # a pair that fills up the last batch
+            if not mask[i].any():  # an example that fills up the last batch
                 continue
-            chosen, rejected = (logprob[j][mask[j]] for j in (i, i + count))
-            sums = None if reference is None else [float(reference[j]) for j in (i, i + count)]
-            self._eval_pairs.append(EvalPair(chosen, rejected, sums, None if kl is None else kl[i]))
+            rows = [i + side * count for side in range(self.rows_per_example)]
+            self._eval_examples.append(
+                EvalExample(
+                    [logprob[row][mask[row]] for row in rows],
+                    None if reference is None else [float(reference[row]) for row in rows],
+                    None if kl is None else kl[i],
+                    None if desirable is None else bool(desirable[i]),
+                )
+            )
 
     def _eval_metrics(
         self, total: float, tokens: float, correct: float, entropy: float, *more: float
     ) -> dict[str, float]:
-        """The loss of all pairs of the set in one call, and what it reports."""
-        pairs = gather_object(self._eval_pairs)
-        sides = [pair[side] for side in (0, 1) for pair in pairs]
+        """The loss of all examples of the set in one call, and what it reports."""
+        found_in_all = gather_object(self._eval_examples)
+        every = range(self.rows_per_example)
+        sides = [example.sides[side] for side in every for example in found_in_all]
         logprob = pad_sequence(sides, batch_first=True)
         mask = pad_sequence([torch.ones_like(side) for side in sides], batch_first=True).bool()
-        reference, call = None, {}
-        if pairs[0].reference is not None:
-            reference = torch.tensor([pair.reference[side] for side in (0, 1) for pair in pairs])
+        reference, desirable, call = None, None, {}
+        if found_in_all[0].reference is not None:
+            reference = torch.tensor([e.reference[side] for side in every for e in found_in_all])
+        if found_in_all[0].desirable is not None:
+            desirable = torch.tensor([example.desirable for example in found_in_all])
         if not self.pair_loss.pairs:
-            call["kl"] = reference_point(torch.stack([pair.kl for pair in pairs]))
-        value = self._loss(logprob, mask, reference, **call)
+            call["kl"] = reference_point(torch.stack([example.kl for example in found_in_all]))
+        value = self._loss(logprob, mask, reference, desirable, **call)
         found = self.pair_loss.metrics
         means = super()._eval_metrics(total, tokens, correct, entropy)
         means |= {name: float(found[name]) for name in PAIR_KEYS if name in found}
         return {**means, "loss": float(value)}
 
     def _train_means(self, sums: Tensor) -> dict[str, float]:
-        *metrics, pairs = sums[:-3].tolist()
+        count = len(PAIR_KEYS)
+        values, counts = sums[:count].tolist(), sums[count:-3].tolist()
+        total = sum(counts)
+        of = dict(zip(("reward_chosen", "reward_rejected"), counts, strict=False))
+        if len(counts) == 1:
+            of = {}
         means = {
-            name: value / max(pairs, 1.0)
-            for name, value in zip(PAIR_KEYS, metrics, strict=True)
+            name: value / max(of.get(name, total), 1.0)
+            for name, value in zip(PAIR_KEYS, values, strict=True)
             if name in self.pair_loss.metrics
         }
+        if of:
+            means["reward_margin"] = means["reward_chosen"] - means["reward_rejected"]
         return means | super()._train_means(sums)
 
 

@@ -119,7 +119,7 @@ def add_references(
             data, model, collator, arguments.batch_size, device, cache, bf16=arguments.bf16
         ):
             processes.note(
-                f"reference log-probabilities of {len(data.examples)} pairs read from {cache}"
+                f"reference log-probabilities of {len(data.examples)} examples read from {cache}"
             )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ift import plotting
-from ift.cli import options
+from ift.cli import options, processes
 from ift.cli.arguments import flag_of
 from ift.cli.checkpoints import last_checkpoint, step_of
 from ift.cli.config_file import DATA, RUN_FILE, absolute, saved_options
@@ -26,17 +26,18 @@ from ift.cli.models import (
     turn_off_dropout,
 )
 from ift.cli.processes import note
-from ift.data import Collator, Encoded, encode, split_rows
-from ift.data_rows import read_jsonl, read_preferences
+from ift.cli.rows import read_rows, tokenise
+from ift.data import Collator, Encoded
+from ift.data_rows import Row
 from ift.files import JsonlLog, write_text
-from ift.preference_data import EncodedPairs, PairCollator, encode_pairs
+from ift.preference_data import EncodedPairs, PairCollator
 
 # A run continued with another value of these, or of an option of its loss, would be another run.
 FIXED = (
     *("eval_split", "epochs", "max_steps", "lr", "optimizer", "scheduler", "lr_warmup_steps"),
     *("warmup_ratio", "weight_decay", "max_grad_norm", "dropout"),
     *("batch_size", "accumulate", "max_length", "bf16", "gradient", "freeze_head"),
-    "seed",
+    *("columns", "system", "truncate", "seed"),
 )
 LENGTHS = ("epochs", "max_steps")  # may grow
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd", "adafactor": "adafactor"}
@@ -66,7 +67,10 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
         check_same_run(arguments, output)
     check_model_path(arguments.model)
     train_rows, eval_rows = read_rows(arguments)
-    check_output(output, arguments.resume)
+    if arguments.dry_run and processes.count() > 1:
+        raise CliError("--dry-run", f"got {processes.count()} processes; expected one")
+    if not arguments.dry_run:
+        check_output(output, arguments.resume)
 
     import torch  # from here on it takes seconds
     import transformers
@@ -112,6 +116,13 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
     if warmup >= steps:
         note(f"{warmup} steps of warm-up: the run has {steps} steps, so the learning rate does "
              "not reach --lr")  # fmt: skip
+    if arguments.dry_run:
+        from ift.cli.dry_run import show
+
+        sets = train_data, eval_data
+        with refusals("--model", kind.flags):
+            show(arguments, train_rows, model, tokenizer, loss, sets, training_arguments, steps)
+        return 0
     stop = StopOnSignal(alone=training_arguments.world_size == 1)
     collator: Any = Collator(padding_id(tokenizer))
     title = f"{arguments.loss.upper()} of {Path(arguments.model).name} on "
@@ -128,10 +139,12 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
         if kind.pairs:
             collator = PairCollator(collator)
         trainer_class: Any = PairTrainer if kind.pairs else RunTrainer
+        single = {"single": isinstance(train_rows[0], Row)} if kind.pairs else {}
         trainer = trainer_class(
             model,
             training_arguments,
             **{"loss" if kind.pairs else "ift_config": loss},
+            **single,
             gradient=arguments.gradient,
             data_collator=collator,
             train_dataset=train_data.examples,
@@ -182,18 +195,6 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
 
 
 # ---- input, checked before anything slow ---------------------------------------------------------
-
-
-def read_rows(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
-    """Training and evaluation rows, or pairs for a preference loss."""
-    read: Any = read_preferences if LOSSES[arguments.loss].pairs else read_jsonl
-    with refusals("--data"):
-        rows = read(arguments.data)
-    if arguments.eval_data is not None:
-        with refusals("--eval-data"):
-            return rows, read(arguments.eval_data)
-    with refusals("--eval-split"):
-        return split_rows(rows, arguments.eval_split, arguments.seed)
 
 
 def check_output(output: Path, resume: bool) -> None:
@@ -276,34 +277,6 @@ def damage_in(path: Path) -> Iterator[None]:
 
 
 # ---- building ------------------------------------------------------------------------------------
-
-
-def tokenise(
-    rows: list[Any],
-    tokenizer: Any,
-    arguments: argparse.Namespace,
-    flag: str,
-    mismatched: bool,
-) -> Encoded | EncodedPairs:
-    """Encode rows or pairs and say which were dropped; no rows give no examples.
-
-    `mismatched` is that of `encode_pairs`.
-    """
-    if not rows:
-        return Encoded([], [])
-    max_length = arguments.max_length
-    encoded: Encoded | EncodedPairs
-    with refusals(flag):
-        if LOSSES[arguments.loss].pairs:
-            encoded = encode_pairs(rows, tokenizer, max_length, mismatched=mismatched)
-        else:
-            encoded = encode(rows, tokenizer, max_length)
-    if encoded.dropped:
-        note(
-            f"{flag}: dropped {len(encoded.dropped)} of {len(rows)} rows, which have no completion "
-            f"token within --max-length {max_length} (first: {encoded.dropped[0]})"
-        )
-    return encoded
 
 
 def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -> Any:

@@ -331,7 +331,7 @@ def as_row(where: str, prompt: Prompt, response: str) -> Row:
     if isinstance(prompt, str):
         return Row(where, {"prompt": prompt, "completion": response})
     messages = [*prompt, {"role": "assistant", "content": response}]
-    return Row(where, {"messages": messages}, last_turn=True)
+    return Row(where, {"messages": messages}, context=len(messages) - 1)
 
 
 def _responses(probes: Sequence[Probe], tokenizer: Any, max_length: int) -> list[EncodedResponse]:

@@ -16,16 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ift.data import prompt_ids
-from ift.data_rows import (
-    FORMATS,
-    DataError,
-    check_encodable,
-    check_messages,
-    checked_row,
-    json_type,
-    pair_row,
-    parsed_lines,
-)
+from ift.data_files import DataError, json_type, read_records
+from ift.data_messages import check_encodable, check_messages
+from ift.data_rows import FORMATS, pair_row, training_row
 from ift.token_spans import tokenised
 from ift_kernels.common import checks
 
@@ -88,7 +81,7 @@ def build_probe_set(
     is left out; a warning counts those left out.
 
     Args:
-        data: a JSONL file or rows as `ift.data_rows.read_jsonl` has them, preferences or not; of a
+        data: a file or rows as `ift.data_rows.read_rows` takes them, preferences or not; of a
             plain row the completion (the last assistant's turn) is the chosen answer.
         size: at most so many probes, drawn at random; default 64.
         test: rows in the same form that are not trained on.
@@ -234,7 +227,7 @@ def _joined(words: list[str]) -> str:
 def _rows(name: str, source: Source) -> list[dict[str, Any]]:
     """prompt, chosen and where there are, rejected and paraphrases, of each row."""
     if isinstance(source, (str, os.PathLike)):
-        lines = parsed_lines(Path(source), FORMATS)
+        lines = read_records(source, FORMATS)
     else:
         lines = [(row, f"{name}[{i}]") for i, row in enumerate(source)]
     if not lines:
@@ -248,7 +241,7 @@ def _row(raw: Any, where: str) -> dict[str, Any]:
         prompt, chosen = _split(pair.chosen.content)
         row = {"prompt": prompt, "chosen": chosen, "rejected": _split(pair.rejected.content)[1]}
     else:
-        prompt, chosen = _split(checked_row(raw, where))
+        prompt, chosen = _split(training_row(raw, where).content)
         row = {"prompt": prompt, "chosen": chosen}
     for key in ("chosen_paraphrase", "rejected_paraphrase"):
         value = raw.get(key, raw.get(key + "s"))
@@ -288,19 +281,21 @@ def read_probes(path: str | Path) -> list[Probe]:
         DataError: the file is missing or empty, or a line is no probe.
     """
     probes = []
-    for row, where in parsed_lines(Path(path), PROBE_FORMAT):
+    for row, where in read_records(path, PROBE_FORMAT):
         good = isinstance(row, dict) and isinstance(row.get("responses"), dict)
         if not (good and row["responses"] and isinstance(row.get("prompt"), (str, list))):
             raise DataError(f"{where}: expected {PROBE_FORMAT}")
-        if isinstance(row["prompt"], str):
-            check_encodable(row["prompt"], where, "prompt")
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            check_encodable(prompt, where, "prompt")
         else:
-            check_messages([*row["prompt"], {"role": "assistant", "content": ""}], where)
+            answered = check_messages([*prompt, {"role": "assistant", "content": ""}], where)
+            prompt = answered[:-1]
         for name, text in row["responses"].items():
             if not isinstance(text, str) or not text:
                 raise DataError(f"{where}: response {name!r} is no text; expected {PROBE_FORMAT}")
             check_encodable(text, where, name)
-        probes.append(Probe(row["prompt"], row["responses"]))
+        probes.append(Probe(prompt, row["responses"]))
     return probes
 
 

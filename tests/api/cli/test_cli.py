@@ -169,11 +169,11 @@ def test_evaluation_loss_is_the_mean_over_tokens(trained, data):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ift.data import encode, split_rows
-    from ift.data_rows import read_jsonl
+    from ift.data_rows import read_rows
 
     model = AutoModelForCausalLM.from_pretrained(trained / "model")
     tokenizer = AutoTokenizer.from_pretrained(trained / "model")
-    _, held_out = split_rows(read_jsonl(data), 0.1, seed=0)
+    _, held_out = split_rows(read_rows(data), 0.1, seed=0)
     losses = []
     for example in encode(held_out, tokenizer, 48).examples:
         ids, labels = (torch.tensor(example[k]).long() for k in ("input_ids", "labels"))

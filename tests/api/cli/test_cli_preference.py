@@ -13,7 +13,7 @@ from ift.cli.losses import build_loss
 from ift.cli.preference import PairTrainer
 from ift.cli.reference import add_reference
 from ift.data import Collator
-from ift.data_rows import DataError, read_jsonl, read_preferences
+from ift.data_rows import DataError, read_preferences, read_rows
 from ift.preference_data import PairCollator, encode_pairs
 from ift.tiny import tiny_llama, train_tokenizer
 from trainers import training_arguments
@@ -60,7 +60,7 @@ def test_forms(tmp_path, tokenizer):
     assert tokenizer.decode(targets[1]).startswith("red")
     assert np.array_equal(targets[4], targets[1])  # not the assistant's earlier turn
     # The other losses learn the chosen response.
-    assert [row.content for row in read_jsonl(path)] == [pair.chosen.content for pair in pairs]
+    assert [row.content for row in read_rows(path)] == [pair.chosen.content for pair in pairs]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,286 @@
+"""``ift train --dry-run``: what a run would learn, and what it would take."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+import textwrap
+import time
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ift.cli.losses import LOSSES
+from ift.cli.models import padding_id
+from ift.data import IGNORE_INDEX, Collator, Encoded, Example
+from ift.data_rows import Row
+from ift.preference_data import SIDES, PairCollator
+from ift_kernels import explain
+
+WIDTH = 80
+SHOWN_ROWS = 3
+# Tokens of a long row that are shown: at its start, around the first target, and at its end.
+AT_START, BEFORE_TARGET, FROM_TARGET, AT_END = 40, 20, 40, 20
+BARS = "▁▂▃▄▅▆▇█"
+BINS = 32
+# A step is timed where it takes no more operations than these.
+TIMED = {"cpu": 4e12}
+TIMED_ELSEWHERE = 4e15
+# Values that an optimizer keeps of each weight.
+STATES = {"adamw": 2, "rmsprop": 1, "sgd": 0, "adafactor": 0}  # the last keeps sums of rows
+
+
+def show(
+    arguments: argparse.Namespace,
+    rows: Sequence[Any],
+    model: Any,
+    tokenizer: Any,
+    loss: Any,
+    sets: tuple[Encoded, Encoded],
+    training_arguments: Any,
+    steps: float,
+) -> None:
+    """Print rows in tokens, lengths, steps, memory and time.
+
+    Args:
+        rows: of the first of `sets`, before they were tokenised.
+        loss: of `ift.cli.losses.build_loss`.
+        sets: training and evaluation set.
+        steps: optimizer steps of the run.
+    """
+    train, held_out = sets
+    out = set(train.dropped) | (set(train.truncated) if arguments.truncate == "drop" else set())
+    kept = [row for row in rows if row.where not in out]
+    for row, example in list(zip(kept, train.examples, strict=True))[:SHOWN_ROWS]:
+        for name, side in _named_sides(example):
+            print(described(f"{row.where}{name}", side, tokenizer))
+    print(lengths([len(side["input_ids"]) for side in train.sides()], arguments.max_length))
+    forwards = arguments.accumulate * training_arguments.world_size
+    batch = train.examples[: arguments.batch_size]
+    for line in (
+        f"--truncate {arguments.truncate}: {len(train.truncated)} rows of more than "
+        f"{arguments.max_length} tokens, {len(train.dropped)} dropped without a token to learn",
+        f"learned: {train.target_tokens} tokens of {len(train.examples)} rows in an epoch; "
+        f"{len(held_out.examples)} rows for evaluation",
+        f"steps: {steps:.0f} of {arguments.batch_size * forwards} rows",
+        memory(model, arguments, _targets(batch), training_arguments.device),
+        _time(arguments, rows, model, tokenizer, loss, batch, training_arguments, steps),
+    ):
+        print(textwrap.fill(line, WIDTH, subsequent_indent="  "))
+
+
+def _named_sides(example: dict[str, Any]) -> list[tuple[str, Example]]:
+    if "input_ids" in example:
+        return [("", example)]
+    sides = [name for name in SIDES if name in example and name != "kl"]
+    named = [(f", {name}", example[name]) for name in sides]
+    if "desirable" in example:
+        named = [(f", {'good' if example['desirable'] else 'bad'} response", named[0][1])]
+    return named
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def described(title: str, example: Example, tokenizer: Any) -> str:
+    """The tokens of an example in lines of at most 80 columns; targets are in brackets."""
+    ids = example["input_ids"].tolist()
+    learned = (example["labels"] != IGNORE_INDEX).tolist()
+    learned[0] = False  # predicted from nothing
+    first = learned.index(True)
+    shown = {*range(AT_START), *range(first - BEFORE_TARGET, first + FROM_TARGET)}
+    shown |= set(range(len(ids) - AT_END, len(ids)))
+    parts: list[str] = []
+    skipped = 0
+    for index, token in enumerate(ids):
+        if index not in shown:
+            skipped += 1
+            continue
+        if skipped:
+            parts.append(f" … {skipped} more … ")
+            skipped = 0
+        text = token_text(token, tokenizer)
+        if learned[index]:
+            parts.append(f"[{text}]")
+        else:
+            parts.append(f"{text}·" if index + 1 < len(ids) and not learned[index + 1] else text)
+    lines = _wrapped(parts, WIDTH - 2)
+    count = f"{len(ids)} tokens, {sum(learned)} learned [in brackets]"
+    return "\n".join([*_wrapped([f"{title}: ", count], WIDTH), *(f"  {line}" for line in lines)])
+
+
+def token_text(token: int, tokenizer: Any) -> str:
+    """A token as it can be read; what is no text is shown as the tokenizer names it."""
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    text: str = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    if not text or "\ufffd" in text:
+        text = name
+    elif name.startswith("▁") and not text.startswith(" "):
+        text = f" {text}"
+    text = text.replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if unicodedata.category(c)[0] != "C" else f"\\u{ord(c):04x}" for c in text)
+
+
+def _wrapped(parts: Sequence[str], width: int) -> list[str]:
+    """Lines of whole parts; only one that is wider than a line is cut."""
+    lines, line, used = [], "", 0
+    for part in parts:
+        if used + _columns(part) > width and used:
+            lines.append(line)
+            line, used = "", 0
+        for character in part:
+            if used + _columns(character) > width:
+                lines.append(line)
+                line, used = "", 0
+            line, used = line + character, used + _columns(character)
+    return [*lines, line] if line else lines
+
+
+def _columns(text: str) -> int:
+    """Columns of a terminal."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
+
+
+def lengths(counts: Sequence[int], limit: int) -> str:
+    """Tokens per row: smallest, median, largest, and how they are distributed."""
+    least, most = min(counts), max(counts)
+    heights, _ = np.histogram(counts, bins=min(BINS, most - least + 1), range=(least, most + 1))
+    top = heights.max()
+    bars = "".join(
+        " " if not height else BARS[round((len(BARS) - 1) * height / top)] for height in heights
+    )
+    return (
+        f"tokens per row: min {least}, median {statistics.median(counts):g}, max {most} "
+        f"(--max-length {limit})\n  {least} {bars} {most}"
+    )
+
+
+# ---- memory and time -----------------------------------------------------------------------------
+
+
+def memory(model: Any, arguments: argparse.Namespace, targets: int, device: Any) -> str:
+    """Bytes of weights, gradients, optimizer and output head; activations come on top."""
+    weights = {p.data_ptr(): p for p in model.parameters()}.values()
+    trained = [p for p in weights if p.requires_grad]
+    head = model.get_output_embeddings().weight
+    vocabulary, width = head.shape
+    plan = explain(
+        max(1, targets), vocabulary, width, torch.bfloat16 if arguments.bf16 else head.dtype,
+        need_weight=head.requires_grad, gradient=arguments.gradient, device=device,
+    )  # fmt: skip
+    state = sum(p.numel() * p.element_size() for p in trained) * STATES[arguments.optimizer]
+    if arguments.optimizer == "adafactor":
+        state = sum(4 * (p.numel() // p.shape[-1] + p.shape[-1]) for p in trained if p.dim() > 1)
+    parts = {
+        "weights": sum(p.numel() * p.element_size() for p in weights),
+        "gradients": sum(p.numel() * p.element_size() for p in trained),
+        arguments.optimizer: state,
+        "head": plan.peak_bytes,
+    }
+    shown = " + ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
+    return f"memory: {shown} = {_bytes(sum(parts.values()))}, and activations"
+
+
+def _bytes(size: float) -> str:
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size >= 2**power:
+            amount = size / 2**power
+            return f"{amount:.1f} {unit}" if amount < 100 else f"{amount:.0f} {unit}"
+    return f"{size:.0f} B"
+
+
+def _targets(batch: Sequence[dict[str, Any]]) -> int:
+    return sum(int((side["labels"][1:] != IGNORE_INDEX).sum()) for side in _every(batch))
+
+
+def _every(batch: Sequence[dict[str, Any]]) -> list[Example]:
+    return [side for example in batch for _, side in _named_sides(example)]
+
+
+def _time(
+    arguments: argparse.Namespace,
+    rows: Sequence[Any],
+    model: Any,
+    tokenizer: Any,
+    loss: Any,
+    batch: Sequence[dict[str, Any]],
+    training_arguments: Any,
+    steps: float,
+) -> str:
+    """The time of the run by that of a batch, or its operations where that would take long."""
+    sides = _every(batch)
+    padded = len(sides) * max(len(side["input_ids"]) for side in sides)
+    parameters = sum(p.numel() for p in model.parameters())
+    # Per weight and token a multiplication and an addition, forward and twice backward.
+    operations = 6.0 * parameters * padded
+    device = training_arguments.device
+    forwards = steps * arguments.accumulate
+    if operations > TIMED.get(device.type, TIMED_ELSEWHERE):
+        return (
+            f"time: not measured; about {operations:.1e} operations (6 × parameters × tokens) for "
+            f"{len(batch)} rows, {operations * forwards:.1e} in the run"
+        )
+    seconds = _measured(arguments, rows, model, tokenizer, loss, batch, training_arguments)
+    return (
+        f"time: {duration(seconds)} for forward and backward of {len(batch)} rows on {device.type} "
+        f"(measured); {duration(seconds * forwards)} for {steps:.0f} steps, without evaluation"
+    )
+
+
+def _measured(
+    arguments: argparse.Namespace,
+    rows: Sequence[Any],
+    model: Any,
+    tokenizer: Any,
+    loss: Any,
+    batch: Sequence[dict[str, Any]],
+    training_arguments: Any,
+) -> float:
+    """Seconds of forward and backward of a batch, the second time; no weight changes."""
+    from ift.cli.preference import PairTrainer
+    from ift.cli.trainer import RunTrainer
+
+    kind = LOSSES[arguments.loss]
+    collate: Any = Collator(padding_id(tokenizer))
+    options: dict[str, Any] = {"ift_config": loss}
+    if kind.pairs:
+        collate = PairCollator(collate)
+        options = {"loss": loss, "single": isinstance(rows[0], Row)}
+    if kind.reference:  # their values take no other time
+        sums = np.zeros(len(SIDES), np.float32)
+        batch = [{**example, "reference": sums} for example in batch]
+    settings = copy.copy(training_arguments)
+    with tempfile.TemporaryDirectory() as directory:  # a trainer makes its output
+        settings.output_dir = directory
+        trainer_class: Any = PairTrainer if kind.pairs else RunTrainer
+        trainer = trainer_class(
+            model, settings, gradient=arguments.gradient, data_collator=collate,
+            train_dataset=list(batch), **options,
+        )  # fmt: skip
+        trainer.current_gradient_accumulation_steps = 1
+        seconds = 0.0
+        for _ in range(2):
+            (inputs,), count = trainer.get_batch_samples(
+                iter([collate(list(batch))]), 1, settings.device
+            )
+            start = time.perf_counter()
+            trainer.training_step(trainer.model, inputs, count).item()
+            seconds = time.perf_counter() - start
+    return seconds
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a reader has them: 0.12 s, 45 s, 12 min, 3.4 h, 2.5 days."""
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
