@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import sys
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -171,6 +172,10 @@ class Parser(argparse.ArgumentParser):
         if separator and message.startswith("argument "):
             raise CliError(name, problem)
         raise CliError(self.prog.removeprefix("ift").strip() or "arguments", message)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """As argparse's, which would hide that the reader has left."""
+        (file or sys.stderr).write(message)
 
     def parse(self, args: Sequence[str] | None = None) -> argparse.Namespace:
         """As `parse_args`, but an unknown option is reported with the closest existing ones."""
