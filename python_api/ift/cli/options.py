@@ -16,6 +16,7 @@ from ift.cli.arguments import (
     add_options,
     flag_of,
     fraction,
+    names_of,
     natural,
     number,
     positive,
@@ -47,6 +48,12 @@ INPUT_OPTIONS = {
     "output": Option("gets checkpoints, model/, log.jsonl and curves.png", str, "DIR",
                      required=True),
 }  # fmt: skip
+GPU_ATTENTION = ("flash_attention_2", "flash_attention_3", "flex_attention")
+# Of transformers' Trainer.
+REPORTERS = (
+    "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "dvclive",
+    "neptune", "azure_ml", "codecarbon", "dagshub", "flyte", "kubeflow",
+)  # fmt: skip
 RUN_OPTIONS = {
     "eval_split": Option("share of the rows to hold out for evaluation", fraction, "F", 0.0),
     "eval_data": Option("JSONL to evaluate on, instead of a split", str, "FILE"),
@@ -54,6 +61,9 @@ RUN_OPTIONS = {
     "log_steps": Option("log every N steps", positive_int, "N", 10),
     "save_steps": Option("write a checkpoint every N steps, and at the end", positive_int, "N",
                          500),
+    "save_total_limit": Option("checkpoints to keep, the last ones; 0: all", natural, "N", 2),
+    "report_to": Option("log to these, too, with commas between: " + ", ".join(REPORTERS),
+                        names_of(REPORTERS), "NAMES"),
     "resume": Option("continue from the last checkpoint in --output", default=False),
 }  # fmt: skip
 TRAINING_OPTIONS = {
@@ -79,6 +89,26 @@ TRAINING_OPTIONS = {
                    number("a whole number in [0, 2**32)", lambda x: 0 <= x < 2**32, int), "N", 0),
     "cpu": Option("stay off the accelerator", default=False),
 }  # fmt: skip
+MODEL_OPTIONS = {
+    "dtype": Option("of the weights in training and in model/; auto: float32 where they are "
+                    "trained, and as in the files of --model in model/ and where they are frozen",
+                    choices=("auto", "float32", "bfloat16", "float16"), default="auto"),
+    "attn": Option("attention of transformers (default: its choice)",
+                   choices=("eager", "sdpa", *GPU_ATTENTION)),
+    "gradient_checkpointing": Option("compute activations again in backward instead of keeping "
+                                     "them", default=False),
+    "packing": Option("put the rows of a forward into one sequence without padding; none attends "
+                      "to another", default=False),
+    "lora_rank": Option("train a LoRA adapter of rank N alone; model/ is the adapter",
+                        positive_int, "N"),
+    "lora_alpha": Option("the adapter is scaled by α / rank (2 · rank)", positive, "α"),
+    "lora_dropout": Option("dropout before the adapter (0)", fraction, "P"),
+    "lora_targets": Option("layers that get one, with commas between (all-linear: each linear "
+                           "layer but the head)", names_of(), "NAMES"),
+    "lora_config": Option("PEFT's adapter_config.json, instead of these four", str, "FILE"),
+    "quantize": Option("keep the frozen weights under an adapter in 4 or 8 bits (bitsandbytes)",
+                       choices=("4bit", "8bit")),
+}  # fmt: skip
 PROBE_OPTIONS = {
     "probes": Option("probe set to use (default: made from --data)", str, "FILE"),
     "probe_every": Option("measure every N steps", positive_int, "N", 25),
@@ -90,7 +120,7 @@ PROBE_OPTIONS = {
 }  # fmt: skip
 DEFAULTS = {
     name: option.default
-    for options in (RUN_OPTIONS, TRAINING_OPTIONS, PROBE_OPTIONS)
+    for options in (RUN_OPTIONS, TRAINING_OPTIONS, MODEL_OPTIONS, PROBE_OPTIONS)
     for name, option in options.items()
 }
 
@@ -152,6 +182,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_options(parser, "evaluation, log and checkpoints", RUN_OPTIONS)
     add_options(parser, "training", TRAINING_OPTIONS)
+    add_options(parser, "weights, memory and adapters", MODEL_OPTIONS)
     add_options(parser, "IFT loss (--loss ift); defaults as released", IFT_OPTIONS)
     pairs = {
         name: option._replace(help=f"{option.help} [{', '.join(losses_with(name))}]")
@@ -191,6 +222,26 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
         raise CliError("--preset", f"got it with --loss {loss}; expected --loss {preset['loss']}")
     if "eval_data" in given and given.get("eval_split"):
         raise CliError("--eval-split", "got it beside --eval-data; expected one of the two")
+    if values["packing"] and LOSSES[loss].pairs:
+        expected = " or ".join(name for name, row in LOSSES.items() if not row.pairs)
+        raise CliError("--packing", f"got it with --loss {loss}; expected --loss {expected}")
+    _check_lora(given, values["model"])
     if "max_steps" in given and "epochs" in given:
         raise CliError("--max-steps", "got it beside --epochs; expected one of the two")
     return argparse.Namespace(**values)
+
+
+def _check_lora(given: dict[str, Any], model: str) -> None:
+    """Refuse options of an adapter that there is none of, and two sources of one."""
+    sources = [name for name in ("lora_rank", "lora_config") if given.get(name)]
+    for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+        if name in given and "lora_rank" not in given:
+            raise CliError(flag_of(name), "got it without --lora-rank; expected both")
+    if len(sources) > 1:
+        raise CliError("--lora-config", "got it beside --lora-rank; expected one of the two")
+    if sources and model == "tiny":
+        raise CliError(
+            flag_of(sources[0]),
+            "got it with --model tiny, whose weights are in no file that an adapter could name; "
+            "expected a model's directory or hub id",
+        )

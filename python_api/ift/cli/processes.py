@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
+from typing import Any
+
+from ift.cli.errors import CliError
 
 
 def count() -> int:
@@ -20,3 +24,37 @@ def note(text: str) -> None:
     """Print a line that is no error, from one process."""
     if is_first():
         print(f"ift train: {text}", file=sys.stderr, flush=True)
+
+
+def check_launcher() -> None:
+    """Refuse, before torch is imported, what ``accelerate launch`` asks for and is not here.
+
+    Raises:
+        CliError: DeepSpeed without the package.
+    """
+    if _asked("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
+        raise CliError("accelerate launch", "needs deepspeed, which is not installed")
+    if _asked("ACCELERATE_USE_FSDP") and _asked("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        # The other processes would check and measure a model without weights.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        note("fsdp_cpu_ram_efficient_loading is off: each process reads the whole model")
+
+
+def check_sharding(trainer: Any) -> None:
+    """Refuse sharding that accelerate would leave out, and FSDP1.
+
+    Raises:
+        CliError: a launcher that asks for either.
+    """
+    if not _asked("ACCELERATE_USE_FSDP"):
+        return
+    if not trainer.is_fsdp_enabled:
+        problem = "accelerate shards nothing on a CPU; expected accelerators, or no use_fsdp"
+        raise CliError("accelerate launch", f"use_fsdp: {problem}")
+    version = trainer.accelerator.state.fsdp_plugin.fsdp_version
+    if version != 2:
+        raise CliError("accelerate launch", f"fsdp_version: got {version}; expected 2")
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")

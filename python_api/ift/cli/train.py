@@ -14,10 +14,18 @@ from typing import Any
 
 from ift import plotting
 from ift.cli import options, processes
+from ift.cli.adapters import check_adapter
 from ift.cli.arguments import flag_of
 from ift.cli.errors import CliError, refusals
 from ift.cli.losses import LOSSES, OPTIONS, build_loss
-from ift.cli.models import check_model_path, check_positions, load_model, padding_id
+from ift.cli.models import (
+    check_model_path,
+    check_positions,
+    check_reporters,
+    check_supported,
+    load_model,
+    padding_id,
+)
 from ift.cli.processes import note
 from ift.data import Collator, Encoded, encode, split_rows
 from ift.data_rows import read_jsonl, read_preferences
@@ -28,6 +36,8 @@ from ift.preference_data import EncodedPairs, PairCollator, encode_pairs
 FIXED = (
     *("eval_split", "epochs", "max_steps", "lr", "optimizer", "scheduler", "lr_warmup_steps"),
     *("batch_size", "accumulate", "max_length", "bf16", "gradient", "freeze_head"),
+    *("dtype", "attn", "gradient_checkpointing", "packing", "quantize"),
+    *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_config"),
     "seed",
 )
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd", "adafactor": "adafactor"}
@@ -49,6 +59,8 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     arguments = options.resolve(arguments)
     output = Path(arguments.output)
     check_model_path(arguments.model)
+    check_adapter(arguments)
+    processes.check_launcher()
     train_rows, eval_rows = read_rows(arguments)
     check_output(output, arguments.resume)
 
@@ -59,9 +71,11 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     from ift.cli.reference import add_references
     from ift.cli.runlog import RunLog
     from ift.cli.trainer import RunTrainer, StopOnSignal, last_checkpoint, step_of
+    from ift.cli.weights import check_disk, final_dtype, warn_of_lost_updates
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    check_reporters(arguments)
     kind, loss = LOSSES[arguments.loss], build_loss(arguments)
     start = last_checkpoint(output) if arguments.resume else None
     check_same_run(arguments, output, started=start is not None)
@@ -81,6 +95,8 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     eval_data = tokenise(eval_rows, tokenizer, arguments, flag, mismatched)
     for data, of in ((train_data, "--data"), (eval_data, flag)):
         check_positions(model, max((len(row["input_ids"]) for row in data.sides()), default=0), of)
+    check_supported(arguments, model)
+    warn_of_lost_updates(arguments, model)
     training_arguments = build_training_arguments(arguments, transformers)
     log = JsonlLog(output / "log.jsonl")
     steps_per_epoch = -(-len(train_data.examples) // training_arguments.train_batch_size)
@@ -91,7 +107,11 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
         note(f"--lr-warmup-steps {arguments.lr_warmup_steps}: the run has {math.ceil(steps)} "
              "steps, so the learning rate does not reach --lr")  # fmt: skip
     stop = StopOnSignal(alone=training_arguments.world_size == 1)
-    collator: Any = Collator(padding_id(tokenizer))
+    collator: Any = (
+        transformers.DataCollatorWithFlattening()
+        if arguments.packing
+        else Collator(padding_id(tokenizer))
+    )
     title = f"{arguments.loss.upper()} of {Path(arguments.model).name} on "
     callbacks: list[Any] = [RunLog(log, eval_steps, title + Path(arguments.data).name), stop]
     if watch is not None:
@@ -118,6 +138,9 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
             callbacks=callbacks,
         )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    processes.check_sharding(trainer)
+    trainer.final_dtype = final_dtype(arguments, start)
+    check_disk(arguments, model, steps, trainer.final_dtype, sharded=trainer.is_fsdp_enabled)
 
     if trainer.is_world_process_zero():
         note(describe(arguments, model, tokenizer, train_data, eval_data, training_arguments))
@@ -253,6 +276,15 @@ def tokenise(
     return encoded
 
 
+def checkpointing_arguments(arguments: argparse.Namespace, transformers: Any) -> dict[str, Any]:
+    """Activation checkpointing as this version of transformers calls it."""
+    known = transformers.TrainingArguments.__dataclass_fields__
+    new = "activation_checkpointing"
+    name = new if new in known else "gradient_checkpointing"
+    # The other kind needs inputs with a gradient, which frozen embeddings do not give.
+    return {name: arguments.gradient_checkpointing, f"{name}_kwargs": {"use_reentrant": False}}
+
+
 def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -> Any:
     """transformers' arguments for ours."""
     import torch
@@ -272,6 +304,7 @@ def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -
             per_device_train_batch_size=arguments.batch_size,
             per_device_eval_batch_size=arguments.batch_size,
             gradient_accumulation_steps=arguments.accumulate,
+            **checkpointing_arguments(arguments, transformers),
             bf16=arguments.bf16,
             seed=arguments.seed,
             use_cpu=not accelerated,
@@ -279,7 +312,8 @@ def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -
             save_steps=arguments.save_steps,
             save_strategy="steps",
             eval_strategy="no",  # RunLog requests it, at steps that are logged
-            report_to="none",
+            save_total_limit=arguments.save_total_limit or None,
+            report_to=arguments.report_to or "none",
             disable_tqdm=True,  # RunLog shows the bar
             dataloader_pin_memory=accelerated,
             remove_unused_columns=False,
@@ -303,8 +337,10 @@ def describe(
 ) -> str:
     """One line about the run that starts."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    share = "" if trained == millions else f" ({trained:.2f} M trained)"
     return (
-        f"{arguments.loss} of {arguments.model} ({millions:.1f} M parameters, "
+        f"{arguments.loss} of {arguments.model} ({millions:.1f} M parameters{share}, "
         f"{len(tokenizer)} tokens) on {training_arguments.device}; "
         f"{len(train_data.examples)} rows with {train_data.target_tokens} target tokens, "
         f"{len(eval_data.examples)} rows for evaluation"
