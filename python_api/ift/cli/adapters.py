@@ -122,7 +122,9 @@ def add_adapter(model: Any, arguments: argparse.Namespace) -> Any:
             "target_modules": targets[0] if targets == ["all-linear"] else targets,
         }
     try:
-        adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **options}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of PEFT's calls of transformers
+            adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **options}))
     except (TypeError, ValueError) as error:
         named = "--lora-targets" if arguments.lora_targets else flag
         raise CliError(named, error) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -40,20 +41,27 @@ def check_launcher() -> None:
         note("fsdp_cpu_ram_efficient_loading is off: each process reads the whole model")
 
 
-def check_sharding(trainer: Any) -> None:
-    """Refuse sharding that accelerate would leave out, and FSDP1.
+def prepare_sharding(trainer: Any) -> None:
+    """Refuse sharding that accelerate would leave out, and FSDP1; sum gradients in float32.
 
     Raises:
         CliError: a launcher that asks for either.
     """
+    import torch
+
     if not _asked("ACCELERATE_USE_FSDP"):
         return
     if not trainer.is_fsdp_enabled:
         problem = "accelerate shards nothing on a CPU; expected accelerators, or no use_fsdp"
         raise CliError("accelerate launch", f"use_fsdp: {problem}")
-    version = trainer.accelerator.state.fsdp_plugin.fsdp_version
-    if version != 2:
-        raise CliError("accelerate launch", f"fsdp_version: got {version}; expected 2")
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise CliError("accelerate launch", f"fsdp_version: got {plugin.fsdp_version}; expected 2")
+    if plugin.mixed_precision_policy is not None:
+        # accelerate's own also rounds what modules return, the head's logits too.
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 def _asked(variable: str) -> bool:

@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
             callbacks=callbacks,
         )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    processes.check_sharding(trainer)
+    processes.prepare_sharding(trainer)
     trainer.final_dtype = final_dtype(arguments, start)
     check_disk(arguments, model, steps, trainer.final_dtype, sharded=trainer.is_fsdp_enabled)
 
@@ -338,7 +338,7 @@ def describe(
     """One line about the run that starts."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    share = "" if trained == millions else f" ({trained:.2f} M trained)"
+    share = "" if trained == millions else f", {trained:.2f} M of them trained"
     return (
         f"{arguments.loss} of {arguments.model} ({millions:.1f} M parameters{share}, "
         f"{len(tokenizer)} tokens) on {training_arguments.device}; "

@@ -266,17 +266,23 @@ def test_a_disk_that_is_too_small(saved, data, tmp_path, capsys, monkeypatch):
 
 
 def sharded(rank, processes, directory):
-    """A run under ``accelerate launch --use_fsdp --fsdp_version 2``, on CPUs.
+    """Runs under ``accelerate launch --use_fsdp --fsdp_version 2``, on CPUs.
 
     accelerate shards on accelerators alone; torch does on CPUs, too.
     """
-    from accelerate.state import DistributedType, PartialState
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
 
     PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     os.environ |= FSDP
-    join(rank, processes, directory)
-    assert main(json.loads(Path(directory, "arguments.json").read_text())) == 0
+    for number, arguments in enumerate(json.loads(Path(directory, "runs.json").read_text())):
+        if rank == 0 and "--resume" in arguments:  # from the checkpoint before the last
+            output = Path(arguments[arguments.index("--output") + 1])
+            shutil.copytree(output, f"{output}_before")
+            shutil.rmtree(output / "checkpoint-3")
+        join(rank, processes, Path(directory, str(number)))
+        assert main(arguments) == 0
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 FSDP = {
@@ -289,9 +295,10 @@ FSDP = {
 }
 
 
-def run_sharded(directory, arguments):
-    directory.mkdir()
-    (directory / "arguments.json").write_text(json.dumps(arguments))
+def run_sharded(directory, *runs):
+    for number in range(len(runs)):
+        (directory / str(number)).mkdir(parents=True)
+    (directory / "runs.json").write_text(json.dumps(runs))
     start(sharded, 2, directory)
 
 
@@ -299,23 +306,24 @@ def run_sharded(directory, arguments):
 def test_fsdp_is_one_process(saved, data, tmp_path):
     base = saved(dtype=torch.bfloat16)
     few = ["--loss", "ift", *FEW, "--max-steps", "3", "--save-steps", "2", "--eval-data", data]
+    half = [*few, "--bf16", "--lora-rank", "2"]
     assert main(train(data, tmp_path / "one", *few, model=base)) == 0
-    few += ["--batch-size", "2"]
-    arguments = train(data, tmp_path / "two", *few, model=base)
-    run_sharded(tmp_path / "group", arguments)
+    assert main(train(data, tmp_path / "one_bf16", *half, model=base)) == 0
+    arguments = train(data, tmp_path / "two", *few, "--batch-size", "2", model=base)
+    in_bf16 = train(data, tmp_path / "two_bf16", *half, "--batch-size", "2", model=base)
+    run_sharded(tmp_path, arguments, in_bf16, [*arguments, "--resume"])
+    assert untimed(read_log(tmp_path / "two")) == untimed(read_log(tmp_path / "two_before"))
     assert_same(tmp_path / "two", tmp_path / "one", rel=1e-4)
+    assert_same(tmp_path / "two_bf16", tmp_path / "one_bf16", rel=3e-2)
+    last = tmp_path / "two" / "checkpoint-3"
+    assert list(last.glob("pytorch_model_fsdp*"))  # it was sharded
     wanted = load_file(tmp_path / "one" / "checkpoint-3" / "model.safetensors")
-    found = load_file(tmp_path / "two" / "checkpoint-3" / "model.safetensors")
+    found = load_file(last / "model.safetensors")
     assert found.keys() == wanted.keys()
     for name, weight in wanted.items():
         torch.testing.assert_close(found[name], weight, atol=1e-4, rtol=1e-4)
-    assert list((tmp_path / "two" / "checkpoint-3").glob("pytorch_model_fsdp*"))  # it was sharded
     assert dtypes_in(tmp_path / "two" / "model") == {torch.bfloat16}
     hf.AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model")
-    log = untimed(read_log(tmp_path / "two"))
-    shutil.rmtree(tmp_path / "two" / "checkpoint-3")
-    run_sharded(tmp_path / "again", [*arguments, "--resume"])
-    assert untimed(read_log(tmp_path / "two")) == log
 
 
 @pytest.mark.parametrize(
