@@ -39,6 +39,20 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
     return convert
 
 
+def names_of(known: Collection[str] = ()) -> Callable[[str], list[str]]:
+    """Names with commas between them, each one of `known` if any are given."""
+
+    def convert(text: str) -> list[str]:
+        found = [name.strip() for name in text.split(",")]
+        if not all(found):
+            raise argparse.ArgumentTypeError(f"got {text!r}; expected names with commas between")
+        for name in found if known else ():
+            one_of(known)(name)
+        return found
+
+    return convert
+
+
 def unit(name: str) -> Callable[[str], float]:
     """A number in [0, 1]."""
     return number(f"{name} in [0, 1]", lambda x: 0 <= x <= 1)

@@ -6,10 +6,15 @@ import re
 from pathlib import Path
 
 
-def last_checkpoint(output: Path) -> Path | None:
-    """The whole checkpoint with the highest step in a run's directory."""
+def checkpoints(output: Path) -> list[Path]:
+    """The whole checkpoints in a run's directory, by their steps."""
     found = [p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return max(found, key=step_of, default=None)
+    return sorted(found, key=step_of)
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The one with the highest step."""
+    return next(reversed(checkpoints(output)), None)
 
 
 def step_of(checkpoint: Path) -> int:

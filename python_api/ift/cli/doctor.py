@@ -12,6 +12,7 @@ from typing import Any
 
 DISTRIBUTIONS = (
     "ift-kernels", "torch", "triton", "numpy", "transformers", "accelerate", "tokenizers",
+    "peft", "bitsandbytes",
 )  # fmt: skip
 VARIABLES = ("IFT_BACKEND", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ift.cli import processes
+from ift.cli import adapters, processes
 from ift.cli.errors import CliError
+from ift.cli.options import GPU_ATTENTION
 
 
 def check_model_path(model: str) -> None:
@@ -18,7 +19,7 @@ def check_model_path(model: str) -> None:
     if model == "tiny":
         return
     if Path(model).exists():
-        if not (Path(model) / "config.json").is_file():
+        if not (Path(model) / "config.json").is_file() and not adapters.is_adapter(model):
             raise CliError("--model", f"no config.json in {model}; expected a model's directory")
         return
     if model.startswith((".", "/", "~", "\\")) or model.count("/") > 1 or model.endswith("/"):
@@ -33,35 +34,58 @@ def load_model(
     checkpoint: Path | None,
     flag: str = "--model",
 ) -> tuple[Any, Any]:
-    """Model (fp32 weights) and tokenizer: new, from a directory or hub id, or from a checkpoint.
+    """Model and tokenizer: new, from a directory or hub id, or from a checkpoint.
+
+    With an adapter, a new one or one that is loaded, the model is PEFT's, over frozen weights.
 
     Raises:
         CliError: what cannot be loaded; weights that are not in the files, without
             ``--allow-new-weights``; a model that sees the tokens that it should predict.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from ift import tiny
     from ift.chat_template import SIMPLE_CHAT_TEMPLATE
+    from ift.cli.weights import dtype_of_files, training_dtype
 
+    gpu = gpu_for_attention(arguments) if arguments.attn in GPU_ATTENTION else None
     if arguments.model == "tiny" and checkpoint is None:
         tokenizer = tiny.train_tokenizer(text for row in rows for text in row.texts)
         length, seed = arguments.max_length, arguments.seed
-        return tiny.tiny_llama(tokenizer, max_length=length, seed=seed), tokenizer
+        model = tiny.tiny_llama(tokenizer, max_length=length, seed=seed)
+        if arguments.attn is not None:
+            try:
+                model.set_attn_implementation(arguments.attn)
+            except (ImportError, ValueError) as error:
+                raise CliError("--attn", f"got {arguments.attn}: {error}") from None
+        return model.to(gpu, training_dtype(arguments, torch.float32, False)), tokenizer
     name = os.fspath(checkpoint or arguments.model)
+    continued = adapters.is_adapter(name)
+    base = adapters.base_of(name, flag) if continued else name
+    if Path(base).is_dir():
+        base = str(Path(base).absolute())  # an adapter names it, from wherever it is loaded
+    new_adapter = checkpoint is None and (arguments.lora_rank or arguments.lora_config)
     try:
         with torch.random.fork_rng(), loading_warnings():
             torch.manual_seed(arguments.seed)  # of weights that are new
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = _load_tokenizer(AutoTokenizer, name, base)
+            files = dtype_of_files(base, AutoConfig.from_pretrained(base))
+            dtype = training_dtype(arguments, files, frozen=bool(continued or new_adapter))
+            attention = {} if arguments.attn is None else {"attn_implementation": arguments.attn}
             model, info = AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True
-            )
+                base, dtype=dtype, output_loading_info=True, **attention,
+                **adapters.quantization(arguments, dtype),
+            )  # fmt: skip
+    except CliError:
+        raise
     except Exception as error:  # damaged files raise whatever their reader raises
         first = str(error).strip().split("\n")[0].rstrip(".")
+        if arguments.attn is not None and "attention" in first.lower():
+            raise CliError("--attn", f"got {arguments.attn}: {first}") from None
         raise CliError(
             flag,
-            f"cannot load {name} ({type(error).__name__}: {first}); expected the directory or hub "
+            f"cannot load {base} ({type(error).__name__}: {first}); expected the directory or hub "
             "id of a causal language model, or `tiny`",
         ) from None
     missing = sorted(info["missing_keys"])
@@ -69,17 +93,52 @@ def load_model(
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CliError(
             flag,
-            f"{name} has no weights for {', '.join(missing[:3])}{more} of {type(model).__name__}, "
+            f"{base} has no weights for {', '.join(missing[:3])}{more} of {type(model).__name__}, "
             "which would start from random ones; expected all, or --allow-new-weights",
         )
     have = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > have:
         tokens = f"the tokenizer has {len(tokenizer)} tokens"
         raise CliError(flag, f"{name}: {tokens}; expected at most the model's {have}")
-    check_causal(model, name, flag)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise CliError(
+            flag,
+            f"{base} holds an adapter that transformers has put into the model; expected a model, "
+            "or the directory of an adapter without config.json",
+        )
+    if gpu is not None and arguments.quantize is None:
+        model.to(gpu)
+    check_causal(model, base, flag)
     if tokenizer.chat_template is None and any(row.messages is not None for row in rows):
         tokenizer.chat_template = SIMPLE_CHAT_TEMPLATE  # saved with the model that learns it
+    if continued:
+        model = adapters.load_adapter(model, name, flag)
+    elif new_adapter:
+        with torch.random.fork_rng():
+            torch.manual_seed(arguments.seed)
+            model = adapters.add_adapter(model, arguments)
     return model, tokenizer
+
+
+def _load_tokenizer(auto: Any, name: str, base: str) -> Any:
+    """That of an adapter, or of its base where it has none of its own."""
+    has_own = name == base or (Path(name) / "tokenizer_config.json").is_file()
+    return auto.from_pretrained(name if has_own else base)
+
+
+def gpu_for_attention(arguments: argparse.Namespace) -> Any:
+    """The device of this process, which has to be an accelerator.
+
+    Raises:
+        CliError: it is a CPU.
+    """
+    import torch
+    from accelerate import PartialState  # type: ignore[import-untyped]  # no annotations
+
+    if arguments.cpu or not torch.accelerator.is_available():
+        problem = f"got {arguments.attn} on a CPU; expected eager or sdpa"
+        raise CliError("--attn", problem)
+    return PartialState().device
 
 
 @contextlib.contextmanager
@@ -190,6 +249,74 @@ def turn_off_dropout(model: Any) -> int:
                 setattr(owner, name, type(value)(0))
                 changed += 1
     return changed
+
+
+def check_reporters(arguments: argparse.Namespace) -> None:
+    """Refuse a reporter that is not installed.
+
+    Raises:
+        CliError: it is not.
+    """
+    import transformers
+
+    installed = transformers.integrations.get_available_reporting_integrations()
+    for name in arguments.report_to or ():
+        if name not in installed:
+            found = ", ".join(installed) or "none"
+            problem = f"{name} is not installed; expected some of those that are ({found})"
+            raise CliError("--report-to", problem)
+
+
+def check_supported(arguments: argparse.Namespace, model: Any) -> None:
+    """Refuse checkpointing or packing that the model does not have.
+
+    Raises:
+        CliError: it does not have it.
+    """
+    from ift.patching import base_model
+
+    if arguments.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        kind = type(base_model(model)).__name__
+        raise CliError("--gradient-checkpointing", f"{kind} does not support it")
+    if arguments.packing:
+        check_packing(model)
+
+
+def check_packing(model: Any) -> None:
+    """Refuse a model that does not keep the rows of one sequence apart.
+
+    Measured on two rows of three tokens in a sequence: the second one's logits do not depend on the
+    first one, and are those that it has alone.
+
+    Raises:
+        CliError: they do, or are not.
+    """
+    import torch
+
+    from ift.head_pass import evaluating
+    from ift.patching import base_model
+
+    name = type(base_model(model)).__name__
+    first, second, third = token_ids(model, 3)
+    rows = torch.tensor([[first, second, third, second, first, third],
+                         [third, third, second, second, first, third]])  # fmt: skip
+    rows = rows.to(model.device)
+    positions = torch.arange(3, device=model.device).repeat(2)[None].expand(2, -1)
+    with torch.no_grad(), evaluating(model):
+        try:
+            both = model(input_ids=rows, position_ids=positions, use_cache=False).logits[:, 3:]
+            alone = model(input_ids=rows[:1, 3:], use_cache=False).logits[0]
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise CliError("--packing", f"{name}: {error}") from None
+    spread = alone.float().std()
+    tolerance = 1e-3 if alone.dtype is torch.float32 else 0.1  # rounding of another shape
+    apart = (both[0] - both[1]).float().abs().max() <= 1e-4 * spread
+    if not apart or (both[0] - alone).float().abs().max() > tolerance * spread:
+        raise CliError(
+            "--packing",
+            f"{name} does not keep the rows of a sequence apart (it needs more "
+            "than position_ids that start anew); expected no --packing",
+        )
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -22,6 +22,7 @@ from ift.cli.arguments import (
     columns,
     flag_of,
     fraction,
+    names_of,
     natural,
     not_negative,
     number,
@@ -88,6 +89,12 @@ INPUT_OPTIONS = {
     "dry_run": Option("show rows in tokens, lengths, and what memory and time it will take; train "
                       "and write nothing", default=False),
 }  # fmt: skip
+GPU_ATTENTION = ("flash_attention_2", "flash_attention_3", "flex_attention")
+# Of transformers' Trainer.
+REPORTERS = (
+    "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "dvclive",
+    "neptune", "azure_ml", "codecarbon", "dagshub", "flyte", "kubeflow",
+)  # fmt: skip
 RUN_OPTIONS = {
     "eval_split": Option("share of the rows to hold out for evaluation", fraction, "F", 0.0),
     "eval_data": Option("rows to evaluate on, as --data, instead of a split", str, "FILE"),
@@ -95,6 +102,9 @@ RUN_OPTIONS = {
     "log_steps": Option("log every N steps", positive_int, "N", 10),
     "save_steps": Option("write a checkpoint every N steps, and at the end", positive_int, "N",
                          500),
+    "save_total_limit": Option("checkpoints to keep, the last ones; 0: all", natural, "N", 2),
+    "report_to": Option("log to these, too, with commas between: " + ", ".join(REPORTERS),
+                        names_of(REPORTERS), "NAMES"),
     "resume": Option("continue the run in --output from its last checkpoint, with its options; a "
                      "larger --epochs or --max-steps makes it longer", default=False),
 }  # fmt: skip
@@ -130,6 +140,26 @@ TRAINING_OPTIONS = {
                    number("a whole number in [0, 2**32)", lambda x: 0 <= x < 2**32, int), "N", 0),
     "cpu": Option("stay off the accelerator", default=False),
 }  # fmt: skip
+MODEL_OPTIONS = {
+    "dtype": Option("of the weights in training and in model/; auto: float32 where they are "
+                    "trained, and as in the files of --model in model/ and where they are frozen",
+                    choices=("auto", "float32", "bfloat16", "float16"), default="auto"),
+    "attn": Option("attention of transformers (default: its choice)",
+                   choices=("eager", "sdpa", *GPU_ATTENTION)),
+    "gradient_checkpointing": Option("compute activations again in backward instead of keeping "
+                                     "them", default=False),
+    "packing": Option("put the rows of a forward into one sequence without padding; none attends "
+                      "to another", default=False),
+    "lora_rank": Option("train a LoRA adapter of rank N alone; model/ is the adapter",
+                        positive_int, "N"),
+    "lora_alpha": Option("the adapter is scaled by α / rank (2 · rank)", positive, "α"),
+    "lora_dropout": Option("dropout before the adapter (0)", fraction, "P"),
+    "lora_targets": Option("layers that get one, with commas between (all-linear: each linear "
+                           "layer but the head)", names_of(), "NAMES"),
+    "lora_config": Option("PEFT's adapter_config.json, instead of these four", str, "FILE"),
+    "quantize": Option("keep the frozen weights under an adapter in 4 or 8 bits (bitsandbytes)",
+                       choices=("4bit", "8bit")),
+}  # fmt: skip
 PROBE_OPTIONS = {
     "probes": Option("probe set to use (default: made from --data)", str, "FILE"),
     "probe_every": Option("measure every N steps", positive_int, "N", 25),
@@ -141,7 +171,7 @@ PROBE_OPTIONS = {
 }  # fmt: skip
 DEFAULTS = {
     name: option.default
-    for options in (RUN_OPTIONS, TRAINING_OPTIONS, PROBE_OPTIONS)
+    for options in (RUN_OPTIONS, TRAINING_OPTIONS, MODEL_OPTIONS, PROBE_OPTIONS)
     for name, option in options.items()
 }
 
@@ -219,6 +249,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add_options(parser, "evaluation, log and checkpoints", RUN_OPTIONS)
     add_options(parser, "training", TRAINING_OPTIONS)
     add_options(parser, "supervised fine-tuning (--loss sft)", SFT_OPTIONS)
+    add_options(parser, "weights, memory and adapters", MODEL_OPTIONS)
     add_options(parser, "IFT loss (--loss ift); defaults as released", IFT_OPTIONS)
     pairs = {
         name: option._replace(help=f"{option.help} [{', '.join(losses_with(name))}]")
@@ -351,3 +382,15 @@ def _check_applicable(
         changed = given.get(name, DEFAULTS[name]) != DEFAULTS[name]
         if changed and values["probes"] is not None and not values["resume"]:
             refuse(name, "beside --probes", "one of the two")
+    if values["packing"] and LOSSES[loss].pairs:
+        learned = " or ".join(name for name, row in LOSSES.items() if not row.pairs)
+        refuse("packing", f"with --loss {loss}", f"--loss {learned}")
+    for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+        if name in given and not values["lora_rank"]:
+            refuse(name, "without --lora-rank", "both")
+    sources = [name for name in ("lora_rank", "lora_config") if values[name]]
+    if len(sources) > 1:
+        refuse("lora_config", "beside --lora-rank", "one of the two")
+    if sources and values["model"] == "tiny":
+        refuse(sources[0], "with --model tiny, whose weights are in no file that an adapter could "
+               "name", "a model's directory or hub id")  # fmt: skip

@@ -110,9 +110,12 @@ def add_references(
         named = argparse.Namespace(**vars(arguments))
         named.model = arguments.reference or arguments.model
         flag = "--model" if arguments.reference is None else "--reference"
+        if arguments.reference is not None:  # as it is, without a new adapter
+            named.lora_rank = named.lora_config = None
         model, its_tokenizer = load_model(named, rows, None, flag)
         check_same_tokens(named.model, its_tokenizer.get_vocab(), tokenizer.get_vocab())
-    model.to(device)
+    if arguments.quantize is None:  # else it was loaded there, and cannot be moved
+        model.to(device)
     cache = Path(arguments.output) / "reference"
     for data in sets:
         if data.examples and add_reference(

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from ift import plotting
 from ift.cli import options, processes
+from ift.cli.adapters import check_adapter
 from ift.cli.arguments import flag_of
 from ift.cli.checkpoints import last_checkpoint, step_of
 from ift.cli.config_file import DATA, RUN_FILE, absolute, saved_options
@@ -21,6 +22,8 @@ from ift.cli.losses import LOSSES, OPTIONS, build_loss
 from ift.cli.models import (
     check_model_path,
     check_positions,
+    check_reporters,
+    check_supported,
     load_model,
     padding_id,
     turn_off_dropout,
@@ -38,6 +41,8 @@ FIXED = (
     *("warmup_ratio", "weight_decay", "max_grad_norm", "dropout"),
     *("batch_size", "accumulate", "max_length", "bf16", "gradient", "freeze_head"),
     *("columns", "system", "truncate", "seed"),
+    *("dtype", "attn", "gradient_checkpointing", "packing", "quantize"),
+    *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_config"),
 )
 LENGTHS = ("epochs", "max_steps")  # may grow
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd", "adafactor": "adafactor"}
@@ -66,6 +71,8 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
     if start is not None:
         check_same_run(arguments, output)
     check_model_path(arguments.model)
+    check_adapter(arguments)
+    processes.check_launcher()
     train_rows, eval_rows = read_rows(arguments)
     if arguments.dry_run and processes.count() > 1:
         raise CliError("--dry-run", f"got {processes.count()} processes; expected one")
@@ -79,9 +86,11 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
     from ift.cli.reference import add_references
     from ift.cli.runlog import RunLog
     from ift.cli.trainer import RunTrainer, StopOnSignal
+    from ift.cli.weights import check_disk, final_dtype, warn_of_lost_updates
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    check_reporters(arguments)
     kind, loss = LOSSES[arguments.loss], build_loss(arguments)
     if arguments.resume and start is None:
         note(f"no checkpoint in {output}: starting from step 0")
@@ -103,6 +112,8 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
     eval_data = tokenise(eval_rows, tokenizer, arguments, flag, mismatched)
     for data, of in ((train_data, "--data"), (eval_data, flag)):
         check_positions(model, max((len(row["input_ids"]) for row in data.sides()), default=0), of)
+    check_supported(arguments, model)
+    warn_of_lost_updates(arguments, model)
     training_arguments = build_training_arguments(arguments, transformers)
     log = JsonlLog(output / "log.jsonl")
     steps_per_epoch = -(-len(train_data.examples) // training_arguments.train_batch_size)
@@ -124,7 +135,11 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
             show(arguments, train_rows, model, tokenizer, loss, sets, training_arguments, steps)
         return 0
     stop = StopOnSignal(alone=training_arguments.world_size == 1)
-    collator: Any = Collator(padding_id(tokenizer))
+    collator: Any = (
+        transformers.DataCollatorWithFlattening()
+        if arguments.packing
+        else Collator(padding_id(tokenizer))
+    )
     title = f"{arguments.loss.upper()} of {Path(arguments.model).name} on "
     callbacks: list[Any] = [RunLog(log, eval_steps, title + Path(arguments.data).name), stop]
     if watch is not None:
@@ -153,6 +168,9 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
             callbacks=callbacks,
         )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    processes.prepare_sharding(trainer)
+    trainer.final_dtype = final_dtype(arguments, start)
+    check_disk(arguments, model, steps, trainer.final_dtype, sharded=trainer.is_fsdp_enabled)
 
     if trainer.is_world_process_zero():
         note(describe(arguments, model, tokenizer, train_data, eval_data, training_arguments))
@@ -279,6 +297,15 @@ def damage_in(path: Path) -> Iterator[None]:
 # ---- building ------------------------------------------------------------------------------------
 
 
+def checkpointing_arguments(arguments: argparse.Namespace, transformers: Any) -> dict[str, Any]:
+    """Activation checkpointing as this version of transformers calls it."""
+    known = transformers.TrainingArguments.__dataclass_fields__
+    new = "activation_checkpointing"
+    name = new if new in known else "gradient_checkpointing"
+    # The other kind needs inputs with a gradient, which frozen embeddings do not give.
+    return {name: arguments.gradient_checkpointing, f"{name}_kwargs": {"use_reentrant": False}}
+
+
 def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -> Any:
     """transformers' arguments for ours."""
     import torch
@@ -299,6 +326,7 @@ def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -
             per_device_train_batch_size=arguments.batch_size,
             per_device_eval_batch_size=arguments.batch_size,
             gradient_accumulation_steps=arguments.accumulate,
+            **checkpointing_arguments(arguments, transformers),
             bf16=arguments.bf16,
             seed=arguments.seed,
             use_cpu=not accelerated,
@@ -306,7 +334,8 @@ def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -
             save_steps=arguments.save_steps,
             save_strategy="steps",
             eval_strategy="no",  # RunLog requests it, at steps that are logged
-            report_to="none",
+            save_total_limit=arguments.save_total_limit or None,
+            report_to=arguments.report_to or "none",
             disable_tqdm=True,  # RunLog shows the bar
             dataloader_pin_memory=accelerated,
             remove_unused_columns=False,
@@ -330,8 +359,10 @@ def describe(
 ) -> str:
     """One line about the run that starts."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    share = "" if trained == millions else f", {trained:.2f} M of them trained"
     return (
-        f"{arguments.loss} of {arguments.model} ({millions:.1f} M parameters, "
+        f"{arguments.loss} of {arguments.model} ({millions:.1f} M parameters{share}, "
         f"{len(tokenizer)} tokens) on {training_arguments.device}; "
         f"{len(train_data.examples)} rows with {train_data.target_tokens} target tokens, "
         f"{len(eval_data.examples)} rows for evaluation"

@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback
 
+from ift.cli.checkpoints import checkpoints
+from ift.cli.weights import FINAL_DTYPE, converted, record_dtype
 from ift.integrations.metrics import TargetMetrics
 from ift.integrations.transformers import IFTTrainer
 
@@ -48,11 +51,14 @@ class Window:
 class ResumableRun(_Base):
     """Mixin for a Trainer with `TargetMetrics`: atomic checkpoints and seamless resumption."""
 
+    final_dtype = torch.float32  # of the weights that `save_final` writes
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.window = Window()
         self._pending: list[tuple[Tensor, Tensor]] = []  # (loss, tokens), still on the device
         self._staging: Path | None = None
+        self._saved_dtype: torch.dtype | None = None
         self.add_callback(_Clock(self))
 
     # ---- checkpoints ----
@@ -74,6 +80,20 @@ class ResumableRun(_Base):
             self.window.metrics = None if sums is None else sums.tolist()
             text = json.dumps(dataclasses.asdict(self.window))
             self._window_in(unfinished).write_text(text, encoding="utf-8")
+            if self.args.should_save:
+                name = str(self.final_dtype).removeprefix("torch.")
+                (unfinished / FINAL_DTYPE).write_text(name + "\n", encoding="utf-8")
+        if self.args.should_save:
+            self._delete_old_checkpoints()
+
+    def _delete_old_checkpoints(self) -> None:
+        """Keep the last ``save_total_limit``; a kill leaves no part of one among them."""
+        output, limit = Path(self.args.output_dir), self.args.save_total_limit
+        for checkpoint in checkpoints(output)[:-limit] if limit else ():
+            unfinished = output / UNFINISHED / checkpoint.name
+            unfinished.parent.mkdir(exist_ok=True)
+            checkpoint.rename(unfinished)
+            shutil.rmtree(unfinished.parent)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the parent's, at the learning rate of this run's schedule, which is another one than
@@ -95,9 +115,33 @@ class ResumableRun(_Base):
         return metrics
 
     def save_final(self, path: Path) -> None:
-        """Write model and tokenizer for `from_pretrained`, in one step as well."""
+        """Write model and tokenizer for `from_pretrained`, in one step as well.
+
+        A whole model in `final_dtype`, an adapter as it is.
+        """
         with self._staged(path) as unfinished:
-            self.save_model(str(unfinished), _internal_call=True)
+            if not hasattr(self.accelerator.unwrap_model(self.model), "peft_config"):
+                self._saved_dtype = self.final_dtype
+            try:
+                self.save_model(str(unfinished), _internal_call=True)
+            finally:
+                self._saved_dtype = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the parent's; of a sharded model the whole weights, however FSDP keeps its own."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        sharded = isinstance(self.model, FSDPModule)  # not before training
+        self._save(output_dir, self.accelerator.get_state_dict(self.model) if sharded else None)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self._saved_dtype is None or not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, converted(state_dict, self._saved_dtype, self.model))
+        record_dtype(Path(output_dir or self.args.output_dir), self._saved_dtype)
 
     def restore_window(self, checkpoint: Path) -> None:
         """Take up the sums that a checkpoint carries."""
@@ -127,7 +171,8 @@ class ResumableRun(_Base):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         """As the parent's; remembers its loss and how many tokens it took."""
-        tokens = inputs["attention_mask"].sum()
+        mask = inputs.get("attention_mask")  # none in a batch without padding
+        tokens = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
         loss: Tensor = super().training_step(model, inputs, *args)
         self._pending.append((loss.detach(), tokens))
         return loss

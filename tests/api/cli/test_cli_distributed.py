@@ -122,7 +122,8 @@ def test_launchers(launcher, data, one_process, tmp_path):
     assert_same_run(tmp_path / "output", one_process("sft"))
     # One process speaks and writes.
     told = [line for line in done.stderr.splitlines() if line.startswith("ift train:")]
-    assert len(told) == 2 and "32 rows" in told[0] and told[1].startswith("ift train: done")
+    assert len(told) == 3 and told[0].startswith("ift train: disk: ")
+    assert "32 rows" in told[1] and told[2].startswith("ift train: done")
     assert sum(line.startswith("step 1/3") for line in done.stderr.splitlines()) == 1
     names = {path.name for path in (tmp_path / "output").iterdir()}
     assert names == {"checkpoint-2", "checkpoint-3", "curves.png", "log.jsonl", "model", "run.json"}
