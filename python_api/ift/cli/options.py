@@ -307,7 +307,9 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
 
 def known_options(arguments: argparse.Namespace) -> dict[str, Option]:
     """The options of a command, by name."""
-    every = ChainMap(INPUT_OPTIONS, RUN_OPTIONS, TRAINING_OPTIONS, PROBE_OPTIONS, OPTIONS)
+    every = ChainMap(
+        INPUT_OPTIONS, RUN_OPTIONS, TRAINING_OPTIONS, MODEL_OPTIONS, PROBE_OPTIONS, OPTIONS
+    )
     return {name: every[name] for name in vars(arguments) if name in every}
 
 
@@ -388,6 +390,8 @@ def _check_applicable(
     for name in ("lora_alpha", "lora_dropout", "lora_targets"):
         if name in given and not values["lora_rank"]:
             refuse(name, "without --lora-rank", "both")
+    if values["lora_dropout"] and not values["dropout"]:
+        refuse("lora_dropout", "with --no-dropout", "--dropout beside it")
     sources = [name for name in ("lora_rank", "lora_config") if values[name]]
     if len(sources) > 1:
         refuse("lora_config", "beside --lora-rank", "one of the two")

@@ -98,7 +98,7 @@ def test_resuming_is_exact(adapted, base, data, tmp_path):
 def test_a_step_is_that_of_the_logits(base, data, tmp_path):
     """SGD by one step, against PEFT and cross-entropy of logits."""
     from ift.data import Collator, encode
-    from ift.data_rows import read_jsonl
+    from ift.data_rows import read_rows
 
     output = tmp_path / "out"
     options = ["--loss", "sft", "--optimizer", "sgd", "--lr", "1", "--batch-size", "16"]
@@ -110,7 +110,7 @@ def test_a_step_is_that_of_the_logits(base, data, tmp_path):
     torch.manual_seed(0)
     model = peft.get_peft_model(model, config).train()
     tokenizer = hf.AutoTokenizer.from_pretrained(base)
-    batch = Collator(0)(encode(read_jsonl(data), tokenizer, 1024).examples)
+    batch = Collator(0)(encode(read_rows(data), tokenizer, 1024).examples)
     loss = model(**batch).loss
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -165,7 +165,7 @@ def test_preferences_compare_with_the_model_without_its_adapter(base, data, tmp_
     assert abs(last["reward_margin"]) > 1e-3
     shutil.rmtree(tmp_path / "dpo" / "checkpoint-2")
     assert main(train(data, tmp_path / "dpo", *few, *more, "--resume", model=base)) == 0
-    assert "reference log-probabilities of 16 pairs read" in capsys.readouterr().err
+    assert "reference log-probabilities of 16 examples read" in capsys.readouterr().err
     assert untimed(read_log(tmp_path / "dpo")) == untimed([first, last])
     more += ["--reference", base]
     assert main(train(data, tmp_path / "named", *few, *more, model=base)) == 0
