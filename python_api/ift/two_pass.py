@@ -145,7 +145,9 @@ def ift_forward(
         output.loss.register_hook(lambda grad: _warn_of_accumulation(model, grad, rows, state))
     metrics = token_metrics(stats, target) | {"rows": rows}
     divisor = rows if config.num_rows is None else config.num_rows
-    metrics["loss_ift"] = losses[0] * torch.as_tensor(divisor).to(losses[0])
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(losses[0]).reshape(())
+    metrics["loss_ift"] = losses[0] * divisor
     if lam == 0.0:  # both passes are one
         mask = (target != IGNORE_INDEX).to(losses[0].device)
         first_stats = TokenStats(*(None if x is None else x[mask] for x in stats))

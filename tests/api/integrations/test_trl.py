@@ -199,6 +199,8 @@ def test_twenty_steps_are_those_of_the_released_algorithm(tokenizer, tmp_path):
     assert losses[-1] != pytest.approx(losses[0], rel=1e-2)
     assert_close(got, {n: p.detach() for n, p in reference.named_parameters()}, 1e-4)
     assert all({"entropy", "mean_token_accuracy", "num_tokens"} <= entry.keys() for entry in logs)
+    assert [entry["loss_ift"] for entry in logs] == pytest.approx(losses, rel=1e-4)
+    assert all(entry["loss_sft"] > 0 and entry["lam"] == 0.2 for entry in logs)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def test_evaluation_is_cross_entropy_per_target(size, tokenizer, tmp_path):
         prefix = named.get("metric_key_prefix", "eval")
         for key in ("loss", "entropy", "mean_token_accuracy"):
             assert ours[f"{prefix}_{key}"] == pytest.approx(theirs[f"eval_{key}"], rel=1e-4)
-        assert f"{prefix}_num_tokens" in ours
+        assert {f"{prefix}_{key}" for key in ("num_tokens", "loss_sft", "loss_ift")} <= set(ours)
 
 
 def test_evaluation_with_logits_is_the_same(tokenizer, tmp_path):
