@@ -32,7 +32,8 @@ SFT_OPTIONS = {
 IFT_OPTIONS = {
     "lam": Option("weight of the predicted token in the residual (0.2)", unit("λ"), "λ"),
     "gamma": Option("decay of the propagation (0.95)", unit("γ"), "γ"),
-    "objective": Option("formula of the loss (released)", choices=("released", "paper", "algorithm1")),
+    "objective": Option("formula of the loss (released)",
+                        choices=("released", "paper", "algorithm1")),
     "propagation": Option("what is propagated (loss)", choices=("loss", "logps", "mask")),
     "side": Option("suffix or prefix sums (left)", choices=("left", "right")),
     "norm": Option("of the weights (L1)", choices=("L1", "L2", "softmax", "log")),
