@@ -10,7 +10,7 @@ from ift import IFTConfig, patch, tiny
 from ift.cli import main, options
 from ift.cli.models import turn_off_dropout
 from ift.data import Collator, encode, split_rows
-from ift.data_rows import read_jsonl
+from ift.data_rows import read_rows
 
 ROWS = [{"prompt": f"count {i}:", "completion": " 7 8 9 10"[: 2 * (i % 4) + 2]} for i in range(12)]
 
@@ -31,7 +31,7 @@ def run(data, output, *more):
 def parts(data, output):
     """The model before training, and batches of the rows to train and to evaluate on."""
     tokenizer = hf.AutoTokenizer.from_pretrained(output / "model")
-    rows = split_rows(read_jsonl(data), 0.34, seed=0)
+    rows = split_rows(read_rows(data), 0.34, seed=0)
     batches = [Collator(0)(encode(part, tokenizer, 32).examples) for part in rows]
     return tiny.tiny_llama(tokenizer, max_length=32, seed=0), *batches
 
