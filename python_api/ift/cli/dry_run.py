@@ -60,16 +60,18 @@ def show(
         for name, side in _named_sides(example):
             print(described(f"{row.where}{name}", side, tokenizer))
     print(lengths([len(side["input_ids"]) for side in train.sides()], arguments.max_length))
-    forwards = arguments.accumulate * training_arguments.world_size
     batch = train.examples[: arguments.batch_size]
+    batches = -(-len(train.examples) // arguments.batch_size)
+    forwards = min(arguments.accumulate, batches)  # of a step; an epoch ends in one
+    step_rows = min(arguments.batch_size * arguments.accumulate, len(train.examples))
     for line in (
         f"--truncate {arguments.truncate}: {len(train.truncated)} rows of more than "
         f"{arguments.max_length} tokens, {len(train.dropped)} dropped without a token to learn",
         f"learned: {train.target_tokens} tokens of {len(train.examples)} rows in an epoch; "
         f"{len(held_out.examples)} rows for evaluation",
-        f"steps: {steps:.0f} of {arguments.batch_size * forwards} rows",
+        f"steps: {steps:.0f} of {step_rows} rows",
         memory(model, arguments, _targets(batch), training_arguments.device),
-        _time(arguments, rows, model, tokenizer, loss, batch, training_arguments, steps),
+        _time(arguments, rows, model, tokenizer, loss, batch, training_arguments, steps, forwards),
     ):
         print(textwrap.fill(line, WIDTH, subsequent_indent="  "))
 
@@ -212,6 +214,7 @@ def _time(
     batch: Sequence[dict[str, Any]],
     training_arguments: Any,
     steps: float,
+    forwards: int,
 ) -> str:
     """The time of the run by that of a batch, or its operations where that would take long."""
     sides = _every(batch)
@@ -220,16 +223,16 @@ def _time(
     # Per weight and token a multiplication and an addition, forward and twice backward.
     operations = 6.0 * parameters * padded
     device = training_arguments.device
-    forwards = steps * arguments.accumulate
+    of_run = steps * forwards
     if operations > TIMED.get(device.type, TIMED_ELSEWHERE):
         return (
             f"time: not measured; about {operations:.1e} operations (6 × parameters × tokens) for "
-            f"{len(batch)} rows, {operations * forwards:.1e} in the run"
+            f"{len(batch)} rows, {operations * of_run:.1e} in the run"
         )
     seconds = _measured(arguments, rows, model, tokenizer, loss, batch, training_arguments)
     return (
         f"time: {duration(seconds)} for forward and backward of {len(batch)} rows on {device.type} "
-        f"(measured); {duration(seconds * forwards)} for {steps:.0f} steps, without evaluation"
+        f"(measured); {duration(seconds * of_run)} for {steps:.0f} steps, without evaluation"
     )
 
 

@@ -285,7 +285,8 @@ def test_a_dry_run_shows_what_would_be_learned(tmp_path, capsys, monkeypatch, lo
         assert len(line) + wide <= 80, line
     titles = [line for line in lines if line.startswith("rows.jsonl line ")]
     assert len(titles) == {"ift": 3, "sft": 2, "dpo": 6, "kto": 3}[loss]
-    for start in ("tokens per row: min ", "learned: ", "steps: 3 of 4 rows", "memory: weights ",
+    steps = f"steps: 3 of {len(DRY[loss])} rows"
+    for start in ("tokens per row: min ", "learned: ", steps, "memory: weights ",
                   "time: ", "--truncate end: "):  # fmt: skip
         assert sum(line.startswith(start) for line in lines) == 1, start
     assert "(measured)" in shown
