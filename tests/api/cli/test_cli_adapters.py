@@ -155,6 +155,22 @@ def test_an_adapter_is_continued(adapted, base, data, tmp_path):
     assert read_log(tmp_path / "on")[-1]["eval_loss"] < read_log(adapted)[0]["loss"]
 
 
+def test_a_merged_model(adapted, base, data, tmp_path, capsys):
+    """Of the last checkpoint; the adapter is in the weights, in their dtype."""
+    shutil.copytree(adapted, tmp_path / "run")
+    again = train(data, tmp_path / "run", *SFT, *LORA, "--resume", "--merge", model=base)
+    assert main(again) == 0
+    assert not (tmp_path / "run" / "model" / "adapter_config.json").exists()
+    merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert merged.dtype is torch.bfloat16
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(adapted / "model", dtype=torch.float32)
+    plain = hf.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    for name, weight in model.merge_and_unload().state_dict().items():
+        rounded = merged.state_dict()[name].float()
+        torch.testing.assert_close(rounded, weight, rtol=2**-7, atol=1e-3)
+        assert ("_proj" in name) == ((rounded - plain[name]).abs().max() > 5e-3), name
+
+
 def test_preferences_compare_with_the_model_without_its_adapter(base, data, tmp_path, capsys):
     few = ["--loss", "dpo", *FEW, "--max-steps", "2", "--save-steps", "1"]
     more = ["--lora-rank", "2", "--dtype", "float32"]
@@ -220,6 +236,7 @@ REFUSED = {
     "--lora-rank 2 --model tiny": "--lora-rank: got it with --model tiny, whose weights",
     "--lora-rank 2 --dtype float16": "--dtype: got float16, in which small gradients are zero",
     "--quantize 4bit": "--quantize: got it without --lora-rank or --lora-config",
+    "--merge": "--merge: got it without an adapter; expected --lora-rank or --lora-config",
     "--quantize 3bit": "--quantize: got '3bit'; expected one of 4bit, 8bit",
 }
 
