@@ -30,8 +30,8 @@ def check_adapter(arguments: argparse.Namespace) -> None:
     """Refuse what can be refused before torch is imported.
 
     Raises:
-        CliError: a new adapter on an adapter; ``--quantize`` without one, or without a library or
-            an accelerator; PEFT is not installed.
+        CliError: a new adapter on an adapter; ``--quantize`` or ``--merge`` without one, or both;
+            PEFT or bitsandbytes is not installed.
     """
     sources = [name for name in ("lora_rank", "lora_config") if getattr(arguments, name)]
     if is_adapter(arguments.model):
@@ -45,6 +45,13 @@ def check_adapter(arguments: argparse.Namespace) -> None:
             "got it without --lora-rank or --lora-config; expected an adapter, for quantized "
             "weights cannot be trained",
         )
+    if arguments.merge and not sources:
+        raise CliError(
+            "--merge", "got it without an adapter; expected --lora-rank or --lora-config"
+        )
+    if arguments.merge and arguments.quantize:
+        problem = "got it with --quantize, whose rounded weights it would write; expected either"
+        raise CliError("--merge", problem)
     if sources:
         _check_installed("peft", flag_of(sources[0]), "lora")
     if arguments.quantize:

@@ -33,10 +33,15 @@ def load_model(
     rows: list[Any],
     checkpoint: Path | None,
     flag: str = "--model",
+    *,
+    frozen: bool = False,
 ) -> tuple[Any, Any]:
     """Model and tokenizer: new, from a directory or hub id, or from a checkpoint.
 
     With an adapter, a new one or one that is loaded, the model is PEFT's, over frozen weights.
+
+    Args:
+        frozen: a reference of a policy with an adapter: as the weights under that one are loaded.
 
     Raises:
         CliError: what cannot be loaded; weights that are not in the files, without
@@ -71,7 +76,7 @@ def load_model(
             torch.manual_seed(arguments.seed)  # of weights that are new
             tokenizer = _load_tokenizer(AutoTokenizer, name, base)
             files = dtype_of_files(base, AutoConfig.from_pretrained(base))
-            dtype = training_dtype(arguments, files, frozen=bool(continued or new_adapter))
+            dtype = training_dtype(arguments, files, bool(frozen or continued or new_adapter))
             attention = {} if arguments.attn is None else {"attn_implementation": arguments.attn}
             model, info = AutoModelForCausalLM.from_pretrained(
                 base, dtype=dtype, output_loading_info=True, **attention,

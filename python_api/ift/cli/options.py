@@ -157,6 +157,8 @@ MODEL_OPTIONS = {
     "lora_targets": Option("layers that get one, with commas between (all-linear: each linear "
                            "layer but the head)", names_of(), "NAMES"),
     "lora_config": Option("PEFT's adapter_config.json, instead of these four", str, "FILE"),
+    "merge": Option("write the model with its adapter added to the weights to model/",
+                    default=False),
     "quantize": Option("keep the frozen weights under an adapter in 4 or 8 bits (bitsandbytes)",
                        choices=("4bit", "8bit")),
 }  # fmt: skip

@@ -41,7 +41,7 @@ def check_launcher() -> None:
         note("fsdp_cpu_ram_efficient_loading is off: each process reads the whole model")
 
 
-def prepare_sharding(trainer: Any) -> None:
+def prepare_sharding(trainer: Any, merge: bool) -> None:
     """Refuse sharding that accelerate would leave out, and FSDP1; sum gradients in float32.
 
     Raises:
@@ -54,6 +54,8 @@ def prepare_sharding(trainer: Any) -> None:
     if not trainer.is_fsdp_enabled:
         problem = "accelerate shards nothing on a CPU; expected accelerators, or no use_fsdp"
         raise CliError("accelerate launch", f"use_fsdp: {problem}")
+    if merge:
+        raise CliError("--merge", "got it with FSDP; expected one of the two")
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise CliError("accelerate launch", f"fsdp_version: got {plugin.fsdp_version}; expected 2")

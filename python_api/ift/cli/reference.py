@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ift.cli import processes
+from ift.cli.adapters import adapts
 from ift.cli.errors import CliError
 from ift.cli.models import load_model
 from ift.data import Collator
@@ -110,9 +111,10 @@ def add_references(
         named = argparse.Namespace(**vars(arguments))
         named.model = arguments.reference or arguments.model
         flag = "--model" if arguments.reference is None else "--reference"
-        if arguments.reference is not None:  # as it is, without a new adapter
+        frozen = arguments.reference is not None and adapts(arguments)
+        if frozen:  # as it is, without a new adapter
             named.lora_rank = named.lora_config = None
-        model, its_tokenizer = load_model(named, rows, None, flag)
+        model, its_tokenizer = load_model(named, rows, None, flag, frozen=frozen)
         check_same_tokens(named.model, its_tokenizer.get_vocab(), tokenizer.get_vocab())
     if arguments.quantize is None:  # else it was loaded there, and cannot be moved
         model.to(device)

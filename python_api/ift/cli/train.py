@@ -168,8 +168,8 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
             callbacks=callbacks,
         )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    processes.prepare_sharding(trainer)
-    trainer.final_dtype = final_dtype(arguments, start)
+    processes.prepare_sharding(trainer, arguments.merge)
+    trainer.final_dtype, trainer.merge = final_dtype(arguments, start), arguments.merge
     check_disk(arguments, model, steps, trainer.final_dtype, sharded=trainer.is_fsdp_enabled)
 
     if trainer.is_world_process_zero():

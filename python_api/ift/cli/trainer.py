@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     class _Base(TargetMetrics, Trainer):
         """What the mixin is used with."""
+
+        model: Any
 else:
     _Base = object
 
@@ -52,6 +54,7 @@ class ResumableRun(_Base):
     """Mixin for a Trainer with `TargetMetrics`: atomic checkpoints and seamless resumption."""
 
     final_dtype = torch.float32  # of the weights that `save_final` writes
+    merge = False  # an adapter into them
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -117,11 +120,14 @@ class ResumableRun(_Base):
     def save_final(self, path: Path) -> None:
         """Write model and tokenizer for `from_pretrained`, in one step as well.
 
-        A whole model in `final_dtype`, an adapter as it is.
+        A whole model in `final_dtype`, an adapter as it is, a merged one as the model under it.
         """
         with self._staged(path) as unfinished:
-            if not hasattr(self.accelerator.unwrap_model(self.model), "peft_config"):
+            adapted: Any = self.accelerator.unwrap_model(self.model)
+            if not hasattr(adapted, "peft_config"):
                 self._saved_dtype = self.final_dtype
+            elif self.merge:
+                self.model = adapted.merge_and_unload()
             try:
                 self.save_model(str(unfinished), _internal_call=True)
             finally:

@@ -175,6 +175,8 @@ def check_disk(
     saved = [p for p in model.parameters() if p.requires_grad or not adapter]
     one = checkpoint_bytes(model, arguments.optimizer) + sharded * sum(p.nbytes for p in saved)
     final = sum(p.nbytes if adapter else p.numel() * final_dtype.itemsize for p in saved)
+    if arguments.merge:
+        final = sum(p.nbytes for p in model.parameters())
     count = math.ceil(steps / arguments.save_steps)
     limit = arguments.save_total_limit or count
     kept = min(count, limit)
