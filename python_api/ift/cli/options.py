@@ -54,11 +54,16 @@ RUN_OPTIONS = {
     "log_steps": Option("log every N steps", positive_int, "N", 10),
     "save_steps": Option("write a checkpoint every N steps, and at the end", positive_int, "N",
                          500),
+    "samples": Option("held-out prompts to continue at each evaluation, into DIR/samples.jsonl; "
+                      "0: none", natural, "N", 3),
     "resume": Option("continue from the last checkpoint in --output", default=False),
 }  # fmt: skip
 TRAINING_OPTIONS = {
     "loss": Option("loss to train with", choices=LOSSES, default="ift"),
     "preset": Option("settings of a publication; options given beside it win", choices=PRESETS),
+    "responses": Option("of a preference, what `sft` and `ift` learn: both is the `extend` of the "
+                        "paper on learning dynamics", choices=("chosen", "rejected", "both"),
+                        default="chosen"),
     "epochs": Option("passes over the data", positive, "X", 1.0),
     "max_steps": Option("optimizer steps, instead of --epochs", positive_int, "N"),
     "lr": Option("peak learning rate", positive, "X", 5e-5),
@@ -87,10 +92,22 @@ PROBE_OPTIONS = {
                          "rows held out)", str, "FILE"),
     "probe_sample": Option("tokens of a sample of the model before training, for the type "
                            "`sample`; 0: none", natural, "N", 32),
+    "probe_fluent": Option("sentences that have nothing to do with the data, one a line, for the "
+                           "type `fluent` (default: 20 English ones)", str, "FILE"),
 }  # fmt: skip
+HEATMAP_OPTIONS = {
+    "passes": Option("over the answers of a type", positive_int, "N", 1),
+    "projections": Option("measure ‖K‖, too, with N random projections of each answer; 0: do not",
+                          number("0, or a whole number of at least 2",
+                                 lambda x: x == 0 or x >= 2, int), "N", 0),
+}  # fmt: skip
+REPORT_OPTIONS = {
+    "output": Option("page to write", str, "HTML", "report.html"),
+    "title": Option("above the page", str, "TEXT", "Runs"),
+}
 DEFAULTS = {
     name: option.default
-    for options in (RUN_OPTIONS, TRAINING_OPTIONS, PROBE_OPTIONS)
+    for options in (RUN_OPTIONS, TRAINING_OPTIONS, PROBE_OPTIONS, HEATMAP_OPTIONS)
     for name, option in options.items()
 }
 
@@ -140,16 +157,25 @@ def build_parser() -> Parser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     train = commands.add_parser("train", help="fine-tune a causal language model on a JSONL file")
     _add_train(train)
+    report = commands.add_parser("report", help="compare runs: a table, and one page of HTML")
+    report.add_argument(
+        "runs", nargs="+", metavar="RUN", help="output of `ift train` or `ift dynamics run`"
+    )
+    add_options(report, "page", REPORT_OPTIONS)
     _add_dynamics(commands.add_parser("dynamics", help="watch what training does to other answers"))
     return parser
 
 
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, "what to train", INPUT_OPTIONS).add_argument(
+def _add_input(parser: argparse.ArgumentParser, title: str, options: dict[str, Option]) -> None:
+    add_options(parser, title, options).add_argument(
         "--allow-new-weights", action="store_true", default=None,
         help="train a model of which --model (or --reference) lacks weights, a head for one: they "
         "start from random numbers",
     )  # fmt: skip
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_input(parser, "what to train", INPUT_OPTIONS)
     add_options(parser, "evaluation, log and checkpoints", RUN_OPTIONS)
     add_options(parser, "training", TRAINING_OPTIONS)
     add_options(parser, "IFT loss (--loss ift); defaults as released", IFT_OPTIONS)
@@ -168,9 +194,18 @@ def _add_dynamics(parser: argparse.ArgumentParser) -> None:
     plot = actions.add_parser("plot", help="draw the curves of a run again")
     plot.add_argument("run", metavar="DIR", help="output of `ift dynamics run`, or of the callback")
     plot.add_argument("--title", default="", help="above the picture")
-    compare = actions.add_parser("compare", help="draw runs over one another, and print a table")
-    compare.add_argument("runs", nargs="+", metavar="DIR", help="outputs of `ift dynamics run`")
-    compare.add_argument("--output", default="compare.png", metavar="PNG")
+    heatmap = actions.add_parser(
+        "heatmap", help="train on each type of answer alone, and measure what it does to each other"
+    )
+    _add_input(heatmap, "what to measure", INPUT_OPTIONS | {
+        "output": Option("gets heatmap.json and heatmap.png; with --projections kernel.png", str,
+                         "DIR", required=True),
+    })  # fmt: skip
+    made = {name: option for name, option in PROBE_OPTIONS.items() if name != "probe_every"}
+    add_options(heatmap, "probes; into DIR/probes.jsonl", made)
+    names = ("lr", "batch_size", "max_length", "seed", "cpu")
+    steps = {name: TRAINING_OPTIONS[name] for name in names}
+    add_options(heatmap, "training of each type", {**steps, **HEATMAP_OPTIONS})
 
 
 def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
@@ -187,8 +222,14 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
         if name in given and not LOSSES[loss].takes(name):
             expected = " or ".join(losses_with(name))
             raise CliError(flag_of(name), f"got it with --loss {loss}; expected --loss {expected}")
+    if "responses" in given and LOSSES[loss].pairs:
+        expected = "--loss sft or ift: a preference loss takes both responses"
+        raise CliError("--responses", f"got it with --loss {loss}; expected {expected}")
     if preset and loss != preset["loss"]:
         raise CliError("--preset", f"got it with --loss {loss}; expected --loss {preset['loss']}")
+    if given.get("samples") and not ("eval_data" in given or given.get("eval_split")):
+        expected = "an evaluation set, --eval-split or --eval-data"
+        raise CliError("--samples", f"got it without an evaluation; expected {expected}")
     if "eval_data" in given and given.get("eval_split"):
         raise CliError("--eval-split", "got it beside --eval-data; expected one of the two")
     if "max_steps" in given and "epochs" in given:

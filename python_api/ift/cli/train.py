@@ -28,8 +28,9 @@ from ift.preference_data import EncodedPairs, PairCollator, encode_pairs
 FIXED = (
     *("eval_split", "epochs", "max_steps", "lr", "optimizer", "scheduler", "lr_warmup_steps"),
     *("batch_size", "accumulate", "max_length", "bf16", "gradient", "freeze_head"),
-    "seed",
+    *("seed", "responses"),
 )
+SIDES = {"chosen": ("chosen",), "rejected": ("rejected",), "both": ("chosen", "rejected")}
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd", "adafactor": "adafactor"}
 
 
@@ -58,6 +59,7 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     from ift.cli.preference import PairTrainer
     from ift.cli.reference import add_references
     from ift.cli.runlog import RunLog
+    from ift.cli.samples import Samples
     from ift.cli.trainer import RunTrainer, StopOnSignal, last_checkpoint, step_of
 
     transformers.logging.set_verbosity_error()
@@ -94,6 +96,9 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     collator: Any = Collator(padding_id(tokenizer))
     title = f"{arguments.loss.upper()} of {Path(arguments.model).name} on "
     callbacks: list[Any] = [RunLog(log, eval_steps, title + Path(arguments.data).name), stop]
+    if arguments.samples:
+        held_out = eval_rows[: arguments.samples]
+        callbacks.append(Samples(held_out, tokenizer, output / "samples.jsonl"))
     if watch is not None:
         callbacks.append(watch(arguments, eval_rows, model, tokenizer))
     with refusals("--model", kind.flags):
@@ -154,14 +159,22 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
 
 def read_rows(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """Training and evaluation rows, or pairs for a preference loss."""
-    read: Any = read_preferences if LOSSES[arguments.loss].pairs else read_jsonl
+    sides = SIDES[arguments.responses]  # of a preference, for a loss of rows
+    pairs = LOSSES[arguments.loss].pairs
+    read: Any = read_preferences if pairs or "rejected" in sides else read_jsonl
     with refusals("--data"):
-        rows = read(arguments.data)
+        rows, held_out = read(arguments.data), []
     if arguments.eval_data is not None:
         with refusals("--eval-data"):
-            return rows, read(arguments.eval_data)
-    with refusals("--eval-split"):
-        return split_rows(rows, arguments.eval_split, arguments.seed)
+            held_out = read(arguments.eval_data)
+    else:
+        with refusals("--eval-split"):
+            rows, held_out = split_rows(rows, arguments.eval_split, arguments.seed)
+    if "rejected" in sides:  # after the split: both responses of a prompt are on one side of it
+        rows, held_out = (
+            [getattr(pair, side) for pair in part for side in sides] for part in (rows, held_out)
+        )
+    return rows, held_out
 
 
 def check_output(output: Path, resume: bool) -> None:
