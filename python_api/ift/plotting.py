@@ -116,6 +116,7 @@ def draw(axes: Any, records: Sequence[Mapping[str, Any]], key: str, **style: Any
         style.setdefault("marker", "o")
     if points:
         axes.plot(*zip(*points, strict=True), markersize=4, **style)
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 @contextlib.contextmanager

@@ -68,11 +68,14 @@ def _heatmap(arguments: argparse.Namespace) -> int:
     train.check_output(output, resume=False)
 
     import torch  # from here on it takes seconds
+    import transformers
 
     from ift.cli.models import check_model_path, load_model
     from ift.dynamics import report, write_probes
     from ift.dynamics.heatmap import heat_map, kernel_norms
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     check_model_path(arguments.model)
     model, tokenizer = load_model(arguments, rows, None)
     if not arguments.cpu and torch.accelerator.is_available():

@@ -107,7 +107,7 @@ def _train(
             for first in range(0, len(responses), batch_size):
                 loss = evaluator.loss(model, responses[first : first + batch_size])
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]  # torch has none
+                loss.backward()
                 optimizer.step()
     optimizer.zero_grad()
 

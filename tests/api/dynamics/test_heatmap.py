@@ -67,26 +67,30 @@ def test_heat_map(name, tokenizer):
 
 
 def test_kernel_norms(tokenizer):
-    """Of Jacobians of all logits by all parameters."""
+    """From Jacobians of all logits by what is trained: with the same signs, and without any."""
     model = causal_lms.make("llama", vocab_size=len(tokenizer), num_hidden_layers=1)
-    probes = PROBES[:1]
-    found = kernel_norms(model, tokenizer, probes, projections=150)
-    parameters = list(model.eval().parameters())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("o_proj" in name or "lm_head" in name)
+    probes, projections = PROBES[:1], 40
+    found = kernel_norms(model, tokenizer, probes, projections=projections, seed=3)
+    parameters = [p for p in model.eval().parameters() if p.requires_grad]
     assert sum(p.numel() for p in parameters) <= heatmap.SKETCH
-    jacobians = []
+    draw, jacobians, vectors = torch.Generator().manual_seed(3), [], []
     for response in encoded_responses(probes, tokenizer, 64):
         ids, rows = sequence(response)
-        flat = model(input_ids=ids).logits[0, rows].flatten()
-        grads = torch.autograd.grad(
-            flat, parameters, torch.eye(len(flat)), is_grads_batched=True, allow_unused=True
-        )
-        jacobian = torch.cat([g.flatten(1) for g in grads if g is not None], 1)
-        jacobians.append((jacobian, len(response.ids)))
-    wanted = [
-        [(a @ b.T).norm().item() / (t * u) ** 0.5 for b, u in jacobians] for a, t in jacobians
-    ]
-    torch.testing.assert_close(found.values, torch.tensor(wanted).double(), rtol=0.25, atol=0)
-    torch.testing.assert_close(found.values, found.values.T)
+        logits = model(input_ids=ids).logits[0, rows]
+        flat = logits.flatten()
+        grads = torch.autograd.grad(flat, parameters, torch.eye(len(flat)), is_grads_batched=True)
+        jacobians.append(torch.cat([g.flatten(1) for g in grads], 1) / len(response.ids) ** 0.5)
+        signs = [2.0 * torch.randint(0, 2, logits.shape, generator=draw) - 1
+                 for _ in range(projections)]  # fmt: skip
+        vectors.append(torch.stack(signs).flatten(1) @ jacobians[-1])
+    different = ~torch.eye(projections, dtype=torch.bool)
+    same = [[(a @ b.T)[different].double().square().mean().sqrt() for b in vectors]
+            for a in vectors]  # fmt: skip
+    torch.testing.assert_close(found.values, torch.tensor(same).double(), rtol=1e-4, atol=0)
+    exact = [[(a @ b.T).norm().item() for b in jacobians] for a in jacobians]
+    torch.testing.assert_close(found.values, torch.tensor(exact).double(), rtol=0.3, atol=0)
     assert not any(p.grad is not None for p in parameters)
 
 
