@@ -23,12 +23,14 @@ pre{white-space:pre-wrap;margin:.3rem 0;font:14px/1.4 ui-monospace,monospace}
 table{border-collapse:collapse;width:100%}
 th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid #ddd;vertical-align:top}
 th{font-weight:600}th:first-child,td:first-child{text-align:left}
-td:first-child{font-weight:600}
+th,td:first-child{overflow-wrap:normal}td:first-child{font-weight:600}
+.wide{overflow-x:auto}.wide img{min-width:40rem}
 @media(max-width:40rem){thead{display:none}table,tbody{display:block}
  tr{display:block;border-bottom:1px solid #bbb;padding:.4rem 0}
  td{display:flex;justify-content:space-between;gap:1rem;border:0;padding:.1rem 0}
  td::before{content:attr(data-label);color:#666;text-align:left;flex:none;max-width:60%}
- td:first-child::before{content:none}}
+ td:first-child::before{content:none}td:first-child{overflow-wrap:anywhere}
+ td:empty{display:none}}
 """
 
 
@@ -52,7 +54,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         for row in body
     )
     names = "".join(f"<th>{name}</th>" for name in head)
-    return (
+    return wide(
         f"<table><thead><tr>{names}</tr></thead><tbody>"
         + "".join(f"<tr>{line}</tr>" for line in cells)
         + "</tbody></table>"
@@ -63,6 +65,11 @@ def image(png: bytes, about: str) -> str:
     """A picture inside the page, and what it shows for who cannot see it."""
     data = base64.b64encode(png).decode()
     return f'<img alt="{html.escape(about)}" src="data:image/png;base64,{data}">'
+
+
+def wide(part: str) -> str:
+    """A part that scrolls by itself where it is wider than the page."""
+    return f'<div class="wide">{part}</div>'
 
 
 def grid(parts: Iterable[str]) -> str:

@@ -169,7 +169,7 @@ def _setting(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return number(value)
+        return f"{value:g}"
     text = value if isinstance(value, str) else json.dumps(value)
     return text[:8] + "…" if len(text) == 64 and " " not in text else text  # a digest
 
@@ -278,7 +278,7 @@ def _probed(runs: Sequence[Run], probed: Sequence[Run]) -> Iterator[str]:
         names = [shortened(name, 30, end=True) for name in records]
         title = "change of log π per token, first to last evaluation"
         report.plot_heat_map(made, names, types, values, title)
-        yield pages.image(made.getvalue(), title)
+        yield pages.wide(pages.image(made.getvalue(), title))
     for each in probed:
         yield f"<h2>{html.escape(each.name)}</h2>"
         yield f"<p>{html.escape(before_and_after(each.probes))}</p>"
