@@ -16,6 +16,7 @@ p{margin:.4rem 0}.quiet{color:#666}
 img{display:block;width:100%;height:auto}
 .grid{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr))}
 .grid img{border:1px solid #eee;border-radius:4px}
+.grid+pre{margin-top:1.5rem}
 .card{border:1px solid #ddd;border-radius:4px;padding:.6rem .8rem}
 pre{white-space:pre-wrap;margin:.3rem 0;font:14px/1.4 ui-monospace,monospace}
 .key{display:flex;flex-wrap:wrap;gap:.3rem 1.5rem;padding:0;list-style:none}

@@ -28,13 +28,19 @@ class Samples(TrainerCallback):
 
     Args:
         rows: held-out rows, or pairs, of which the chosen side; without a prompt they are left out.
+        count: how many prompts to continue, the first ones that differ.
         tokenizer: of the model.
         path: of the JSONL file.
     """
 
-    def __init__(self, rows: Sequence[Any], tokenizer: Any, path: Path) -> None:
-        both = (prompt_and_answer(getattr(row, "chosen", row).content) for row in rows)
-        self.prompts = [(prompt, answer) for prompt, answer in both if prompt]
+    def __init__(self, rows: Sequence[Any], count: int, tokenizer: Any, path: Path) -> None:
+        self.prompts: list[tuple[Any, str]] = []
+        for row in rows:
+            prompt, answer = prompt_and_answer(getattr(row, "chosen", row).content)
+            if len(self.prompts) == count:
+                break
+            if prompt and all(prompt != other for other, _ in self.prompts):
+                self.prompts.append((prompt, answer))
         self.tokenizer, self.log = tokenizer, JsonlLog(path)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -97,8 +97,8 @@ def run(arguments: argparse.Namespace, watch: Any = None) -> int:
     title = f"{arguments.loss.upper()} of {Path(arguments.model).name} on "
     callbacks: list[Any] = [RunLog(log, eval_steps, title + Path(arguments.data).name), stop]
     if arguments.samples:
-        held_out = eval_rows[: arguments.samples]
-        callbacks.append(Samples(held_out, tokenizer, output / "samples.jsonl"))
+        place = output / "samples.jsonl"
+        callbacks.append(Samples(eval_rows, arguments.samples, tokenizer, place))
     if watch is not None:
         callbacks.append(watch(arguments, eval_rows, model, tokenizer))
     with refusals("--model", kind.flags):

@@ -108,6 +108,9 @@ def test_samples_of_each_evaluation(runs):
     tokenizer = AutoTokenizer.from_pretrained(place / "dpo" / "model")
     greedy = sampler(model, tokenizer, max_new_tokens=32, temperature=0)
     assert [line["text"] for line in lines[3:]] == greedy([line["prompt"] for line in lines[3:]])
+    both = (place / "both" / "samples.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in both]
+    assert len(set(prompts)) == len(prompts) == 3  # one evaluation, of two rows a prompt
     # Training is the same without.
     assert untimed(read_log(place / "dpo")) == untimed(read_log(place / "silent"))
     assert not (place / "silent" / "samples.jsonl").exists()
