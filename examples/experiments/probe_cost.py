@@ -14,7 +14,7 @@ import torch
 from examples.experiments.page import Page, main
 from ift import tiny
 from ift.dynamics import Probe, ProbeEvaluator
-from ift.dynamics.evaluate import groups_of
+from ift.dynamics.responses import groups_of
 
 V, WIDTH, LAYERS = 32000, 384, 4
 TYPES = ("chosen", "rejected", "sample", "other_train", "unrelated", "permuted", "random_words")

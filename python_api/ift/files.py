@@ -41,7 +41,7 @@ class JsonlLog:
 
     def append(self, *records: dict[str, Any]) -> None:
         """Add records. JSON has no NaN and no infinity: null."""
-        text = "".join(json.dumps(_finite(record)) + "\n" for record in records)
+        text = "".join(json.dumps(finite(record)) + "\n" for record in records)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text)
 
@@ -71,9 +71,10 @@ class JsonlLog:
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` as JSON has it: null for a number that is not finite, at any depth."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
 # Metrics of preference losses, in the log and in the picture.
 PAIR_KEYS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy",
              "logprob_chosen", "logprob_rejected", "kl")  # fmt: skip
+COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#555555")
 STYLE: Any = {
     "figure.dpi": 130,
     "font.size": 9,
@@ -66,6 +68,15 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: str | Path, title: str 
             _right_axis(schedule, records, "lam", "λ", PURPLE, 1)
 
 
+def styles(count: int) -> list[dict[str, str]]:
+    """So many styles of lines: six colours, then the same with dashes."""
+    dashes = ("-", "--", "-.", ":")
+    return [
+        {"color": COLORS[i % len(COLORS)], "linestyle": dashes[i // len(COLORS) % len(dashes)]}
+        for i in range(count)
+    ]
+
+
 def _right_axis(
     axes: Any, records: Sequence[Mapping[str, Any]], key: str, label: str, color: str, top: float
 ) -> None:
@@ -99,14 +110,19 @@ def _draw_pairs(panels: Sequence[Any], records: Sequence[Mapping[str, Any]]) -> 
 
 
 def draw(axes: Any, records: Sequence[Mapping[str, Any]], key: str, **style: Any) -> None:
-    """Plot ``key`` over ``step``, skipping the records that do not have it."""
+    """Plot ``key`` over ``step``, skipping the records that do not have it; one alone is a dot."""
     points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+    if len(points) == 1:
+        style.setdefault("marker", "o")
     if points:
-        axes.plot(*zip(*points, strict=True), markersize=3, **style)
+        axes.plot(*zip(*points, strict=True), markersize=4, **style)
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 @contextlib.contextmanager
-def figure(path: str | Path, width: float, height: float, style: Any, layout: Any) -> Iterator[Any]:
+def figure(
+    path: str | Path | BytesIO, width: float, height: float, style: Any, layout: Any
+) -> Iterator[Any]:
     """A figure of so many inches; at the end the PNG is there, or the old one still is.
 
     It needs no display, and is safe beside a program that uses pyplot.
@@ -119,14 +135,26 @@ def figure(path: str | Path, width: float, height: float, style: Any, layout: An
         made = Figure(figsize=(width, height), layout=layout)
         FigureCanvasAgg(made)
         yield made
+        if isinstance(path, BytesIO):
+            made.savefig(path, format="png")
+            return
         with replacing(Path(path)) as unfinished:
             made.savefig(unfinished, format="png")
 
 
 @contextlib.contextmanager
 def picture(
-    path: str | Path, rows: int, columns: int, *, width: float, height: float
+    path: str | Path | BytesIO, rows: int, columns: int, *, width: float, height: float
 ) -> Iterator[tuple[Any, Any]]:
     """A `figure` and its axes to draw on."""
     with figure(path, width, height, STYLE, "constrained") as made:
         yield made, made.subplots(rows, columns)
+
+
+@contextlib.contextmanager
+def png(title: str) -> Iterator[tuple[Any, BytesIO]]:
+    """One panel over the steps, to draw on, and the PNG that it is at the end."""
+    made = BytesIO()
+    with picture(made, 1, 1, width=4.6, height=3.0) as (_, axes):
+        axes.set(title=title, xlabel="step")
+        yield axes, made

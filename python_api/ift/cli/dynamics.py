@@ -1,19 +1,27 @@
-"""``ift dynamics``: a run with a probe set, its pictures, and runs over one another."""
+"""``ift dynamics``: a run with a probe set, its pictures, and trained types × observed types."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ift import plotting
 from ift.cli import options, train
 from ift.cli.arguments import flag_of
 from ift.cli.errors import CliError, refusals
 from ift.cli.processes import note
-from ift.cli.rows import raw_rows
+from ift.cli.report import probe_records
+from ift.cli.rows import raw_rows, read_rows
 from ift.data_files import DataError
+from ift.files import finite, write_text
+from ift.text import number, table
+
+if TYPE_CHECKING:
+    from ift.dynamics import Probe
 
 SET, CURVES = "probes.jsonl", "dynamics"
 
@@ -27,39 +35,82 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         CliError: bad input.
     """
+    if arguments.action == "plot":
+        return _plot(arguments)
+    arguments = options.resolve(arguments)
+    for name in ("probes", "probe_test", "probe_fluent"):
+        path = getattr(arguments, name)
+        if path is not None and not Path(path).is_file():
+            kind = "text" if name == "probe_fluent" else "JSONL"
+            raise CliError(flag_of(name), f"no file {path}; expected a {kind} file")
     if arguments.action == "run":
-        arguments = options.resolve(arguments)
-        for name in ("probes", "probe_test"):
-            path = getattr(arguments, name)
-            if path is not None and not Path(path).is_file():
-                raise CliError(flag_of(name), f"no file {path}; expected a JSONL file")
         return train.run_resolved(arguments, watch)
+    return _heatmap(arguments)
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    """Draw a run's curves again, and print its table."""
     from ift.dynamics import report
     from ift.dynamics.monitor import before_and_after
 
-    if arguments.action == "plot":
-        directory, records = _records(arguments.run)
-        image = directory / "curves.png"
-        with _writing("DIR", directory):
-            report.plot_curves(records, image, arguments.title)
-            report.write_html(records, directory / "curves.html", image, arguments.title)
-        print(_text(report.table(records)))
-        print(before_and_after(records))
-        return 0
-    runs, places = {}, set()
-    for path in arguments.runs:
-        directory, records = _records(path)
-        if directory.resolve() in places:
-            raise CliError("DIR", f"got {path} twice; expected different runs")
-        places.add(directory.resolve())
-        runs[str(path)] = records
+    directory, records = _records(arguments.run)
+    image = directory / "curves.png"
+    with _writing("DIR", directory):
+        report.plot_curves(records, image, arguments.title)
+        report.write_html(records, directory / "curves.html", image, arguments.title)
+    print(table(report.table(records)))
+    print(before_and_after(records))
+    return 0
+
+
+def _heatmap(arguments: argparse.Namespace) -> int:
+    """Trained type × observed type: ``heatmap.json``, pictures, and the tables."""
+    rows, _ = read_rows(arguments)
     output = Path(arguments.output)
-    if not output.absolute().parent.is_dir():
-        raise CliError("--output", f"no directory {output.parent}; expected one that exists")
+    train.check_output(output, resume=False)
+
+    import torch  # from here on it takes seconds
+    import transformers
+
+    from ift.cli.models import check_model_path, load_model
+    from ift.dynamics import report, write_probes
+    from ift.dynamics.heatmap import heat_map, kernel_norms
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    check_model_path(arguments.model)
+    model, tokenizer = load_model(arguments, rows, None)
+    if not arguments.cpu and torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    with refusals("--probes" if arguments.probes is not None else "--data"):
+        probes = _probes(arguments, [], model, tokenizer)
+    write_probes(probes, output / SET)
+    note(f"{_described(probes)}, trained on one type after the other")
+    length = {"max_length": arguments.max_length}
+    with refusals("--model"):
+        found = {"heatmap": heat_map(
+            model, tokenizer, probes, lr=arguments.lr, passes=arguments.passes,
+            batch_size=arguments.batch_size, **length,
+        )}  # fmt: skip
+        if arguments.projections:
+            found["kernel"] = kernel_norms(
+                model, tokenizer, probes, projections=arguments.projections,
+                seed=arguments.seed, **length,
+            )  # fmt: skip
+    titles = {"heatmap": "change of log π per token", "kernel": "‖K‖ per pair of tokens"}
     with _writing("--output", output):
-        report.plot_comparison(runs, output)
-    for name, records in runs.items():
-        print(f"{name}\n{_text(report.table(records))}\n{before_and_after(records)}\n")
+        values = {name: map_.values.tolist() for name, map_ in found.items()}
+        record = {"types": found["heatmap"].types, **values}
+        write_text(output / "heatmap.json", json.dumps(finite(record)) + "\n")
+        for name, map_ in found.items():
+            if plotting.available():
+                report.plot_heat_map(
+                    output / f"{name}.png", map_.types, map_.types, values[name], titles[name],
+                    signed=name == "heatmap",
+                )  # fmt: skip
+    for name, map_ in found.items():
+        body = ([t, *map(number, row)] for t, row in zip(map_.types, values[name], strict=True))
+        print(f"{titles[name]}\n{table([['trained', *map_.types], *body])}\n")
     return 0
 
 
@@ -73,29 +124,19 @@ def _writing(flag: str, path: Path) -> Iterator[None]:
 
 def _records(path: str) -> tuple[Path, list[dict[str, Any]]]:
     """The evaluations of a run, and the directory that they are in."""
-    from ift.dynamics.callback import read_records
-
-    for directory in (Path(path) / CURVES, Path(path)):
-        try:
-            records = read_records(directory)
-        except NotADirectoryError:
-            continue
-        except (OSError, ValueError) as error:
-            raise CliError("DIR", f"cannot read the evaluations in {directory}: {error}") from None
-        if records:
-            return directory, records
-    raise CliError("DIR", f"no evaluations in {path}; expected the output of `ift dynamics run`")
-
-
-def _text(rows: list[list[str]]) -> str:
-    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = ([row[0].ljust(first), *map(str.rjust, row[1:], widths)] for row in rows)
-    return "\n".join("  ".join(line) for line in lines)
+    try:
+        directory, records = probe_records(Path(path))
+    except (OSError, ValueError) as error:
+        raise CliError("DIR", f"cannot read the evaluations in {path}: {error}") from None
+    if not records:
+        problem = f"no evaluations in {path}; expected the output of `ift dynamics run`"
+        raise CliError("DIR", problem)
+    return directory, records
 
 
 def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokenizer: Any) -> Any:
     """The callback of the run; its probe set is written once and read by a resumed run."""
-    from ift.dynamics import ProbeCallback, build_probe_set, read_probes, sampler, write_probes
+    from ift.dynamics import ProbeCallback, read_probes, write_probes
 
     output = Path(arguments.output)
     saved, given = output / SET, arguments.probes
@@ -106,26 +147,57 @@ def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokeni
             probes = read_probes(saved)
             if given is not None and read_probes(given) != probes:
                 raise DataError(f"other probes than the run in {output} was started with, {saved}")
-        elif given is not None:
-            probes = read_probes(given)
         else:
-            # Of a preference, the chosen side.
-            learned = [row for row in held_out if getattr(row, "desirable", None) is not False]
-            held = [getattr(row, "chosen", row).content for row in learned]
-            tokens = arguments.probe_sample
-            probes = build_probe_set(
-                raw_rows(arguments, held_out),
-                size=arguments.probe_size,
-                test=arguments.probe_test or held or None,
-                sample=sampler(model, tokenizer, max_new_tokens=tokens) if tokens else None,
-                tokenizer=tokenizer,
-                seed=arguments.seed,
-            )
+            probes = _probes(arguments, held_out, model, tokenizer)
         if not resumed:
             write_probes(probes, saved)
         callback = ProbeCallback(
             probes, output / CURVES, every=arguments.probe_every, tokenizer=tokenizer,
             max_length=arguments.max_length,
         )  # fmt: skip
-    note(f"{len(probes)} probes, measured every {arguments.probe_every} steps")
+    note(f"{_described(probes)}, measured every {arguments.probe_every} steps")
     return callback
+
+
+def _probes(
+    arguments: argparse.Namespace, held_out: list[Any], model: Any, tokenizer: Any
+) -> list[Probe]:
+    """The set that is given, or one made of the rows that are not held out."""
+    from ift.dynamics import build_probe_set, read_probes, sampler
+    from ift.dynamics.rewrites import SENTENCES
+
+    if arguments.probes is not None:
+        return read_probes(arguments.probes)
+    # Of a preference, the chosen side.
+    learned = [row for row in held_out if getattr(row, "desirable", None) is not False]
+    held = [getattr(row, "chosen", row).content for row in learned]
+    tokens = arguments.probe_sample
+    return build_probe_set(
+        raw_rows(arguments, held_out),
+        size=arguments.probe_size,
+        test=arguments.probe_test or held or None,
+        sample=sampler(model, tokenizer, max_new_tokens=tokens) if tokens else None,
+        tokenizer=tokenizer,
+        rules=True,
+        fluent=_sentences(arguments.probe_fluent) or SENTENCES,
+        seed=arguments.seed,
+    )
+
+
+def _sentences(path: str | None) -> list[str]:
+    """The lines of a file that are not blank; none without a file."""
+    if path is None:
+        return []
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise CliError("--probe-fluent", f"cannot read {path} ({error})") from None
+    if not any(lines):
+        raise CliError("--probe-fluent", f"no sentence in {path}; expected one a line")
+    return [line for line in lines if line]
+
+
+def _described(probes: list[Probe]) -> str:
+    """How many, and what in them is made by rules."""
+    made = dict.fromkeys(name for probe in probes for name in probe.by_rule)
+    return f"{len(probes)} probes" + (f" (made by rules: {', '.join(made)})" if made else "")

@@ -105,12 +105,17 @@ RUN_OPTIONS = {
     "save_total_limit": Option("checkpoints to keep, the last ones; 0: all", natural, "N", 2),
     "report_to": Option("log to these, too, with commas between: " + ", ".join(REPORTERS),
                         names_of(REPORTERS), "NAMES"),
+    "samples": Option("held-out prompts to continue at each evaluation, into DIR/samples.jsonl; "
+                      "0: none", natural, "N", 3),
     "resume": Option("continue the run in --output from its last checkpoint, with its options; a "
                      "larger --epochs or --max-steps makes it longer", default=False),
 }  # fmt: skip
 TRAINING_OPTIONS = {
     "loss": Option("loss to train with", choices=LOSSES, default="ift"),
     "preset": Option("settings of a publication; options given beside it win", choices=PRESETS),
+    "responses": Option("of a preference, what `sft` and `ift` learn: both is the `extend` of the "
+                        "paper on learning dynamics", choices=("chosen", "rejected", "both"),
+                        default="chosen"),
     "epochs": Option("passes over the data", positive, "X", 1.0),
     "max_steps": Option("optimizer steps, instead of --epochs", positive_int, "N"),
     "lr": Option("peak learning rate", positive, "X", 5e-5),
@@ -170,10 +175,28 @@ PROBE_OPTIONS = {
                          "rows held out)", str, "FILE"),
     "probe_sample": Option("tokens of a sample of the model before training, for the type "
                            "`sample`; 0: none", natural, "N", 32),
+    "probe_fluent": Option("sentences that have nothing to do with the data, one a line, for the "
+                           "type `fluent` (default: 20 English ones)", str, "FILE"),
 }  # fmt: skip
+HEATMAP_OPTIONS = {
+    "passes": Option("over the answers of a type", positive_int, "N", 1),
+    "projections": Option("measure ‖K‖, too, with N random projections of each answer; 0: do not",
+                          number("0, or a whole number of at least 2",
+                                 lambda x: x == 0 or x >= 2, int), "N", 0),
+}  # fmt: skip
+REPORT_OPTIONS = {
+    "output": Option("page to write", str, "HTML", "report.html"),
+    "title": Option("above the page", str, "TEXT", "Runs"),
+}
 DEFAULTS = {
     name: option.default
-    for options in (RUN_OPTIONS, TRAINING_OPTIONS, MODEL_OPTIONS, PROBE_OPTIONS)
+    for options in (
+        RUN_OPTIONS,
+        TRAINING_OPTIONS,
+        MODEL_OPTIONS,
+        PROBE_OPTIONS,
+        HEATMAP_OPTIONS,
+    )
     for name, option in options.items()
 }
 
@@ -242,6 +265,11 @@ def build_parser() -> Parser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     train = commands.add_parser("train", help="fine-tune a causal language model on a JSONL file")
     _add_train(train)
+    report = commands.add_parser("report", help="compare runs: a table, and one page of HTML")
+    report.add_argument(
+        "runs", nargs="+", metavar="RUN", help="output of `ift train` or `ift dynamics run`"
+    )
+    add_options(report, "page", REPORT_OPTIONS)
     _add_dynamics(commands.add_parser("dynamics", help="watch what training does to other answers"))
     return parser
 
@@ -268,11 +296,20 @@ def _add_dynamics(parser: argparse.ArgumentParser) -> None:
     plot = actions.add_parser("plot", help="draw the curves of a run again")
     plot.add_argument("run", metavar="DIR", help="output of `ift dynamics run`, or of the callback")
     plot.add_argument("--title", default="", help="above the picture")
-    compare = actions.add_parser("compare", help="draw runs over one another, and print a table")
-    compare.add_argument("runs", nargs="+", metavar="DIR", help="outputs of `ift dynamics run`")
-    compare.add_argument(
-        "--output", default="compare.png", metavar="PNG", help="picture (default: compare.png)"
+    heatmap = actions.add_parser(
+        "heatmap", help="train on each type of answer alone, and measure what it does to each other"
     )
+    inputs = {k: v for k, v in INPUT_OPTIONS.items() if k not in ("config", "dry_run")}
+    add_options(heatmap, "what to measure", inputs | {
+        "output": Option("gets heatmap.json and heatmap.png; with --projections kernel.png", str,
+                         "DIR", required=True),
+    })  # fmt: skip
+    made = {name: option for name, option in PROBE_OPTIONS.items() if name != "probe_every"}
+    add_options(heatmap, "probes; into DIR/probes.jsonl", made)
+    names = ("lr", "batch_size", "max_length", "seed", "cpu")
+    steps = {name: TRAINING_OPTIONS[name] for name in names}
+    add_options(heatmap, "training of each type", {**steps, **HEATMAP_OPTIONS})
+    heatmap.set_defaults(**dict.fromkeys(DEFAULTS))  # what else loading rows and models reads
 
 
 def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
@@ -382,10 +419,15 @@ def _check_applicable(
             refuse(name, f"with {flag} {value}", f"{flag} {' or '.join(expected)}")
     if "eval_steps" in given and not (values["eval_data"] or values["eval_split"]):
         refuse("eval_steps", "without --eval-data or --eval-split", "one of the two")
-    for name in ("probe_size", "probe_test", "probe_sample"):
+    for name in ("probe_size", "probe_test", "probe_sample", "probe_fluent"):
         changed = given.get(name, DEFAULTS[name]) != DEFAULTS[name]
         if changed and values["probes"] is not None and not values["resume"]:
             refuse(name, "beside --probes", "one of the two")
+    if "responses" in given and LOSSES[loss].pairs:
+        both = "--loss sft or ift: a preference loss takes both responses"
+        refuse("responses", f"with --loss {loss}", both)
+    if given.get("samples") and not (values["eval_data"] or values["eval_split"]):
+        refuse("samples", "without --eval-data or --eval-split", "one of the two")
     if values["packing"] and LOSSES[loss].pairs:
         learned = " or ".join(name for name, row in LOSSES.items() if not row.pairs)
         refuse("packing", f"with --loss {loss}", f"--loss {learned}")

@@ -17,11 +17,25 @@ from ift.preference_data import EncodedPairs, encode_pairs, encode_responses
 CUT = {"end": "are cut at their end", "start": "are cut at their start", "drop": "are left out"}
 
 
+# What a loss of rows learns of preferences.
+SIDES = {"chosen": ("chosen",), "rejected": ("rejected",), "both": ("chosen", "rejected")}
+
+
 def read_rows(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """Training and evaluation rows; pairs or single responses for a preference loss.
 
     What is in them and will not be learned is printed.
     """
+    rows, held_out = _both_sets(arguments)
+    sides = SIDES[arguments.responses]
+    if "rejected" in sides:  # after the split: both responses of a prompt are on one side of it
+        rows, held_out = (
+            [getattr(pair, side) for pair in part for side in sides] for part in (rows, held_out)
+        )
+    return rows, held_out
+
+
+def _both_sets(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     rows = _read(arguments, arguments.data, "--data")
     if arguments.eval_data is not None:
         held_out = _read(arguments, arguments.eval_data, "--eval-data")
@@ -51,7 +65,8 @@ def raw_rows(arguments: argparse.Namespace, without: list[Any]) -> list[dict[str
 
 def _read(arguments: argparse.Namespace, path: str, flag: str) -> list[Any]:
     loss = LOSSES[arguments.loss]
-    read: Any = data_rows.read_preferences if loss.pairs else data_rows.read_rows
+    pairs = loss.pairs or "rejected" in SIDES[arguments.responses]
+    read: Any = data_rows.read_preferences if pairs else data_rows.read_rows
     if loss.single:
         read = data_rows.read_responses
     with refusals(flag):
@@ -61,7 +76,7 @@ def _read(arguments: argparse.Namespace, path: str, flag: str) -> list[Any]:
             f"{key} ({n} row{'s' * (n > 1)}, first: {at})" for key, (n, at) in unread.items()
         )
         note(f"{flag}: keys that nothing reads: {shown}")
-    if not loss.pairs:
+    if not pairs:
         bad = [row for row in rows if row.desirable is False]
         if bad:
             note(f"{flag}: {_some(bad, rows)} have a false label and are not learned")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -10,6 +12,7 @@ from transformers import TrainerCallback
 
 from ift import plotting
 from ift.files import JsonlLog
+from ift.text import duration, number
 
 # Keys of a record, in order; a key without a value (no evaluation at this step) is absent.
 KEYS = (
@@ -18,7 +21,7 @@ KEYS = (
     *(f"{of}{name}" for of in ("", "eval_") for name in plotting.PAIR_KEYS),
     *("lr", "lam", "grad_norm", "tokens_per_second"),
 )
-SHOWN = ("loss", "eval_loss", "token_accuracy", "lr", "tokens_per_second")
+BAR = "{n_fmt}/{total_fmt} |{bar}| {desc}ETA {remaining}"
 
 
 class RunLog(TrainerCallback):
@@ -39,12 +42,16 @@ class RunLog(TrainerCallback):
         self.title = title
         self.record: dict[str, Any] = {}  # logged, waiting for its evaluation
         self.bar: Any = None
+        self.first, self.started = 0, 0.0  # step and time at which this process began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the bar where the run starts; on a terminal only, elsewhere records are lines."""
         shown = state.is_world_process_zero and sys.stderr.isatty()
-        done, total = state.global_step, state.max_steps
-        self.bar = tqdm(total=total, initial=done, unit="step", disable=not shown)
+        self.first, self.started = state.global_step, time.monotonic()
+        self.bar = tqdm(
+            total=state.max_steps, initial=self.first, bar_format=BAR, dynamic_ncols=True,
+            disable=not shown,
+        )  # fmt: skip
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Move the bar; request a record and an evaluation when they are due."""
@@ -84,9 +91,35 @@ class RunLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.log.append(self.record)
-        values = {k: f"{self.record[k]:.4g}" for k in SHOWN if k in self.record}
-        if self.bar.disable:
-            text = "  ".join(f"{name} {value}" for name, value in values.items())
-            print(f"step {state.global_step}/{state.max_steps}  {text}", file=sys.stderr)
-        else:
-            self.bar.set_postfix(values)
+        at = f"step {state.global_step}/{state.max_steps}"
+        if not self.bar.disable:
+            self.bar.set_description_str(words(self.record, gap=" ") + " ")
+        elif "loss" in self.record:
+            print(f"{at}  {words(self.record)}{self._eta(state)}", file=sys.stderr)
+        if "eval_loss" in self.record:
+            tqdm.write(f"{at}  held out: {words(self.record, 'eval_')}", file=sys.stderr)
+
+    def _eta(self, state: Any) -> str:
+        """The time that the other steps will take; evaluations are in it."""
+        left, done = state.max_steps - state.global_step, state.global_step - self.first
+        if not left or not done:
+            return ""
+        return f"  ETA {duration((time.monotonic() - self.started) * left / done)}"
+
+
+def words(record: Mapping[str, Any], of: str = "", gap: str = "  ") -> str:
+    """Loss, margin of a preference, accuracy and speed of a record, as far as it has them.
+
+    >>> words({"loss": 2.3, "token_accuracy": 0.47, "tokens_per_second": 12345.6})
+    'loss 2.30  accuracy 0.470  12.3k tokens/s'
+    >>> words({"eval_loss": 0.6, "eval_reward_margin": 0.2, "eval_reward_accuracy": 0.75}, "eval_")
+    'loss 0.600  margin 0.200  accuracy 0.750'
+    """
+    pairs = f"{of}reward_margin" in record
+    keys = {"loss": "loss", "margin": "reward_margin",
+            "accuracy": "reward_accuracy" if pairs else "token_accuracy"}  # fmt: skip
+    parts = [f"{name} {number(record[of + key])}" for name, key in keys.items()
+             if of + key in record]  # fmt: skip
+    if not of and "tokens_per_second" in record:
+        parts.append(f"{number(record['tokens_per_second'])} tokens/s")
+    return gap.join(parts)

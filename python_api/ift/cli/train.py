@@ -40,7 +40,7 @@ FIXED = (
     *("eval_split", "epochs", "max_steps", "lr", "optimizer", "scheduler", "lr_warmup_steps"),
     *("warmup_ratio", "weight_decay", "max_grad_norm", "dropout"),
     *("batch_size", "accumulate", "max_length", "bf16", "gradient", "freeze_head"),
-    *("columns", "system", "truncate", "seed"),
+    *("columns", "system", "truncate", "responses", "seed"),
     *("dtype", "attn", "gradient_checkpointing", "packing", "quantize"),
     *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_config"),
 )
@@ -85,6 +85,7 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
     from ift.cli.preference import PairTrainer
     from ift.cli.reference import add_references
     from ift.cli.runlog import RunLog
+    from ift.cli.samples import Samples
     from ift.cli.trainer import RunTrainer, StopOnSignal
     from ift.cli.weights import check_disk, final_dtype, warn_of_lost_updates
 
@@ -142,6 +143,9 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
     )
     title = f"{arguments.loss.upper()} of {Path(arguments.model).name} on "
     callbacks: list[Any] = [RunLog(log, eval_steps, title + Path(arguments.data).name), stop]
+    if arguments.samples:
+        place = output / "samples.jsonl"
+        callbacks.append(Samples(eval_rows, arguments.samples, tokenizer, place))
     if watch is not None:
         callbacks.append(watch(arguments, eval_rows, model, tokenizer))
     with refusals("--model", kind.flags):

@@ -21,9 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ift.data import IGNORE_INDEX, encode
-from ift.data_rows import DataError, Row
-from ift.dynamics.probes import Probe, Prompt
+from ift.data import IGNORE_INDEX
+from ift.dynamics.probes import Probe
+from ift.dynamics.responses import (
+    EncodedResponse,
+    encoded_responses,
+    groups_of,
+    packed,
+    size_of,
+)
 from ift.head_pass import HeadForward, evaluating, head_pass, plain_head
 from ift.measure import measure_transform
 from ift.patching import base_model
@@ -50,6 +56,7 @@ class Measurement:
     argmax_logprob: Tensor
     entropy: Tensor
     sum_sq: Tensor  # Σp²
+    vocabulary: int  # V
 
     @property
     def distance(self) -> Tensor:
@@ -61,6 +68,16 @@ class Measurement:
         """1 − p of the greedy token."""
         return -torch.expm1(self.argmax_logprob)
 
+    @property
+    def energy(self) -> Tensor:
+        """1 − p of the token: what supervised fine-tuning pulls up."""
+        return -torch.expm1(self.logprob)
+
+    @property
+    def a_norm(self) -> Tensor:
+        """‖A‖ in the Frobenius norm, √(V − 2 + V·Σp²), of A = I − 1·πᵀ (docs/dynamics.md)."""
+        return (self.vocabulary * (1 + self.sum_sq) - 2).sqrt()
+
     def summary(self) -> dict[str, float]:
         """Sum of the log-probabilities, and means over the tokens."""
         means = {
@@ -70,20 +87,11 @@ class Measurement:
             "off_argmax": self.off_argmax,
             "distance": self.distance,
             "sum_sq": self.sum_sq,
+            "energy": self.energy,
+            "a_norm": self.a_norm,
         }
         found = {name: value.double().mean().item() for name, value in means.items()}
         return {"sum_logprob": self.logprob.double().sum().item(), **found}
-
-
-@dataclass(frozen=True)
-class EncodedResponse:
-    """A response in tokens, and the tokens before it."""
-
-    probe: int
-    type: str
-    prefix: tuple[int, ...]  # at least one token
-    ids: tuple[int, ...]  # from the first target to the last
-    target: tuple[int, ...]  # `ids`, IGNORE_INDEX at tokens of the template
 
 
 class _Batch:
@@ -179,7 +187,7 @@ class ProbeEvaluator:
         self.tokens_per_forward = checks.integer("tokens_per_forward", tokens_per_forward)
         if checks.integer("max_length", max_length) < 1:
             raise ValueError(f"max_length: expected at least 1, got {max_length}")
-        self.responses = _responses(probes, tokenizer, max_length)
+        self.responses = encoded_responses(probes, tokenizer, max_length)
         self.shares_prompts: bool | None = None  # None before the first evaluation
         self._model: weakref.ref[nn.Module] | None = None  # the model that these two belong to
         self._transform: LogitTransform | None = None
@@ -188,7 +196,7 @@ class ProbeEvaluator:
     @property
     def tokens(self) -> int:
         """Distinct tokens of a pass: each prompt once, each response but its last token."""
-        return sum(_size(group) for group in groups_of(self.responses))
+        return sum(size_of(group) for group in groups_of(self.responses))
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> list[Measurement]:
@@ -207,7 +215,7 @@ class ProbeEvaluator:
         base: Any = base_model(model)
         if self._model is None or self._model() is not base:
             self._model, self._transform, self._batches = weakref.ref(base), None, None
-        with evaluating(base), _callback_head(base):
+        with evaluating(base), head_ready(base):
             if self._transform is None:
                 first = self.responses[0]
                 ids = torch.tensor([[*first.prefix, *first.ids][:2]], device=_device(base))
@@ -221,7 +229,7 @@ class ProbeEvaluator:
 
     def _plan(self, model: Any) -> list[_Batch]:
         """The batches of every evaluation, with shared prompts if the model supports them."""
-        packs = _packed(groups_of(self.responses), self.tokens_per_forward)
+        packs = packed(groups_of(self.responses), self.tokens_per_forward)
         self.shares_prompts = self._may_share(model, packs)
         if self.shares_prompts:
             return [_Batch.shared(pack) for pack in packs]
@@ -251,8 +259,8 @@ class ProbeEvaluator:
         # and the fullest forward, since some models use a token's index in the row.
         groups = [group for pack in packs for group in pack]
         short = sorted(groups, key=lambda g: (min(len(g), 2) < 2, max(len(r.ids) for r in g) < 3,
-                                                _size(g)))[:2]  # fmt: skip
-        fullest = max(packs, key=lambda pack: sum(map(_size, pack)))
+                                                size_of(g)))[:2]  # fmt: skip
+        fullest = max(packs, key=lambda pack: sum(map(size_of, pack)))
         return all(self._agrees(model, pack) for pack in (short, fullest))
 
     def _agrees(self, model: Any, pack: list[list[EncodedResponse]]) -> bool:
@@ -273,22 +281,36 @@ class ProbeEvaluator:
         return hidden
 
     def _measure(self, model: Any, batch: _Batch) -> Iterator[Measurement]:
-        target = batch.target.to(_device(model))
-
-        def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStats:
-            assert self._transform is not None
-            return linear_logprobs(
-                hidden, weight, target.to(hidden.device), bias=bias, outputs=OUTPUTS,
-                **transform_options(self._transform),
-            )  # fmt: skip
-
-        stats = self._run(model, batch, callback)
+        stats, vocabulary = self._stats(model, batch, OUTPUTS)
         lengths = [len(response.ids) for response in batch.responses]
         named = {"ids": batch.target, **{name: getattr(stats, name).cpu() for name in OUTPUTS}}
         parts = zip(*(value.split(lengths) for value in named.values()), strict=True)
         for response, (ids, *values) in zip(batch.responses, parts, strict=True):
             mine = (value[ids != IGNORE_INDEX] for value in (ids, *values))
-            yield Measurement(response.probe, response.type, **dict(zip(named, mine, strict=True)))
+            found: dict[str, Any] = dict(zip(named, mine, strict=True))
+            yield Measurement(response.probe, response.type, vocabulary=vocabulary, **found)
+
+    def _stats(self, model: Any, batch: _Batch, outputs: tuple[str, ...]) -> tuple[TokenStats, int]:
+        """The statistics of every entry of the responses, and V."""
+        target = batch.target.to(_device(model))
+
+        def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[TokenStats, int]:
+            assert self._transform is not None
+            stats = linear_logprobs(
+                hidden, weight, target.to(hidden.device), bias=bias, outputs=outputs,
+                **transform_options(self._transform),
+            )  # fmt: skip
+            return stats, weight.shape[0]
+
+        found: tuple[TokenStats, int] = self._run(model, batch, callback)
+        return found
+
+    def loss(self, model: Any, responses: list[EncodedResponse]) -> Tensor:
+        """Mean -log p of the tokens of responses, differentiable; after a call, in `head_ready`."""
+        batch = _Batch.plain(responses)
+        stats, _ = self._stats(base_model(model), batch, ("logprob",))
+        assert stats.logprob is not None
+        return -stats.logprob[batch.target != IGNORE_INDEX].mean()
 
     def _run(self, model: Any, batch: _Batch, callback: Any) -> Any:
         """The result of `callback` in the head, for the rows of the batch, of one forward."""
@@ -308,7 +330,7 @@ class ProbeEvaluator:
 
 
 @contextlib.contextmanager
-def _callback_head(model: Any) -> Iterator[None]:
+def head_ready(model: Any) -> Iterator[None]:
     """Let `head_pass` use the head of a model that is not patched; undone at the end."""
     head: Any = plain_head(model)
     patched = "forward" in head.__dict__
@@ -324,70 +346,3 @@ def _callback_head(model: Any) -> Iterator[None]:
 def _device(model: Any) -> torch.device:
     device: torch.device = model.get_input_embeddings().weight.device
     return device
-
-
-def as_row(where: str, prompt: Prompt, response: str) -> Row:
-    """The training row that has `response` as its one target."""
-    if isinstance(prompt, str):
-        return Row(where, {"prompt": prompt, "completion": response})
-    messages = [*prompt, {"role": "assistant", "content": response}]
-    return Row(where, {"messages": messages}, context=len(messages) - 1)
-
-
-def _responses(probes: Sequence[Probe], tokenizer: Any, max_length: int) -> list[EncodedResponse]:
-    for i, each in enumerate(probes):
-        if not isinstance(each, Probe):
-            raise TypeError(f"probes[{i}]: expected a Probe, got {type(each).__name__}")
-        for name, text in each.responses.items():
-            if not isinstance(text, str):
-                got = type(text).__name__
-                raise TypeError(f"probes[{i}]: expected text as response {name!r}, got {got}")
-    named = [
-        (i, t, p.prompt, text) for i, p in enumerate(probes) for t, text in p.responses.items()
-    ]
-    if not named:
-        raise DataError("probes: expected at least one response, got none")
-    rows = [as_row(f"probe {i} {t}", prompt, text) for i, t, prompt, text in named]
-    encoded = encode(rows, tokenizer, max_length)
-    if encoded.dropped:
-        logger.warning("probes: %d of %d responses are beyond max_length %d and left out",
-                       len(encoded.dropped), len(rows), max_length)  # fmt: skip
-    missing, examples, found = set(encoded.dropped), iter(encoded.examples), []
-    for row, (probe, type_, *_) in zip(rows, named, strict=True):
-        if row.where in missing:
-            continue
-        example = next(examples)
-        ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
-        targets = [t for t, label in enumerate(labels) if label != IGNORE_INDEX and t > 0]
-        part = slice(targets[0], targets[-1] + 1)
-        found.append(EncodedResponse(probe, type_, tuple(ids[: part.start]), tuple(ids[part]),
-                               tuple(labels[part])))  # fmt: skip
-    return found
-
-
-def groups_of(responses: list[EncodedResponse]) -> list[list[EncodedResponse]]:
-    """Responses of one probe whose tokens before the response are the same."""
-    groups: dict[tuple[int, tuple[int, ...]], list[EncodedResponse]] = {}
-    for response in responses:
-        groups.setdefault((response.probe, response.prefix), []).append(response)
-    return list(groups.values())
-
-
-def _size(group: list[EncodedResponse]) -> int:
-    return len(group[0].prefix) + sum(len(r.ids) - 1 for r in group)
-
-
-def _packed(groups: list[list[EncodedResponse]], budget: int) -> list[list[list[EncodedResponse]]]:
-    """Groups in forwards of `budget` tokens, at least one each: first fit, largest first."""
-    packs: list[list[list[EncodedResponse]]] = []
-    sizes: list[int] = []
-    for group in sorted(groups, key=_size, reverse=True):
-        size = _size(group)
-        place = next((i for i, used in enumerate(sizes) if used + size <= budget), None)
-        if place is None:
-            packs.append([group])
-            sizes.append(size)
-        else:
-            packs[place].append(group)
-            sizes[place] += size
-    return packs

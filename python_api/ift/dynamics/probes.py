@@ -19,6 +19,7 @@ from ift.data import prompt_ids
 from ift.data_files import DataError, json_type, read_records
 from ift.data_messages import check_encodable, check_messages
 from ift.data_rows import FORMATS, pair_row, training_row
+from ift.dynamics.rewrites import content_words, formatted, semantic
 from ift.token_spans import tokenised
 from ift_kernels.common import checks
 
@@ -32,13 +33,27 @@ TYPES = (
     "chosen",
     "rejected",
     "sample",
-    "chosen_paraphrase",
-    "rejected_paraphrase",
+    "chosen_semantic",
+    "chosen_format",
+    "rejected_semantic",
+    "rejected_format",
     "other_train",
     "unrelated",
+    "fluent",
     "permuted",
     "random_words",
 )
+# Rewrites and the keys of a row that have them, those of the paper's released sets among them.
+REWRITES = {
+    "chosen_semantic": ("chosen_semantic", "chosen_gptsemantic", "chosen_paraphrase",
+                        "chosen_paraphrases"),
+    "chosen_format": ("chosen_format", "chosen_gptformat"),
+    "rejected_semantic": ("rejected_semantic", "rejected_gptsemantic", "reject_gptsemantic",
+                          "rejected_paraphrase", "rejected_paraphrases"),
+    "rejected_format": ("rejected_format", "rejected_gptformat", "reject_gptformat"),
+    "fluent": ("fluent", "irr_hum"),
+}  # fmt: skip
+SIDES = ("chosen", "rejected")
 TRIES = 64  # draws of an answer that differs
 # Scripts without spaces between words: Thai, Lao, Tibetan, Myanmar, Khmer, kana, Han.
 UNSPACED = re.compile(
@@ -54,6 +69,7 @@ class Probe:
 
     prompt: Prompt
     responses: dict[str, str]
+    by_rule: tuple[str, ...] = ()  # the types among them that rules made
 
 
 def build_probe_set(
@@ -63,21 +79,25 @@ def build_probe_set(
     test: Source | None = None,
     sample: Callable[[list[Prompt]], list[str]] | None = None,
     tokenizer: Any = None,
+    rules: bool = False,
+    fluent: Sequence[str] = (),
     seed: int = 0,
 ) -> list[Probe]:
     """Make probes from training rows.
 
     Every probe has, as far as there is material: ``chosen`` and ``rejected`` of its row;
-    ``chosen_paraphrase`` and ``rejected_paraphrase`` where the row has such keys (text, or a list
-    of which the first is taken); ``sample``, an answer of the model before training;
-    ``other_train``, the answer to another training prompt; ``unrelated``, an answer from `test`;
-    ``permuted``, the words of the chosen answer in random order; ``random_words``, as many words
-    drawn from all answers. Words in a script without spaces (Chinese, Japanese, Thai and others)
-    are tokens of `tokenizer`; without one, with one that has no offsets, or where a token is the
-    whole word, they are characters.
+    ``chosen_semantic`` and ``rejected_semantic``, the answer in other words, and ``chosen_format``
+    and ``rejected_format``, another answer of its format, where the row has such keys (text, or a
+    list of which the first is taken), or by `rules`; ``sample``, an answer of the model before
+    training; ``other_train``, the answer to another training prompt; ``unrelated``, an answer from
+    `test`; ``fluent``, a sentence that has nothing to do with the data; ``permuted``, the words of
+    the chosen answer in random order; ``random_words``, as many words drawn from all answers. These
+    are the types of the paper on learning dynamics. Words in a script without spaces (Chinese,
+    Japanese, Thai and others) are tokens of `tokenizer`; without one, with one that has no offsets,
+    or where a token is the whole word, they are characters.
 
     No answer equals, white space apart, the one that it is compared with: the chosen answer, and of
-    ``rejected_paraphrase`` the rejected one too. Another is drawn or, where there is none, the type
+    rewrites of the rejected one that one too. Another is drawn or, where there is none, the type
     is left out; a warning counts those left out.
 
     Args:
@@ -87,6 +107,9 @@ def build_probe_set(
         test: rows in the same form that are not trained on.
         sample: prompts → answers, as `sampler` makes.
         tokenizer: of the model; needed for answers in a script without spaces alone.
+        rules: make by `ift.dynamics.rewrites` the rewrites that no row has; they are in
+            `Probe.by_rule`, and left out where no rule applies.
+        fluent: sentences to draw ``fluent`` from, for rows that have none.
         seed: of every draw.
 
     Returns:
@@ -109,6 +132,8 @@ def build_probe_set(
     chosen = sorted(draw.sample(range(len(rows)), min(size, len(rows))))
     words = _words([row["chosen"] for row in rows], tokenizer)
     pool = [word for text in words for word in text]
+    made = [t for t in REWRITES if rules and t != "fluent" and not any(t in row for row in rows)]
+    content = content_words([row["chosen"] for row in rows]) if made else []
     probes = []
     for index in chosen:
         row, answer_words = rows[index], words[index]
@@ -118,8 +143,11 @@ def build_probe_set(
             answers["unrelated"] = _unrelated(other, draw)
         answers["permuted"] = _permuted(answer_words, draw)
         answers["random_words"] = _random_words(len(answer_words), pool, draw)
+        if fluent and "fluent" not in row:
+            answers["fluent"] = iter(draw.sample(fluent, len(fluent)))
         responses |= {name: _differing(some, row["chosen"]) for name, some in answers.items()}
-        probes.append(Probe(row["prompt"], responses))
+        found = _rewritten(row, made, content, draw)
+        probes.append(Probe(row["prompt"], responses | found, tuple(found)))
     if sample is not None:
         for probe, text in zip(probes, sample([p.prompt for p in probes]), strict=True):
             probe.responses["sample"] = text
@@ -134,12 +162,12 @@ def _compared(probes: list[Probe]) -> list[Probe]:
         kept: dict[str, str] = {}
         for name in (name for name in TYPES if name in probe.responses):
             text = probe.responses[name]
-            compared = ("chosen", "rejected") if name == "rejected_paraphrase" else ("chosen",)
+            compared = ("chosen", "rejected") if name.startswith("rejected_") else ("chosen",)
             if text and not any(_same(text, kept[o]) for o in compared if o in kept):
                 kept[name] = text
             else:
                 missing[name] += 1
-        made.append(Probe(probe.prompt, kept))
+        made.append(Probe(probe.prompt, kept, tuple(t for t in probe.by_rule if t in kept)))
     if missing:
         counts = ", ".join(f"{name} {missing[name]}" for name in TYPES if missing[name])
         logger.warning(
@@ -188,6 +216,22 @@ def _random_words(count: int, pool: list[str], draw: random.Random) -> Iterator[
     return (_joined(draw.choices(pool, k=count)) for _ in range(TRIES if count else 0))
 
 
+def _rewritten(
+    row: dict[str, Any], types: list[str], pool: list[str], draw: random.Random
+) -> dict[str, str]:
+    """The rewrites of these types that rules make of a row, where they differ from its answers."""
+    found = {}
+    for name in types:
+        side, _, kind = name.partition("_")
+        text = row.get(side, "")
+        made = semantic(text) if kind == "semantic" else formatted(text, pool, draw)
+        differs = (t for t in made if not any(_same(t, row[s]) for s in SIDES if s in row))
+        other = next(differs, None)
+        if other is not None:
+            found[name] = other
+    return found
+
+
 def _words(texts: list[str], tokenizer: Any) -> list[list[str]]:
     """Of each text the words that `_joined` joins, most with a space in front."""
     words = [[" " + word for word in text.split()] for text in texts]
@@ -225,7 +269,7 @@ def _joined(words: list[str]) -> str:
 
 
 def _rows(name: str, source: Source) -> list[dict[str, Any]]:
-    """prompt, chosen and where there are, rejected and paraphrases, of each row."""
+    """prompt, chosen and where there are, rejected and rewrites, of each row."""
     if isinstance(source, (str, os.PathLike)):
         lines = read_records(source, FORMATS)
     else:
@@ -238,25 +282,24 @@ def _rows(name: str, source: Source) -> list[dict[str, Any]]:
 def _row(raw: Any, where: str) -> dict[str, Any]:
     if isinstance(raw, dict) and "chosen" in raw and "rejected" in raw:
         pair = pair_row(raw, where)
-        prompt, chosen = _split(pair.chosen.content)
-        row = {"prompt": prompt, "chosen": chosen, "rejected": _split(pair.rejected.content)[1]}
+        prompt, chosen = prompt_and_answer(pair.chosen.content)
+        rejected = prompt_and_answer(pair.rejected.content)[1]
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     else:
-        prompt, chosen = _split(training_row(raw, where).content)
+        prompt, chosen = prompt_and_answer(training_row(raw, where).content)
         row = {"prompt": prompt, "chosen": chosen}
-    for key in ("chosen_paraphrase", "rejected_paraphrase"):
-        value = raw.get(key, raw.get(key + "s"))
-        if isinstance(value, list):
-            value = value[0] if value else None
-        if value is None:
-            continue
-        if not isinstance(value, str):
-            raise DataError(f"{where}: {key!r} is a {json_type(value)}; expected text")
-        check_encodable(value, where, key)
-        row[key] = value
+    for name, keys in REWRITES.items():
+        for key in (key for key in keys if raw.get(key)):
+            value = raw[key][0] if isinstance(raw[key], list) else raw[key]
+            if not isinstance(value, str):
+                raise DataError(f"{where}: {key!r} is a {json_type(value)}; expected text")
+            check_encodable(value, where, key)
+            row[name] = value
+            break
     return row
 
 
-def _split(content: dict[str, Any]) -> tuple[Prompt, str]:
+def prompt_and_answer(content: dict[str, Any]) -> tuple[Prompt, str]:
     """Prompt and answer of a checked row."""
     messages = content.get("messages")
     if messages is None:
@@ -265,10 +308,20 @@ def _split(content: dict[str, Any]) -> tuple[Prompt, str]:
     return messages[:last], messages[last]["content"]
 
 
+def in_order(types: Iterable[str]) -> list[str]:
+    """The types, those of `TYPES` first, in their order."""
+    found = dict.fromkeys(types)
+    return [t for t in TYPES if t in found] + [t for t in found if t not in TYPES]
+
+
 def write_probes(probes: Sequence[Probe], path: str | Path) -> None:
     """Write a JSONL file, one probe a line."""
     lines = [
-        json.dumps({"prompt": p.prompt, "responses": p.responses}, ensure_ascii=False)
+        json.dumps(
+            {"prompt": p.prompt, "responses": p.responses}
+            | ({"by_rule": p.by_rule} if p.by_rule else {}),
+            ensure_ascii=False,
+        )
         for p in probes
     ]
     Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -295,7 +348,10 @@ def read_probes(path: str | Path) -> list[Probe]:
             if not isinstance(text, str) or not text:
                 raise DataError(f"{where}: response {name!r} is no text; expected {PROBE_FORMAT}")
             check_encodable(text, where, name)
-        probes.append(Probe(prompt, row["responses"]))
+        by_rule = row.get("by_rule", [])
+        if not (isinstance(by_rule, list) and all(n in list(row["responses"]) for n in by_rule)):
+            raise DataError(f"{where}: 'by_rule' is no list of types of its responses")
+        probes.append(Probe(prompt, row["responses"], tuple(by_rule)))
     return probes
 
 

@@ -1,5 +1,6 @@
-"""`ift dynamics run|plot|compare`: what they leave, resumption, errors."""
+"""`ift dynamics run|plot|heatmap`: what they leave, resumption, errors."""
 
+import json
 import shutil
 
 import pytest
@@ -30,8 +31,15 @@ def test_run_leaves_curves(trained):
     place, _ = trained
     probes = read_probes(place / "run" / "probes.jsonl")
     assert len(probes) == 3
-    wanted = {"chosen", "rejected", "other_train", "unrelated", "permuted", "random_words"}
-    assert all(set(p.responses) - {"sample"} == wanted for p in probes)
+    wanted = {"chosen", "rejected", "other_train", "unrelated", "fluent", "permuted",
+              "random_words", "chosen_format", "rejected_format"}  # fmt: skip
+    # A rule of other words applies to "small" alone.
+    semantic = {"chosen_semantic", "rejected_semantic"}
+    assert all(set(p.responses) - {"sample"} - semantic == wanted for p in probes)
+    for side in ("chosen", "rejected"):
+        texts = [(p.responses[side], p.responses.get(f"{side}_semantic")) for p in probes]
+        assert all(b == (a.replace("small", "little") if "small" in a else None) for a, b in texts)
+    assert all({"chosen_format", "rejected_format"} <= set(p.by_rule) for p in probes)
     given = [{k: p.responses[k] for k in ("chosen", "rejected")} | {"prompt": p.prompt}
              for p in probes]  # fmt: skip
     assert all(row in rows(20) for row in given)
@@ -39,6 +47,7 @@ def test_run_leaves_curves(trained):
     assert [r["step"] for r in records] == [0, 2, 4, 6]
     assert records[0]["types"]["chosen"] != records[-1]["types"]["chosen"]
     assert records[-1]["squeeze"]["negative_tokens"] > 0
+    assert 0 < records[0]["types"]["chosen"]["energy"] < 1 < records[0]["types"]["chosen"]["a_norm"]
     for name in ("tokens.jsonl", "curves.png", "curves.html"):
         assert (place / "run" / "dynamics" / name).stat().st_size > 500
     assert (place / "run" / "model" / "config.json").exists()
@@ -54,7 +63,7 @@ def test_resumed_run_is_the_same(trained, tmp_path):
     assert ours == wanted
 
 
-def test_plot_and_compare(trained, tmp_path, capsys):
+def test_plot(trained, tmp_path, capsys):
     place, _ = trained
     shutil.copytree(place / "run" / "dynamics", tmp_path / "other")
     (tmp_path / "other" / "curves.png").unlink()
@@ -62,11 +71,29 @@ def test_plot_and_compare(trained, tmp_path, capsys):
     assert (tmp_path / "other" / "curves.png").stat().st_size > 10000
     assert "again" in (tmp_path / "other" / "curves.html").read_text(encoding="utf-8")
     assert "steps 0 → 6" in capsys.readouterr().out
-    output = tmp_path / "compare.png"
-    runs = [str(place / "run"), str(tmp_path / "other")]
-    assert main(["dynamics", "compare", *runs, "--output", str(output)]) == 0
-    assert output.stat().st_size > 10000
-    assert all(run in capsys.readouterr().out for run in runs[:1])
+
+
+@pytest.mark.pictures
+def test_heatmap(trained, tmp_path, capsys):
+    """Of the types of a set that is given; the model is trained on each and put back."""
+    place, _ = trained
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "say red:", "responses": {"chosen": " red", "rejected": " blue round"}}\n'
+        '{"prompt": "say blue:", "responses": {"chosen": " blue"}}\n'
+    )
+    arguments = ["--data", str(place / "p.jsonl"), "--probes", str(tmp_path / "p.jsonl"), "--lr"]
+    output = tmp_path / "map"
+    arguments += ["1e-3", "--passes", "3", "--projections", "2", "--output", str(output)]
+    assert main(["dynamics", "heatmap", "--model", "tiny", "--cpu", *arguments]) == 0
+    record = json.loads((output / "heatmap.json").read_text())
+    assert record["types"] == ["chosen", "rejected"]
+    (chosen, other), (another, rejected) = record["heatmap"]
+    assert chosen > 0 and rejected > 0 and chosen > another and rejected > other
+    (a, b), (c, d) = record["kernel"]
+    assert min(a, b, d) > 0 and b == c
+    assert all((output / f"{n}.png").stat().st_size > 5000 for n in ("heatmap", "kernel"))
+    shown = capsys.readouterr().out
+    assert "change of log π per token\ntrained " in shown and "‖K‖ per pair of tokens" in shown
 
 
 # Matplotlib hides labels that start with "_", and fails on a formula that is none.
@@ -81,20 +108,9 @@ def test_names_are_shown_as_they_are(tmp_path, monkeypatch):
     stats = dict.fromkeys(report.PANELS, -1.0)
     types = dict.fromkeys(("_own", "5 $ or $\\frac$"), stats)
     records = [{"step": step, "types": types} for step in (0, 1)]
-    report.plot_comparison({"_a": records, "b": records}, tmp_path / "c.png")
+    report.comparison({"_a": records, "b": records}, report.plotting.styles(2))
     report.plot_curves(records, tmp_path / "d.png", "a $\\frac$ title")
     assert {" _a", "b", " _own", r"5 \$ or \$\frac\$"} <= set(drawn)
-
-
-def test_compare_refuses_one_run_twice_and_what_it_cannot_write(trained, tmp_path, capsys):
-    place, _ = trained
-    run = str(place / "run")
-    twice = ["dynamics", "compare", run, run + "/dynamics"]
-    assert "twice; expected different runs" in refusal(twice, capsys)
-    (tmp_path / "out").mkdir()
-    error = refusal(["dynamics", "compare", run, "--output", str(tmp_path / "out")], capsys)
-    assert "--output: cannot write" in error and error.count("\n") == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # no half picture is left
 
 
 @pytest.mark.parametrize(
@@ -105,10 +121,10 @@ def test_compare_refuses_one_run_twice_and_what_it_cannot_write(trained, tmp_pat
         ('{"step": 0, "types": {}}\n', "curves.jsonl line 1: expected an evaluation"),
     ],
 )
-@pytest.mark.parametrize("action", ["plot", "compare"])
-def test_damaged_curves(action, text, says, tmp_path, capsys):
+@pytest.mark.parametrize("command", ["dynamics plot", "report"])
+def test_damaged_curves(command, text, says, tmp_path, capsys):
     (tmp_path / "curves.jsonl").write_text(text, encoding="utf-8")
-    error = refusal(["dynamics", action, str(tmp_path)], capsys)
+    error = refusal([*command.split(), str(tmp_path)], capsys)
     assert says in error and error.count("\n") == 1
 
 
@@ -122,6 +138,7 @@ def test_resumed_run_refuses_other_probes(trained, tmp_path, capsys):
     assert main([*resumed, str(tmp_path / "run" / "probes.jsonl")]) == 0
 
 
+HEATMAP = ["heatmap", "--model", "tiny", "--data", "x", "--output", "y"]
 RUN = ["run", *PLAIN, "--data", "x", "--output", "y"]
 
 
@@ -129,7 +146,10 @@ RUN = ["run", *PLAIN, "--data", "x", "--output", "y"]
     ("arguments", "says"),
     [
         (["plot", "nowhere"], "DIR: no evaluations in nowhere"),
-        (["compare", "nowhere"], "DIR: no evaluations in nowhere"),
+        (["compare", "nowhere"], "action: invalid choice: 'compare'"),
+        ([*HEATMAP, "--projections", "1"], "--projections: got '1'; expected 0, or a whole"),
+        ([*HEATMAP, "--probe-fluent", "z"], "--probe-fluent: no file z; expected a text file"),
+        ([*HEATMAP, "--probe-every", "3"], "--probe-every: unknown option"),
         (["run", "--prob-size", "3"], "did you mean --probe-size or"),
         (["run", "--probe-size", "3"], "are required: --model, --data, --output"),
         ([*RUN, "--probe-sizes", "3"], "did you mean --probe-size or"),

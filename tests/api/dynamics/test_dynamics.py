@@ -27,7 +27,7 @@ from ift.dynamics import (
     write_probes,
 )
 from ift.dynamics.callback import read_records
-from ift.dynamics.evaluate import as_row
+from ift.dynamics.responses import as_row
 from ift.losses import dpo_loss
 from trainers import training_arguments
 
@@ -69,6 +69,8 @@ def plain(model, tokenizer, probes):
             found[i, name] = {
                 "ids": y,
                 "off_argmax": 1 - p.amax(1),
+                "energy": 1 - p.gather(1, y[:, None])[:, 0],
+                "a_norm": torch.stack([(torch.eye(len(q)) - q).norm() for q in p]),
                 "distance": (p - torch.nn.functional.one_hot(y, p.shape[1])).norm(dim=1),
                 **{name: stats[name] for name in STATISTICS},
             }
@@ -208,7 +210,7 @@ def test_each_prompt_runs_once(tokenizer):
 def test_probe_set():
     data = rows(20)
     data[3]["chosen_paraphrases"] = ["another way", "a third"]
-    data[3]["rejected_paraphrase"] = "a bad way"
+    data[3]["rejected_semantic"] = "a bad way"
 
     def sample(prompts):
         return [f"s{i}" if i else "" for i in range(len(prompts))]
@@ -219,8 +221,8 @@ def test_probe_set():
     )
     assert probes == again
     third = probes[3].responses
-    assert third["chosen_paraphrase"] == "another way"
-    assert third["rejected_paraphrase"] == "a bad way"
+    assert third["chosen_semantic"] == "another way"
+    assert third["rejected_semantic"] == "a bad way"
     assert "sample" not in probes[0].responses and third["sample"] == "s3"
     for probe, row in zip(probes, data, strict=True):
         r = probe.responses

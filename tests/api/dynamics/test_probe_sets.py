@@ -1,12 +1,16 @@
 """The answers of a probe set: words without spaces between them, and none that equals another."""
 
+import re
+
 import pytest
 import transformers as hf
 
 import causal_lms
 from ift import tiny
-from ift.dynamics import build_probe_set, sampler
+from ift.data_rows import DataError
+from ift.dynamics import build_probe_set, read_probes, sampler, write_probes
 from ift.dynamics.probes import _answer_text
+from ift.dynamics.rewrites import SAME, SENTENCES
 
 SPACELESS = {
     "chinese": ["我喜欢猫和狗。", "今天天气很好", "他在北京工作了很久"],
@@ -74,15 +78,15 @@ def test_no_answer_equals_the_chosen_one(answers, missing, caplog):
 
 
 def test_given_and_sampled_answers_that_equal_the_chosen_one(caplog):
-    """White space apart; of a paraphrase of the rejected answer, that one too."""
+    """White space apart; of a rewrite of the rejected answer, that one too."""
     data = [
         {"prompt": f"Q{i}?", "chosen": f" the answer {i}", "rejected": f"no {i}"} for i in range(4)
     ]
     for row, changes in zip(data, (
         {"rejected": data[0]["chosen"].strip()},
-        {"chosen_paraphrase": data[1]["chosen"] + "\n"},
-        {"rejected_paraphrase": data[2]["rejected"]},
-        {"chosen_paraphrase": "other", "rejected_paraphrase": "another"},
+        {"chosen_semantic": data[1]["chosen"] + "\n"},
+        {"reject_gptformat": data[2]["rejected"]},
+        {"chosen_paraphrase": "other", "rejected_semantic": "another"},
     ), strict=True):  # fmt: skip
         row |= changes
     test = [{"prompt": "t", "completion": row["chosen"]} for row in data[:2]]
@@ -93,11 +97,11 @@ def test_given_and_sampled_answers_that_equal_the_chosen_one(caplog):
             for p in probes]  # fmt: skip
     assert kept == [
         {"unrelated", "sample"}, {"rejected", "unrelated", "sample"}, {"rejected", "unrelated"},
-        {"rejected", "unrelated", "chosen_paraphrase", "rejected_paraphrase"},
+        {"rejected", "unrelated", "chosen_semantic", "rejected_semantic"},
     ]  # fmt: skip
     assert probes[0].responses["unrelated"] == data[1]["chosen"]  # the one that differs
     assert probes[1].responses["unrelated"] == data[0]["chosen"]
-    counts = "rejected 1, sample 2, chosen_paraphrase 1, rejected_paraphrase 1"
+    counts = "rejected 1, sample 2, chosen_semantic 1, rejected_format 1"
     assert caplog.records[-1].getMessage().endswith("compared with: " + counts)
 
 
@@ -114,3 +118,54 @@ def test_a_sampled_answer_keeps_its_leading_space():
         assert _answer_text("red", ids, 1, pieces) == text
     model = causal_lms.make("llama", vocab_size=len(words))
     assert sampler(model, pieces)([""]) == [""]  # nothing to start from
+
+
+ANSWERS = [
+    ("It is easy.\nFirst find 3 keys, then OPEN the Door!", "You do not need it."),
+    ("Red comes first. Blue follows.", "cats and dogs"),
+    ("yes", "no"),
+]
+
+
+def test_rewrites_by_rules(tmp_path):
+    """Made where no row has them and a rule applies; the set says which."""
+    data = [{"prompt": f"q{i}", "chosen": a, "rejected": b} for i, (a, b) in enumerate(ANSWERS)]
+    fluent = ["The goat slept.", "yes"]
+    probes = build_probe_set(data, rules=True, fluent=fluent, seed=2)
+    assert probes == build_probe_set(data, rules=True, fluent=fluent, seed=2)
+    first, second, third = (p.responses for p in probes)
+    assert first["chosen_semantic"] == "It's simple.\nFirst find 3 keys, then OPEN the Door!"
+    assert first["rejected_semantic"] == "You don't require it."
+    assert second["chosen_semantic"] == "Blue follows. Red comes first."
+    assert "rejected_semantic" not in second
+    assert not {"chosen_semantic", "chosen_format"} & set(third)
+    # Punctuation, lines, numbers, short words and capitals as they were; other words.
+    changed = first["chosen_format"]
+    assert re.sub(r"[a-z]{4,}", "w", changed, flags=re.I) == re.sub(
+        r"[a-z]{4,}", "w", ANSWERS[0][0], flags=re.I
+    )
+    assert changed != ANSWERS[0][0]
+    words = re.findall(r"[a-z]{4,}", changed, flags=re.I)
+    assert words[-2].isupper() and words[-1].istitle() and words[1].istitle()
+    assert [p.by_rule for p in probes] == [
+        ("chosen_semantic", "chosen_format", "rejected_semantic", "rejected_format"),
+        ("chosen_semantic", "chosen_format", "rejected_format"), (),
+    ]  # fmt: skip
+    assert {first["fluent"], second["fluent"]} <= set(fluent) and third["fluent"] == fluent[0]
+    write_probes(probes, tmp_path / "p.jsonl")
+    assert read_probes(tmp_path / "p.jsonl") == probes
+    # A rewrite that some row has is made for none.
+    data[2] |= {"chosen_gptformat": ["maybe"], "irr_hum": "A boat."}
+    given = build_probe_set(data, rules=True, fluent=fluent)
+    assert [p.responses.get("chosen_format") for p in given] == [None, None, "maybe"]
+    assert given[2].responses["fluent"] == "A boat." and given[2].by_rule == ()
+    for made in ('"x"', '["other"]', "[[]]"):
+        line = f'{{"prompt": "a", "responses": {{"b": "c"}}, "by_rule": {made}}}\n'
+        (tmp_path / "bad.jsonl").write_text(line)
+        with pytest.raises(DataError, match=r"bad.jsonl line 1: 'by_rule' is no list"):
+            read_probes(tmp_path / "bad.jsonl")
+
+
+def test_built_in_sentences_are_one_each():
+    assert len(set(SENTENCES)) == 20 and all(text.endswith(".") for text in SENTENCES)
+    assert all(a != b and a == a.lower() for a, b in SAME.items())
