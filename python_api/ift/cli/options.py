@@ -309,7 +309,9 @@ def _add_dynamics(parser: argparse.ArgumentParser) -> None:
     names = ("lr", "batch_size", "max_length", "seed", "cpu")
     steps = {name: TRAINING_OPTIONS[name] for name in names}
     add_options(heatmap, "training of each type", {**steps, **HEATMAP_OPTIONS})
-    heatmap.set_defaults(**dict.fromkeys(DEFAULTS))  # what else loading rows and models reads
+    heatmap.set_defaults(
+        **dict.fromkeys([*DEFAULTS, *OPTIONS])
+    )  # what else loading rows and models reads
 
 
 def resolve(arguments: argparse.Namespace) -> argparse.Namespace:

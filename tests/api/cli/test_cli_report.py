@@ -140,7 +140,7 @@ def test_a_model_that_cannot_generate_is_trained(data, tmp_path, monkeypatch, ca
     assert main(train(data, tmp_path / "run", *DPO)) == 0
     said = "no samples: LlamaForCausalLM cannot generate (NotImplementedError: no cache)\n"
     assert capsys.readouterr().err.count(said) == 1
-    wanted = "--samples: got it without an evaluation"
+    wanted = "--samples: got it without --eval-data or --eval-split"
     assert wanted in refusal(train(data, tmp_path / "b", "--samples", "2"), capsys)
 
 
