@@ -111,6 +111,7 @@ def add_adapter(model: Any, arguments: argparse.Namespace) -> Any:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     flag = "--lora-config" if arguments.lora_config else "--lora-rank"
+    targets = (arguments.lora_targets or "all-linear").split(",")
     if arguments.lora_config:
         path = Path(arguments.lora_config)
         options = _read_config(path, flag)
@@ -120,7 +121,6 @@ def add_adapter(model: Any, arguments: argparse.Namespace) -> Any:
         options = {k: v for k, v in options.items() if k not in ("auto_mapping", "peft_version")}
         options |= {"base_model_name_or_path": None, "inference_mode": False}
     else:
-        targets = arguments.lora_targets or ["all-linear"]
         rank, alpha = arguments.lora_rank, arguments.lora_alpha
         options = {
             "r": rank,
@@ -136,7 +136,7 @@ def add_adapter(model: Any, arguments: argparse.Namespace) -> Any:
         named = "--lora-targets" if arguments.lora_targets else flag
         raise CliError(named, error) from None
     layers = [name for name, part in adapted.named_modules() if isinstance(part, BaseTunerLayer)]
-    for target in arguments.lora_targets or ():
+    for target in targets:
         if target != "all-linear" and not any(name.endswith(f".{target}") for name in layers):
             raise CliError("--lora-targets", f"got {target}, which {type(model).__name__} has not")
     return adapted

@@ -39,16 +39,16 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
     return convert
 
 
-def names_of(known: Collection[str] = ()) -> Callable[[str], list[str]]:
+def names_of(known: Collection[str] = ()) -> Callable[[str], str]:
     """Names with commas between them, each one of `known` if any are given."""
 
-    def convert(text: str) -> list[str]:
+    def convert(text: str) -> str:
         found = [name.strip() for name in text.split(",")]
         if not all(found):
             raise argparse.ArgumentTypeError(f"got {text!r}; expected names with commas between")
         for name in found if known else ():
             one_of(known)(name)
-        return found
+        return ",".join(found)
 
     return convert
 

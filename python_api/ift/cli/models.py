@@ -265,7 +265,7 @@ def check_reporters(arguments: argparse.Namespace) -> None:
     import transformers
 
     installed = transformers.integrations.get_available_reporting_integrations()
-    for name in arguments.report_to or ():
+    for name in filter(None, (arguments.report_to or "").split(",")):
         if name not in installed:
             found = ", ".join(installed) or "none"
             problem = f"{name} is not installed; expected some of those that are ({found})"

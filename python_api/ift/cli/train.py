@@ -339,7 +339,7 @@ def build_training_arguments(arguments: argparse.Namespace, transformers: Any) -
             save_strategy="steps",
             eval_strategy="no",  # RunLog requests it, at steps that are logged
             save_total_limit=arguments.save_total_limit or None,
-            report_to=arguments.report_to or "none",
+            report_to=(arguments.report_to or "none").split(","),
             disable_tqdm=True,  # RunLog shows the bar
             dataloader_pin_memory=accelerated,
             remove_unused_columns=False,
