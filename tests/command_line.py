@@ -24,9 +24,9 @@ def write_rows(path, rows):
     return str(path)
 
 
-def read_log(output):
-    """The records of a run."""
-    lines = Path(output, "log.jsonl").read_text(encoding="utf-8").splitlines()
+def read_log(output, name="log.jsonl"):
+    """The records of a run, or those of another of its files."""
+    lines = Path(output, name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 

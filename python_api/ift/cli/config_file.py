@@ -106,8 +106,6 @@ def _converted(path: Path, flag: str, name: str, option: Option, value: Any) -> 
         if not isinstance(value, bool):
             raise CliError(flag, f"{path}: {name}: got {shown}; expected true or false")
         return value
-    if isinstance(value, list) and option.metavar == "NAMES":
-        value = ",".join(map(str, value))
     if isinstance(value, (bool, list, dict)):
         expected = "one of " + ", ".join(option.choices) if option.choices else "text or a number"
         raise CliError(flag, f"{path}: {name}: got {shown}; expected {expected}")

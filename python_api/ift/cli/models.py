@@ -11,7 +11,7 @@ from typing import Any
 
 from ift.cli import adapters, processes
 from ift.cli.errors import CliError
-from ift.cli.options import GPU_ATTENTION
+from ift.cli.option_tables import GPU_ATTENTION
 
 
 def check_model_path(model: str) -> None:

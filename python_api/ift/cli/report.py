@@ -15,7 +15,7 @@ from typing import Any
 
 from ift import pages, plotting
 from ift.cli.errors import CliError
-from ift.cli.options import REPORT_OPTIONS
+from ift.cli.option_tables import REPORT_OPTIONS
 from ift.files import JsonlLog, write_text
 from ift.text import number, shortened, table
 

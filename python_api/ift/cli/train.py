@@ -28,6 +28,7 @@ from ift.cli.models import (
     padding_id,
     turn_off_dropout,
 )
+from ift.cli.option_tables import DEFAULTS, REPLACES
 from ift.cli.processes import note
 from ift.cli.rows import read_rows, tokenise
 from ift.data import Collator, Encoded
@@ -243,7 +244,7 @@ def check_same_run(arguments: argparse.Namespace, output: Path) -> None:
         return
     with damage_in(path):
         before = {"processes": 1, **json.loads(path.read_text(encoding="utf-8"))}
-    for name, other in options.REPLACES.items():
+    for name, other in REPLACES.items():
         if before.get(name) is not None:
             before[other] = None
     known = options.known_options(arguments)
@@ -255,13 +256,13 @@ def check_same_run(arguments: argparse.Namespace, output: Path) -> None:
     now = saved_options(arguments, known)
     # Options without a value, since another one replaces them; that one is compared.
     replaced = {
-        name for pair in options.REPLACES.items() for name in pair
+        name for pair in REPLACES.items() for name in pair
         if now[name] is None and any(now[other] is not None for other in pair)
     }  # fmt: skip
     hashes = (f"{name}_sha256" for name in DATA)
     for name in ("model", "loss", "preset", *OPTIONS, *FIXED, "processes", *hashes):
         # A run of a version without the option had its default.
-        was = absolute(before.get(name, options.DEFAULTS.get(name)), known.get(name))
+        was = absolute(before.get(name, DEFAULTS.get(name)), known.get(name))
         if name not in replaced and now[name] != was and not longer(name, now[name], was):
             refuse_change(name, now[name], was, output)
 

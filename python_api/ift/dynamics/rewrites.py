@@ -72,7 +72,9 @@ def semantic(text: str) -> Iterator[str]:
         found = SAME[match[0].lower()]
         return found[0].upper() + found[1:] if match[0][0].isupper() else found
 
-    yield PHRASES.sub(other, text)
+    reworded = PHRASES.sub(other, text)
+    if reworded != text:
+        yield reworded
     sentences = SENTENCE.findall(text)
     if len(sentences) > 1 and "".join(sentences).strip() == text.strip():
         yield " ".join(s.strip() for s in (sentences[-1], *sentences[:-1]))

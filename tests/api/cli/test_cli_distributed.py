@@ -124,6 +124,10 @@ def test_launchers(launcher, data, one_process, tmp_path):
     told = [line for line in done.stderr.splitlines() if line.startswith("ift train:")]
     assert len(told) == 3 and told[0].startswith("ift train: disk: ")
     assert "32 rows" in told[1] and told[2].startswith("ift train: done")
-    assert sum(line.startswith("step 1/3") for line in done.stderr.splitlines()) == 1
+    assert sum(line.startswith("step 1/3  loss") for line in done.stderr.splitlines()) == 1
     names = {path.name for path in (tmp_path / "output").iterdir()}
-    assert names == {"checkpoint-2", "checkpoint-3", "curves.png", "log.jsonl", "model", "run.json"}
+    wanted = {"checkpoint-2", "checkpoint-3", "curves.png", "log.jsonl", "model", "run.json"}
+    assert names == wanted | {"samples.jsonl"}
+    samples = [[(line["step"], line["prompt"]) for line in read_log(path, "samples.jsonl")]
+               for path in (tmp_path / "output", one_process("sft"))]  # fmt: skip
+    assert samples[0] == samples[1] and len(samples[0]) == 3
