@@ -14,6 +14,7 @@ from torch import Tensor
 
 from examples.experiments.page import Page, band, error_of, main, shown
 from examples.experiments.tiny_lm import LENGTH, Lab, callback
+from ift import plotting
 from ift.dynamics import build_probe_set, sampler
 from ift.dynamics.callback import read_records
 from ift.dynamics.report import STYLES, ordered_types
@@ -118,8 +119,8 @@ def draw_sft(page: Page, seeds: Sequence[Seed]) -> None:
     about = "curves of supervised fine-tuning; bands: standard error over seeds"
     with page.picture("sft.png", about, 1, 2, width=10, height=4.2) as (figure, axes):
         for axis, (key, title) in zip(axes, titles.items(), strict=True):
-            for style, kind in zip(STYLES, ordered_types(runs[0]), strict=False):
-                draw_band(axis, runs, kind, key, label=kind, **style)
+            for kind in ordered_types(runs[0]):
+                draw_band(axis, runs, kind, key, label=kind, **STYLES.get(kind, {}))
             axis.set(title=title, xlabel="step")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
@@ -131,7 +132,7 @@ def draw_dpo(page: Page, seeds: Sequence[Seed]) -> None:
     with page.picture("dpo.png", about, 2, 3, width=12, height=6.4) as (figure, axes):
         panels = list(axes.flat)
         for panel, (title, (kind, key)) in zip(panels, FOLLOWED.items(), strict=False):
-            for style, name in zip(STYLES, (ONE, TEN, EXTEND, OWN, GUARD), strict=False):
+            for style, name in zip(plotting.styles(5), (ONE, TEN, EXTEND, OWN, GUARD), strict=True):
                 runs = [_since_first(seed.dpo[name]) for seed in seeds]
                 draw_band(panel, runs, kind, key, label=name, **style)
             panel.axhline(0, color="#888888", linewidth=0.7)

@@ -16,6 +16,14 @@ accelerate = pytest.importorskip("accelerate")
 CONFIG = IFTConfig(lam=0.9)
 
 
+@pytest.fixture(autouse=True)
+def no_accelerator_of_others():
+    """Its state is one for the process: a trainer of another test would fix the precision."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def class_forward(model):
     model.forward = types.MethodType(type(model).forward, model)
 

@@ -27,11 +27,14 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA extens
 
 @pytest.fixture
 def setup_py(monkeypatch):
-    """The functions of setup.py, fresh, in an environment without a toolkit."""
+    """The functions of setup.py, fresh, without a toolkit and as with a torch for CUDA."""
     for name in ("CUDA_HOME", "CUDA_PATH", "IFT_BUILD_CUDA", "IFT_CUDA_ARCHS", "IFT_NO_CPP"):
         monkeypatch.delenv(name, raising=False)
     with mock.patch("setuptools.setup"):
-        return runpy.run_path(str(ROOT / "setup.py"))
+        found = runpy.run_path(str(ROOT / "setup.py"))
+    names = found["toolkit"].__wrapped__.__globals__
+    monkeypatch.setitem(names, "torch_without_cuda", lambda: False)
+    return found
 
 
 def fake_toolkit(folder, release, runtime=True):
