@@ -64,7 +64,10 @@ def load_model(
                 model.set_attn_implementation(arguments.attn)
             except (ImportError, ValueError) as error:
                 raise CliError("--attn", f"got {arguments.attn}: {error}") from None
-        return model.to(gpu, training_dtype(arguments, torch.float32, False)), tokenizer
+        dtype = training_dtype(arguments, torch.float32, False)
+        for parameter in model.parameters():  # buffers stay float32, as in `from_pretrained`
+            parameter.data = parameter.data.to(dtype)
+        return model.to(gpu), tokenizer
     name = os.fspath(checkpoint or arguments.model)
     continued = adapters.is_adapter(name)
     base = adapters.base_of(name, flag) if continued else name

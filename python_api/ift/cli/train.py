@@ -154,8 +154,8 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
             original = model if start is None and arguments.reference is None else None
             with training_arguments.main_process_first(local=False):  # the others read its files
                 add_references(arguments, (original, tokenizer), train_rows,
-                               (train_data, eval_data), collator,
-                               training_arguments.device)  # fmt: skip
+                               (train_data, eval_data), collator, training_arguments.device,
+                               resumed=start is not None)  # fmt: skip
         if kind.pairs:
             collator = PairCollator(collator)
         trainer_class: Any = PairTrainer if kind.pairs else RunTrainer
