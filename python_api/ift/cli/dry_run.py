@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from ift.cli.losses import LOSSES
-from ift.cli.models import padding_id
-from ift.data import IGNORE_INDEX, Collator, Encoded, Example
+from ift.cli.models import build_collator
+from ift.data import IGNORE_INDEX, Encoded, Example
 from ift.data_rows import Row
 from ift.preference_data import SIDES, PairCollator
 from ift_kernels import explain
@@ -218,7 +218,8 @@ def _time(
 ) -> str:
     """The time of the run by that of a batch, or its operations where that would take long."""
     sides = _every(batch)
-    padded = len(sides) * max(len(side["input_ids"]) for side in sides)
+    tokens = [len(side["input_ids"]) for side in sides]
+    padded = sum(tokens) if arguments.packing else len(sides) * max(tokens)
     parameters = sum(p.numel() for p in model.parameters())
     # Per weight and token a multiplication and an addition, forward and twice backward.
     operations = 6.0 * parameters * padded
@@ -250,7 +251,7 @@ def _measured(
     from ift.cli.trainer import RunTrainer
 
     kind = LOSSES[arguments.loss]
-    collate: Any = Collator(padding_id(tokenizer))
+    collate = build_collator(arguments, tokenizer)
     options: dict[str, Any] = {"ift_config": loss}
     if kind.pairs:
         collate = PairCollator(collate)
