@@ -265,6 +265,13 @@ def test_report_refuses(runs, tmp_path, monkeypatch, capsys):
         error = refusal(["report", *arguments], capsys)
         assert says in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+    for name in ("log.jsonl", "run.json", "curves.png"):
+        file = tmp_path / name
+        file.write_bytes((place / "dpo" / name).read_bytes())
+        error = refusal(["report", run, "--output", str(file)], capsys)
+        assert f"--output: {file} is no page of HTML; expected a new file" in error
+        assert file.read_bytes() == (place / "dpo" / name).read_bytes()
+        file.unlink()
     (tmp_path / "log.jsonl").write_text("{}\n")
     assert "RUN: cannot read " in refusal(["report", str(tmp_path)], capsys)
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
