@@ -92,7 +92,8 @@ def test_heatmap(trained, tmp_path, capsys):
     (a, b), (c, d) = record["kernel"]
     assert min(a, b, d) > 0 and b == c
     assert all((output / f"{n}.png").stat().st_size > 5000 for n in ("heatmap", "kernel"))
-    shown = capsys.readouterr().out
+    shown, notes = capsys.readouterr()
+    assert "ift dynamics: 2 probes" in notes and "ift train: " not in notes
     files = {path: path.read_bytes() for path in output.iterdir()}
     again = ["dynamics", "heatmap", "--model", "tiny", "--cpu", *arguments]
     for left, said in (("probes.jsonl", "probes"), ("kernel.png", "kernel")):

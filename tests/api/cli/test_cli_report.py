@@ -56,7 +56,7 @@ def test_lines_of_a_run(runs):
     record = read_log(place / "dpo")[0]
     first, held_out, sample, *_ = lines
     assert re.fullmatch(
-        r"step 2/4  loss 0\.\d+  margin -?\d\S*  accuracy \d\S*  \S+ tokens/s  ETA \d+ \w+", first
+        r"step 2/4  loss 0\.\d+  margin -?\d\S*  accuracy \d\S*  \S+ tokens/s  ETA \d\S* \w+", first
     )
     assert held_out == f"step 2/4  held out: {words(record, 'eval_')}"
     assert sample.startswith("  sample: say ")
