@@ -15,7 +15,7 @@ from torch import nn
 from ift.cli import processes
 from ift.cli.adapters import adapts
 from ift.cli.errors import CliError
-from ift.cli.models import load_model
+from ift.cli.models import load_model, turn_off_dropout
 from ift.data import Collator
 from ift.files import replacing
 from ift.head_pass import evaluating
@@ -135,6 +135,8 @@ def add_references(
         if frozen:  # as it is, without a new adapter
             named.lora_rank = named.lora_config = None
         model, its_tokenizer = load_model(named, rows, None, flag, frozen=frozen)
+        if arguments.reference is None and not arguments.dropout:
+            turn_off_dropout(model)  # as of the policy that was the reference of the first process
         policy_of = "--model" if not resumed else "the checkpoint"
         vocabularies = its_tokenizer.get_vocab(), tokenizer.get_vocab()
         check_same_tokens(flag, named.model, policy_of, *vocabularies)

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CliError("--output", f"no directory {output.parent}; expected one that exists")
     if output.is_dir():
         raise CliError("--output", f"got the directory {output}; expected a file to write")
-    if output.exists() and not _is_page(output):
+    if output.is_file() and not _is_page(output):
         raise CliError("--output", f"{output} is no page of HTML; expected a new file or a page")
     runs, places = [], set()
     for path in arguments.runs:
