@@ -1,4 +1,4 @@
-"""Numbers, durations and tables as a reader wants them."""
+"""Numbers, durations, sizes and tables as a reader wants them."""
 
 from __future__ import annotations
 
@@ -27,17 +27,34 @@ def number(value: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that gives a short number: 40 s, 2 min, 2.2 h, 3.1 days.
+    """In the unit that gives a short number: 4 ms, 0.4 s, 40 s, 2 min, 2.2 h, 3.5 days.
 
-    >>> [duration(s) for s in (0.4, 40, 130, 8000, 3e5)]
-    ['0 s', '40 s', '2 min', '2.2 h', '3.5 days']
+    >>> [duration(s) for s in (0.004, 0.4, 40, 130, 8000, 3e5)]
+    ['4 ms', '0.4 s', '40 s', '2 min', '2.2 h', '3.5 days']
     """
+    if seconds < 0.095:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 9.5:
+        return f"{seconds:.1f} s"
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} min"
     hours = seconds / 3600
     return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def size(count: float) -> str:
+    """Bytes, in decimal units.
+
+    >>> [size(n) for n in (512, 45_300, 14.5e9, 3e12)]
+    ['512 B', '45.3 kB', '14.5 GB', '3.0 TB']
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.{0 if unit == 'B' else 1}f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

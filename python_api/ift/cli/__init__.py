@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from ift.cli import processes
 from ift.cli.errors import CliError
 from ift.cli.options import build_parser
 
@@ -60,6 +61,7 @@ def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     try:
         arguments = parser.parse(argv)
+        processes.command = arguments.command
         command = importlib.import_module(f"ift.cli.{arguments.command}")
         return int(command.run(arguments))
     except CliError as error:

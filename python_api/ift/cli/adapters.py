@@ -31,7 +31,7 @@ def check_adapter(arguments: argparse.Namespace) -> None:
 
     Raises:
         CliError: a new adapter on an adapter; ``--quantize`` or ``--merge`` without one, or both;
-            PEFT or bitsandbytes is not installed.
+            ``--freeze-head`` with one; PEFT or bitsandbytes is not installed.
     """
     sources = [name for name in ("lora_rank", "lora_config") if getattr(arguments, name)]
     if is_adapter(arguments.model):
@@ -52,6 +52,12 @@ def check_adapter(arguments: argparse.Namespace) -> None:
     if arguments.merge and arguments.quantize:
         problem = "got it with --quantize, whose rounded weights it would write; expected either"
         raise CliError("--merge", problem)
+    if arguments.freeze_head and sources:
+        raise CliError(
+            "--freeze-head",
+            f"got it with the adapter of {flag_of(sources[0])}, which freezes the head or, by "
+            "modules_to_save, trains it; expected one of the two",
+        )
     if sources:
         _check_installed("peft", flag_of(sources[0]), "lora")
     if arguments.quantize:
@@ -105,7 +111,7 @@ def add_adapter(model: Any, arguments: argparse.Namespace) -> Any:
     """`model`, frozen, with the new adapter of the arguments, which changes nothing at first.
 
     Raises:
-        CliError: a configuration that PEFT refuses; a target that no layer has.
+        CliError: a configuration that PEFT refuses; a target that no layer has, or the head.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -118,8 +124,11 @@ def add_adapter(model: Any, arguments: argparse.Namespace) -> Any:
         kind = options.pop("peft_type", "LORA")
         if kind != "LORA":
             raise CliError(flag, f"{path} has peft_type {kind}; expected LORA")
+        task = options.get("task_type") or "CAUSAL_LM"
+        if task != "CAUSAL_LM":
+            raise CliError(flag, f"{path} has task_type {task}; expected CAUSAL_LM")
         options = {k: v for k, v in options.items() if k not in ("auto_mapping", "peft_version")}
-        options |= {"base_model_name_or_path": None, "inference_mode": False}
+        options |= {"base_model_name_or_path": None, "inference_mode": False, "task_type": task}
     else:
         rank, alpha = arguments.lora_rank, arguments.lora_alpha
         options = {
@@ -127,18 +136,34 @@ def add_adapter(model: Any, arguments: argparse.Namespace) -> Any:
             "lora_alpha": 2 * rank if alpha is None else alpha,
             "lora_dropout": arguments.lora_dropout or 0.0,
             "target_modules": targets[0] if targets == ["all-linear"] else targets,
+            "task_type": "CAUSAL_LM",
         }
+    named = "--lora-targets" if arguments.lora_targets else flag
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of PEFT's calls of transformers
-            adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **options}))
-    except (TypeError, ValueError) as error:
-        named = "--lora-targets" if arguments.lora_targets else flag
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapted = get_peft_model(model, LoraConfig(**options))
+    except Exception as error:
+        if arguments.lora_config:
+            # PEFT checks few values: a wrong one raises whatever its use does.
+            problem = f"PEFT refuses {path} ({type(error).__name__}: {error})"
+            raise CliError(flag, problem) from None
+        if not isinstance(error, (TypeError, ValueError)):
+            raise
         raise CliError(named, error) from None
+    if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
+        where = f" in {path}" if arguments.lora_config else ""
+        problem = f"got the output head{where}, which has to stay a plain linear layer"
+        hint = "expected other layers; modules_to_save of --lora-config trains the head whole"
+        raise CliError(named, f"{problem}; {hint}")
+    for warning in caught:
+        if not issubclass(warning.category, FutureWarning):  # of PEFT's calls of transformers
+            warnings.warn(warning.message, stacklevel=2)
     layers = [name for name, part in adapted.named_modules() if isinstance(part, BaseTunerLayer)]
     for target in targets:
         if target != "all-linear" and not any(name.endswith(f".{target}") for name in layers):
-            raise CliError("--lora-targets", f"got {target}, which {type(model).__name__} has not")
+            problem = f"got {target}; {type(model).__name__} has no such layer"
+            raise CliError("--lora-targets", problem)
     return adapted
 
 

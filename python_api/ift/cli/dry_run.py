@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 from ift.cli.losses import LOSSES
-from ift.cli.models import padding_id
-from ift.data import IGNORE_INDEX, Collator, Encoded, Example
+from ift.cli.models import build_collator
+from ift.cli.weights import optimizer_bytes
+from ift.data import IGNORE_INDEX, Encoded, Example
 from ift.data_rows import Row
 from ift.preference_data import SIDES, PairCollator
+from ift.text import duration, size
 from ift_kernels import explain
 
 WIDTH = 80
@@ -31,8 +33,6 @@ BINS = 32
 # A step is timed where it takes no more operations than these.
 TIMED = {"cpu": 4e12}
 TIMED_ELSEWHERE = 4e15
-# Values that an optimizer keeps of each weight.
-STATES = {"adamw": 2, "rmsprop": 1, "sgd": 0, "adafactor": 0}  # the last keeps sums of rows
 
 
 def show(
@@ -176,25 +176,14 @@ def memory(model: Any, arguments: argparse.Namespace, targets: int, device: Any)
         max(1, targets), vocabulary, width, torch.bfloat16 if arguments.bf16 else head.dtype,
         need_weight=head.requires_grad, gradient=arguments.gradient, device=device,
     )  # fmt: skip
-    state = sum(p.numel() * p.element_size() for p in trained) * STATES[arguments.optimizer]
-    if arguments.optimizer == "adafactor":
-        state = sum(4 * (p.numel() // p.shape[-1] + p.shape[-1]) for p in trained if p.dim() > 1)
     parts = {
-        "weights": sum(p.numel() * p.element_size() for p in weights),
-        "gradients": sum(p.numel() * p.element_size() for p in trained),
-        arguments.optimizer: state,
+        "weights": sum(p.nbytes for p in weights),
+        "gradients": sum(p.nbytes for p in trained),
+        arguments.optimizer: optimizer_bytes(trained, arguments.optimizer),
         "head": plan.peak_bytes,
     }
-    shown = " + ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
-    return f"memory: {shown} = {_bytes(sum(parts.values()))}, and activations"
-
-
-def _bytes(size: float) -> str:
-    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if size >= 2**power:
-            amount = size / 2**power
-            return f"{amount:.1f} {unit}" if amount < 100 else f"{amount:.0f} {unit}"
-    return f"{size:.0f} B"
+    shown = " + ".join(f"{name} {size(count)}" for name, count in parts.items())
+    return f"memory: {shown} = {size(sum(parts.values()))}, and activations"
 
 
 def _targets(batch: Sequence[dict[str, Any]]) -> int:
@@ -218,7 +207,8 @@ def _time(
 ) -> str:
     """The time of the run by that of a batch, or its operations where that would take long."""
     sides = _every(batch)
-    padded = len(sides) * max(len(side["input_ids"]) for side in sides)
+    tokens = [len(side["input_ids"]) for side in sides]
+    padded = sum(tokens) if arguments.packing else len(sides) * max(tokens)
     parameters = sum(p.numel() for p in model.parameters())
     # Per weight and token a multiplication and an addition, forward and twice backward.
     operations = 6.0 * parameters * padded
@@ -250,7 +240,7 @@ def _measured(
     from ift.cli.trainer import RunTrainer
 
     kind = LOSSES[arguments.loss]
-    collate: Any = Collator(padding_id(tokenizer))
+    collate = build_collator(arguments, tokenizer)
     options: dict[str, Any] = {"ift_config": loss}
     if kind.pairs:
         collate = PairCollator(collate)
@@ -276,14 +266,3 @@ def _measured(
             trainer.training_step(trainer.model, inputs, count).item()
             seconds = time.perf_counter() - start
     return seconds
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a reader has them: 0.12 s, 45 s, 12 min, 3.4 h, 2.5 days."""
-    if seconds < 10:
-        return f"{seconds:.2f} s"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

@@ -68,6 +68,10 @@ def _heatmap(arguments: argparse.Namespace) -> int:
     rows, _ = read_rows(arguments)
     output = Path(arguments.output)
     train.check_output(output, resume=False)
+    for name in (SET, "heatmap.json", "heatmap.png", "kernel.png"):
+        path, given = output / name, arguments.probes
+        if path.exists() and not (given is not None and path.samefile(given)):
+            raise CliError("--output", f"{path} exists; expected a directory without another map")
 
     import torch  # from here on it takes seconds
     import transformers
@@ -84,7 +88,6 @@ def _heatmap(arguments: argparse.Namespace) -> int:
         model.to(torch.accelerator.current_accelerator())
     with refusals("--probes" if arguments.probes is not None else "--data"):
         probes = _probes(arguments, [], model, tokenizer)
-    write_probes(probes, output / SET)
     note(f"{_described(probes)}, trained on one type after the other")
     length = {"max_length": arguments.max_length}
     with refusals("--model"):
@@ -101,6 +104,7 @@ def _heatmap(arguments: argparse.Namespace) -> int:
     with _writing("--output", output):
         values = {name: map_.values.tolist() for name, map_ in found.items()}
         record = {"types": found["heatmap"].types, **values}
+        write_probes(probes, output / SET)
         write_text(output / "heatmap.json", json.dumps(finite(record)) + "\n")
         for name, map_ in found.items():
             if plotting.available():

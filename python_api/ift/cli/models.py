@@ -64,7 +64,10 @@ def load_model(
                 model.set_attn_implementation(arguments.attn)
             except (ImportError, ValueError) as error:
                 raise CliError("--attn", f"got {arguments.attn}: {error}") from None
-        return model.to(gpu, training_dtype(arguments, torch.float32, False)), tokenizer
+        dtype = training_dtype(arguments, torch.float32, False)
+        for parameter in model.parameters():  # buffers stay float32, as in `from_pretrained`
+            parameter.data = parameter.data.to(dtype)
+        return model.to(gpu), tokenizer
     name = os.fspath(checkpoint or arguments.model)
     continued = adapters.is_adapter(name)
     base = adapters.base_of(name, flag) if continued else name
@@ -236,7 +239,7 @@ def check_positions(model: Any, length: int, flag: str) -> None:
 
 
 def turn_off_dropout(model: Any) -> int:
-    """Set every dropout of a model to 0, of its configuration as well; how many values those were.
+    """Set every dropout of a model to 0, of its configurations as well; how many values those were.
 
     Models draw it in modules of torch, or in functions with a probability that a module or the
     configuration holds under a name with "drop" in it (layer drop among them).
@@ -245,6 +248,7 @@ def turn_off_dropout(model: Any) -> int:
 
     owners = [*model.modules(), *(m.config for m in model.modules() if hasattr(m, "config"))]
     owners += [c.get_text_config() for c in owners if hasattr(c, "get_text_config")]
+    owners += getattr(model, "peft_config", {}).values()
     changed = 0
     for owner in owners:
         names = ["p"] if isinstance(owner, _DropoutNd) else [n for n in vars(owner) if "drop" in n]
@@ -322,6 +326,15 @@ def check_packing(model: Any) -> None:
             f"{name} does not keep the rows of a sequence apart (it needs more "
             "than position_ids that start anew); expected no --packing",
         )
+
+
+def build_collator(arguments: argparse.Namespace, tokenizer: Any) -> Any:
+    """What makes batches of the run's rows."""
+    from transformers import DataCollatorWithFlattening
+
+    from ift.data import Collator
+
+    return DataCollatorWithFlattening() if arguments.packing else Collator(padding_id(tokenizer))
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 
 from ift.cli.errors import CliError
 
+command = "train"  # the one that runs, as its notes name it
+
 
 def count() -> int:
     """How many processes torchrun, accelerate or another launcher started."""
@@ -24,7 +26,7 @@ def is_first() -> bool:
 def note(text: str) -> None:
     """Print a line that is no error, from one process."""
     if is_first():
-        print(f"ift train: {text}", file=sys.stderr, flush=True)
+        print(f"ift {command}: {text}", file=sys.stderr, flush=True)
 
 
 def check_launcher() -> None:

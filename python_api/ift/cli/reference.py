@@ -15,7 +15,7 @@ from torch import nn
 from ift.cli import processes
 from ift.cli.adapters import adapts
 from ift.cli.errors import CliError
-from ift.cli.models import load_model
+from ift.cli.models import load_model, turn_off_dropout
 from ift.data import Collator
 from ift.files import replacing
 from ift.head_pass import evaluating
@@ -49,17 +49,31 @@ def add_reference(
     cache: Path,
     *,
     bf16: bool = False,
+    expected_by: str | None = None,
 ) -> bool:
     """Add the reference sums of its sequences to every pair; from `cache` where it has them.
 
     Sums are of the log-probabilities of a sequence's targets; no logits are held. With `bf16` under
     autocast, as the policy is computed. A damaged file is computed and written again.
 
+    Args:
+        expected_by: of a resumed run, the option that names the reference.
+
     Returns:
         Whether the cache had them.
+
+    Raises:
+        CliError: a resumed run whose cache holds others.
     """
     waiting = list(data.sides())
     file = cache / f"{fingerprint(model, waiting, bf16)}.npy"
+    if expected_by is not None and cache.is_dir() and not file.exists():
+        raise CliError(
+            expected_by,
+            "got a reference of other weights or configuration, other tokens or another precision "
+            f"than when the run was started; expected the one whose log-probabilities are in "
+            f"{cache}",
+        )
     sums = _read_sums(file, len(waiting))
     cached = sums is not None
     if sums is None:
@@ -100,41 +114,59 @@ def add_references(
     sets: tuple[Any, ...],
     collator: Collator,
     device: torch.device,
+    *,
+    resumed: bool,
 ) -> None:
     """Add the reference's log-probabilities to the pairs: of a model loaded here, or the policy.
 
     Args:
         policy: the model before training, or None if it is that no more, and the tokenizer.
+        resumed: the run continues from a checkpoint, so the reference has to be that of its start.
+
+    Raises:
+        CliError: another reference than that; one with other token ids.
     """
     model, tokenizer = policy
+    flag = "--model" if arguments.reference is None else "--reference"
     if model is None:
         named = argparse.Namespace(**vars(arguments))
         named.model = arguments.reference or arguments.model
-        flag = "--model" if arguments.reference is None else "--reference"
         frozen = arguments.reference is not None and adapts(arguments)
         if frozen:  # as it is, without a new adapter
             named.lora_rank = named.lora_config = None
         model, its_tokenizer = load_model(named, rows, None, flag, frozen=frozen)
-        check_same_tokens(named.model, its_tokenizer.get_vocab(), tokenizer.get_vocab())
+        if arguments.reference is None and not arguments.dropout:
+            turn_off_dropout(model)  # as of the policy that was the reference of the first process
+        policy_of = "--model" if not resumed else "the checkpoint"
+        vocabularies = its_tokenizer.get_vocab(), tokenizer.get_vocab()
+        check_same_tokens(flag, named.model, policy_of, *vocabularies)
     if arguments.quantize is None:  # else it was loaded there, and cannot be moved
         model.to(device)
     cache = Path(arguments.output) / "reference"
     for data in sets:
         if data.examples and add_reference(
-            data, model, collator, arguments.batch_size, device, cache, bf16=arguments.bf16
-        ):
+            data, model, collator, arguments.batch_size, device, cache, bf16=arguments.bf16,
+            expected_by=flag if resumed else None,
+        ):  # fmt: skip
             processes.note(
                 f"reference log-probabilities of {len(data.examples)} examples read from {cache}"
             )
 
 
-def check_same_tokens(reference: str, theirs: dict[str, int], ours: dict[str, int]) -> None:
-    """Refuse a reference model for which the ids of the data would be other tokens."""
+def check_same_tokens(
+    flag: str, reference: str, policy: str, theirs: dict[str, int], ours: dict[str, int]
+) -> None:
+    """Refuse a reference model for which the ids of the data would be other tokens.
+
+    Args:
+        flag: the option that names `reference`.
+        policy: where the policy is from.
+    """
     for token in sorted(theirs.keys() | ours.keys()):
         there, here = theirs.get(token), ours.get(token)
         if there != here:
             raise CliError(
-                "--reference",
+                flag,
                 f"{reference}: the token {token!r} is {there} in its tokenizer; expected {here} as "
-                "in that of --model",
+                f"in that of {policy}",
             )

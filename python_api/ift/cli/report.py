@@ -70,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise CliError("--output", f"no directory {output.parent}; expected one that exists")
     if output.is_dir():
         raise CliError("--output", f"got the directory {output}; expected a file to write")
+    if output.is_file() and not _is_page(output):
+        raise CliError("--output", f"{output} is no page of HTML; expected a new file or a page")
     runs, places = [], set()
     for path in arguments.runs:
         place = Path(path).resolve()
@@ -92,6 +94,16 @@ def run(arguments: argparse.Namespace) -> int:
             print(line)
     print(f"page: {output}")
     return 0
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file is HTML, or empty, so that a page may take its place."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64).strip().lower()
+    except OSError as error:
+        raise CliError("--output", f"cannot read {path} ({error.strerror})") from None
+    return not start or start.startswith((b"<!doctype html", b"<html"))
 
 
 # ---- reading -------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from ift.dynamics.probes import prompt_and_answer, sampler
 from ift.files import JsonlLog
 from ift.text import shortened
 
-FILE = "samples.jsonl"
 TOKENS = 32  # of a continuation
 
 

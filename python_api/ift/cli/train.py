@@ -20,18 +20,18 @@ from ift.cli.config_file import DATA, RUN_FILE, absolute, saved_options
 from ift.cli.errors import CliError, refusals
 from ift.cli.losses import LOSSES, OPTIONS, build_loss
 from ift.cli.models import (
+    build_collator,
     check_model_path,
     check_positions,
     check_reporters,
     check_supported,
     load_model,
-    padding_id,
     turn_off_dropout,
 )
 from ift.cli.option_tables import DEFAULTS, REPLACES
 from ift.cli.processes import note
 from ift.cli.rows import read_rows, tokenise
-from ift.data import Collator, Encoded
+from ift.data import Encoded
 from ift.data_rows import Row
 from ift.files import JsonlLog, write_text
 from ift.preference_data import EncodedPairs, PairCollator
@@ -137,11 +137,7 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
             show(arguments, train_rows, model, tokenizer, loss, sets, training_arguments, steps)
         return 0
     stop = StopOnSignal(alone=training_arguments.world_size == 1)
-    collator: Any = (
-        transformers.DataCollatorWithFlattening()
-        if arguments.packing
-        else Collator(padding_id(tokenizer))
-    )
+    collator = build_collator(arguments, tokenizer)
     title = f"{arguments.loss.upper()} of {Path(arguments.model).name} on "
     callbacks: list[Any] = [RunLog(log, eval_steps, title + Path(arguments.data).name), stop]
     if arguments.samples:
@@ -154,8 +150,8 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
             original = model if start is None and arguments.reference is None else None
             with training_arguments.main_process_first(local=False):  # the others read its files
                 add_references(arguments, (original, tokenizer), train_rows,
-                               (train_data, eval_data), collator,
-                               training_arguments.device)  # fmt: skip
+                               (train_data, eval_data), collator, training_arguments.device,
+                               resumed=start is not None)  # fmt: skip
         if kind.pairs:
             collator = PairCollator(collator)
         trainer_class: Any = PairTrainer if kind.pairs else RunTrainer

@@ -62,7 +62,8 @@ class ResumableRun(_Base):
         self._pending: list[tuple[Tensor, Tensor]] = []  # (loss, tokens), still on the device
         self._staging: Path | None = None
         self._saved_dtype: torch.dtype | None = None
-        self.add_callback(_Clock(self))
+        # First: at the end of a step other callbacks measure the model.
+        self.callback_handler.callbacks.insert(0, _Clock(self))
 
     # ---- checkpoints ----
 

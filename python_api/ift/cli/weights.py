@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ift.cli.adapters import adapts
 from ift.cli.arguments import flag_of
 from ift.cli.errors import CliError
 from ift.cli.processes import note
+from ift.text import size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINAL_DTYPE = "final_dtype.txt"  # in a checkpoint: that of model/
@@ -143,10 +145,15 @@ def checkpoint_bytes(model: nn.Module, optimizer: str) -> int:
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     saved = trained if hasattr(model, "peft_config") else list(model.parameters())
-    total = sum(p.nbytes for p in saved)
+    return sum(p.nbytes for p in saved) + optimizer_bytes(trained, optimizer)
+
+
+def optimizer_bytes(trained: Iterable[Tensor], optimizer: str) -> int:
+    """What the states of an optimizer take: Adafactor's are float32 sums of rows and columns."""
     if optimizer in _STATES:
-        return total + _STATES[optimizer] * sum(p.nbytes for p in trained)
-    for p in trained:  # Adafactor: float32 sums of rows and columns
+        return _STATES[optimizer] * sum(p.nbytes for p in trained)
+    total = 0
+    for p in trained:
         rows_and_columns = p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.dim() > 1 else 0
         total += 4 * (rows_and_columns or p.numel())
     return total
@@ -201,12 +208,3 @@ def check_disk(
             f"fewer checkpoints ({flag_of('save_steps')}, {flag_of('save_total_limit')})",
         )
     note(f"disk: {needs}; {size(free)} free")
-
-
-def size(count: float) -> str:
-    """Bytes for a reader: 14.5 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.{0 if unit == 'B' else 1}f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

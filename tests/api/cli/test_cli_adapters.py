@@ -12,7 +12,8 @@ import transformers as hf
 from causal_lms import make
 from command_line import read_log, refusal, train, untimed, write_rows
 from ift.cli import main
-from ift.tiny import train_tokenizer
+from ift.cli.models import turn_off_dropout
+from ift.tiny import tiny_llama, train_tokenizer
 
 peft = pytest.importorskip("peft")
 WORDS = ["the", "model", "learns", "to", "name", "what", "comes", "next", "and", "some", "more"]
@@ -230,12 +231,13 @@ REFUSED = {
     "--lora-rank 2 --lora-dropout 1": "--lora-dropout: got '1'; expected a fraction in [0, 1)",
     "--lora-rank 2 --lora-targets q_proj,": "--lora-targets: got 'q_proj,'; expected names",
     "--lora-rank 2 --lora-targets r_proj": "--lora-targets: Target modules {'r_proj'} not found",
-    "--lora-rank 2 --lora-targets q_proj,r_proj": "--lora-targets: got r_proj, which Llama",
+    "--lora-rank 2 --lora-targets q_proj,r_proj": "--lora-targets: got r_proj; Llama",
     "--lora-rank 2 --lora-config x.json": "--lora-config: got it beside --lora-rank",
     "--lora-config /nowhere.json": "--lora-config: cannot read /nowhere.json",
     "--lora-rank 2 --model tiny": "--lora-rank: got it with --model tiny, whose weights",
     "--lora-rank 2 --dtype float16": "--dtype: got float16, in which small gradients are zero",
     "--quantize 4bit": "--quantize: got it without --lora-rank or --lora-config",
+    "--lora-rank 2 --freeze-head": "--freeze-head: got it with the adapter of --lora-rank, which",
     "--merge": "--merge: got it without an adapter; expected --lora-rank or --lora-config",
     "--quantize 3bit": "--quantize: got '3bit'; expected one of 4bit, 8bit",
 }
@@ -247,10 +249,24 @@ def test_refused(given, base, data, tmp_path, capsys):
     assert said.splitlines()[-1].startswith(f"ift: {REFUSED[given]}")
 
 
-def test_lora_on_the_head_is_refused_by_name(base, data, tmp_path, capsys):
-    given = ["--lora-rank", "2", "--lora-targets", "q_proj,lm_head"]
-    said = refusal(train(data, tmp_path / "out", *SFT, *given, model=base), capsys)
-    assert "expected a plain linear output head, LlamaForCausalLM has peft" in said
+@pytest.mark.parametrize("targets", ["lm_head", "q_proj,lm_head"])
+def test_lora_on_the_head_is_refused_by_name(targets, rows, data, tmp_path, capsys, recwarn):
+    """Here tied to the embedding, of which PEFT warns."""
+    tokenizer = train_tokenizer([text for row in rows for text in row.values()], 300)
+    for part in (tiny_llama(tokenizer, hidden=32, layers=1), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    given = ["--lora-rank", "2", "--lora-targets", targets]
+    said = refusal(train(data, tmp_path / "out", *SFT, *given, model=tmp_path / "base"), capsys)
+    assert said.splitlines()[-1].startswith("ift: --lora-targets: got the output head, which has")
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
+
+
+def test_no_dropout_of_an_adapter_is_in_its_configuration():
+    config = peft.LoraConfig(r=2, lora_dropout=0.1, target_modules="all-linear")
+    model = peft.get_peft_model(make("llama"), config)
+    assert turn_off_dropout(model) > 1
+    assert model.peft_config["default"].lora_dropout == 0
+    assert not any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
 
 
 def test_other_adapters_in_a_file_are_refused(base, data, tmp_path, capsys):
@@ -259,6 +275,11 @@ def test_other_adapters_in_a_file_are_refused(base, data, tmp_path, capsys):
         '{"peft_type": "IA3"}': "has peft_type IA3; expected LORA",
         "[]": "holds a list; expected PEFT's adapter_config.json",
         '{"r": 2, "colour": 3}': "unexpected keyword argument 'colour'",
+        '{"r": 2, "target_modules": [3]}': f"--lora-config: PEFT refuses {file} (AttributeError: ",
+        '{"r": "x"}': f"--lora-config: PEFT refuses {file} (TypeError: ",
+        '{"r": 2, "target_modules": "nothing"}': "Error: Target modules nothing not found",
+        '{"r": 2, "target_modules": ["lm_head"]}': f"got the output head in {file}, which has to",
+        '{"r": 2, "task_type": "SEQ_CLS"}': "has task_type SEQ_CLS; expected CAUSAL_LM",
     }.items():
         file.write_text(content)
         given = train(data, tmp_path / "out", *SFT, "--lora-config", file, model=base)

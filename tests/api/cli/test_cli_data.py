@@ -15,7 +15,7 @@ from command_line import read_log, refusal, train, untimed, write_rows
 from ift import losses
 from ift.cli import main
 from ift.cli import options as cli_options
-from ift.cli.dry_run import described, duration, lengths, token_text
+from ift.cli.dry_run import described, lengths, token_text
 from ift.cli.losses import build_loss
 from ift.cli.preference import PairTrainer
 from ift.cli.reference import add_reference
@@ -310,12 +310,10 @@ def test_described_tokens_are_the_learned_ones():
     assert all(unicodedata.category(c)[0] != "C" for piece in pieces for c in piece)
 
 
-def test_lengths_and_durations():
+def test_lengths():
     text = lengths([3, 3, 3, 10], 64)
     assert text == "tokens per row: min 3, median 3, max 10 (--max-length 64)\n  3 █      ▃ 10"
     assert lengths([5], 9).endswith("\n  5 █ 5")
-    found = [duration(s) for s in (0.123, 45.2, 600, 9000, 400_000)]
-    assert found == ["0.12 s", "45 s", "10 min", "2.5 h", "4.6 days"]
 
 
 def test_a_large_run_is_not_timed(tmp_path, capsys, monkeypatch):

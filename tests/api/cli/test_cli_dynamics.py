@@ -92,7 +92,17 @@ def test_heatmap(trained, tmp_path, capsys):
     (a, b), (c, d) = record["kernel"]
     assert min(a, b, d) > 0 and b == c
     assert all((output / f"{n}.png").stat().st_size > 5000 for n in ("heatmap", "kernel"))
-    shown = capsys.readouterr().out
+    shown, notes = capsys.readouterr()
+    assert "ift dynamics: 2 probes" in notes and "ift train: " not in notes
+    files = {path: path.read_bytes() for path in output.iterdir()}
+    again = ["dynamics", "heatmap", "--model", "tiny", "--cpu", *arguments]
+    for left, said in (("probes.jsonl", "probes"), ("kernel.png", "kernel")):
+        wanted = f"--output: {output}/{said}"
+        assert wanted in refusal(again, capsys) and output.joinpath(left).exists()
+        assert {path: path.read_bytes() for path in output.iterdir()} == files
+        for name in ("probes.jsonl", "heatmap.json", "heatmap.png"):
+            files.pop(output / name, None)
+            (output / name).unlink(missing_ok=True)
     assert "change of log π per token\ntrained " in shown and "‖K‖ per pair of tokens" in shown
 
 

@@ -169,6 +169,24 @@ def test_checkpointing_and_packing_with_an_adapter(saved, data, tmp_path):
     assert read_log(tmp_path / "b")[0]["grad_norm"] > 0
 
 
+def test_a_dry_run_times_packed_rows(data, tmp_path, monkeypatch):
+    """As they are trained: in one sequence without padding."""
+    from ift.cli.trainer import RunTrainer
+
+    shapes, step = [], RunTrainer.training_step
+
+    def watched(self, model, inputs, *rest):
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(RunTrainer, "training_step", watched)
+    given = ["--loss", "sft", *FEW, "--dry-run"]
+    for more in ((), ("--packing",)):
+        assert main(train(data, tmp_path / "run", *given, *more)) == 0
+    padded, _, packed, _ = shapes
+    assert padded[0] == 4 and packed[0] == 1 and packed[1] < padded[0] * padded[1]
+
+
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_packing_of_pairs_is_refused(loss, data, tmp_path, capsys):
     said = refusal(train(data, tmp_path / "out", "--loss", loss, "--packing"), capsys)

@@ -56,7 +56,7 @@ def test_lines_of_a_run(runs):
     record = read_log(place / "dpo")[0]
     first, held_out, sample, *_ = lines
     assert re.fullmatch(
-        r"step 2/4  loss 0\.\d+  margin -?\d\S*  accuracy \d\S*  \S+ tokens/s  ETA \d+ \w+", first
+        r"step 2/4  loss 0\.\d+  margin -?\d\S*  accuracy \d\S*  \S+ tokens/s  ETA \d\S* \w+", first
     )
     assert held_out == f"step 2/4  held out: {words(record, 'eval_')}"
     assert sample.startswith("  sample: say ")
@@ -265,6 +265,13 @@ def test_report_refuses(runs, tmp_path, monkeypatch, capsys):
         error = refusal(["report", *arguments], capsys)
         assert says in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+    for name in ("log.jsonl", "run.json", "curves.png"):
+        file = tmp_path / name
+        file.write_bytes((place / "dpo" / name).read_bytes())
+        error = refusal(["report", run, "--output", str(file)], capsys)
+        assert f"--output: {file} is no page of HTML; expected a new file" in error
+        assert file.read_bytes() == (place / "dpo" / name).read_bytes()
+        file.unlink()
     (tmp_path / "log.jsonl").write_text("{}\n")
     assert "RUN: cannot read " in refusal(["report", str(tmp_path)], capsys)
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
