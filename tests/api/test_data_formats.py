@@ -216,9 +216,11 @@ def test_pairs_of_other_formats():
         (False, False),
         (1, True),
         (0, False),
+        (0.0, False),
         ("true", True),
         ("False", False),
         ("1", True),
+        ("0", False),
     ],
 )
 def test_labels(label, desirable):
@@ -226,7 +228,12 @@ def test_labels(label, desirable):
     assert row.desirable is desirable and row.unread == ("id",)
     chat = unpaired_row({"prompt": [HI], "completion": [YES], "label": label}, "here")
     assert chat.messages == [HI, YES] and chat.context == 1 and chat.desirable is desirable
+    plain = training_row({"prompt": "a", "completion": "b", "label": label}, "here")
+    chat = training_row({"prompt": [HI], "completion": [YES], "label": label}, "here")
+    assert plain.desirable is desirable is chat.desirable and not plain.unread + chat.unread
     for bad in (2, "good", 0.5, [True]):
+        other = training_row({"prompt": "a", "completion": "b", "label": bad}, "here")
+        assert other.desirable is None and other.unread == ("label",)
         with pytest.raises(DataError, match="'label' is .*; expected true or false"):
             unpaired_row({"prompt": "a", "completion": "b", "label": bad}, "here")
 
@@ -236,7 +243,10 @@ def test_single_responses_and_pairs_in_one_file(tmp_path):
                     {"prompt": "a", "chosen": "b", "rejected": "c"})  # fmt: skip
     mixed = {
         "line 2: got 'prompt', 'chosen', 'rejected'; expected": [single, pair],
-        "line 2: got 'prompt', 'completion', 'label'": [pair, single],
+        "line 2: got 'prompt', 'completion', 'label'; .*, in every row, or {\"prompt\"": [
+            pair,
+            single,
+        ],
     }
     for problem, rows in mixed.items():
         with pytest.raises(DataError, match=problem):
