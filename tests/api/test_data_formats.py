@@ -20,7 +20,7 @@ from ift.data_rows import (
     unpaired_row,
     unread_keys,
 )
-from ift.preference_data import PairCollator, encode_responses
+from ift.preference_data import PairCollator, encode_pairs, encode_responses
 
 PLAIN = [{"prompt": "a", "completion": "b"}]
 
@@ -257,7 +257,7 @@ def test_single_responses_and_pairs_in_one_file(tmp_path):
     )
 
 
-def test_mismatched_responses_answer_other_prompts(tokenizer):
+def test_mismatched_responses_answer_other_prompts(tokenizer, caplog):
     prompts = ["hello", "hello", "user", "two", "hello"]
     rows = [
         unpaired_row({"prompt": p, "completion": f" {i}", "label": i % 2 == 0}, f"row {i}")
@@ -272,5 +272,14 @@ def test_mismatched_responses_answer_other_prompts(tokenizer):
     batch = PairCollator(Collator(0))(examples)
     assert batch["desirable"].tolist() == [True, False, True, False, True]
     assert batch["reference"].tolist() == [1] * 5 and batch["kl_reference"].tolist() == [2] * 5
+    pairs = [
+        pair_row({"prompt": p, "chosen": f" {i}", "rejected": " x"}, f"pair {i}")
+        for i, p in enumerate(prompts)
+    ]
+    examples = encode_pairs(pairs, tokenizer, 99, mismatched=True).examples
+    assert [tokenizer.decode(targets(example["kl"]))[1] for example in examples] == answers
+    assert not caplog.messages
     alone = encode_responses(rows[:2], tokenizer, 99).examples  # one prompt: any other answer
     assert [tokenizer.decode(targets(e["kl"]))[1] for e in alone] == ["1", "0"]
+    encode_pairs(pairs[:2], tokenizer, 99, mismatched=True)
+    assert caplog.text.count("all rows (2) have one prompt: expected several for KTO") == 2

@@ -106,7 +106,7 @@ def tokenise(
     `mismatched` is that of `encode_pairs`.
     """
     if not rows:
-        return Encoded([], [])
+        return Encoded([], [], [])
     max_length, truncate = arguments.max_length, arguments.truncate
     encoded: Encoded | EncodedPairs
     with refusals(flag):
@@ -124,8 +124,9 @@ def tokenise(
             f"{max_length} and {CUT[truncate]} (first: {encoded.truncated[0]})"
         )
     if encoded.dropped:
+        left = "whole answer" if truncate == "start" else "completion token"
         note(
-            f"{flag}: dropped {len(encoded.dropped)} of {len(rows)} rows, which have no completion "
-            f"token within --max-length {max_length} (first: {encoded.dropped[0]})"
+            f"{flag}: dropped {len(encoded.dropped)} of {len(rows)} rows, which have no {left} "
+            f"within --max-length {max_length} (first: {encoded.dropped[0]})"
         )
     return encoded

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import unicodedata
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_raw_rows_of_a_probe_set(tmp_path):
 
 CUT = {
     "end": "2 of 6 rows are longer than --max-length 24 and are cut at their end (first: ",
-    "start": "3 of 6 rows are longer than --max-length 24 and are cut at their start",
+    "start": "1 of 6 rows are longer than --max-length 24 and are cut at their start",
     "drop": "3 of 6 rows are longer than --max-length 24 and are left out (first: {} line 4)",
 }
 
@@ -150,8 +151,13 @@ def test_truncated_rows_are_counted(tmp_path, capsys, how):
     encoded = tokenise(read_rows(arguments)[0], tokenizer, arguments, "--data", False)
     told = capsys.readouterr().err
     assert "--data: " + CUT[how].format(path) in told
-    assert ("--data: dropped 1 of 6 rows, which have no" in told) == (how == "end")
-    assert len(encoded.examples) == {"end": 5, "start": 6, "drop": 3}[how]
+    none = {
+        "end": "1 of 6 rows, which have no completion",
+        "start": "2 of 6 rows, which have no whole",
+    }
+    assert ("--data: dropped " in told) == (how in none) and none.get(how, "") in told
+    kept = {"end": [0, 1, 2, 4, 5], "start": [0, 1, 2, 3], "drop": [0, 1, 2]}[how]
+    assert encoded.indices == kept
 
 
 BAD = {
@@ -294,6 +300,18 @@ def test_a_dry_run_shows_what_would_be_learned(tmp_path, capsys, monkeypatch, lo
         assert "more …" in shown
     if loss == "kto":
         assert titles[0].endswith("]") and ", bad response" in titles[0]
+
+
+def test_a_dry_run_names_the_rows_that_are_left(tmp_path, capsys, monkeypatch):
+    """Both responses of a pair have one place, of which one may be dropped."""
+    pairs = [{"prompt": p, "chosen": "b", "rejected": "cd " * 9} for p in ("a ", "a " * 9, "a")]
+    monkeypatch.chdir(tmp_path)
+    path = write_rows(Path("rows.jsonl"), pairs)
+    more = ["--loss", "sft", "--responses", "both", "--dry-run", "--max-length", 8]
+    for how, lines in (("start", "123"), ("end", "113")):
+        assert main(train(path, "o", *more, "--truncate", how)) == 0
+        shown = capsys.readouterr().out
+        assert re.findall(r"line (\d): \d+ tokens", shown) == list(lines)
 
 
 def test_described_tokens_are_the_learned_ones():
