@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ift import data_rows
@@ -11,11 +12,12 @@ from ift.cli.losses import LOSSES
 from ift.cli.processes import note
 from ift.data import Encoded, encode, split_rows
 from ift.data_columns import column_names, mapped_records
+from ift.data_files import files_in, is_dataset
 from ift.data_rows import FORMATS, PairRow, Row, training_row, unpaired_row
 from ift.preference_data import EncodedPairs, encode_pairs, encode_responses
 
 CUT = {"end": "are cut at their end", "start": "are cut at their start", "drop": "are left out"}
-
+SHOWN_FILES = 8  # of a folder
 
 # What a loss of rows learns of preferences.
 SIDES = {"chosen": ("chosen",), "rejected": ("rejected",), "both": ("chosen", "rejected")}
@@ -71,6 +73,11 @@ def _read(arguments: argparse.Namespace, path: str, flag: str) -> list[Any]:
         read = data_rows.read_responses
     with refusals(flag):
         rows = read(path, column_names(arguments.columns), arguments.system)
+    folder = Path(path)
+    if folder.is_dir() and not is_dataset(folder):
+        files = [file.name for file in files_in(folder)]
+        some = ", ".join([*files[:SHOWN_FILES], "…"] if len(files) > SHOWN_FILES else files)
+        note(f"{flag}: {len(rows)} rows in {path}, of the files {some}")
     if unread := data_rows.unread_keys(rows):
         shown = ", ".join(
             f"{key} ({n} row{'s' * (n > 1)}, first: {at})" for key, (n, at) in unread.items()

@@ -120,6 +120,15 @@ def test_what_is_not_learned_is_counted(tmp_path, capsys, name):
     assert len(lines) == 1 and note.format(path) in lines[0]
 
 
+def test_the_files_of_a_folder_are_named(tmp_path, capsys):
+    for index in range(9):
+        write_rows(tmp_path / f"train-{index}.jsonl", [{"prompt": "a", "completion": "b"}])
+    rows, _ = read_rows(parsed(train(tmp_path, "o", "--loss", "sft")))
+    names = ", ".join(f"train-{index}.jsonl" for index in range(8))
+    note = f"--data: 9 rows in {tmp_path}, of the files {names}, …\n"
+    assert len(rows) == 9 and capsys.readouterr().err.endswith(note)
+
+
 def test_raw_rows_of_a_probe_set(tmp_path):
     """Under the names that `--columns` gives, without those held out and bad responses."""
     rows = [{"q": f"say {i}", "completion": str(i), "label": i != 2, "x": i} for i in range(5)]
