@@ -16,7 +16,7 @@ Conversations take ``system``, ``tools`` and ``chat_template_kwargs`` beside the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,6 @@ LABELS: dict[Any, bool] = {  # true and false are equal to 1 and 0
     0: False, 1: True, "0": False, "1": True, "false": False, "true": True,
 }  # fmt: skip
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-PARAPHRASES = ("chosen_paraphrase", "chosen_paraphrases", "rejected_paraphrase",
-               "rejected_paraphrases")  # fmt: skip  # read by `ift.dynamics`
 
 
 @dataclass(frozen=True)
@@ -136,12 +134,19 @@ def read_responses(
     return [pair_row(*each, hint=singles) for each in records]
 
 
-def unread_keys(rows: Iterable[Row | PairRow]) -> dict[str, tuple[int, str]]:
-    """Keys that nothing reads: in how many rows they are, and the first of these."""
+def unread_keys(
+    rows: Iterable[Row | PairRow], read: Collection[str] = ()
+) -> dict[str, tuple[int, str]]:
+    """Keys that nothing reads: in how many rows they are, and the first of these.
+
+    Args:
+        rows: as read here.
+        read: keys that are read elsewhere.
+    """
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
     for row in rows:
-        for key in row.unread:
+        for key in (key for key in row.unread if key not in read):
             counts[key] += 1
             first.setdefault(key, row.where)
     return {key: (count, first[key]) for key, count in counts.items()}
@@ -385,7 +390,7 @@ def _checked_record(record: Any, where: str, formats: str) -> dict[str, Any]:
 
 
 def _unread(record: dict[str, Any], keys: Sequence[str], chat: bool) -> tuple[str, ...]:
-    known = {*keys, *PARAPHRASES, *(BESIDE if chat else ())}
+    known = {*keys, *(BESIDE if chat else ())}
     return tuple(k for k, v in record.items() if k not in known and v not in (None, "", []))
 
 

@@ -11,7 +11,7 @@ from ift.cli.errors import CliError, refusals
 from ift.cli.losses import LOSSES
 from ift.cli.processes import note
 from ift.data import Encoded, encode, split_rows
-from ift.data_columns import column_names, mapped_records
+from ift.data_columns import REWRITES, column_names, mapped_records
 from ift.data_files import files_in, is_dataset
 from ift.data_rows import FORMATS, PairRow, Row, training_row, unpaired_row
 from ift.preference_data import EncodedPairs, encode_pairs, encode_responses
@@ -52,16 +52,17 @@ def _both_sets(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
         return split_rows(rows, arguments.eval_split, arguments.seed)
 
 
-def raw_rows(arguments: argparse.Namespace, without: list[Any]) -> list[dict[str, Any]]:
-    """The rows of the training file as they were parsed, but for some, and bad responses."""
-    apart = {row.where for row in without}
+def raw_rows(arguments: argparse.Namespace, path: str) -> list[tuple[dict[str, Any], str]]:
+    """The rows of a file as parsed, under the keys of `--columns`, with their places; no bad
+    responses."""
     found = []
     names = column_names(arguments.columns)
-    for row, where in mapped_records(arguments.data, FORMATS, names, arguments.system):
-        single = LOSSES[arguments.loss].single and row.get("chosen") is None
+    for row, where in mapped_records(path, FORMATS, names, arguments.system):
+        single = LOSSES[arguments.loss].single and isinstance(row, dict)
+        single = single and row.get("chosen") is None and row.get("label") is not None
         checked = (unpaired_row if single else training_row)(row, where)
-        if where not in apart and checked.desirable is not False:
-            found.append(row)
+        if checked.desirable is not False:
+            found.append((row, where))
     return found
 
 
@@ -78,7 +79,10 @@ def _read(arguments: argparse.Namespace, path: str, flag: str) -> list[Any]:
         files = [file.name for file in files_in(folder)]
         some = ", ".join([*files[:SHOWN_FILES], "…"] if len(files) > SHOWN_FILES else files)
         note(f"{flag}: {len(rows)} rows in {path}, of the files {some}")
-    if unread := data_rows.unread_keys(rows):
+    # `ift dynamics` makes its probes of the rewrites in --data, unless they are given.
+    made = flag == "--data" and getattr(arguments, "probes", "") is None
+    rewrites = {key for keys in REWRITES.values() for key in keys} if made else set()
+    if unread := data_rows.unread_keys(rows, rewrites):
         shown = ", ".join(
             f"{key} ({n} row{'s' * (n > 1)}, first: {at})" for key, (n, at) in unread.items()
         )

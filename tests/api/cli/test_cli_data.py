@@ -105,7 +105,8 @@ NOTES = {
     "keys of pairs": (
         "dpo", [{"prompt": "a", "chosen": "b", "rejected": "c", "chosen_paraphrase": "d",
                  "messages": [HI], "score": 0.5}],
-        "--data: keys that nothing reads: messages (1 row, first: {0} line 1), score (1 row",
+        "--data: keys that nothing reads: chosen_paraphrase (1 row, first: {0} line 1), messages "
+        "(1 row, first: {0} line 1), score (1 row",
     ),
 }  # fmt: skip
 
@@ -129,18 +130,16 @@ def test_the_files_of_a_folder_are_named(tmp_path, capsys):
     assert len(rows) == 9 and capsys.readouterr().err.endswith(note)
 
 
-def test_raw_rows_of_a_probe_set(tmp_path):
-    """Under the names that `--columns` gives, without those held out and bad responses."""
+def test_raw_rows(tmp_path):
+    """Under the names that `--columns` gives, with their places, without bad responses."""
     rows = [{"q": f"say {i}", "completion": str(i), "label": i != 2, "x": i} for i in range(5)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     for loss in ("kto", "sft"):
         command = train(path, tmp_path / "o", "--loss", loss, "--columns", "prompt=q")
-        arguments = parsed([*command, "--eval-split", 0.2])
-        _, held_out = read_rows(arguments)
-        found = raw_rows(arguments, held_out)
-        left = [row["x"] for row in found]
-        assert left == [i for i in (0, 1, 3, 4) if f"line {i + 1}" not in held_out[0].where]
-        assert all(row["prompt"] == f"say {row['x']}" for row in found)
+        found = raw_rows(parsed(command), path)
+        assert [row["x"] for row, _ in found] == [0, 1, 3, 4]
+        for row, where in found:
+            assert row["prompt"] == f"say {row['x']}" and where == f"{path} line {row['x'] + 1}"
 
 
 CUT = {
