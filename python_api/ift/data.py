@@ -122,16 +122,6 @@ def encode(rows: Iterable[Row], tokenizer: Any, max_length: int, truncate: str =
     return Encoded(examples, indices, dropped, truncated)
 
 
-def encode_each(
-    rows: Sequence[Row], tokenizer: Any, max_length: int, truncate: str = "end"
-) -> list[Example | None]:
-    """The example of each row as in `encode`; None for a row that is left out."""
-    return [
-        None if whole is None else shortened(whole, tokenizer, max_length, truncate)
-        for whole in encode_whole(rows, tokenizer)
-    ]
-
-
 def encode_whole(rows: Sequence[Row], tokenizer: Any) -> list[Example | None]:
     """The example of each row as in `encode`, not cut; None for one without a target."""
     encoded: list[Example | None] = [None] * len(rows)

@@ -8,7 +8,7 @@ import pytest
 from chats import ASKS, HI, TERSE, TEXTS, TOOL, YES, made, said, targets
 from ift import tiny
 from ift.chat_template import SIMPLE_CHAT_TEMPLATE
-from ift.data import encode, encode_each
+from ift.data import encode, encode_whole, shortened
 from ift.data_rows import DataError, Row, pair_row, training_row
 from ift.preference_data import encode_pairs, encode_responses
 
@@ -21,6 +21,11 @@ def tokenizer():
 # ---- truncation ----------------------------------------------------------------------------------
 
 
+def cut_rows(rows, tokenizer, limit, how):
+    """The examples, None for a row that is left out."""
+    return [shortened(whole, tokenizer, limit, how) for whole in encode_whole(rows, tokenizer)]
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_truncation(bos):
     tokenizer = made(bos=bos)
@@ -28,15 +33,13 @@ def test_truncation(bos):
         Row(f"row {i}", {"prompt": TEXTS[0] * (3 * i), "completion": TEXTS[1]}) for i in range(3)
     ]
     rows.append(Row("row 3", {"messages": [said("user", "hello " * 9), YES, HI, YES]}))
-    whole = encode_each(rows, tokenizer, 999)
+    whole = encode_whole(rows, tokenizer)
     sizes = [len(example["input_ids"]) for example in whole]
     limit = sizes[1] - 2
     assert sizes[0] < limit < sizes[2]
     for how in ("end", "start", "drop"):
         encoded = encode(rows, tokenizer, limit, how)
-        cut = dict(
-            zip([r.where for r in rows], encode_each(rows, tokenizer, limit, how), strict=True)
-        )
+        cut = dict(zip([r.where for r in rows], cut_rows(rows, tokenizer, limit, how), strict=True))
         assert [e["input_ids"].tolist() for e in encoded.examples] == [
             e["input_ids"].tolist() for e in cut.values() if e is not None
         ]
@@ -75,14 +78,14 @@ def test_a_cut_at_the_start_leaves_whole_answers(bos):
     }
     for name, content in rows.items():
         row = Row(name, content)
-        (whole,) = encode_each([row], tokenizer, 999)
+        (whole,) = encode_whole([row], tokenizer)
         ids, labels = whole["input_ids"].tolist(), whole["labels"].tolist()
         first = int(ids[0] == tokenizer.bos_token_id)
         border = next(i for i, label in enumerate(labels) if label != -100)
         room = border - max(1, first)  # tokens before the answer that can be cut off
         limits = {len(ids) - count for count in (1, room, room + 1, room + 3) if count > 0}
         for limit in limits:
-            found = encode_each([row], tokenizer, limit, "start")[0]
+            found = cut_rows([row], tokenizer, limit, "start")[0]
             cut = len(ids) - limit
             kept = labels[:first] + labels[first + cut :]
             if name == "text" or cut <= room:
