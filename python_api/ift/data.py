@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
 TRUNCATE = ("end", "drop", "start")  # what happens to a row that is too long
+# What has to be shorter than the maximum length, that a row is kept.
+LIMITED_BY = {"end": "prompts", "drop": "rows", "start": "answers"}
 Example = dict[str, np.ndarray]  # input_ids, labels: int32 (T,), T varies
 
 
@@ -30,6 +32,7 @@ class Encoded:
     """Examples ready for `Collator`, and the places of rows that were dropped or cut."""
 
     examples: list[dict[str, Any]]
+    indices: list[int]  # of the rows that the examples are of
     dropped: list[str]  # "train.jsonl line 3", …; without a target
     truncated: list[str] = field(default_factory=list)  # too long: cut, or left out (`drop`)
 
@@ -89,19 +92,21 @@ def encode(rows: Iterable[Row], tokenizer: Any, max_length: int, truncate: str =
         tokenizer: a transformers tokenizer.
         max_length: longest example in tokens.
         truncate: of a longer row "end" cuts off its end (default) and "start" its start, after the
-            start token, so that the end of the prompt and all answers stay; "drop" leaves it out.
+            start token, so that the end of the prompt stays, and answers stay whole: one that the
+            cut reaches is no target (a text without a prompt is cut); "drop" leaves it out.
 
     Raises:
         DataError: the chat template refuses a conversation, no tokens of a completion decode to it
             after its prompt, or no row has a completion token left.
     """
     rows = list(rows)
-    examples, dropped, truncated = [], [], []
-    for row, whole in zip(rows, encode_whole(rows, tokenizer), strict=True):
+    examples, indices, dropped, truncated = [], [], [], []
+    for index, (row, whole) in enumerate(zip(rows, encode_whole(rows, tokenizer), strict=True)):
         cut = None if whole is None else shortened(whole, tokenizer, max_length, truncate)
         too_long = whole is not None and len(whole["input_ids"]) > max_length
         if cut is not None:
             examples.append(cut)
+            indices.append(index)
         if too_long and (cut is not None or truncate == "drop"):
             truncated.append(row.where)
         elif cut is None:
@@ -110,21 +115,11 @@ def encode(rows: Iterable[Row], tokenizer: Any, max_length: int, truncate: str =
         raise DataError(
             f"no completion tokens left in any of {len(rows)} rows after cutting at {max_length} "
             f"tokens (first: {rows[0].where}); expected a maximum length above that of the "
-            f"{'rows' if truncate == 'drop' else 'prompts'}"
+            f"{LIMITED_BY[truncate]}"
             if rows
             else "no rows to encode; expected at least one"
         )
-    return Encoded(examples, dropped, truncated)
-
-
-def encode_each(
-    rows: Sequence[Row], tokenizer: Any, max_length: int, truncate: str = "end"
-) -> list[Example | None]:
-    """The example of each row as in `encode`; None for a row that is left out."""
-    return [
-        None if whole is None else shortened(whole, tokenizer, max_length, truncate)
-        for whole in encode_whole(rows, tokenizer)
-    ]
+    return Encoded(examples, indices, dropped, truncated)
 
 
 def encode_whole(rows: Sequence[Row], tokenizer: Any) -> list[Example | None]:
@@ -212,7 +207,7 @@ def shortened(example: Example, tokenizer: Any, max_length: int, truncate: str) 
     if truncate == "drop":
         return None
     if truncate == "start":
-        return _with_target(without_start(example, tokenizer, excess))
+        return _with_target(_without_cut_answer(example, tokenizer, excess))
     return _with_target({name: part[:max_length] for name, part in example.items()})
 
 
@@ -223,6 +218,21 @@ def without_start(example: Example, tokenizer: Any, count: int) -> Example:
         name: np.concatenate([part[:first], part[first + count :]])
         for name, part in example.items()
     }
+
+
+def _without_cut_answer(example: Example, tokenizer: Any, count: int) -> Example:
+    """`without_start`; an answer whose start is cut off has no targets any more."""
+    cut = without_start(example, tokenizer, count)
+    first = start_length(example, tokenizer)
+    target = example["labels"] != IGNORE_INDEX
+    if target[first]:  # a text without a prompt
+        return cut
+    labels = cut["labels"].copy()
+    # The first token of a sequence is predicted from nothing: an answer that starts there is cut.
+    if first == 0 or target[first + count - 1]:
+        left = target[first + count :]
+        labels[first : first + int(np.append(left, False).argmin())] = IGNORE_INDEX
+    return {**cut, "labels": labels}
 
 
 def start_length(example: Example, tokenizer: Any) -> int:

@@ -22,6 +22,17 @@ KEYS = (
     *(key for keys in REQUIRED for key in keys),
     *("chosen", "rejected", "label", "input", "history", *BESIDE),
 )
+# What `ift.dynamics` reads beside: rewrites, and the keys of a row that have them, those of the
+# paper's released sets among them.
+REWRITES = {
+    "chosen_semantic": ("chosen_semantic", "chosen_gptsemantic", "chosen_paraphrase",
+                        "chosen_paraphrases"),
+    "chosen_format": ("chosen_format", "chosen_gptformat"),
+    "rejected_semantic": ("rejected_semantic", "rejected_gptsemantic", "reject_gptsemantic",
+                          "rejected_paraphrase", "rejected_paraphrases"),
+    "rejected_format": ("rejected_format", "rejected_gptformat", "reject_gptformat"),
+    "fluent": ("fluent", "irr_hum"),
+}  # fmt: skip
 Columns = Mapping[str, str]  # key of a row → name of the column that holds it
 
 

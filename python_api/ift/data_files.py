@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = ".jsonl, .ndjson, .json, .parquet, .csv, .tsv"
-SPLITS = re.compile(r"(train|test|valid|validation|val|dev|eval)(?![a-z])", re.IGNORECASE)
+# A name of a split in that of a file, with no letter beside it: my_train-0.jsonl.
+SPLITS = re.compile(r"(?<![a-z])(train|test|valid|validation|val|dev|eval)(?![a-z])", re.IGNORECASE)
 LONGEST_CELL = 2**31 - 1  # of a CSV file; the module's own limit is 128 KiB
 NEEDED = "which is not installed; expected `pip install 'ift-kernels[data]'`, or a JSONL file"
 
@@ -41,7 +42,8 @@ def read_records(path: str | os.PathLike[str], formats: str) -> list[tuple[Any, 
         formats: what a row may be, for the messages.
 
     Raises:
-        DataError: what cannot be read, a folder with files of several splits, or no rows.
+        DataError: what cannot be read, a folder with files of several splits or with more of them
+            in its own folders, or no rows.
     """
     path = Path(path)
     records: list[tuple[Any, str]] = []
@@ -54,6 +56,11 @@ def read_records(path: str | os.PathLike[str], formats: str) -> list[tuple[Any, 
     if not records:
         raise DataError(f"{path}: the file has no rows; expected one object per line: {formats}")
     return records
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether a folder is one of ``datasets``."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def digest(path: str | Path) -> str:
@@ -88,18 +95,40 @@ def _parts(path: Path) -> Iterator[tuple[Reader, Path]]:
     if not path.is_dir():
         yield READERS.get(path.suffix.lower(), _json), path
         return
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if is_dataset(path):
         yield _dataset, path
         return
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in READERS and f.is_file())
-    if not files:
+    for file in files_in(path):
+        yield READERS[file.suffix.lower()], file
+
+
+def files_in(path: Path) -> list[Path]:
+    """The files of rows in a folder that is none of ``datasets``, in the order of their names.
+
+    Raises:
+        DataError: none, files of several splits, or more of them in folders below it.
+    """
+    found = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() in READERS
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parent.parts)
+    )
+    below = [file for file in found if file.parent != path]
+    if below:
+        example = below[0].relative_to(path)
+        raise DataError(
+            f"{path}: holds files of rows in folders of its own ({example}); expected all in one "
+            "folder, or one of them"
+        )
+    if not found:
         raise DataError(f"{path}: a folder without a file of rows; expected {SUFFIXES}")
-    splits = {match[0].lower() for f in files if (match := SPLITS.match(f.name))}
+    splits = {match[0].lower() for f in found if (match := SPLITS.search(f.name))}
     if len(splits) > 1:
         names = " and ".join(sorted(splits))
         raise DataError(f"{path}: holds files of {names}; expected a file, or a folder of one")
-    for file in files:
-        yield READERS[file.suffix.lower()], file
+    return found
 
 
 def _json(path: Path, formats: str) -> list[tuple[Any, str]]:

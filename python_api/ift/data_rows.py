@@ -16,7 +16,7 @@ Conversations take ``system``, ``tools`` and ``chat_template_kwargs`` beside the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,10 @@ PAIR_FORMATS = (
     "conversations"
 )
 UNPAIRED_FORMATS = '{"prompt", "completion", "label"} with true or false'
-LABELS: dict[Any, bool] = {0: False, 1: True, "0": False, "1": True}  # beside true and false
+LABELS: dict[Any, bool] = {  # true and false are equal to 1 and 0
+    0: False, 1: True, "0": False, "1": True, "false": False, "true": True,
+}  # fmt: skip
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-PARAPHRASES = ("chosen_paraphrase", "chosen_paraphrases", "rejected_paraphrase",
-               "rejected_paraphrases")  # fmt: skip  # read by `ift.dynamics`
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,23 @@ def read_responses(
     first, _ = records[0]
     if isinstance(first, dict) and first.get("chosen") is None:
         return [unpaired_row(*each) for each in records]
-    return [pair_row(*each) for each in records]
+    singles = f", in every row, or {UNPAIRED_FORMATS} in every row"
+    return [pair_row(*each, hint=singles) for each in records]
 
 
-def unread_keys(rows: Iterable[Row | PairRow]) -> dict[str, tuple[int, str]]:
-    """Keys that nothing reads: in how many rows they are, and the first of these."""
+def unread_keys(
+    rows: Iterable[Row | PairRow], read: Collection[str] = ()
+) -> dict[str, tuple[int, str]]:
+    """Keys that nothing reads: in how many rows they are, and the first of these.
+
+    Args:
+        rows: as read here.
+        read: keys that are read elsewhere.
+    """
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
     for row in rows:
-        for key in row.unread:
+        for key in (key for key in row.unread if key not in read):
             counts[key] += 1
             first.setdefault(key, row.where)
     return {key: (count, first[key]) for key, count in counts.items()}
@@ -180,12 +188,12 @@ def training_row(record: Any, where: str) -> Row:
     return _row(record, where, {"messages": messages}, keys)
 
 
-def pair_row(record: Any, where: str) -> PairRow:
-    """The pair of a parsed line, checked."""
+def pair_row(record: Any, where: str, hint: str = "; --loss kto takes single responses") -> PairRow:
+    """The pair of a parsed line, checked; `hint` ends the message on a row with a label instead."""
     record = _checked_record(record, where, PAIR_FORMATS)
     for key in ("chosen", "rejected"):
         if record.get(key) is None:
-            hint = "; --loss kto takes single responses" if "label" in record else ""
+            hint = hint if "label" in record else ""
             raise DataError(f"{where}: got {_names(record)}; expected {PAIR_FORMATS}{hint}")
     prompt, keys = _prompt(record, where)
     chosen, rejected = (_response(record, prompt, key, where) for key in ("chosen", "rejected"))
@@ -199,11 +207,9 @@ def unpaired_row(record: Any, where: str) -> Row:
     if any(record.get(key) is None for key in ("prompt", "completion", "label")):
         expected = f"{UNPAIRED_FORMATS}, in every row, or {PAIR_FORMATS}"
         raise DataError(f"{where}: got {_names(record)}; expected {expected}")
-    label = record["label"]
-    desirable = LABELS.get(label) if isinstance(label, int | str) else None
-    desirable = _truth(label) if desirable is None else desirable
+    desirable = _label(record)
     if desirable is None:
-        raise DataError(f"{where}: 'label' is {label!r}; expected true or false")
+        raise DataError(f"{where}: 'label' is {record['label']!r}; expected true or false")
     prompt, keys = _prompt(record, where)
     row = _response(record, prompt, "completion", where)
     used = (*keys, "completion", "label")
@@ -212,9 +218,9 @@ def unpaired_row(record: Any, where: str) -> Row:
 
 
 def _completion(record: dict[str, Any], where: str) -> Row:
-    """A prompt and its completion, as text or as messages; a label that is a truth is kept."""
+    """A prompt and its completion, as text or as messages; a label that `_label` reads is kept."""
     values = [record[key] for key in ("prompt", "completion")]
-    desirable = _truth(record.get("label"))
+    desirable = _label(record)
     keys = ("prompt", "completion", *(["label"] if desirable is not None else []))
     if any(isinstance(value, list | dict) for value in values):
         prompt, _ = _prompt(record, where)
@@ -384,15 +390,15 @@ def _checked_record(record: Any, where: str, formats: str) -> dict[str, Any]:
 
 
 def _unread(record: dict[str, Any], keys: Sequence[str], chat: bool) -> tuple[str, ...]:
-    known = {*keys, *PARAPHRASES, *(BESIDE if chat else ())}
+    known = {*keys, *(BESIDE if chat else ())}
     return tuple(k for k, v in record.items() if k not in known and v not in (None, "", []))
 
 
-def _truth(value: Any) -> bool | None:
-    """A boolean, or a text that spells one."""
-    if isinstance(value, str):
-        return {"true": True, "false": False}.get(value.lower())
-    return value if isinstance(value, bool) else None
+def _label(record: dict[str, Any]) -> bool | None:
+    """Whether the row's response is desirable; None without a label that is in `LABELS`."""
+    label = record.get("label")
+    label = label.lower() if isinstance(label, str) else label
+    return LABELS.get(label) if isinstance(label, int | float | str) else None
 
 
 def _names(record: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ For KTO also single responses with a label.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +15,17 @@ import numpy as np
 
 from ift.data import (
     IGNORE_INDEX,
+    LIMITED_BY,
     Encoded,
     Example,
-    encode_each,
     encode_whole,
     shortened,
     start_length,
     without_start,
 )
 from ift.data_rows import DataError, PairRow, Row
+
+logger = logging.getLogger(__name__)
 
 SIDES = ("chosen", "rejected", "response", "kl")
 
@@ -52,7 +55,8 @@ def encode_pairs(
 
     Args:
         rows, tokenizer, max_length: as `ift.data.encode`.
-        mismatched: also ``kl``, the prompt with the chosen response of the next row, for KTO.
+        mismatched: also ``kl`` for KTO, the prompt with the chosen response of the next row that
+            has another prompt.
         truncate: as `ift.data.encode`, of pairs of which a side is too long. "start" cuts the same
             tokens off both prompts, and drops a pair whose responses alone are too long.
 
@@ -76,11 +80,10 @@ def encode_pairs(
         if longest > max_length and (both is not None or truncate == "drop"):
             truncated[index] = rows[index].where
     if mismatched:
-        kept = list(pairs)
-        following = dict(zip(kept, [*kept[1:], *kept[:1]], strict=True))
-        chosen_rows = {index: rows[index].chosen for index in kept}
-        _add_mismatched(pairs, chosen_rows, following, tokenizer, max_length, truncate)
-    return _encoded(rows, pairs, truncated, max_length, "pair", "tokens left in both responses")
+        chosen_rows = {index: rows[index].chosen for index in pairs}
+        _add_mismatched(pairs, chosen_rows, tokenizer, max_length, truncate)
+    left = "tokens left in both responses"
+    return _encoded(rows, pairs, truncated, max_length, truncate, "pair", left)
 
 
 def encode_responses(
@@ -107,9 +110,8 @@ def encode_responses(
         if too_long and (cut is not None or truncate == "drop"):
             truncated[index] = rows[index].where
     kept = {index: rows[index] for index in examples}
-    following = _next_of_other_prompt(kept)
-    _add_mismatched(examples, kept, following, tokenizer, max_length, truncate)
-    return _encoded(rows, examples, truncated, max_length, "row", "a token left")
+    _add_mismatched(examples, kept, tokenizer, max_length, truncate)
+    return _encoded(rows, examples, truncated, max_length, truncate, "row", "a token left")
 
 
 def _encoded(
@@ -117,20 +119,23 @@ def _encoded(
     examples: dict[int, dict[str, Any]],
     truncated: dict[int, str],
     max_length: int,
+    truncate: str,
     kind: str,
     left: str,
 ) -> EncodedPairs:
     if not examples:
         raise DataError(
             f"no {kind} of {len(rows)} has {left} after cutting at "
-            f"{max_length} tokens; expected a maximum length above that of the prompts"
+            f"{max_length} tokens; expected a maximum length above that of the "
+            f"{LIMITED_BY[truncate]}"
         )
     dropped = [
         row.where
         for index, row in enumerate(rows)
         if index not in examples and index not in truncated
     ]
-    return EncodedPairs(list(examples.values()), dropped, list(truncated.values()))
+    cut = list(truncated.values())
+    return EncodedPairs(list(examples.values()), list(examples), dropped, cut)
 
 
 def _shortened_pair(
@@ -150,17 +155,21 @@ def _shortened_pair(
 def _add_mismatched(
     examples: dict[int, dict[str, Any]],
     rows: dict[int, Row],
-    following: dict[int, int],
     tokenizer: Any,
     max_length: int,
     truncate: str,
 ) -> None:
-    """Add ``kl``: each prompt with the response of the row that follows; drop those without."""
+    """Add ``kl``: each prompt with the next response to another prompt; drop those without."""
+    following = _next_of_other_prompt(rows)
     mismatches = [_mismatch(rows[index], rows[following[index]]) for index in examples]
-    # That a mismatched row is too long is no reason to leave its example out.
-    how = "start" if truncate == "start" else "end"
-    encoded = encode_each(mismatches, tokenizer, max_length, how)
+    encoded = encode_whole(mismatches, tokenizer)
     for index, kl in zip(list(examples), encoded, strict=True):
+        # That a mismatched row is too long is no reason to leave its example out.
+        excess = 0 if kl is None else len(kl["input_ids"]) - max_length
+        if kl is not None and truncate == "start" and excess > 0:
+            kl = without_start(kl, tokenizer, excess)
+        elif kl is not None:
+            kl = shortened(kl, tokenizer, max_length, "end")
         if kl is None:
             del examples[index]
         else:
@@ -170,7 +179,12 @@ def _add_mismatched(
 def _next_of_other_prompt(rows: dict[int, Row]) -> dict[int, int]:
     """Index → that of the next row, in a circle, with another prompt; of the next if none has."""
     indices = list(rows)
-    prompts = [_prompt_of(rows[index]) for index in indices]
+    prompts = [_prompt_of(row) for row in rows.values()]
+    if len(set(prompts)) == 1:
+        logger.warning(
+            "all rows (%d) have one prompt: expected several for KTO, whose reference point is "
+            "from responses to other prompts", len(rows),
+        )  # fmt: skip
     count, found = len(indices), {}
     other: int | None = None
     for place in range(2 * count - 1, -1, -1):

@@ -62,6 +62,8 @@ def in_folder(folder, rows):
     for index, row in enumerate(rows):
         in_json_lines(folder, [row]).rename(folder / "some" / f"train-{index:05}.jsonl")
     (folder / "some" / "README.md").write_text("# Rows")
+    (folder / "some" / ".cache").mkdir()
+    (folder / "some" / ".cache" / "train.jsonl").write_text("no rows")
     return folder / "some"
 
 
@@ -89,6 +91,7 @@ def test_files_of_all_formats_have_the_same_rows(tmp_path, write):
 def folder_of(names):
     def write(folder):
         for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text('{"prompt": "a", "completion": "b"}\n')
         return folder
 
@@ -105,6 +108,16 @@ def file_of(name, content):
 
 BAD_FILES = {
     "splits": (folder_of(["train.jsonl", "test-0.jsonl"]), "holds files of test and train; exp"),
+    "splits at the end": (
+        folder_of(["my_train.jsonl", "my_test.jsonl"]),
+        "holds files of test and train; exp",
+    ),
+    "splits in the middle": (folder_of(["a-DEV-0.csv", "a.val.csv"]), "holds files of dev and val"),
+    "subfolder": (
+        folder_of(["train.jsonl", "more/train.csv"]),
+        r"in folders of its own \(more.train.csv\); ex",
+    ),
+    "only subfolder": (folder_of(["README.md", "data/0/x.parquet"]), r"own \(data.0.x.parquet\)"),
     "no files": (folder_of(["README.md"]), "a folder without a file of rows; expected .jsonl"),
     "array of text": (file_of("r.json", '["a"]'), "row 1: got a JSON string; expected"),
     "array cut off": (file_of("r.json", '[{"text": "a"},\n{"te'), "not JSON .* line 2 column 2"),

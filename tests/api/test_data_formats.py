@@ -20,7 +20,7 @@ from ift.data_rows import (
     unpaired_row,
     unread_keys,
 )
-from ift.preference_data import PairCollator, encode_responses
+from ift.preference_data import PairCollator, encode_pairs, encode_responses
 
 PLAIN = [{"prompt": "a", "completion": "b"}]
 
@@ -216,9 +216,11 @@ def test_pairs_of_other_formats():
         (False, False),
         (1, True),
         (0, False),
+        (0.0, False),
         ("true", True),
         ("False", False),
         ("1", True),
+        ("0", False),
     ],
 )
 def test_labels(label, desirable):
@@ -226,7 +228,12 @@ def test_labels(label, desirable):
     assert row.desirable is desirable and row.unread == ("id",)
     chat = unpaired_row({"prompt": [HI], "completion": [YES], "label": label}, "here")
     assert chat.messages == [HI, YES] and chat.context == 1 and chat.desirable is desirable
+    plain = training_row({"prompt": "a", "completion": "b", "label": label}, "here")
+    chat = training_row({"prompt": [HI], "completion": [YES], "label": label}, "here")
+    assert plain.desirable is desirable is chat.desirable and not plain.unread + chat.unread
     for bad in (2, "good", 0.5, [True]):
+        other = training_row({"prompt": "a", "completion": "b", "label": bad}, "here")
+        assert other.desirable is None and other.unread == ("label",)
         with pytest.raises(DataError, match="'label' is .*; expected true or false"):
             unpaired_row({"prompt": "a", "completion": "b", "label": bad}, "here")
 
@@ -236,7 +243,10 @@ def test_single_responses_and_pairs_in_one_file(tmp_path):
                     {"prompt": "a", "chosen": "b", "rejected": "c"})  # fmt: skip
     mixed = {
         "line 2: got 'prompt', 'chosen', 'rejected'; expected": [single, pair],
-        "line 2: got 'prompt', 'completion', 'label'": [pair, single],
+        "line 2: got 'prompt', 'completion', 'label'; .*, in every row, or {\"prompt\"": [
+            pair,
+            single,
+        ],
     }
     for problem, rows in mixed.items():
         with pytest.raises(DataError, match=problem):
@@ -247,7 +257,7 @@ def test_single_responses_and_pairs_in_one_file(tmp_path):
     )
 
 
-def test_mismatched_responses_answer_other_prompts(tokenizer):
+def test_mismatched_responses_answer_other_prompts(tokenizer, caplog):
     prompts = ["hello", "hello", "user", "two", "hello"]
     rows = [
         unpaired_row({"prompt": p, "completion": f" {i}", "label": i % 2 == 0}, f"row {i}")
@@ -262,5 +272,14 @@ def test_mismatched_responses_answer_other_prompts(tokenizer):
     batch = PairCollator(Collator(0))(examples)
     assert batch["desirable"].tolist() == [True, False, True, False, True]
     assert batch["reference"].tolist() == [1] * 5 and batch["kl_reference"].tolist() == [2] * 5
+    pairs = [
+        pair_row({"prompt": p, "chosen": f" {i}", "rejected": " x"}, f"pair {i}")
+        for i, p in enumerate(prompts)
+    ]
+    examples = encode_pairs(pairs, tokenizer, 99, mismatched=True).examples
+    assert [tokenizer.decode(targets(example["kl"]))[1] for example in examples] == answers
+    assert not caplog.messages
     alone = encode_responses(rows[:2], tokenizer, 99).examples  # one prompt: any other answer
     assert [tokenizer.decode(targets(e["kl"]))[1] for e in alone] == ["1", "0"]
+    encode_pairs(pairs[:2], tokenizer, 99, mismatched=True)
+    assert caplog.text.count("all rows (2) have one prompt: expected several for KTO") == 2

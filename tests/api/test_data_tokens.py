@@ -1,15 +1,16 @@
 """What truncation leaves of rows, and which tokens of conversations are learned."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
 from chats import ASKS, HI, TERSE, TEXTS, TOOL, YES, made, said, targets
 from ift import tiny
 from ift.chat_template import SIMPLE_CHAT_TEMPLATE
-from ift.data import encode, encode_each
+from ift.data import encode, encode_whole, shortened
 from ift.data_rows import DataError, Row, pair_row, training_row
-from ift.preference_data import encode_pairs
+from ift.preference_data import encode_pairs, encode_responses
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,11 @@ def tokenizer():
 # ---- truncation ----------------------------------------------------------------------------------
 
 
+def cut_rows(rows, tokenizer, limit, how):
+    """The examples, None for a row that is left out."""
+    return [shortened(whole, tokenizer, limit, how) for whole in encode_whole(rows, tokenizer)]
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_truncation(bos):
     tokenizer = made(bos=bos)
@@ -27,15 +33,13 @@ def test_truncation(bos):
         Row(f"row {i}", {"prompt": TEXTS[0] * (3 * i), "completion": TEXTS[1]}) for i in range(3)
     ]
     rows.append(Row("row 3", {"messages": [said("user", "hello " * 9), YES, HI, YES]}))
-    whole = encode_each(rows, tokenizer, 999)
+    whole = encode_whole(rows, tokenizer)
     sizes = [len(example["input_ids"]) for example in whole]
     limit = sizes[1] - 2
     assert sizes[0] < limit < sizes[2]
     for how in ("end", "start", "drop"):
         encoded = encode(rows, tokenizer, limit, how)
-        cut = dict(
-            zip([r.where for r in rows], encode_each(rows, tokenizer, limit, how), strict=True)
-        )
+        cut = dict(zip([r.where for r in rows], cut_rows(rows, tokenizer, limit, how), strict=True))
         assert [e["input_ids"].tolist() for e in encoded.examples] == [
             e["input_ids"].tolist() for e in cut.values() if e is not None
         ]
@@ -59,6 +63,45 @@ def test_truncation(bos):
                 assert row.where in encoded.truncated
             elif how == "end":
                 assert row.where in encoded.dropped and row.where not in encoded.truncated
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_cut_at_the_start_leaves_whole_answers(bos):
+    """An answer that the cut reaches is no target; a text without a prompt is cut."""
+    tokenizer = made(bos=bos)
+    words = said("assistant", TEXTS[2])
+    rows = {
+        "plain": {"prompt": TEXTS[0], "completion": TEXTS[1]},
+        "chat": {"messages": [HI, words]},
+        "turns": {"messages": [HI, words, HI, words]},
+        "text": {"prompt": "", "completion": TEXTS[1]},
+    }
+    for name, content in rows.items():
+        row = Row(name, content)
+        (whole,) = encode_whole([row], tokenizer)
+        ids, labels = whole["input_ids"].tolist(), whole["labels"].tolist()
+        first = int(ids[0] == tokenizer.bos_token_id)
+        border = next(i for i, label in enumerate(labels) if label != -100)
+        room = border - max(1, first)  # tokens before the answer that can be cut off
+        limits = {len(ids) - count for count in (1, room, room + 1, room + 3) if count > 0}
+        for limit in limits:
+            found = cut_rows([row], tokenizer, limit, "start")[0]
+            cut = len(ids) - limit
+            kept = labels[:first] + labels[first + cut :]
+            if name == "text" or cut <= room:
+                assert found["labels"].tolist() == kept
+            elif name == "turns":
+                assert len(found["labels"]) == limit
+                assert targets(found) == [x for x in labels if x != -100][-len(targets(found)) :]
+                assert 2 * len(targets(found)) == sum(x != -100 for x in labels)
+            else:
+                assert found is None
+                with pytest.raises(DataError, match="maximum length above that of the answers"):
+                    encode([row], tokenizer, limit, "start")
+                single = replace(row, desirable=True)
+                both = encode_responses([single, Row("b", rows["text"], desirable=True)],
+                                        tokenizer, limit, truncate="start")  # fmt: skip
+                assert both.dropped == [name] and both.indices == [1]
 
 
 def test_truncated_pairs_keep_one_prompt(tokenizer):

@@ -17,7 +17,7 @@ from tokenizers import (
 )
 
 from ift import tiny
-from ift.data import encode, encode_each, prompt_ids
+from ift.data import encode, encode_whole, prompt_ids
 from ift.data_rows import DataError, Row, pair_row
 from ift.preference_data import encode_pairs
 from ift.token_spans import token_ids, token_spans
@@ -259,7 +259,7 @@ PLAIN = [
 
 def test_prompts_are_as_at_inference_and_completions_continue_them(kind, tokenizer):
     rows = [Row(f"{p}|{c}", {"prompt": p, "completion": c}) for p, c in PLAIN]
-    for row, example in zip(rows, encode_each(rows, tokenizer, 99), strict=True):
+    for row, example in zip(rows, encode_whole(rows, tokenizer), strict=True):
         prompt, completion = row.texts
         asked = (
             tokenizer(prompt)["input_ids"] if kind != "slow" else token_ids([prompt], tokenizer)[0]
@@ -277,8 +277,8 @@ def test_prompts_are_as_at_inference_and_completions_continue_them(kind, tokeniz
 def test_byte_level_rows_are_as_if_tokenised_apart():
     tokenizer = tiny.train_tokenizer(CORPUS, 400)
     for prompt, completion in PLAIN:
-        (example,) = encode_each([Row("", {"prompt": prompt, "completion": completion})],
-                                 tokenizer, 99)  # fmt: skip
+        row = Row("", {"prompt": prompt, "completion": completion})
+        (example,) = encode_whole([row], tokenizer)
         first, second = token_ids([prompt, completion], tokenizer)
         assert example["input_ids"].tolist() == [*first, *second, tokenizer.eos_token_id]
         assert targets(example) == [*second, tokenizer.eos_token_id]
@@ -320,7 +320,7 @@ def test_responses_share_the_prompts_tokens(kind, tokenizer):
         {"prompt": "hello\n", "chosen": "the cat", "rejected": "mat"},
         {"prompt": "hel", "chosen": "lo", "rejected": "p the cat"},
         {"prompt": [user], "chosen": "the cat", "rejected": "\n\nmat"},
-        {"prompt": [user], "chosen": "two", "rejected": "the x"},
+        {"prompt": [{**user, "content": "two"}], "chosen": "two", "rejected": "the x"},
     ]
     pairs = [pair_row(row, f"line {i}") for i, row in enumerate(rows)]
     encoded = encode_pairs(pairs, tokenizer, 99, mismatched=True)
@@ -335,7 +335,7 @@ def test_responses_share_the_prompts_tokens(kind, tokenizer):
         answer = pairs[(index + 1) % len(pairs)].chosen
         text = answer.messages[-1]["content"] if answer.messages else answer.content["completion"]
         wanted = pair_row({**row, "chosen": text}, "").chosen
-        (direct,) = encode_each([wanted], tokenizer, 99)
+        (direct,) = encode_whole([wanted], tokenizer)
         assert np.array_equal(example["kl"]["input_ids"], direct["input_ids"])
         assert np.array_equal(example["kl"]["labels"], direct["labels"])
 

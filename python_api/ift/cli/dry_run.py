@@ -54,11 +54,9 @@ def show(
         steps: optimizer steps of the run.
     """
     train, held_out = sets
-    out = set(train.dropped) | (set(train.truncated) if arguments.truncate == "drop" else set())
-    kept = [row for row in rows if row.where not in out]
-    for row, example in list(zip(kept, train.examples, strict=True))[:SHOWN_ROWS]:
+    for index, example in list(zip(train.indices, train.examples, strict=True))[:SHOWN_ROWS]:
         for name, side in _named_sides(example):
-            print(described(f"{row.where}{name}", side, tokenizer))
+            print(described(f"{rows[index].where}{name}", side, tokenizer))
     print(lengths([len(side["input_ids"]) for side in train.sides()], arguments.max_length))
     batch = train.examples[: arguments.batch_size]
     batches = -(-len(train.examples) // arguments.batch_size)

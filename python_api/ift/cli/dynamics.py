@@ -145,8 +145,7 @@ def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokeni
     output = Path(arguments.output)
     saved, given = output / SET, arguments.probes
     resumed = arguments.resume and saved.exists()
-    made = "--data" if arguments.probe_test is None else "--probe-test"
-    with refusals("--probes" if resumed or given is not None else made):
+    with refusals("--probes" if resumed or given is not None else "--data"):
         if resumed:
             probes = read_probes(saved)
             if given is not None and read_probes(given) != probes:
@@ -166,20 +165,29 @@ def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokeni
 def _probes(
     arguments: argparse.Namespace, held_out: list[Any], model: Any, tokenizer: Any
 ) -> list[Probe]:
-    """The set that is given, or one made of the rows that are not held out."""
+    """The set that is given, or one made of the rows that are not held out.
+
+    Of the held-out ones, which may be responses of any side, the places alone are used: an
+    ``unrelated`` answer is a chosen one.
+    """
     from ift.dynamics import build_probe_set, read_probes, sampler
     from ift.dynamics.rewrites import SENTENCES
 
     if arguments.probes is not None:
         return read_probes(arguments.probes)
-    # Of a preference, the chosen side.
-    learned = [row for row in held_out if getattr(row, "desirable", None) is not False]
-    held = [getattr(row, "chosen", row).content for row in learned]
+    apart = {row.where for row in held_out}
+    rows = raw_rows(arguments, arguments.data)
+    test = [row for row, where in rows if where in apart]
+    name = "eval_data" if arguments.probe_test is None else "probe_test"
+    other = getattr(arguments, name)
+    if other is not None:
+        with refusals(flag_of(name)):
+            test = [row for row, _ in raw_rows(arguments, other)]
     tokens = arguments.probe_sample
     return build_probe_set(
-        raw_rows(arguments, held_out),
+        [row for row, where in rows if where not in apart],
         size=arguments.probe_size,
-        test=arguments.probe_test or held or None,
+        test=test or None,
         sample=sampler(model, tokenizer, max_new_tokens=tokens) if tokens else None,
         tokenizer=tokenizer,
         rules=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ift import data_rows
@@ -10,12 +11,13 @@ from ift.cli.errors import CliError, refusals
 from ift.cli.losses import LOSSES
 from ift.cli.processes import note
 from ift.data import Encoded, encode, split_rows
-from ift.data_columns import column_names, mapped_records
+from ift.data_columns import REWRITES, column_names, mapped_records
+from ift.data_files import files_in, is_dataset
 from ift.data_rows import FORMATS, PairRow, Row, training_row, unpaired_row
 from ift.preference_data import EncodedPairs, encode_pairs, encode_responses
 
 CUT = {"end": "are cut at their end", "start": "are cut at their start", "drop": "are left out"}
-
+SHOWN_FILES = 8  # of a folder
 
 # What a loss of rows learns of preferences.
 SIDES = {"chosen": ("chosen",), "rejected": ("rejected",), "both": ("chosen", "rejected")}
@@ -50,16 +52,17 @@ def _both_sets(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
         return split_rows(rows, arguments.eval_split, arguments.seed)
 
 
-def raw_rows(arguments: argparse.Namespace, without: list[Any]) -> list[dict[str, Any]]:
-    """The rows of the training file as they were parsed, but for some, and bad responses."""
-    apart = {row.where for row in without}
+def raw_rows(arguments: argparse.Namespace, path: str) -> list[tuple[dict[str, Any], str]]:
+    """The rows of a file as parsed, under the keys of `--columns`, with their places; no bad
+    responses."""
     found = []
     names = column_names(arguments.columns)
-    for row, where in mapped_records(arguments.data, FORMATS, names, arguments.system):
-        single = LOSSES[arguments.loss].single and row.get("chosen") is None
+    for row, where in mapped_records(path, FORMATS, names, arguments.system):
+        single = LOSSES[arguments.loss].single and isinstance(row, dict)
+        single = single and row.get("chosen") is None and row.get("label") is not None
         checked = (unpaired_row if single else training_row)(row, where)
-        if where not in apart and checked.desirable is not False:
-            found.append(row)
+        if checked.desirable is not False:
+            found.append((row, where))
     return found
 
 
@@ -71,7 +74,15 @@ def _read(arguments: argparse.Namespace, path: str, flag: str) -> list[Any]:
         read = data_rows.read_responses
     with refusals(flag):
         rows = read(path, column_names(arguments.columns), arguments.system)
-    if unread := data_rows.unread_keys(rows):
+    folder = Path(path)
+    if folder.is_dir() and not is_dataset(folder):
+        files = [file.name for file in files_in(folder)]
+        some = ", ".join([*files[:SHOWN_FILES], "…"] if len(files) > SHOWN_FILES else files)
+        note(f"{flag}: {len(rows)} rows in {path}, of the files {some}")
+    # `ift dynamics` makes its probes of the rewrites in --data, unless they are given.
+    made = flag == "--data" and getattr(arguments, "probes", "") is None
+    rewrites = {key for keys in REWRITES.values() for key in keys} if made else set()
+    if unread := data_rows.unread_keys(rows, rewrites):
         shown = ", ".join(
             f"{key} ({n} row{'s' * (n > 1)}, first: {at})" for key, (n, at) in unread.items()
         )
@@ -106,7 +117,7 @@ def tokenise(
     `mismatched` is that of `encode_pairs`.
     """
     if not rows:
-        return Encoded([], [])
+        return Encoded([], [], [])
     max_length, truncate = arguments.max_length, arguments.truncate
     encoded: Encoded | EncodedPairs
     with refusals(flag):
@@ -124,8 +135,9 @@ def tokenise(
             f"{max_length} and {CUT[truncate]} (first: {encoded.truncated[0]})"
         )
     if encoded.dropped:
+        left = "whole answer" if truncate == "start" else "completion token"
         note(
-            f"{flag}: dropped {len(encoded.dropped)} of {len(rows)} rows, which have no completion "
-            f"token within --max-length {max_length} (first: {encoded.dropped[0]})"
+            f"{flag}: dropped {len(encoded.dropped)} of {len(rows)} rows, which have no {left} "
+            f"within --max-length {max_length} (first: {encoded.dropped[0]})"
         )
     return encoded

@@ -26,7 +26,8 @@ class Samples(TrainerCallback):
     Each process generates, for a model may be sharded, and the first writes.
 
     Args:
-        rows: held-out rows, or pairs, of which the chosen side; without a prompt they are left out.
+        rows: held-out rows, or pairs, of which the chosen side. Those without a prompt are left
+            out, and with a note those with tools or options of the chat template.
         count: how many prompts to continue, the first ones that differ.
         tokenizer: of the model.
         path: of the JSONL file.
@@ -34,8 +35,13 @@ class Samples(TrainerCallback):
 
     def __init__(self, rows: Sequence[Any], count: int, tokenizer: Any, path: Path) -> None:
         self.prompts: list[tuple[Any, str]] = []
-        for row in rows:
-            prompt, answer = prompt_and_answer(getattr(row, "chosen", row).content)
+        sides = [getattr(row, "chosen", row) for row in rows]
+        plain = [side for side in sides if not side.template_options]
+        if len(plain) < len(sides):
+            note(f"samples: {len(sides) - len(plain)} of {len(sides)} held-out rows have 'tools' "
+                 "or 'chat_template_kwargs' and are left out")  # fmt: skip
+        for side in plain:
+            prompt, answer = prompt_and_answer(side.content)
             if len(self.prompts) == count:
                 break
             if prompt and all(prompt != other for other, _ in self.prompts):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ift.data import prompt_ids
+from ift.data_columns import REWRITES
 from ift.data_files import DataError, json_type, read_records
 from ift.data_messages import check_encodable, check_messages
 from ift.data_rows import FORMATS, pair_row, training_row
@@ -43,16 +44,6 @@ TYPES = (
     "permuted",
     "random_words",
 )
-# Rewrites and the keys of a row that have them, those of the paper's released sets among them.
-REWRITES = {
-    "chosen_semantic": ("chosen_semantic", "chosen_gptsemantic", "chosen_paraphrase",
-                        "chosen_paraphrases"),
-    "chosen_format": ("chosen_format", "chosen_gptformat"),
-    "rejected_semantic": ("rejected_semantic", "rejected_gptsemantic", "reject_gptsemantic",
-                          "rejected_paraphrase", "rejected_paraphrases"),
-    "rejected_format": ("rejected_format", "rejected_gptformat", "reject_gptformat"),
-    "fluent": ("fluent", "irr_hum"),
-}  # fmt: skip
 SIDES = ("chosen", "rejected")
 TRIES = 64  # draws of an answer that differs
 # Scripts without spaces between words: Thai, Lao, Tibetan, Myanmar, Khmer, kana, Han.
@@ -102,7 +93,9 @@ def build_probe_set(
 
     Args:
         data: a file or rows as `ift.data_rows.read_rows` takes them, preferences or not; of a
-            plain row the completion (the last assistant's turn) is the chosen answer.
+            plain row the completion (the last assistant's turn) is the chosen answer. Rows with
+            ``tools`` or ``chat_template_kwargs``, which a probe has not, are left out; a warning
+            counts them.
         size: at most so many probes, drawn at random; default 64.
         test: rows in the same form that are not trained on.
         sample: prompts → answers, as `sampler` makes.
@@ -126,7 +119,7 @@ def build_probe_set(
     """
     if checks.integer("size", size) < 1:
         raise ValueError(f"size: expected at least 1, got {size}")
-    rows = _rows("data", data)
+    rows = _without_template_options(_rows("data", data))
     other = [] if test is None else _rows("test", test)
     draw = random.Random(seed)
     chosen = sorted(draw.sample(range(len(rows)), min(size, len(rows))))
@@ -269,7 +262,7 @@ def _joined(words: list[str]) -> str:
 
 
 def _rows(name: str, source: Source) -> list[dict[str, Any]]:
-    """prompt, chosen and where there are, rejected and rewrites, of each row."""
+    """prompt, chosen, template options and where there are, rejected and rewrites, of each row."""
     if isinstance(source, (str, os.PathLike)):
         lines = read_records(source, FORMATS)
     else:
@@ -279,15 +272,27 @@ def _rows(name: str, source: Source) -> list[dict[str, Any]]:
     return [_row(raw, where) for raw, where in lines]
 
 
+def _without_template_options(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows whose prompt is in training as a probe has it, of messages alone."""
+    left = [row for row in rows if not row["template_options"]]
+    names = "'tools' or 'chat_template_kwargs', which probes have not"
+    if not left:
+        raise DataError(f"data: every row has {names}; expected a row without")
+    if len(left) < len(rows):
+        logger.warning("probes: %d of %d rows have %s, and are left out",
+                       len(rows) - len(left), len(rows), names)  # fmt: skip
+    return left
+
+
 def _row(raw: Any, where: str) -> dict[str, Any]:
     if isinstance(raw, dict) and "chosen" in raw and "rejected" in raw:
         pair = pair_row(raw, where)
-        prompt, chosen = prompt_and_answer(pair.chosen.content)
-        rejected = prompt_and_answer(pair.rejected.content)[1]
-        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        side, more = pair.chosen, {"rejected": prompt_and_answer(pair.rejected.content)[1]}
     else:
-        prompt, chosen = prompt_and_answer(training_row(raw, where).content)
-        row = {"prompt": prompt, "chosen": chosen}
+        side, more = training_row(raw, where), {}
+    prompt, chosen = prompt_and_answer(side.content)
+    options = side.template_options
+    row = {"prompt": prompt, "chosen": chosen, "template_options": options, **more}
     for name, keys in REWRITES.items():
         for key in (key for key in keys if raw.get(key)):
             value = raw[key][0] if isinstance(raw[key], list) else raw[key]

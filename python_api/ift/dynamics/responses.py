@@ -60,11 +60,9 @@ def encoded_responses(
     if encoded.dropped:
         logger.warning("probes: %d of %d responses are beyond max_length %d and left out",
                        len(encoded.dropped), len(rows), max_length)  # fmt: skip
-    missing, examples, found = set(encoded.dropped), iter(encoded.examples), []
-    for row, (probe, type_, *_) in zip(rows, named, strict=True):
-        if row.where in missing:
-            continue
-        example = next(examples)
+    found = []
+    for index, example in zip(encoded.indices, encoded.examples, strict=True):
+        probe, type_, *_ = named[index]
         ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
         targets = [t for t, label in enumerate(labels) if label != IGNORE_INDEX and t > 0]
         part = slice(targets[0], targets[-1] + 1)

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import unicodedata
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,7 +105,8 @@ NOTES = {
     "keys of pairs": (
         "dpo", [{"prompt": "a", "chosen": "b", "rejected": "c", "chosen_paraphrase": "d",
                  "messages": [HI], "score": 0.5}],
-        "--data: keys that nothing reads: messages (1 row, first: {0} line 1), score (1 row",
+        "--data: keys that nothing reads: chosen_paraphrase (1 row, first: {0} line 1), messages "
+        "(1 row, first: {0} line 1), score (1 row",
     ),
 }  # fmt: skip
 
@@ -119,23 +121,30 @@ def test_what_is_not_learned_is_counted(tmp_path, capsys, name):
     assert len(lines) == 1 and note.format(path) in lines[0]
 
 
-def test_raw_rows_of_a_probe_set(tmp_path):
-    """Under the names that `--columns` gives, without those held out and bad responses."""
+def test_the_files_of_a_folder_are_named(tmp_path, capsys):
+    for index in range(9):
+        write_rows(tmp_path / f"train-{index}.jsonl", [{"prompt": "a", "completion": "b"}])
+    rows, _ = read_rows(parsed(train(tmp_path, "o", "--loss", "sft")))
+    names = ", ".join(f"train-{index}.jsonl" for index in range(8))
+    note = f"--data: 9 rows in {tmp_path}, of the files {names}, …\n"
+    assert len(rows) == 9 and capsys.readouterr().err.endswith(note)
+
+
+def test_raw_rows(tmp_path):
+    """Under the names that `--columns` gives, with their places, without bad responses."""
     rows = [{"q": f"say {i}", "completion": str(i), "label": i != 2, "x": i} for i in range(5)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     for loss in ("kto", "sft"):
         command = train(path, tmp_path / "o", "--loss", loss, "--columns", "prompt=q")
-        arguments = parsed([*command, "--eval-split", 0.2])
-        _, held_out = read_rows(arguments)
-        found = raw_rows(arguments, held_out)
-        left = [row["x"] for row in found]
-        assert left == [i for i in (0, 1, 3, 4) if f"line {i + 1}" not in held_out[0].where]
-        assert all(row["prompt"] == f"say {row['x']}" for row in found)
+        found = raw_rows(parsed(command), path)
+        assert [row["x"] for row, _ in found] == [0, 1, 3, 4]
+        for row, where in found:
+            assert row["prompt"] == f"say {row['x']}" and where == f"{path} line {row['x'] + 1}"
 
 
 CUT = {
     "end": "2 of 6 rows are longer than --max-length 24 and are cut at their end (first: ",
-    "start": "3 of 6 rows are longer than --max-length 24 and are cut at their start",
+    "start": "1 of 6 rows are longer than --max-length 24 and are cut at their start",
     "drop": "3 of 6 rows are longer than --max-length 24 and are left out (first: {} line 4)",
 }
 
@@ -150,8 +159,13 @@ def test_truncated_rows_are_counted(tmp_path, capsys, how):
     encoded = tokenise(read_rows(arguments)[0], tokenizer, arguments, "--data", False)
     told = capsys.readouterr().err
     assert "--data: " + CUT[how].format(path) in told
-    assert ("--data: dropped 1 of 6 rows, which have no" in told) == (how == "end")
-    assert len(encoded.examples) == {"end": 5, "start": 6, "drop": 3}[how]
+    none = {
+        "end": "1 of 6 rows, which have no completion",
+        "start": "2 of 6 rows, which have no whole",
+    }
+    assert ("--data: dropped " in told) == (how in none) and none.get(how, "") in told
+    kept = {"end": [0, 1, 2, 4, 5], "start": [0, 1, 2, 3], "drop": [0, 1, 2]}[how]
+    assert encoded.indices == kept
 
 
 BAD = {
@@ -294,6 +308,18 @@ def test_a_dry_run_shows_what_would_be_learned(tmp_path, capsys, monkeypatch, lo
         assert "more …" in shown
     if loss == "kto":
         assert titles[0].endswith("]") and ", bad response" in titles[0]
+
+
+def test_a_dry_run_names_the_rows_that_are_left(tmp_path, capsys, monkeypatch):
+    """Both responses of a pair have one place, of which one may be dropped."""
+    pairs = [{"prompt": p, "chosen": "b", "rejected": "cd " * 9} for p in ("a ", "a " * 9, "a")]
+    monkeypatch.chdir(tmp_path)
+    path = write_rows(Path("rows.jsonl"), pairs)
+    more = ["--loss", "sft", "--responses", "both", "--dry-run", "--max-length", 8]
+    for how, lines in (("start", "123"), ("end", "113")):
+        assert main(train(path, "o", *more, "--truncate", how)) == 0
+        shown = capsys.readouterr().out
+        assert re.findall(r"line (\d): \d+ tokens", shown) == list(lines)
 
 
 def test_described_tokens_are_the_learned_ones():

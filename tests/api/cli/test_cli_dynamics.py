@@ -7,9 +7,13 @@ import pytest
 from test_cli_preference import rows
 
 from command_line import refusal, untimed, write_rows
-from ift.cli import main
+from ift.cli import main, options
+from ift.cli.dynamics import _probes
+from ift.cli.errors import CliError
+from ift.cli.rows import read_rows
 from ift.dynamics import read_probes, report
 from ift.dynamics.callback import read_records
+from ift.tiny import train_tokenizer
 
 PLAIN = ["--model", "tiny", "--cpu", "--batch-size", "4"]
 SMALL = [*PLAIN, "--probe-size", "3", "--probe-sample", "4"]
@@ -104,6 +108,44 @@ def test_heatmap(trained, tmp_path, capsys):
             files.pop(output / name, None)
             (output / name).unlink(missing_ok=True)
     assert "change of log π per token\ntrained " in shown and "‖K‖ per pair of tokens" in shown
+
+
+def made_probes(arguments, capsys):
+    """The held-out rows, the probe set, and what is said of the data."""
+    parsed = options.resolve(options.build_parser().parse(["dynamics", *map(str, arguments)]))
+    trained, held_out = read_rows(parsed)
+    tokenizer = train_tokenizer([text for row in trained for text in row.texts], 300)
+    return held_out, _probes(parsed, held_out, None, tokenizer), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sides", ["chosen", "rejected", "both"])
+def test_probes_of_renamed_columns(tmp_path, capsys, sides):
+    """Unrelated answers are chosen ones that are not trained, whichever side is trained."""
+    data = [
+        {"q": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}", "chosen_gptformat": f"f{i}",
+         "score": i} for i in range(6)
+    ]  # fmt: skip
+    path = write_rows(tmp_path / "p.jsonl", data)
+    others = write_rows(tmp_path / "t.jsonl", [{"q": "?", "chosen": "other", "rejected": "no"}])
+    command = ["run", *PLAIN, "--data", path, "--output", "o", "--loss", "sft", "--columns"]
+    given = [*command, "prompt=q", "--responses", sides]
+    command = [*given, "--probe-sample", "0"]
+    held_out, probes, notes = made_probes([*command, "--eval-split", "0.5"], capsys)
+    kept = {row.where.split()[-1] for row in held_out}
+    answers = {f"good {i}" for i in range(6) if str(i + 1) in kept}
+    assert len(probes) == 3 and {p.responses["unrelated"] for p in probes} <= answers
+    assert not {p.responses[t] for p in probes for t in ("chosen", "other_train")} & answers
+    assert all(p.responses["chosen_format"][0] == "f" for p in probes)
+    assert "--data: keys that nothing reads: score (6 rows" in notes
+    for more in (["--probe-test", others], ["--eval-data", others]):
+        _, probes, _ = made_probes([*command, *more], capsys)
+        assert {p.responses["unrelated"] for p in probes} == {"other"}
+    plain = write_rows(tmp_path / "plain.jsonl", rows(2))
+    with pytest.raises(CliError, match="--probe-test: .*plain.jsonl: no row has 'q' for 'prompt'"):
+        made_probes([*command, "--probe-test", plain], capsys)
+    (tmp_path / "set.jsonl").write_text('{"prompt": "a", "responses": {"chosen": "b"}}\n')
+    *_, notes = made_probes([*given, "--probes", tmp_path / "set.jsonl"], capsys)
+    assert "nothing reads: chosen_gptformat (6 rows" in notes
 
 
 # Matplotlib hides labels that start with "_", and fails on a formula that is none.

@@ -8,10 +8,13 @@ import sys
 
 import pytest
 
+from chats import HI, TOOL, YES
 from command_line import read_log, refusal, train, untimed, write_rows
 from ift import plotting
 from ift.cli import main
 from ift.cli.runlog import words
+from ift.cli.samples import Samples
+from ift.data_rows import training_row
 from ift.dynamics import sampler
 from ift.tiny import tiny_llama, train_tokenizer
 
@@ -114,6 +117,15 @@ def test_samples_of_each_evaluation(runs):
     # Training is the same without.
     assert untimed(read_log(place / "dpo")) == untimed(read_log(place / "silent"))
     assert not (place / "silent" / "samples.jsonl").exists()
+
+
+def test_rows_that_samples_cannot_render_are_left_out(tmp_path, capsys):
+    rows = [{"messages": [HI, YES], "tools": [TOOL]}, {"prompt": "a", "completion": "b"},
+            {"messages": [HI, YES], "chat_template_kwargs": {"x": 1}}]  # fmt: skip
+    found = Samples([training_row(row, "") for row in rows], 3, None, tmp_path / "samples.jsonl")
+    assert found.prompts == [("a", "b")]
+    said = "samples: 2 of 3 held-out rows have 'tools' or 'chat_template_kwargs' and are left out"
+    assert said in capsys.readouterr().err
 
 
 def test_samples_under_autocast_and_resumed(data, tmp_path):

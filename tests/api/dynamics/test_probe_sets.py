@@ -6,6 +6,7 @@ import pytest
 import transformers as hf
 
 import causal_lms
+from chats import TOOL, YES, said
 from ift import tiny
 from ift.data_rows import DataError
 from ift.dynamics import build_probe_set, read_probes, sampler, write_probes
@@ -103,6 +104,21 @@ def test_given_and_sampled_answers_that_equal_the_chosen_one(caplog):
     assert probes[1].responses["unrelated"] == data[0]["chosen"]
     counts = "rejected 1, sample 2, chosen_semantic 1, rejected_format 1"
     assert caplog.records[-1].getMessage().endswith("compared with: " + counts)
+
+
+def test_rows_that_a_probe_cannot_render_are_left_out(caplog):
+    """Training puts `tools` and template options before their answers."""
+    messages = [said("user", "q"), YES]
+    options = ({"tools": [TOOL]}, {"chat_template_kwargs": {"enable_thinking": False}})
+    rows = [{"messages": messages, **more} for more in options]
+    rows.append({"messages": messages[:1], "chosen": "a", "rejected": "b", "tools": [TOOL]})
+    plain = [{"prompt": f"q{i}", "completion": f"a{i}", "tools": []} for i in range(2)]
+    probes = build_probe_set(rows + plain, test=rows)
+    assert [p.prompt for p in probes] == ["q0", "q1"]
+    assert all(p.responses["unrelated"] in ("yes", "a") for p in probes)
+    assert "3 of 5 rows have 'tools' or 'chat_template_kwargs', which probes" in caplog.text
+    with pytest.raises(DataError, match="data: every row has 'tools' or .*; expected a row w"):
+        build_probe_set(rows)
 
 
 def test_a_sampled_answer_keeps_its_leading_space():
