@@ -46,6 +46,7 @@ class RunLog(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the bar where the run starts; on a terminal only, elsewhere records are lines."""
+        state.compute_steps(args, state.max_steps)  # else those of the run that it continues
         shown = state.is_world_process_zero and sys.stderr.isatty()
         self.first, self.started = state.global_step, time.monotonic()
         self.bar = tqdm(
