@@ -18,7 +18,7 @@ UNLOADABLE = (*UNREADABLE, EOFError, AttributeError, IndexError, RuntimeError, p
 
 @contextlib.contextmanager
 def damage_in(path: Path, kinds: tuple[type[Exception], ...] = UNREADABLE) -> Iterator[None]:
-    """Turn errors in reading an earlier run into a CliError, but too little memory."""
+    """Turn errors in reading an earlier run into a CliError; running out of memory is none."""
     try:
         yield
     except kinds as error:
