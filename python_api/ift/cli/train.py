@@ -199,7 +199,8 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
                  "continues it")  # fmt: skip
         else:
             note(f"resuming at step {done} of {steps} ({epoch})")
-        if not complete and before < steps and arguments.scheduler != "constant":
+        jumps = arguments.scheduler != "constant" or arguments.warmup_ratio
+        if not complete and before < steps and jumps:
             note(f"the run was made longer than {before} steps: from here on the learning rate is "
                  f"that of a {arguments.scheduler} schedule of {steps}")  # fmt: skip
     with stop:

@@ -300,6 +300,19 @@ def test_epochs_can_grow_and_the_schedule_is_the_new_one(data, tmp_path, capsys)
     assert [r["lr"] for r in read_log(tmp_path / "run")][3:] == pytest.approx(expected[3:])
 
 
+def test_a_warmup_that_is_a_share_of_a_longer_run_is_another(data, tmp_path, capsys):
+    """With a constant learning rate, too."""
+    given = train(data, tmp_path / "run", *SIZES[:-4], "--loss", "sft", "--scheduler", "constant",
+                  "--warmup-ratio", "0.5", "--max-steps", "2")  # fmt: skip
+    assert main(given) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", "--output", str(tmp_path / "run"), "--max-steps", "6"]) == 0
+    said = "from here on the learning rate is that of a constant schedule of 6"
+    assert said in capsys.readouterr().err
+    rates = [record["lr"] for record in read_log(tmp_path / "run")]
+    assert rates == pytest.approx([0, 3e-3, 2e-3, 3e-3, 3e-3, 3e-3])
+
+
 def test_evaluation_draws_no_random_numbers_of_training(data, tmp_path):
     """Else a run that is made longer would be another one than the unbroken run."""
     from transformers import TrainingArguments
