@@ -139,7 +139,7 @@ class IFTConfig:
         The training around it, as the paper reports it, is the trainer's to set: RMSprop at
         learning rate 5e-7, cosine decay, batch 512, bf16, length at most 1024, 3 epochs, on
         Mistral-7B-v0.1. Those runs come from the released code, whose objective is this class's
-        default instead: ``IFTConfig.paper(objective="released")``.
+        default instead: ``IFTConfig.paper(objective="released")``, as `ift train --preset paper`.
         """
         return cls(**{"lam": 0.2, "gamma": 0.95, "objective": "paper", **changes})
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ift import data_files
 from ift.cli import processes
-from ift.cli.arguments import Option, is_switch, one_of
+from ift.cli.arguments import Option, flag_of, is_switch, one_of
 from ift.cli.errors import CliError
 
 RUN_FILE = "run.json"
@@ -29,39 +29,49 @@ class OptionFile(NamedTuple):
 
     options: dict[str, Any]
     recorded: dict[str, Any]
+    others: frozenset[str] = frozenset()  # those of `ift dynamics run` alone, without values
 
 
 def read_options(
-    path: Path, flag: str, known: Mapping[str, Option], ignored: Mapping[str, Option]
+    path: Path, flag: str, known: Mapping[str, Option], others: Mapping[str, Option]
 ) -> OptionFile:
     """Read a YAML or JSON file of options; null is an option that is not given.
 
     Args:
         flag: to name in errors.
         known: the options that it may hold; names with dashes or underscores.
-        ignored: options that it may hold for nothing: those of another command.
+        others: options of `ift dynamics run` alone, which the file of a run may hold.
 
     Raises:
         CliError: no such file, no mapping, an unknown or repeated name, a value that the option
-            does not take.
+            does not take, an option of the command line alone or of `ift dynamics run`.
     """
     options: dict[str, Any] = {}
     recorded: dict[str, Any] = {}
+    found: set[str] = set()
     for key, value in _mapping(path, flag).items():
         name = str(key).replace("-", "_")
         if name in options or name in recorded:
             raise CliError(flag, f"{path}: {name} is there twice; expected it once")
         if name in RECORDED:
             recorded[name] = value
-        elif name in known and name not in OF_A_CALL:
+        elif name in known and name in OF_A_CALL:
+            problem = f"{path}: {name} belongs on the command line; expected {flag_of(name)} there"
+            raise CliError(flag, problem)
+        elif name in known:
             if value is not None:
                 options[name] = _converted(path, flag, name, known[name], value)
-        elif name not in ignored:
+        elif name in others:
+            found.add(name)
+        else:
             close = difflib.get_close_matches(name, known)
             hint = f", did you mean {' or '.join(close)}?" if close else ""
             raise CliError(flag, f"{path}: unknown option {key!r}; expected those of the command "
                            f"line{hint}")  # fmt: skip
-    return OptionFile(options, recorded)
+    if found and not recorded:
+        raise CliError(flag, f"{path}: {min(found)} is an option of `ift dynamics run`; expected "
+                       "those of `ift train`")  # fmt: skip
+    return OptionFile(options, recorded, frozenset(found))
 
 
 def _mapping(path: Path, flag: str) -> dict[Any, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ift import plotting
 from ift.cli import options, train
 from ift.cli.arguments import flag_of
+from ift.cli.checkpoints import last_checkpoint
 from ift.cli.errors import CliError, refusals
 from ift.cli.processes import note
 from ift.cli.report import probe_records
@@ -144,7 +145,7 @@ def watch(arguments: argparse.Namespace, held_out: list[Any], model: Any, tokeni
 
     output = Path(arguments.output)
     saved, given = output / SET, arguments.probes
-    resumed = arguments.resume and saved.exists()
+    resumed = arguments.resume and saved.exists() and last_checkpoint(output) is not None
     with refusals("--probes" if resumed or given is not None else "--data"):
         if resumed:
             probes = read_probes(saved)

@@ -108,7 +108,7 @@ def build_parser() -> Parser:
         "doctor", help="say what is installed and which backend serves what, and why"
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
-    train = commands.add_parser("train", help="fine-tune a causal language model on a JSONL file")
+    train = commands.add_parser("train", help="fine-tune a causal language model on a file of rows")
     _add_train(train)
     report = commands.add_parser("report", help="compare runs: a table, and one page of HTML")
     report.add_argument(
@@ -172,21 +172,26 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
     file, saved = OptionFile({}, {}), OptionFile({}, {})
     if "config" in line:
         path = Path(line["config"])
-        file = read_options(path, "--config", known, {})
+        file = read_options(path, "--config", known, others)
+        if file.others:
+            processes.note(f"{path} is of `ift dynamics run`; this run measures no probes")
         _check_repeats(path, file, line)
     run = Path(line.get("output", file.options.get("output", ""))) / RUN_FILE
     if line.get("resume") and run.is_file():
         saved = read_options(run, "--resume", known, others)
+        _check_command(run.parent, saved, known)
     given = _over(file.options, line)
     preset = PRESETS.get(given.get("preset", saved.options.get("preset", "")), {})
     values = _over(DEFAULTS, preset, saved.options, given)
     values = {name: values.get(name) for name in vars(arguments)}
-    _check_required(values, known)
+    _check_required(values, known, run)
     for layer in (line, file.options):
         for name, other in REPLACES.items():
             if name in layer and layer.get(other):
                 problem = f"got it beside {flag_of(other)}; expected one of the two"
                 raise CliError(_place(name, line), problem)
+    # A run.json holds the defaults, too, which contradict nothing.
+    given = {k: v for k, v in given.items() if k in line or v != DEFAULTS.get(k)}
     _check_applicable(values, given, preset, line)
     return argparse.Namespace(**values)
 
@@ -214,9 +219,21 @@ def _over(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _check_required(values: Mapping[str, Any], known: Mapping[str, Option]) -> None:
+def _check_command(output: Path, saved: OptionFile, known: Mapping[str, Option]) -> None:
+    """Refuse to resume a run by another command: it would lose its probes, or get late ones."""
+    here = "probe_every" in known
+    if saved.others or (here and "probe_every" not in saved.options):
+        command = "train" if here else "dynamics run"
+        problem = f"{output} is a run of `ift {command}`; expected `ift {command} --resume`"
+        raise CliError("--resume", problem)
+
+
+def _check_required(values: Mapping[str, Any], known: Mapping[str, Option], run: Path) -> None:
     missing = [flag_of(name) for name, option in known.items()
                if option.required and values[name] is None]  # fmt: skip
+    if missing and values["resume"] and values["output"] is not None and not run.is_file():
+        problem = f"no {RUN_FILE} in {run.parent}; expected the output of a run, or "
+        raise CliError("--resume", problem + " and ".join(missing))
     if missing:
         command = " ".join(filter(None, (values["command"], values.get("action"))))
         raise CliError(command, f"the following arguments are required: {', '.join(missing)}")

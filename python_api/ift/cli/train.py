@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
+import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +14,7 @@ from ift import plotting
 from ift.cli import options, processes
 from ift.cli.adapters import check_adapter
 from ift.cli.arguments import flag_of
-from ift.cli.checkpoints import last_checkpoint, step_of
+from ift.cli.checkpoints import check_whole, damage_in, last_checkpoint, step_of
 from ift.cli.config_file import DATA, RUN_FILE, absolute, saved_options
 from ift.cli.errors import CliError, refusals
 from ift.cli.losses import LOSSES, OPTIONS, build_loss
@@ -28,7 +27,7 @@ from ift.cli.models import (
     load_model,
     turn_off_dropout,
 )
-from ift.cli.option_tables import DEFAULTS, REPLACES
+from ift.cli.option_tables import DEFAULTS, PROBE_OPTIONS, REPLACES
 from ift.cli.processes import note
 from ift.cli.rows import read_rows, tokenise
 from ift.data import Encoded
@@ -45,6 +44,8 @@ FIXED = (
     *("dtype", "attn", "gradient_checkpointing", "packing", "quantize"),
     *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_config"),
 )
+# The set is made once, before the first step; --probes is compared by its contents.
+PROBE_SET = tuple(name for name in PROBE_OPTIONS if name not in ("probes", "probe_every"))
 LENGTHS = ("epochs", "max_steps")  # may grow
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd", "adafactor": "adafactor"}
 
@@ -71,6 +72,7 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
     start = last_checkpoint(output) if arguments.resume else None
     if start is not None:
         check_same_run(arguments, output)
+        check_whole(start)
     check_model_path(arguments.model)
     check_adapter(arguments)
     processes.check_launcher()
@@ -79,6 +81,7 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
         raise CliError("--dry-run", f"got {processes.count()} processes; expected one")
     if not arguments.dry_run:
         check_output(output, arguments.resume)
+        check_final(arguments, output, start)
 
     import torch  # from here on it takes seconds
     import transformers
@@ -192,7 +195,8 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
                  "continues it")  # fmt: skip
         else:
             note(f"resuming at step {done} of {steps} ({epoch})")
-        if not complete and before < steps and arguments.scheduler != "constant":
+        jumps = arguments.scheduler != "constant" or arguments.warmup_ratio
+        if not complete and before < steps and jumps:
             note(f"the run was made longer than {before} steps: from here on the learning rate is "
                  f"that of a {arguments.scheduler} schedule of {steps}")  # fmt: skip
     with stop:
@@ -233,11 +237,25 @@ def check_output(output: Path, resume: bool) -> None:
         )
 
 
+def check_final(arguments: argparse.Namespace, output: Path, start: Path | None) -> None:
+    """Refuse to replace by the trained model one that this run reads, or what is of no run."""
+    final = output / "model"
+    for name in ("model", "reference"):
+        source = getattr(arguments, name)
+        path = Path(source or "tiny")  # no path may be there: a hub id
+        if source and path.exists() and path.resolve().is_relative_to(final.resolve()):
+            problem = f"the trained model would replace {final}, which {flag_of(name)} is in"
+            raise CliError("--output", f"{problem}; expected another directory")
+    if start is None and os.path.lexists(final):
+        raise CliError("--output", f"the trained model would replace {final}; expected a new "
+                       "directory")  # fmt: skip
+
+
 def check_same_run(arguments: argparse.Namespace, output: Path) -> None:
     """Refuse to continue a run under other arguments than those it was started with."""
     path = output / RUN_FILE
     if not path.exists():
-        return
+        raise CliError("--resume", f"{output} is damaged (no {RUN_FILE})")
     with damage_in(path):
         before = {"processes": 1, **json.loads(path.read_text(encoding="utf-8"))}
     for name, other in REPLACES.items():
@@ -256,7 +274,8 @@ def check_same_run(arguments: argparse.Namespace, output: Path) -> None:
         if now[name] is None and any(now[other] is not None for other in pair)
     }  # fmt: skip
     hashes = (f"{name}_sha256" for name in DATA)
-    for name in ("model", "loss", "preset", *OPTIONS, *FIXED, "processes", *hashes):
+    probes = (name for name in PROBE_SET if name in now)
+    for name in ("model", "loss", "preset", *OPTIONS, *FIXED, *probes, "processes", *hashes):
         # A run of a version without the option had its default.
         was = absolute(before.get(name, DEFAULTS.get(name)), known.get(name))
         if name not in replaced and now[name] != was and not longer(name, now[name], was):
@@ -283,16 +302,6 @@ def refuse_change(name: str, value: Any, was: Any, output: Path) -> NoReturn:
     elif name in LENGTHS:
         expected = f"at least {was}"
     raise CliError(flag_of(name), f"got {got}; expected {expected}, {started}")
-
-
-@contextlib.contextmanager
-def damage_in(path: Path) -> Iterator[None]:
-    """Turn errors in reading an earlier run into a CliError."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise CliError("--resume", f"{path} is damaged ({problem})") from None
 
 
 # ---- building ------------------------------------------------------------------------------------

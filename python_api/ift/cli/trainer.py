@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback
 
-from ift.cli.checkpoints import checkpoints
+from ift.cli.checkpoints import UNLOADABLE, checkpoints, damage_in
 from ift.cli.weights import FINAL_DTYPE, converted, record_dtype
 from ift.integrations.metrics import TargetMetrics
 from ift.integrations.transformers import IFTTrainer
@@ -102,7 +102,8 @@ class ResumableRun(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the parent's, at the learning rate of this run's schedule, which is another one than
         that of the checkpoint where the run was made longer."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with damage_in(Path(checkpoint or ""), UNLOADABLE):
+            super()._load_optimizer_and_scheduler(checkpoint)
         schedule = self.lr_scheduler
         if checkpoint is None or not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
             return
@@ -110,6 +111,10 @@ class ResumableRun(_Base):
         schedule._last_lr = [base * factor(schedule.last_epoch) for base, factor in rates]
         for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
             group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with damage_in(Path(checkpoint or ""), UNLOADABLE):
+            super()._load_rng_state(checkpoint)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the parent's; training draws the same random numbers with it and without."""

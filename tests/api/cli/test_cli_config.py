@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from command_line import read_log, refusal, train, untimed, write_rows
 from ift.cli import main, options
+from ift.cli.config_file import saved_options
 
 ROWS = [{"prompt": f"count {i} to {i + 2}:", "completion": f" {i} {i + 1}"} for i in range(12)]
 CALL = ["train", "--model", "m", "--data", "d", "--output", "o"]
@@ -53,8 +54,10 @@ def test_the_line_wins_over_the_file_and_the_file_over_the_preset(tmp_path):
 BAD = {
     "lerning-rate: 1": "unknown option 'lerning-rate'; expected those of the command line",
     "max_grad_nrom: 1": ".*'max_grad_nrom'; .*, did you mean max_grad_norm",
-    "resume: true": "unknown option 'resume'",
-    "config: x": "unknown option 'config'",
+    "resume: true": "resume belongs on the command line; expected --resume there",
+    "config: x": "config belongs on the command line; expected --config there",
+    "dry-run: yes": "dry_run belongs on the command line; expected --dry-run there",
+    "probe-size: 3": "probe_size is an option of `ift dynamics run`; expected those of `ift train`",
     "lr: fast": "lr: got 'fast'; expected a number above 0",
     "lr: true": "lr: got true; expected text or a number",
     "lam: 1.5": r"lam: got '1.5'; expected λ in \[0, 1\]",
@@ -149,6 +152,88 @@ def test_a_run_is_repeated_from_its_run_json(runs, data, tmp_path, monkeypatch, 
     assert main([*given, "--data", str(copy), "--max-steps", "1"]) == 0
 
 
+def test_the_defaults_in_a_run_json_contradict_nothing(data, tmp_path, capsys):
+    """Whatever the run was, and where the command line changes the loss."""
+    file, call = (
+        tmp_path / "run.json",
+        ["train", "--config", tmp_path / "run.json", "--output", "o"],
+    )
+    for first, then in (
+        ("--loss sft", ""),
+        ("--loss dpo", ""),
+        ("--loss kto --eval-split 0.1", ""),
+        ("--loss ift", "--loss simpo"),
+        ("--loss sft --eval-split 0.1", "--loss dpo"),
+        ("--loss ift --preset paper --no-bf16", "--lr 1"),
+    ):
+        given = resolved("train", "--model", "m", "--data", data, "--output", "o", *first.split())
+        saved = saved_options(given, options.known_options(given))
+        written(file, json.dumps(saved))
+        found = vars(resolved(*call, *then.split()))
+        differ = {name for name, value in found.items() if value != getattr(given, name)}
+        assert differ == {"config", *(word[2:] for word in then.split()[::2])}
+    # Given on the command line, or with another value, they do.
+    call = [*map(str, call), "--loss", "dpo"]
+    written(file, json.dumps({**saved, "preset": None, "objective": None}))
+    assert "--responses: got it with --loss dpo" in refusal(
+        [*call, "--responses", "chosen"], capsys
+    )
+    written(file, json.dumps({**saved, "preset": None, "objective": None, "responses": "both"}))
+    assert "--config: responses: got it with --loss dpo" in refusal(call, capsys)
+
+
+def test_intervals_of_a_resumed_run_may_change(runs, tmp_path, capsys):
+    shutil.copytree(runs / "3", tmp_path / "run")
+    given = ["--max-steps", "7", "--log-steps", "2", "--save-steps", "5", "--eval-steps", "7"]
+    assert main(["train", "--resume", "--output", str(tmp_path / "run"), *given]) == 0
+    assert [record["step"] for record in read_log(tmp_path / "run")] == [1, 2, 3, 4, 6, 7]
+    found = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert found == {"checkpoint-5", "checkpoint-7"}
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(runs, tmp_path, capsys):
+    shutil.copytree(runs / "3", tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    resume = ["train", "--resume", "--output", str(tmp_path / "run"), "--max-steps", "4"]
+    for size, name in enumerate(("rng_state.pth", "scheduler.pt", "optimizer.pt")):
+        file = checkpoint / name
+        file.rename(tmp_path / name)
+        said = refusal(resume, capsys)
+        assert said == f"ift: --resume: {checkpoint} is damaged (no {name})\n"
+        whole = (tmp_path / name).read_bytes()
+        file.write_bytes(whole[: len(whole) * size // 3])
+        said = refusal(resume, capsys).splitlines()[-1]
+        assert said.startswith(f"ift: --resume: {checkpoint} is damaged (")
+        file.write_bytes(whole)
+
+
+def test_no_model_is_written_over(runs, data, tmp_path, capsys):
+    """Neither the one that is trained or the reference, nor what is of no run."""
+    base = shutil.copytree(runs / "3" / "model", tmp_path / "w" / "model")
+    (tmp_path / "thesis" / "model").mkdir(parents=True)
+    (tmp_path / "link" / "model").parent.mkdir()
+    (tmp_path / "link" / "model").symlink_to(tmp_path / "nowhere")
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    few = ["--max-steps", "1", "--resume"]
+    dpo = ["--loss", "dpo", "--reference", base, *few]
+    for arguments, said in (
+        (train(data, tmp_path / "w", model=base), "which --model is in; expected another"),
+        (train(data, tmp_path / "w", *few, model=base), "which --model is in; expected another"),
+        (train(pairs, tmp_path / "w", *dpo), "which --reference is in; expected another"),
+        (train(data, tmp_path / "w", *few), "expected a new directory"),
+        (train(data, tmp_path / "thesis"), "expected a new directory"),
+        (train(data, tmp_path / "link"), "expected a new directory"),
+    ):
+        text = refusal(arguments, capsys)
+        assert text.startswith("ift: --output: the trained model would replace ") and said in text
+    assert (base / "model.safetensors").exists()
+    run = shutil.copytree(runs / "3", tmp_path / "run")  # as older versions could have started it
+    saved = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**saved, "model": str(run / "model")}))
+    resume = ["train", "--resume", "--output", str(run), "--max-steps", "5"]
+    assert "which --model is in" in refusal(resume, capsys)
+
+
 def test_a_resumed_run_needs_no_other_option(runs, tmp_path, monkeypatch, capsys):
     shutil.copytree(runs / "3", tmp_path / "run")
     monkeypatch.chdir(tmp_path)
@@ -191,7 +276,12 @@ def test_what_a_resumed_run_refuses(runs, data, tmp_path, capsys):
     assert f"--resume: {file}: unknown option 'sead'" in refusal(resume, capsys)
     file.unlink()
     said = refusal(resume, capsys)
-    assert said == "ift: train: the following arguments are required: --model, --data\n"
+    output = tmp_path / "run"
+    expected = f"no run.json in {output}; expected the output of a run, or --model and --data"
+    assert said == f"ift: --resume: {expected}\n"
+    assert f"--resume: {output} is damaged (no run.json)" in refusal(
+        train(data, output, *CONSTANT, "--max-steps", 3, "--resume"), capsys
+    )
 
 
 def test_epochs_can_grow_and_the_schedule_is_the_new_one(data, tmp_path, capsys):
@@ -208,6 +298,19 @@ def test_epochs_can_grow_and_the_schedule_is_the_new_one(data, tmp_path, capsys)
     warmup, peak = math.ceil(0.5 * 9), 3e-3
     expected = [peak * min(step / warmup, (9 - step) / (9 - warmup)) for step in range(9)]
     assert [r["lr"] for r in read_log(tmp_path / "run")][3:] == pytest.approx(expected[3:])
+
+
+def test_a_warmup_that_is_a_share_of_a_longer_run_is_another(data, tmp_path, capsys):
+    """With a constant learning rate, too."""
+    given = train(data, tmp_path / "run", *SIZES[:-4], "--loss", "sft", "--scheduler", "constant",
+                  "--warmup-ratio", "0.5", "--max-steps", "2")  # fmt: skip
+    assert main(given) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", "--output", str(tmp_path / "run"), "--max-steps", "6"]) == 0
+    said = "from here on the learning rate is that of a constant schedule of 6"
+    assert said in capsys.readouterr().err
+    rates = [record["lr"] for record in read_log(tmp_path / "run")]
+    assert rates == pytest.approx([0, 3e-3, 2e-3, 3e-3, 3e-3, 3e-3])
 
 
 def test_evaluation_draws_no_random_numbers_of_training(data, tmp_path):

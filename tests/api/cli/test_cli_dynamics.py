@@ -190,6 +190,18 @@ def test_resumed_run_refuses_other_probes(trained, tmp_path, capsys):
     assert main([*resumed, str(tmp_path / "run" / "probes.jsonl")]) == 0
 
 
+def test_a_run_without_a_checkpoint_makes_its_probes_again(trained, tmp_path):
+    place, command = trained
+    shutil.copytree(place / "run" / "dynamics", tmp_path / "run" / "dynamics")
+    for name in ("probes.jsonl", "run.json"):
+        shutil.copy(place / "run" / name, tmp_path / "run" / name)
+    smaller = ["--resume", "--probe-size", "2", "--probe-sample", "0", "--max-steps", "1"]
+    assert main([*command, str(tmp_path / "run"), *smaller]) == 0
+    probes = read_probes(tmp_path / "run" / "probes.jsonl")
+    assert len(probes) == 2 and "sample" not in probes[0].responses
+    assert [r["step"] for r in read_records(tmp_path / "run" / "dynamics")] == [0, 1]
+
+
 HEATMAP = ["heatmap", "--model", "tiny", "--data", "x", "--output", "y"]
 RUN = ["run", *PLAIN, "--data", "x", "--output", "y"]
 
