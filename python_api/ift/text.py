@@ -64,10 +64,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def shortened(text: str, width: int, *, end: bool = False) -> str:
+def one_line(text: str, width: int, *, end: bool = False) -> str:
     """One line of at most `width` characters; with `end` the end of a longer text.
 
-    >>> shortened("one two three", 8), shortened("one two three", 8, end=True)
+    >>> one_line("one two three", 8), one_line("one two three", 8, end=True)
     ('one two…', '…o three')
     """
     line = " ".join(text.split())

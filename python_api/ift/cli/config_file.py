@@ -17,7 +17,7 @@ from ift.cli import processes
 from ift.cli.arguments import Option, flag_of, is_switch, one_of
 from ift.cli.errors import CliError
 
-RUN_FILE = "run.json"
+RUN_FILE, SAMPLES_FILE = "run.json", "samples.jsonl"  # in the output of a run
 DATA = ("data", "eval_data")  # files whose contents are recorded
 RECORDED = ("processes", *(f"{name}_sha256" for name in DATA))
 OF_A_CALL = ("config", "resume", "dry_run")  # options of the command line alone

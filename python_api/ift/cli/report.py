@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ift import pages, plotting
+from ift.cli.config_file import SAMPLES_FILE
 from ift.cli.errors import CliError
 from ift.cli.option_tables import REPORT_OPTIONS
 from ift.files import JsonlLog, write_text
-from ift.text import number, shortened, table
+from ift.text import number, one_line, table
 
 Record = Mapping[str, Any]
 
@@ -118,7 +119,7 @@ def read_run(path: str) -> Run:
             settings = json.loads((place / "run.json").read_text(encoding="utf-8"))
             if not isinstance(settings, dict):
                 raise ValueError("run.json: expected an object")
-        log, samples = (JsonlLog(place / f).read() for f in ("log.jsonl", "samples.jsonl"))
+        log, samples = (JsonlLog(place / f).read() for f in ("log.jsonl", SAMPLES_FILE))
         _, probes = probe_records(place)
     except NotADirectoryError:
         log, samples, probes = [], [], []
@@ -287,7 +288,7 @@ def _probed(runs: Sequence[Run], probed: Sequence[Run]) -> Iterator[str]:
         yield pages.grid(pages.image(png, name) for name, png in pictures.items())
         types, values = report.changes(records)
         made = BytesIO()
-        names = [shortened(name, 30, end=True) for name in records]
+        names = [one_line(name, 30, end=True) for name in records]
         title = "change of log π per token, first to last evaluation"
         report.plot_heat_map(made, names, types, values, title)
         yield pages.wide(pages.image(made.getvalue(), title))

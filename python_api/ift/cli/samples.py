@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from ift.cli.processes import note
 from ift.dynamics.probes import prompt_and_answer, sampler
 from ift.files import JsonlLog
-from ift.text import shortened
+from ift.text import one_line
 
 TOKENS = 32  # of a continuation
 
@@ -81,4 +81,4 @@ class Samples(TrainerCallback):
 def shown(prompt: Any, text: str) -> str:
     """The end of a prompt and the continuation, in one line of 80 columns."""
     asked = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-    return f"  sample: {shortened(asked, 25, end=True)} → {shortened(text, 42)}"
+    return f"  sample: {one_line(asked, 25, end=True)} → {one_line(text, 42)}"

@@ -15,7 +15,7 @@ from ift.cli import options, processes
 from ift.cli.adapters import check_adapter
 from ift.cli.arguments import flag_of
 from ift.cli.checkpoints import check_whole, damage_in, last_checkpoint, step_of
-from ift.cli.config_file import DATA, RUN_FILE, absolute, saved_options
+from ift.cli.config_file import DATA, RUN_FILE, SAMPLES_FILE, absolute, saved_options
 from ift.cli.errors import CliError, refusals
 from ift.cli.losses import LOSSES, OPTIONS, build_loss
 from ift.cli.models import (
@@ -144,7 +144,7 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
     title = f"{arguments.loss.upper()} of {Path(arguments.model).name} on "
     callbacks: list[Any] = [RunLog(log, eval_steps, title + Path(arguments.data).name), stop]
     if arguments.samples:
-        place = output / "samples.jsonl"
+        place = output / SAMPLES_FILE
         callbacks.append(Samples(eval_rows, arguments.samples, tokenizer, place))
     if watch is not None:
         callbacks.append(watch(arguments, eval_rows, model, tokenizer))
