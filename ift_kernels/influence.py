@@ -126,8 +126,9 @@ def influence(
     dtype = accum_dtype(weight.dtype)
     budget = checks.workspace_bytes(workspace, hidden.device, dtype)
     options = head_call.Options(
-        ignore_index, transform.scale, transform.softcap, transform.temperature, budget, dtype
-    )
+        ignore_index, transform.scale, transform.softcap, transform.temperature, budget, dtype,
+        False,
+    )  # fmt: skip
     with torch.autocast(hidden.device.type, enabled=False):
         up = torch.ones(probe_target.shape, dtype=torch.float64, device=hidden.device)
         probe = _Side(*sides[0], weight, bias, options, Upstream(up))

@@ -54,6 +54,8 @@ def linear_logprobs(
     outputs: tuple[str, ...] = ("logprob",),
     detached: tuple[str, ...] = (),
     gradient: str | ActiveSet = "exact",
+    logits_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
     workspace: int | None = None,
 ) -> TokenStats:
     """Log-probability of each target token, and on request more, differentiable.
@@ -71,7 +73,8 @@ def linear_logprobs(
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64.
-        weight: (V, D), the dtype of `hidden`; under autocast any dtype, the products in autocast's.
+        weight: (V, D), the dtype of `hidden`; under autocast any dtype, the products in autocast's;
+            with `logits_dtype` any.
         target: (...) int64 or int32 token ids, already shifted.
         bias: (V,) or None.
         ignore_index: positions with this target get 0 in every output and send no gradient.
@@ -85,6 +88,13 @@ def linear_logprobs(
             those of weight and bias are exact. Gradients flow from logprob, lse, entropy and
             mean_logit, for any upstream gradient; rows where it is all 0 may be skipped. On a GPU
             the call is exact where its plan takes that for faster: see `explain`.
+        logits_dtype: None: logits are products rounded to the dtype of the inputs, as torch's are.
+            torch.float32: they are never rounded to 16 bits, ``hidden.float() @ weight.float().T``
+            without a copy of the weight; autocast is not heeded. See docs/numerics.md.
+        deterministic: every result of a token is, to the bit, the same whatever the other tokens of
+            the call, their number and order, the workspace, the number of threads, and whether
+            gradients are needed; gradients are whatever the threads and the run. Default False: a
+            few percent faster with many tokens, and much with few. See docs/numerics.md.
         workspace: bytes of work memory, default 256 MiB on CPU and 512 MiB on GPU,
             half as much again where the products are float32 and so twice as large.
 
@@ -107,9 +117,13 @@ def linear_logprobs(
     """
     active = active_options(gradient)
     ignore_index = checks.integer("ignore_index", ignore_index)
+    check_deterministic(deterministic, active)
     track, differentiable = tracks(outputs, detached)
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
-    call = _Call(hidden, weight, target, bias, ignore_index, transform, workspace)
+    call = _Call(
+        hidden, weight, target, bias, ignore_index, transform, workspace, logits_dtype,
+        deterministic,
+    )  # fmt: skip
     found = call.statistics(track, active, differentiable)
     if track & contract.TRACK_MEAN:
         found = found._replace(mean_logit=found.mean_logit + found.lse)
@@ -148,6 +162,8 @@ def linear_cross_entropy(
     num_items: float | Tensor | None = None,
     weight_grad_sum: str = "auto",
     gradient: str | ActiveSet = "exact",
+    logits_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
     workspace: int | None = None,
 ) -> Tensor:
     """Cross-entropy of a linear head, without its logits.
@@ -188,6 +204,7 @@ def linear_cross_entropy(
     True
     """
     active = active_options(gradient)
+    check_deterministic(deterministic, active)
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     checks.one_of("weight_grad_sum", weight_grad_sum, plan.WEIGHT_SUMS)
     fp32_weight_sum = weight_grad_sum == "float32"
@@ -201,7 +218,10 @@ def linear_cross_entropy(
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: only divides reduction 'mean', got reduction {reduction!r}")
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
-    call = _Call(hidden, weight, target, bias, ignore_index, transform, workspace)
+    call = _Call(
+        hidden, weight, target, bias, ignore_index, transform, workspace, logits_dtype,
+        deterministic,
+    )  # fmt: skip
     if reduction == "sum":
         factor = torch.ones((), dtype=torch.float64, device=hidden.device)
     elif num_items is None:
@@ -225,6 +245,16 @@ def linear_cross_entropy(
     return loss if reduction == "none" else loss.sum() * factor.to(loss.dtype)
 
 
+def check_deterministic(deterministic: bool, active: ActiveSet | None) -> None:
+    """Refuse what cannot be had together."""
+    checks.boolean("deterministic", deterministic)
+    if deterministic and active is not None:
+        raise ValueError(
+            "gradient: expected 'exact' with deterministic=True: which columns are active depends "
+            "on the other tokens"
+        )
+
+
 class _Call:
     """The checked arguments that both operators share."""
 
@@ -237,9 +267,11 @@ class _Call:
         ignore_index: int,
         transform: LogitTransform,
         workspace: int | None,
+        logits_dtype: torch.dtype | None = None,
+        deterministic: bool = False,
     ) -> None:
         checks.head_arguments(hidden, weight, bias)
-        dtype = checks.compute_dtype(hidden, weight)
+        dtype = checks.compute_dtype(hidden, weight, logits_dtype)
         self.shape = hidden.shape[:-1]
         target = checks.token_ids("target", target, self.shape, hidden.device)
         budget = checks.workspace_bytes(workspace, hidden.device, dtype)
@@ -250,8 +282,9 @@ class _Call:
             target.reshape(-1).contiguous(),
         )
         self.options = head_call.Options(
-            ignore_index, transform.scale, transform.softcap, transform.temperature, budget, dtype
-        )
+            ignore_index, transform.scale, transform.softcap, transform.temperature, budget, dtype,
+            deterministic,
+        )  # fmt: skip
         self.needs: list[bool] = [
             torch.is_grad_enabled() and t is not None and t.requires_grad
             for t in (hidden, weight, bias)

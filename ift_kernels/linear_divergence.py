@@ -38,6 +38,7 @@ def linear_divergence(
     temperature: float = 1.0,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
     workspace: int | None = None,
 ) -> Tensor:
     """Divergence between a student's and a teacher's next-token distributions.
@@ -64,7 +65,7 @@ def linear_divergence(
         temperature: of both distributions. No factor of its square is applied.
         reduction: "mean" over the positions that count, "sum", or "none".
         num_items: divisor of "mean", for means over several calls; with 0 the mean is 0.
-        workspace: bytes of work memory, as in `linear_logprobs`.
+        logits_dtype, workspace: as in `linear_logprobs`, the former of both models.
 
     Returns:
         float32 (float64 for float64) scalar, or per token, 0 off the mask.
@@ -115,7 +116,7 @@ def linear_divergence(
         factor = valid.sum().clamp(min=1).double().reciprocal()
     elif reduction == "mean":
         factor = checks.reciprocal("num_items", num_items, hidden.device)
-    dtype = checks.compute_dtype(hidden, weight)
+    dtype = checks.compute_dtype(hidden, weight, logits_dtype)
     # Gradients formed in forward are consumed once, which graphs and hooks cannot have.
     grads_in_forward = (
         factor is not None and dtype != torch.float16 and plan.forced_or_safe() != "recompute"
@@ -128,7 +129,7 @@ def linear_divergence(
         factor if grads_in_forward else None, KINDS.index(kind), beta, student.scale,
         student.softcap, teacher.scale, teacher.softcap, temperature,
         checks.workspace_bytes(workspace, hidden.device, dtype), dtype,
-        checks.compute_dtype(teacher_hidden, teacher_weight, "teacher_"), needs,
+        checks.compute_dtype(teacher_hidden, teacher_weight, logits_dtype, "teacher_"), needs,
     )  # fmt: skip
     if factor is not None:
         return cast(Tensor, total if grads_in_forward else each.sum() * factor.to(each.dtype))
@@ -157,7 +158,8 @@ class _Call:
         student, teacher = (
             head_call.Call(
                 *head, rows,
-                head_call.Options(0, *transform, temperature, workspace, dtype), (False,) * 3,
+                head_call.Options(0, *transform, temperature, workspace, dtype, False),
+                (False,) * 3,
             )
             for head, transform, dtype in (
                 ((hidden, weight, bias), (scale, softcap), dtypes[0]),

@@ -27,6 +27,7 @@ def linear_expected_embedding(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
     workspace: int | None = None,
 ) -> Tensor:
     """Expected embedding of the next token, differentiable in every tensor.
@@ -65,7 +66,7 @@ def linear_expected_embedding(
             f"embedding: expected on {hidden.device} like hidden, got {embedding.device}"
         )
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
-    dtype = checks.compute_dtype(hidden, weight)
+    dtype = checks.compute_dtype(hidden, weight, logits_dtype)
     soft, _ = torch.ops.ift_kernels.linear_expected_embedding(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

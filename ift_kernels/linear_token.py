@@ -41,6 +41,8 @@ def linear_token(
     k: int = 2,
     seed: int = 0,
     row_offset: int = 0,
+    logits_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
     workspace: int | None = None,
 ) -> TokenChoice:
     """Choose one token per position. No gradient.
@@ -53,7 +55,8 @@ def linear_token(
         logprob = log_softmax(z, -1).gather(-1, ids[..., None])[..., 0]
 
     Args:
-        hidden, weight, bias, logit_scale, softcap, temperature, workspace: as `linear_logprobs`.
+        hidden, weight, bias, logit_scale, softcap, temperature, logits_dtype, deterministic,
+            workspace: as `linear_logprobs`.
         rule: "greedy" (default), "kth" or "sample".
         k: which token "kth" takes, 1 (greedy) to 64 and at most V. Default 2.
         seed: of "sample", any 64-bit integer. The noise is a pure function of (seed, row, token
@@ -79,7 +82,7 @@ def linear_token(
     if not 0 <= row_offset < 2**62:
         raise ValueError(f"row_offset: expected in [0, 2**62), got {row_offset}")
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
-    dtype = checks.compute_dtype(hidden, weight)
+    dtype = checks.compute_dtype(hidden, weight, logits_dtype)
     ids, logprob = torch.ops.ift_kernels.linear_token(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -93,6 +96,7 @@ def linear_token(
         row_offset,
         checks.workspace_bytes(workspace, hidden.device, dtype),
         dtype,
+        checks.boolean("deterministic", deterministic),
     )
     shape = hidden.shape[:-1]
     return TokenChoice(ids.view(shape), logprob.view(shape))
@@ -111,6 +115,7 @@ def _linear_token_fake(
     row_offset: int,
     workspace: int,
     dtype: torch.dtype,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     n = hidden.shape[0]
     return (
@@ -132,6 +137,7 @@ def _linear_token(
     row_offset: int,
     workspace: int,
     dtype: torch.dtype,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     n, device = hidden.shape[0], hidden.device
     backend = backends.get(hidden, dtype)
@@ -175,7 +181,7 @@ def _linear_token(
 library.register(
     "linear_token(Tensor hidden, Tensor weight, Tensor? bias, float scale, float softcap,"
     " float temperature, int k, bool sample, int seed, int row_offset, int workspace,"
-    " ScalarType dtype) -> (Tensor ids, Tensor logprob)",
+    " ScalarType dtype, bool deterministic) -> (Tensor ids, Tensor logprob)",
     _linear_token,
     _linear_token_fake,
 )

@@ -41,6 +41,8 @@ def vocab_parallel_logprobs(
     outputs: tuple[str, ...] = ("logprob",),
     detached: tuple[str, ...] = (),
     gradient: str | ActiveSet = "exact",
+    logits_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
     workspace: int | None = None,
 ) -> TokenStats:
     """`linear_logprobs` of a head whose rows are spread over the processes of a group.
@@ -89,7 +91,9 @@ def vocab_parallel_logprobs(
     here = valid & (target >= shard.start) & (target < shard.start + shard.weight.shape[0])
     # Targets of other shards become any id: nothing is made of that log-probability.
     own = torch.where(here, target - shard.start, 0).masked_fill(~valid, _IGNORE)
-    local = _local(hidden, shard, own, transform, workspace, track, active, differentiable)
+    linear.check_deterministic(deterministic, active)
+    numerics = workspace, logits_dtype, deterministic
+    local = _local(hidden, shard, own, transform, numerics, track, active, differentiable)
     stats = _combined(local, here, shard, track)
     assert stats.logprob is not None
     outside = valid & ((target < 0) | (target >= shard.vocabulary))  # NaN, as of a whole head
@@ -211,14 +215,14 @@ def _local(
     shard: _Shard,
     target: Tensor,
     transform: LogitTransform,
-    workspace: int | None,
+    numerics: tuple[int | None, torch.dtype | None, bool],
     track: int,
     active: ActiveSet | None,
     differentiable: int,
 ) -> Statistics:
     """The statistics of one shard, shaped like `target`, with `norm` (2, ...)."""
     if shard.weight.shape[0]:
-        call = linear._Call(hidden, shard.weight, target, shard.bias, _IGNORE, transform, workspace)
+        call = linear._Call(hidden, shard.weight, target, shard.bias, _IGNORE, transform, *numerics)
         stats = call.statistics(track, active, differentiable)
         return stats._replace(norm=stats.norm.view(2, *target.shape))
     # No rows: next to no probability, by a finite number, so that 0 times it is 0. An edge of the

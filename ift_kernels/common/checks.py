@@ -51,6 +51,13 @@ def integer(name: str, value: object) -> int:
     return int(value)
 
 
+def boolean(name: str, value: object) -> bool:
+    """`value` if it is True or False, or a TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
 def reciprocal(name: str, value: object, device: torch.device) -> Tensor:
     """One over a number of items, float64 scalar without gradient; 0 of 0 items.
 
@@ -214,16 +221,27 @@ def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None, of: str 
         )
 
 
-def compute_dtype(hidden: Tensor, weight: Tensor, of: str = "") -> torch.dtype:
-    """The dtype of the products: autocast's where it is on, else the common dtype of the inputs."""
+def compute_dtype(
+    hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None = None, of: str = ""
+) -> torch.dtype:
+    """The dtype of the operands of products: with `logits_dtype` float32, and else autocast's
+    where it is on, or the common dtype of the inputs.
+    """
+    if logits_dtype is not None:
+        if logits_dtype != torch.float32:
+            raise ValueError(f"logits_dtype: expected None or torch.float32, got {logits_dtype}")
+        if torch.float64 in (hidden.dtype, weight.dtype):
+            raise ValueError("logits_dtype: expected None for float64 inputs, got torch.float32")
+        return torch.float32
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     if weight.dtype != hidden.dtype:
         double = torch.float64 in (hidden.dtype, weight.dtype)  # left alone by autocast
+        how = "" if double else ", or pass logits_dtype=torch.float32, or call under torch.autocast"
         raise TypeError(
             f"{of}weight: expected {hidden.dtype} like {of}hidden, got {weight.dtype}; cast one of "
-            f"them{'' if double else ', or call under torch.autocast, which casts both'}"
+            f"them{how}"
         )
     return hidden.dtype
 

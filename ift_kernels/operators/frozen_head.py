@@ -163,7 +163,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing: tuple[None, ...] = (None,) * 11
+    nothing: tuple[None, ...] = (None,) * (len(ctx.options) + 5)
     d_logprob, d_lse, *_ = grads
     if d_logprob is None and d_lse is None:
         return (None, *nothing)

@@ -28,6 +28,7 @@ class Options(NamedTuple):
     temperature: float
     workspace: int  # bytes
     dtype: torch.dtype  # of the products
+    deterministic: bool  # tiles of one size: see `schedule.deterministic`
 
 
 class SavedBuffers:
@@ -83,7 +84,7 @@ class Call:
         active: ActiveHidden | None = None,
         fp32_weight_sum: bool = False,
     ) -> None:
-        _, scale, softcap, temperature, workspace, dtype = options
+        _, scale, softcap, temperature, workspace, dtype, self.deterministic = options
         self.dtype = dtype
         self.all_rows = hidden.shape[0]
         self.valid_mask, self.rows = valid

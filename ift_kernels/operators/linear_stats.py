@@ -30,7 +30,7 @@ from ift_kernels.schedule.head import Results, empty_padded
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
 OPTIONS = (
     "int ignore_index, float scale, float softcap, float temperature, int workspace,"
-    " ScalarType dtype"
+    " ScalarType dtype, bool deterministic"
 )
 GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
 
@@ -173,8 +173,9 @@ def _stats_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     *options, track, _, _, _ = rest
-    out = outputs_fake(hidden, options[-1], track)
-    return (*out, hidden.new_empty((0, 0), dtype=options[-1]))
+    dtype = Options(*options).dtype
+    out = outputs_fake(hidden, dtype, track)
+    return (*out, hidden.new_empty((0, 0), dtype=dtype))
 
 
 def _backward_rows(
@@ -279,7 +280,7 @@ def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _stats_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing: tuple[None, ...] = (None,) * 11
+    nothing: tuple[None, ...] = (None,) * (len(ctx.options) + 5)
     upstream = asked_upstream(ctx.track, grads)
     if all(gradient is None for gradient in upstream):
         return (None, None, None, *nothing)

@@ -104,7 +104,7 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _loss_autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nothing: tuple[None, ...] = (None,) * 13
+    nothing: tuple[None, ...] = (None,) * (len(ctx.options) + 2)
     if upstream is None:
         return (None, None, None, *nothing)
     hidden, weight, bias, target, factor, norm = ctx.saved_tensors

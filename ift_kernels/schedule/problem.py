@@ -13,6 +13,9 @@ TILE_BYTES = CPU.tile_bytes
 MAX_COLUMNS = 1 << 18  # few tokens: one product of the whole vocabulary, as memory allows
 ALIGN = 64  # columns: every row of a tile starts on a cache line
 MIN_COLUMNS = 256  # of a tile, if memory allows: vendor products want as many
+# Rather than fewer a CPU's tile leaves the cache, up to twice its size: float32 products of 16384
+# rows are 14 % slower with 256.
+CPU_COLUMNS = 512
 ACTIVE_COLUMNS = 16384  # inner size of a GPU's product of active columns, at most
 MIN_KEEP = 1024  # columns: less is not worth a second code path
 # Blocks of tokens whose sum is rounded to 16 bits after each of them.
@@ -104,8 +107,10 @@ def tile(
     if per_column:
         limit = min(limit, max(ALIGN, budget // 4 // per_column // ALIGN * ALIGN))
         budget -= limit * per_column
-    elements = max(min(budget, tile_bytes) // itemsize, ALIGN)
-    tile_rows = max(1, min(rows, elements // min(limit, MIN_COLUMNS)))
+    wanted = min(rows * min(limit, CPU_COLUMNS) * itemsize, 2 * tile_bytes)
+    elements = max(min(budget, max(tile_bytes, wanted)) // itemsize, ALIGN)
+    least = MIN_COLUMNS if rows * min(limit, MIN_COLUMNS) <= elements else CPU_COLUMNS
+    tile_rows = max(1, min(rows, elements // min(limit, least)))
     tile_columns = min(elements // tile_rows, limit)
     if tile_columns < columns:
         tile_columns = max(ALIGN, tile_columns // ALIGN * ALIGN)

@@ -235,6 +235,20 @@ def test_opcheck():
     h, _ = problem(ignored=True)
     torch.library.opcheck(
         torch.ops.ift_kernels.linear_frozen,
-        (h.hidden, h.weight, h.bias, h.target, -100, 1.0, 0.0, 1.0, 2 << 20, torch.float32, 0, []),
+        (
+            h.hidden,
+            h.weight,
+            h.bias,
+            h.target,
+            -100,
+            1.0,
+            0.0,
+            1.0,
+            2 << 20,
+            torch.float32,
+            False,
+            0,
+            [],
+        ),
         test_utils=("test_schema", "test_autograd_registration"),
     )
