@@ -303,9 +303,8 @@ class _Call:
         needs = self.needs[0], self.needs[1], self.needs[2]
         of_hidden = head_call.active_hidden(self.for_hidden(active))
         problem = head_call.problem(
-            hidden, weight, bias, self.options.dtype, self.options.workspace, needs, True,
-            of_hidden, fp32_weight_sum,
-        )  # fmt: skip
+            hidden, weight, bias, self.options, needs, True, of_hidden, fp32_weight_sum
+        )
         return plan.make(problem, plan.ledger.reserved, self.schedule or None)
 
     def statistics(

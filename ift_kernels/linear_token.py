@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from ift_kernels.operators import library
 from ift_kernels.schedule import device as devices
 from ift_kernels.schedule import plan, products
 from ift_kernels.schedule.accumulate import accum_dtype
-from ift_kernels.schedule.head import Head, pad_row_stride
+from ift_kernels.schedule.deterministic import padded_rows
+from ift_kernels.schedule.head import Head, pad_row_stride, pad_rows
 
 RULES = ("greedy", "kth", "sample")
 MAX_K = 64
@@ -142,17 +144,21 @@ def _linear_token(
     n, device = hidden.shape[0], hidden.device
     backend = backends.get(hidden, dtype)
     accum = accum_dtype(dtype)
+    problem = plan.Problem(
+        n, weight.shape[0], weight.shape[1], dtype, workspace, same_dtype=weight.dtype == dtype,
+        device=devices.of(device), deterministic=deterministic,
+    )  # fmt: skip
+    real = n
+    if deterministic:
+        n = padded_rows(problem, device)
+        problem = replace(problem, rows=n)
     head = Head(
         backend,
-        pad_row_stride(hidden.to(dtype)),
+        pad_row_stride(pad_rows(hidden, n).to(dtype)),
         weight,
         None if bias is None else bias.to(accum).contiguous(),
         LogitTransform(scale, softcap, temperature),
     )
-    problem = plan.Problem(
-        n, weight.shape[0], weight.shape[1], dtype, workspace, same_dtype=weight.dtype == dtype,
-        device=devices.of(device),
-    )  # fmt: skip
     state = contract.new_state(n, device)
     target = torch.full((n,), -1, dtype=torch.int64, device=device)
     track = 0 if sample or k > 1 else contract.TRACK_ARGMAX
@@ -172,10 +178,12 @@ def _linear_token(
                 backend.top_k_update(chunk, best[rows], ids[rows])
     top, log_sum = state.values[contract.MAX], state.values[contract.SUM].log()
     if sample:
-        return ids[:, 0].contiguous(), ((logit - top) - log_sum).to(accum)
-    if k > 1:
-        return ids[:, -1].contiguous(), ((best[:, -1] - top) - log_sum).to(accum)
-    return state.argmax, ((top - top) - log_sum).to(accum)
+        chosen, logprob = ids[:, 0], logit - top
+    elif k > 1:
+        chosen, logprob = ids[:, -1], best[:, -1] - top
+    else:
+        chosen, logprob = state.argmax, top - top
+    return chosen[:real].contiguous(), (logprob - log_sum).to(accum)[:real].contiguous()
 
 
 library.register(

@@ -63,7 +63,7 @@ def _frozen(
         zero, p = torch.zeros_like(row.logprob), row.logprob.exp()
         target_coef[0, here], target_coef[1, here] = -row.logprob.expm1(), p
         coef = torch.stack([-p, zero + 1, zero, zero])  # Σ over j ≠ t of p_j
-        return contract.RowGradient(rows, row.norm.to(accum), coef.to(accum))
+        return contract.RowGradient(rows, row.norm.to(accum), call.drop(coef.to(accum), here))
 
     nontarget_sum = hidden.new_empty((0, hidden.shape[1]))
     with torch.autocast(hidden.device.type, enabled=False):
@@ -72,7 +72,7 @@ def _frozen(
                 call.head, rows, coefficients, NEEDS, hidden.dtype, chosen, track, active
             )
             assert formed[0] is not None  # asked for by NEEDS
-            nontarget_sum = formed[0]
+            nontarget_sum = formed[0][: call.count]
             target_coef *= _slopes(call, rows)
         else:  # what earlier calls keep, or copies of the valid rows, left too little workspace
             chosen = plan.make(call.problem, 0, "recompute")

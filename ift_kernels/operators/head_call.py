@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,10 +12,10 @@ from ift_kernels import backends
 from ift_kernels.common import checks, sync_free
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.common.transform import LogitTransform
-from ift_kernels.schedule import device, plan
+from ift_kernels.schedule import deterministic, device, plan
 from ift_kernels.schedule.accumulate import accum_dtype
 from ift_kernels.schedule.active import ActiveHidden
-from ift_kernels.schedule.head import Head, pad_row_stride
+from ift_kernels.schedule.head import Head, pad_row_stride, pad_rows
 
 Needs = tuple[bool, bool, bool]  # of hidden, weight and bias
 
@@ -84,7 +85,7 @@ class Call:
         active: ActiveHidden | None = None,
         fp32_weight_sum: bool = False,
     ) -> None:
-        _, scale, softcap, temperature, workspace, dtype, self.deterministic = options
+        _, scale, softcap, temperature, workspace, dtype, _ = options
         self.dtype = dtype
         self.all_rows = hidden.shape[0]
         self.valid_mask, self.rows = valid
@@ -92,8 +93,13 @@ class Call:
             hidden = sync_free.masked_rows(self.valid_mask, hidden)
         if self.rows is not None:
             hidden = hidden.index_select(0, self.rows)
+        self.problem = problem(
+            hidden, weight, bias, options, needs, grads_in_forward, active, fp32_weight_sum
+        )
+        self.count = len(hidden)
+        hidden = pad_rows(hidden, self.problem.rows)
         # Copies count, but the products keep a quarter of the budget: less would crawl.
-        copies = (self.rows is not None) * hidden.element_size()
+        copies = (self.rows is not None or len(hidden) > self.count) * hidden.element_size()
         copies += (hidden.dtype != dtype) * dtype.itemsize
         padded = pad_row_stride(plain := hidden.to(dtype))
         copies += (padded is not plain) * dtype.itemsize
@@ -105,18 +111,28 @@ class Call:
             LogitTransform(scale, softcap, temperature),
         )
         workspace = max(workspace - hidden.numel() * copies, workspace // 4)
-        self.problem = problem(
-            hidden, weight, bias, dtype, workspace, needs, grads_in_forward, active, fp32_weight_sum
-        )
+        self.problem = replace(self.problem, workspace=workspace)
         if active is not None:
             active.serve(self.problem)
 
     def select(self, value: Tensor) -> Tensor:
-        """The valid rows of (..., N)."""
-        return value if self.rows is None else value.index_select(-1, self.rows)
+        """The valid rows of (..., N), and 0 for those that only fill products."""
+        value = value if self.rows is None else value.index_select(-1, self.rows)
+        missing = self.problem.rows - self.count
+        return torch.nn.functional.pad(value, (0, missing)) if missing else value
+
+    def drop(self, value: Tensor, rows: slice) -> Tensor:
+        """`value` (..., n) of these rows, 0 where they are not valid, whatever was there."""
+        if self.valid_mask is not None:
+            value = value.masked_fill(~self.select(self.valid_mask)[rows], 0)
+        if rows.stop > self.count:
+            value = value.clone()
+            value[..., max(self.count - rows.start, 0) :] = 0
+        return value
 
     def scatter(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """(..., n) back to all rows, 0 elsewhere."""
+        value = value[..., : self.count]
         if self.valid_mask is not None:
             value = value.masked_fill(~self.valid_mask, 0)
         if self.rows is None:
@@ -125,6 +141,7 @@ class Call:
         return out.index_copy_(-1, self.rows, value.to(dtype))
 
     def scatter_hidden(self, d_hidden: Tensor) -> Tensor:
+        d_hidden = d_hidden[: self.count]
         if self.valid_mask is not None:
             return sync_free.masked_rows(self.valid_mask, d_hidden)
         if self.rows is None:
@@ -137,8 +154,7 @@ def problem(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    dtype: torch.dtype,
-    workspace: int,
+    options: Options,
     needs: Needs,
     grads_in_forward: bool,
     active: ActiveHidden | None = None,
@@ -149,14 +165,17 @@ def problem(
     `grads_in_forward`: its gradients are known in forward, up to factors. `active`: None: dh is
     exact.
     """
-    half = gives_half((hidden, weight, bias), needs)
+    half, dtype = gives_half((hidden, weight, bias), needs), options.dtype
     transpose = backends.get(hidden, dtype).wants_transpose(dtype)
-    return plan.Problem(
-        hidden.shape[0], weight.shape[0], weight.shape[1], dtype, workspace, *needs,
+    found = plan.Problem(
+        hidden.shape[0], weight.shape[0], weight.shape[1], dtype, options.workspace, *needs,
         grads_in_forward and not half, weight.dtype == dtype, transpose,
         None if active is None else active.options, device.of(hidden.device),
-        hidden.dtype == dtype, fp32_weight_sum,
+        hidden.dtype == dtype, fp32_weight_sum, options.deterministic,
     )  # fmt: skip
+    if not options.deterministic:
+        return found
+    return replace(found, rows=deterministic.padded_rows(found, hidden.device))
 
 
 def active_hidden(active: list[float]) -> ActiveHidden | None:

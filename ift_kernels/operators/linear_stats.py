@@ -179,18 +179,20 @@ def _stats_fake(
 
 
 def _backward_rows(
-    valid: Tensor, nonzero: Tensor, kept: Tensor | None
+    valid: Tensor, nonzero: Tensor, kept: Tensor | None, filled: bool
 ) -> tuple[ValidRows, bool, bool]:
     """The rows of a backward, whether they are those of `kept`, and whether all are `nonzero`.
 
     Those with an upstream gradient; all valid ones where `kept` has two of their three products.
-    Waits for the device once: how many rows are valid is known from `kept`.
+    Waits for the device once: how many rows are valid is known from `kept`, unless some of its
+    rows only fill products (`filled`).
     """
     if sync_free.on():
         return ValidRows(nonzero if kept is None else valid), kept is not None, False
     if kept is None:
         return ValidRows.of(nonzero), False, True
-    found, count = torch.cat([valid, nonzero]).nonzero()[:, 0], kept.shape[0]
+    found = torch.cat([valid, nonzero]).nonzero()[:, 0]
+    count = int(valid.sum()) if filled else kept.shape[0]
     ids, of_nonzero = found[:count], found[count:] - len(valid)
     # Three products on these rows alone cost less than two on all.
     if 3 * len(of_nonzero) < 2 * count:
@@ -220,7 +222,9 @@ def _stats_backward(
     # Rows without upstream gradient send none. A NaN upstream is not 0 and so stays in.
     nonzero_grad_rows = valid & (coef != 0).any(0)
     kept_bytes = 0 if kept is None else kept.numel() * kept.element_size()  # until backward ends
-    rows, of_kept, all_nonzero = _backward_rows(valid, nonzero_grad_rows, kept)
+    rows, of_kept, all_nonzero = _backward_rows(
+        valid, nonzero_grad_rows, kept, Options(*options).deterministic
+    )
     if rows.mask is not None:
         coef = coef.masked_fill(~nonzero_grad_rows, 0)
     if not of_kept:

@@ -39,22 +39,23 @@ def _loss(
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     norms: list[Tensor] = []
 
+    rows, done = call.select(target), 0
+
     def coefficients(state: Tensor, argmax: Tensor) -> contract.RowGradient:
+        nonlocal done
         row = linear_stats.row_values(state, argmax, vocabulary, track)
         loss = z_loss * row.lse.square() - (1 - smoothing) * row.logprob
         if smoothing:
             loss = loss - smoothing * row.mean_logit
-        if call.valid_mask is not None:
-            loss = loss.masked_fill(~call.valid_mask, 0)
-        total.add_(loss.sum())
+        here = slice(done, done := done + len(argmax))
+        total.add_(call.drop(loss, here).sum())
         norms.append(row.norm.to(dtype))
         upstream = loss_upstream(row.norm, factor, smoothing, z_loss)
         coef = linear_stats.row_coefficients(norms[-1], row.entropy, vocabulary, upstream)
-        return contract.RowGradient(target, norms[-1], coef)
+        return contract.RowGradient(rows, norms[-1], call.drop(coef, here))
 
     results: Results = (None, None, None)
     track = contract.TRACK_MEAN if smoothing else 0
-    rows = call.select(target)
     with torch.autocast(hidden.device.type, enabled=False):
         if grads_in_forward:
             results = gradients.in_forward(

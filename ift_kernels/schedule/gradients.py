@@ -114,18 +114,18 @@ class Gradients:
             add_column_sums(self.bias[columns], product)
         return mask
 
-    def consume(
-        self, kept: Tensor, row_gradient: RowGradient, tile_columns: int, start: int = 0
-    ) -> None:
+    def consume(self, kept: Tensor, row_gradient: RowGradient, plan: Plan, start: int = 0) -> None:
         """The same for the columns from `start` on whose products of all rows are `kept`."""
-        rows, stop = slice(0, kept.shape[0]), start + kept.shape[1]
+        rows, stop, tile_columns = slice(0, len(kept)), start + kept.shape[1], plan.tile_columns
         # dh from all of them in one product: vendor GEMMs want a long inner size (oneDNN is twice
         # as fast from 16k on as at 4k), and it is rounded once. Not where that means a cast.
-        whole = self.head.weight.dtype == kept.dtype
+        # Nor where products are of one size.
+        whole = self.head.weight.dtype == kept.dtype and not plan.product_rows
         tiles = (
-            (columns, self.add(Tile(rows, columns, product), row_gradient, not whole))
+            (columns, self.add(Tile(some, columns, product), row_gradient, not whole))
             for columns in slices(start, stop, tile_columns)
-            for product in [kept[:, columns.start - start : columns.stop - start]]
+            for some in plan.product_slices(len(kept))
+            for product in [kept[some, columns.start - start : columns.stop - start]]
         )
         if self.active is not None and self.hidden is not None and whole:
             of = row_gradient if self.stays_products else None
@@ -136,16 +136,16 @@ class Gradients:
         if self.hidden is not None and whole:
             self.hidden.add(rows, kept, self.head.weight[start:stop])
 
-    def consume_parked(self, kept: Tensor, row_gradient: RowGradient, tile_columns: int) -> None:
+    def consume_parked(self, kept: Tensor, row_gradient: RowGradient, plan: Plan) -> None:
         """The same for the other columns, whose products are in dW: moved to `kept`, in turn."""
         assert self.weight is not None
         rows, width = kept.shape
         for group in slices(width, self.head.vocabulary, width):
             part = kept[:, : group.stop - group.start]
-            for columns in slices(group.start, group.stop, tile_columns):
+            for columns in slices(group.start, group.stop, plan.tile_columns):
                 moved = part[:, columns.start - group.start : columns.stop - group.start]
                 moved.copy_(parked_tile(self.weight, rows, columns))
-            self.consume(part, row_gradient, tile_columns, group.start)
+            self.consume(part, row_gradient, plan, group.start)
 
     def add_weight(self, rows: slice, columns: slice, transposed: Tensor) -> None:
         """DW of these columns: written once if the tile holds all rows, else summed over tiles."""
@@ -154,6 +154,12 @@ class Gradients:
         hidden = self.head.hidden[rows]
         if rows == slice(0, n) and out.dtype == transposed.dtype:
             if self.adds:
+                out.addmm_(transposed, hidden)
+            else:
+                torch.mm(transposed, hidden, out=out)
+            return
+        if out.dtype == transposed.dtype and out.dtype.itemsize >= 4:  # the sum itself
+            if rows.start or self.adds:
                 out.addmm_(transposed, hidden)
             else:
                 torch.mm(transposed, hidden, out=out)
@@ -217,7 +223,7 @@ def in_backward(
         active=formed_from,
     )
     if kept is not None:
-        total.consume(kept, row_gradient, plan.tile_columns)
+        total.consume(kept, row_gradient, plan)
     for tile in recomputed_tiles(head, plan, 0 if kept is None else kept.shape[1]):
         total.add(tile, row_gradient)
     return _recorded(total.results(), active)
@@ -287,9 +293,9 @@ def in_forward(
         row_gradient = coefficients(*state)._replace(target=target[rows])
         if plan.rest is not None:
             row_gradients.append(row_gradient)
-        total.consume(kept, row_gradient, plan.tile_columns)
+        total.consume(kept, row_gradient, plan)
         if parked is not None:
-            total.consume_parked(kept, row_gradient, plan.tile_columns)
+            total.consume_parked(kept, row_gradient, plan)
             del kept
             buffer = None  # the blocks that follow are of another shape
         formed = total.hidden_result()

@@ -89,6 +89,15 @@ def pad_row_stride(matrix: Tensor) -> Tensor:
     return padded.copy_(matrix)
 
 
+def pad_rows(matrix: Tensor, rows: int) -> Tensor:
+    """`matrix` with zeros below, so that it has so many rows."""
+    if len(matrix) == rows:
+        return matrix
+    padded = matrix.new_zeros((rows, matrix.shape[1]))
+    padded[: len(matrix)] = matrix
+    return padded
+
+
 def slices(start: int, stop: int, step: int) -> Iterator[slice]:
     """Consecutive slices of at most `step` that cover [start, stop)."""
     return (slice(at, min(at + step, stop)) for at in range(start, stop, step))

@@ -36,6 +36,7 @@ from ift_kernels.common import checks, sync_free
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.common.active_set import options as active_options
 from ift_kernels.common.settings import Setting
+from ift_kernels.schedule import deterministic as same_size
 from ift_kernels.schedule import device as devices
 from ift_kernels.schedule import gpu_plan
 from ift_kernels.schedule.device import Device
@@ -73,6 +74,8 @@ def make(
         reserved_bytes: what calls before their backward keep, beside which this one keeps its own.
         kept_bytes: in backward, what this call has kept: its tiles fit beside it.
     """
+    if problem.deterministic:
+        return same_size.make(problem, reserved_bytes, schedule, kept_bytes)
     if problem.device.is_gpu:
         # Numbers of valid rows differ from step to step; few plans serve them all.
         unit = 256 if problem.rows > 2048 else 32
@@ -179,6 +182,7 @@ def explain(
     scalar: bool = False,
     weight_grad_sum: str = "auto",
     gradient: str | ActiveSet = "exact",
+    deterministic: bool = False,
     workspace: int | None = None,
     device: str | torch.device | Device = "cpu",
 ) -> Plan:
@@ -193,7 +197,7 @@ def explain(
         gradient: "exact" or "active" (an `ActiveSet` for its options), as in `linear_logprobs`. How
             many columns are active depends on data, so `products` counts all of them: the most.
             The plan of a GPU is `active` only where that is faster than an exact gradient.
-        workspace: as the operations.
+        deterministic, workspace: as the operations.
         device: a torch device of this machine, or the record of any, as
             `ift_kernels.schedule.device.H200`.
 
@@ -231,8 +235,10 @@ def explain(
         transpose=not record.is_gpu and dtype.itemsize == 2,
         # As `head_call`: gradients are exact where no size may depend on data.
         active=active if need_hidden and not sync_free.on() else None,
-        device=record, fp32_weight_sum=weight_grad_sum == "float32",
+        device=record, fp32_weight_sum=weight_grad_sum == "float32", deterministic=deterministic,
     )  # fmt: skip
+    if deterministic:  # no product is formed to see which sizes would do
+        problem = replace(problem, rows=same_size.padded_rows(problem, torch.device("meta")))
     return make(problem, ledger.reserved, forced())
 
 

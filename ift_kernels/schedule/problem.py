@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.schedule.device import CPU, Device
+from ift_kernels.schedule.head import slices
 
 TILE_BYTES = CPU.tile_bytes
 MAX_COLUMNS = 1 << 18  # few tokens: one product of the whole vocabulary, as memory allows
@@ -41,6 +43,7 @@ class Problem:
     device: Device = CPU
     same_hidden_dtype: bool = True  # hidden (and its gradient) in the dtype of the products
     fp32_weight_sum: bool = False  # sums of dW over blocks of rows are float32, whatever its dtype
+    deterministic: bool = False  # products of one size: `rows` is padded, see `deterministic`
 
     @property
     def any_gradient(self) -> bool:
@@ -74,6 +77,7 @@ class Plan:
     sum_columns: int = 0
     rest: Plan | None = None
     active: bool = False  # dh is formed from the active set, where the problem has one
+    product_rows: int = 0  # of every product, unless 0: see `deterministic`
 
     def blocks(self, rows: int) -> list[slice]:
         """The blocks of so many rows in `forward`."""
@@ -81,6 +85,10 @@ class Plan:
         later = range(first, rows, self.tile_rows)
         found = [slice(start, min(start + self.tile_rows, rows)) for start in later]
         return [slice(0, first), *found] if first else found
+
+    def product_slices(self, rows: int) -> Iterator[slice]:
+        """The rows of each product that has some of `rows` kept rows: all, unless of one size."""
+        return slices(0, rows, self.product_rows or max(rows, 1))
 
     def __str__(self) -> str:
         return (
@@ -161,7 +169,7 @@ class Memory:
             self.per_column += 31 * itemsize
         # dW of a tile that has some of the rows is a float32 sum. A CPU has such tiles
         # only where memory is so short that few columns are left.
-        row_tile_sums = p.need_weight and p.same_dtype and p.device.is_gpu
+        row_tile_sums = p.need_weight and p.same_dtype and (p.device.is_gpu or p.deterministic)
         self._row_tile_sums = p.width * (part + 4) * row_tile_sums
         if p.active is not None and n > p.active.block and not p.device.is_gpu:
             missing = p.active.block - 1  # whatever the rows of a block of `forward`

@@ -26,9 +26,10 @@ def tiles(
     first = 0 if kept is None else kept.shape[1]
     if kept is not None:
         for columns in slices(0, first, plan.tile_columns):
-            product = kept[:, columns]
-            torch.mm(head.hidden, head.weight_chunk(columns).T, out=product)
-            yield Tile(slice(0, n), columns, product)
+            for rows in plan.product_slices(n):
+                product = kept[rows, columns]
+                torch.mm(head.hidden[rows], head.weight_chunk(columns).T, out=product)
+                yield Tile(rows, columns, product)
     if parked is None:
         yield from recomputed_tiles(head, plan, first)
         return
@@ -86,7 +87,7 @@ def statistics(
     state = new_state(head.hidden.shape[0], head.hidden.device)
     # One kernel for products and statistics, where a backend has it and its table prefers it.
     fused: Callable[..., bool] | None = getattr(head.backend, "fused_statistics", None)
-    if last and kept is None and fused is not None:
+    if last and kept is None and fused is not None and not plan.product_rows:
         operands = head.hidden, head.weight, head.bias, head.transform
         if fused(*operands, target, state, track):
             return state
