@@ -166,7 +166,7 @@ def _stats(
             call.head, call.select(target), track, chosen, kept if chosen.keep_columns else None,
             last=not any(needs),
         )  # fmt: skip
-    return (*outputs(call, state, argmax, track), kept)
+    return (*outputs(call, state, argmax, track), kept[: call.count])
 
 
 def _stats_fake(
@@ -179,20 +179,18 @@ def _stats_fake(
 
 
 def _backward_rows(
-    valid: Tensor, nonzero: Tensor, kept: Tensor | None, filled: bool
+    valid: Tensor, nonzero: Tensor, kept: Tensor | None
 ) -> tuple[ValidRows, bool, bool]:
     """The rows of a backward, whether they are those of `kept`, and whether all are `nonzero`.
 
     Those with an upstream gradient; all valid ones where `kept` has two of their three products.
-    Waits for the device once: how many rows are valid is known from `kept`, unless some of its
-    rows only fill products (`filled`).
+    Waits for the device once: how many rows are valid is known from `kept`.
     """
     if sync_free.on():
         return ValidRows(nonzero if kept is None else valid), kept is not None, False
     if kept is None:
         return ValidRows.of(nonzero), False, True
-    found = torch.cat([valid, nonzero]).nonzero()[:, 0]
-    count = int(valid.sum()) if filled else kept.shape[0]
+    found, count = torch.cat([valid, nonzero]).nonzero()[:, 0], kept.shape[0]
     ids, of_nonzero = found[:count], found[count:] - len(valid)
     # Three products on these rows alone cost less than two on all.
     if 3 * len(of_nonzero) < 2 * count:
@@ -222,9 +220,7 @@ def _stats_backward(
     # Rows without upstream gradient send none. A NaN upstream is not 0 and so stays in.
     nonzero_grad_rows = valid & (coef != 0).any(0)
     kept_bytes = 0 if kept is None else kept.numel() * kept.element_size()  # until backward ends
-    rows, of_kept, all_nonzero = _backward_rows(
-        valid, nonzero_grad_rows, kept, Options(*options).deterministic
-    )
+    rows, of_kept, all_nonzero = _backward_rows(valid, nonzero_grad_rows, kept)
     if rows.mask is not None:
         coef = coef.masked_fill(~nonzero_grad_rows, 0)
     if not of_kept:
@@ -233,6 +229,8 @@ def _stats_backward(
         # All rows, with hidden 0 where there is no upstream gradient: 0 times a NaN is NaN.
         hidden = hidden.masked_fill((valid & ~nonzero_grad_rows)[:, None], 0)
     call = Call(hidden, weight, bias, rows, Options(*options), tuple(needs), active=active)
+    if kept is not None:  # with the rows that only fill products, which its memory has
+        kept = kept.as_strided((call.problem.rows, kept.shape[1]), kept.stride())
     # Of the same problem, so that with `kept` beside it everything fits as forward has planned.
     chosen = plan.make(call.problem, 0, "recompute", kept_bytes)
     with torch.autocast(hidden.device.type, enabled=False):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dense
+from bench.suites import counts
 from ift_kernels import (
     explain,
     linear_cross_entropy,
@@ -204,3 +205,27 @@ def test_refusals():
 def test_explain_counts_what_fills_products():
     found = explain(100, 32000, 64, FLOAT32, deterministic=True)
     assert found.product_rows == 128 and found.tile_columns == 512
+
+
+def test_the_gpu_schedule_reads_no_more_from_the_device():
+    """On tensors without memory, with the record of an H200: as many waits, few more products."""
+    pytest.importorskip("triton")
+    n, d, v = 2048, 896, 151936
+    found = []
+    with counts.planned_for_h200():
+        hidden, weight = (
+            torch.empty(size, d, dtype=BFLOAT16, device="meta", requires_grad=True)
+            for size in (n, v)
+        )
+        target = torch.empty(n, dtype=torch.int64, device="meta")
+        for same in (False, True):
+
+            def call(same=same):
+                out = linear_logprobs(hidden, weight, target, deterministic=same).logprob
+                return torch.autograd.grad(out.sum(), (hidden, weight))
+
+            found.append(counts.dispatched(call))
+    default, deterministic_call = found
+    assert deterministic_call["reads"] == default["reads"]
+    assert deterministic_call["flops"] <= 1.02 * default["flops"]
+    assert deterministic_call["peak"] <= 640 * MIB

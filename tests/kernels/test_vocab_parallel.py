@@ -31,6 +31,7 @@ CASES = {
     "few rows": {"vocabulary": 5},  # of four processes, one then has no row
     "certain": {"scale": 40.0},
     "bfloat16": {"dtype": torch.bfloat16},
+    "deterministic": {"deterministic": True},
 }
 FORMS = ("group", "dtensor", "sequence")
 
@@ -98,6 +99,10 @@ def worker(rank, number, directory):
     found = {(c, f): run(c, f, mesh) for c in CASES for f in FORMS}
     (hidden, weight, bias), target, *_ = problem()
     sharded = distribute_tensor(weight, mesh, [Shard(0)])
+    options = {"outputs": OUTPUTS, "deterministic": True}
+    together = vocab_parallel_logprobs(hidden, sharded, target, **options)
+    alone = vocab_parallel_logprobs(hidden[2, 4:5], sharded, target[2, 4:5], **options)
+    found["alone"] = [torch.equal(a, b[2, 4:5]) for a, b in zip(alone, together, strict=True)]
     wrong = {
         "placements": lambda: vocab_parallel_logprobs(
             hidden, distribute_tensor(weight, mesh, [Replicate()]), target
@@ -146,6 +151,10 @@ def test_shards_are_one_head(results, case, form):
 def test_a_tie_between_shards_goes_to_the_lowest_id(results):
     got, _ = results[0]["plain", "group"]
     assert got[3][0, 0] == 7
+
+
+def test_a_token_alone_has_the_same_results(results):
+    assert all(all(result["alone"]) for result in results)
 
 
 @pytest.mark.parametrize(
