@@ -279,8 +279,15 @@ def _curve(axes: Any, group: Report, axis: Report, quantity: str, names: dict[st
             axes.plot(x, y, dash, color=GREY, marker=mark, markersize=3.5,
                       linewidth=1, label=title)  # fmt: skip
     if axis["axis"] != "ignored":  # sizes double
+        from matplotlib import ticker
+
         axes.set(xscale="log", yscale="log")
         axes.set_xticks(x, [f"{at:g}" for at in x])
+        low, high = axes.get_ylim()
+        widened = max(4.0 / (high / low), 1.0) ** 0.5  # two ticks, at least
+        axes.set_ylim(low / widened, high * widened)
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
     else:
         axes.set_ylim(0, None)
