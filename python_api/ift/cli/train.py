@@ -27,7 +27,7 @@ from ift.cli.models import (
     load_model,
     turn_off_dropout,
 )
-from ift.cli.option_tables import DEFAULTS, PROBE_OPTIONS, REPLACES
+from ift.cli.option_tables import DEFAULTS, HEAD, PROBE_OPTIONS, REPLACES
 from ift.cli.processes import note
 from ift.cli.rows import read_rows, tokenise
 from ift.data import Encoded
@@ -39,7 +39,7 @@ from ift.preference_data import EncodedPairs, PairCollator
 FIXED = (
     *("eval_split", "epochs", "max_steps", "lr", "optimizer", "scheduler", "lr_warmup_steps"),
     *("warmup_ratio", "weight_decay", "max_grad_norm", "dropout"),
-    *("batch_size", "accumulate", "max_length", "bf16", "gradient", "freeze_head"),
+    *("batch_size", "accumulate", "max_length", "bf16", *HEAD, "freeze_head"),
     *("columns", "system", "truncate", "responses", "seed"),
     *("dtype", "attn", "gradient_checkpointing", "packing", "quantize"),
     *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_config"),
@@ -164,7 +164,7 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
             training_arguments,
             **{"loss" if kind.pairs else "ift_config": loss},
             **single,
-            gradient=arguments.gradient,
+            **options.of_head(arguments),
             data_collator=collator,
             train_dataset=train_data.examples,
             eval_dataset=eval_data.examples or None,
