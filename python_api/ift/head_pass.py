@@ -272,10 +272,12 @@ def plain_head(model: nn.Module) -> nn.Linear:
     name = type(model).__name__
     find = getattr(model, "get_output_embeddings", None)
     head: Any = find() if callable(find) else None
+    replaced = False
     saved = getattr(head, "modules_to_save", None)  # PEFT: trained copies beside the original
     if saved is not None:
         adapters = head.active_adapters
         off = head.disable_adapters or not adapters or any(a not in saved for a in adapters)
+        replaced = "forward" in vars(head)  # by one that calls none of them
         head = head.original_module if off else saved[adapters[0]]
     if head is None:
         raise TypeError(f"model: expected a causal LM with an output head, {name} has none")
@@ -285,7 +287,8 @@ def plain_head(model: nn.Module) -> nn.Linear:
             f"{type(head).__module__}.{type(head).__name__}, whose logits are not hidden @ weight.T"
         )
     forward = head.__dict__.get("forward")
-    if not (forward is None or isinstance(forward, HeadForward) or casts_to_float32(forward)):
+    known = forward is None or isinstance(forward, HeadForward) or casts_to_float32(forward)
+    if replaced or not known:
         raise TypeError(f"model: the forward of the output head of {name} is already replaced")
     weight = head.weight
     if not (weight.is_floating_point() and _is_plain(weight)):

@@ -230,6 +230,16 @@ def test_a_head_that_trl_casts_after_the_patch(tokenizer, tmp_path):
             torch.testing.assert_close(logprob[:, :-1], right * mask[:, :-1], rtol=0, atol=1e-5)
 
 
+def test_a_cast_of_all_copies_of_a_head_is_refused(tokenizer, tmp_path):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    given = {"changes": {"cast_lm_head_to_fp32": True}, "peft_config": lora}
+    trainer = trainer_of("grpo", tokenizer, tmp_path, **given)
+    with pytest.raises(
+        TypeError, match="forward of the output head of LlamaForCausalLM is already"
+    ):
+        integration.use_ift_kernels(trainer)
+
+
 def test_options_of_the_head_reach_every_model(tokenizer, tmp_path):
     options = {"logits_dtype": torch.float32, "deterministic": True}
     trainer = integration.use_ift_kernels(trainer_of("dpo", tokenizer, tmp_path), **options)
