@@ -162,7 +162,7 @@ def test_both_passes_of_ift():
 # --- both -----------------------------------------------------------------------------------------
 
 
-def test_options_stay_until_unpatch():
+def test_options_stay_until_unpatch(tmp_path):
     model = patch(make("llama"), deterministic=True)
     patch(model)
     assert head_options(model) == ("exact", None, True, None)
@@ -177,6 +177,8 @@ def test_options_stay_until_unpatch():
     assert head_options(model) == ("exact", torch.float32, False, None)
     assert head_options(other).deterministic
     assert head_options(patch(unpatch(model))) == ("exact", None, False, None)
+    IFTTrainer(model, training_arguments(tmp_path), **FLOAT32, deterministic=True)
+    assert head_options(model) == ("exact", torch.float32, True, None)
 
 
 def test_what_excludes_each_other_is_refused_at_patch(tmp_path):
@@ -291,3 +293,22 @@ def test_a_policy_pass_is_its_training_pass():
         fewer["labels"][:, 8] = -100  # a token less to score in each row
         scored, still = target_logprobs(model, **fewer)
         assert torch.equal(scored, torch.where(still, before, 0)) and still.sum() < mask.sum()
+
+
+def test_losses_from_hidden_states_of_other_dtypes():
+    """A frozen model in bf16 beside a policy in float32, and the reverse."""
+    hidden, weight, target = torch.randn(4, 6, 16), torch.randn(100, 16), torch.randint(100, (4, 6))
+    wide = hidden + 0.1, weight + 0.05
+    rounded = [x.to(torch.bfloat16) for x in wide]
+    exact = [x.float() for x in rounded]
+    for policy, frozen, same in (((hidden, weight), rounded, exact), (rounded, wide, wide)):
+        right = [x.float() for x in policy]
+        got = losses.distillation_loss(*policy, target, Head(*frozen), **FLOAT32)
+        expected = losses.distillation_loss(*right, target, Head(*same))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        loss = losses.DPOLoss(beta=0.3)
+        got = loss.from_hidden(*policy, target, reference=Head(*frozen), **FLOAT32)
+        expected = loss.from_hidden(*right, target, reference=Head(*same))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(TypeError, match="deterministic"):
+        losses.distillation_loss(*policy, target, Head(*frozen), deterministic=True)

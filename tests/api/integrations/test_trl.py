@@ -234,9 +234,7 @@ def test_a_cast_of_all_copies_of_a_head_is_refused(tokenizer, tmp_path):
     lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     given = {"changes": {"cast_lm_head_to_fp32": True}, "peft_config": lora}
     trainer = trainer_of("grpo", tokenizer, tmp_path, **given)
-    with pytest.raises(
-        TypeError, match="forward of the output head of Llama.* is already"
-    ):
+    with pytest.raises(TypeError, match="forward of the output head of Llama.* is already"):
         integration.use_ift_kernels(trainer)
 
 
