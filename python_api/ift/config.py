@@ -8,8 +8,10 @@ import math
 import struct
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from ift.head_options import HeadOptions
 from ift.losses.ift import Objective, check_objective
 from ift_kernels.common import checks
 from ift_kernels.propagation import Kind, Norm, Side
@@ -57,6 +59,10 @@ class IFTConfig:
         num_rows: rows with response tokens in the whole optimizer step, as in `ift_loss`.
         share_prompt: run prompts once for both passes where that gives the same; with less memory
             and time. False: two full passes always.
+        logits_dtype: of the head in both passes, torch.float32 or "float32", as in `ift.patch`;
+            None: that of the patch.
+        deterministic: of the head in both passes, as in `ift.patch`; None: that of the patch. Not
+            with rule "soft".
         workspace: bytes of work memory of the head operations, from 1 MiB; None: their default.
 
     Raises:
@@ -82,6 +88,8 @@ class IFTConfig:
     step: int = 0
     num_rows: float | Tensor | None = None
     share_prompt: bool = True
+    logits_dtype: torch.dtype | str | None = None
+    deterministic: bool | None = None
     workspace: int | None = None
 
     def __post_init__(self) -> None:
@@ -95,6 +103,11 @@ class IFTConfig:
         checks.one_of("lambda_schedule", self.lambda_schedule, LAMBDA_SCHEDULES)
         for name, least in (("k", 1), ("warmup_steps", 0), ("seed", 0), ("step", 0)):
             _whole(name, getattr(self, name), least)
+        head = HeadOptions().changed(
+            logits_dtype=self.logits_dtype, deterministic=self.deterministic
+        )
+        head.check_rule(self.rule)
+        object.__setattr__(self, "logits_dtype", head.logits_dtype)
         if self.workspace is not None:
             _whole("workspace", self.workspace, checks.MIN_WORKSPACE)
         noise = checks.number("lam_noise", self.lam_noise)

@@ -96,14 +96,25 @@ class HeadForward:
     An object, since a bound method would unpickle as the class's own forward.
     """
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, previous: Any = None) -> None:
         self.head = head
+        self.previous = previous  # None, or TRL's, see `casts_to_float32`
+
+    def remove(self) -> None:
+        """Put back the forward that the head had before."""
+        del self.head.forward
+        if self.previous is not None:
+            self.head.forward = self.previous  # type: ignore[method-assign]  # of one object
 
     def __call__(self, input: Tensor) -> Tensor:
         call = _current.get()
-        if call is None or call.head is not self.head:
-            return nn.Linear.forward(self.head, input)
         weight, bias = self.head.weight, self.head.bias
+        if call is None or call.head is not self.head:
+            if self.previous is None:
+                return nn.Linear.forward(self.head, input)
+            # As TRL's, which in a copy of the model would compute with the original's weight.
+            shift = None if bias is None else bias.float()
+            return nn.functional.linear(input.float(), weight.float(), shift)
         shape = getattr(weight, "ds_shape", None)
         if shape is not None and weight.shape != shape:
             raise RuntimeError(
@@ -236,6 +247,22 @@ def _loss_options(standard: Callable[..., Tensor]) -> tuple[str, ...]:
     return tuple(sorted(named - honoured))
 
 
+def casts_to_float32(forward: Any) -> bool:
+    """Whether it is the forward that TRL's ``cast_lm_head_to_fp32`` gives to a head.
+
+    It computes the head's product in float32, from a weight that is cast to it, too.
+    """
+    module, name = (getattr(forward, key, None) or "" for key in ("__module__", "__name__"))
+    return module.split(".")[0] == "trl" and name == "cast_forward_to_fp32"
+
+
+def cast_dtype(head: nn.Module) -> torch.dtype | None:
+    """float32 of a head with such a forward, or one in its place; None of another."""
+    forward = head.__dict__.get("forward")
+    forward = forward.previous if isinstance(forward, HeadForward) else forward
+    return torch.float32 if casts_to_float32(forward) else None
+
+
 def plain_head(model: nn.Module) -> nn.Linear:
     """The output head of `model`: a module that computes ``hidden @ weight.T + bias`` alone.
 
@@ -245,10 +272,12 @@ def plain_head(model: nn.Module) -> nn.Linear:
     name = type(model).__name__
     find = getattr(model, "get_output_embeddings", None)
     head: Any = find() if callable(find) else None
+    replaced = False
     saved = getattr(head, "modules_to_save", None)  # PEFT: trained copies beside the original
     if saved is not None:
         adapters = head.active_adapters
         off = head.disable_adapters or not adapters or any(a not in saved for a in adapters)
+        replaced = "forward" in vars(head)  # by one that calls none of them
         head = head.original_module if off else saved[adapters[0]]
     if head is None:
         raise TypeError(f"model: expected a causal LM with an output head, {name} has none")
@@ -257,7 +286,9 @@ def plain_head(model: nn.Module) -> nn.Linear:
             f"model: expected a plain linear output head, {name} has "
             f"{type(head).__module__}.{type(head).__name__}, whose logits are not hidden @ weight.T"
         )
-    if not isinstance(head.__dict__.get("forward"), (HeadForward, type(None))):
+    forward = head.__dict__.get("forward")
+    known = forward is None or isinstance(forward, HeadForward) or casts_to_float32(forward)
+    if replaced or not known:
         raise TypeError(f"model: the forward of the output head of {name} is already replaced")
     weight = head.weight
     if not (weight.is_floating_point() and _is_plain(weight)):
@@ -308,7 +339,7 @@ def head_pass(
     """
     name = type(model).__name__
     head = plain_head(model)
-    if "forward" not in head.__dict__:
+    if not isinstance(head.__dict__.get("forward"), HeadForward):
         raise RuntimeError(f"{name}: the output head was replaced after ift.patch; patch again")
     if loss is not None and not isinstance(model.loss_function, LossFunction):
         raise RuntimeError(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ift.head_options import HeadOptions
 from ift.head_pass import (
     LossArguments,
     LossFunction,
@@ -133,7 +134,7 @@ def check_kind(model: Any) -> None:
         )
 
 
-def try_few_tokens(model: Any, forward: Callable[..., Any]) -> Measured | None:
+def try_few_tokens(model: Any, forward: Callable[..., Any], head: HeadOptions) -> Measured | None:
     """Measure a model on four tokens, and compare its loss with and without logits.
 
     None where it cannot run: weights on the meta device or in shards, or a model that needs more
@@ -157,8 +158,9 @@ def try_few_tokens(model: Any, forward: Callable[..., Any]) -> Measured | None:
             return None
         measured = measure(model, forward, _few_tokens(model))
         output, _ = loss_pass(
-            model, forward, _few_tokens(model), measured.transform, unshifted=measured.unshifted
-        )
+            model, forward, _few_tokens(model), measured.transform, head,
+            unshifted=measured.unshifted,
+        )  # fmt: skip
     error = abs(float(output.loss) - float(plain))
     eps = torch.finfo(plain_head(model).weight.dtype).eps
     if not error <= 16 * eps * max(1.0, abs(float(plain))) + 1e-4:

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from ift.documents import IGNORE_INDEX
+from ift.head_options import HeadOptions
 from ift.head_pass import LossArguments, head_pass
 from ift.losses import sft_loss
 from ift.token_stats import token_metrics, token_stats
-from ift_kernels import ActiveSet, TokenStats
+from ift_kernels import TokenStats
 from ift_kernels.common.transform import LogitTransform
 
 logger = logging.getLogger(__name__)
@@ -23,9 +24,9 @@ def loss_pass(
     forward: Callable[..., Any],
     kwargs: dict[str, Any],
     transform: LogitTransform,
+    head: HeadOptions,
     *,
     unshifted: bool = False,
-    gradient: str | ActiveSet = "exact",
     loss: Callable[..., Tensor] | None = None,
     warned: set[str] | None = None,
 ) -> tuple[Any, dict[str, Tensor]]:
@@ -70,7 +71,7 @@ def loss_pass(
         # As transformers' Trainer does: a cache costs memory and hides packed rows from the mask.
         output, stats = head_pass(
             model, forward, {"use_cache": False, **kwargs},
-            token_stats(target, transform, gradient, ignore_index=ignore_index, outputs=outputs),
+            token_stats(target, transform, head, ignore_index=ignore_index, outputs=outputs),
             loss=compute,
         )  # fmt: skip
         if expected.same_target(found[0]):

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from ift import two_pass
 from ift.bound_forward import BoundForward
 from ift.config import IFTConfig
+from ift.head_options import HeadOptions
 from ift.head_pass import (
     PATCH_ARGUMENTS,
     HeadForward,
     LossFunction,
+    cast_dtype,
+    casts_to_float32,
     in_head_pass,
     plain_head,
     refuse_lost_arguments,
@@ -33,7 +36,6 @@ from ift.measure import Measured, check_kind, measure, measuring, try_few_tokens
 from ift.one_pass import loss_pass
 from ift.prefix import Sharing
 from ift_kernels import ActiveSet
-from ift_kernels.common import checks
 from ift_kernels.common.transform import LogitTransform
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,7 +44,13 @@ _STATE = "_ift_patch"  # the attribute that makes a model a patched one
 _REPLICATE = "_replicate_for_data_parallel"
 
 
-def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
+def patch(
+    model: Model,
+    *,
+    gradient: str | ActiveSet | None = None,
+    logits_dtype: torch.dtype | None = None,
+    deterministic: bool | None = None,
+) -> Model:
     """Let a causal LM compute its training loss without logits. In place, undone by `unpatch`.
 
     ``model(..., labels=labels).loss`` is then that of supervised fine-tuning, as before;
@@ -74,14 +82,21 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
         model: a transformers causal LM with a plain linear output head, or a PEFT model around one.
             Patch before DDP or FSDP wraps it.
         gradient: of the head, as in `ift_kernels.linear_logprobs`: "exact", or "active" (an
-            `ift_kernels.ActiveSet` for its options), which approximates. None, the default, leaves
-            it as it is, "exact" at first.
+            `ift_kernels.ActiveSet` for its options), which approximates. "exact" at first.
+        logits_dtype: of the losses, as in `ift_kernels.linear_logprobs`: torch.float32 keeps their
+            logits from being rounded to 16 bits, under autocast, too. At first that of the model;
+            float32 where TRL's ``cast_lm_head_to_fp32`` has cast its head.
+        deterministic: True: given its hidden state, every result of a token is the same to the bit
+            in any batch, as in `ift_kernels.linear_logprobs`. False at first.
+
+    None, the default of all three, leaves an option as it is; `unpatch` forgets them.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: another gradient than these.
+        ValueError: another gradient or logits_dtype than these; a logits_dtype for a model in
+            float64; an approximate gradient that is to be deterministic.
         TypeError: no output head, or one that is not plainly linear (LoRA on the head, quantized);
             an encoder–decoder model; a PEFT model that has kept the unpatched forward.
         RuntimeError: code after the head that does other things than scale and softcap, or a loss
@@ -91,21 +106,32 @@ def patch(model: Model, *, gradient: str | ActiveSet | None = None) -> Model:
     >>> # model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
     """
     base = base_model(model)
-    if isinstance(gradient, str):
-        checks.one_of("gradient", gradient, ("exact", "active"))
     check_kind(base)
     _check_wrapper(model, base)
+    options = head_options(base).changed(
+        plain_head(base).weight, gradient=gradient, logits_dtype=logits_dtype,
+        deterministic=deterministic,
+    )  # fmt: skip
     state: _State | None = base.__dict__.get(_STATE)
     if state is None or not _is_patched(base.__dict__.get("forward")):
-        _install(base, state)
+        _install(base, state, options)
     _patch_heads(base)
     state = getattr(base, _STATE)
-    if gradient is not None:
-        state.gradient = gradient
+    state.head = options
     return model
 
 
-def _install(base: nn.Module, state: _State | None) -> None:
+def head_options(base: nn.Module) -> HeadOptions:
+    """The options of the head of a causal LM: those of its patch.
+
+    Of one that TRL has cast to float32, whether before or after the patch, float32 logits.
+    """
+    state: _State | None = base.__dict__.get(_STATE)
+    options = HeadOptions() if state is None else state.head
+    return options.changed(logits_dtype=cast_dtype(plain_head(base)))
+
+
+def _install(base: nn.Module, state: _State | None, options: HeadOptions) -> None:
     """Put the patched forward in place; with a state, once more on top of what replaced it."""
     forward = PatchedForward(base, base.__dict__.get("forward"))
     if state is not None:
@@ -120,7 +146,7 @@ def _install(base: nn.Module, state: _State | None) -> None:
     try:
         _patch_heads(base)
         with measuring:
-            measured = try_few_tokens(base, forward.original)
+            measured = try_few_tokens(base, forward.original, options)
         if measured is not None:
             _store_measured(base, measured)
     except BaseException:
@@ -134,8 +160,9 @@ def _patch_heads(base: nn.Module) -> None:
     copies = getattr(wrapper, "modules_to_save", None)
     heads = [wrapper] if copies is None else [wrapper.original_module, *copies.values()]
     for head in heads:
-        if "forward" not in head.__dict__:
-            head.forward = HeadForward(head)
+        previous = head.__dict__.get("forward")
+        if previous is None or casts_to_float32(previous):
+            head.forward = HeadForward(head, previous)
 
 
 def unpatch(model: Model) -> Model:
@@ -161,9 +188,7 @@ def unpatch(model: Model) -> Model:
         base.__dict__.pop(name, None)
     for module in base.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, HeadForward):
-            del module.forward
-        elif isinstance(forward, EmbeddingForward):
+        if isinstance(forward, HeadForward | EmbeddingForward):
             forward.remove()
     return model
 
@@ -212,7 +237,7 @@ class _State:
     loss_function: Callable[..., Any] | None  # one that was set on the object before
     measured: Measured | None = None
     hooks: tuple[int, ...] = ()  # of the head, when it was measured
-    gradient: str | ActiveSet = "exact"  # of the head
+    head: HeadOptions = field(default_factory=HeadOptions)
     sharing: Sharing | None = None  # how its prompts can be shared; None: not measured yet
     warned: set[str] = field(default_factory=set)  # warnings already logged
     sampled_rows: two_pass.SampledRows = field(default_factory=two_pass.SampledRows)
@@ -310,8 +335,8 @@ def _forward(
     measured = measured_model(model, kwargs)
     if ift is None:
         output, metrics = loss_pass(
-            model, original, kwargs, measured.transform, unshifted=measured.unshifted,
-            gradient=state.gradient, loss=loss, warned=state.warned,
+            model, original, kwargs, measured.transform, state.head,
+            unshifted=measured.unshifted, loss=loss, warned=state.warned,
         )  # fmt: skip
     else:
         output, metrics = two_pass.ift_forward(model, original, kwargs, ift, state)

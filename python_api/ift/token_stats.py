@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ift.documents import IGNORE_INDEX
-from ift_kernels import ActiveSet, TokenStats, linear_logprobs, vocab_parallel_logprobs
+from ift.head_options import HeadOptions
+from ift_kernels import TokenStats, linear_logprobs, vocab_parallel_logprobs
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded
 
@@ -21,8 +22,7 @@ def transform_options(transform: LogitTransform) -> dict[str, Any]:
 def token_stats(
     target: Tensor,
     transform: LogitTransform,
-    gradient: str | ActiveSet = "exact",
-    workspace: int | None = None,
+    head: HeadOptions,
     *,
     ignore_index: int = IGNORE_INDEX,
     outputs: tuple[str, ...] = ("logprob", "entropy", "argmax"),
@@ -51,8 +51,7 @@ def token_stats(
             temperature=temperature,
             outputs=outputs,
             detached=detached,
-            gradient=gradient,
-            workspace=workspace,
+            **head._asdict(),
             **transform_options(transform),
         )
 

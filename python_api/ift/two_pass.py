@@ -23,16 +23,12 @@ from ift.documents import (
     documents_with_targets,
     shifted_targets,
 )
+from ift.head_options import HeadOptions
 from ift.head_pass import LossArguments, head_pass
 from ift.input_embeddings import Mixture, embedding_table, mixing
 from ift.losses import ift_loss, sft_loss
 from ift.token_stats import token_metrics, token_stats, transform_options
-from ift_kernels import (
-    ActiveSet,
-    TokenStats,
-    linear_expected_embedding,
-    linear_token,
-)
+from ift_kernels import TokenStats, linear_expected_embedding, linear_token
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded
 
@@ -70,7 +66,7 @@ class State(Protocol):
     def transform(self) -> LogitTransform | None:
         """Of the logits, measured by now."""
 
-    gradient: str | ActiveSet  # of the head
+    head: HeadOptions
     sharing: prefix.Sharing | None  # how its prompts can be shared; None: not measured yet
     warned: set[str]  # warnings already logged
     sampled_rows: SampledRows
@@ -94,6 +90,11 @@ def ift_forward(
     ids, labels = kwargs["input_ids"], kwargs["labels"]
     transform = state.transform
     assert transform is not None
+    head = state.head.changed(
+        logits_dtype=config.logits_dtype, deterministic=config.deterministic,
+        workspace=config.workspace,
+    )  # fmt: skip
+    head.check_rule(config.rule)
     starts = document_starts(labels, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"))
     cu_seqlens = boundaries(starts)
     target = target_of_batch = shifted_targets(labels, starts)
@@ -106,7 +107,7 @@ def ift_forward(
         mixture, first, kwargs = shared
         target = mixture.target
     if lam > 0.0:  # else there is nothing to mix
-        predict = _prediction(model, target, config, state)
+        predict = _prediction(model, target, config, state, head)
         given = {k: v for k, v in first.items() if k not in _FIRST_PASS_DROPS}
         with torch.no_grad():
             _, (mixture.predicted, first_stats) = head_pass(model, forward, given, predict)
@@ -135,7 +136,7 @@ def ift_forward(
         losses.append(value.detach())
         return value
 
-    callback = token_stats(target, transform, state.gradient, config.workspace)
+    callback = token_stats(target, transform, head)
     with mixing(model, mixture):
         output, stats = head_pass(model, forward, kwargs, callback, loss=loss)
     if shared is not None:  # the cache is ours, the caller asked for none
@@ -270,7 +271,7 @@ def _warn_of_accumulation(model: nn.Module, grad: Tensor, rows: Tensor, state: S
 
 
 def _prediction(
-    model: Any, target: Tensor, config: IFTConfig, state: State
+    model: Any, target: Tensor, config: IFTConfig, state: State, head: HeadOptions
 ) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, TokenStats]]:
     """The head callback of pass 1: the predictions at the targets, and the targets' statistics.
 
@@ -287,10 +288,11 @@ def _prediction(
         targets = target.to(hidden.device)
         mask = targets != IGNORE_INDEX
         rows = hidden[mask]
-        stats = token_stats(
-            targets[mask], transform, workspace=config.workspace, outputs=outputs, detached=()
-        )(rows, weight, bias)
-        chosen: Any = {"bias": bias, "workspace": config.workspace, **options}
+        stats = token_stats(targets[mask], transform, head, outputs=outputs, detached=())(
+            rows, weight, bias
+        )
+        chosen: Any = {"bias": bias, "logits_dtype": head.logits_dtype, **options}
+        chosen["workspace"] = head.workspace
         if config.rule == "greedy":
             assert stats.argmax is not None
             predicted = stats.argmax
@@ -306,7 +308,10 @@ def _prediction(
                 chosen["temperature"] = config.sample_temperature
                 chosen["seed"] = (config.seed << 20 ^ config.step) % 2**64
                 chosen["row_offset"] = state.sampled_rows.next_rows(config.step, rows.shape[0])
-            predicted = linear_token(rows, weight, rule=config.rule, k=config.k, **chosen).ids
+            predicted = linear_token(
+                rows, weight, rule=config.rule, k=config.k, deterministic=head.deterministic,
+                **chosen,
+            ).ids  # fmt: skip
         ids = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
         return ids.masked_scatter_(mask, predicted).to(target.device), stats
 

@@ -23,6 +23,7 @@ from causal_lms import (
     step,
 )
 from ift.config import IFTConfig
+from ift.head_options import HeadOptions
 from ift.head_pass import head_pass
 from ift.input_embeddings import embedding_table
 from ift.patching import original_forward, patch, unpatch
@@ -83,7 +84,8 @@ def test_token_logprobs_are_those_of_the_logits(name):
     target = torch.randint(V, inputs["input_ids"].shape)
     labels = inputs.pop("labels")
     forward = type(model).forward.__get__(model)
-    _, stats = head_pass(model, forward, inputs, token_stats(target, model._ift_patch.transform))
+    callback = token_stats(target, model._ift_patch.transform, HeadOptions())
+    _, stats = head_pass(model, forward, inputs, callback)
     expected = dense.stats_of(logits, target)
     for name in ("logprob", "entropy"):
         torch.testing.assert_close(getattr(stats, name), expected[name], rtol=1e-5, atol=1e-5)

@@ -22,6 +22,7 @@ from causal_lms import (
     step,
 )
 from ift.config import IFTConfig
+from ift.head_options import HeadOptions
 from ift.measure import Measured
 from ift.patching import patch, unpatch
 from ift.two_pass import _prediction
@@ -251,7 +252,8 @@ def test_sampled_rows_never_share_their_noise_and_repeat_by_step():
 
     def draws(step, rows):
         config = IFTConfig(rule="sample", step=step)
-        callback = _prediction(model, torch.zeros(rows, 1, dtype=torch.int64), config, state)
+        target = torch.zeros(rows, 1, dtype=torch.int64)
+        callback = _prediction(model, target, config, state, HeadOptions())
         predicted, _ = callback(torch.zeros(rows, 1, 32), flat, None)
         return predicted.flatten().tolist()
 

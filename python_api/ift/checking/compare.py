@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import ift_kernels
-from ift.checking.naive import IGNORE_INDEX, NaivePass, naive_ift, naive_sft
+from ift.checking.naive import IGNORE_INDEX, NaivePass, float32_product, naive_ift, naive_sft
 from ift.config import IFTConfig
-from ift.patching import base_model, patch, unpatch
+from ift.head_pass import plain_head
+from ift.patching import base_model, head_options, patch, unpatch
 
 Verdict = Literal["equal", "different", "refused", "failed", "undecided"]
 REFUSALS = (TypeError, ValueError, RuntimeError, NotImplementedError)
@@ -93,7 +94,8 @@ def compare(
     token ids, whose input embeddings a hook replaces (`ift.checking.naive`). Both run in evaluation
     mode with gradients enabled, so that dropout, router noise and gradient checkpointing are off;
     what random numbers are still drawn start from one seed. The model is returned as it was found:
-    modes, gradients, attributes, buffers, patch and random state. Needs memory for the logits.
+    modes, gradients, attributes, buffers, patch and random state. Needs memory for the logits; they
+    are products in float32 where the `logits_dtype` of the patch or of `ift` is.
 
     The error of a gradient is ``max|fused - naive| / (max|naive| + floor)`` for each parameter. The
     floor is 10 fp32 roundings of the largest gradient of the model, divided by the tolerance:
@@ -143,7 +145,10 @@ def compare(
                 unpatch(model)
     # A batch that the model itself does not take raises here.
     inputs = {**batch, "skip_logits": False} if patched else batch
+    logits_dtype = None if ift is None else ift.logits_dtype
     with _as_found(model):
+        if head_options(base).changed(logits_dtype=logits_dtype).logits_dtype is not None:
+            plain_head(base).register_forward_hook(float32_product)
         torch.manual_seed(0)
         expected = naive_sft(model, inputs) if ift is None else naive_ift(model, inputs, ift)
         expected_grads = _gradients(model, expected.loss)

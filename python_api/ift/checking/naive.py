@@ -35,6 +35,13 @@ class NaivePass(NamedTuple):
     near_tie: bool = False  # a predicted token of pass 1 was nearly another one
 
 
+def float32_product(head: nn.Linear, args: tuple[Tensor], _output: Tensor) -> Tensor:
+    """A forward hook of a head: its logits as a product in float32."""
+    bias = None if head.bias is None else head.bias.float()
+    with torch.autocast(args[0].device.type, enabled=False):
+        return nn.functional.linear(args[0].float(), head.weight.float(), bias)
+
+
 def naive_sft(model: Any, batch: dict[str, Any]) -> NaivePass:
     """The loss that the model computes itself from its labels."""
     output = model(**batch)

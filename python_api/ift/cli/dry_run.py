@@ -17,6 +17,7 @@ import torch
 
 from ift.cli.losses import LOSSES
 from ift.cli.models import build_collator
+from ift.cli.options import of_head
 from ift.cli.weights import optimizer_bytes
 from ift.data import IGNORE_INDEX, Encoded, Example
 from ift.data_rows import Row
@@ -170,8 +171,9 @@ def memory(model: Any, arguments: argparse.Namespace, targets: int, device: Any)
     trained = [p for p in weights if p.requires_grad]
     head = model.get_output_embeddings().weight
     vocabulary, width = head.shape
+    dtype = torch.bfloat16 if arguments.bf16 else head.dtype
     plan = explain(
-        max(1, targets), vocabulary, width, torch.bfloat16 if arguments.bf16 else head.dtype,
+        max(1, targets), vocabulary, width, torch.float32 if arguments.logits_dtype else dtype,
         need_weight=head.requires_grad, gradient=arguments.gradient, device=device,
     )  # fmt: skip
     parts = {
@@ -251,8 +253,8 @@ def _measured(
         settings.output_dir = directory
         trainer_class: Any = PairTrainer if kind.pairs else RunTrainer
         trainer = trainer_class(
-            model, settings, gradient=arguments.gradient, data_collator=collate,
-            train_dataset=list(batch), **options,
+            model, settings, data_collator=collate, train_dataset=list(batch),
+            **of_head(arguments), **options,
         )  # fmt: skip
         trainer.current_gradient_accumulation_steps = 1
         seconds = 0.0

@@ -277,13 +277,20 @@ def check_reporters(arguments: argparse.Namespace) -> None:
 
 
 def check_supported(arguments: argparse.Namespace, model: Any) -> None:
-    """Refuse checkpointing or packing that the model does not have.
+    """Refuse checkpointing or packing that the model does not have, and an option without effect.
 
     Raises:
-        CliError: it does not have it.
+        CliError: it does not have it; logits in float32 anyway.
     """
     from ift.patching import base_model
 
+    weights = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    if arguments.logits_dtype and not arguments.bf16 and all(d.itemsize > 2 for d in weights):
+        raise CliError(
+            "--logits-dtype",
+            "got float32 without --bf16 and with weights in float32, whose logits are so anyway; "
+            "expected one of the two in 16 bits",
+        )
     if arguments.gradient_checkpointing and not model.supports_gradient_checkpointing:
         kind = type(base_model(model)).__name__
         raise CliError("--gradient-checkpointing", f"{kind} does not support it")

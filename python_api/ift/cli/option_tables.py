@@ -47,6 +47,7 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "warmup_steps": ("lambda_schedule", ("linear",)),
     "detach_weights": ("objective", ("released", "algorithm1")),
 }
+HEAD = ("gradient", "logits_dtype", "deterministic")  # arguments of `ift.patch`
 INPUT_OPTIONS = {
     "model": Option("a directory, a hub id, or `tiny`: a small random Llama with a tokenizer "
                     "trained on the data", str, "MODEL", required=True),
@@ -98,6 +99,10 @@ TRAINING_OPTIONS = {
     "lr": Option("peak learning rate", positive, "X", 5e-5),
     "gradient": Option("of the head; active approximates it by the columns that matter",
                        choices=("exact", "active"), default="exact"),
+    "logits_dtype": Option("float32: logits are not rounded to 16 bits, with --bf16 or weights of "
+                           "16 bits", choices=("float32",)),
+    "deterministic": Option("a token's log-probability depends on its hidden state alone, to the "
+                            "bit: not on the batch or the threads", default=False),
     "freeze_head": Option("do not train the output head (nor an embedding tied to it)",
                           default=False),
     "optimizer": Option("that updates the weights; its other settings are those of transformers",

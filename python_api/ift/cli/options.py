@@ -33,6 +33,7 @@ from ift.cli.losses import (
 )
 from ift.cli.option_tables import (
     DEFAULTS,
+    HEAD,
     HEATMAP_OPTIONS,
     INPUT_OPTIONS,
     MODEL_OPTIONS,
@@ -196,6 +197,11 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**values)
 
 
+def of_head(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `ift.patch`."""
+    return {name: getattr(arguments, name) for name in HEAD}
+
+
 def known_options(arguments: argparse.Namespace) -> dict[str, Option]:
     """The options of a command, by name."""
     every = ChainMap(
@@ -281,6 +287,11 @@ def _check_applicable(
         if given.get(name) and value not in expected:
             flag = flag_of(other)
             refuse(name, f"with {flag} {value}", f"{flag} {' or '.join(expected)}")
+    if values["deterministic"] and values["gradient"] == "active":
+        refuse("deterministic", "with --gradient active, whose columns depend on the other tokens",
+               "--gradient exact")  # fmt: skip
+    if values["deterministic"] and values["rule"] == "soft":
+        refuse("deterministic", "with --rule soft", "a rule that picks a token")
     if "eval_steps" in given and not (values["eval_data"] or values["eval_split"]):
         refuse("eval_steps", "without --eval-data or --eval-split", "one of the two")
     for name in ("probe_size", "probe_test", "probe_sample", "probe_fluent"):

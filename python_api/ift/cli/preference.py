@@ -45,7 +45,7 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
         loss: a module of `ift.losses`; without `pairs` it takes `desirable` and `kl`, as KTO's.
         single: the examples are single responses (`ift.preference_data.encode_responses`), for a
             loss without `pairs`; default pairs.
-        gradient: of the head, as in `ift.patch`.
+        gradient, logits_dtype, deterministic: of the head, as in `ift.patch`.
         The rest: as `transformers.Trainer`.
     """
 
@@ -56,6 +56,8 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
         *,
         loss: Loss,
         gradient: str | None = None,
+        logits_dtype: torch.dtype | None = None,
+        deterministic: bool | None = None,
         single: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -64,7 +66,8 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
         self.pair_loss = loss
         self.rows_per_example = 1 if single else 2
         self._eval_examples: list[EvalExample] = []
-        super().__init__(patch(model, gradient=gradient), args, **kwargs)
+        patch(model, gradient=gradient, logits_dtype=logits_dtype, deterministic=deterministic)
+        super().__init__(model, args, **kwargs)
         refuse_unsupported(self)
 
     def _counted(self, batch: dict[str, Any]) -> Tensor:

@@ -16,11 +16,12 @@ from ift.cli import processes
 from ift.cli.adapters import adapts
 from ift.cli.errors import CliError
 from ift.cli.models import load_model, turn_off_dropout
+from ift.cli.options import of_head
 from ift.data import Collator
 from ift.files import replacing
 from ift.head_pass import evaluating
 from ift.one_pass import target_logprobs
-from ift.patching import base_model, patch
+from ift.patching import base_model, head_options, patch
 from ift.preference_data import EncodedPairs
 
 
@@ -28,6 +29,9 @@ def fingerprint(model: nn.Module, examples: Iterable[dict[str, np.ndarray]], bf1
     """Hash of everything the log-probabilities depend on: weights, structure, data, precision."""
     digest = hashlib.sha256(repr(base_model(model)).encode())
     digest.update(b"bf16" if bf16 else b"")
+    head = head_options(base_model(model))
+    if head.logits_dtype is not None or head.deterministic:
+        digest.update(f"{head.logits_dtype} {head.deterministic}".encode())
     config = getattr(base_model(model), "config", None)
     digest.update(b"" if config is None else config.to_json_string().encode())
     for name, tensor in model.state_dict().items():
@@ -54,7 +58,8 @@ def add_reference(
     """Add the reference sums of its sequences to every pair; from `cache` where it has them.
 
     Sums are of the log-probabilities of a sequence's targets; no logits are held. With `bf16` under
-    autocast, as the policy is computed. A damaged file is computed and written again.
+    autocast, and with the options of the model's patch, as the policy is computed. A damaged file
+    is computed and written again.
 
     Args:
         expected_by: of a resumed run, the option that names the reference.
@@ -142,6 +147,7 @@ def add_references(
         check_same_tokens(flag, named.model, policy_of, *vocabularies)
     if arguments.quantize is None:  # else it was loaded there, and cannot be moved
         model.to(device)
+    patch(model, **of_head(arguments))  # as the policy
     cache = Path(arguments.output) / "reference"
     for data in sets:
         if data.examples and add_reference(

@@ -27,7 +27,7 @@ from ift.cli.models import (
     load_model,
     turn_off_dropout,
 )
-from ift.cli.option_tables import DEFAULTS, PROBE_OPTIONS, REPLACES
+from ift.cli.option_tables import DEFAULTS, HEAD, PROBE_OPTIONS, REPLACES
 from ift.cli.processes import note
 from ift.cli.rows import read_rows, tokenise
 from ift.data import Encoded
@@ -39,7 +39,7 @@ from ift.preference_data import EncodedPairs, PairCollator
 FIXED = (
     *("eval_split", "epochs", "max_steps", "lr", "optimizer", "scheduler", "lr_warmup_steps"),
     *("warmup_ratio", "weight_decay", "max_grad_norm", "dropout"),
-    *("batch_size", "accumulate", "max_length", "bf16", "gradient", "freeze_head"),
+    *("batch_size", "accumulate", "max_length", "bf16", *HEAD, "freeze_head"),
     *("columns", "system", "truncate", "responses", "seed"),
     *("dtype", "attn", "gradient_checkpointing", "packing", "quantize"),
     *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_config"),
@@ -97,6 +97,7 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
     transformers.logging.disable_progress_bar()
     check_reporters(arguments)
     kind, loss = LOSSES[arguments.loss], build_loss(arguments)
+    flags = kind.flags | dict(zip(HEAD, HEAD, strict=True))
     if arguments.resume and start is None:
         note(f"no checkpoint in {output}: starting from step 0")
     if not plotting.available():
@@ -136,7 +137,7 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
         from ift.cli.dry_run import show
 
         sets = train_data, eval_data
-        with refusals("--model", kind.flags):
+        with refusals("--model", flags):
             show(arguments, train_rows, model, tokenizer, loss, sets, training_arguments, steps)
         return 0
     stop = StopOnSignal(alone=training_arguments.world_size == 1)
@@ -148,7 +149,7 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
         callbacks.append(Samples(eval_rows, arguments.samples, tokenizer, place))
     if watch is not None:
         callbacks.append(watch(arguments, eval_rows, model, tokenizer))
-    with refusals("--model", kind.flags):
+    with refusals("--model", flags):
         if kind.reference:
             original = model if start is None and arguments.reference is None else None
             with training_arguments.main_process_first(local=False):  # the others read its files
@@ -164,7 +165,7 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
             training_arguments,
             **{"loss" if kind.pairs else "ift_config": loss},
             **single,
-            gradient=arguments.gradient,
+            **options.of_head(arguments),
             data_collator=collator,
             train_dataset=train_data.examples,
             eval_dataset=eval_data.examples or None,
@@ -203,7 +204,7 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
         if not complete:
             first = 0 if start is None else step_of(start)
             at_first = lambda: trainer.state.global_step <= first  # noqa: E731  # later it is a bug
-            with refusals("--model", kind.flags, at_first):
+            with refusals("--model", flags, at_first):
                 trainer.train(resume_from_checkpoint=None if start is None else str(start))
             if trainer.state.global_step < trainer.state.max_steps:
                 done = f"step {trainer.state.global_step} of {trainer.state.max_steps}"

@@ -32,9 +32,9 @@ from ift.dynamics.responses import (
 )
 from ift.head_pass import HeadForward, evaluating, head_pass, plain_head
 from ift.measure import measure_transform
-from ift.patching import base_model
-from ift.token_stats import transform_options
-from ift_kernels import TokenStats, linear_logprobs
+from ift.patching import base_model, head_options
+from ift.token_stats import token_stats
+from ift_kernels import TokenStats
 from ift_kernels.common import checks
 from ift_kernels.common.transform import LogitTransform
 
@@ -293,14 +293,12 @@ class ProbeEvaluator:
     def _stats(self, model: Any, batch: _Batch, outputs: tuple[str, ...]) -> tuple[TokenStats, int]:
         """The statistics of every entry of the responses, and V."""
         target = batch.target.to(_device(model))
+        head = head_options(model)._replace(gradient="exact")
 
         def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[TokenStats, int]:
             assert self._transform is not None
-            stats = linear_logprobs(
-                hidden, weight, target.to(hidden.device), bias=bias, outputs=outputs,
-                **transform_options(self._transform),
-            )  # fmt: skip
-            return stats, weight.shape[0]
+            stats = token_stats(target, self._transform, head, outputs=outputs, detached=())
+            return stats(hidden, weight, bias), weight.shape[0]
 
         found: tuple[TokenStats, int] = self._run(model, batch, callback)
         return found
@@ -333,14 +331,14 @@ class ProbeEvaluator:
 def head_ready(model: Any) -> Iterator[None]:
     """Let `head_pass` use the head of a model that is not patched; undone at the end."""
     head: Any = plain_head(model)
-    patched = "forward" in head.__dict__
-    if not patched:
-        head.forward = HeadForward(head)
+    forward = head.__dict__.get("forward")
+    if not isinstance(forward, HeadForward):
+        head.forward = HeadForward(head, forward)
     try:
         yield
     finally:
-        if not patched:
-            del head.forward
+        if not isinstance(forward, HeadForward):
+            head.forward.remove()
 
 
 def _device(model: Any) -> torch.device:

@@ -16,7 +16,7 @@ from ift.bound_forward import BoundForward
 from ift.documents import IGNORE_INDEX, shifted_targets
 from ift.head_pass import head_pass
 from ift.losses import sft_loss
-from ift.patching import base_model, measured_model, original_forward, patch
+from ift.patching import base_model, head_options, measured_model, original_forward, patch
 from ift.token_stats import token_stats
 from ift_kernels import ActiveSet
 from ift_kernels.common import checks
@@ -34,13 +34,20 @@ _FUSED = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer"
 _PAIRS = ("ORPOTrainer", "CPOTrainer")
 
 
-def use_ift_kernels(trainer: Any, *, gradient: str | ActiveSet | None = None) -> Any:
+def use_ift_kernels(
+    trainer: Any,
+    *,
+    gradient: str | ActiveSet | None = None,
+    logits_dtype: torch.dtype | None = None,
+    deterministic: bool | None = None,
+) -> Any:
     """Move a TRL trainer onto `ift_kernels.linear_logprobs`. In place, before ``trainer.train()``.
 
     Args:
         trainer: of TRL 1.16 or later: SFT, DPO, KTO, GRPO, RLOO, ORPO or CPO, or a subclass of one.
             Its model and, where it has one, its reference model are patched (`ift.patch`).
-        gradient: of the head, as in `ift.patch`.
+        gradient, logits_dtype, deterministic: of the heads, as in `ift.patch`. Of a trainer with
+            ``cast_lm_head_to_fp32`` logits_dtype is torch.float32.
 
     Returns:
         `trainer` itself. Its losses are TRL's; ``logits/chosen`` and ``logits/rejected`` of ORPO
@@ -48,8 +55,7 @@ def use_ift_kernels(trainer: Any, *, gradient: str | ActiveSet | None = None) ->
 
     Raises:
         TypeError: another trainer, or a model that `ift.patch` refuses (LoRA on the head).
-        ValueError: ``cast_lm_head_to_fp32``, which replaces the head's forward; compute_metrics
-            and encoder-decoder models where logits are needed.
+        ValueError: options that `ift.patch` refuses; an encoder-decoder model.
 
     >>> # trainer = use_ift_kernels(DPOTrainer(model, args, train_dataset=dataset))
     """
@@ -59,8 +65,6 @@ def use_ift_kernels(trainer: Any, *, gradient: str | ActiveSet | None = None) ->
             f"trainer: expected one of TRL's {', '.join((*_FUSED, *_PAIRS))}, "
             f"got {type(trainer).__name__}"
         )
-    if getattr(trainer.args, "cast_lm_head_to_fp32", False):
-        raise ValueError("cast_lm_head_to_fp32: expected False, it replaces the head's forward")
     if getattr(trainer, "is_encoder_decoder", False):
         raise ValueError("model: expected a decoder, got an encoder-decoder model")
     outputs = ["logprob", "entropy", "argmax", "mean_logit"]
@@ -69,7 +73,7 @@ def use_ift_kernels(trainer: Any, *, gradient: str | ActiveSet | None = None) ->
     for model in (trainer.model, getattr(trainer, "ref_model", None)):
         if isinstance(model, nn.Module):
             base = base_model(trainer.accelerator.unwrap_model(model))
-            patch(base, gradient=gradient)
+            patch(base, gradient=gradient, logits_dtype=logits_dtype, deterministic=deterministic)
             temperature = getattr(trainer, "temperature", 1.0)
             add_fused_forward(base, tuple(outputs), float(temperature or 1.0))
     if names & set(_PAIRS):
@@ -195,7 +199,7 @@ def _fused(
     callback = token_stats(
         target,
         transform,
-        model._ift_patch.gradient,
+        head_options(model),
         outputs=outputs,
         detached=tuple(name for name in ("mean_logit", "sum_sq") if name in outputs),
         temperature=temperature,

@@ -79,7 +79,7 @@ class IFTTrainer(TwoPassMetrics, Trainer):
         model, args, and the rest: as `transformers.Trainer`.
         ift_config: options of the loss; None for supervised fine-tuning. `step` and `num_rows` are
             the trainer's to set.
-        gradient: of the head, as in `ift.patch`.
+        gradient, logits_dtype, deterministic: of the head, as in `ift.patch`.
 
     Raises:
         ValueError: options of `args` that the losses do not have: label smoothing, sequence or
@@ -94,6 +94,8 @@ class IFTTrainer(TwoPassMetrics, Trainer):
         *rest: Any,
         ift_config: IFTConfig | None = None,
         gradient: str | ActiveSet | None = None,
+        logits_dtype: torch.dtype | None = None,
+        deterministic: bool | None = None,
         **kwargs: Any,
     ) -> None:
         if ift_config is not None and not isinstance(ift_config, IFTConfig):
@@ -101,7 +103,9 @@ class IFTTrainer(TwoPassMetrics, Trainer):
                 f"ift_config: expected an ift.IFTConfig or None, got {type(ift_config).__name__}"
             )
         self.ift_config = ift_config
-        self._gradient = gradient
+        self._head: dict[str, Any] = {
+            "gradient": gradient, "logits_dtype": logits_dtype, "deterministic": deterministic
+        }  # fmt: skip
         super().__init__(self._prepared(model), args, *rest, **kwargs)
         if self.args.label_smoothing_factor:
             raise ValueError(
@@ -121,7 +125,7 @@ class IFTTrainer(TwoPassMetrics, Trainer):
     def _prepared(self, model: Any) -> Any:
         if not isinstance(model, nn.Module):
             return model  # None with model_init, or what the parent will complain about
-        patch(model, gradient=self._gradient)
+        patch(model, **self._head)
         if self.ift_config is not None:
             freeze_unreached_embedding(base_model(model), self.ift_config)
         return model

@@ -33,12 +33,13 @@ __all__ = ["IFTSFTConfig", "IFTSFTTrainer", "use_ift_kernels"]
 
 @dataclass
 class IFTSFTConfig(SFTConfig):
-    """`trl.SFTConfig` with two more fields: the options of `ift.IFTConfig`, and `gradient`.
+    """`trl.SFTConfig` with the options of `ift.IFTConfig`, and those of `ift.patch`.
 
     Args:
         ift: options of `ift.IFTConfig` by name, ``{"lam": 0.1}``, or as JSON; the trainer sets
             `step` and `num_rows`.
-        gradient: of the head, as in `ift.patch`.
+        gradient, logits_dtype, deterministic: of the head, as in `ift.patch`; "float32" is the
+            text of torch.float32.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "ift"]
@@ -48,6 +49,12 @@ class IFTSFTConfig(SFTConfig):
     )
     gradient: str | None = field(
         default=None, metadata={"help": "gradient of the head: exact (the default) or active"}
+    )
+    logits_dtype: str | None = field(
+        default=None, metadata={"help": "float32: logits are not rounded to 16 bits"}
+    )
+    deterministic: bool | None = field(
+        default=None, metadata={"help": "true: log-probabilities do not depend on the batch"}
     )
 
 
@@ -85,7 +92,10 @@ class IFTSFTTrainer(TwoPassMetrics, SFTTrainer):
         self.ift_config = IFTConfig(**(args.ift or {}))  # type: ignore[arg-type]  # a dict by now
         super().__init__(model, args, **kwargs)
         refuse_unsupported(self)
-        use_ift_kernels(self, gradient=args.gradient)
+        use_ift_kernels(
+            self, gradient=args.gradient, logits_dtype=args.logits_dtype,  # type: ignore[arg-type]
+            deterministic=args.deterministic,
+        )  # fmt: skip
         freeze_unreached_embedding(base_model(self.model), self.ift_config)
 
     def _counted(self, batch: dict[str, Any]) -> torch.Tensor:

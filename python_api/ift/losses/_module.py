@@ -54,6 +54,8 @@ def from_hidden(
     softcap: float | None = None,
     temperature: float = 1.0,
     gradient: str | ActiveSet = "exact",
+    logits_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
     workspace: int | None = None,
     reference: Tensor | Head | None = None,
     metrics: Metrics | None = None,
@@ -72,8 +74,9 @@ def from_hidden(
     Args:
         loss: a function of `ift.losses`, or one of its modules.
         hidden, weight, target, bias, ignore_index, logit_scale, softcap, temperature, gradient,
-            workspace: as in `ift_kernels.linear_logprobs`; `target` is (B, T) or packed (T,),
-            shifted, and masked where it is `ignore_index`.
+            logits_dtype, deterministic, workspace: as in `ift_kernels.linear_logprobs`, the last
+            three of the reference, too; `target` is (B, T) or packed (T,), shifted, and masked
+            where it is `ignore_index`.
         args, options: what else the loss takes.
         reference: log-probabilities of the reference model, or its `Head`, whose are then computed
             here without gradient: one product with its weight.
@@ -95,7 +98,8 @@ def from_hidden(
     """
     head: dict[str, Any] = {
         "bias": bias, "ignore_index": ignore_index, "logit_scale": logit_scale,
-        "softcap": softcap, "temperature": temperature, "workspace": workspace,
+        "softcap": softcap, "temperature": temperature, "logits_dtype": logits_dtype,
+        "deterministic": deterministic, "workspace": workspace,
     }  # fmt: skip
     taken = accepted(loss)
     given = {**loss.options, **options} if isinstance(loss, Loss) else options

@@ -30,7 +30,7 @@ def distillation_loss(
 
     Args:
         hidden, weight: of the student; the other arguments of `ift_kernels.linear_divergence`
-            (bias, logit_scale, softcap, workspace) under their names.
+            (bias, logit_scale, softcap, logits_dtype, workspace) under their names.
         target: (...) token ids, shifted; only where it is `ignore_index` matters.
         teacher: its `Head`, over the same vocabulary; the width may differ.
         kind: "forward" KL(teacher ‖ student), "reverse" KL(student ‖ teacher), or "jsd" with the

@@ -82,6 +82,21 @@ def test_a_wrong_patch_is_found(monkeypatch, fault, names):
         assert found.worst_parameter in dict(model.named_parameters())
 
 
+@pytest.mark.parametrize("config", [None, ift.IFTConfig(share_prompt=False)], ids=["sft", "ift"])
+def test_float32_logits_are_compared_with_float32_logits(config):
+    for name in ("llama", "gemma2"):
+        model = ift.patch(causal_lms.make(name).to(torch.bfloat16), logits_dtype=torch.float32)
+        hooks = dict(model.get_output_embeddings()._forward_hooks)
+        result = compare(model, causal_lms.batch(), ift=config)
+        assert result.verdict == "equal" and result.errors["loss"] < 1e-6, str(result)
+        assert dict(model.get_output_embeddings()._forward_hooks) == hooks
+        rounded = compare(ift.unpatch(model), causal_lms.batch(), ift=config)
+        assert rounded.expected_loss != result.expected_loss
+        if config is not None:
+            same = compare(model, causal_lms.batch(), ift=config.replace(logits_dtype="float32"))
+            assert same.expected_loss == result.expected_loss and same.loss == result.loss
+
+
 def test_refusal_at_patch_is_a_result():
     model = causal_lms.make("llama")
     model.lm_head = type("Quantized", (torch.nn.Linear,), {"forward": lambda self, x: x})(32, 131)

@@ -423,3 +423,23 @@ def test_active_gradient_and_frozen_head(loss, data, tmp_path):
         assert not trained.state_dict()[first].equal(fresh.state_dict()[first])
     assert len(losses["exact"]) == 3
     assert losses["active"] == pytest.approx(losses["exact"], rel=1e-3)
+
+
+def test_float32_logits_and_determinism(data, tmp_path, capsys):
+    """A run with both, from a file; its `run.json` holds them, and another run is refused."""
+    file = tmp_path / "run.yaml"
+    file.write_text("bf16: true\nlogits-dtype: float32\ndeterministic: true\n")
+    losses = {}
+    for name, given in {"rounded": ["--bf16"], "float32": ["--config", file]}.items():
+        command = train(data, tmp_path / name, *SHORT, "--log-steps", 1, *given)
+        assert main(command) == 0
+        losses[name] = [r["loss"] for r in read_log(tmp_path / name) if "loss" in r]
+    run = json.loads((tmp_path / "float32" / "run.json").read_text())
+    assert run["logits_dtype"] == "float32" and run["deterministic"] is True
+    assert losses["float32"] == pytest.approx(losses["rounded"], rel=1e-2)
+    assert losses["float32"][0] != losses["rounded"][0]
+    said = refusal([*command, "--resume", "--no-deterministic"], capsys)
+    assert "--deterministic: got False; expected True, as the run in" in said
+    said = refusal([*train(data, tmp_path / "rounded", *SHORT, "--log-steps", 1, "--bf16"),
+                    "--resume", "--logits-dtype", "float32"], capsys)  # fmt: skip
+    assert "--logits-dtype: got float32; expected the default, as the run in" in said

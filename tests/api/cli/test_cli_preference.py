@@ -14,6 +14,7 @@ from ift.cli.preference import PairTrainer
 from ift.cli.reference import add_reference
 from ift.data import Collator
 from ift.data_rows import DataError, read_preferences, read_rows
+from ift.patching import patch, unpatch
 from ift.preference_data import PairCollator, encode_pairs
 from ift.tiny import tiny_llama, train_tokenizer
 from trainers import training_arguments
@@ -118,6 +119,11 @@ def test_reference_is_cached_by_model_and_data(tmp_path, tokenizer):
     assert not add_reference(pairs, model, *settings)
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 3
     assert not add_reference(pairs, model, *settings, bf16=True)  # another precision, other numbers
+    for options in ({"logits_dtype": torch.float32}, {"deterministic": True}):
+        patch(model, **options)
+        assert not add_reference(pairs, model, *settings)
+    assert not add_reference(pairs, model, *settings, bf16=True)
+    assert add_reference(pairs, patch(unpatch(model)), *settings)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "of other data"])
@@ -260,3 +266,15 @@ def test_evaluation_is_that_of_all_pairs_at_once(tmp_path, tokenizer, loss, opti
         for name in ("eval_reward_chosen", "eval_logprob_chosen", "eval_token_accuracy"):
             if name in found[0]:
                 assert metrics[name] == pytest.approx(found[0][name], rel=1e-5, abs=1e-7)
+
+
+def test_the_reference_has_the_options_of_the_policy(tmp_path):
+    """Its numbers are kept by what they depend on."""
+    data = write_rows(tmp_path / "p.jsonl", rows(4))
+    size = ["--batch-size", "4", "--max-length", "48", "--max-steps", "1", "--loss", "dpo"]
+    names = set()
+    for given in ([], ["--logits-dtype", "float32"], ["--deterministic"]):
+        output = tmp_path / str(len(names))
+        assert main(train(data, output, *size, "--bf16", *given)) == 0
+        names |= {path.name for path in (output / "reference").glob("*.npy")}
+    assert len(names) == 3

@@ -121,6 +121,23 @@ def test_logit_softcap_patched_and_messages(tokenizer):
 
 
 # A model with its own idea of masks must not pass unnoticed.
+def test_a_model_is_measured_as_it_is_trained(tokenizer):
+    """With the float32 logits of its patch; the options of a patch go with it."""
+    probes = build_probe_set(rows(4), size=2, tokenizer=tokenizer)
+    evaluator = ProbeEvaluator(probes, tokenizer)
+    model = tiny.tiny_llama(tokenizer, max_length=96, seed=0).to(torch.bfloat16)
+    rounded = evaluator(model)
+    got = evaluator(ift.patch(model, logits_dtype=torch.float32, gradient="active"))
+    ift.unpatch(model)
+    head = model.lm_head.weight.detach().float()
+    del model.lm_head.weight
+    model.lm_head.weight = torch.nn.Parameter(head)
+    model.lm_head.register_forward_pre_hook(lambda _, args: args[0].float())
+    for mine, right, other in zip(got, evaluator(model), rounded, strict=True):
+        torch.testing.assert_close(mine.logprob, right.logprob, rtol=0, atol=1e-5)
+        assert not torch.equal(mine.logprob, other.logprob)
+
+
 def test_a_model_that_cannot_share_runs_plain_rows(tokenizer, caplog):
     probes = build_probe_set(rows(), size=4)
     model = causal_lms.make("mistral", vocab_size=len(tokenizer), sliding_window=8)

@@ -14,9 +14,12 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.kto_trainer import KTOConfig, KTOTrainer
 
+import dense
 from bench.peers.naive_ift import frozen_embedding, naive_ift_loss, refresh
-from causal_lms import assert_close, make
+from causal_lms import assert_close, batch, gradients, make
 from ift.integrations import trl as integration
+from ift.one_pass import target_logprobs
+from ift.patching import head_options, patch, unpatch
 from ift.tiny import train_tokenizer
 from trainers import SGD, training_arguments
 
@@ -74,16 +77,20 @@ TRAINERS = {
 }
 
 
-def trainer_of(name, tokenizer, directory, architecture="llama", **more):
+def trainer_of(
+    name, tokenizer, directory, architecture="llama", changes=(), dtype=torch.float32, tied=None,
+    **more,
+):  # fmt: skip
     kind, config, rows, options = TRAINERS[name]
-    model = make(architecture, vocab_size=len(tokenizer), initializer_range=0.1)
+    ties = {} if tied is None else {"tie_word_embeddings": tied}
+    model = make(architecture, vocab_size=len(tokenizer), initializer_range=0.1, **ties).to(dtype)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     if name == "grpo":
         more["reward_funcs"] = length_reward
     if name.startswith(("dpo", "kto")):
         more["ref_model"] = copy.deepcopy(model)
-    args = arguments(config, directory, **options)
+    args = arguments(config, directory, **{**options, **dict(changes)})
     return kind(
         model=model, args=args, train_dataset=Dataset.from_list(rows),
         processing_class=copy.deepcopy(tokenizer), **more,
@@ -153,6 +160,98 @@ def test_scales_caps_and_auxiliary_losses_are_those_of_the_model(architecture, t
         loss.detach() for _, loss in first_losses("sft", tokenizer, tmp_path, architecture)
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+# --- float32 heads, and batches that do not matter -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied"), [("llama", None), ("llama", True), ("gemma2", None)]
+)
+def test_a_head_that_trl_casts_to_float32(architecture, tied, tokenizer, tmp_path):
+    """Log-probabilities, loss and gradients are TRL's; logits are the model's."""
+    given = {"changes": {"cast_lm_head_to_fp32": True}, "dtype": torch.bfloat16, "tied": tied}
+    found, inputs = [], None
+    for ours in (False, True):
+        trainer = trainer_of("grpo", tokenizer, tmp_path, architecture, **given)
+        trainer.current_gradient_accumulation_steps = 1
+        model = trainer.model
+        forward = model.lm_head.forward
+        if inputs is None:
+            inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+            inputs["advantages"] = torch.tensor([1.0, -1.0, 0.5, -0.7])
+        if ours:
+            integration.use_ift_kernels(trainer, deterministic=True)
+            assert head_options(model)[1:3] == (torch.float32, True)
+        row = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        call = model, row, mask, inputs["completion_ids"].shape[1]
+        with torch.no_grad():
+            logits = model(input_ids=row, attention_mask=mask).logits
+            old = trainer._get_per_token_logps_and_entropies(*call, compute_entropy=True)[:2]
+        loss = trainer.compute_loss(model, inputs)
+        loss.backward()
+        found.append((logits, old, loss.detach(), gradients(model)))
+        if ours:
+            new = trainer._get_per_token_logps_and_entropies(*call, compute_entropy=True)[:2]
+            assert all(map(torch.equal, new, old)) and new[0].requires_grad
+            unpatch(model)
+            assert model.lm_head.forward is forward
+    (logits, *theirs, grads), (same, *mine, our_grads) = found
+    assert logits.dtype == torch.float32 and torch.equal(logits, same)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert_close(our_grads, grads, 2**-6)  # of hidden, rounded at each layer
+    table = "model.embed_tokens.weight" if "lm_head.weight" not in grads else "lm_head.weight"
+    assert grads[table].dtype == our_grads[table].dtype == torch.float32
+    if table == "lm_head.weight":
+        assert_close({table: our_grads[table]}, {table: grads[table]}, 1e-5)
+
+
+def test_a_head_that_trl_casts_after_the_patch(tokenizer, tmp_path):
+    """Not patched since: noticed. Patched again, also in a copy: its own weights in float32."""
+    model = patch(make("llama", vocab_size=len(tokenizer)).to(torch.bfloat16))
+    given = {"dtype": torch.bfloat16, "changes": {"cast_lm_head_to_fp32": True}}
+    cast = trainer_of("grpo", tokenizer, tmp_path, **given).model.lm_head.forward
+    model.lm_head.float()
+    model.lm_head.forward = cast
+    inputs = batch(vocabulary=len(tokenizer))
+    with pytest.raises(RuntimeError, match="output head was replaced after ift.patch"):
+        model(**inputs)
+    patch(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+        hidden = model.model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
+        for each in (model, other):
+            logits = each(inputs["input_ids"], inputs["attention_mask"]).logits
+            assert torch.equal(logits, hidden.float() @ each.lm_head.weight.T)
+            logprob, mask = target_logprobs(each, **inputs)
+            right = dense.stats_of(logits[:, :-1], inputs["labels"][:, 1:])["logprob"]
+            torch.testing.assert_close(logprob[:, :-1], right * mask[:, :-1], rtol=0, atol=1e-5)
+
+
+def test_a_cast_of_all_copies_of_a_head_is_refused(tokenizer, tmp_path):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    given = {"changes": {"cast_lm_head_to_fp32": True}, "peft_config": lora}
+    trainer = trainer_of("grpo", tokenizer, tmp_path, **given)
+    with pytest.raises(TypeError, match="forward of the output head of Llama.* is already"):
+        integration.use_ift_kernels(trainer)
+
+
+def test_options_of_the_head_reach_every_model(tokenizer, tmp_path):
+    options = {"logits_dtype": torch.float32, "deterministic": True}
+    trainer = integration.use_ift_kernels(trainer_of("dpo", tokenizer, tmp_path), **options)
+    for model in (trainer.model, trainer.ref_model):
+        assert head_options(model) == ("exact", torch.float32, True, None)
+    text = {"logits_dtype": "float32", "deterministic": True}  # as a file of arguments has it
+    assert head_options(ift_trainer(tokenizer, tmp_path, **text).model)[1:3] == (
+        torch.float32,
+        True,
+    )
+    trainer = ift_trainer(tokenizer, tmp_path, ift={**text, "gamma": 0.5})
+    assert trainer.ift_config.logits_dtype == torch.float32 and trainer.ift_config.deterministic
+    assert head_options(trainer.model)[1:3] == (None, False)
+    trainer.args.to_json_string()
 
 
 # --- IFTSFTTrainer -------------------------------------------------------------------------------
