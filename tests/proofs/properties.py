@@ -13,8 +13,9 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, seed, settings
 
+from ift.numerics.calls import Call
 from tests.properties import harness
-from tests.properties.cases import BACKENDS, Case
+from tests.properties.cases import BACKENDS
 from tests.properties.cases import cases as calls
 
 SOURCES = (
@@ -28,6 +29,7 @@ SOURCES = (
     "csrc/*.h",
     "csrc/cpu/**/*",
     "python_api/ift/numerics/bounds.py",
+    "python_api/ift/numerics/calls.py",
     "python_api/ift/numerics/inputs.py",
     "python_api/ift/numerics/oracle.py",
     "tests/properties/cases.py",
@@ -59,7 +61,7 @@ def run(case: str) -> dict[str, Any]:
         print_blob=False,
     )
     @given(calls())
-    def every(call: Case) -> None:
+    def every(call: Call) -> None:
         nonlocal largest
         drawn[call.operation] += 1
         try:

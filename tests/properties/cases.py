@@ -2,61 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
 from ift.numerics import inputs, oracle
-from ift_kernels import backends
+from ift.numerics.calls import LAYOUTS, OPERATIONS, UPSTREAM, Call, available
 from ift_kernels.backends.contract import KINDS
 from ift_kernels.linear import OUTPUTS
 from ift_kernels.schedule import plan
 
-OPERATIONS = (
-    "linear_logprobs",
-    "linear_cross_entropy",
-    "linear_token",
-    "linear_divergence",
-    "linear_expected_embedding",
-)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Triton is among them in its interpreter.
-BACKENDS = tuple(
-    name
-    for name, backend in backends.BACKENDS.items()
-    if not backend.unsupported_reason(torch.device("cpu"), torch.float32)
-)
-DIFFERENTIABLE = ("logprob", "lse", "entropy", "mean_logit")
-LAYOUTS = ("contiguous", "transposed", "strided", "part")
-UPSTREAM = ("normal", "sparse", "small", "large", "zero", "absent")
+BACKENDS = available(torch.device("cpu"))  # with Triton in its interpreter
 SMALL = 1 << 20  # the smallest workspace that is allowed
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call; its `repr` is what a regression test is made of."""
-
-    operation: str
-    backend: str = "reference"
-    schedule: str | None = None
-    dtype: str = "float32"
-    weight_dtype: str | None = None  # None: that of hidden
-    kind: str = "ordinary"  # of the inputs
-    shape: tuple[int, ...] = (5,)
-    width: int = 4
-    vocabulary: int = 7
-    seed: int = 0
-    bias: bool = False
-    needs: tuple[str, ...] = ("hidden", "weight", "bias")  # what requires gradients
-    layouts: tuple[str, ...] = ("contiguous",) * 3  # of hidden, weight and upstream gradients
-    masked: float = 0.2  # share of tokens that are ignored or off the mask
-    upstream: tuple[str, ...] = ("normal",) * len(DIFFERENTIABLE)
-    transform: dict[str, Any] = field(default_factory=dict)
-    numerics: dict[str, Any] = field(default_factory=dict)  # logits_dtype, deterministic
-    workspace: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)  # of the operation alone
 
 
 def _options(
@@ -99,7 +58,7 @@ _ROWS = (0, 1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 40)
 
 
 @st.composite
-def cases(draw: Any, operations: tuple[str, ...] = OPERATIONS) -> Case:
+def cases(draw: Any, operations: tuple[str, ...] = tuple(OPERATIONS)) -> Call:
     """Any call of these operations that the contract covers."""
 
     def one_of(*values: Any) -> Any:
@@ -121,7 +80,7 @@ def cases(draw: Any, operations: tuple[str, ...] = OPERATIONS) -> Case:
         weight_dtype = one_of(None, "float32", "bfloat16")
     if operation in ("linear_logprobs", "linear_cross_entropy", "linear_token"):
         numerics["deterministic"] = one_of(False, False, True)
-    return Case(
+    return Call(
         operation,
         one_of(*BACKENDS),
         one_of(None, *plan.SCHEDULES),

@@ -1,15 +1,16 @@
 """Calls that once failed."""
 
-from tests.properties.cases import SMALL, Case
+from ift.numerics.calls import Call
+from tests.properties.cases import SMALL
 
-REGRESSIONS: tuple[Case, ...] = (
+REGRESSIONS: tuple[Call, ...] = (
     # Small exponentials beside a 1: the fp32 sum of 1024 columns loses all of them.
-    Case(
+    Call(
         "linear_token", "cpu", None, "float16", None, "peaked", (180,), 2, 1500, 3,
         transform={"softcap": 30.0}, options={"rule": "kth", "k": 1, "seed": 0, "row_offset": 0},
     ),
     # Two infinities of a forbidden token, in the mixture of "jsd" and its gradient.
-    Case(
+    Call(
         "linear_divergence", "cpu", None, "float32", None, "masked", (5,), 2, 101, 238, True,
         workspace=SMALL,
         options={
