@@ -60,6 +60,25 @@ def units(*dtypes: torch.dtype, logits_dtype: torch.dtype | None = None) -> Unit
     return coarsest._replace(largest=min(row.largest for row in rows))
 
 
+def promise(dtype: torch.dtype) -> str:
+    """The row of a dtype in words."""
+    row, wide = UNITS[dtype, None], UNITS.get((dtype, torch.float32), UNITS[dtype, None])
+    text = f"logits to {power(row.logit)} of their size"
+    if wide.logit < row.logit:
+        text += f" ({power(wide.logit)} with logits_dtype=torch.float32)"
+    return f"{text}, statistics to {power(row.sum)}, gradients to {power(row.result)}"
+
+
+def power(value: float) -> str:
+    """A power of two as such.
+
+    >>> power(0.125)
+    '2⁻³'
+    """
+    digits = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+")
+    return "2" + value.hex().partition("p")[2].translate(digits)
+
+
 def products_unit(terms: int, unit: float) -> float:
     """Of a sum of so many products, against the sum of their magnitudes.
 

@@ -49,6 +49,7 @@ class Call:
     numerics: dict[str, Any] = field(default_factory=dict)  # logits_dtype, deterministic
     workspace: int | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of the operation alone
+    device: str = "cpu"
 
 
 class Check(NamedTuple):
@@ -63,7 +64,7 @@ class Check(NamedTuple):
         """The largest error, in shares of its bound; infinite for NaN and for a wrong shape."""
         if self.ours.shape != self.exact.shape:
             return math.inf
-        ours = self.ours.detach().double()
+        ours = self.ours.detach().cpu().double()
         error = torch.where(ours == self.exact, 0, (ours - self.exact).abs())  # infinities
         shares = torch.where(error == 0, 0, error / self.bound)
         shares = torch.where(self.bound == torch.inf, 0, shares)
@@ -87,7 +88,7 @@ def run(call: Call) -> list[Check]:
 
 
 class Tensors(NamedTuple):
-    """What a case calls an operation with, and the same numbers flat and in fp64."""
+    """What an operation is called with, and the same numbers flat, in fp64, on the CPU."""
 
     hidden: Tensor  # (..., D)
     weight: Tensor  # (V, D)
@@ -114,7 +115,7 @@ class Tensors(NamedTuple):
 
 
 def tensors(call: Call, teacher: bool = False) -> Tensors:
-    """The tensors of a case, or of its teacher."""
+    """The tensors of a call, or of its teacher."""
     rows, seed = math.prod(call.shape), call.seed + (1000 if teacher else 0)
     width = call.width + 3 * teacher
     made = inputs.make(call.kind, rows, width, call.vocabulary, bias=call.bias, seed=seed)
@@ -124,20 +125,20 @@ def tensors(call: Call, teacher: bool = False) -> Tensors:
     weight_dtype = getattr(torch, call.weight_dtype or call.dtype)
     # Products of fp16 end at 65504.
     shrink = 0.2 if call.kind == "huge" and torch.float16 in (dtype, weight_dtype) else 1.0
-    hidden = _laid_out(made.hidden.to(dtype).view(*call.shape, width), call.layouts[0])
-    weight = _laid_out((made.weight * shrink).to(weight_dtype), call.layouts[1])
-    bias = None if made.bias is None else made.bias.to(dtype)
+    hidden = _laid_out(made.hidden.to(call.device, dtype).view(*call.shape, width), call.layouts[0])
+    weight = _laid_out((made.weight * shrink).to(call.device, weight_dtype), call.layouts[1])
+    bias = None if made.bias is None else made.bias.to(call.device, dtype)
     given = [t for t in (hidden, weight, bias) if t is not None]
-    exact = [t.detach().double().reshape(-1, t.shape[-1]) for t in given[:2]]
-    exact += [t.detach().double() for t in given[2:]]
+    exact = [t.detach().cpu().double().reshape(-1, t.shape[-1]) for t in given[:2]]
+    exact += [t.detach().cpu().double() for t in given[2:]]
     for name, *both in zip(("hidden", "weight", "bias"), given, exact, strict=False):
         for t in both:
             t.requires_grad_(name in call.needs and not teacher)
     g = torch.Generator().manual_seed(seed + 1)
     valid = torch.rand(rows, generator=g) >= call.masked
     units = bounds.units(dtype, weight_dtype, logits_dtype=call.numerics.get("logits_dtype"))
-    target = made.target.view(call.shape)
-    return Tensors(hidden, weight, bias, target, valid.view(call.shape), exact, units)
+    target, valid = (x.view(call.shape).to(call.device) for x in (made.target, valid))
+    return Tensors(hidden, weight, bias, target, valid, exact, units)
 
 
 def _laid_out(t: Tensor, layout: str) -> Tensor:
@@ -184,7 +185,8 @@ def _gradients(
         return []
     ours, exact, into = zip(*sent, strict=True)
     exact_into = [g.double().reshape(e.shape) for e, g in zip(exact, into, strict=True)]
-    found = torch.autograd.grad(ours, [t.given[i] for i in needed], into)
+    ours_into = [g.to(o.device) for o, g in zip(ours, into, strict=True)]
+    found = torch.autograd.grad(ours, [t.given[i] for i in needed], ours_into)
     wanted = torch.autograd.grad(exact, [t.exact[i] for i in needed], exact_into, retain_graph=True)
     allowed = bounds.gradients(head, t.exact[0].detach(), t.exact[1].detach(), *dz)
     checks = []
@@ -206,7 +208,7 @@ def _logprobs(call: Call) -> list[Check]:
         t.hidden, t.weight, torch.where(t.valid, t.target, ignore), bias=t.bias,
         workspace=call.workspace, **options, **call.transform, **call.numerics,
     )  # fmt: skip
-    ids, valid = t.target.flatten(), t.valid.flatten()
+    ids, valid = t.target.flatten().cpu(), t.valid.flatten().cpu()
     exact = oracle.statistics(t.logits(call.transform), torch.where(valid, ids, ignore), ignore)
     head = t.head(call.transform)
     allowed = bounds.statistics(head, ids, valid)
@@ -216,8 +218,8 @@ def _logprobs(call: Call) -> list[Check]:
         assert value.shape == call.shape
         flat = value.reshape(-1)
         if name == "argmax":
-            fits = bounds.may_be_best(head, flat)
-            checks.append(_among(name, torch.where(valid, fits, flat == 0)))
+            fits = bounds.may_be_best(head, flat.cpu())
+            checks.append(_among(name, torch.where(valid, fits, flat.cpu() == 0)))
             continue
         checks.append(Check(name, flat, exact[name].detach(), allowed[name]))
         learns = name in DIFFERENTIABLE and name not in options["detached"]
@@ -236,7 +238,7 @@ def _cross_entropy(call: Call) -> list[Check]:
         t.hidden, t.weight, torch.where(t.valid, t.target, ignore), bias=t.bias,
         workspace=call.workspace, **options, **call.transform, **call.numerics,
     )  # fmt: skip
-    ids, valid = t.target.flatten(), t.valid.flatten()
+    ids, valid = t.target.flatten().cpu(), t.valid.flatten().cpu()
     smoothing, z_loss = options["label_smoothing"], options["z_loss"]
     options.pop("weight_grad_sum")
     target = torch.where(valid, ids, ignore)
@@ -274,7 +276,7 @@ def _token(call: Call) -> list[Check]:
         **call.numerics,
     )  # fmt: skip
     assert ids.shape == logprob.shape == call.shape and not logprob.requires_grad
-    head, ids = t.head(call.transform), ids.flatten()
+    head, ids = t.head(call.transform), ids.flatten().cpu()
     rank = {"greedy": 1, "kth": options["k"], "sample": 1}[options["rule"]]
     noise = None
     if options["rule"] == "sample":
@@ -299,7 +301,7 @@ def _divergence(call: Call) -> list[Check]:
         **call.numerics, teacher_logit_scale=others["logit_scale"],
         teacher_softcap=others["softcap"],
     )  # fmt: skip
-    kind, beta, valid = options.pop("kind"), options.pop("beta"), t.valid.flatten()
+    kind, beta, valid = options.pop("kind"), options.pop("beta"), t.valid.flatten().cpu()
     each = oracle.divergence(t.logits(call.transform), teacher.logits(others), kind, beta)
     each = torch.where(valid, each, 0)
     exact = oracle.reduced(each, valid, **options)
@@ -322,9 +324,9 @@ def _divergence(call: Call) -> list[Check]:
 def _expected_embedding(call: Call) -> list[Check]:
     t = tensors(call)
     g = torch.Generator().manual_seed(call.seed + 2)
-    table = torch.randn(call.vocabulary, call.width + 1, generator=g).to(t.hidden.dtype)
+    table = torch.randn(call.vocabulary, call.width + 1, generator=g).to(t.hidden)
     embedding = _laid_out(table, call.layouts[2]).requires_grad_()
-    exact_table = embedding.detach().double().requires_grad_()
+    exact_table = embedding.detach().cpu().double().requires_grad_()
     ours = ift_kernels.linear_expected_embedding(
         t.hidden, t.weight, embedding, bias=t.bias, workspace=call.workspace, **call.transform,
         **call.numerics,
@@ -338,7 +340,8 @@ def _expected_embedding(call: Call) -> list[Check]:
     checks = [Check("value", ours.reshape(exact.shape), exact.detach(), allowed.value)]
     if given is None:
         return checks
-    (d_table,) = torch.autograd.grad(ours, embedding, gradient.view(ours.shape), retain_graph=True)
+    into = gradient.view(ours.shape).to(ours.device)
+    (d_table,) = torch.autograd.grad(ours, embedding, into, retain_graph=True)
     (wanted,) = torch.autograd.grad(exact, exact_table, gradient.double(), retain_graph=True)
     checks.append(Check("d embedding", d_table, wanted, allowed.table))
     sent = [(ours, exact, gradient.view(ours.shape))]
