@@ -117,7 +117,8 @@ class Head:
         p = logp.exp()
         relative = torch.expm1(self.error + self.lse_error[:, None])
         arithmetic = self.units.sum * (ARITHMETIC + _finite(logp).abs()) + self.sum_error[:, None]
-        return torch.where(p > 0, (p * (relative + arithmetic)).clamp(max=1.0), 0)
+        error = p * (relative + arithmetic) + (2.0**-126 if self.units.sum == FP32 else 2.0**-1000)
+        return torch.where(p > 0, error.clamp(max=1.0), 0)  # small ones are 0 in fp32
 
     def logprob_error(self, ids: Tensor) -> Tensor:
         """(N,) of the log-probability of a token each: only its gaps to the others count."""
@@ -249,6 +250,9 @@ def dlogits(
     to_target = torch.where(hot > 0, own_error, p_error)
     gradient = u["logprob"] * (hot - p) + u["lse"] * p
     error = u["logprob"].abs() * to_target + u["lse"].abs() * p_error
+    # Coefficients of p are added up first, which may cancel.
+    coefficients = sum((value.abs() for value in upstream.values()), zero)[:, None]
+    error = error + ARITHMETIC * unit * coefficients * p
     if lse_factor_error is not None:
         error = error + lse_factor_error[:, None] * p
     if "entropy" in upstream:

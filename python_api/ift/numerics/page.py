@@ -125,16 +125,16 @@ def draw(report: dict[str, Any], path: str | Path) -> None:
     """Largest errors of log-probabilities, a panel for each kind of inputs."""
     kinds = report["inputs"]
     dtypes = list(dict.fromkeys(row["dtype"] for row in report["errors"]))
-    found = (implementations(report, "logprob", dtype) for dtype in dtypes)
+    by_dtype = {dtype: implementations(report, "logprob", dtype) for dtype in dtypes}
     # Ours last, which is on top.
-    names = sorted(dict.fromkeys(name for some in found for name in some), key=_ours_last)
+    names = sorted({name: 0 for some in by_dtype.values() for name in some}, key=_ours_last)
     with plotting.picture(path, 1, len(kinds), width=2.5 * len(kinds) + 1.5, height=3.4) as (
         figure, panels,
     ):  # fmt: skip
         figure.suptitle("Largest error of a log-probability against fp64")
         for axes, kind in zip(panels, kinds, strict=True):
             for dtype, color, marker in zip(dtypes, plotting.COLORS, "osD", strict=False):
-                found = implementations(report, "logprob", dtype)
+                found = by_dtype[dtype]
                 points = [
                     (max(r["max"] or 0.0 for r in found[name] if r["inputs"] == kind), at)
                     for at, name in enumerate(names)
