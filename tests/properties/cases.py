@@ -53,20 +53,27 @@ def _options(
 
 # Not one column, columns under a vector, blocks of the C++ code and one more, and odd ones.
 _VOCABULARIES = (1, 2, 3, 7, 31, 64, 101, 255, 300, 1024, 1025)
+_LARGE = (1500, 2100)
 _WIDTHS = (1, 2, 3, 7, 8, 16, 31, 64)
 _ROWS = (0, 1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 40)
 
 
 @st.composite
-def cases(draw: Any, operations: tuple[str, ...] = tuple(OPERATIONS)) -> Call:
-    """Any call of these operations that the contract covers."""
+def cases(
+    draw: Any,
+    operations: tuple[str, ...] = tuple(OPERATIONS),
+    backends: tuple[str, ...] = BACKENDS,
+    largest: int = 2100,
+) -> Call:
+    """Any call of these operations that the contract covers, of a vocabulary up to `largest`."""
 
     def one_of(*values: Any) -> Any:
         return draw(st.sampled_from(values))
 
     operation = one_of(*operations)
-    large = one_of(*(False,) * 24, True)  # more than one tile of the smallest workspace
-    vocabulary = one_of(1500, 2100) if large else one_of(*_VOCABULARIES)
+    # More than one tile of the smallest workspace.
+    large = largest >= 2100 and one_of(*(False,) * 24, True)
+    vocabulary = one_of(*_LARGE if large else [v for v in _VOCABULARIES if v <= largest])
     rows = one_of(180, 200) if large else one_of(*_ROWS)
     shape = one_of((rows,), (rows, 1), (2, rows // 2)) if rows else one_of((0,), (0, 3), (2, 0))
     kind, dtype = one_of("ordinary", *inputs.KINDS), one_of(*DTYPES)
@@ -82,7 +89,7 @@ def cases(draw: Any, operations: tuple[str, ...] = tuple(OPERATIONS)) -> Call:
         numerics["deterministic"] = one_of(False, False, True)
     return Call(
         operation,
-        one_of(*BACKENDS),
+        one_of(*backends),
         one_of(None, *plan.SCHEDULES),
         dtype,
         weight_dtype,
