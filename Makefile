@@ -26,8 +26,8 @@ experiments: $(VENV)/experiments.stamp
 test: $(VENV)/dev.stamp
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# What takes too long for a test: PART=models; run it again to go on where it stopped. Its log is
-# tests/proofs/models.jsonl, its table docs/models.md.
+# What takes too long for a test: PART=models or properties; run it again to go on where it stopped. Its
+# log is tests/proofs/PART.jsonl; the table of models is docs/models.md.
 prove: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.proofs $(PART) $(ARGS)
 

@@ -1,16 +1,19 @@
 """The linear operations by their definition, over full logits: what the tests compare with.
 
-Written against the formulas alone; it shares no code with the package. `exact` runs it in fp64.
+The formulas are those of `ift.numerics.oracle`, which shares no code with the operations. In fp64
+they are exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ift.numerics import oracle
 
 FIELDS = (
     "logprob",
@@ -95,63 +98,18 @@ def head(
 
 
 def logits(h: Head) -> Tensor:
-    """(..., V). The product in the dtype of the inputs, everything after it in fp32 (or fp64)."""
-    z = h.hidden @ h.weight.T
-    z = z if z.dtype == torch.float64 else z.float()
-    if h.bias is not None:
-        z = z + h.bias.to(z.dtype)
-    z = h.options.get("logit_scale", 1.0) * z
-    if cap := h.options.get("softcap"):
-        z = cap * torch.tanh(z / cap)
-    return z / h.options.get("temperature", 1.0)
+    """(..., V), as `oracle.logits`."""
+    return oracle.logits(h.hidden, h.weight, h.bias, **h.options)
 
 
 def stats(h: Head, ignore_index: int = -100) -> dict[str, Tensor]:
     """Every field of TokenStats, 0 at ignored positions."""
-    return stats_of(logits(h), h.target, ignore_index)
+    return oracle.statistics(logits(h), h.target, ignore_index)
 
 
-def stats_of(z: Tensor, target: Tensor, ignore_index: int = -100) -> dict[str, Tensor]:
-    """The same of logits (..., V)."""
-    logp = z.log_softmax(-1)
-    p = logp.exp()
-    valid = target != ignore_index
-    at = torch.where(valid, target, 0)[..., None]
-    every = {
-        "logprob": logp.gather(-1, at)[..., 0],
-        "lse": z.logsumexp(-1),
-        "entropy": -(p * logp).sum(-1),
-        "argmax": z.argmax(-1),
-        "argmax_logprob": logp.amax(-1),
-        "second_logprob": logp.topk(2).values[..., 1] if z.shape[-1] > 1 else z[..., 0] - torch.inf,
-        "sum_sq": p.square().sum(-1),
-        "mean_logit": z.mean(-1),
-        "target_logit": z.gather(-1, at)[..., 0],
-    }
-    return {name: torch.where(valid, value, 0) for name, value in every.items()}
-
-
-def cross_entropy(
-    h: Head,
-    *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    reduction: str = "mean",
-    num_items: int | None = None,
-    ignore_index: int = -100,
-) -> Tensor:
-    z = logits(h)
-    flat, target = z.reshape(-1, z.shape[-1]), h.target.reshape(-1)
-    valid = h.target != ignore_index
-    loss = F.cross_entropy(
-        flat, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
-    ).view(h.target.shape)
-    loss = loss + z_loss * torch.where(valid, z.logsumexp(-1).square(), 0)
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    return loss.sum() / (valid.sum() if num_items is None else num_items)
+def cross_entropy(h: Head, **options: Any) -> Tensor:
+    """The loss of `linear_cross_entropy` with its options."""
+    return oracle.cross_entropy(logits(h), h.target, **options)
 
 
 def upstream(h: Head, names: tuple[str, ...] = DIFFERENTIABLE, seed: int = 1) -> dict[str, Tensor]:

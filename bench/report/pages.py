@@ -22,7 +22,7 @@ from typing import Any
 
 from bench.harness import data
 from bench.harness.machine import RESULTS, ROOT
-from bench.report import headline, pictures, ranking, tables
+from bench.report import headline, numerics, pictures, ranking, tables
 from bench.report.ranking import ABOUT, ORDER, Case
 from bench.report.tables import Report, Source, Table, escape, web
 from ift import plotting
@@ -194,6 +194,7 @@ BLOCKS: dict[str, Callable[[Sequence[Source], str], str]] = {
                           active_flat),
     "active-tail": active_tail,
     "active-training": active_training,
+    **numerics.BLOCKS,
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 
 import dense
 import ift_kernels
+from ift.numerics import oracle
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.schedule import divergence_plan
 from ift_kernels.schedule.head import Head
@@ -38,22 +39,17 @@ def inputs(n=37, v=300, dtype=torch.float64, seed=0):
 
 def reference(student, teacher, mask, kind, beta=0.3, **o):
     """As the docstring has it, with logits held."""
-
-    def log_probs(h, w, b, scale, cap):
-        z = scale * ((h @ w.T).to(torch.promote_types(h.dtype, torch.float32)) + b)
-        z = cap * torch.tanh(z / cap) if cap else z
-        return (z / o.get("temperature", 1.0)).log_softmax(-1)
-
-    s = log_probs(*student, o.get("logit_scale", 1.0), o.get("softcap"))
-    t = log_probs(*teacher, o.get("teacher_logit_scale", 1.0), o.get("teacher_softcap"))
-    if kind == "forward":
-        value = (t.exp() * (t - s)).sum(-1)
-    elif kind == "reverse":
-        value = (s.exp() * (s - t)).sum(-1)
-    else:
-        m = torch.log((1 - beta) * s.exp() + beta * t.exp())
-        value = ((1 - beta) * s.exp() * (s - m) + beta * t.exp() * (t - m)).sum(-1)
-    return torch.where(mask, value, 0)
+    shared = {"temperature": o.get("temperature", 1.0)}
+    s, t = (
+        oracle.logits(
+            *head,
+            logit_scale=o.get(f"{of}logit_scale", 1.0),
+            softcap=o.get(f"{of}softcap"),
+            **shared,
+        )
+        for of, head in (("", student), ("teacher_", teacher))
+    )
+    return torch.where(mask, oracle.divergence(s, t, kind, beta), 0)
 
 
 def ours(student, teacher, mask, kind, **options):

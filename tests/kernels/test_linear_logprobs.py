@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import dense
-import ift_kernels
 from ift_kernels import linear_logprobs
 from ift_kernels.schedule import plan
-from serving import DTYPES, SERVED
+from serving import DTYPES
 
 SMALL = 1 << 20  # the smallest workspace allowed
 
@@ -239,30 +236,3 @@ def test_ignore_index_and_kinds_of_target(backend, ignore_index, kind):
     mine, theirs = (dense.gradients(x.sum(), h.inputs) for x in (got.logprob, wanted))
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     assert (mine[0][::3] == 0).all()
-
-
-@settings(
-    max_examples=60,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-@given(data=st.data())
-def test_any_call(data):
-    """What no grid thinks of: all options and sizes together."""
-    draw = data.draw
-    backend, dtype = draw(st.sampled_from(SERVED))
-    n, d, v = (draw(st.integers(1, top)) for top in (70, 40, 1300))
-    options = {
-        "logit_scale": draw(st.sampled_from([1.0, 0.3, -1.7])),
-        "softcap": draw(st.sampled_from([None, 2.0, 30.0])),
-        "temperature": draw(st.sampled_from([1.0, 0.6, 3.0])),
-    }
-    seed, bias = draw(st.integers(0, 99)), draw(st.booleans())
-    h = dense.head(n, d, v, dtype, bias=bias, ignored=draw(st.sampled_from([0, 0.5])), seed=seed)
-    h = dense.replace(h, options=options)
-    names = draw(st.sets(st.sampled_from(dense.OUTPUTS)).map(tuple))
-    schedule = draw(st.sampled_from(plan.SCHEDULES))
-    with ift_kernels.use_backend(backend), plan.use_schedule(schedule):
-        check(h, (*names, "logprob"), workspace=draw(st.sampled_from([SMALL, None])))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from examples import policy_gradient
+from examples import policy_gradient, sampler_match
 from processes import results
 
 EXAMPLES = ("train_loop", "train_transformers", "train_trl_ift", "train_trl_dpo", "train_fsdp2")
@@ -38,6 +38,23 @@ def test_two_processes_are_the_plain_loop_without_its_schedule(tmp_path, monkeyp
     plain = loop.ift.IFTConfig()
     monkeypatch.setattr(loop.ift.IFTConfig, "replace", lambda _, **step: replace(plain, **step))
     assert sharded == pytest.approx(loop.main(["--steps", "6"]), rel=1e-4)
+
+
+def test_a_trainer_matches_a_sampler_that_treats_logits_alike(tmp_path):
+    paths = tmp_path / "a.json", tmp_path / "a.png"
+    arguments = ["--rows", "6", "--tokens", "12", "--json", str(paths[0]), "--plot", str(paths[1])]
+    report = sampler_match.main(arguments)
+    assert all(path.stat().st_size > 1000 for path in paths)
+    found = [line for line in report["differences"] if line["compared"] == "head"]
+    assert {line["way"] for line in found} == set(sampler_match.WAYS)
+    for line in found:
+        alike = line["sampler"] == line["trainer"]
+        assert sum(line["histogram"]) == 72
+        assert line["quantiles"][-1] < 1e-5 if alike else line["quantiles"][-1] > 1e-3, line
+    # Within top-k and top-p tokens are likelier; elsewhere scores are those of the logits.
+    shifts = {line["way"]: line["mean"] for line in report["differences"] if "mean" in line}
+    assert shifts["top-k 50"] > 0.1 and shifts["top-p 0.9"] > 0.01
+    assert abs(shifts["greedy"]) < 1e-5 and abs(shifts["temperature 0.7"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo", "rloo", "reinforce", "cispo"])

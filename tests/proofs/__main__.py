@@ -21,9 +21,13 @@ def main() -> int:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="these, once more")
     parser.add_argument("--limit", type=int, help="stop after that many cases")
+    parser.add_argument("--number", type=int, help="of calls that part properties draws")
     arguments = parser.parse_args()
     proof = part(arguments.part)
-    log, order = log_of(arguments.part), proof.cases()
+    if arguments.number is not None and not hasattr(proof, "CHUNK"):
+        parser.error(f"--number: part {arguments.part} has a fixed set of cases")
+    order = proof.cases() if arguments.number is None else proof.cases(arguments.number)
+    log = log_of(arguments.part)
     unknown = set(arguments.only) - set(order)
     if unknown:
         parser.error(f"--only: unknown cases {sorted(unknown)}")

@@ -1,7 +1,9 @@
 """The parts of ``make prove``.
 
 Each is a module with `SOURCES` that its proof covers, `cases`, `run` of one case, which returns a
-line of the log, `fault` of such a line, and `LIMIT_SECONDS` of one case.
+line of the log, `fault` of such a line, and `LIMIT_SECONDS` of one case. Where it has `PACKAGES`,
+its figures depend on those. With `CHUNK`, a case is of so many drawn calls, and `cases` takes their
+number.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from types import ModuleType
 
 from tests.proofs.log import Log, digest
 
-PARTS = ("models",)  # modules of this package
+PARTS = ("models", "properties")  # modules of this package
 _PACKAGES = ("torch", "transformers")
 
 
@@ -27,5 +29,6 @@ def part(name: str) -> ModuleType:
 def log_of(name: str) -> Log:
     """Its log, for the sources and packages as they are."""
     header = {"part": name, "digest": digest(part(name).SOURCES)}
-    header |= {package: importlib.metadata.version(package) for package in _PACKAGES}
+    packages = getattr(part(name), "PACKAGES", _PACKAGES)
+    header |= {package: importlib.metadata.version(package) for package in packages}
     return Log(Path(__file__).parent / f"{name}.jsonl", header)

@@ -35,6 +35,7 @@ def examine() -> dict[str, Any]:
         "threads": {"cpu_count": os.cpu_count(), "usable": usable_cpus()},
         "backends": [],
         "serves": {},
+        "promises": {},
         "problem": None,
     }
     try:
@@ -46,6 +47,7 @@ def examine() -> dict[str, Any]:
 
         report["backends"] = backends.describe()
         report["serves"] = _serves(torch, backends)
+        report["promises"] = _promises(torch)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         # A shared library is missing, or IFT_BACKEND names a backend that is not built.
         report["problem"] = f"{type(error).__name__}: {error}"
@@ -73,6 +75,8 @@ def as_text(report: dict[str, Any]) -> str:
             lines.append(f"  {'':<14}in plain torch: {', '.join(backend['plain_torch'])}")
     lines.append("what serves what")
     lines += [f"  {what:<14}{backend}" for what, backend in report["serves"].items()]
+    lines.append("promises, checked on this machine: docs/numerics.md")
+    lines += [f"  {what:<14}{promise}" for what, promise in report["promises"].items()]
     if report["problem"]:
         lines.append(f"problem\n  {report['problem']}")
     return "\n".join(lines)
@@ -87,6 +91,22 @@ def _serves(torch: Any, backends: Any) -> dict[str, str]:
             backend = backends.get(torch.empty(0, dtype=getattr(torch, name), device=device))
             chosen[f"{device} {name}"] = backend.__name__.rpartition(".")[2]
     return chosen
+
+
+def _promises(torch: Any) -> dict[str, str]:
+    """What the table of the numerics contract says of each dtype, and whether it is invariant."""
+    from ift.numerics import bounds, invariance
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {
+        str(dtype).removeprefix("torch."): bounds.promise(dtype)
+        for dtype, logits_dtype in bounds.UNITS
+        if logits_dtype is None
+    }
+    results = invariance.check(device, quick=True)
+    broken = [dtype for dtype in invariance.DTYPES if not invariance.holds(results, dtype)]
+    held = "holds" if not broken else f"does not hold: {', '.join(broken)}: see ift numerics"
+    return {**found, "deterministic": held}
 
 
 def version_of(distribution: str) -> str | None:

@@ -109,6 +109,15 @@ def build_parser() -> Parser:
         "doctor", help="say what is installed and which backend serves what, and why"
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    numerics = commands.add_parser(
+        "numerics", help="measure the errors of every operation on this machine, and of others"
+    )
+    numerics.add_argument("--json", action="store_true", help="print one JSON object")
+    numerics.add_argument(
+        "--quick", action="store_true", help="smaller, and without what has to be compiled"
+    )
+    numerics.add_argument("--plot", metavar="FILE", help="draw the errors into a PNG")
+    numerics.add_argument("--cpu", action="store_true", help="the CPU, even where there is a GPU")
     train = commands.add_parser("train", help="fine-tune a causal language model on a file of rows")
     _add_train(train)
     report = commands.add_parser("report", help="compare runs: a table, and one page of HTML")

@@ -389,6 +389,10 @@ def test_doctor(capsys):
     text = capsys.readouterr().out
     for word in ("torch", "transformers", "devices", "backends", "reference", "available"):
         assert word in text
+    assert report["promises"]["deterministic"] == "holds"
+    assert (
+        "bfloat16      logits to 2⁻⁸ of their size (2⁻²⁴ with logits_dtype=torch.float32)" in text
+    )
     for backend in report["backends"]:
         if backend["plain_torch"]:
             assert f"in plain torch: {', '.join(backend['plain_torch'])}" in text

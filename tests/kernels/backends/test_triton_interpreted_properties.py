@@ -1,0 +1,24 @@
+"""A few random calls on the Triton backend, within the bounds of the numerics contract."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from ift.numerics.calls import OPERATIONS
+from tests.properties import harness
+from tests.properties.cases import cases
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_sample(operation):
+    @settings(
+        max_examples=5,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases((operation,), backends=("triton",), largest=101))
+    def every(case):
+        harness.check(case)
+
+    every()

@@ -1,0 +1,137 @@
+"""Random calls of every operation on a head are within the bounds of the numerics contract.
+
+A sample; `make prove PART=properties` runs 10,000.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+import ift_kernels
+from ift.numerics import bounds
+from ift.numerics.calls import OPERATIONS, Call
+from tests.proofs import properties
+from tests.properties import harness
+from tests.properties.cases import BACKENDS, SMALL, cases
+from tests.properties.regressions import REGRESSIONS
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_sample(operation):
+    @settings(
+        max_examples=60,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases((operation,)))
+    def every(case):
+        harness.check(case)
+
+    every()
+
+
+@pytest.mark.parametrize("case", REGRESSIONS, ids=lambda case: case.operation)
+def test_regressions(case):
+    harness.check(case)
+
+
+LOGPROBS = Call(
+    "linear_logprobs", BACKENDS[0], vocabulary=300, shape=(30,), width=16, bias=True,
+    transform={"softcap": 20.0},
+    options={"outputs": ("logprob", "lse"), "detached": (), "ignore_index": -100},
+)  # fmt: skip
+
+
+def wrong(change):
+    """`linear_logprobs` with a mistake in it."""
+    real = ift_kernels.linear_logprobs
+
+    def replacement(hidden, weight, target, **options):
+        return change(real, hidden, weight, target, o=options)
+
+    return replacement
+
+
+def changed(change):
+    """With another log-probability."""
+
+    def call(f, *tensors, o):
+        stats = f(*tensors, **o)
+        return stats._replace(logprob=change(stats.logprob))
+
+    return call
+
+
+def rounded(t, dtype):
+    """In value alone."""
+    return t + (t.to(dtype).to(t.dtype) - t).detach()
+
+
+MISTAKES = {
+    "value": changed(lambda x: x + 1e-5),
+    "16 bits": changed(lambda x: rounded(x, torch.bfloat16)),
+    "gradient": changed(lambda x: 1.0001 * x - 0.0001 * x.detach()),
+    "no softcap": lambda f, h, w, y, *, o: f(h, w, y, **o | {"softcap": None}),
+    "another bias": lambda f, h, w, y, *, o: f(h, w, y, **o | {"bias": o["bias"] * 1.0001}),
+    "rounded hidden": lambda f, h, w, y, *, o: f(rounded(h, torch.float16), w, y, **o),
+    "nothing ignored": lambda f, h, w, y, *, o: f(h, w, y.clamp(min=0), **o),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_found(name, monkeypatch):
+    harness.check(LOGPROBS)
+    monkeypatch.setattr(ift_kernels, "linear_logprobs", wrong(MISTAKES[name]))
+    with pytest.raises((AssertionError, RuntimeError)):
+        harness.check(LOGPROBS)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_fp32_logits_have_bounds_of_fp32(dtype):
+    """Or `logits_dtype` would be tested against those of 16 bits."""
+    case = replace(LOGPROBS, dtype=dtype, transform={})
+    harness.check(replace(case, numerics={"logits_dtype": torch.float32}))
+    wide, narrow = (
+        bounds.units(getattr(torch, dtype), logits_dtype=d) for d in (torch.float32, None)
+    )
+    assert wide.logit == bounds.FP32 < narrow.logit
+
+
+def test_what_is_drawn():
+    """Every backend, dtype, kind of input and layout, no row, one column, and several tiles."""
+    drawn: list[Call] = []
+
+    @settings(
+        max_examples=300, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(cases())
+    def every(case):
+        drawn.append(case)
+
+    every()
+    assert {c.backend for c in drawn} == set(BACKENDS)
+    assert {c.operation for c in drawn} == set(OPERATIONS)
+    for names in ("dtype", "kind", "schedule", "workspace", "vocabulary", "shape"):
+        assert len({getattr(c, names) for c in drawn}) > 1, names
+    assert any(0 in c.shape for c in drawn) and any(c.vocabulary == 1 for c in drawn)
+    assert any(c.vocabulary > 1025 and c.workspace == SMALL for c in drawn)
+
+
+def test_a_failed_call_is_logged(monkeypatch):
+    monkeypatch.setattr(properties, "CHUNK", 20)
+    monkeypatch.setattr(harness, "check", lambda case: {"x": 0.5})
+    line = properties.run("seed 3")
+    assert sum(line["calls"].values()) == 20 and line["largest_share"] == 0.5
+    assert not properties.fault(line)
+
+    def failing(case):
+        assert case.vocabulary < 60, "too many"
+        return {}
+
+    monkeypatch.setattr(harness, "check", failing)
+    fault = properties.fault(properties.run("seed 3"))
+    assert "Call(" in fault and "vocabulary=64" in fault and "too many" in fault
