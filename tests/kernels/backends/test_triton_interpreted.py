@@ -23,7 +23,7 @@ from ift_kernels.common.transform import LogitTransform
 from ift_kernels.operators import linear_stats
 from serving import DTYPES
 
-interpreter.round_to_nearest()
+interpreter.like_a_gpu()
 
 PLAIN, FULL = LogitTransform(), LogitTransform(0.7, 5.0, 1.3)
 # Blocks much smaller than the rows, so that every loop goes round several times.
