@@ -1,5 +1,6 @@
 """What every test runs under: fixed threads and seeds, and no luck with unwritten memory."""
 
+import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +21,13 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 collect_ignore_glob = ["*conftest.py"]
 if "TRITON_INTERPRET" not in os.environ:  # run by test_triton.py, in a process of its own
     collect_ignore_glob.append("*test_triton_interpreted*.py")
+
+
+def pytest_collection_finish():
+    """What was imported stays: no collection of garbage goes through its million objects again."""
+    gc.collect()
+    gc.freeze()
+
 
 ALLOCATORS = [
     (torch, "empty"),

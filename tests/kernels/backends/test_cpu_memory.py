@@ -91,7 +91,7 @@ def poison(blocks):
 @pytest.mark.parametrize("gradient", ["exact", ActiveSet()], ids=str)
 def test_results_do_not_depend_on_what_was_there(kept, dtype, gradient, monkeypatch):
     """Calls of changing sizes, all memory NaN in between, against calls without kept memory."""
-    heads = [dense.head(n, 40, v, dtype) for n, v in ((300, 9000), (130, 9001), (400, 7000))]
+    heads = [dense.head(n, 40, v, dtype) for n, v in ((140, 9000), (60, 9001), (200, 7000))]
 
     def results():
         found = []
