@@ -1,8 +1,7 @@
 // CUDA's language and runtime on the CPU, as far as csrc/cuda uses them, so that its kernels run
-// where there is no GPU. Blocks run one after another, shuffled by IFT_EMULATOR_SEED, the threads
-// of a block as coroutines: each runs to its next barrier or warp operation before another does, in
-// an order that IFT_EMULATOR_ORDER=reverse turns around. A missing barrier therefore shows in one
-// of the two orders. Shared memory is full of NaN when a block begins.
+// where there is no GPU. Blocks run one after another, shuffled, the threads of a block as
+// coroutines: each runs to its next barrier or warp operation before another does, in an order that
+// `emulated_order` turns around. A missing barrier therefore shows in one of the two orders. Shared memory is full of NaN when a block begins.
 //
 // Stricter than a GPU: a barrier or a warp operation that some threads have left for good ends the
 // program. Not emulated: timing, memory order between blocks, the rounding of approximate
@@ -148,10 +147,11 @@ inline bool release() {
 // Every `__shared__` variable: its address and size, as `emulated_shared` was given them.
 inline std::vector<std::pair<void*, size_t>> shared_memory;
 
+inline bool reverse = false;
+inline std::mt19937 generator(0);
+
 // Blocks of a launch in the order in which they run, another one each time.
 inline std::vector<unsigned> block_order(unsigned blocks) {
-  static const char* const seed = std::getenv("IFT_EMULATOR_SEED");
-  static std::mt19937 generator(seed ? std::atoi(seed) : 0);
   std::vector<unsigned> order(blocks);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), generator);
@@ -159,8 +159,6 @@ inline std::vector<unsigned> block_order(unsigned blocks) {
 }
 
 inline void run_block(int threads, const std::function<void()>& body) {
-  static const char* const order = std::getenv("IFT_EMULATOR_ORDER");
-  static const bool reverse = order && std::strcmp(order, "reverse") == 0;
   if (static_cast<int>(block.threads.size()) < threads) {
     block.threads = std::vector<Thread>(threads);
     block.slots.assign(2 * threads, 0);
@@ -199,6 +197,13 @@ auto exchange(uint64_t mine, const F& read) {
 extern "C" __attribute__((visibility("default"), used)) inline void emulated_shared(void* address,
                                                                                     size_t bytes) {
   emulator::shared_memory.emplace_back(address, bytes);
+}
+
+// The order of threads from now on, and the seed of that of blocks.
+extern "C" __attribute__((visibility("default"), used)) inline void emulated_order(int reverse,
+                                                                                   unsigned seed) {
+  emulator::reverse = reverse != 0;
+  emulator::generator.seed(seed);
 }
 
 inline void __syncthreads() { emulator::pause(emulator::kBlock); }

@@ -12,35 +12,36 @@ import threading
 from pathlib import Path
 
 import pytest
+import test_backends
 import torch
 
 import cuda_emulator
+import ift_kernels
 from ift_kernels.backends import cpu, reference, selection
 from processes import python_with_tests
+from serving import DTYPES
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux")
 
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """The extension, with CPU tensors served by its kernels."""
+    return cuda_emulator.serve(monkeypatch.setattr)
+
+
 # In both orders of a block's threads, so that a missing barrier shows in one of them.
-CHECK = """
-import sys, torch, cuda_emulator
-cuda_emulator.serve()
-import ift_kernels, test_backends as t
-torch.set_num_threads(1)
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    torch.manual_seed(0)
-    with ift_kernels.use_backend("cuda"):
-        ours = t.results(dtype)
-    torch.manual_seed(0)
-    t.assert_same(ours, t.of_the_reference(dtype), dtype)
-print("the same")
-"""
-
-
-@pytest.mark.parametrize(("order", "seed"), [("forward", "1"), ("reverse", "2")])
-def test_emulated_kernels_equal_the_reference(order, seed):
-    settings = {"IFT_EMULATOR_ORDER": order, "IFT_EMULATOR_SEED": seed}
-    done = python_with_tests("-c", CHECK, OMP_NUM_THREADS="1", **settings)
-    assert done.stdout.strip() == "the same", done.stdout + done.stderr
+@pytest.mark.parametrize(("reverse", "seed"), [(False, 1), (True, 2)], ids=["forward", "reverse"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_emulated_kernels_equal_the_reference(dtype, reverse, seed, emulated):
+    set_order = ctypes.CDLL(emulated.__file__).emulated_order
+    set_order(reverse, seed)
+    try:
+        with ift_kernels.use_backend("cuda"):
+            ours = test_backends.results(dtype)
+    finally:
+        set_order(False, 0)
+    test_backends.assert_same(ours, test_backends.of_the_reference(dtype), dtype)
 
 
 WRONG = """
@@ -93,11 +94,10 @@ def test_all_shared_memory_is_found():
                             for name in declared)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "file", ["schedule/test_active_set.py", "schedule/test_active_hidden.py", "test_residual.py"]
-)
-def test_operations_on_the_emulator(file):
+def test_operations_on_the_emulator():
     """Tests of the operations that any backend must pass, with the kernels serving them."""
+    files = "schedule/test_active_set.py", "schedule/test_active_hidden.py", "test_residual.py"
+    paths = [Path(__file__).parents[1] / file for file in files]
     # Not what names another backend, nor what a backend has no part in and takes long: torch's own
     # checks of an operator. Of the gradients that the exact schedules form, not those of many ids.
     few = "not contract and not compile and not workspace and not cpu and not reference"
@@ -105,16 +105,9 @@ def test_operations_on_the_emulator(file):
     # Sets formed in forward, and again in backward: not each in every workspace.
     few += " and not (error_at_the_default and (4MiB and keep or recompute and not 4MiB))"
     pytest_ = "-m", "pytest", "-p", "cuda_emulator"
-    path = Path(__file__).parents[1] / file
-    done = python_with_tests(*pytest_, path, "-k", few, OMP_NUM_THREADS="1")
+    done = python_with_tests(*pytest_, *paths, "-k", few, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    """The extension, with CPU tensors served by its kernels."""
-    return cuda_emulator.serve(monkeypatch.setattr)
 
 
 def test_errors_carry_the_name_of_cuda(emulated):
