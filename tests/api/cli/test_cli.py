@@ -1,4 +1,4 @@
-"""`ift train` and `ift doctor`: what they write, what they refuse, and interrupted runs."""
+"""`ift train`: what it writes, what it refuses, and interrupted runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import sys
 import time
 
 import pytest
@@ -373,35 +372,6 @@ def test_log_survives_torn_lines_and_rewinds(tmp_path):
     log.rewind(2)
     log.append({"step": 3, "loss": 0.0})
     assert [r["step"] for r in log.read()] == [1, 2, 3]
-
-
-# ---- doctor --------------------------------------------------------------------------------------
-
-
-def test_doctor(capsys):
-    assert main(["doctor", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["versions"]["python"] == sys.version.split()[0]
-    assert all(report["versions"][name] for name in ("torch", "numpy", "transformers"))
-    assert {"cpu", "reference"} <= {backend["name"] for backend in report["backends"]}
-    assert report["threads"]["torch"] >= 1 and report["problem"] is None
-    assert main(["doctor"]) == 0
-    text = capsys.readouterr().out
-    for word in ("torch", "transformers", "devices", "backends", "reference", "available"):
-        assert word in text
-    assert report["promises"]["deterministic"] == "holds"
-    assert (
-        "bfloat16      logits to 2⁻⁸ of their size (2⁻²⁴ with logits_dtype=torch.float32)" in text
-    )
-    for backend in report["backends"]:
-        if backend["plain_torch"]:
-            assert f"in plain torch: {', '.join(backend['plain_torch'])}" in text
-
-
-def test_doctor_reports_a_wrong_environment():
-    done = python("-m", "ift.cli", "doctor", IFT_BACKEND="cpp")
-    assert done.stderr == "" and done.returncode == 1
-    assert "IFT_BACKEND=cpp" in done.stdout and "problem" in done.stdout
 
 
 # ---- the output head -----------------------------------------------------------------------------

@@ -189,8 +189,17 @@ def test_bucket_sums(dtype, blocks):
     close(*(side.bucket_sums(matrix, 16, weights) for side in SIDES))
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.95, 1.0])
-@pytest.mark.parametrize("left", [True, False])
+# Of the committed blocks, in which the interpreter goes through a thousand elements, half: each
+# gamma and each direction.
+def scans(*gammas):
+    small = [(gamma, left, "small") for gamma in gammas for left in (True, False)]
+    committed = [(gamma, number % 2 == 0, "committed") for number, gamma in enumerate(gammas)]
+    return pytest.mark.parametrize(
+        ("gamma", "left", "blocks"), small + committed, indirect=["blocks"]
+    )
+
+
+@scans(0.0, 0.95, 1.0)
 def test_scan(gamma, left, blocks):
     dtype = {0.0: torch.bfloat16, 0.95: torch.float32, 1.0: torch.float16}[gamma]
     x, mask = torch.randn(2, 53).to(dtype), torch.rand(2, 53) < 0.7
@@ -204,8 +213,7 @@ def test_scan(gamma, left, blocks):
         close(ours, theirs, dtype)
 
 
-@pytest.mark.parametrize("gamma", [1e-60, 1e-3])
-@pytest.mark.parametrize("left", [True, False])
+@scans(1e-60, 1e-3)
 def test_infinity_where_powers_of_gamma_underflow(gamma, left, blocks):
     """It reaches the end of its document as the recurrence takes it, and goes no further."""
     n = 112  # seven of the small blocks
