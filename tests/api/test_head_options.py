@@ -281,18 +281,37 @@ def test_the_same_model_as_reference_is_no_other(dtype, logits_dtype):
     assert float(loss.detach()) == float(-nn.functional.logsigmoid(torch.zeros(())))
 
 
-def test_a_policy_pass_is_its_training_pass():
-    """Of a patched model on the same batch: without gradient, and with one."""
-    for name in ("llama", "gemma2"):
-        model, inputs = patch(bf16(name), **FLOAT32, deterministic=True), batch()
+def single_targets(inputs):
+    """The same rows with one target at a time, in the first of them."""
+    for position in range(5, 12):
+        labels = torch.full_like(inputs["labels"], -100)
+        labels[0, position] = inputs["labels"][0, position]
+        yield position - 1, {**inputs, "labels": labels}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_policy_pass_is_its_training_pass(dtype):
+    """Of a patched model on the same batch: without gradient or with one, whatever is scored."""
+    for name in ("phi", "gemma2"):
+        model = patch(make(name).to(dtype).eval(), deterministic=True)
         with torch.no_grad():
-            before, mask = target_logprobs(model, **inputs)
-        after, _ = target_logprobs(model, **inputs)
+            before, _ = target_logprobs(model, **batch())
+        after, _ = target_logprobs(model, **batch())
         assert after.requires_grad and torch.equal(before, after)
-        fewer = {**inputs, "labels": inputs["labels"].clone()}
-        fewer["labels"][:, 8] = -100  # a token less to score in each row
-        scored, still = target_logprobs(model, **fewer)
-        assert torch.equal(scored, torch.where(still, before, 0)) and still.sum() < mask.sum()
+        for position, inputs in single_targets(batch()):
+            alone, _ = target_logprobs(model, **inputs)
+            assert torch.equal(alone[0, position], before[0, position])
+
+
+def test_both_passes_of_ift_give_the_same_bits():
+    """Next to nothing is mixed, so that both have the same hidden states."""
+    every, _ = target_logprobs(patch(make("phi").eval(), deterministic=True), **batch())
+    model = patch(make("phi").eval())
+    config = IFTConfig(lam=1e-30, gamma=0.0, share_prompt=False, deterministic=True)
+    for position, inputs in single_targets(batch()):
+        model(**inputs, ift=config)
+        for name in ("loss_sft", "loss_ift"):
+            assert torch.equal(model.ift_metrics[name], -every[0, position].detach())
 
 
 def test_losses_from_hidden_states_of_other_dtypes():
