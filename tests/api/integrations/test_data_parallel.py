@@ -81,6 +81,14 @@ CASES = [
 ]
 
 
+def runs(processes):
+    """Every loss of every case in two processes, in four one of each."""
+    names = list(LOSSES)
+    if processes == 2:
+        return [(*case, loss) for case in CASES for loss in names]
+    return [(*case, names[(i + i // 6) % len(names)]) for i, case in enumerate(CASES)]
+
+
 def full(gradient):
     return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
@@ -107,30 +115,29 @@ def run(wrapped, rows, accumulate, config):
 
 def worker(rank, number, directory):
     everything, found = batch(rows=ROWS), {}
-    for name, kind, accumulate in CASES:
+    for name, kind, accumulate, loss in runs(number):
         # What is sharded along the vocabulary sees the same rows everywhere.
         mine = slice(None) if kind == "vocabulary" else slice(rank, None, number)
         rows = {k: v[mine] for k, v in everything.items()}
         times = min(accumulate, len(rows["input_ids"]))
-        for loss, config in LOSSES.items():
-            model = patch(MODELS[name]())
-            wrapped = WRAPPERS[kind](model)
-            # DDP notices in the second that a gradient of the first is missing.
-            for _ in range(1 + (kind == "ddp")):
-                wrapped.zero_grad(set_to_none=True)
-                value = run(wrapped, rows, times, config)
-            value = torch.tensor(value)
-            torch.distributed.all_reduce(value)
-            found[name, kind, accumulate, loss] = (
-                value / number,
-                {n: None if g is None else full(g) for n, g in gradients(model).items()},
-            )
+        model = patch(MODELS[name]())
+        wrapped = WRAPPERS[kind](model)
+        # DDP notices in the second that a gradient of the first is missing.
+        for _ in range(1 + (kind == "ddp")):
+            wrapped.zero_grad(set_to_none=True)
+            value = run(wrapped, rows, times, LOSSES[loss])
+        value = torch.tensor(value)
+        torch.distributed.all_reduce(value)
+        found[name, kind, accumulate, loss] = (
+            value / number,
+            {n: None if g is None else full(g) for n, g in gradients(model).items()},
+        )
     with pytest.raises(ValueError, match="rule: expected 'greedy'"):
         tensor_parallel(patch(make("llama")))(**everything, ift=IFTConfig(rule="kth"))
     return found if rank == 0 else None
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module")
 def results(request, tmp_path_factory):
     found, *_ = processes.results(worker, request.param, tmp_path_factory.mktemp("processes"))
     return request.param, found
@@ -150,8 +157,11 @@ def one_process(name, number, accumulate, loss):
     return total, gradients(model)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("name", "kind", "accumulate"), CASES)
+@pytest.mark.parametrize(
+    ("results", "name", "kind", "accumulate", "loss"),
+    [(number, *run) for number in (2, 4) for run in runs(number)],
+    indirect=["results"],
+)
 def test_processes_are_one(results, name, kind, accumulate, loss):
     number, found = results
     value, grads = found[name, kind, accumulate, loss]
