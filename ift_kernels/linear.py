@@ -35,6 +35,7 @@ class TokenStats(NamedTuple):
     second_logprob: Tensor | None = None
     sum_sq: Tensor | None = None
     mean_logit: Tensor | None = None
+    target_logit: Tensor | None = None
 
 
 # Names of `outputs` and what the epilogue must track for each.
@@ -70,6 +71,7 @@ def linear_logprobs(
         argmax = z.argmax(-1)                    # ties go to the lowest id
         argmax_logprob = logp.amax(-1);  second_logprob = logp.topk(2).values[..., 1]
         sum_sq = logp.exp().square().sum(-1);  mean_logit = (z / temperature).mean(-1)
+        target_logit = (z / temperature).gather(-1, target[..., None])[..., 0]
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64.
@@ -80,14 +82,15 @@ def linear_logprobs(
         ignore_index: positions with this target get 0 in every output and send no gradient.
         logit_scale, softcap, temperature: the transform above; by default logits stay as they are.
         outputs: any of "logprob", "lse", "entropy", "argmax", "argmax_logprob",
-            "second_logprob", "sum_sq", "mean_logit". Beyond the first two each costs a little.
+            "second_logprob", "sum_sq", "mean_logit", "target_logit". Beyond the first two each costs
+            a little.
         detached: those of `outputs` that come without gradient, such as an entropy that is only
             logged. With a frozen head, a gradient through entropy or mean_logit can cost a product.
         gradient: "exact", or "active" (an `ActiveSet` for its options): the gradient of hidden is
             approximated from the columns that matter to a block of tokens and the sums of the rest;
-            those of weight and bias are exact. Gradients flow from logprob, lse, entropy and
-            mean_logit, for any upstream gradient; rows where it is all 0 may be skipped. On a GPU
-            the call is exact where its plan takes that for faster: see `explain`.
+            those of weight and bias are exact. Gradients flow from logprob, lse, entropy, mean_logit
+            and target_logit, for any upstream gradient; rows where it is all 0 may be skipped. On a
+            GPU the call is exact where its plan takes that for faster: see `explain`.
         logits_dtype: None: logits are products rounded to the dtype of the inputs, as torch's are.
             torch.float32: they are never rounded to 16 bits, ``hidden.float() @ weight.float().T``
             without a copy of the weight; autocast is not heeded. See docs/numerics.md.

@@ -94,10 +94,12 @@ def vocab_parallel_logprobs(
     linear.check_deterministic(deterministic, active)
     numerics = workspace, logits_dtype, deterministic
     local = _local(hidden, shard, own, transform, numerics, track, active, differentiable)
-    stats = _combined(local, here, shard, track)
-    assert stats.logprob is not None
-    outside = valid & ((target < 0) | (target >= shard.vocabulary))  # NaN, as of a whole head
-    stats = stats._replace(logprob=stats.logprob.masked_fill(outside, torch.nan))
+    somewhere = (target >= 0) & (target < shard.vocabulary)
+    stats = _combined(local, here, somewhere, shard, track)
+    outside = valid & ~somewhere  # NaN, as of a whole head
+    for name in ("logprob", "target_logit"):
+        if (value := getattr(stats, name)) is not None:
+            stats = stats._replace(**{name: value.masked_fill(outside, torch.nan)})
     stats = stats._replace(**{name: getattr(stats, name).detach() for name in detached})
     return TokenStats(
         *(
@@ -233,11 +235,16 @@ def _local(
         zero = zero if part is None else zero + part.sum()  # of nothing
     ids, fixed = torch.zeros_like(target), zero.detach()
     norm = torch.stack([fixed + _LITTLE, fixed])
-    return Statistics(zero, zero, zero, ids, fixed, fixed, fixed, zero, norm)
+    return Statistics(zero, zero, zero, ids, fixed, fixed, fixed, zero, zero, norm)
 
 
-def _combined(stats: Statistics, here: Tensor, shard: _Shard, track: int) -> TokenStats:
-    """Statistics of the whole vocabulary from those of the shards."""
+def _combined(
+    stats: Statistics, here: Tensor, somewhere: Tensor, shard: _Shard, track: int
+) -> TokenStats:
+    """Statistics of the whole vocabulary from those of the shards.
+
+    `here`, `somewhere`: tokens whose target is in this shard, in any.
+    """
     group = shard.group
     top, rest_of_lse = stats.norm
 
@@ -247,28 +254,43 @@ def _combined(stats: Statistics, here: Tensor, shard: _Shard, track: int) -> Tok
         return value
 
     most = extreme(top, dist.ReduceOp.MAX)
-    # Relative to the largest logit, since a common one would cost digits; and in double, or nearly
-    # certain tokens would lose theirs to the 1 of the sum.
+    # Relative to the largest logit, since a common one would cost digits.
     edge = stats.lse - stats.lse.detach()  # 0, for its gradient
     relative = (top - most).double() + rest_of_lse + edge
     # Each shard's parts depend on that shard alone: only of the sums do all make the same loss.
-    parts = [relative.exp(), torch.where(here, stats.logprob + relative, 0)]
+    # The target's shard is apart: next to its 1 a sum would lose what the others are to a nearly
+    # certain token.
+    parts = [
+        torch.where(here, 0, relative.exp()),
+        torch.where(here, relative, 0),
+        torch.where(here, stats.logprob, 0).double(),
+    ]
     if track & contract.TRACK_ENTROPY:
         parts.append(relative.exp() * (stats.entropy - relative))
     if track & contract.TRACK_SQ:
         parts.append((2 * relative.detach()).exp() * stats.sum_sq)
     if track & contract.TRACK_MEAN:  # comes less lse
         parts.append((stats.mean_logit + relative) * (shard.weight.shape[0] / shard.vocabulary))
+    if track & contract.RETURN_TARGET:
+        parts.append(torch.where(here, stats.target_logit, 0).double())
     sums = iter(_sum_of_shards(torch.stack(parts), group))
-    log_sum = next(sums).log()
+    others, of_target, in_shard = next(sums), next(sums), next(sums)
+    # Where the target's shard has the largest logit, by log1p of what the others are to it.
+    has_most = somewhere & (of_target >= 0)
+    beyond = (others * (-of_target.clamp(min=0)).exp()).log1p()
+    log_sum = (others + torch.where(somewhere, of_target.exp(), 0)).log()
+    log_sum = torch.where(has_most, of_target + beyond, log_sum)
     dtype = stats.lse.dtype
-    out = TokenStats((next(sums) - log_sum).to(dtype), (most + log_sum).to(dtype))
+    logprob = torch.where(has_most, in_shard - beyond, in_shard + of_target - log_sum)
+    out = TokenStats(logprob.to(dtype), (most + log_sum).to(dtype))
     if track & contract.TRACK_ENTROPY:
         out = out._replace(entropy=(next(sums) * (-log_sum).exp() + log_sum).to(dtype))
     if track & contract.TRACK_SQ:
         out = out._replace(sum_sq=(next(sums) * (-2 * log_sum).exp()).detach().to(dtype))
     if track & contract.TRACK_MEAN:
         out = out._replace(mean_logit=(next(sums) + most).to(dtype))
+    if track & contract.RETURN_TARGET:
+        out = out._replace(target_logit=next(sums).to(dtype))
     if not track & contract.TRACK_ARGMAX:
         return out
     rest = log_sum.detach().to(dtype)

@@ -170,6 +170,14 @@ __device__ inline float exp_of(float x) {
   return sizeof(T) == 2 ? __expf(x) : expf(x);
 }
 
+// exp(z - m). A difference of -28 is rounded by as much as 8 units in the last place of the result:
+// what is lost comes back.
+__device__ inline float exp_difference(float z, float m) {
+  const float d = z - m, back = d - z, lost = (z - (d - back)) - (m + back);
+  const float e = expf(d);
+  return e + e * fmaxf(lost, -1.0f);  // a NaN, of an infinite z, is -1
+}
+
 // The column of a row's target in this chunk, -1 outside.
 __device__ inline int local_target(const Chunk& c, const int64_t* target, int64_t row) {
   const int64_t column = target[row] - c.offset;

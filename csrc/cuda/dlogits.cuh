@@ -61,14 +61,13 @@ struct Gradient {
   float top, log_sum, c_target, c_prob, c_plogp, c_uniform;
   int at;
 
-  // One sum before the slope: p * c_prob and c_target nearly cancel where the token is nearly
-  // certain.
   __device__ float operator()(float x, int column) const {
     const float z = logit<kPlain>(c, x, column);
     const float log_p = (z - top) - log_sum, p = exp_of<T>(log_p);
     // 0 * (-inf) of a masked-out token must stay 0.
     const float tail = c_plogp == 0.0f || p == 0.0f ? 0.0f : c_plogp * log_p;
-    const float sum = p * (c_prob + tail) + (column == at ? c_target : 0.0f) + c_uniform;
+    float sum = p * ((c_prob - c_target) + tail) + c_uniform;
+    if (column == at) sum = p * (c_prob + tail) - c_target * expm1f(log_p) + c_uniform;
     return sum * (c.slope * cap_slope<kPlain>(c, z));
   }
 };

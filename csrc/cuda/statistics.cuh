@@ -13,7 +13,8 @@
 namespace ift {
 namespace gpu {
 
-// Rows of the running state, float64; the same order as ift_kernels/backends/reference/.
+// Rows of the running state, float64; the same order as ift_kernels/backends/contract.py. The sums
+// of exponentials leave out the target's column.
 enum State : int { kMax, kSum, kTarget, kEZ, kESq, kZSum, kSecond };
 
 // With m = max: sum e^(z-m), sum e^(z-m)·(z-m), sum e^(2(z-m)), sum z, second largest; the columns
@@ -32,6 +33,7 @@ __device__ inline RowPartial no_columns() {
 template <class T, bool kPlain, bool kMore>
 struct RowUpdate {
   const Chunk& c;
+  int target;  // its column, -1 outside
   RowPartial s;
 
   template <int kCount>
@@ -48,7 +50,7 @@ struct RowUpdate {
     }
     if (top > s.max) {
       if (s.max != -infinity()) {
-        const float delta_max = s.max - top, rescale = expf(delta_max);
+        const float delta_max = s.max - top, rescale = exp_difference(s.max, top);
         s.e_z = rescale * (s.e_z + delta_max * s.sum);
         s.sum *= rescale;
         if (kMore) s.e_sq *= rescale * rescale;
@@ -60,9 +62,19 @@ struct RowUpdate {
           s.at = static_cast<uint32_t>(column + i / kPack<T> * stride + i % kPack<T>);
     }
     const float base = s.max == -infinity() ? 0.0f : s.max;
+    const int64_t ahead = target - column;
+    if (target >= 0 && ahead >= 0 && ahead < (kCount - 1) / kPack<T> * stride + kPack<T>) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (ahead != i / kPack<T> * stride + i % kPack<T>) continue;
+        s.sum += 0.0f * exp_of<T>(z[i] - base);  // a NaN is still one of the row
+        z[i] = -infinity();
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const float d = z[i] - base, e = exp_of<T>(d);
+      const float d = z[i] - base;
+      const float e = sizeof(T) == 2 ? exp_of<T>(d) : exp_difference(z[i], base);
       s.sum += e;
       s.e_z += e * fmaxf(d, -104.0f);  // e is 0 below, and so must be its product with -inf
       if (kMore) s.e_sq += e * e;
@@ -93,8 +105,9 @@ __device__ inline void merge(RowPartial& s, bool more) {
   const uint32_t at = __reduce_min_sync(kAll, s.max == top ? s.at : kNowhere);
   s.nan_at = __reduce_min_sync(kAll, s.nan_at);
   if (more) s.second = warp_max(s.at == at ? s.second : fmaxf(s.second, s.max));
-  const float delta_max = s.max == -infinity() ? 0.0f : s.max - top;
-  const float rescale = s.max == -infinity() && s.sum == 0.0f ? 0.0f : expf(delta_max);
+  const bool none = s.max == -infinity();
+  const float delta_max = none ? 0.0f : s.max - top;
+  const float rescale = none ? (s.sum == 0.0f ? 0.0f : 1.0f) : exp_difference(s.max, top);
   s.e_z = warp_sum(rescale * (s.e_z + delta_max * s.sum));
   s.sum = warp_sum(rescale * s.sum);
   if (more) {
@@ -149,10 +162,10 @@ __device__ inline void merge_row(const Chunk& c, const RunningState& out, int64_
 }
 
 template <class T, bool kPlain, bool kMore>
-__device__ inline RowPartial partial_of(const Chunk& c, int64_t row, int lane, int lanes, int part,
-                                        int parts) {
+__device__ inline RowPartial partial_of(const Chunk& c, int target, int64_t row, int lane,
+                                        int lanes, int part, int parts) {
   const Row<T> values(c, row);
-  RowUpdate<T, kPlain, kMore> f{c, no_columns()};
+  RowUpdate<T, kPlain, kMore> f{c, target, no_columns()};
   walk<T>(values, lane, lanes, part, parts, f);
   if (f.s.sum != f.s.sum) {
     NanSearch<T, kPlain> search{c, kNowhere};
@@ -169,7 +182,8 @@ __global__ void __launch_bounds__(kThreads) stats_warp_kernel(Chunk c, RunningSt
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= c.rows) return;
-  const RowPartial s = partial_of<T, kPlain, kMore>(c, row, lane, kWarp, 0, 1);
+  const int target = local_target(c, out.target, row);
+  const RowPartial s = partial_of<T, kPlain, kMore>(c, target, row, lane, kWarp, 0, 1);
   if (lane == 0) merge_row<T, kPlain>(c, out, row, s);
 }
 
@@ -181,7 +195,8 @@ __global__ void __launch_bounds__(kThreads)
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int64_t row = blockIdx.x / parts;
   const int part = static_cast<int>(blockIdx.x % parts);
-  RowPartial s = partial_of<T, kPlain, kMore>(c, row, thread, kThreads, part, parts);
+  const int target = local_target(c, out.target, row);
+  RowPartial s = partial_of<T, kPlain, kMore>(c, target, row, thread, kThreads, part, parts);
   if (lane == 0) of_warp[warp] = s;
   __syncthreads();
   if (warp != 0) return;

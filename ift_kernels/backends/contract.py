@@ -14,12 +14,15 @@ from torch import Tensor
 from ift_kernels.common.transform import LogitTransform
 
 # Rows of the running state. With m the running maximum of the logits z and e = exp(z − m):
-# m, Σe, z[target], Σe·(z−m), Σe², Σz, second maximum.
+# m, Σe, z[target], Σe·(z−m), Σe², Σz, second maximum. The sums over e leave out the target's own
+# column, whose 1 would cost them their digits where it is nearly certain: see `row_values`.
 MAX, SUM, TARGET, E_Z, E_SQ, Z_SUM, SECOND = range(7)
 STATE_ROWS = 7
 
 # What to track beyond m, Σe and z[target].
 TRACK_ARGMAX, TRACK_ENTROPY, TRACK_SQ, TRACK_MEAN, TRACK_SECOND = 1, 2, 4, 8, 16
+# What to return of that: no epilogue sees this bit.
+RETURN_TARGET = 32
 
 
 class Statistic(NamedTuple):
@@ -29,7 +32,7 @@ class Statistic(NamedTuple):
     track: int  # the bit that asks for it
     state: tuple[int, ...]  # rows of the running state that it is made of
     differentiable: bool
-    formula: str  # of the final state
+    formula: str  # of the final state, its sums over all columns
 
 
 STATISTICS = (
@@ -41,8 +44,9 @@ STATISTICS = (
     Statistic("second_logprob", TRACK_SECOND, (MAX, SUM, SECOND), False, "second max − m − log Σe"),
     Statistic("sum_sq", TRACK_SQ, (SUM, E_SQ), False, "Σe² / (Σe)²"),
     Statistic("mean_logit", TRACK_MEAN, (MAX, SUM, Z_SUM), True, "Σz / V − m − log Σe, then + lse"),
+    Statistic("target_logit", RETURN_TARGET, (TARGET,), True, "z[target]"),
 )
-TRACK_ALL = sum({s.track for s in STATISTICS})
+TRACK_ALL = sum({s.track for s in STATISTICS} - {RETURN_TARGET})  # of epilogues
 
 # Of the divergence of two heads.
 KINDS = ("forward", "reverse", "jsd")
@@ -109,7 +113,7 @@ class Backend(Protocol):
         """Uninitialised work memory, which a later call may get again."""
 
     def stats_update(self, chunk: Chunk, target: Tensor, state: RowState, track: int) -> None:
-        """Update the running statistics with a chunk."""
+        """Update the running statistics with a chunk; -1 for no target."""
 
     def dlogits_(
         self, chunk: Chunk, row_gradient: RowGradient, transposed: Tensor | None = None

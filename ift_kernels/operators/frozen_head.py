@@ -26,6 +26,7 @@ from ift_kernels.schedule.accumulate import accum_dtype
 from ift_kernels.schedule.head import slices
 
 NEEDS = (True, False, False)
+DIFFERENTIABLE = ("logprob", "lse", "target_logit")
 GATHERED = 1 << 20  # elements of head rows at once on a CPU, in cache; a GPU wants few launches
 
 
@@ -60,9 +61,9 @@ def _frozen(
         here = slice(done, done := done + len(ids))
         state[:, here], argmax[here] = part, ids
         row = linear_stats.row_values(part, ids, vocabulary, 0)
-        zero, p = torch.zeros_like(row.logprob), row.logprob.exp()
-        target_coef[0, here], target_coef[1, here] = -row.logprob.expm1(), p
-        coef = torch.stack([-p, zero + 1, zero, zero])  # Σ over j ≠ t of p_j
+        zero, p, others = torch.zeros_like(row.logprob), row.logprob.exp(), -row.logprob.expm1()
+        target_coef[0, here], target_coef[1, here] = others, p
+        coef = torch.stack([-p, others, zero, zero])  # p_j, 0 for the target
         return contract.RowGradient(rows, row.norm.to(accum), call.drop(coef.to(accum), here))
 
     nontarget_sum = hidden.new_empty((0, hidden.shape[1]))
@@ -122,14 +123,12 @@ def _d_hidden(
     weight: Tensor,
     target: Tensor,
     target_coef: Tensor,  # (2, N): how much of the target's head row a unit of a and of c takes
-    d_logprob: Tensor | None,
-    d_lse: Tensor | None,
+    upstream: linear_stats.Upstream,
     options: head_call.Options,
 ) -> Tensor:
     """The gradient of hidden, in place of `nontarget_sum` where every row is valid."""
-    zero = torch.zeros_like(target_coef[0])
-    upstream = (zero if gradient is None else gradient for gradient in (d_logprob, d_lse))
-    columns = (target, *target_coef, *upstream)
+    a, c, *_ = upstream.terms(torch.zeros_like(target_coef[0]))
+    columns = (target, *target_coef, a, c)
     rows, count = None, len(nontarget_sum)
     if count != len(target):
         # The valid ones first: `nonzero` would wait for the device to count them again.
@@ -150,13 +149,16 @@ def _d_hidden(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, *options, _, ctx.active = inputs
+    hidden, weight, bias, target, *options, track, ctx.active = inputs
     *statistics, target_coef, nontarget_sum = output
     out = linear_stats.Statistics(*statistics)
-    ctx.mark_non_differentiable(*output[2:])  # all but logprob and lse
+    ctx.mark_non_differentiable(
+        *(getattr(out, name) for name in out._fields if name not in DIFFERENTIABLE),
+        target_coef, nontarget_sum,
+    )  # fmt: skip
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, target, out.norm, target_coef)
-    ctx.options = head_call.Options(*options)
+    ctx.options, ctx.track = head_call.Options(*options), track
     # Not saved: consumed by the first backward, in place; a second one forms the products again.
     saved = head_call.SavedBuffers((nontarget_sum,)) if nontarget_sum.shape[0] else None
     ctx.nontarget_sum = saved
@@ -164,23 +166,21 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     nothing: tuple[None, ...] = (None,) * (len(ctx.options) + 5)
-    d_logprob, d_lse, *_ = grads
-    if d_logprob is None and d_lse is None:
+    upstream = linear_stats.asked_upstream(ctx.track, grads)
+    if all(gradient is None for gradient in upstream):
         return (None, *nothing)
     hidden, weight, bias, target, norm, target_coef = ctx.saved_tensors
     if ctx.nontarget_sum is None or torch.is_grad_enabled() or sync_free.on():
         unused = norm.new_empty(0)  # entropy
         d_hidden, *_ = torch.ops.ift_kernels.linear_stats_backward(
-            hidden, weight, bias, target, norm, unused, d_logprob, d_lse, None, None,
-            *ctx.options, list(NEEDS), ctx.active,
+            hidden, weight, bias, target, norm, unused, *upstream, *ctx.options, list(NEEDS),
+            ctx.active,
         )  # fmt: skip
     else:
         saved, ctx.nontarget_sum = ctx.nontarget_sum, None
         saved.release()
         (nontarget_sum,) = saved.tensors
-        d_hidden = _d_hidden(
-            nontarget_sum, weight, target, target_coef, d_logprob, d_lse, ctx.options
-        )
+        d_hidden = _d_hidden(nontarget_sum, weight, target, target_coef, upstream, ctx.options)
     return (d_hidden, *nothing)
 
 

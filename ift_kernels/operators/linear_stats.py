@@ -46,6 +46,7 @@ class Statistics(NamedTuple):
     second_logprob: Tensor
     sum_sq: Tensor
     mean_logit: Tensor  # less lse
+    target_logit: Tensor
     norm: Tensor  # (2, N): the largest logit, and lse less it
 
 
@@ -56,6 +57,13 @@ class Upstream(NamedTuple):
     lse: Tensor | None = None
     entropy: Tensor | None = None
     mean_logit: Tensor | None = None
+    target_logit: Tensor | None = None
+
+    def terms(self, zero: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Those of the first four: the target's logit is logprob + lse. `zero` where None."""
+        *four, e = self
+        a, c, b, d = (zero if gradient is None else gradient for gradient in four)
+        return (a, c, b, d) if e is None else (a + e, c + e, b, d)
 
 
 OUTPUTS: str = ", ".join(f"Tensor {name}" for name in Statistics._fields)
@@ -70,19 +78,27 @@ def row_values(state: Tensor, argmax: Tensor, vocabulary: int, track: int) -> St
     """The statistics of rows, from the final running state; float64.
 
     What `track` does not ask for is empty: with few tokens each operation takes noticeable time.
+    The target's term comes to the sums here: 1 + Σ would lose what a nearly certain token leaves
+    to all others, log1p does not.
     """
-    top, total = state[contract.MAX], state[contract.SUM]
-    log_sum = total.log()
+    top, of_target = state[contract.MAX], state[contract.TARGET]
+    gap = of_target - top
+    # NaN: no column was left out, or the row is NaN or −inf, as its sum says.
+    less_one = gap.expm1().nan_to_num(-1.0)
+    log_sum = (state[contract.SUM] + less_one).log1p()
+    e = less_one + 1.0 if track & (contract.TRACK_ENTROPY | contract.TRACK_SQ) else less_one
     values: tuple[Callable[[], Tensor], ...] = (
-        lambda: (state[contract.TARGET] - top) - log_sum,
+        lambda: gap - log_sum,
         lambda: top + log_sum,
-        lambda: log_sum - state[contract.E_Z] / total,
+        # Where e is 0, so is its product with an infinite gap.
+        lambda: log_sum - (state[contract.E_Z] + (e * gap).nan_to_num(0.0)) / (state[contract.SUM] + e),
         lambda: argmax,
         lambda: (top - top) - log_sum,  # NaN, not +inf, where every token is masked out
         lambda: (state[contract.SECOND] - top) - log_sum,
-        lambda: state[contract.E_SQ] / total.square(),
+        lambda: (state[contract.E_SQ] + e.square()) / (state[contract.SUM] + e).square(),
         # Relative to lse while still in float64: a large common logit would cost digits later.
         lambda: (state[contract.Z_SUM] / vocabulary - top) - log_sum,
+        lambda: of_target,
         lambda: torch.stack([top, log_sum]),
     )
     pairs = zip(values, tracked(track), strict=True)
@@ -93,11 +109,10 @@ def row_coefficients(norm: Tensor, entropy: Tensor, vocabulary: int, upstream: U
     """`coef` (4, N) of `dlogits_` from upstream gradients.
 
     With a, b, c, d those of logprob, entropy, lse and mean_logit (docs/mathematics.md),
-    dz_j = a·1[j = target] + p_j·(c − a − d − b·(log p_j + H)) + d/V.
+    dz_j = a·(1[j = target] − p_j) + p_j·(c − d − b·(log p_j + H)) + d/V.
     """
-    zero = torch.zeros_like(norm[0])
-    a, c, b, d = (zero if gradient is None else gradient for gradient in upstream)
-    c_prob = c - a - d if upstream.entropy is None else c - a - d - b * entropy
+    a, c, b, d = upstream.terms(torch.zeros_like(norm[0]))
+    c_prob = c - d if upstream.entropy is None else c - d - b * entropy
     return torch.stack([a, c_prob, -b, d / vocabulary]).to(norm.dtype)
 
 
@@ -209,12 +224,13 @@ def _stats_backward(
     d_lse: Tensor | None,
     d_entropy: Tensor | None,
     d_mean_logit: Tensor | None,
+    d_target_logit: Tensor | None,
     *rest: Any,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *options, needs, numbers = rest
     active = active_hidden(numbers)
-    upstream = Upstream(d_logprob, d_lse, d_entropy, d_mean_logit)
+    upstream = Upstream(d_logprob, d_lse, d_entropy, d_mean_logit, d_target_logit)
     coef = row_coefficients(norm, entropy, weight.shape[0], upstream)
     valid = target != options[0]
     # Rows without upstream gradient send none. A NaN upstream is not 0 and so stays in.

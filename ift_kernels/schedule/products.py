@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ift_kernels.backends.contract import RowState, new_state
+from ift_kernels.backends.contract import TRACK_ALL, RowState, new_state
 from ift_kernels.schedule.head import Head, Tile, empty_padded, slices
 from ift_kernels.schedule.plan import Plan
 
@@ -85,6 +85,7 @@ def statistics(
     serve.
     """
     state = new_state(head.hidden.shape[0], head.hidden.device)
+    track &= TRACK_ALL
     # One kernel for products and statistics, where a backend has it and its table prefers it.
     fused: Callable[..., bool] | None = getattr(head.backend, "fused_statistics", None)
     if last and kept is None and fused is not None and not plan.product_rows:

@@ -1,8 +1,8 @@
 // Products overwritten by their gradient, or by probabilities: one read and one write of the chunk.
 //
 //   log p = z - norm[0] - norm[1],  p = exp(log p)
-//   dx = dz/dx * (c_target * 1[j = target] + p * (c_prob + c_plogp * log p) + c_uniform)
-// (ift_kernels/backends/reference/: dlogits_). Floor as for the statistics, plus the write.
+//   dx = dz/dx * (c_target * (1[j = target] - p) + p * (c_prob + c_plogp * log p) + c_uniform)
+// (ift_kernels/backends/reference/: dlogits_), for the target 1 - p = -expm1(log p). Floor as for the statistics, plus the write.
 //
 // On request the gradient is also written transposed, because the head gradient is dx^T @ h and
 // vendor GEMMs on 16-bit matrices are two to three times slower when their first operand is
@@ -39,25 +39,25 @@ template <class T, bool kCapped, bool kBiased>
 void gradient_block(T* x, const Chunk& c, const Transform<kCapped, kBiased>& f, int64_t r,
                     const DlogitsRows& rows, int64_t begin, int64_t end) {
   const vf top = splat(rows.norm[r]), log_sum = splat(rows.norm[rows.norm_ld + r]);
-  const float c_target = rows.coef[r], c_plogp = rows.coef[2 * rows.coef_ld + r];
-  const vf c_prob = splat(rows.coef[rows.coef_ld + r]),
-           c_uniform = splat(rows.coef[3 * rows.coef_ld + r]);
-  const vf slope = f.slope((vf){}), sloped_prob = c_prob * slope,
+  const float c_target = rows.coef[r], c_prob = rows.coef[rows.coef_ld + r],
+              c_plogp = rows.coef[2 * rows.coef_ld + r];
+  const vf c_other = splat(c_prob - c_target), c_uniform = splat(rows.coef[3 * rows.coef_ld + r]);
+  const vf slope = f.slope((vf){}), sloped_other = c_other * slope,
            sloped_uniform = c_uniform * slope;
-  if (c_target == 0.0f && c_plogp == 0.0f && c_prob[0] == 0.0f && c_uniform[0] == 0.0f) {
+  if (c_target == 0.0f && c_plogp == 0.0f && c_prob == 0.0f && c_uniform[0] == 0.0f) {
     std::fill(x + begin, x + end, from_float<T>(0.0f));  // also where the row has a NaN
     return;
   }
   auto plain = [&](vf z) {
     vf p = vexp_small((z - top) - log_sum);
-    return kCapped ? (p * c_prob + c_uniform) * f.slope(z) : p * sloped_prob + sloped_uniform;
+    return kCapped ? (p * c_other + c_uniform) * f.slope(z) : p * sloped_other + sloped_uniform;
   };
   auto with_entropy = [&](vf z) {
     vf log_p = (z - top) - log_sum;
     vf p = vexp_small(log_p);
     // 0 * (-inf) of a masked-out token must stay 0.
     vf tail = p == (vf){} ? (vf){} : c_plogp * log_p;
-    return (p * (c_prob + tail) + c_uniform) * f.slope(z);
+    return (p * (c_other + tail) + c_uniform) * f.slope(z);
   };
   const int64_t target_column = rows.target[r] - c.offset;
   const bool inside = target_column >= begin && target_column < end;
@@ -65,12 +65,10 @@ void gradient_block(T* x, const Chunk& c, const Transform<kCapped, kBiased>& f, 
   if (inside) {  // in float32, before the row is rounded to T
     vf z = f.logit(load_part(x + target_column, 1, 0.0f),
                    kBiased ? splat(c.bias[target_column]) : (vf){});
-    vf log_p = (z - top) - log_sum;
-    vf p = vexp_small(log_p);
-    vf tail = c_plogp == 0.0f || p[0] == 0.0f ? (vf){} : c_plogp * log_p;
-    // One sum before the slope: p * c_prob and c_target nearly cancel where the token is nearly
-    // certain.
-    target_gradient = ((p * (c_prob + tail) + c_target + c_uniform) * f.slope(z))[0];
+    const double log_p = static_cast<double>(((z - top) - log_sum)[0]), p = std::exp(log_p);
+    const double tail = c_plogp == 0.0f || p == 0.0 ? 0.0 : c_plogp * log_p;
+    const double sum = p * (c_prob + tail) - c_target * std::expm1(log_p) + c_uniform[0];
+    target_gradient = static_cast<float>(sum * static_cast<double>(f.slope(z)[0]));
   }
   if (c_plogp == 0.0f)
     rewrite(x, c, f, begin, end, plain);

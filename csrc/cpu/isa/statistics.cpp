@@ -11,11 +11,15 @@
 namespace ift {
 namespace IFT_ISA {
 
-// Running statistics of one row; names as in enum State.
+// Running statistics of one row; names as in enum State. The sums of exponentials leave out the
+// target, which is added in double at the end (operators/linear_stats.py: row_values).
 struct RowState {
   double max, sum, e_z, e_sq, z_sum, second;
   int64_t argmax;
 };
+
+// Columns that are added up before their sums are: fewer roundings of the largest.
+constexpr int kSumGroup = 16 * W;
 
 // A new maximum: what was summed so far is expressed relative to it.
 inline void raise(RowState& s, double top) {
@@ -28,9 +32,20 @@ inline void raise(RowState& s, double top) {
   s.max = top;
 }
 
-template <int kTrack>
-inline void update_block(RowState& s, const float* z, int n, float top, int64_t first_id,
-                         int track) {
+// exp(z - m), where centred is the difference as rounded. At -28 that is by as much as 8 units in
+// the last place of the result: for float32 products (kExact) what is lost comes back.
+template <bool kExact>
+inline vf exp_centred(vf centred, vf z, vf m) {
+  const vf e = vexp_small(centred);
+  if (!kExact) return e;
+  const vf back = centred - z, lost = (z - (centred - back)) - (m + back);
+  return e + e * vmax(lost, splat(-1.0f));  // a NaN, of an infinite z, is -1
+}
+
+// `hole`: the target's place in the block, -1 where it is elsewhere.
+template <int kTrack, bool kExact>
+inline void update_block(RowState& s, float* z, int n, float top, int64_t first_id, int track,
+                         int hole) {
   // A NaN is the maximum, as in torch.argmax, and stays it: it makes every sum NaN from here on.
   if (top > s.max || (s.max == -kInf && top == -kInf)) {
     if (track & kTop2) s.second = s.max;
@@ -44,21 +59,30 @@ inline void update_block(RowState& s, const float* z, int n, float top, int64_t 
     }
   }
   vf m = splat(s.max == -kInf ? 0.0f : static_cast<float>(s.max));
-  vf sum0{}, sum1{}, e_z{}, e_sq{};
-  int i = 0;
+  const float of_target = hole < 0 ? -kInf : z[hole];
+  if (hole >= 0) z[hole] = -kInf;
+  vf sums{}, e_z{}, e_sq{};
   auto one = [&](vf zi, vf& total) {
     vf centred = zi - m;
-    vf e = vexp_small(centred);
+    vf e = exp_centred<kExact>(centred, zi, m);
     total += e;
     if (kTrack & kEntropy) e_z += pick(e == (vf){}, (vf){}, e * centred);
     if (kTrack & kSq) e_sq += e * e;
   };
-  for (; i + 2 * W <= n; i += 2 * W) {
-    one(load(z + i), sum0);
-    one(load(z + i + W), sum1);
+  for (int first = 0; first < n; first += kSumGroup) {
+    const int last = std::min(n, first + kSumGroup);
+    vf sum0{}, sum1{};
+    int i = first;
+    for (; i + 2 * W <= last; i += 2 * W) {
+      one(load(z + i), sum0);
+      one(load(z + i + W), sum1);
+    }
+    for (; i < last; i += W) one(load(z + i), sum0);  // the padding is -inf
+    sums += sum0 + sum1;
   }
-  for (; i < n; i += W) one(load(z + i), sum0);  // the padding is -inf
-  float total = sum(sum0 + sum1);
+  float total = sum(sums);
+  if (!(of_target < kInf)) total = std::numeric_limits<float>::quiet_NaN();
+  if (hole >= 0) z[hole] = of_target;
   s.sum += total;
   if (kTrack & kEntropy) s.e_z += sum(e_z);
   if (kTrack & kSq) s.e_sq += sum(e_sq);
@@ -66,7 +90,8 @@ inline void update_block(RowState& s, const float* z, int n, float top, int64_t 
     // In double: a large common logit would cost a float sum its digits.
     typedef double wide __attribute__((vector_size(W * 8)));
     wide z_sum{};
-    for (i = 0; i + W <= n; i += W) z_sum += __builtin_convertvector(load(z + i), wide);
+    int i = 0;
+    for (; i + W <= n; i += W) z_sum += __builtin_convertvector(load(z + i), wide);
     for (; i < n; ++i) s.z_sum += z[i];
     for (int lane = 0; lane < W; ++lane) s.z_sum += z_sum[lane];
   }
@@ -92,14 +117,20 @@ inline void update_block(RowState& s, const float* z, int n, float top, int64_t 
 // Returns false, with nothing changed, where a NaN or an infinity needs the careful way.
 template <bool kWithEntropy, class T>
 inline bool update_plain(RowState& s, const T* x, int n, vf mul, int64_t first_id, int track) {
+  constexpr bool kExact = sizeof(T) == 4;
   const float raw = raw_maximum(x, n), top = raw * mul[0];
   if (!(std::fabs(top) < kInf) || s.max != s.max) return false;
   const double new_max = std::max<double>(s.max, top);
   const vf m = splat(static_cast<float>(new_max));
-  vf sum0{}, sum1{}, e_z0{}, e_z1{};
+  vf sums{}, sum0{}, sum1{}, e_z0{}, e_z1{};
   for (int i = 0; i < n; i += 2 * W) {
-    vf c0 = rounded(load(x + i) * mul) - m, c1 = rounded(load(x + i + W) * mul) - m;
-    vf e0 = vexp_small(c0), e1 = vexp_small(c1);
+    if (i % kSumGroup == 0) {
+      sums += sum0 + sum1;
+      sum0 = sum1 = (vf){};
+    }
+    vf z0 = rounded(load(x + i) * mul), z1 = rounded(load(x + i + W) * mul);
+    vf c0 = z0 - m, c1 = z1 - m;
+    vf e0 = exp_centred<kExact>(c0, z0, m), e1 = exp_centred<kExact>(c1, z1, m);
     sum0 += e0;
     sum1 += e1;
     if (kWithEntropy) {  // exp is 0 from -87.33 down, and so must be its product with -inf
@@ -107,7 +138,7 @@ inline bool update_plain(RowState& s, const T* x, int n, vf mul, int64_t first_i
       e_z1 += e1 * vmax(c1, splat(-100.0f));
     }
   }
-  const float total = sum(sum0 + sum1);
+  const float total = sum(sums + (sum0 + sum1));
   if (!(total < kInf)) return false;  // a NaN that the maximum passed over
   if (top > s.max) {
     raise(s, top);
@@ -130,6 +161,7 @@ void stats_rows(const Chunk& c, const int64_t* target, double* state, int64_t ld
       !kCapped && !kBiased && !(kTrack & ~kEntropy) && !(track & kTop2) && f.pre[0] > 0;
   each_row<T>(c, [&](int64_t r, const T* row) {
     alignas(64) float z[kBlock + W];
+    const int64_t target_column = target[r] - c.offset;
     double* row_state = state + r;
     RowState s{row_state[kMax * ld],
                row_state[kSum * ld],
@@ -145,11 +177,13 @@ void stats_rows(const Chunk& c, const int64_t* target, double* state, int64_t ld
         prefetch(row + next, std::min<int64_t>(kBlock, c.cols - next) * sizeof(T));
       else if (r + 1 < c.rows)
         prefetch(row + c.ld, std::min<int64_t>(kBlock, c.cols) * sizeof(T));
-      if (fast && n == kBlock &&
+      const bool has_target = target_column >= begin && target_column < begin + n;
+      if (fast && n == kBlock && !has_target &&
           update_plain<(kTrack & kEntropy) != 0>(s, row + begin, n, f.pre, c.offset + begin, track))
         continue;
       float top = read_block(row, c.bias, f, begin, n, z);
-      update_block<kTrack>(s, z, n, top, c.offset + begin, track);
+      update_block<kTrack, sizeof(T) == 4>(s, z, n, top, c.offset + begin, track,
+                           has_target ? static_cast<int>(target_column - begin) : -1);
     }
     row_state[kMax * ld] = s.max;
     row_state[kSum * ld] = s.sum;
@@ -158,7 +192,6 @@ void stats_rows(const Chunk& c, const int64_t* target, double* state, int64_t ld
     row_state[kZSum * ld] = s.z_sum;
     row_state[kSecond * ld] = s.second;
     argmax[r] = s.argmax;
-    int64_t target_column = target[r] - c.offset;
     if (target_column >= 0 && target_column < c.cols) {
       vf x = load_part(row + target_column, 1, 0.0f);
       row_state[kTarget * ld] = f.logit(x, kBiased ? splat(c.bias[target_column]) : (vf){})[0];

@@ -14,15 +14,20 @@ def dlogits_(chunk: Chunk, row_gradient: RowGradient, transposed: Tensor | None 
 
     With log p = z − norm[0] − norm[1] and the rows (c_target, c_prob, c_plogp, c_uniform) of
     `coef` (4, N):
-    ``dx = ∂z/∂x · (c_target·1[j = target] + p·(c_prob + c_plogp·log p) + c_uniform)``.
+    ``dx = ∂z/∂x · (c_target·(1[j = target] − p) + p·(c_prob + c_plogp·log p) + c_uniform)``.
+    For the target 1 − p is −expm1(log p): next to 1, p has nothing left of it.
     """
     z, (target, norm, coef) = logits(chunk), row_gradient
     c_target, c_prob, c_plogp, c_uniform = coef.to(z.dtype)[:, :, None]
     log_p = (z - norm[0].to(z.dtype)[:, None]) - norm[1].to(z.dtype)[:, None]
     p = log_p.exp()
-    grad = p * (c_prob + c_plogp * torch.where(p == 0, 0.0, log_p)) + c_uniform
+    tail = c_plogp * torch.where(p == 0, 0.0, log_p)
+    grad = p * ((c_prob - c_target) + tail) + c_uniform
     inside, local = target_columns(chunk, target)
-    grad.scatter_add_(1, local[:, None], torch.where(inside[:, None], c_target, 0.0))
+    at = local[:, None]
+    log_p, p, tail = (value.gather(1, at) for value in (log_p, p, tail))
+    own = p * (c_prob + tail) - c_target * log_p.expm1() + c_uniform
+    grad.scatter_(1, at, torch.where(inside[:, None], own, grad.gather(1, at)))
     grad = grad * chunk.transform.derivative(z)
     no_upstream = (coef == 0).all(0)[:, None]
     chunk.x.copy_(torch.where(no_upstream, 0.0, grad))  # also where the row has a NaN

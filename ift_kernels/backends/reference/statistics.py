@@ -25,7 +25,10 @@ from ift_kernels.backends.reference.chunk import logits, target_columns
 
 
 def stats_update(chunk: Chunk, target: Tensor, state: RowState, track: int) -> None:
-    """Update the running statistics with one chunk, in place."""
+    """Update the running statistics with one chunk, in place.
+
+    Σe, Σe·(z−m) and Σe² leave out the target's column, whose logit is in the state.
+    """
     z, (values, argmax) = logits(chunk), state
     top, column = z.max(dim=1)  # a NaN wins, as it does in torch.argmax; ties go to the lowest id
     old = values[MAX].clone()
@@ -40,22 +43,24 @@ def stats_update(chunk: Chunk, target: Tensor, state: RowState, track: int) -> N
     new = torch.where(is_new_max, top64, old)
     # A row of −inf only has no finite reference point; 0 keeps exp(−inf − m) = 0.
     m = torch.where(new == -torch.inf, 0.0, new)
-    centred = z - m.to(z.dtype)[:, None]
+    # Rounded to float32, a difference of −28 would give e an error of 8 units in the last place.
+    centred = z.double() - m[:, None]
     e = centred.exp()
+    inside, local = target_columns(chunk, target)
+    of_target = e.gather(1, local[:, None])
+    # Times 0 rather than 0: a NaN there is still one of the row.
+    e.scatter_(1, local[:, None], torch.where(inside[:, None], 0.0 * of_target, of_target))
     rescale = torch.where(old == -torch.inf, 0.0, (old - m).exp())
     if track & TRACK_ENTROPY:
         delta_max = torch.where(old == -torch.inf, 0.0, old - m)
         # Without this, 0 · (−inf) of a masked-out token would be NaN.
         e_z = torch.where(e == 0, 0.0, e * centred)
-        values[E_Z] = rescale * (values[E_Z] + delta_max * values[SUM]) + e_z.sum(
-            1, dtype=torch.float64
-        )
+        values[E_Z] = rescale * (values[E_Z] + delta_max * values[SUM]) + e_z.sum(1)
     if track & TRACK_SQ:
-        values[E_SQ] = rescale.square() * values[E_SQ] + e.square().sum(1, dtype=torch.float64)
+        values[E_SQ] = rescale.square() * values[E_SQ] + e.square().sum(1)
     if track & TRACK_MEAN:
         values[Z_SUM] += z.sum(1, dtype=torch.float64)
-    values[SUM] = rescale * values[SUM] + e.sum(1, dtype=torch.float64)
+    values[SUM] = rescale * values[SUM] + e.sum(1)
     values[MAX] = new
-    inside, local = target_columns(chunk, target)
     picked = z.gather(1, local[:, None])[:, 0].double()
     values[TARGET] = torch.where(inside, picked, values[TARGET])

@@ -98,10 +98,13 @@ def tile_gradient(
         if HAS_BIAS:
             b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
         z = logits(value, b[None, :], pre, post, HAS_BIAS, HAS_CAP)
-        is_target = column[None, :] == (target - offset)[:, None]
+        local = target - offset
+        in_tile = (local >= tl.min(column)) & (local <= tl.max(column))
+        any_target = tl.max(tl.where(in_tile, 1, 0)) > 0
         value = row_gradient(
-            z, is_target, norm_0[:, None], norm_1[:, None], c_target[:, None], c_prob[:, None],
-            c_plogp[:, None], c_uniform[:, None], post, plain_slope, HAS_CAP,
+            z, column[None, :] == local[:, None], any_target, norm_0[:, None], norm_1[:, None],
+            c_target[:, None], c_prob[:, None], c_plogp[:, None], c_uniform[:, None], post,
+            plain_slope, HAS_CAP,
         )  # fmt: skip
     return value
 

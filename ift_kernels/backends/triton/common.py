@@ -126,16 +126,54 @@ def product(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def exp_difference(z, m, EXACT: tl.constexpr):
+    """``exp(z − m)`` for z ≤ m; EXACT to a few units in the last place wherever z and m lie.
+
+    A difference of −28 is rounded by as much as 8 units in the last place of the result, and so is
+    its product with log₂ e, which is what the exponential of a GPU is made of.
+    """
+    d = z - m
+    if EXACT:
+        back = d - z
+        lost = (z - (d - back)) - (m + back)
+        n = tl.floor(d * 1.44269504 + 0.5)
+        r = ((d - n * 0.693359375) + n * 2.12194440e-4) + lost
+        # An infinite difference has no remainder.
+        e = tl.where(d < -104.0, 0.0, tl.exp2(n) * tl.exp(r))
+    else:
+        e = tl.exp(d)
+    return e
+
+
+@triton.jit
+def expm1(x):
+    """``exp(x) − 1`` for x ≤ 0, to a few units in the last place."""
+    # xⁿ/(n + 1)!; the next term is 1e-8 at x = −0.5.
+    series = 1.9841270e-4 + x * 2.4801587e-5
+    series = 8.3333333e-3 + x * (1.3888889e-3 + x * series)
+    series = 0.16666667 + x * (0.041666667 + x * series)
+    series = 1.0 + x * (0.5 + x * series)
+    return tl.where(x > -0.5, x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
 def row_gradient(
-    z, is_target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post, plain_slope,
-    HAS_CAP: tl.constexpr,
+    z, is_target, any_target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post,
+    plain_slope, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """What `dlogits_` makes of logits, given values of their rows."""
+    """What `dlogits_` makes of logits, given values of their rows.
+
+    `any_target`, a scalar: whether `is_target` is true anywhere.
+    """
     log_p = (z - norm_0) - norm_1
     p = tl.exp(log_p)
     # 0 · (−inf) of a token that is masked out would be NaN.
-    grad = p * (c_prob + c_plogp * tl.where(p == 0.0, 0.0, log_p)) + c_uniform
-    grad += tl.where(is_target, c_target, 0.0)
+    tail = c_plogp * tl.where(p == 0.0, 0.0, log_p)
+    grad = p * ((c_prob - c_target) + tail) + c_uniform
+    if any_target:
+        grad = tl.where(
+            is_target, p * (c_prob + tail) - c_target * expm1(log_p) + c_uniform, grad
+        )
     grad *= slope(z, post, plain_slope, HAS_CAP)
     # Nothing comes from a row without upstream gradient, even where it holds a NaN.
     no_upstream = (c_target == 0.0) & (c_prob == 0.0) & (c_plogp == 0.0) & (c_uniform == 0.0)
@@ -150,7 +188,8 @@ def merge_into(
 ):  # fmt: skip
     """Merge statistics of more columns, relative to their own maximum, into a running state.
 
-    The rows are MAX, SUM, TARGET, E_Z, E_SQ, Z_SUM and SECOND of contract.py.
+    The rows are MAX, SUM, TARGET, E_Z, E_SQ, Z_SUM and SECOND of contract.py: what is summed
+    leaves out the target.
     """
     old = tl.load(state)
     old_total = tl.load(state + stride)

@@ -54,10 +54,11 @@ def dlogits_kernel(
     c_uniform = tl.load(coef + 3 * coef_stride + row).to(tl.float32)
     norm_0 = tl.load(norm + row).to(tl.float32)
     norm_1 = tl.load(norm + norm_stride + row).to(tl.float32)
-    is_target = column == tl.load(target + row) - offset
+    local = tl.load(target + row) - offset
+    any_target = (local >= start) & (local < start + BLOCK)
     grad = row_gradient(
-        z, is_target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post, plain_slope,
-        HAS_CAP,
+        z, column == local, any_target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post,
+        plain_slope, HAS_CAP,
     )  # fmt: skip
     grad = tl.where(column < columns, grad, 0.0)
     tl.store(x + column, grad.to(x.dtype.element_ty), mask=inside)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ift_kernels.backends.contract import TRACK_ARGMAX, RowState, new_state
 from ift_kernels.backends.layout_checks import check_rows, check_state, check_vectors
 from ift_kernels.backends.triton.common import (
+    exp_difference,
     logits,
     precision,
     product,
@@ -38,6 +39,7 @@ def fused_kernel(
     PRECISION: tl.constexpr, GRAIN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
+    EXACT: tl.constexpr = hidden.dtype.element_ty == tl.float32
     # Programs next to each other share columns: the weight is the larger of the two.
     groups = tl.cdiv(rows, ROWS)
     part = tl.program_id(0) // groups
@@ -95,9 +97,10 @@ def fused_kernel(
         new = tl.maximum(top, tile_max)
         m = tl.where(new == float("-inf"), 0.0, new)
         delta_max = tl.where(top == float("-inf"), 0.0, top - m)
-        rescale = tl.where(top == float("-inf"), 0.0, tl.exp(delta_max))
+        rescale = tl.where(top == float("-inf"), 0.0, exp_difference(top, m, EXACT))
         centred = z - m[:, None]
-        e = tl.exp(centred)
+        e = exp_difference(z, m[:, None], EXACT)
+        e = tl.where(is_target, 0.0 * e, e)  # as in statistics.py
         if TRACK & 2:
             part_z = tl.sum(tl.where(e == 0.0, 0.0, e * centred), axis=1)
             e_z = rescale * (e_z + delta_max * total) + part_z

@@ -19,6 +19,7 @@ from ift_kernels.backends.contract import TRACK_ARGMAX, Chunk, RowState, new_sta
 from ift_kernels.backends.layout_checks import check_chunk, check_state
 from ift_kernels.backends.triton.common import (
     end_of,
+    exp_difference,
     load_logits,
     logits,
     merge_into,
@@ -43,6 +44,7 @@ def stats_kernel(
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TRACK: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
     program = tl.program_id(0).to(tl.int64)
     row, part = program // parts, program % parts
     state += part * part_stride + row
@@ -55,6 +57,7 @@ def stats_kernel(
     best_id = tl.full((BLOCK,), NO_COLUMN, tl.int32)
     total, e_z, e_sq, z_sum = zero, zero, zero, zero
     top = tl.max(low)
+    local = tl.load(target + row) - offset
     first = part.to(tl.int32) * length * BLOCK
     last = tl.minimum(first + length * BLOCK, columns)
     end = end_of(columns, PADDED)
@@ -71,9 +74,11 @@ def stats_kernel(
         new = tl.maximum(top, tl.max(not_nan))
         m = tl.where(new == float("-inf"), 0.0, new)
         delta_max = tl.where(top == float("-inf"), 0.0, top - m)
-        rescale = tl.where(top == float("-inf"), 0.0, tl.exp(delta_max))
+        rescale = tl.where(top == float("-inf"), 0.0, exp_difference(top, m, EXACT))
         centred = z - m
-        e = tl.exp(centred)
+        e = exp_difference(z, m, EXACT)
+        # The sums leave out the target. Times 0 rather than 0: a NaN there is still one of the row.
+        e = tl.where(column == local, 0.0 * e, e)
         if TRACK & 2:
             e_z = rescale * (e_z + delta_max * total) + tl.where(e == 0.0, 0.0, e * centred)
         if TRACK & 4:
@@ -100,7 +105,6 @@ def stats_kernel(
         if TRACK & 16:
             rest = tl.where((best_id == top_id) | (best != best), second, tl.maximum(best, second))
             runner_up = tl.max(rest)
-    local = tl.load(target + row) - offset
     has_target = (local >= first) & (local < last)
     picked = tl.load(x + local, mask=has_target, other=0.0).to(tl.float32)
     b = 0.0
