@@ -82,15 +82,15 @@ def linear_logprobs(
         ignore_index: positions with this target get 0 in every output and send no gradient.
         logit_scale, softcap, temperature: the transform above; by default logits stay as they are.
         outputs: any of "logprob", "lse", "entropy", "argmax", "argmax_logprob",
-            "second_logprob", "sum_sq", "mean_logit", "target_logit". Beyond the first two each costs
-            a little.
+            "second_logprob", "sum_sq", "mean_logit", "target_logit". Beyond the first two each
+            costs a little.
         detached: those of `outputs` that come without gradient, such as an entropy that is only
             logged. With a frozen head, a gradient through entropy or mean_logit can cost a product.
         gradient: "exact", or "active" (an `ActiveSet` for its options): the gradient of hidden is
             approximated from the columns that matter to a block of tokens and the sums of the rest;
-            those of weight and bias are exact. Gradients flow from logprob, lse, entropy, mean_logit
-            and target_logit, for any upstream gradient; rows where it is all 0 may be skipped. On a
-            GPU the call is exact where its plan takes that for faster: see `explain`.
+            those of weight and bias are exact. Gradients flow from logprob, lse, entropy,
+            mean_logit and target_logit, for any upstream gradient; rows where it is all 0 may be
+            skipped. On a GPU the call is exact where its plan takes that for faster: see `explain`.
         logits_dtype: None: logits are products rounded to the dtype of the inputs, as torch's are.
             torch.float32: they are never rounded to 16 bits, ``hidden.float() @ weight.float().T``
             without a copy of the weight; autocast is not heeded. See docs/numerics.md.

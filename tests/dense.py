@@ -21,9 +21,10 @@ FIELDS = (
     "second_logprob",
     "sum_sq",
     "mean_logit",
+    "target_logit",
 )
 OUTPUTS = FIELDS
-DIFFERENTIABLE = ("logprob", "lse", "entropy", "mean_logit")
+DIFFERENTIABLE = ("logprob", "lse", "entropy", "mean_logit", "target_logit")
 # Every part of the transform at once, all different from 1.
 TRANSFORM = {"logit_scale": 0.7, "softcap": 5.0, "temperature": 1.3}
 
@@ -115,8 +116,9 @@ def stats_of(z: Tensor, target: Tensor, ignore_index: int = -100) -> dict[str, T
     logp = z.log_softmax(-1)
     p = logp.exp()
     valid = target != ignore_index
+    at = torch.where(valid, target, 0)[..., None]
     every = {
-        "logprob": logp.gather(-1, torch.where(valid, target, 0)[..., None])[..., 0],
+        "logprob": logp.gather(-1, at)[..., 0],
         "lse": z.logsumexp(-1),
         "entropy": -(p * logp).sum(-1),
         "argmax": z.argmax(-1),
@@ -124,6 +126,7 @@ def stats_of(z: Tensor, target: Tensor, ignore_index: int = -100) -> dict[str, T
         "second_logprob": logp.topk(2).values[..., 1] if z.shape[-1] > 1 else z[..., 0] - torch.inf,
         "sum_sq": p.square().sum(-1),
         "mean_logit": z.mean(-1),
+        "target_logit": z.gather(-1, at)[..., 0],
     }
     return {name: torch.where(valid, value, 0) for name, value in every.items()}
 

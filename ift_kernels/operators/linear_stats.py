@@ -81,24 +81,25 @@ def row_values(state: Tensor, argmax: Tensor, vocabulary: int, track: int) -> St
     The target's term comes to the sums here: 1 + Σ would lose what a nearly certain token leaves
     to all others, log1p does not.
     """
-    top, of_target = state[contract.MAX], state[contract.TARGET]
-    gap = of_target - top
-    # NaN: no column was left out, or the row is NaN or −inf, as its sum says.
+    top, target_logit = state[contract.MAX], state[contract.TARGET]
+    gap = target_logit - top
+    # e^gap − 1, with 0 for e^gap where gap is NaN: no column was left out, or the sum is NaN or 0.
     less_one = gap.expm1().nan_to_num(-1.0)
     log_sum = (state[contract.SUM] + less_one).log1p()
-    e = less_one + 1.0 if track & (contract.TRACK_ENTROPY | contract.TRACK_SQ) else less_one
+    if track & (contract.TRACK_ENTROPY | contract.TRACK_SQ):
+        e = less_one + 1.0
+        total, e_gap = state[contract.SUM] + e, (e * gap).nan_to_num(0.0)  # 0 times an infinity
     values: tuple[Callable[[], Tensor], ...] = (
         lambda: gap - log_sum,
         lambda: top + log_sum,
-        # Where e is 0, so is its product with an infinite gap.
-        lambda: log_sum - (state[contract.E_Z] + (e * gap).nan_to_num(0.0)) / (state[contract.SUM] + e),
+        lambda: log_sum - (state[contract.E_Z] + e_gap) / total,
         lambda: argmax,
         lambda: (top - top) - log_sum,  # NaN, not +inf, where every token is masked out
         lambda: (state[contract.SECOND] - top) - log_sum,
-        lambda: (state[contract.E_SQ] + e.square()) / (state[contract.SUM] + e).square(),
+        lambda: (state[contract.E_SQ] + e.square()) / total.square(),
         # Relative to lse while still in float64: a large common logit would cost digits later.
         lambda: (state[contract.Z_SUM] / vocabulary - top) - log_sum,
-        lambda: of_target,
+        lambda: target_logit,
         lambda: torch.stack([top, log_sum]),
     )
     pairs = zip(values, tracked(track), strict=True)

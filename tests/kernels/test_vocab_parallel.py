@@ -46,7 +46,8 @@ def problem(vocabulary=V, scale=1.0, dtype=torch.float32, ignore_index=-100, **o
     target = torch.randint(vocabulary, SHAPE, generator=g)
     target[1, 3:7] = ignore_index
     upstream = {k: torch.randn(SHAPE, generator=g) for k in ("logprob", "lse", "entropy")}
-    upstream["mean_logit"] = torch.randn(SHAPE, generator=g)
+    for name in ("mean_logit", "target_logit"):
+        upstream[name] = torch.randn(SHAPE, generator=g)
     upstream["logprob"][2] = 0.0
     tensors = [t.to(dtype) for t in (hidden, weight, bias)]
     return tensors, target, upstream, {"ignore_index": ignore_index, **options}

@@ -171,9 +171,7 @@ def row_gradient(
     tail = c_plogp * tl.where(p == 0.0, 0.0, log_p)
     grad = p * ((c_prob - c_target) + tail) + c_uniform
     if any_target:
-        grad = tl.where(
-            is_target, p * (c_prob + tail) - c_target * expm1(log_p) + c_uniform, grad
-        )
+        grad = tl.where(is_target, p * (c_prob + tail) - c_target * expm1(log_p) + c_uniform, grad)
     grad *= slope(z, post, plain_slope, HAS_CAP)
     # Nothing comes from a row without upstream gradient, even where it holds a NaN.
     no_upstream = (c_target == 0.0) & (c_prob == 0.0) & (c_plogp == 0.0) & (c_uniform == 0.0)

@@ -333,7 +333,7 @@ def test_wrong_layouts_are_refused_by_name():
 def test_the_table_of_statistics_is_what_operators_return():
     names = [s.name for s in contract.STATISTICS]
     assert names == list(ift_kernels.TokenStats._fields)
-    assert len({s.track for s in contract.STATISTICS}) == 1 + 5  # argmax has two outputs
+    assert len({s.track for s in contract.STATISTICS}) == 1 + 6  # argmax has two outputs
     assert {row for s in contract.STATISTICS for row in s.state} == set(range(contract.STATE_ROWS))
     differentiable = [s.name for s in contract.STATISTICS if s.differentiable]
     h = dense.head(5, 4, 30)

@@ -6,16 +6,18 @@ import pytest
 import test_triton_interpreted as interpreted
 import torch
 
+import certain_targets as certain
 import dense
 import ift_kernels as K
 from bench.harness import data
 from ift_kernels.backends import reference as ref
 from ift_kernels.backends import triton as backend
-from ift_kernels.backends.contract import MAX, STATE_ROWS, SUM, TRACK_ALL, Chunk, new_state
+from ift_kernels.backends.contract import STATE_ROWS, TRACK_ALL, Chunk, new_state
 from ift_kernels.backends.triton import fused, launch, statistics
 from ift_kernels.operators import linear_stats
 
 served_by_triton = interpreted.served_by_triton
+KERNELS = "active", "fused"  # which have epilogues of their own
 BLOCK = 64  # of columns; a program of the interpreter takes 20 ms, so there are few
 
 
@@ -56,6 +58,23 @@ def test_fused_statistics_of_many_parts(options, dtype):
     dense.assert_stats(stats, h)
 
 
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [*((name, "recompute") for name in certain.TRANSFORMS), *(("softcap", k) for k in KERNELS)],
+)
+def test_gradient_of_a_nearly_certain_target(name, schedule, sparse):
+    transform = certain.TRANSFORMS[name]
+    for columns, dtype in ((150, torch.float32), (70, torch.bfloat16)):
+        given = certain.tokens(columns, dtype, transform, copies=1)
+        if schedule == "fused":  # without a backward
+            small = {"ROWS": 16, "COLUMNS": 16, "INNER": 32, "num_warps": 1}
+            forward = launch.use_config("forward", {"FUSED": 1})
+            with torch.no_grad(), forward, launch.use_config("fused", small):
+                certain.assert_logprob(given, transform)
+        else:
+            certain.assert_gradient(given, transform, schedule)
+
+
 def true_mask(z, target, threshold, block):
     """Which columns any row of a block gives more than `threshold`, or has as its target."""
     above = z.log_softmax(1) > math.log(threshold)
@@ -81,7 +100,7 @@ def test_marked_columns_are_those_of_the_final_sum(dtype, threshold):
     with launch.use_config("stats", {"BLOCK": part, "num_warps": 1}):
         assert statistics.parts_of(rows, vocabulary, part, x.device) == 4
         backend.stats_update(Chunk(x), some.target, state, 0)
-    norm = torch.stack([state.values[MAX], state.values[SUM].log()])
+    norm = linear_stats.row_values(*state, vocabulary, 0).norm
     level = norm.sum(0) + math.log(threshold)
     with launch.use_config("mask", {"ROWS": 32, "BLOCK": 128, "num_warps": 1}):
         mask = backend.active_mask(Chunk(x), some.target, level, block).bool()
