@@ -114,7 +114,7 @@ def of_certain_targets(name):
 def worker(rank, number, directory):
     mesh = init_device_mesh("cpu", (number,))
     found = {(c, f): run(c, f, mesh) for c in CASES for f in FORMS}
-    found |= {name: of_certain_targets(name) for name in certain.TRANSFORMS}
+    found |= {("certain", name): of_certain_targets(name) for name in certain.TRANSFORMS}
     (hidden, weight, bias), target, *_ = problem()
     sharded = distribute_tensor(weight, mesh, [Shard(0)])
     options = {"outputs": OUTPUTS, "deterministic": True}
@@ -169,7 +169,7 @@ def test_shards_are_one_head(results, case, form):
 @pytest.mark.parametrize("name", certain.TRANSFORMS)
 def test_nearly_certain_targets(results, name):
     given = certain_tokens(name)
-    for gradient, logprob in (result[name] for result in results):
+    for gradient, logprob in (result["certain", name] for result in results):
         certain.assert_close(gradient, given.gradient, given.allowed, "gradient")
         certain.assert_close(logprob, given.logprob, given.allowed, "logprob")
 
