@@ -256,10 +256,9 @@ def _combined(
     most = extreme(top, dist.ReduceOp.MAX)
     # Relative to the largest logit, since a common one would cost digits.
     edge = stats.lse - stats.lse.detach()  # 0, for its gradient
-    relative = (top - most).double() + rest_of_lse + edge
+    relative = (top.double() - most) + rest_of_lse + edge
     # Each shard's parts depend on that shard alone: only of the sums do all make the same loss.
-    # The target's shard is apart: next to its 1 a sum would lose what the others are to a nearly
-    # certain token.
+    # The target's shard is apart: beside its 1 a sum loses what a nearly certain token leaves them.
     parts = [
         torch.where(here, 0, relative.exp()),
         torch.where(here, relative, 0),

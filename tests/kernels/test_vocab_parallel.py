@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+import certain_targets as certain
 import processes
 from ift_kernels import (
     ActiveSet,
@@ -95,9 +96,25 @@ def run(case, form, mesh):
     return [s.detach() for s in stats], grads
 
 
+def certain_tokens(name):
+    return certain.tokens(V, torch.float32, certain.TRANSFORMS[name])
+
+
+def of_certain_targets(name):
+    """Gradients of the targets' logits, and log-probabilities."""
+    given, options = certain_tokens(name), certain.TRANSFORMS[name].options()
+    parts = [torch.eye(V), torch.zeros(V) if given.bias is None else given.bias]
+    weight, bias = (t.tensor_split(dist.get_world_size())[dist.get_rank()] for t in parts)
+    hidden = given.x.requires_grad_()
+    found = vocab_parallel_logprobs(hidden, weight, given.target, bias=bias, **options).logprob
+    (gradient,) = torch.autograd.grad(found.sum(), hidden)
+    return gradient.gather(1, given.target[:, None])[:, 0], found.detach()
+
+
 def worker(rank, number, directory):
     mesh = init_device_mesh("cpu", (number,))
     found = {(c, f): run(c, f, mesh) for c in CASES for f in FORMS}
+    found |= {("certain", name): of_certain_targets(name) for name in certain.TRANSFORMS}
     (hidden, weight, bias), target, *_ = problem()
     sharded = distribute_tensor(weight, mesh, [Shard(0)])
     options = {"outputs": OUTPUTS, "deterministic": True}
@@ -147,6 +164,14 @@ def test_shards_are_one_head(results, case, form):
         for grad, tensor in zip(grads, tensors, strict=True):
             largest = tensor.grad.float().abs().max()
             assert (grad.float() - tensor.grad.float()).abs().max() <= tolerance * largest
+
+
+@pytest.mark.parametrize("name", certain.TRANSFORMS)
+def test_nearly_certain_targets(results, name):
+    given = certain_tokens(name)
+    for gradient, logprob in (result["certain", name] for result in results):
+        certain.assert_close(gradient, given.gradient, given.allowed, "gradient")
+        certain.assert_close(logprob, given.logprob, given.allowed, "logprob")
 
 
 def test_a_tie_between_shards_goes_to_the_lowest_id(results):

@@ -26,6 +26,7 @@ from ift_kernels.backends.triton.common import (
     logits,
     padded,
     row_gradient,
+    target_gradient,
     transform_arguments,
 )
 from ift_kernels.backends.triton.launch import blocks, config, launch, shape_class
@@ -86,7 +87,7 @@ def active_mask(chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tens
 
 @triton.jit
 def tile_gradient(
-    x, bias, target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform,  # of a tile's rows
+    x, bias, target, of_target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform,  # of rows
     row, column, valid_row, inside, readable, stride, offset, pre, post, plain_slope,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, FORMS: tl.constexpr,
 ):  # fmt: skip
@@ -98,13 +99,10 @@ def tile_gradient(
         if HAS_BIAS:
             b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
         z = logits(value, b[None, :], pre, post, HAS_BIAS, HAS_CAP)
-        local = target - offset
-        in_tile = (local >= tl.min(column)) & (local <= tl.max(column))
-        any_target = tl.max(tl.where(in_tile, 1, 0)) > 0
+        is_target = column[None, :] == (target - offset)[:, None]
         value = row_gradient(
-            z, column[None, :] == local[:, None], any_target, norm_0[:, None], norm_1[:, None],
-            c_target[:, None], c_prob[:, None], c_plogp[:, None], c_uniform[:, None], post,
-            plain_slope, HAS_CAP,
+            z, is_target, of_target[:, None], norm_0[:, None], norm_1[:, None], c_target[:, None],
+            c_prob[:, None], c_plogp[:, None], c_uniform[:, None], post, plain_slope, HAS_CAP,
         )  # fmt: skip
     return value
 
@@ -132,6 +130,7 @@ def split_kernel(
     end = tl.minimum(first + bucket, end_of(columns, PADDED))
     target_id, zero = tl.full((ROWS,), -1, tl.int64), tl.zeros((ROWS,), tl.float32)
     norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform = zero, zero, zero, zero, zero, zero
+    of_target = zero
     if FORMS:
         target_id = tl.load(target + row, mask=valid_row, other=-1)
         norm_0 = tl.load(norm + row, mask=valid_row, other=0.0).to(tl.float32)
@@ -143,13 +142,23 @@ def split_kernel(
         c_plogp = tl.load(coef + row, mask=valid_row, other=0.0).to(tl.float32)
         coef += coef_stride
         c_uniform = tl.load(coef + row, mask=valid_row, other=0.0).to(tl.float32)
+        local = target_id - offset
+        here = valid_row & (local >= first) & (local < last)
+        z = tl.load(x + row * stride + local, mask=here, other=0.0).to(tl.float32)
+        b = zero
+        if HAS_BIAS:
+            b = tl.load(bias + local, mask=here, other=0.0).to(tl.float32)
+        of_target = target_gradient(
+            logits(z, b, pre, post, HAS_BIAS, HAS_CAP),
+            norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post, plain_slope, HAS_CAP,
+        )  # fmt: skip
     total = tl.zeros((ROWS,), tl.float32)
     weight = 0.0
     for start in range(first, last, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < last
         dz = tile_gradient(
-            x, bias, target_id, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform,
+            x, bias, target_id, of_target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform,
             row, column, valid_row, inside, column < end, stride, offset, pre, post, plain_slope,
             HAS_BIAS, HAS_CAP, FORMS,
         )  # fmt: skip
@@ -168,7 +177,7 @@ def split_kernel(
         column = start + tl.arange(0, BLOCK)
         inside = column < last
         dz = tile_gradient(
-            x, bias, target_id, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform,
+            x, bias, target_id, of_target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform,
             row, column, valid_row, inside, column < end, stride, offset, pre, post, plain_slope,
             HAS_BIAS, HAS_CAP, FORMS,
         )  # fmt: skip

@@ -157,22 +157,31 @@ def expm1(x):
 
 
 @triton.jit
+def target_gradient(
+    z, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post, plain_slope,
+    HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """What `dlogits_` makes of the target's logit: 1 − p by expm1."""
+    log_p = (z - norm_0) - norm_1
+    p = tl.exp(log_p)
+    tail = c_plogp * tl.where(p == 0.0, 0.0, log_p)
+    grad = p * (c_prob + tail) - c_target * expm1(log_p) + c_uniform
+    return grad * slope(z, post, plain_slope, HAS_CAP)
+
+
+@triton.jit
 def row_gradient(
-    z, is_target, any_target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post,
+    z, is_target, of_target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post,
     plain_slope, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """What `dlogits_` makes of logits, given values of their rows.
-
-    `any_target`, a scalar: whether `is_target` is true anywhere.
-    """
+    """What `dlogits_` makes of logits, given values of their rows; `of_target` for the target."""
     log_p = (z - norm_0) - norm_1
     p = tl.exp(log_p)
     # 0 · (−inf) of a token that is masked out would be NaN.
     tail = c_plogp * tl.where(p == 0.0, 0.0, log_p)
     grad = p * ((c_prob - c_target) + tail) + c_uniform
-    if any_target:
-        grad = tl.where(is_target, p * (c_prob + tail) - c_target * expm1(log_p) + c_uniform, grad)
     grad *= slope(z, post, plain_slope, HAS_CAP)
+    grad = tl.where(is_target, of_target, grad)
     # Nothing comes from a row without upstream gradient, even where it holds a NaN.
     no_upstream = (c_target == 0.0) & (c_prob == 0.0) & (c_plogp == 0.0) & (c_uniform == 0.0)
     return tl.where(no_upstream, 0.0, grad)

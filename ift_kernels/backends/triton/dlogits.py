@@ -23,9 +23,11 @@ from ift_kernels.backends.layout_checks import (
 from ift_kernels.backends.triton.common import (
     end_of,
     load_logits,
+    logits,
     padded,
     row_gradient,
     slope,
+    target_gradient,
     transform_arguments,
 )
 from ift_kernels.backends.triton.launch import blocks, config, launch, shape_class
@@ -55,9 +57,20 @@ def dlogits_kernel(
     norm_0 = tl.load(norm + row).to(tl.float32)
     norm_1 = tl.load(norm + norm_stride + row).to(tl.float32)
     local = tl.load(target + row) - offset
-    any_target = (local >= start) & (local < start + BLOCK)
+    has_target = (local >= start) & (local < start + BLOCK) & (local < columns)
+    # Of one program of a row, which reads it before it writes there.
+    of_target = tl.zeros((), tl.float32)
+    if has_target:
+        b = 0.0
+        if HAS_BIAS:
+            b = tl.load(bias + local).to(tl.float32)
+        of_target = target_gradient(
+            logits(tl.load(x + local).to(tl.float32), b, pre, post, HAS_BIAS, HAS_CAP),
+            norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post, plain_slope, HAS_CAP,
+        )  # fmt: skip
+    is_target = column == tl.where(has_target, local, -1).to(tl.int32)
     grad = row_gradient(
-        z, column == local, any_target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post,
+        z, is_target, of_target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post,
         plain_slope, HAS_CAP,
     )  # fmt: skip
     grad = tl.where(column < columns, grad, 0.0)

@@ -57,9 +57,11 @@ def stats_kernel(
     best_id = tl.full((BLOCK,), NO_COLUMN, tl.int32)
     total, e_z, e_sq, z_sum = zero, zero, zero, zero
     top = tl.max(low)
-    local = tl.load(target + row) - offset
     first = part.to(tl.int32) * length * BLOCK
     last = tl.minimum(first + length * BLOCK, columns)
+    local = tl.load(target + row) - offset
+    has_target = (local >= first) & (local < last)
+    target_column = tl.where(has_target, local, -1).to(tl.int32)
     end = end_of(columns, PADDED)
     for start in range(first, last, BLOCK):
         column = start + lane
@@ -78,7 +80,7 @@ def stats_kernel(
         centred = z - m
         e = exp_difference(z, m, EXACT)
         # The sums leave out the target. Times 0 rather than 0: a NaN there is still one of the row.
-        e = tl.where(column == local, 0.0 * e, e)
+        e = tl.where(column == target_column, 0.0 * e, e)
         if TRACK & 2:
             e_z = rescale * (e_z + delta_max * total) + tl.where(e == 0.0, 0.0, e * centred)
         if TRACK & 4:
@@ -105,7 +107,6 @@ def stats_kernel(
         if TRACK & 16:
             rest = tl.where((best_id == top_id) | (best != best), second, tl.maximum(best, second))
             runner_up = tl.max(rest)
-    has_target = (local >= first) & (local < last)
     picked = tl.load(x + local, mask=has_target, other=0.0).to(tl.float32)
     b = 0.0
     if HAS_BIAS:
