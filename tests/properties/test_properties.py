@@ -127,6 +127,7 @@ def test_a_failed_call_is_logged(monkeypatch):
     line = properties.run("seed 3")
     assert sum(line["calls"].values()) == 20 and line["largest_share"] == 0.5
     assert not properties.fault(line)
+    assert properties.cases(41) == ["seed 0", "seed 1", "seed 2"]
 
     def failing(case):
         assert case.vocabulary < 60, "too many"

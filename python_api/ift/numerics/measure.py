@@ -124,6 +124,9 @@ def _peers(call: Call, absent: dict[str, str], quick: bool) -> Iterator[Row]:
         except peers.NotServed as error:
             absent.setdefault(name, str(error))
             continue
+        except Exception as error:  # whatever another package raises, the others still run
+            absent.setdefault(name, f"fails: {type(error).__name__}: {str(error).splitlines()[0]}")
+            continue
         values = {"logprob": logprob, "d hidden": grads[0], "d weight": grads[1]}
         for result, value in values.items():
             yield _row(call, name, exact[result]._replace(ours=value))
