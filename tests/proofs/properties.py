@@ -1,9 +1,9 @@
 """Part "properties": random calls of the operations on a head, each within its bounds.
 
 What is drawn is in `tests.properties.cases`, the bounds in `ift.numerics.bounds`. A case is a seed,
-from which hypothesis draws `CHUNK` calls; a line of the log has how many of each operation, the
-largest share of its bound that a result used, and the smallest call that failed, if one did. That
-call belongs into `tests.properties.regressions`.
+from which hypothesis draws `CHUNK` calls; a line of the log has how many of each operation, how many
+`deterministic` refused, the largest share of its bound that a result used, and the smallest call
+that failed, if one did. That call belongs into `tests.properties.regressions`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def cases(number: int = NUMBER) -> list[str]:
 def run(case: str) -> dict[str, Any]:
     """What the calls of a seed give, as a line of the log."""
     drawn: Counter[str] = Counter()
-    largest = 0.0
+    largest, refused = 0.0, 0
     failed: list[str] = []
 
     @seed(int(case.removeprefix("seed ")))
@@ -62,10 +62,12 @@ def run(case: str) -> dict[str, Any]:
     )
     @given(calls())
     def every(call: Call) -> None:
-        nonlocal largest
+        nonlocal largest, refused
         drawn[call.operation] += 1
         try:
-            largest = max(largest, *harness.check(call).values(), 0.0)
+            shares = harness.check(call)
+            refused += not shares
+            largest = max(largest, *shares.values(), 0.0)
         except Exception as error:  # any: an operation that raises has failed, too
             failed.append(f"{call!r}: {type(error).__name__}: {str(error).splitlines()[0]}")
             raise
@@ -78,6 +80,7 @@ def run(case: str) -> dict[str, Any]:
         "case": case,
         "calls": dict(sorted(drawn.items())),
         "backends": list(BACKENDS),
+        "refused": refused,
         "largest_share": float(f"{largest:.3g}"),
         "failed": failed[-1:],
     }

@@ -6,12 +6,18 @@ from ift.numerics.calls import Call, run
 
 
 def check(call: Call) -> dict[str, float]:
-    """The share of its bound that each result uses.
+    """The share of its bound that each result uses; none where `deterministic` is refused.
 
     Raises:
         AssertionError: some use more than all of it; it names them.
     """
-    shares = {check.name: check.share() for check in run(call)}
+    try:
+        shares = {check.name: check.share() for check in run(call)}
+    except RuntimeError as error:
+        # Not every shape has products that do not depend on the place of a row: documented.
+        if call.numerics.get("deterministic") and str(error).startswith("deterministic:"):
+            return {}
+        raise
     wrong = {name: f"{share:.3g}" for name, share in shares.items() if not share <= 1.0}
     assert not wrong, f"error in shares of the bound: {wrong}"
     return shares

@@ -121,12 +121,23 @@ def test_what_is_drawn():
     assert any(c.vocabulary > 1025 and c.workspace == SMALL for c in drawn)
 
 
+def test_a_refusal_is_no_result(monkeypatch):
+    def refuses(*_, **__):
+        raise RuntimeError("deterministic: expected products of a row that depend on it alone")
+
+    monkeypatch.setattr(ift_kernels, "linear_logprobs", refuses)
+    assert harness.check(replace(LOGPROBS, numerics={"deterministic": True})) == {}
+    with pytest.raises(RuntimeError, match="deterministic"):
+        harness.check(LOGPROBS)
+
+
 def test_a_failed_call_is_logged(monkeypatch):
     monkeypatch.setattr(properties, "CHUNK", 20)
     monkeypatch.setattr(harness, "check", lambda case: {"x": 0.5})
     line = properties.run("seed 3")
     assert sum(line["calls"].values()) == 20 and line["largest_share"] == 0.5
     assert not properties.fault(line)
+    assert properties.cases(41) == ["seed 0", "seed 1", "seed 2"]
 
     def failing(case):
         assert case.vocabulary < 60, "too many"

@@ -74,7 +74,7 @@ def _ignored(head: Head) -> int:
 
 def _workspace(head: Head) -> int:
     default = head.results()
-    return sum(_differences(head.results(workspace=n << 20), default) for n in (1, 3))
+    return sum(_differences(head.results(workspace=n << 20), default) for n in (24, 64))
 
 
 def _with_gradients(head: Head) -> int:

@@ -26,7 +26,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
                           "teacher_softcap": None, "reduction": "none", "num_items": None},
     "linear_expected_embedding": {},
 }  # fmt: skip
-Row = dict[str, Any]
+COLUMNS = (
+    "operation", "result", "implementation", "backend", "schedule", "dtype", "logits_dtype",
+    "inputs", "max", "rms", "relative", "ulp", "share",
+)  # fmt: skip
+Row = dict[str, Any]  # by COLUMNS; what does not apply is None
 Progress = Callable[[float, str], None]  # the share that is done, and what comes next
 
 
@@ -62,10 +66,19 @@ def measure(
     return {
         "size": {"rows": rows, "width": width, "vocabulary": vocabulary},
         "inputs": dict(inputs.KINDS),
-        "errors": found,
+        "errors": {
+            "columns": list(COLUMNS),
+            "rows": [[row.get(c) for c in COLUMNS] for row in found],
+        },
         "absent": absent,
         "invariance": invariance.check(device, quick=quick),
     }
+
+
+def rows(report: dict[str, Any]) -> list[Row]:
+    """The errors of a report."""
+    errors = report["errors"]
+    return [dict(zip(errors["columns"], row, strict=True)) for row in errors["rows"]]
 
 
 def _ours(call: Call, schedules: tuple[str | None, ...]) -> Iterator[Row]:
@@ -73,12 +86,15 @@ def _ours(call: Call, schedules: tuple[str | None, ...]) -> Iterator[Row]:
         for backend in calls.available(torch.device(call.device)):
             # Forward alone, or schedules of its own.
             fixed = operation in ("linear_token", "linear_expected_embedding")
-            for schedule in (None,) if fixed else schedules:
+            some = (None,) if fixed else schedules
+            for schedule in some:
                 one = replace(
                     call, operation=operation, options=options, backend=backend, schedule=schedule
                 )
                 for check in calls.run(one):
-                    if check.exact.numel() > 0 and check.name not in ("ids", "argmax"):
+                    # Values do not depend on the schedule of gradients.
+                    same = schedule != some[0] and not check.name.startswith("d ")
+                    if not same and check.name != "ids":
                         yield _row(one, "ift", check) | {
                             "backend": backend,
                             "schedule": schedule,
@@ -107,6 +123,9 @@ def _peers(call: Call, absent: dict[str, str], quick: bool) -> Iterator[Row]:
                 grads = torch.autograd.grad(logprob, (hidden, weight), upstream)
         except peers.NotServed as error:
             absent.setdefault(name, str(error))
+            continue
+        except Exception as error:  # whatever another package raises, the others still run
+            absent.setdefault(name, f"fails: {type(error).__name__}: {str(error).splitlines()[0]}")
             continue
         values = {"logprob": logprob, "d hidden": grads[0], "d weight": grads[1]}
         for result, value in values.items():

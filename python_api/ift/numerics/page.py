@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ift import plotting
 from ift.numerics import bounds
-from ift.numerics.measure import Row
+from ift.numerics.measure import Row, rows
 from ift.text import number, table
 
 OURS = {None: "ift-kernels", "float32": "ift-kernels, fp32 logits"}
@@ -29,22 +29,22 @@ def errors(report: dict[str, Any], result: str, measure: str = "max") -> list[Ta
     """
     kinds = list(report["inputs"])
     tables = []
-    for dtype in dict.fromkeys(row["dtype"] for row in report["errors"]):
+    for dtype in dict.fromkeys(row["dtype"] for row in rows(report)):
         by_name = implementations(report, result, dtype)
-        rows = [
+        lines = [
             [name, *(_cell([r for r in some if r["inputs"] == k], measure) for k in kinds)]
             for name, some in by_name.items()
         ]
         missing = {name: why for name, why in report["absent"].items() if name not in by_name}
-        rows += [[name, why, *[""] * (len(kinds) - 1)] for name, why in missing.items()]
-        tables.append(Table(f"{result}, {dtype}", ["", *kinds], rows))
+        lines += [[name, why, *[""] * (len(kinds) - 1)] for name, why in missing.items()]
+        tables.append(Table(f"{result}, {dtype}", ["", *kinds], lines))
     return tables
 
 
 def implementations(report: dict[str, Any], result: str, dtype: str) -> dict[str, list[Row]]:
     """The rows of a result of `linear_logprobs`, by who has computed it."""
     found: dict[str, list[Row]] = {}
-    for row in report["errors"]:
+    for row in rows(report):
         same = row["operation"] == "linear_logprobs" and row["result"] == result
         if same and row["dtype"] == dtype:
             name = row["implementation"]
@@ -53,27 +53,27 @@ def implementations(report: dict[str, Any], result: str, dtype: str) -> dict[str
     return found
 
 
-def _cell(rows: list[Row], measure: str) -> str:
-    if not rows:
+def _cell(some: list[Row], measure: str) -> str:
+    if not some:
         return "–"
-    values = [row[measure] for row in rows]
+    values = [row[measure] for row in some]
     return "not finite" if None in values else number(max(values))
 
 
 def shares(report: dict[str, Any]) -> Table:
     """The largest share of its bound that any result of an operation used, by dtype."""
-    ours = [row for row in report["errors"] if row["implementation"] == "ift"]
+    ours = [row for row in rows(report) if row["implementation"] == "ift"]
     columns = dict.fromkeys((row["dtype"], row["logits_dtype"]) for row in ours)
-    rows = []
+    lines = []
     for operation in dict.fromkeys(row["operation"] for row in ours):
         some = [row for row in ours if row["operation"] == operation]
         cells = [
             _largest(row["share"] for row in some if (row["dtype"], row["logits_dtype"]) == column)
             for column in columns
         ]
-        rows.append([f"`{operation}`", *cells])
+        lines.append([f"`{operation}`", *cells])
     head = ["", *(f"{dtype}, fp32 logits" if wide else dtype for dtype, wide in columns)]
-    return Table("share of the bound", head, rows)
+    return Table("share of the bound", head, lines)
 
 
 def _largest(values: Iterable[float | None]) -> str:
@@ -85,8 +85,8 @@ def invariance(report: dict[str, Any]) -> Table:
     """Pass, or the number of elements that differ."""
     found = report["invariance"]
     dtypes = list(next(iter(found.values())))
-    rows = [[name, *(_verdict(row[dtype]) for dtype in dtypes)] for name, row in found.items()]
-    return Table("deterministic=True", ["results do not depend on", *dtypes], rows)
+    lines = [[name, *(_verdict(row[dtype]) for dtype in dtypes)] for name, row in found.items()]
+    return Table("deterministic=True", ["results do not depend on", *dtypes], lines)
 
 
 def _verdict(count: int | str) -> str:
@@ -95,14 +95,14 @@ def _verdict(count: int | str) -> str:
 
 def unit_table() -> Table:
     """`bounds.UNITS` as powers of two."""
-    rows = []
+    lines = []
     for (dtype, logits_dtype), row in bounds.UNITS.items():
         if dtype == logits_dtype:
             continue  # asks for what it is anyway
         name = str(dtype).removeprefix("torch.") + (", fp32 logits" if logits_dtype else "")
         units = (row.logit, row.dlogit, row.sum, row.result)
-        rows.append([name, *(bounds.power(unit) for unit in units)])
-    return Table("units", ["inputs", "a logit", "its gradient", "sums", "a gradient"], rows)
+        lines.append([name, *(bounds.power(unit) for unit in units)])
+    return Table("units", ["inputs", "a logit", "its gradient", "sums", "a gradient"], lines)
 
 
 def as_text(report: dict[str, Any]) -> str:
@@ -124,7 +124,7 @@ def _ours_last(name: str) -> bool:
 def draw(report: dict[str, Any], path: str | Path) -> None:
     """Largest errors of log-probabilities, a panel for each kind of inputs."""
     kinds = report["inputs"]
-    dtypes = list(dict.fromkeys(row["dtype"] for row in report["errors"]))
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows(report)))
     by_dtype = {dtype: implementations(report, "logprob", dtype) for dtype in dtypes}
     # Ours last, which is on top.
     names = sorted({name: 0 for some in by_dtype.values() for name in some}, key=_ours_last)

@@ -8,6 +8,7 @@ import torch
 
 from ift.cli import main
 from ift.numerics import inputs, invariance, measure, page, peers
+from ift.numerics.calls import Call
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def test_report_and_picture(tmp_path, capsys):
     picture = tmp_path / "errors.png"
     assert main(["numerics", "--quick", "--json", "--cpu", "--plot", str(picture)]) == 0
     report = json.loads(capsys.readouterr().out)
-    rows = report["errors"]
+    rows = measure.rows(report)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert {row["operation"] for row in rows} == set(measure.OPTIONS)
     ours = [row for row in rows if row["implementation"] == "ift"]
@@ -86,3 +87,14 @@ def test_invariance_finds_what_depends_on_the_batch():
     assert invariance._differences(head.results(), shifted.results()) > 0
     assert invariance._differences(head.results(), head.results()) == 0
     assert not invariance.holds({"threads": {"float32": 1}}, "float32")
+
+
+def test_a_peer_that_fails_leaves_the_others(monkeypatch):
+    def fails(*_):
+        raise ValueError("one\ntwo")
+
+    monkeypatch.setattr(peers, "PEERS", {"other": fails, "torch": peers.torch_same_dtype})
+    absent = {}
+    rows = list(measure._peers(Call("linear_logprobs", masked=0.0), absent, True))
+    assert absent == {"other": "fails: ValueError: one"}
+    assert {row["implementation"] for row in rows} == {"torch"}

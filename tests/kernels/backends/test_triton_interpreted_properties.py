@@ -11,7 +11,7 @@ from tests.properties.cases import cases
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_sample(operation):
     @settings(
-        max_examples=5,
+        max_examples=3,
         derandomize=True,
         database=None,
         deadline=None,
