@@ -19,7 +19,7 @@ from ift_kernels.operators import head_call, linear_stats
 from ift_kernels.operators.linear_stats import Upstream
 from ift_kernels.schedule import plan
 from ift_kernels.schedule.accumulate import accum_dtype
-from ift_kernels.schedule.head import Head, Tile, empty_padded, slices
+from ift_kernels.schedule.head import Head, Tile, slices
 
 Parameters = Mapping[str, Tensor]
 
@@ -157,6 +157,8 @@ class _Side:
         )
         row = linear_stats.Statistics(*values)
         valid = head_call.ValidRows.of(target != options.ignore_index)
+        # Hidden states of both sides are multiplied with each other too, in float32.
+        hidden = hidden.to(options.dtype)
         self.call = head_call.Call(hidden, weight, bias, valid, options, (False, False, False))
         coef = linear_stats.row_coefficients(row.norm, row.entropy, weight.shape[0], upstream)
         rows = (self.call.select(value).contiguous() for value in (target, row.norm, coef))
@@ -167,8 +169,7 @@ class _Side:
         return self.call.head.hidden.shape[0]
 
     def buffer(self, columns: int) -> Tensor:
-        head = self.call.head
-        return empty_padded(head.backend, head.hidden, self.rows, columns)
+        return self.call.head.buffer(self.rows, columns)
 
     def gradient(self, columns: slice, weight: Tensor, buffer: Tensor) -> Tensor:
         """∂L/∂x of these columns, (rows, columns)."""

@@ -13,8 +13,8 @@ from ift_kernels.backends import contract, reference
 from ift_kernels.common import checks
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.operators import library
-from ift_kernels.schedule import device, plan, products
-from ift_kernels.schedule.accumulate import accum_dtype
+from ift_kernels.schedule import accumulate, device, plan, products
+from ift_kernels.schedule.accumulate import accum_dtype, operand_dtype
 from ift_kernels.schedule.head import Head, empty_padded, pad_row_stride
 
 
@@ -95,7 +95,8 @@ def _head(
     bias = None if bias is None else bias.to(accum_dtype(dtype)).contiguous()
     backend = backends.get(hidden, dtype)
     transform = LogitTransform(scale, softcap, temperature)
-    return Head(backend, pad_row_stride(hidden.to(dtype)), weight, bias, transform)
+    operands = pad_row_stride(hidden.to(operand_dtype(hidden, weight, dtype)))
+    return Head(backend, operands, weight, bias, transform, dtype)
 
 
 def _plan(head: Head, embedding: Tensor, workspace: int, temporaries: int, sums: int) -> plan.Plan:
@@ -103,13 +104,11 @@ def _plan(head: Head, embedding: Tensor, workspace: int, temporaries: int, sums:
 
     In cache for the epilogues of a CPU; launches of a GPU take long beside such tiles.
     """
-    (n, width), dtype = head.hidden.shape, head.hidden.dtype
+    (n, width), dtype, operand = head.hidden.shape, head.dtype, head.hidden.element_size()
     itemsize = accum_dtype(dtype).itemsize
     whole = plan.make(plan.Problem(n, head.vocabulary, width, dtype, workspace))
-    per_column = (width + embedding.shape[1]) * (
-        dtype.itemsize + sums * (itemsize + dtype.itemsize)
-    )
-    per_element = dtype.itemsize + temporaries * itemsize
+    per_column = (width + embedding.shape[1]) * (operand + sums * (itemsize + operand))
+    per_element = dtype.itemsize + temporaries * itemsize + operand * (operand != dtype.itemsize)
     tile_bytes = workspace if device.of(head.hidden.device).is_gpu else plan.TILE_BYTES
     rows, columns = plan.tile(n, head.vocabulary, per_element, workspace, per_column, tile_bytes)
     return replace(whole, tile_rows=rows, tile_columns=columns)
@@ -119,7 +118,7 @@ def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
     head = _head(hidden, weight, bias, options)
-    n, dtype = hidden.shape[0], head.hidden.dtype
+    n, dtype = hidden.shape[0], head.dtype
     state = contract.new_state(n, hidden.device)
     target = torch.full((n,), -1, dtype=torch.int64, device=hidden.device)
     total = torch.zeros((n, embedding.shape[1]), dtype=accum_dtype(dtype), device=hidden.device)
@@ -134,7 +133,7 @@ def _forward(
             head.backend.probabilities_(head.chunk(tile), reference_point[:, rows])
             rescale = torch.where(before == -torch.inf, 0.0, (before - after).exp())
             total[rows] *= rescale.to(total.dtype)[:, None]
-            total[rows] += torch.mm(product, embedding[columns].to(dtype))
+            _add_product(total[rows], head, product, embedding[columns].to(head.hidden.dtype))
     top, sum_exp = state.values[contract.MAX], state.values[contract.SUM]
     soft = total / sum_exp.to(total.dtype)[:, None]
     norm = torch.stack([top, sum_exp.log()]).to(total.dtype)
@@ -162,13 +161,13 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *options, needs = rest
     head = _head(hidden, weight, bias, tuple(options))
-    dtype, n = head.hidden.dtype, hidden.shape[0]
+    dtype, n = head.dtype, hidden.shape[0]
     sums = accum_dtype(dtype)
     d_hidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=sums)
     d_weight = _ColumnSums(weight, n) if needs[1] else None
     d_bias = torch.zeros_like(bias, dtype=sums) if bias is not None and needs[2] else None
     d_embedding = _ColumnSums(embedding, n) if needs[3] else None
-    upstream = pad_row_stride(d_soft.to(dtype))
+    upstream = pad_row_stride(d_soft.to(head.hidden.dtype))
     # dz_v = p_v·(E_v·g − Σ_u p_u E_u·g), and the sum is the result's own product with g. Both in
     # float32 at least: for a nearly certain token they cancel, and their rounding must not stay.
     centre = (soft * d_soft).sum(1)
@@ -181,21 +180,22 @@ def _backward_op(
             if any(needs[:3]):
                 prob: Tensor | None = None
                 if d_embedding is not None:
-                    prob = empty_padded(head.backend, product, *product.shape)
+                    prob = empty_padded(head.backend, upstream, *product.shape)
                 d_prob = empty_padded(head.backend, d_soft, *product.shape)
                 torch.mm(d_soft[rows], embedding[columns].to(sums).T, out=d_prob)
                 head.backend.softmax_gradient_(
                     head.chunk(tile), d_prob, norm[:, rows], centre[rows], prob
                 )
             else:
-                prob = product
                 head.backend.probabilities_(head.chunk(tile), norm[:, rows])
+                prob = head.rounded(product)
             if d_embedding is not None and prob is not None:
                 d_embedding.add(rows, columns, prob.T, upstream[rows])
+            gradient = head.rounded(product) if needs[0] or needs[1] else product
             if needs[0]:
-                d_hidden[rows] += torch.mm(product, head.weight_chunk(columns))
+                _add_product(d_hidden[rows], head, gradient, head.weight_chunk(columns))
             if d_weight is not None:
-                d_weight.add(rows, columns, product.T, head.hidden[rows])
+                d_weight.add(rows, columns, gradient.T, head.hidden[rows])
             if d_bias is not None:
                 d_bias[columns] += product.sum(0, dtype=sums)
     nothing = hidden.new_empty(0)
@@ -205,6 +205,14 @@ def _backward_op(
         hidden.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
         hidden.new_empty(0) if d_embedding is None else d_embedding.out,
     )
+
+
+def _add_product(total: Tensor, head: Head, tile: Tensor, b: Tensor) -> None:
+    """``total += tile @ b``."""
+    if head.dtype == head.hidden.dtype:
+        total += torch.mm(tile, b)
+    else:  # not rounded, as the tile was not
+        accumulate.add_fp32_product(total, head.rounded(tile), b)
 
 
 class _ColumnSums:

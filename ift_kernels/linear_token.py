@@ -15,7 +15,7 @@ from ift_kernels.common.transform import LogitTransform
 from ift_kernels.operators import library
 from ift_kernels.schedule import device as devices
 from ift_kernels.schedule import plan, products
-from ift_kernels.schedule.accumulate import accum_dtype
+from ift_kernels.schedule.accumulate import accum_dtype, operand_dtype
 from ift_kernels.schedule.deterministic import padded_rows
 from ift_kernels.schedule.head import Head, pad_row_stride, pad_rows
 
@@ -143,10 +143,10 @@ def _linear_token(
 ) -> tuple[Tensor, Tensor]:
     n, device = hidden.shape[0], hidden.device
     backend = backends.get(hidden, dtype)
-    accum = accum_dtype(dtype)
+    accum, operands = accum_dtype(dtype), operand_dtype(hidden, weight, dtype)
     problem = plan.Problem(
-        n, weight.shape[0], weight.shape[1], dtype, workspace, same_dtype=weight.dtype == dtype,
-        device=devices.of(device), deterministic=deterministic,
+        n, weight.shape[0], weight.shape[1], dtype, workspace, same_dtype=weight.dtype == operands,
+        device=devices.of(device), deterministic=deterministic, operand_dtype=operands,
     )  # fmt: skip
     real = n
     if deterministic:
@@ -154,10 +154,11 @@ def _linear_token(
         problem = replace(problem, rows=n)
     head = Head(
         backend,
-        pad_row_stride(pad_rows(hidden, n).to(dtype)),
+        pad_row_stride(pad_rows(hidden, n).to(operands)),
         weight,
         None if bias is None else bias.to(accum).contiguous(),
         LogitTransform(scale, softcap, temperature),
+        dtype,
     )
     state = contract.new_state(n, device)
     target = torch.full((n,), -1, dtype=torch.int64, device=device)

@@ -228,11 +228,7 @@ def compute_dtype(
     where it is on, or the common dtype of the inputs.
     """
     if logits_dtype is not None:
-        if logits_dtype != torch.float32:
-            raise ValueError(f"logits_dtype: expected None or torch.float32, got {logits_dtype}")
-        if torch.float64 in (hidden.dtype, weight.dtype):
-            raise ValueError("logits_dtype: expected None for float64 inputs, got torch.float32")
-        return torch.float32
+        return float32_logits(logits_dtype, hidden.dtype, weight.dtype)
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
@@ -244,6 +240,15 @@ def compute_dtype(
             f"them{how}"
         )
     return hidden.dtype
+
+
+def float32_logits(logits_dtype: torch.dtype, *inputs: torch.dtype) -> torch.dtype:
+    """float32, or a ValueError: what is asked for is another, or there are float64 inputs."""
+    if logits_dtype != torch.float32:
+        raise ValueError(f"logits_dtype: expected None or torch.float32, got {logits_dtype}")
+    if torch.float64 in inputs:
+        raise ValueError("logits_dtype: expected None for float64 inputs, got torch.float32")
+    return torch.float32
 
 
 def token_ids(name: str, value: Tensor, shape: torch.Size, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from ift_kernels.common import checks, sync_free
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.schedule import deterministic, device, plan
-from ift_kernels.schedule.accumulate import accum_dtype
+from ift_kernels.schedule.accumulate import accum_dtype, operand_dtype
 from ift_kernels.schedule.active import ActiveHidden
 from ift_kernels.schedule.head import Head, pad_row_stride, pad_rows
 
@@ -100,19 +100,21 @@ class Call:
         hidden = pad_rows(hidden, self.problem.rows)
         # Copies count, but the products keep a quarter of the budget: less would crawl.
         copies = (self.rows is not None or len(hidden) > self.count) * hidden.element_size()
-        copies += (hidden.dtype != dtype) * dtype.itemsize
-        padded = pad_row_stride(plain := hidden.to(dtype))
-        copies += (padded is not plain) * dtype.itemsize
+        operands = self.problem.operands
+        copies += (hidden.dtype != operands) * operands.itemsize
+        padded = pad_row_stride(plain := hidden.to(operands))
+        copies += (padded is not plain) * operands.itemsize
         self.head = Head(
             backends.get(hidden, dtype),
             padded,
             weight,
             None if bias is None else bias.to(accum_dtype(dtype)).contiguous(),
             LogitTransform(scale, softcap, temperature),
+            dtype,
         )
         workspace = max(workspace - hidden.numel() * copies, workspace // 4)
         self.problem = replace(self.problem, workspace=workspace)
-        if active is not None:
+        if active is not None and self.problem.active is not None:
             active.serve(self.problem)
 
     def select(self, value: Tensor) -> Tensor:
@@ -163,15 +165,16 @@ def problem(
     """What `plan` needs of a call all of whose rows of hidden are valid.
 
     `grads_in_forward`: its gradients are known in forward, up to factors. `active`: None: dh is
-    exact.
+    exact, as of 16-bit operands of float32 products.
     """
     half, dtype = gives_half((hidden, weight, bias), needs), options.dtype
+    operands = operand_dtype(hidden, weight, dtype)
     transpose = backends.get(hidden, dtype).wants_transpose(dtype)
     found = plan.Problem(
         hidden.shape[0], weight.shape[0], weight.shape[1], dtype, options.workspace, *needs,
-        grads_in_forward and not half, weight.dtype == dtype, transpose,
-        None if active is None else active.options, device.of(hidden.device),
-        hidden.dtype == dtype, fp32_weight_sum, options.deterministic,
+        grads_in_forward and not half, weight.dtype == operands, transpose,
+        None if active is None or operands != dtype else active.options, device.of(hidden.device),
+        hidden.dtype == operands, fp32_weight_sum, options.deterministic, operands,
     )  # fmt: skip
     if not options.deterministic:
         return found

@@ -25,7 +25,7 @@ from ift_kernels.operators.head_call import (
 )
 from ift_kernels.schedule import gradients, plan, products
 from ift_kernels.schedule.accumulate import accum_dtype
-from ift_kernels.schedule.head import Results, empty_padded
+from ift_kernels.schedule.head import Results
 
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
 OPTIONS = (
@@ -160,7 +160,7 @@ def _stats(
     call = Call(hidden, weight, bias, rows, Options(*options), tuple(needs), active=active)
     chosen = plan.make(call.problem, plan.ledger.reserved, schedule or None)
     kept_rows = call.problem.rows if chosen.keep_columns else 0
-    kept = empty_padded(call.head.backend, call.head.hidden, kept_rows, chosen.keep_columns)
+    kept = call.head.buffer(kept_rows, chosen.keep_columns)
     with torch.autocast(hidden.device.type, enabled=False):
         state, argmax = products.statistics(
             call.head, call.select(target), track, chosen, kept if chosen.keep_columns else None,

@@ -77,10 +77,15 @@ class Sum:
                 self._part = self._first
             self._part = _add_rounded(self.total[rows], a, b, self._part)
 
+    @property
+    def value(self) -> Tensor:
+        """The whole sum, float32 or in the dtype of a product that was all of it."""
+        only = self._first if self._total is None else None
+        return self.total if only is None else only
+
     def result(self, dtype: torch.dtype) -> Tensor:
         """The whole sum in `dtype`."""
-        only = self._first if self._total is None else None
-        return (self.total if only is None else only).to(dtype)
+        return self.value.to(dtype)
 
 
 class SumInResult:
@@ -105,8 +110,10 @@ class SumInResult:
             if start >= stop:
                 continue
             some, of_a = total[start - begin : stop - begin], a[start - rows.start :]
-            if self._fp32_products:
+            if self._fp32_products and b.dtype != some.dtype:
                 add_fp32_product(some, of_a[: stop - start], b)
+            elif b.dtype == some.dtype:
+                some.addmm_(of_a[: stop - start], b)
             else:
                 self._part = _add_rounded(some, of_a[: stop - start], b, self._part)
 
@@ -135,6 +142,15 @@ def adds_fp32_products(like: Tensor) -> bool:
     """Whether products of 16-bit matrices can be added to a float32 sum unrounded."""
     sixteen_bit = like.dtype.itemsize == 2 and like.device.type != "cpu"
     return sixteen_bit and device.of(like.device).fp32_out
+
+
+def operand_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of hidden and weight in products of `dtype`: 16 bits where those are not rounded.
+
+    They are cast to that of the products elsewhere: on a CPU, and where they differ.
+    """
+    kept = dtype == torch.float32 and hidden.dtype == weight.dtype and adds_fp32_products(hidden)
+    return hidden.dtype if kept else dtype
 
 
 @contextlib.contextmanager

@@ -87,10 +87,11 @@ class Cost:
 
 
 @functools.lru_cache(maxsize=4096)
-def gemm(device: Device, dtype: torch.dtype, m: int, n: int, k: int) -> float:
+def gemm(device: Device, dtype: torch.dtype, m: int, n: int, k: int, result: int = 0) -> float:
     """Seconds of a vendor's product (m, k) @ (k, n): whole waves of tiles, split-K if they are few.
 
-    At least as long as its operands and its result take to pass through memory.
+    At least as long as its operands and its result, of `result` bytes an element if that is not
+    theirs, take to pass through memory.
     """
     if not m * n * k:
         return 0.0
@@ -106,24 +107,30 @@ def gemm(device: Device, dtype: torch.dtype, m: int, n: int, k: int) -> float:
             if split > 1:  # float32 parts are written and read once more
                 time += device.launch_gap + m * n * 8 * split / device.bandwidth
             best = min(best, time)
-    return max(best, (m * k + k * n + m * n) * dtype.itemsize / device.bandwidth)
+    moved = (m * k + k * n) * dtype.itemsize + m * n * (result or dtype.itemsize)
+    return max(best, moved / device.bandwidth)
 
 
 class _Model:
     """Costs of the parts of a schedule, for one problem."""
 
     def __init__(self, problem: Problem) -> None:
-        self.p, self.device, self.size = problem, problem.device, problem.dtype.itemsize
+        self.p, self.device, self.size = problem, problem.device, problem.operands.itemsize
+        self.tile_size = problem.dtype.itemsize  # of an element of a tile
 
-    def product(self, m: int, n: int, k: int, added: float = 0.0) -> Cost:
+    def product(self, m: int, n: int, k: int, added: float = 0.0, result: int = 0) -> Cost:
         """A product; `added` bytes are read and written by its epilogue for a sum."""
-        gap = self.device.launch_gap
-        seconds, extra = gemm(self.device, self.p.dtype, m, n, k), added / self.device.bandwidth
+        gap, extra = self.device.launch_gap, added / self.device.bandwidth
+        seconds = gemm(self.device, self.p.operands, m, n, k, result)
         return Cost(seconds, 0.0, extra, gap, 1, added)
+
+    def tile(self, rows: int, columns: int) -> Cost:
+        """A tile of products."""
+        return self.product(rows, columns, self.p.width, 0.0, self.tile_size)
 
     def epilogue(self, rows: int, columns: int, passes: int) -> Cost:
         """Statistics (one pass over a tile) or its gradient (two)."""
-        tile, device = rows * columns * self.size, self.device
+        tile, device = rows * columns * self.tile_size, self.device
         state = 128 * rows
         rate = device.bandwidth * (L2_RATE if 2 * tile <= device.l2_bytes else 1.0)
         waves = math.ceil(rows / (ROWS_AT_ONCE * device.multiprocessors))
@@ -149,13 +156,15 @@ class _Model:
     def gradient(self, rows: int, columns: int, added: bool = False) -> Cost:
         """A tile's gradient, and from that dW's columns, `added` or written, and the bias."""
         p, cost = self.p, self.epilogue(rows, columns, 2)
+        if p.rounded_size:  # to 16 bits, in memory of its own
+            cost += self.moved(rows * columns * (self.tile_size + self.size))
         if p.need_weight:
             result = columns * p.width
             cost += self.product(columns, p.width, rows, 2 * result * self.size * added)
             if not p.same_dtype:  # a sum of its own, cast into dW
                 cost += self.moved(result * (4 + self.size))
         if p.need_bias:
-            cost += self.moved(rows * columns * self.size, 2)
+            cost += self.moved(rows * columns * self.tile_size, 2)
         return cost
 
     def summed(self, rows: int, columns: int) -> Cost:
@@ -210,7 +219,7 @@ def _statistics(model: _Model, rows: int, plan: Plan) -> Cost:
     for columns, count in _steps(model.p.vocabulary, plan.tile_columns):
         total += model.cast(columns) * count
         for part, parts in _steps(rows, plan.tile_rows):
-            tile = model.product(part, columns, model.p.width) + model.epilogue(part, columns, 1)
+            tile = model.tile(part, columns) + model.epilogue(part, columns, 1)
             total += tile * (count * parts)
     return total
 
@@ -227,15 +236,15 @@ def _backward(model: _Model, rows: int, plan: Plan, hidden: bool, weight: bool) 
     for columns, count in again:
         per_tile = model.cast(columns)
         for part, parts in row_tiles:
-            tile = model.product(part, columns, p.width) + model.gradient(part, columns)
+            tile = model.tile(part, columns) + model.gradient(part, columns)
             per_tile += tile * parts
         if weight:
             per_tile += model.added(columns * p.width, blocks)
         total += per_tile * count
     if not hidden:
         return total
-    # dh of all kept columns is one product, unless the head is cast chunk by chunk.
-    first = [(kept, 1)] if kept and p.same_dtype else _steps(kept, plan.tile_columns)
+    # dh of all kept columns is one product, unless the head or the gradient is cast by tiles.
+    first = [(kept, 1)] if kept and not p.by_tiles else _steps(kept, plan.tile_columns)
     if kept and p.active is not None:
         total += _active(model, rows, kept, plan) + _tail_weights(model, kept)
         first = []
@@ -314,6 +323,8 @@ def _in_forward(model: _Model, plan: Plan) -> Cost:
         block += model.small(ROW_OPERATIONS)
         first = index == 0  # writes dW
         groups = [(p.vocabulary, 1)]  # of columns, whose share of dh is one product
+        if p.by_tiles:
+            groups = _steps(p.vocabulary, plan.tile_columns)
         if first and parked:
             groups = _steps(p.vocabulary, plan.first_columns)
             tiles = math.ceil(p.vocabulary / plan.tile_columns)
@@ -376,7 +387,7 @@ def floor(problem: Problem, plan: Plan) -> float:
     p, cost = problem, seconds(problem, plan)
     hidden, weight = p.need_hidden, p.need_weight or p.need_bias
     forming = plan.products - hidden - weight
-    whole = forming * gemm(p.device, p.dtype, p.rows, p.vocabulary, p.width)
-    whole += hidden * gemm(p.device, p.dtype, p.rows, p.width, p.vocabulary)
-    whole += weight * gemm(p.device, p.dtype, p.vocabulary, p.width, p.rows)
+    whole = forming * gemm(p.device, p.operands, p.rows, p.vocabulary, p.width, p.dtype.itemsize)
+    whole += hidden * gemm(p.device, p.operands, p.rows, p.width, p.vocabulary)
+    whole += weight * gemm(p.device, p.operands, p.vocabulary, p.width, p.rows)
     return whole + cost.bytes / p.device.bandwidth + cost.gaps

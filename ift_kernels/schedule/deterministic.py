@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ift_kernels.schedule.head import multiply
 from ift_kernels.schedule.problem import Memory, Plan, Problem, can_form_in_forward, in_backward
 from ift_kernels.schedule.problem import in_forward as forward_plan
 
@@ -49,31 +50,40 @@ def _small(p: Problem, place: torch.device, most: int) -> tuple[int, ...]:
         return ()
     width = columns(p)
     widths = (width,) if p.vocabulary % width == 0 else (width, p.vocabulary % width)
-    found = [sizes(place, p.dtype, p.width, of, most, torch.get_num_threads()) for of in widths]
+    dtypes, threads = (p.operands, p.dtype), torch.get_num_threads()
+    found = [sizes(place, dtypes, p.width, of, most, threads) for of in widths]
     return tuple(size for size in SMALL if all(size in each for each in found))
 
 
 @functools.cache
 def sizes(
-    place: torch.device, dtype: torch.dtype, width: int, columns: int, rows: int, threads: int
+    place: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    width: int,
+    columns: int,
+    rows: int,
+    threads: int,
 ) -> tuple[int, ...]:
     """Numbers of rows whose products are those of `rows` rows, to the bit.
+
+    `dtypes`: of operands and of products.
 
     Raises:
         RuntimeError: a row's product depends on its place, on where the result is written, or on
             the number of threads.
     """
+    dtype, product = dtypes
     seeded = torch.Generator(place).manual_seed(1)
     options = {"generator": seeded, "device": place, "dtype": torch.float32}
     with torch.inference_mode(False), torch.no_grad():
         hidden = torch.randn(rows, width, **options).to(dtype)  # type: ignore[call-overload]
         weight = torch.randn(columns, width, **options).to(dtype)  # type: ignore[call-overload]
-        logits = torch.mm(hidden, weight.T)
+        logits = _product(hidden, weight, product)
         wide = logits.new_zeros(rows, columns + 64)
         order = torch.arange(rows, device=place).roll(rows // 3)
         for what, same in (
-            ("its place", _same(torch.mm(hidden[order], weight.T), logits[order])),
-            ("strides", _same(torch.mm(hidden, weight.T, out=wide[:, :columns]), logits)),
+            ("its place", _same(_product(hidden[order], weight, product), logits[order])),
+            ("strides", _same(multiply(hidden, weight.T, wide[:, :columns]), logits)),
         ):
             if not same:
                 raise _refusal(what, place, dtype)
@@ -83,7 +93,12 @@ def sizes(
                 again = _three(hidden, weight, torch.mm(hidden, weight.T))
             if not all(_same(a, b) for a, b in zip(first, again, strict=True)):
                 raise _refusal("the number of threads", place, dtype)
-        return tuple(n for n in SMALL if _same(torch.mm(hidden[:n], weight.T), logits[:n]))
+        return tuple(n for n in SMALL if _same(_product(hidden[:n], weight, product), logits[:n]))
+
+
+def _product(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    out = hidden.new_empty((len(hidden), len(weight)), dtype=dtype)
+    return multiply(hidden, weight.T, out)
 
 
 def _three(hidden: Tensor, weight: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,13 +158,13 @@ def make(p: Problem, reserved_bytes: int, schedule: str | None, kept_bytes: int)
 def _in_forward(p: Problem, memory: Memory, across: int, most: int) -> Plan | None:
     """`forward`, in blocks of whole products; a 16-bit dW of several blocks is a float32 sum."""
     for summed in (0, p.vocabulary):
-        if summed and (not p.need_weight or p.dtype.itemsize >= 4):
+        if summed and p.unrounded_blocks:
             continue
         space = memory.budget - memory.block_fixed(across)
         space -= memory.weight_sum(across, summed) if summed else 0
         block = max(space, 0) // memory.block_token(across)
         block = p.rows if block >= p.rows else block // most * most
-        one_block = block >= p.rows or not p.need_weight or p.dtype.itemsize >= 4
+        one_block = block >= p.rows or p.unrounded_blocks
         if block and (one_block or summed):
             plan = forward_plan(p, memory, block, across, summed)
             return replace(plan, product_rows=min(most, block))

@@ -13,7 +13,7 @@ from ift_kernels.backends.contract import Chunk
 from ift_kernels.schedule.accumulate import Sum, accum_dtype, add_column_sums
 from ift_kernels.schedule.divergence_plan import Heads, Layout, Needs, in_place, layout
 from ift_kernels.schedule.gradients import Gradients
-from ift_kernels.schedule.head import Head, Results, Tile, empty_padded, slices
+from ift_kernels.schedule.head import Head, Results, Tile, slices
 
 Pair = tuple[Chunk, Chunk]  # of student and teacher
 
@@ -28,15 +28,12 @@ class Products:
         self.backend = heads[0].backend if same else reference  # of both at once
         self.held = self.rest = self.teacher = heads[0].hidden.new_empty(0)
 
-    def _buffer(self, head: Head, rows: int, columns: int) -> Tensor:
-        return empty_padded(head.backend, head.hidden, rows, columns)
-
     def blocks(self) -> Iterator[slice]:
         """Rows of all blocks, whose products are then `formed` and read again by `tiles`."""
         block, vocabulary = min(self.sizes.block, self.rows), self.heads[0].vocabulary
-        self.held = self._buffer(self.heads[0], self.rows, self.sizes.held)
-        self.rest = self._buffer(self.heads[0], block, vocabulary - self.sizes.held)
-        self.teacher = self._buffer(self.heads[1], block, vocabulary)
+        self.held = self.heads[0].buffer(self.rows, self.sizes.held)
+        self.rest = self.heads[0].buffer(block, vocabulary - self.sizes.held)
+        self.teacher = self.heads[1].buffer(block, vocabulary)
         yield from slices(0, self.rows, max(block, 1))
         self.rest = self.teacher = self.held.new_empty(0)
 
@@ -54,7 +51,7 @@ class Products:
         """The tiles of a block, each formed first."""
         for columns, pair in self.tiles(rows):
             for head, chunk in zip(self.heads, pair, strict=True):
-                torch.mm(head.hidden[rows], head.weight_chunk(columns).T, out=chunk.x)
+                head.multiply(columns, chunk.x, rows)
             yield columns, pair
 
     def gradients(self, rows: slice) -> list[tuple[slice, Tensor]]:
@@ -76,15 +73,14 @@ class Products:
         if first == self.heads[0].vocabulary:
             return
         tile_rows = min(self.sizes.tile_rows, over.stop - over.start)
-        scratch = [self._buffer(head, tile_rows, self.sizes.tile_columns) for head in self.heads]
+        scratch = [head.buffer(tile_rows, self.sizes.tile_columns) for head in self.heads]
         for columns in slices(first, self.heads[0].vocabulary, self.sizes.tile_columns):
             width = columns.stop - columns.start
-            weights = [head.weight_chunk(columns) for head in self.heads]
             scratch[0][:, width:] = 0  # as in empty_padded, for a narrower last tile
             for rows in slices(over.start, over.stop, max(tile_rows, 1)):
                 products = [some[: rows.stop - rows.start, :width] for some in scratch]
-                for head, weight, product in zip(self.heads, weights, products, strict=True):
-                    torch.mm(head.hidden[rows], weight.T, out=product)
+                for head, product in zip(self.heads, products, strict=True):
+                    head.multiply(columns, product, rows)
                 yield rows, columns, self._pair(rows, columns, *products)
 
     def _pair(self, rows: slice, columns: slice, *products: Tensor) -> Pair:
@@ -237,12 +233,12 @@ class Divergence:
     def _hidden(self, rows: slice) -> Tensor:
         """dh of a block; by whole ranges of columns, for vendor GEMMs want a long inner size."""
         parts = self.products.gradients(rows)
-        if self.head.weight.dtype != self.head.hidden.dtype:  # cast by tiles
+        if self.head.weight.dtype != self.head.dtype:  # it or the gradient is cast by tiles
             parts = [(columns, pair[0].x) for columns, pair in self.products.tiles(rows)]
         size = rows.stop - rows.start, self.head.hidden.shape[1]
         total = Sum(size, self.head.hidden, self.head.vocabulary)
         for columns, part in parts:
-            total.add(slice(None), part, self.head.weight_chunk(columns))
+            total.add(slice(None), self.head.rounded(part), self.head.weight_chunk(columns))
         return total.total
 
     def _add_weight_in_place(self, out: Tensor, rows: slice, product: Tensor) -> None:
@@ -261,7 +257,7 @@ class Divergence:
     def _add_weight(self, total: Gradients, rows: slice, columns: slice, gradient: Tensor) -> None:
         transposed = None if total.transposed is None else total.transposed.of(gradient)
         if transposed is None:
-            transposed = gradient.T
+            transposed = self.head.rounded(gradient).T
         else:
             self.head.backend.transpose(gradient, transposed)
         total.add_weight(rows, columns, transposed)
@@ -270,11 +266,12 @@ class Divergence:
         total = self._total(needs, self.head.rows(over))
         for rows, columns, pair in self.products.sweep(over):
             self._gradient(pair, given.part(rows))
+            gradient = self.head.rounded(pair[0].x)
             if total.hidden is not None:
                 here = slice(rows.start - over.start, rows.stop - over.start)
-                total.hidden.add(here, pair[0].x, self.head.weight_chunk(columns))
+                total.hidden.add(here, gradient, self.head.weight_chunk(columns))
             if total.weight is not None:
-                self._add_weight(total, rows, columns, pair[0].x)
+                self._add_weight(total, rows, columns, gradient)
             if total.bias is not None:
                 add_column_sums(total.bias[columns], pair[0].x)
         return total.results()

@@ -48,26 +48,27 @@ def layout(heads: Heads, workspace: int, need_hidden: bool, need_weight: bool) -
     """The cheapest sizes for a call that forms the gradients of hidden and weight asked for."""
     student = heads[0]
     (n, width), vocabulary = student.hidden.shape, student.vocabulary
-    own, other = (head.hidden.element_size() for head in heads)
-    flip = own * (need_weight and student.backend.wants_transpose(student.hidden.dtype))
+    own, other = (head.dtype.itemsize for head in heads)
+    flip = own * (need_weight and student.backend.wants_transpose(student.dtype))
     cast = sum(
         (head.weight.dtype != head.hidden.dtype) * head.weight.shape[1] * size
         for head, size in zip(heads, (own, other), strict=True)
     )
-    same = student.weight.dtype == student.hidden.dtype
-    sums = width * (own + 4)  # of dW's columns, unless a tile writes them once
+    same, operand = student.weight.dtype == student.hidden.dtype, student.hidden.element_size()
+    rounded = operand * (operand != own)  # a tile's gradient once more
+    sums = width * (operand + 4)  # of dW's columns, unless a tile writes them once
     gpu = device.of(student.hidden.device).is_gpu
     # In cache for the epilogues of a CPU; launches of a GPU take long beside such tiles.
     tile_bytes = workspace if gpu else plan.TILE_BYTES
     budget = min(tile_bytes, workspace // 4)
     in_torch = student.backend.divergence_gradient_ is reference.divergence_gradient_
-    per_element = own + other + flip + (gpu and in_torch) * IN_TORCH
+    per_element = own + other + flip + rounded + (gpu and in_torch) * IN_TORCH
     per_column = cast + sums * (need_weight and not same)
     tile_rows, columns = plan.tile(n, vocabulary, per_element, budget, per_column, tile_bytes)
     if need_weight and same and tile_rows < n:
         per_column = cast + sums
         tile_rows, columns = plan.tile(n, vocabulary, per_element, budget, per_column, tile_bytes)
-    per_row = need_hidden * width * (own + 4)
+    per_row = need_hidden * width * (operand + 4)
     hidden_rows = n
     if n * per_row > workspace // 2:
         hidden_rows = max(1, workspace // 2 // per_row)

@@ -111,7 +111,8 @@ def _gpu_tiles(p: Problem, space: int, per_column: Callable[[int], int]) -> list
     if found:
         return found
     beside = per_column(0)
-    return [tile(p.rows, p.vocabulary, p.dtype.itemsize, space, beside, tile_bytes=space)]
+    size = p.dtype.itemsize + p.rounded_size
+    return [tile(p.rows, p.vocabulary, size, space, beside, tile_bytes=space)]
 
 
 def _gpu_columns(p: Problem, rows: int) -> list[int]:
@@ -159,6 +160,8 @@ def _parked(p: Problem, memory: Memory, rows: int, columns: int) -> Iterator[Pla
     """Plans whose first block is larger than `rows`: part of its products wait in dW."""
     if not p.need_weight or p.active is not None or p.vocabulary % ALIGN or p.width % ALIGN:
         return
+    if p.rounded_size:  # they would not fit
+        return
     for blocks in range(1, min(max_blocks(p), MAX_ROUNDED_GPU) + 1):
         first = p.rows - (blocks - 1) * rows
         if not rows < first <= p.width:
@@ -177,7 +180,7 @@ def _summed(p: Problem, memory: Memory) -> Iterator[Plan]:
 
     Of all columns or, in less memory, of some: dW of the others takes products formed again.
     """
-    if not p.need_weight or p.dtype.itemsize >= 4:
+    if p.unrounded_blocks:
         return
     for eighths in range(SUMMED_EIGHTHS, 9):
         summed, rest = p.vocabulary * eighths // 8 // ALIGN * ALIGN, None

@@ -13,7 +13,7 @@ from torch import Tensor
 from ift_kernels.backends.contract import RowGradient
 from ift_kernels.schedule.accumulate import Sum, SumInResult, accum_dtype, add_column_sums
 from ift_kernels.schedule.active import ActiveHidden
-from ift_kernels.schedule.head import Head, Results, Tile, empty_padded, slices
+from ift_kernels.schedule.head import Head, Results, Tile, slices
 from ift_kernels.schedule.plan import Plan
 from ift_kernels.schedule.products import parked_tile, recomputed_tiles, statistics
 
@@ -68,7 +68,7 @@ class Gradients:
             self.bias = like.new_zeros(head.vocabulary, dtype=accum_dtype(like.dtype))
         self.chunk_sum: Sum | None = None
         self.transposed: Transposed | None = None
-        if needs[1] and head.backend.wants_transpose(like.dtype):
+        if needs[1] and head.backend.wants_transpose(head.dtype):
             self.transposed = Transposed(head, tile_columns, tile_rows)
 
     @property
@@ -100,16 +100,18 @@ class Gradients:
                 return mask
         transposed = None if self.transposed is None else self.transposed.of(product)
         head.backend.dlogits_(head.chunk(tile), row_gradient.rows(rows), transposed)
+        gradient = head.rounded(product)
+        if transposed is None:
+            transposed = gradient.T
         if self.hidden is not None and hidden_too:
             if self.active is None or mask is None:
-                self.hidden.add(rows, product, head.weight_chunk(columns))
+                self.hidden.add(rows, gradient, head.weight_chunk(columns))
             else:
                 self.active.add(head, tile, mask, self.hidden)
         if self.weight_sum is not None:
-            transposed = product.T if transposed is None else transposed
             self.weight_sum.add(columns, transposed, head.hidden[rows])
         elif self.weight is not None:
-            self.add_weight(rows, columns, product.T if transposed is None else transposed)
+            self.add_weight(rows, columns, transposed)
         if self.bias is not None:
             add_column_sums(self.bias[columns], product)
         return mask
@@ -118,8 +120,8 @@ class Gradients:
         """The same for the columns from `start` on whose products of all rows are `kept`."""
         rows, stop, tile_columns = slice(0, len(kept)), start + kept.shape[1], plan.tile_columns
         # dh from all of them in one product: vendor GEMMs want a long inner size (oneDNN is twice
-        # as fast from 16k on as at 4k), and it is rounded once. Not where that means a cast.
-        # Nor where products are of one size.
+        # as fast from 16k on as at 4k), and it is rounded once. Not where that means a cast of the
+        # head or of the gradient, nor where products are of one size.
         whole = self.head.weight.dtype == kept.dtype and not plan.product_rows
         tiles = (
             (columns, self.add(Tile(some, columns, product), row_gradient, not whole))
@@ -166,11 +168,14 @@ class Gradients:
             return
         assert not self.adds  # blocks of rows come with dW in the dtype of the products, see `plan`
         if rows.start == 0:
-            self.chunk_sum = Sum((out.shape[0], out.shape[1]), self.head.hidden, n)
+            like, into = self.head.hidden, None
+            if accum_dtype(like.dtype) == like.dtype:  # the same memory for all columns
+                into = self.head.backend.scratch(like, out.numel()).view(out.shape)
+            self.chunk_sum = Sum((out.shape[0], out.shape[1]), like, n, into)
         assert self.chunk_sum is not None
         self.chunk_sum.add(slice(None), transposed, hidden)
         if rows.stop == n:
-            out.copy_(self.chunk_sum.result(out.dtype))
+            out.copy_(self.chunk_sum.value)
             self.chunk_sum = None
 
     def hidden_result(self) -> Tensor | None:
@@ -287,7 +292,7 @@ def in_forward(
         parked = total.weight if rows.start == 0 and plan.first_rows else None
         if buffer is None:
             columns = head.vocabulary if parked is None else plan.first_columns
-            buffer = empty_padded(head.backend, head.hidden, size, columns)
+            buffer = head.buffer(size, columns)
         kept = buffer[:size]
         state = statistics(part, target[rows], track, plan, kept, parked=parked)
         row_gradient = coefficients(*state)._replace(target=target[rows])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ift_kernels.backends.contract import Backend, Chunk
@@ -19,10 +20,12 @@ class Head:
     """What every schedule needs to form products: rows `hidden` (N, D) against `weight` (V, D)."""
 
     backend: Backend
-    hidden: Tensor  # (N, D), compute dtype
+    hidden: Tensor  # (N, D), in the dtype of the operands of products
     weight: Tensor  # (V, D), any float dtype, cast chunk by chunk
     bias: Tensor | None  # (V,), float32 (float64 when computing in float64)
     transform: LogitTransform
+    # Of products: that of their operands, or float32 where the vendor does not round 16-bit ones.
+    product_dtype: torch.dtype | None = None
     # The last chunk that was cast: one cast serves a tile's products and its gradient.
     _cast: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -30,14 +33,32 @@ class Head:
     def vocabulary(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of products."""
+        return self.product_dtype or self.hidden.dtype
+
+    def buffer(self, rows: int, columns: int) -> Tensor:
+        """Where products are written, see `empty_padded`."""
+        like = self.hidden
+        if self.dtype != like.dtype:
+            like = like.new_empty(0, dtype=self.dtype)
+        return empty_padded(self.backend, like, rows, columns)
+
     def weight_chunk(self, columns: slice) -> Tensor:
         if self.weight.dtype == self.hidden.dtype:
             return self.weight[columns]
         key = columns.start, columns.stop
         if key not in self._cast:
             self._cast.clear()  # before the next takes its memory
-            self._cast[key] = self.weight[columns].to(self.hidden.dtype)
+            chunk = self.weight[columns]
+            cast: Tensor = self.backend.scratch(self.hidden, chunk.numel()).view(chunk.shape)
+            self._cast[key] = cast.copy_(chunk)
         return self._cast[key]
+
+    def multiply(self, columns: slice, out: Tensor, rows: slice = slice(None)) -> None:
+        """Write the products of these rows and columns to `out`."""
+        multiply(self.hidden[rows], self.weight_chunk(columns).T, out)
 
     def bias_chunk(self, columns: slice) -> Tensor | None:
         return None if self.bias is None else self.bias[columns]
@@ -46,6 +67,12 @@ class Head:
         """What a backend's epilogues take."""
         columns = tile.columns
         return Chunk(tile.product, self.bias_chunk(columns), self.transform, columns.start)
+
+    def rounded(self, gradient: Tensor) -> Tensor:
+        """A tile's gradient as an operand of products: itself, or in 16 bits, of its own memory."""
+        if gradient.dtype == self.hidden.dtype:
+            return gradient
+        return empty_padded(self.backend, self.hidden, *gradient.shape).copy_(gradient)
 
     def rows(self, rows: slice) -> Head:
         return replace(self, hidden=self.hidden[rows])
@@ -57,6 +84,20 @@ class Tile(NamedTuple):
     rows: slice
     columns: slice
     product: Tensor
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``out = a @ b``, rounded to the dtype of `out` alone: theirs, or float32 of 16 bits."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        fp32_product(a, b, out)
+    return out
+
+
+def fp32_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a @ b`` of 16-bit matrices, rounded to float32 alone."""
+    torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
 
 
 def empty_padded(backend: Backend, like: Tensor, rows: int, columns: int) -> Tensor:

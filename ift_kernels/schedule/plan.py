@@ -90,7 +90,8 @@ def _by_rules(problem: Problem, reserved_bytes: int, schedule: str | None, kept_
     p, memory = problem, Memory(problem)
     n, itemsize, budget = max(p.rows, 1), p.dtype.itemsize, memory.budget
     if not p.any_gradient:
-        rows, columns = tile(n, p.vocabulary, itemsize, budget, memory.cast)
+        most = memory.max_columns(memory.cast)
+        rows, columns = tile(n, most, itemsize, budget, memory.cast)
         peak = memory.statistics(rows, columns)
         return Plan("statistics", rows, columns, 0, 1.0, n, 0, peak)
     hidden_rows = n
@@ -98,9 +99,8 @@ def _by_rules(problem: Problem, reserved_bytes: int, schedule: str | None, kept_
         hidden_rows = max(1, budget // 2 // memory.per_row)
     sums = hidden_rows * memory.per_row
     size = itemsize * memory.copies
-    rows, columns = tile(
-        n, p.vocabulary, size, (budget - sums) // 2, memory.per_column, memory.tile_bytes
-    )
+    most = memory.max_columns(memory.per_column)
+    rows, columns = tile(n, most, size, (budget - sums) // 2, memory.per_column, memory.tile_bytes)
     keep = 0
     if kept_bytes:  # beside them forward may have had narrower tiles
         fit = (budget - sums - kept_bytes) // memory.per_tile_column(rows) // ALIGN * ALIGN
@@ -114,7 +114,7 @@ def _by_rules(problem: Problem, reserved_bytes: int, schedule: str | None, kept_
         and (schedule == "forward" or (schedule is None and keep < 0.9 * p.vocabulary))
         and can_form_in_forward(p)
     ):
-        _, across = tile(min(n, 1024), p.vocabulary, itemsize, budget // 4, memory.cast)
+        _, across = tile(min(n, 1024), most, itemsize, budget // 4, memory.cast)
         # The last quarter of the workspace buys a pass or two less over dW: not worth having.
         for space in (budget // 4 * 3, budget):
             block = max(0, space - memory.block_fixed(across)) // memory.block_token(across)
@@ -182,6 +182,7 @@ def explain(
     scalar: bool = False,
     weight_grad_sum: str = "auto",
     gradient: str | ActiveSet = "exact",
+    logits_dtype: torch.dtype | None = None,
     deterministic: bool = False,
     workspace: int | None = None,
     device: str | torch.device | Device = "cpu",
@@ -197,13 +198,13 @@ def explain(
         gradient: "exact" or "active" (an `ActiveSet` for its options), as in `linear_logprobs`. How
             many columns are active depends on data, so `products` counts all of them: the most.
             The plan of a GPU is `active` only where that is faster than an exact gradient.
-        deterministic, workspace: as the operations.
+        logits_dtype, deterministic, workspace: as the operations.
         device: a torch device of this machine, or the record of any, as
             `ift_kernels.schedule.device.H200`.
 
     Raises:
-        TypeError, ValueError: a `weight_grad_sum`, `gradient` or `workspace` that does not fit, a
-            `device` that is not there.
+        TypeError, ValueError: a `weight_grad_sum`, `gradient`, `logits_dtype` or `workspace` that
+            does not fit, a `device` that is not there.
 
     >>> print(explain(2048, 32000, 1024, torch.bfloat16).schedule)
     keep
@@ -226,16 +227,19 @@ def explain(
                 f"ift_kernels.schedule.device.H200; got {device}, but torch sees no GPU"
             )
         record = devices.of(place)
+    product = dtype if logits_dtype is None else checks.float32_logits(logits_dtype, dtype)
+    operand = dtype if record.fp32_out and dtype.itemsize == 2 else product
     budget = checks.workspace_bytes(
-        workspace, torch.device("cuda" if record.is_gpu else "cpu"), dtype
+        workspace, torch.device("cuda" if record.is_gpu else "cpu"), product
     )
+    exact = sync_free.on() or operand != product  # as `head_call`
     problem = Problem(
-        rows, vocabulary, width, dtype, budget, need_hidden, need_weight, False,
-        scalar or not need_weight,
-        transpose=not record.is_gpu and dtype.itemsize == 2,
-        # As `head_call`: gradients are exact where no size may depend on data.
-        active=active if need_hidden and not sync_free.on() else None,
-        device=record, fp32_weight_sum=weight_grad_sum == "float32", deterministic=deterministic,
+        rows, vocabulary, width, product, budget, need_hidden, need_weight, False,
+        scalar or not need_weight, dtype == operand,
+        transpose=not record.is_gpu and product.itemsize == 2,
+        active=active if need_hidden and not exact else None, device=record,
+        same_hidden_dtype=dtype == operand, fp32_weight_sum=weight_grad_sum == "float32",
+        deterministic=deterministic, operand_dtype=operand,
     )  # fmt: skip
     if deterministic:  # no product is formed to see which sizes would do
         problem = replace(problem, rows=same_size.padded_rows(problem, torch.device("meta")))

@@ -18,6 +18,8 @@ MIN_COLUMNS = 256  # of a tile, if memory allows: vendor products want as many
 # Rather than fewer a CPU's tile leaves the cache, up to twice its size: float32 products of 16384
 # rows are 14 % slower with 256.
 CPU_COLUMNS = 512
+# Of a chunk of the head that a CPU casts to float32, and of its dW: in cache, as a tile.
+CAST_BYTES = 8 << 20
 ACTIVE_COLUMNS = 16384  # inner size of a GPU's product of active columns, at most
 MIN_KEEP = 1024  # columns: less is not worth a second code path
 # Blocks of tokens whose sum is rounded to 16 bits after each of them.
@@ -44,10 +46,31 @@ class Problem:
     same_hidden_dtype: bool = True  # hidden (and its gradient) in the dtype of the products
     fp32_weight_sum: bool = False  # sums of dW over blocks of rows are float32, whatever its dtype
     deterministic: bool = False  # products of one size: `rows` is padded, see `deterministic`
+    operand_dtype: torch.dtype | None = None  # 16 bits of which products are float32; None: dtype
 
     @property
     def any_gradient(self) -> bool:
         return self.need_hidden or self.need_weight or self.need_bias
+
+    @property
+    def operands(self) -> torch.dtype:
+        """The dtype of hidden, weight and gradients of tiles in products."""
+        return self.operand_dtype or self.dtype
+
+    @property
+    def rounded_size(self) -> int:
+        """Bytes of an element of a tile's gradient once more, as an operand; 0: where it is."""
+        return 0 if self.operands == self.dtype else self.operands.itemsize
+
+    @property
+    def unrounded_blocks(self) -> bool:
+        """Whether dW, if there is any, holds sums over blocks of rows as they are."""
+        return not self.need_weight or (self.same_dtype and self.operands.itemsize >= 4)
+
+    @property
+    def by_tiles(self) -> bool:
+        """Whether dh takes a product for each tile: its gradient, or the head's chunk, is cast."""
+        return not self.same_dtype or self.rounded_size > 0
 
     @property
     def gradients(self) -> int:
@@ -131,7 +154,7 @@ class Memory:
     def __init__(self, problem: Problem) -> None:
         p = problem
         self._n, self._size = max(p.rows, 1), p.dtype.itemsize
-        n, itemsize = self._n, self._size
+        n, itemsize = self._n, p.operands.itemsize
         # Beside the products: what is known of every row, and what the vendor's products take.
         self.budget = p.workspace - min(256 * n, p.workspace // 32)
         # Where the weight is of another dtype: its chunk cast, its gradient summed before the cast.
@@ -161,9 +184,10 @@ class Memory:
         # A tile, its transpose, its active columns, and what goes with each column.
         self._transposed = p.transpose and p.need_weight
         self.copies = 1 + self._transposed + (p.active is not None and not p.device.is_gpu)
+        self._rounded = p.rounded_size * p.any_gradient
         # What is in cache for the epilogues: active columns are few.
         self.tile_bytes = TILE_BYTES * self.copies // (1 + self._transposed)
-        sums = p.width * (itemsize + 4) if self.cast and p.need_weight else 0
+        sums = p.width * (itemsize + 4 * (itemsize < 4)) if self.cast and p.need_weight else 0
         self.per_column = self.cast + sums + gathered + missing * itemsize
         if self._transposed and n < 256:  # whole cache lines weigh: see `gradients.Transposed`
             self.per_column += 31 * itemsize
@@ -173,12 +197,20 @@ class Memory:
         self._row_tile_sums = p.width * (part + 4) * row_tile_sums
         if p.active is not None and n > p.active.block and not p.device.is_gpu:
             missing = p.active.block - 1  # whatever the rows of a block of `forward`
-        self._block_column = self.cast + gathered + (missing + 64 * self._transposed) * itemsize
+        self._block_column = (
+            self.cast + sums + gathered + (missing + 64 * self._transposed) * itemsize
+        )
         self._vocabulary, self._weight_width = p.vocabulary, p.width * p.need_weight
         # A GPU's `forward` forms dh of a block in one product, where it is returned.
         self._block_row = self.per_row
-        if p.device.is_gpu and p.same_dtype and p.active is None:
+        if p.device.is_gpu and p.active is None and not p.by_tiles:
             self._block_row = 0 if p.same_hidden_dtype else p.need_hidden * p.width * itemsize
+
+    def max_columns(self, per_column: int) -> int:
+        """Columns of a tile, at most, where so many bytes go beside each."""
+        if not self.cast or self._size < 4 or self._on_gpu:
+            return self._vocabulary
+        return min(self._vocabulary, max(MIN_COLUMNS, CAST_BYTES // per_column // ALIGN * ALIGN))
 
     def statistics(self, rows: int, columns: int) -> int:
         """Of tiles whose products are read once."""
@@ -191,7 +223,7 @@ class Memory:
     def per_tile_column(self, rows: int) -> int:
         """The same for each column of a tile, without dh's sum."""
         sums = self._row_tile_sums if rows < self._n else 0
-        return rows * self._size * self.copies + self.per_column + sums
+        return rows * (self._size * self.copies + self._rounded) + self.per_column + sums
 
     def kept(self, columns: int) -> int:
         """Of products of all rows that stay until backward."""
@@ -199,7 +231,7 @@ class Memory:
 
     def block_token(self, columns: int) -> int:
         """For each row of a block of `forward`, in tiles of so many columns."""
-        copied = columns * self._size * (self.copies - 1)
+        copied = columns * (self._size * (self.copies - 1) + self._rounded)
         return self._vocabulary * self._size + self._block_row + copied
 
     def weight_sum(self, columns: int, summed: int) -> int:
@@ -209,7 +241,7 @@ class Memory:
         As much of the sum as the 16-bit dW can hold is there; plans of a CPU were measured
         without that.
         """
-        part = self._size * columns
+        part = 0 if self.cast else self._size * columns  # as of a CPU's `block_fixed`
         if self._on_gpu:
             summed -= min(summed, self._vocabulary // 2)
             part *= not self._fp32_out
@@ -260,16 +292,21 @@ def can_form_in_forward(p: Problem) -> bool:
     return (
         p.grads_in_forward
         # Gradients would be rounded to float16 before a loss scale lifts them off its underflow.
-        and p.dtype != torch.float16
-        and (not p.need_weight or p.same_dtype)
+        and p.operands != torch.float16
+        # On a CPU a 16-bit dW may be a float32 sum of float32 products.
+        and (
+            not p.need_weight
+            or p.same_dtype
+            or (p.dtype == torch.float32 and not p.device.is_gpu)
+        )
     )
 
 
 def max_blocks(p: Problem) -> int:
     """Blocks that `forward` may take: each rounds a 16-bit dW once more."""
-    if not p.need_weight or p.dtype.itemsize >= 4:
+    if p.unrounded_blocks:
         return max(p.rows, 1)
-    if p.fp32_weight_sum:
+    if p.fp32_weight_sum or not p.same_dtype:
         return 1
     return MAX_ROUNDED_GPU if p.device.is_gpu else MAX_ROUNDED
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 from ift_kernels.backends.contract import RowState, new_state
-from ift_kernels.schedule.head import Head, Tile, empty_padded, slices
+from ift_kernels.schedule.head import Head, Tile, slices
 from ift_kernels.schedule.plan import Plan
 
 
@@ -28,14 +27,14 @@ def tiles(
         for columns in slices(0, first, plan.tile_columns):
             for rows in plan.product_slices(n):
                 product = kept[rows, columns]
-                torch.mm(head.hidden[rows], head.weight_chunk(columns).T, out=product)
+                head.multiply(columns, product, rows)
                 yield Tile(rows, columns, product)
     if parked is None:
         yield from recomputed_tiles(head, plan, first)
         return
     for columns in slices(first, head.vocabulary, plan.tile_columns):
         product = parked_tile(parked, n, columns)
-        torch.mm(head.hidden, head.weight_chunk(columns).T, out=product)
+        head.multiply(columns, product)
         yield Tile(slice(0, n), columns, product)
 
 
@@ -53,14 +52,13 @@ def recomputed_tiles(head: Head, plan: Plan, first: int) -> Iterator[Tile]:
     if first == head.vocabulary:
         return
     n = head.hidden.shape[0]
-    scratch = empty_padded(head.backend, head.hidden, min(plan.tile_rows, n), plan.tile_columns)
+    scratch = head.buffer(min(plan.tile_rows, n), plan.tile_columns)
     for columns in slices(first, head.vocabulary, plan.tile_columns):
         width = columns.stop - columns.start
         scratch[:, width:] = 0  # as in empty_padded, for a narrower last tile
         for rows in slices(0, n, plan.tile_rows):
-            hidden = head.hidden[rows]
-            product = scratch[: hidden.shape[0], :width]
-            torch.mm(hidden, head.weight_chunk(columns).T, out=product)
+            product = scratch[: rows.stop - rows.start, :width]
+            head.multiply(columns, product, rows)
             yield Tile(rows, columns, product)
 
 
@@ -87,7 +85,8 @@ def statistics(
     state = new_state(head.hidden.shape[0], head.hidden.device)
     # One kernel for products and statistics, where a backend has it and its table prefers it.
     fused: Callable[..., bool] | None = getattr(head.backend, "fused_statistics", None)
-    if last and kept is None and fused is not None and not plan.product_rows:
+    rounds = head.dtype != head.hidden.dtype or plan.product_rows  # otherwise than such a kernel
+    if last and kept is None and fused is not None and not rounds:
         operands = head.hidden, head.weight, head.bias, head.transform
         if fused(*operands, target, state, track):
             return state
