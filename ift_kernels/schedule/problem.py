@@ -295,9 +295,7 @@ def can_form_in_forward(p: Problem) -> bool:
         and p.operands != torch.float16
         # On a CPU a 16-bit dW may be a float32 sum of float32 products.
         and (
-            not p.need_weight
-            or p.same_dtype
-            or (p.dtype == torch.float32 and not p.device.is_gpu)
+            not p.need_weight or p.same_dtype or (p.dtype == torch.float32 and not p.device.is_gpu)
         )
     )
 
