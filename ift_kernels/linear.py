@@ -93,7 +93,11 @@ def linear_logprobs(
             skipped. On a GPU the call is exact where its plan takes that for faster: see `explain`.
         logits_dtype: None: logits are products rounded to the dtype of the inputs, as torch's are.
             torch.float32: they are never rounded to 16 bits, ``hidden.float() @ weight.float().T``
-            without a copy of the weight; autocast is not heeded. See docs/numerics.md.
+            without a copy of the weight; autocast is not heeded. Where both are of the same 16 bits
+            a CUDA GPU multiplies them as they are (torch 2.8) and rounds the gradient of logits to
+            16 bits for dh and dW; with ``hidden.float()`` that is float32 too, and products slow,
+            as everywhere else. The gradient of hidden is exact there, whatever `gradient`. See
+            docs/numerics.md.
         deterministic: every result of a token is, to the bit, the same whatever the other tokens of
             the call, their number and order, the workspace, the number of threads, and whether
             gradients are needed; gradients are whatever the threads and the run. Default False: a

@@ -202,7 +202,7 @@ class _Dispatched(TorchDispatchMode):
             self._note(tensor)
         if name in PRODUCTS:
             self.counts["products"] += 1
-            a, b = args[-2:] if name.startswith("aten::mm") else args[1:3]
+            a, b = args[:2] if name.startswith("aten::mm") else args[1:3]
             self.counts["flops"] += 2 * a.numel() * b.shape[-1]
         free = op.is_view or name in FREE or not any(tensor.numel() for tensor in found)
         self.counts["operators"] += not free
