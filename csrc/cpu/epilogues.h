@@ -14,7 +14,7 @@
 namespace ift {
 
 // Rows of the running state, float64 (kStateRows, N) with row stride `state_ld`.
-// The same order as ift_kernels/backends/contract.py; the sums of exponentials leave out the target.
+// The same order as ift_kernels/backends/contract.py; sums of exponentials leave out the target.
 enum State : int { kMax, kSum, kTarget, kEZ, kESq, kZSum, kSecond, kStateRows };
 
 enum Track : int { kArgmax = 1, kEntropy = 2, kSq = 4, kMean = 8, kTop2 = 16 };

@@ -27,6 +27,12 @@ inline __host__ __device__ int64_t segments_of(int64_t cols) {
   return segments > 0 ? segments : 1;
 }
 
+template <class T>
+__device__ inline int64_t segment_of(const Row<T>& row, int64_t column) {
+  const int64_t pack = (column - row.lead) / kPack<T>;
+  return column < row.lead || pack >= row.packs ? 0 : pack / (kSegment * kThreads);
+}
+
 // Applies f to every value of one segment of a row: x[column] = f(x[column], column).
 template <class T, class F>
 __device__ inline void rewrite(const Row<T>& row, int64_t segment, const F& f) {
@@ -59,16 +65,25 @@ template <class T, bool kPlain>
 struct Gradient {
   const Chunk& c;
   float top, log_sum, c_target, c_prob, c_plogp, c_uniform;
-  int at;
+  int at;           // the target's column, -1 outside
+  float of_target;  // its gradient
 
   __device__ float operator()(float x, int column) const {
     const float z = logit<kPlain>(c, x, column);
     const float log_p = (z - top) - log_sum, p = exp_of<T>(log_p);
-    // 0 * (-inf) of a masked-out token must stay 0.
-    const float tail = c_plogp == 0.0f || p == 0.0f ? 0.0f : c_plogp * log_p;
-    float sum = p * ((c_prob - c_target) + tail) + c_uniform;
-    if (column == at) sum = p * (c_prob + tail) - c_target * expm1f(log_p) + c_uniform;
+    const float sum = p * ((c_prob - c_target) + tail(log_p, p)) + c_uniform;
+    return column == at ? of_target : sum * (c.slope * cap_slope<kPlain>(c, z));
+  }
+  // Of the target, from its product.
+  __device__ float target_gradient(float x) const {
+    const float z = logit<kPlain>(c, x, at);
+    const float log_p = (z - top) - log_sum, p = expf(log_p);
+    const float sum = p * (c_prob + tail(log_p, p)) - c_target * expm1f(log_p) + c_uniform;
     return sum * (c.slope * cap_slope<kPlain>(c, z));
+  }
+  // 0 * (-inf) of a masked-out token must stay 0.
+  __device__ float tail(float log_p, float p) const {
+    return c_plogp == 0.0f || p == 0.0f ? 0.0f : c_plogp * log_p;
   }
 };
 
@@ -78,14 +93,18 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t r = blockIdx.x / segments, segment = blockIdx.x % segments;
   const Row<T> row(c, r);
   const float* coef = g.coef + r;
-  const Gradient<T, kPlain> f{c,
-                              g.norm[r],
-                              g.norm[r + g.norm_ld],
-                              coef[0],
-                              coef[g.coef_ld],
-                              coef[2 * g.coef_ld],
-                              coef[3 * g.coef_ld],
-                              local_target(c, g.target, r)};
+  Gradient<T, kPlain> f{c,
+                        g.norm[r],
+                        g.norm[r + g.norm_ld],
+                        coef[0],
+                        coef[g.coef_ld],
+                        coef[2 * g.coef_ld],
+                        coef[3 * g.coef_ld],
+                        local_target(c, g.target, r),
+                        0.0f};
+  // Read before it is overwritten, which is by a thread of this segment.
+  if (f.at >= 0 && segment_of(row, f.at) == segment)
+    f.of_target = f.target_gradient(to_float(row.x[f.at]));
   // Rows without any upstream gradient: 0, also where they have a NaN.
   if (f.c_target == 0.0f && f.c_prob == 0.0f && f.c_plogp == 0.0f && f.c_uniform == 0.0f)
     rewrite(row, segment, Zero{});

@@ -2,7 +2,8 @@
 //
 //   log p = z - norm[0] - norm[1],  p = exp(log p)
 //   dx = dz/dx * (c_target * (1[j = target] - p) + p * (c_prob + c_plogp * log p) + c_uniform)
-// (ift_kernels/backends/reference/: dlogits_), for the target 1 - p = -expm1(log p). Floor as for the statistics, plus the write.
+// (ift_kernels/backends/reference/: dlogits_), where 1 - p of the target is -expm1(log p). Floor as
+// for the statistics, plus the write.
 //
 // On request the gradient is also written transposed, because the head gradient is dx^T @ h and
 // vendor GEMMs on 16-bit matrices are two to three times slower when their first operand is

@@ -182,8 +182,9 @@ void stats_rows(const Chunk& c, const int64_t* target, double* state, int64_t ld
           update_plain<(kTrack & kEntropy) != 0>(s, row + begin, n, f.pre, c.offset + begin, track))
         continue;
       float top = read_block(row, c.bias, f, begin, n, z);
-      update_block<kTrack, sizeof(T) == 4>(s, z, n, top, c.offset + begin, track,
-                           has_target ? static_cast<int>(target_column - begin) : -1);
+      update_block<kTrack, sizeof(T) == 4>(
+          s, z, n, top, c.offset + begin, track,
+          has_target ? static_cast<int>(target_column - begin) : -1);
     }
     row_state[kMax * ld] = s.max;
     row_state[kSum * ld] = s.sum;
