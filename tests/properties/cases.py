@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from ift.numerics import inputs, oracle
-from ift.numerics.calls import LAYOUTS, OPERATIONS, UPSTREAM, Call, available
+from ift.numerics.calls import DIFFERENTIABLE, LAYOUTS, OPERATIONS, UPSTREAM, Call, available
 from ift_kernels.backends.contract import KINDS
 from ift_kernels.linear import OUTPUTS
 from ift_kernels.schedule import plan
@@ -103,7 +103,7 @@ def cases(
         one_of(*(("hidden", "weight", "bias"),) * 3, ("hidden",), ("weight",), ("bias",), ()),
         tuple(draw(st.lists(st.sampled_from(LAYOUTS), min_size=3, max_size=3))),
         one_of(0.0, 0.3, 1.0),
-        tuple(draw(st.lists(st.sampled_from(UPSTREAM), min_size=4, max_size=4))),
+        tuple(one_of(*UPSTREAM) for _ in DIFFERENTIABLE),
         {
             "logit_scale": scale,
             "softcap": softcap,

@@ -21,7 +21,7 @@ from ift_kernels import backends
 from ift_kernels.backends.reference.sampling import philox
 from ift_kernels.schedule import plan
 
-DIFFERENTIABLE = ("logprob", "lse", "entropy", "mean_logit")
+DIFFERENTIABLE = ("logprob", "lse", "entropy", "mean_logit", "target_logit")
 LAYOUTS = ("contiguous", "transposed", "strided", "part")
 UPSTREAM = ("normal", "sparse", "small", "large", "zero", "absent")
 

@@ -35,7 +35,7 @@ def logits(
 
 
 def statistics(z: Tensor, target: Tensor, ignore_index: int = IGNORE_INDEX) -> dict[str, Tensor]:
-    """Every field of `ift_kernels.TokenStats`, 0 at ignored positions."""
+    """Every field of `ift_kernels.TokenStats` and the target's logit, 0 at ignored positions."""
     logp = z.log_softmax(-1)
     valid = target != ignore_index
     ids = torch.where(valid, target, 0).long()[..., None]
@@ -49,6 +49,7 @@ def statistics(z: Tensor, target: Tensor, ignore_index: int = IGNORE_INDEX) -> d
         "second_logprob": second if z.shape[-1] > 1 else z[..., 0] - torch.inf,
         "sum_sq": logp.exp().square().sum(-1),
         "mean_logit": z.mean(-1),
+        "target_logit": z.gather(-1, ids)[..., 0],
     }
     return {name: torch.where(valid, value, 0) for name, value in every.items()}
 
