@@ -106,7 +106,7 @@ def test_what_is_drawn():
     drawn: list[Call] = []
 
     @settings(
-        max_examples=800, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=300, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
     @given(cases())
     def every(case):

@@ -190,9 +190,9 @@ def statistics(h: Head, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
         "mean_logit": h.error.mean(-1)
         + unit * min(vocabulary, SUMMED) * spread
         + unit * ARITHMETIC * (1 + exact["lse"].abs() + _finite(exact["mean_logit"]).abs()),
-        "target_logit": h.error.gather(-1, target[:, None])[:, 0]
-        + unit * ARITHMETIC * _finite(exact["target_logit"]).abs(),
     }
+    own = target[:, None]
+    found["target_logit"] = h.error.gather(-1, own)[:, 0] + 2 * unit * exact["target_logit"].abs()
     return {name: torch.where(valid, value, 0) for name, value in found.items()}
 
 
@@ -264,10 +264,8 @@ def dlogits(
         moved = h.error + h.lse_error[:, None] + _entropy(h, logp, exact)[:, None]
         moved = moved + ARITHMETIC * unit * (1 + _finite(logp).abs() + exact[:, None])
         error = error + u["entropy"].abs() * (p_error * deviation.abs() + (p + p_error) * moved)
-    if "target_logit" in upstream:  # logprob + lse
-        own_logit = upstream["target_logit"][:, None] * hot
-        gradient = gradient + own_logit
-        error = error + own_logit.abs() * (to_target + p_error)
+    if "target_logit" in upstream:
+        gradient = gradient + upstream["target_logit"][:, None] * hot
     if "mean_logit" in upstream:
         share = upstream["mean_logit"][:, None] / p.shape[1]
         gradient = gradient + share

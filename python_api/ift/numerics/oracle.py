@@ -35,7 +35,7 @@ def logits(
 
 
 def statistics(z: Tensor, target: Tensor, ignore_index: int = IGNORE_INDEX) -> dict[str, Tensor]:
-    """Every field of `ift_kernels.TokenStats`, 0 at ignored positions."""
+    """Every field of `ift_kernels.TokenStats` and the target's logit, 0 at ignored positions."""
     logp = z.log_softmax(-1)
     valid = target != ignore_index
     ids = torch.where(valid, target, 0).long()[..., None]
