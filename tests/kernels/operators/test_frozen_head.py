@@ -91,6 +91,20 @@ def test_one_upstream_alone(which):
     assert distance(got, exact_gradient(h, upstream)) <= 1e-6
 
 
+@pytest.mark.parametrize("ignored", [False, True], ids=["all", "ignored"])
+def test_the_logit_of_the_target(ignored):
+    h, upstream = problem(ignored=ignored)
+    outputs = ("target_logit", "logprob")
+    stats, exact = call(h, outputs), h.double()
+    assert plan.ledger.reserved == reserved(h)
+    wanted = dense.stats(exact)
+    torch.testing.assert_close(stats.target_logit, wanted["target_logit"].float())
+    names = dict(zip(outputs, upstream, strict=True))
+    (got,) = torch.autograd.grad(dense.send(stats, names), h.hidden)
+    (exact_gradient,) = torch.autograd.grad(dense.send(wanted, names), exact.hidden)
+    assert distance(got, exact_gradient) <= 1e-6
+
+
 def test_products_are_formed_once(monkeypatch):
     rows = []
     original = products.tiles
