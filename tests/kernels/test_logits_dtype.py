@@ -84,13 +84,13 @@ def test_statistics_err_as_float32_products(backend, dtypes, options):
             assert ours <= factor * other + unit, name
 
 
-@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+@pytest.mark.parametrize("dtypes", [PAIRS[0], PAIRS[2], PAIRS[4]], ids=str)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize("trained", ["both", "hidden", "weight"])
 def test_gradients(backend, dtypes, schedule, trained):
-    """Of every schedule, as much work memory as it wants and as little as it can have."""
-    for workspace in (None, MIB):
-        h = head(dtypes, bias=True, softcap=7.0)
+    """Of every schedule, with as much work memory as it wants or as little as it can have."""
+    for workspace in (None, MIB) if dtypes == PAIRS[0] else (MIB,):
+        h = head(dtypes, d=64, v=900 if workspace is None else 4100, bias=True, softcap=7.0)
         if trained != "both":
             (h.weight if trained == "hidden" else h.hidden).requires_grad_(False)
             h.bias.requires_grad_(trained == "weight")
@@ -255,11 +255,11 @@ OPERATIONS = {
 @needs_cpp
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 @pytest.mark.parametrize("rows", [3, 264])
-@pytest.mark.parametrize("dtypes", [(BF16, BF16), (FP32, BF16), (BF16, FP32)], ids=str)
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (BF16, FP32)], ids=str)
 def test_peak_of_work_memory(operation, rows, dtypes):
-    """Inside the workspace, and never a copy of the head: in float32 that is 18 MB."""
-    h = head(dtypes, rows, 300, 15000)
-    workspace, start = 4 * MIB, plan.ledger.reserved
+    """Inside the workspace, and never a copy of the head: in float32 that is 7 MB."""
+    h = head(dtypes, rows, 200, 9000)
+    workspace, start = 2 * MIB, plan.ledger.reserved
     with ift_kernels.use_backend("cpu"):
         with Allocations() as forward:
             out = operation(h, workspace)
