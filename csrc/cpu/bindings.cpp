@@ -2,6 +2,7 @@
 // torch.
 #include <pybind11/pybind11.h>
 
+#include "../contract.h"
 #include "epilogues.h"
 #include "temporal.h"
 #include "scans.h"
@@ -35,6 +36,7 @@ void advise_huge_pages(uintptr_t address, size_t bytes) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
+  m.attr("contract") = ift::kContract;
   using ift::Chunk;
   using Release = py::call_guard<py::gil_scoped_release>;
   m.doc() = "Epilogues over chunks of products; see csrc/cpu/epilogues.h. Addresses are integers.";

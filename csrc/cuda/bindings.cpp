@@ -2,6 +2,7 @@
 // torch, so one build serves every torch. Compiled by the C++ compiler alone.
 #include <pybind11/pybind11.h>
 
+#include "../contract.h"
 #include "kernels.h"
 #include "records.h"
 
@@ -17,6 +18,7 @@ T* pointer(uintptr_t address) {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
+  m.attr("contract") = ift::kContract;
   namespace gpu = ift::gpu;
   using gpu::Products;
   using gpu::Queue;

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ift_kernels.common.transform import LogitTransform
 
+# Of all that is here, with csrc/contract.h: raised by a change that compiled code has to follow.
+VERSION = 2
+
 # Rows of the running state. With m the running maximum of the logits z and e = exp(z − m):
 # m, Σe, z[target], Σe·(z−m), Σe², Σz, second maximum. The sums over e leave out the target's own
 # column, whose 1 would cost them their digits where it is nearly certain: see `row_values`.

@@ -6,6 +6,22 @@ import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
+
+from ift_kernels.backends import contract
+
+
+def check_contract(module: Any) -> None:
+    """Refuse a compiled module of other sources, whose results would be wrong without a word.
+
+    Raises:
+        ImportError: it implements another version of the backends' contract.
+    """
+    if (found := getattr(module, "contract", 1)) != contract.VERSION:
+        raise ImportError(
+            f"it implements version {found} of the backends' contract, this package has version "
+            f"{contract.VERSION}: rebuild it, by reinstalling ift-kernels"
+        )
 
 
 def extension_error(what: str, module: str, error: ImportError, remedy: str = "") -> str:

@@ -15,11 +15,12 @@ from torch import Tensor
 from ift_kernels.backends.contract import Chunk
 from ift_kernels.backends.cpu import memory
 from ift_kernels.backends.layout_checks import DTYPES, address, check_chunk
-from ift_kernels.backends.loading import extension_error
+from ift_kernels.backends.loading import check_contract, extension_error
 
 try:
     from ift_kernels import _cpu  # type: ignore[attr-defined]  # compiled, may be absent
 
+    check_contract(_cpu)
     _import_error = ""
 except ImportError as error:
     _cpu = None

@@ -233,6 +233,14 @@ def test_an_extension_that_does_not_load_is_another_matter(monkeypatch, tmp_path
     assert said == "the C++ extension does not load (wrong ABI)"
 
 
+def test_an_extension_of_other_sources_is_refused():
+    """It would compute what older Python asked of it."""
+    loading.check_contract(SimpleNamespace(contract=contract.VERSION))
+    for module in (SimpleNamespace(), SimpleNamespace(contract=contract.VERSION + 1)):
+        with pytest.raises(ImportError, match="this package has version .* rebuild it"):
+            loading.check_contract(module)
+
+
 def test_the_warning_names_both_folders(tmp_path):
     """As ``python -m something`` from a checkout that nothing was built in."""
     here, checkout = Path(ift_kernels.__file__).parent, tmp_path / "checkout"
