@@ -113,7 +113,8 @@ def linear_logprobs(
             [0, V) that is not `ignore_index`. On a GPU, where that check would stall the queue, its
             log-probability is NaN, or of a frozen head torch's gather asserts; ``IFT_DEBUG=1`` in
             the environment checks there too.
-        RuntimeError: differentiated twice, in forward mode, or by torch.func.
+        RuntimeError: differentiated twice, in forward mode, or by torch.func; `deterministic` on a
+            machine whose products depend on more, which the first call of a shape tries out.
 
     >>> hidden, weight = torch.randn(2, 5, 16), torch.randn(100, 16)
     >>> target = torch.randint(100, (2, 5))
@@ -249,7 +250,7 @@ def linear_cross_entropy(
         loss = (1.0 - label_smoothing) * loss - label_smoothing * stats.mean_logit
     if z_loss:
         loss = loss + z_loss * stats.lse.square()
-    return loss if reduction == "none" else loss.sum() * factor.to(loss.dtype)
+    return loss if reduction == "none" else (loss.double().sum() * factor).to(loss.dtype)
 
 
 def check_deterministic(deterministic: bool, active: ActiveSet | None) -> None:

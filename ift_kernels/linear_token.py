@@ -16,7 +16,7 @@ from ift_kernels.operators import library
 from ift_kernels.schedule import device as devices
 from ift_kernels.schedule import plan, products
 from ift_kernels.schedule.accumulate import accum_dtype, operand_dtype
-from ift_kernels.schedule.deterministic import padded_rows
+from ift_kernels.schedule.deterministic import check_workspace, padded_rows
 from ift_kernels.schedule.head import Head, pad_row_stride, pad_rows
 
 RULES = ("greedy", "kth", "sample")
@@ -152,6 +152,7 @@ def _linear_token(
     if deterministic:
         n = padded_rows(problem, device)
         problem = replace(problem, rows=n)
+        check_workspace(problem)
     head = Head(
         backend,
         pad_row_stride(pad_rows(hidden, n).to(operands)),

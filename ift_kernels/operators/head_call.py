@@ -113,6 +113,8 @@ class Call:
             dtype,
         )
         workspace = max(workspace - hidden.numel() * copies, workspace // 4)
+        if self.problem.deterministic:
+            workspace = max(workspace, deterministic.least_bytes(self.problem))
         self.problem = replace(self.problem, workspace=workspace)
         if active is not None and self.problem.active is not None:
             active.serve(self.problem)
@@ -178,7 +180,9 @@ def problem(
     )  # fmt: skip
     if not options.deterministic:
         return found
-    return replace(found, rows=deterministic.padded_rows(found, hidden.device))
+    found = replace(found, rows=deterministic.padded_rows(found, hidden.device))
+    deterministic.check_workspace(found)
+    return found
 
 
 def active_hidden(active: list[float]) -> ActiveHidden | None:

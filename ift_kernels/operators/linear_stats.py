@@ -214,6 +214,17 @@ def _backward_rows(
     return ValidRows.among(ids, len(valid)), True, len(of_nonzero) == count
 
 
+def _with_filled_rows(kept: Tensor, rows: int) -> Tensor | None:
+    """Kept products with the rows that only fill them, which their memory has.
+
+    None if it has not so many: other numbers of rows do since forward.
+    """
+    last = kept.storage_offset() + (rows - 1) * kept.stride(0) + kept.shape[1]
+    if last * kept.element_size() > kept.untyped_storage().nbytes():
+        return None
+    return kept.as_strided((rows, kept.shape[1]), kept.stride())
+
+
 def _stats_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -246,8 +257,7 @@ def _stats_backward(
         # All rows, with hidden 0 where there is no upstream gradient: 0 times a NaN is NaN.
         hidden = hidden.masked_fill((valid & ~nonzero_grad_rows)[:, None], 0)
     call = Call(hidden, weight, bias, rows, Options(*options), tuple(needs), active=active)
-    if kept is not None:  # with the rows that only fill products, which its memory has
-        kept = kept.as_strided((call.problem.rows, kept.shape[1]), kept.stride())
+    kept = None if kept is None else _with_filled_rows(kept, call.problem.rows)
     # Of the same problem, so that with `kept` beside it everything fits as forward has planned.
     chosen = plan.make(call.problem, 0, "recompute", kept_bytes)
     with torch.autocast(hidden.device.type, enabled=False):

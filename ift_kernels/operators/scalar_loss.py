@@ -50,7 +50,7 @@ def _loss(
         here = slice(done, done := done + len(argmax))
         total.add_(call.drop(loss, here).sum())
         norms.append(row.norm.to(dtype))
-        upstream = loss_upstream(row.norm, factor, smoothing, z_loss)
+        upstream = loss_upstream(norms[-1], factor, smoothing, z_loss)
         coef = linear_stats.row_coefficients(norms[-1], row.entropy, vocabulary, upstream)
         return contract.RowGradient(rows, norms[-1], call.drop(coef, here))
 

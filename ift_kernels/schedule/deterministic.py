@@ -11,14 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ift_kernels.schedule.head import multiply
-from ift_kernels.schedule.problem import Memory, Plan, Problem, can_form_in_forward, in_backward
+from ift_kernels.schedule.problem import (
+    ALIGN,
+    Memory,
+    Plan,
+    Problem,
+    can_form_in_forward,
+    in_backward,
+)
 from ift_kernels.schedule.problem import in_forward as forward_plan
 
 # Rows of a product: on a CPU, fewer are slower; on a GPU, what fills one.
@@ -26,6 +35,7 @@ ROWS, ROWS_GPU = 512, 1024
 SMALL = (64, 128, 256)  # rows that the last product may have, where that changes nothing
 COLUMNS, COLUMNS_GPU = 4096, 8192
 CHUNK = 1 << 24  # elements of a chunk of the head, at most
+_changing_threads = threading.Lock()
 
 
 def columns(p: Problem) -> int:
@@ -33,7 +43,8 @@ def columns(p: Problem) -> int:
     most = COLUMNS_GPU if p.device.is_gpu else COLUMNS
     while most > 256 and most * p.width > CHUNK:
         most //= 2
-    return min(most, p.vocabulary)
+    parts = -(-p.vocabulary // most)  # of about the same size: of few columns vendors sum otherwise
+    return min(-(-p.vocabulary // parts // ALIGN) * ALIGN, p.vocabulary)
 
 
 def padded_rows(p: Problem, place: torch.device) -> int:
@@ -50,7 +61,8 @@ def _small(p: Problem, place: torch.device, most: int) -> tuple[int, ...]:
         return ()
     width = columns(p)
     widths = (width,) if p.vocabulary % width == 0 else (width, p.vocabulary % width)
-    dtypes, threads = (p.operands, p.dtype), torch.get_num_threads()
+    dtypes = p.operands, p.dtype
+    threads = torch.get_num_threads() if place.type == "cpu" else 0
     found = [sizes(place, dtypes, p.width, of, most, threads) for of in widths]
     return tuple(size for size in SMALL if all(size in each for each in found))
 
@@ -74,26 +86,35 @@ def sizes(
     """
     dtype, product = dtypes
     seeded = torch.Generator(place).manual_seed(1)
-    options = {"generator": seeded, "device": place, "dtype": torch.float32}
-    with torch.inference_mode(False), torch.no_grad():
-        hidden = torch.randn(rows, width, **options).to(dtype)  # type: ignore[call-overload]
-        weight = torch.randn(columns, width, **options).to(dtype)  # type: ignore[call-overload]
-        logits = _product(hidden, weight, product)
-        wide = logits.new_zeros(rows, columns + 64)
+    options: Any = {"generator": seeded, "device": place, "dtype": torch.float32}
+    where = f"{dtype} matrices, D={width}, {columns} columns, on {place}"
+    with (
+        torch.inference_mode(False), torch.no_grad(), torch.autocast(place.type, enabled=False),
+    ):  # fmt: skip
+        hidden = torch.randn(rows, width, **options).to(dtype)
+        weight = torch.randn(columns, width, **options).to(dtype)
         order = torch.arange(rows, device=place).roll(rows // 3)
-        for what, same in (
-            ("its place", _same(_product(hidden[order], weight, product), logits[order])),
-            ("strides", _same(multiply(hidden, weight.T, wide[:, :columns]), logits)),
-        ):
-            if not same:
-                raise _refusal(what, place, dtype)
-        if threads > 1 and place.type == "cpu":
-            first = _three(hidden, weight, logits)
-            with _one_thread(threads):
-                again = _three(hidden, weight, torch.mm(hidden, weight.T))
-            if not all(_same(a, b) for a, b in zip(first, again, strict=True)):
-                raise _refusal("the number of threads", place, dtype)
-        return tuple(n for n in SMALL if _same(_product(hidden[:n], weight, product), logits[:n]))
+        with _one_thread(threads):
+            first = _three(hidden, weight, product)
+            logits = first[0]
+            wide = logits.new_zeros(rows, columns + 64)
+            if not _same(_product(hidden[order], weight, product), logits[order]):
+                raise _refusal("its place", where)
+            if not _same(multiply(hidden, weight.T, wide[:, :columns]), logits):
+                raise _refusal("strides", where)
+            found = _sizes_like(logits, hidden, weight)
+        # As with one thread, or the number of threads would decide how rows are filled up.
+        if threads > 1:
+            again = _three(hidden, weight, product)
+            same = all(_same(a, b) for a, b in zip(first, again, strict=True))
+            if not same or not {*found} <= {*_sizes_like(logits, hidden, weight)}:
+                raise _refusal("the number of threads", where)
+        return found
+
+
+def _sizes_like(logits: Tensor, hidden: Tensor, weight: Tensor) -> tuple[int, ...]:
+    dtype = logits.dtype
+    return tuple(n for n in SMALL if _same(_product(hidden[:n], weight, dtype), logits[:n]))
 
 
 def _product(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -101,47 +122,77 @@ def _product(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return multiply(hidden, weight.T, out)
 
 
-def _three(hidden: Tensor, weight: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _three(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The three products of a tile."""
-    return logits, torch.mm(logits, weight), torch.mm(logits.T, hidden)
+    logits = _product(hidden, weight, dtype)
+    gradient = logits.to(hidden.dtype)
+    return logits, torch.mm(gradient, weight), torch.mm(gradient.T, hidden)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def _refusal(what: str, place: torch.device, dtype: torch.dtype) -> RuntimeError:
+def _refusal(what: str, where: str) -> RuntimeError:
     return RuntimeError(
-        f"deterministic: expected products of a row that depend on it alone; those in {dtype} on "
-        f"{place} depend on {what} here"
+        f"deterministic: expected products of a row that depend on it alone, but those of {where} "
+        f"depend on {what} here"
     )
 
 
 @contextlib.contextmanager
 def _one_thread(threads: int) -> Iterator[None]:
-    torch.set_num_threads(1)
-    try:
+    """The number of threads is the process's: others that begin meanwhile are slower."""
+    if threads < 2:
         yield
-    finally:
-        torch.set_num_threads(threads)
+        return
+    with _changing_threads:
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def check_workspace(p: Problem) -> None:
+    """Refuse a workspace that holds no product.
+
+    Raises:
+        ValueError: what `least_bytes` says does not fit.
+    """
+    if least_bytes(p) > p.workspace:
+        raise ValueError(
+            f"workspace: expected at least {least_bytes(p)} bytes with deterministic=True, whose "
+            f"products have {_tile_rows(p)} rows and {columns(p)} columns; got {p.workspace}"
+        )
+
+
+def least_bytes(p: Problem) -> int:
+    """Work memory of the plan that takes the least."""
+    memory, rows, across = Memory(p), _tile_rows(p), columns(p)
+    if not p.any_gradient:
+        return memory.statistics(rows, across)
+    return memory.gradients(rows, across, rows)
+
+
+def _tile_rows(p: Problem) -> int:
+    return min(ROWS_GPU if p.device.is_gpu else ROWS, max(p.rows, 1))
 
 
 def make(p: Problem, reserved_bytes: int, schedule: str | None, kept_bytes: int) -> Plan:
     """The plan with products of one size that has the fewest products and fits.
 
-    Raises:
-        ValueError: the workspace does not hold one product.
+    `kept_bytes` does not change it: what forward keeps leaves a tile its place.
     """
     memory, n = Memory(p), max(p.rows, 1)
     most = ROWS_GPU if p.device.is_gpu else ROWS
-    rows, across = min(most, n), columns(p)
-    budget = memory.budget
+    rows, across, budget = _tile_rows(p), columns(p), memory.budget
     if not p.any_gradient:
         peak = memory.statistics(rows, across)
-        return _fits(p, Plan("statistics", rows, across, 0, 1.0, n, 0, peak, product_rows=rows))
-    hidden_rows = n
-    if n * memory.per_row > budget - budget // 8:
-        hidden_rows = max(budget // 2 // memory.per_row // most, 1) * most
+        return Plan("statistics", rows, across, 0, 1.0, n, 0, peak, product_rows=rows)
+    hidden_rows, tile = n, memory.gradients(rows, across, 0)
+    if n * memory.per_row > min(budget - budget // 8, p.workspace - tile):
+        hidden_rows = max((p.workspace - tile) // memory.per_row // most, 1) * most
     keep = 0
     if schedule != "recompute" and hidden_rows == n:
         free = budget - reserved_bytes - memory.gradients(rows, across, n)
@@ -152,7 +203,7 @@ def make(p: Problem, reserved_bytes: int, schedule: str | None, kept_bytes: int)
         if found is not None and (schedule == "forward" or keep < 0.9 * p.vocabulary):
             return found
     plan = in_backward(p, memory, rows, across, keep, hidden_rows)
-    return _fits(p, replace(plan, product_rows=rows), kept_bytes)
+    return replace(plan, product_rows=rows)
 
 
 def _in_forward(p: Problem, memory: Memory, across: int, most: int) -> Plan | None:
@@ -169,13 +220,3 @@ def _in_forward(p: Problem, memory: Memory, across: int, most: int) -> Plan | No
             plan = forward_plan(p, memory, block, across, summed)
             return replace(plan, product_rows=min(most, block))
     return None
-
-
-def _fits(p: Problem, plan: Plan, kept_bytes: int = 0) -> Plan:
-    needed = plan.peak_bytes + kept_bytes
-    if needed > p.workspace:
-        raise ValueError(
-            f"workspace: expected at least {needed} bytes with deterministic=True, whose products "
-            f"are of {plan.tile_rows} x {plan.tile_columns}; got {p.workspace}"
-        )
-    return plan

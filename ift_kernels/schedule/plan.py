@@ -42,6 +42,7 @@ from ift_kernels.schedule import gpu_plan
 from ift_kernels.schedule.device import Device
 from ift_kernels.schedule.problem import (
     ALIGN,
+    CPU_COLUMNS,
     MIN_COLUMNS,
     Memory,
     can_form_in_forward,
@@ -100,7 +101,10 @@ def _by_rules(problem: Problem, reserved_bytes: int, schedule: str | None, kept_
     sums = hidden_rows * memory.per_row
     size = itemsize * memory.copies
     most = memory.max_columns(memory.per_column)
-    rows, columns = tile(n, most, size, (budget - sums) // 2, memory.per_column, memory.tile_bytes)
+    wide = CPU_COLUMNS if itemsize == 4 else 0
+    rows, columns = tile(
+        n, most, size, (budget - sums) // 2, memory.per_column, memory.tile_bytes, wide
+    )
     keep = 0
     if kept_bytes:  # beside them forward may have had narrower tiles
         fit = (budget - sums - kept_bytes) // memory.per_tile_column(rows) // ALIGN * ALIGN
@@ -241,8 +245,10 @@ def explain(
         same_hidden_dtype=dtype == operand, fp32_weight_sum=weight_grad_sum == "float32",
         deterministic=deterministic, operand_dtype=operand,
     )  # fmt: skip
-    if deterministic:  # no product is formed to see which sizes would do
-        problem = replace(problem, rows=same_size.padded_rows(problem, torch.device("meta")))
+    if deterministic:  # of a record no product can be formed, to see which sizes would do
+        here = torch.device("meta" if isinstance(device, Device) else device)
+        problem = replace(problem, rows=same_size.padded_rows(problem, here))
+        same_size.check_workspace(problem)
     return make(problem, ledger.reserved, forced())
 
 

@@ -129,8 +129,11 @@ def tile(
     budget: int,
     per_column: int = 0,
     tile_bytes: int = TILE_BYTES,
+    wide: int = 0,
 ) -> tuple[int, int]:
     """Rows and columns of a tile: all rows if that leaves `MIN_COLUMNS`.
+
+    Of up to twice the bytes for `wide` columns, unless 0.
 
     `per_column` bytes go beside each column of a tile: cast weights, sums of their gradients.
     """
@@ -138,9 +141,10 @@ def tile(
     if per_column:
         limit = min(limit, max(ALIGN, budget // 4 // per_column // ALIGN * ALIGN))
         budget -= limit * per_column
-    wanted = min(rows * min(limit, CPU_COLUMNS) * itemsize, 2 * tile_bytes)
+    wanted = min(rows * min(limit, wide) * itemsize, 2 * tile_bytes)
     elements = max(min(budget, max(tile_bytes, wanted)) // itemsize, ALIGN)
-    least = MIN_COLUMNS if rows * min(limit, MIN_COLUMNS) <= elements else CPU_COLUMNS
+    fits = rows * min(limit, MIN_COLUMNS) <= elements
+    least = MIN_COLUMNS if fits else max(wide, MIN_COLUMNS)
     tile_rows = max(1, min(rows, elements // min(limit, least)))
     tile_columns = min(elements // tile_rows, limit)
     if tile_columns < columns:

@@ -1,6 +1,7 @@
 """deterministic=True: a token's results depend on no other token, to the bit."""
 
 import contextlib
+import re
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def test_sizes_that_are_not_the_same_are_not_used(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("differs", "what"), [(1, "its place"), (2, "strides"), (3, "the number of threads")]
+    ("differs", "what"), [(1, "its place"), (2, "strides"), (4, "the number of threads")]
 )
 def test_a_machine_whose_products_depend_on_more_is_refused(monkeypatch, differs, what):
     original, calls = deterministic._same, []
@@ -187,7 +188,10 @@ def test_a_machine_whose_products_depend_on_more_is_refused(monkeypatch, differs
     monkeypatch.setattr(deterministic, "_same", same)
     deterministic.sizes.cache_clear()
     h = dense.head(3, 24, 600)
-    with threads(2), pytest.raises(RuntimeError, match=f"deterministic: .* depend on {what} here"):
+    with (
+        threads(2),
+        pytest.raises(RuntimeError, match=f"deterministic: .*D=24.* depend on {what} here"),
+    ):
         call(h)
     deterministic.sizes.cache_clear()
 
@@ -200,6 +204,58 @@ def test_refusals():
         call(h, gradient="active")
     with pytest.raises(TypeError, match="deterministic: expected True or False, got 1"):
         call(h, deterministic=1)
+
+
+def test_autocast_around_the_call_reaches_no_probe():
+    """16-bit inputs with float32 logits, as a trainer calls it."""
+    h = dense.head(70, 40, 600, BFLOAT16).map(torch.Tensor.detach)
+    deterministic.sizes.cache_clear()
+    with threads(2), torch.autocast("cpu", BFLOAT16):
+        found = call(h, logits_dtype=FLOAT32)
+    assert not differing(call(h, logits_dtype=FLOAT32), found)
+
+
+def test_gradients_of_a_scalar_loss_in_every_schedule_and_workspace():
+    """So what other calls keep, which decides the schedule, does not change them either."""
+    h = dense.head(500, 24, 1300, bias=True)
+    found = []
+    for schedule in (None, *plan.SCHEDULES):
+        for workspace in (3 * MIB, 64 * MIB):
+            with plan.use_schedule(schedule) if schedule else contextlib.nullcontext():
+                loss = linear_cross_entropy(
+                    *h.args, **h.kwargs, workspace=workspace, deterministic=True
+                )
+            found.append((loss, *torch.autograd.grad(loss, h.inputs)))
+    for loss, *others in found[1:]:
+        assert (loss - found[0][0]).abs() <= 2**-23 * loss.abs()  # a sum over tokens
+        assert all(torch.equal(a, b) for a, b in zip(others, found[0][1:], strict=True))
+
+
+def test_what_a_workspace_is_refused_for_is_enough():
+    """Also where rows are dropped, whose copy takes of it, in forward and in backward."""
+    h = dense.head(300, 512, 4096, ignored=0)
+
+    def run(workspace):
+        out = linear_logprobs(*h.args, workspace=workspace, deterministic=True).logprob
+        torch.autograd.grad(out, h.inputs, (torch.arange(300) > 3).float())
+
+    with pytest.raises(ValueError, match=r"expected at least \d+ bytes .* got 1048576$") as error:
+        run(MIB)
+    run(int(re.search(r"at least (\d+)", str(error.value))[1]))
+
+
+def test_other_sizes_in_backward(monkeypatch):
+    """Forward's products are then formed again where their memory does not hold the rows."""
+    h = dense.head(70, 24, 600, ignored=0)
+    with plan.use_schedule("keep"):
+        out = linear_logprobs(*h.args, deterministic=True).logprob
+    wanted = torch.autograd.grad(out.sum(), h.inputs, retain_graph=False)
+    with plan.use_schedule("keep"):
+        out = linear_logprobs(*h.args, deterministic=True).logprob
+    monkeypatch.setattr(deterministic, "SMALL", ())
+    found = torch.autograd.grad(out.sum(), h.inputs)
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).abs().max() < 2e-6 * b.abs().max()
 
 
 def test_explain_counts_what_fills_products():
