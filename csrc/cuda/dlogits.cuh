@@ -27,10 +27,14 @@ inline __host__ __device__ int64_t segments_of(int64_t cols) {
   return segments > 0 ? segments : 1;
 }
 
+// Whether it is this thread that rewrites the column, in this segment.
 template <class T>
-__device__ inline int64_t segment_of(const Row<T>& row, int64_t column) {
-  const int64_t pack = (column - row.lead) / kPack<T>;
-  return column < row.lead || pack >= row.packs ? 0 : pack / (kSegment * kThreads);
+__device__ inline bool rewrites(const Row<T>& row, int64_t segment, int column) {
+  const int lead = static_cast<int>(row.lead), packs = static_cast<int>(row.packs);
+  const int pack = (column - lead) / kPack<T>, thread = static_cast<int>(threadIdx.x);
+  if (column < lead) return segment == 0 && thread == column;
+  if (pack >= packs) return segment == 0 && thread == column - packs * kPack<T>;
+  return segment == pack / (kSegment * kThreads) && thread == pack % kThreads;
 }
 
 // Applies f to every value of one segment of a row: x[column] = f(x[column], column).
@@ -65,18 +69,15 @@ template <class T, bool kPlain>
 struct Gradient {
   const Chunk& c;
   float top, log_sum, c_target, c_prob, c_plogp, c_uniform;
-  int at;           // the target's column, -1 outside
-  float of_target;  // its gradient
 
   __device__ float operator()(float x, int column) const {
     const float z = logit<kPlain>(c, x, column);
     const float log_p = (z - top) - log_sum, p = exp_of<T>(log_p);
     const float sum = p * ((c_prob - c_target) + tail(log_p, p)) + c_uniform;
-    return column == at ? of_target : sum * (c.slope * cap_slope<kPlain>(c, z));
+    return sum * (c.slope * cap_slope<kPlain>(c, z));
   }
-  // Of the target, from its product.
-  __device__ float target_gradient(float x) const {
-    const float z = logit<kPlain>(c, x, at);
+  __device__ float of_target(float x, int column) const {
+    const float z = logit<kPlain>(c, x, column);
     const float log_p = (z - top) - log_sum, p = expf(log_p);
     const float sum = p * (c_prob + tail(log_p, p)) - c_target * expm1f(log_p) + c_uniform;
     return sum * (c.slope * cap_slope<kPlain>(c, z));
@@ -93,23 +94,25 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t r = blockIdx.x / segments, segment = blockIdx.x % segments;
   const Row<T> row(c, r);
   const float* coef = g.coef + r;
-  Gradient<T, kPlain> f{c,
-                        g.norm[r],
-                        g.norm[r + g.norm_ld],
-                        coef[0],
-                        coef[g.coef_ld],
-                        coef[2 * g.coef_ld],
-                        coef[3 * g.coef_ld],
-                        local_target(c, g.target, r),
-                        0.0f};
-  // Read before it is overwritten, which is by a thread of this segment.
-  if (f.at >= 0 && segment_of(row, f.at) == segment)
-    f.of_target = f.target_gradient(to_float(row.x[f.at]));
+  const Gradient<T, kPlain> f{c,
+                              g.norm[r],
+                              g.norm[r + g.norm_ld],
+                              coef[0],
+                              coef[g.coef_ld],
+                              coef[2 * g.coef_ld],
+                              coef[3 * g.coef_ld]};
   // Rows without any upstream gradient: 0, also where they have a NaN.
-  if (f.c_target == 0.0f && f.c_prob == 0.0f && f.c_plogp == 0.0f && f.c_uniform == 0.0f)
+  if (f.c_target == 0.0f && f.c_prob == 0.0f && f.c_plogp == 0.0f && f.c_uniform == 0.0f) {
     rewrite(row, segment, Zero{});
-  else
-    rewrite(row, segment, f);
+    return;
+  }
+  // The target's product is read before it is overwritten, by the thread that does that: so its
+  // gradient, which takes many registers, is for after the loop.
+  const int at = local_target(c, g.target, r);
+  const bool own = at >= 0 && rewrites(row, segment, at);
+  const float product = own ? to_float(row.x[at]) : 0.0f;
+  rewrite(row, segment, f);
+  if (own) put(row.x + at, f.of_target(product, at));
 }
 
 template <class T, bool kPlain>
