@@ -23,7 +23,7 @@ from ift_kernels.linear import TokenStats
 from ift_kernels.operators import head_call, library
 from ift_kernels.operators.linear_stats import Statistics
 
-_LITTLE = -1e30  # a logit
+_LITTLE = -1e30  # the log-sum-exp of a shard without probability, relative to the largest logit
 _IGNORE = -100  # of the local calls, whatever the caller's is: their ids are the shard's own
 
 
@@ -53,6 +53,9 @@ def vocab_parallel_logprobs(
     the same loss from the results, as in tensor parallelism generally. Per token the processes
     exchange a handful of sums; of `hidden`'s gradient, its size.
 
+    A token for which a whole shard is masked out, every logit of it -inf, sends no gradient into
+    that shard, not even that of its target's log-probability, which is -inf.
+
     Args:
         hidden: (..., D), the same everywhere; a DTensor is gathered if it is sharded (sequence
             parallelism), and then gets its gradient back sharded.
@@ -61,6 +64,10 @@ def vocab_parallel_logprobs(
         target: (...) int64 or int32 ids in [0, V), the same everywhere.
         group: a `torch.distributed` process group; None for the default one, or the DTensor's.
         bias: this process's part of the bias, sharded as `weight`.
+        deterministic: every result of a token is the same to the bit whatever else is in the call,
+            for a given number of shards, cut at the same rows. Between numbers of shards the sums
+            are rounded elsewhere: from equal logits lse differs by at most 1 ulp of float32 and
+            logprob by 2, of their own magnitude, and by one more of ln V.
         The rest: as `linear_logprobs`. The workspace is that of each process.
 
     Returns:
@@ -227,15 +234,38 @@ def _local(
         call = linear._Call(hidden, shard.weight, target, shard.bias, _IGNORE, transform, *numerics)
         stats = call.statistics(track, active, differentiable)
         return stats._replace(norm=stats.norm.view(2, *target.shape))
-    # No rows: next to no probability, by a finite number, so that 0 times it is 0. An edge of the
-    # graph all the same, or this process would be missing where hidden's gradient is summed.
+    # No rows: as if all were masked out. An edge of the graph all the same, or this process would
+    # be missing where hidden's gradient is summed.
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     zero = hidden.new_zeros(target.shape, dtype=dtype) + hidden[..., :0].sum(-1)
     for part in (shard.weight, shard.bias):
         zero = zero if part is None else zero + part.sum()  # of nothing
     ids, fixed = torch.zeros_like(target), zero.detach()
-    norm = torch.stack([fixed + _LITTLE, fixed])
-    return Statistics(zero, zero, zero, ids, fixed, fixed, fixed, zero, zero, norm)
+    norm = torch.stack([fixed - torch.inf, fixed])
+    return Statistics(zero, zero - torch.inf, zero, ids, fixed, fixed, fixed, zero, zero, norm)
+
+
+def _without(masked: Tensor, stats: Statistics, rows: int, track: int) -> Statistics:
+    """`stats` of a shard of so many rows with next to no probability where `masked`.
+
+    By finite numbers where something is multiplied with them, so that 0 times them is 0; and with
+    no gradient to what they replace, which would be NaN.
+    """
+    instead = {
+        "logprob": (-torch.inf, True),
+        "lse": (0.0, True),
+        "entropy": (0.0, track & contract.TRACK_ENTROPY),
+        "sum_sq": (0.0, track & contract.TRACK_SQ),
+        "mean_logit": (-torch.inf if rows else 0.0, track & contract.TRACK_MEAN),
+        "target_logit": (-torch.inf, track & contract.RETURN_TARGET),
+    }
+    return stats._replace(
+        **{
+            name: torch.where(masked, value, getattr(stats, name))
+            for name, (value, asked) in instead.items()
+            if asked
+        }
+    )
 
 
 def _combined(
@@ -253,10 +283,16 @@ def _combined(
         dist.all_reduce(value, op=op, group=group)
         return value
 
-    most = extreme(top, dist.ReduceOp.MAX)
+    # A maximum may leave out a NaN: in the second it is +inf.
+    local_lse = stats.lse
+    both = torch.stack([top, torch.where(local_lse.isnan(), torch.inf, top)])
+    most, most_or_nan = extreme(both, dist.ReduceOp.MAX)
+    nothing = most_or_nan == -torch.inf  # in any shard: NaN, as of a whole head
+    masked = (local_lse == -torch.inf) & ~nothing
+    stats = _without(masked, stats, shard.weight.shape[0], track)
     # Relative to the largest logit, since a common one would cost digits.
     edge = stats.lse - stats.lse.detach()  # 0, for its gradient
-    relative = (top.double() - most) + rest_of_lse + edge
+    relative = torch.where(masked, _LITTLE, (top.double() - most) + rest_of_lse) + edge
     # Each shard's parts depend on that shard alone: only of the sums do all make the same loss.
     # The target's shard is apart: beside its 1 a sum loses what a nearly certain token leaves them.
     parts = [
@@ -281,7 +317,8 @@ def _combined(
     log_sum = torch.where(has_most, of_target + beyond, log_sum)
     dtype = stats.lse.dtype
     logprob = torch.where(has_most, in_shard - beyond, in_shard + of_target - log_sum)
-    out = TokenStats(logprob.to(dtype), (most + log_sum).to(dtype))
+    lse = torch.where(nothing, local_lse, (most + log_sum).to(dtype))
+    out = TokenStats(logprob.to(dtype), lse)
     if track & contract.TRACK_ENTROPY:
         out = out._replace(entropy=(next(sums) * (-log_sum).exp() + log_sum).to(dtype))
     if track & contract.TRACK_SQ:

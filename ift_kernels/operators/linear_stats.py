@@ -113,7 +113,9 @@ def row_coefficients(norm: Tensor, entropy: Tensor, vocabulary: int, upstream: U
     dz_j = a·(1[j = target] − p_j) + p_j·(c − d − b·(log p_j + H)) + d/V.
     """
     a, c, b, d = upstream.terms(torch.zeros_like(norm[0]))
-    c_prob = c - d if upstream.entropy is None else c - d - b * entropy
+    c_prob = c - d
+    if upstream.entropy is not None:  # 0 times a NaN is 0: a row without upstream sends none
+        c_prob = c_prob - (b * entropy).masked_fill(b == 0, 0)
     return torch.stack([a, c_prob, -b, d / vocabulary]).to(norm.dtype)
 
 

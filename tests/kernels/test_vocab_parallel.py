@@ -34,11 +34,14 @@ CASES = {
     "bfloat16": {"dtype": torch.bfloat16},
     "bfloat16, float32 logits": {"dtype": torch.bfloat16, "logits_dtype": torch.float32},
     "deterministic": {"deterministic": True},
+    "masked shards": {"masked": 66},  # with every number of processes and each way to shard
 }
 FORMS = ("group", "dtensor", "sequence")
 
 
-def problem(vocabulary=V, scale=1.0, dtype=torch.float32, ignore_index=-100, **options):
+def problem(
+    vocabulary=V, scale=1.0, dtype=torch.float32, ignore_index=-100, masked=None, **options
+):
     g = torch.Generator().manual_seed(3)
     hidden = scale * torch.randn(*SHAPE, D, generator=g)
     weight, bias = torch.randn(vocabulary, D, generator=g), torch.randn(vocabulary, generator=g)
@@ -51,6 +54,12 @@ def problem(vocabulary=V, scale=1.0, dtype=torch.float32, ignore_index=-100, **o
     for name in ("mean_logit", "target_logit"):
         upstream[name] = torch.randn(SHAPE, generator=g)
     upstream["logprob"][2] = 0.0
+    if masked is not None:
+        bias[masked:] = -torch.inf
+        # No gradient comes to a shard of masked tokens alone, not even of a log-probability -inf.
+        for name in ("logprob", "target_logit"):
+            upstream[name].masked_fill_(target >= masked, 0.0)
+        upstream["mean_logit"].zero_()
     tensors = [t.to(dtype) for t in (hidden, weight, bias)]
     return tensors, target, upstream, {"ignore_index": ignore_index, **options}
 
@@ -112,9 +121,24 @@ def of_certain_targets(name):
     return gradient.gather(1, given.target[:, None])[:, 0], found.detach()
 
 
+def of_bias(value):
+    """Statistics and gradients with a bias of -inf everywhere, but for one `value` at the end."""
+    (hidden, weight, bias), target, *_ = problem()
+    bias = bias.fill_(-torch.inf)
+    bias[-1] = value
+    number, rank = dist.get_world_size(), dist.get_rank()
+    weight, bias = (t.tensor_split(number)[rank].requires_grad_() for t in (weight, bias))
+    stats = vocab_parallel_logprobs(
+        hidden.requires_grad_(), weight, target, bias=bias, outputs=OUTPUTS
+    )
+    gradients = torch.autograd.grad(stats.lse.sum(), (hidden, weight, bias))
+    return [s.detach() for s in stats], gradients
+
+
 def worker(rank, number, directory):
     mesh = init_device_mesh("cpu", (number,))
     found = {(c, f): run(c, f, mesh) for c in CASES for f in FORMS}
+    found |= {("bias", str(value)): of_bias(value) for value in (-torch.inf, torch.nan)}
     found |= {("certain", name): of_certain_targets(name) for name in certain.TRANSFORMS}
     (hidden, weight, bias), target, *_ = problem()
     sharded = distribute_tensor(weight, mesh, [Shard(0)])
@@ -175,9 +199,43 @@ def test_nearly_certain_targets(results, name):
         certain.assert_close(logprob, given.logprob, given.allowed, "logprob")
 
 
+def test_masked_everywhere_is_as_in_a_whole_head(results):
+    (hidden, weight, bias), target, *_ = problem()
+    bias.fill_(-torch.inf)
+    stats = linear_logprobs(hidden, weight, target, bias=bias, outputs=OUTPUTS)
+    for got, gradients in (result["bias", "-inf"] for result in results):
+        torch.testing.assert_close(tuple(got), tuple(stats), rtol=0, atol=0, equal_nan=True)
+        assert all(g.isnan().any() for g in gradients)
+
+
+def test_a_nan_beside_masked_shards_shows(results):
+    valid = problem()[1] != -100
+    for got, (d_hidden, *_) in (result["bias", "nan"] for result in results):
+        assert all(got[OUTPUTS.index(name)][valid].isnan().all() for name in ("logprob", "lse"))
+        assert d_hidden[valid].isnan().all()
+
+
 def test_a_tie_between_shards_goes_to_the_lowest_id(results):
     got, _ = results[0]["plain", "group"]
     assert got[3][0, 0] == 7
+
+
+def ulp(values):
+    values = values.abs()
+    return torch.nextafter(values, torch.full_like(values, torch.inf)) - values
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_numbers_of_shards_differ_by_roundings(results, form):
+    (hidden, weight, bias), target, _, options = problem(**CASES["deterministic"])
+    one = linear_logprobs(hidden, weight, target, bias=bias, outputs=OUTPUTS, **options)
+    got = TokenStats(*results[0]["deterministic", form][0])
+    of_sums = ulp(torch.tensor(float(V)).log())  # each shard's, beyond its largest logit
+    for name, own in {"lse": 1, "logprob": 2}.items():  # of results, and of the target's shard
+        a, b = getattr(got, name), getattr(one, name)
+        allowed = own * ulp(torch.maximum(a.abs(), b.abs())) + of_sums
+        assert ((a.double() - b.double()).abs() <= allowed).all(), name
+    assert torch.equal(got.target_logit, one.target_logit)
 
 
 def test_a_token_alone_has_the_same_results(results):
