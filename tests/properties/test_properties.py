@@ -11,27 +11,25 @@ from hypothesis import HealthCheck, given, settings
 
 import ift_kernels
 from ift.numerics import bounds
-from ift.numerics.calls import OPERATIONS, Call
+from ift.numerics.calls import DIFFERENTIABLE, OPERATIONS, Call
+from ift_kernels.backends import reference
 from tests.proofs import properties
 from tests.properties import harness
-from tests.properties.cases import BACKENDS, SMALL, cases
+from tests.properties.cases import BACKENDS, PRECISIONS, SMALL, cases, live, sample
 from tests.properties.regressions import REGRESSIONS
+
+
+SAMPLE = {"linear_logprobs": 100, "linear_cross_entropy": 60}  # of others 40
+
+
+def drawn(operation):
+    return sample(operation, SAMPLE.get(operation, 40))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_sample(operation):
-    @settings(
-        max_examples=60,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(cases((operation,)))
-    def every(case):
+    for case in drawn(operation):
         harness.check(case)
-
-    every()
 
 
 @pytest.mark.parametrize("case", REGRESSIONS, ids=lambda case: case.operation)
@@ -101,24 +99,64 @@ def test_fp32_logits_have_bounds_of_fp32(dtype):
     assert wide.logit == bounds.FP32 < narrow.logit
 
 
-def test_what_is_drawn():
+def covers(calls):
     """Every backend, dtype, kind of input and layout, no row, one column, and several tiles."""
-    drawn: list[Call] = []
+    assert {c.backend for c in calls} == set(BACKENDS)
+    for names in ("dtype", "kind", "schedule", "workspace", "vocabulary", "shape"):
+        assert len({getattr(c, names) for c in calls}) > 1, names
+    assert any(0 in c.shape for c in calls) and any(c.vocabulary == 1 for c in calls)
+    assert any(c.vocabulary > 1025 and c.workspace == SMALL for c in calls)
+
+
+def test_what_is_drawn():
+    calls = []
 
     @settings(
-        max_examples=300, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=200, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
     @given(cases())
     def every(case):
-        drawn.append(case)
+        calls.append(case)
 
     every()
-    assert {c.backend for c in drawn} == set(BACKENDS)
-    assert {c.operation for c in drawn} == set(OPERATIONS)
-    for names in ("dtype", "kind", "schedule", "workspace", "vocabulary", "shape"):
-        assert len({getattr(c, names) for c in drawn}) > 1, names
-    assert any(0 in c.shape for c in drawn) and any(c.vocabulary == 1 for c in drawn)
-    assert any(c.vocabulary > 1025 and c.workspace == SMALL for c in drawn)
+    covers(calls)
+    assert {c.operation for c in calls} == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "linear_token"])
+def test_gradients_of_the_sample(operation):
+    """Into each output, of the bias, of several tiles, in fp32, in 16 bits and with fp32 logits."""
+    calls = [c for c in drawn(operation) if live(c)]
+    covers([*drawn(operation)])
+    assert len(calls) > 0.6 * len([*drawn(operation)])
+    for dtypes, wide in list(PRECISIONS.values())[:3]:
+        some = [
+            c for c in calls if c.dtype in dtypes and bool(c.numerics.get("logits_dtype")) == wide
+        ]
+        outputs = DIFFERENTIABLE if operation == "linear_logprobs" else ("result",)
+        assert {*outputs} <= {name for c in some for name in live(c)}
+        assert any(c.bias and "bias" in c.needs for c in some)
+        assert any(c.vocabulary > 1025 and c.workspace == SMALL for c in some)
+
+
+def test_several_tiles_are_reached(monkeypatch):
+    """By the gradients of what `cases` takes for several tiles."""
+    offsets = set()
+    real = reference.dlogits_
+
+    def dlogits_(chunk, *args, **kwargs):
+        offsets.add(chunk.offset)
+        return real(chunk, *args, **kwargs)
+
+    monkeypatch.setattr(reference, "dlogits_", dlogits_)
+    tiled = [c for c in drawn("linear_logprobs") if c.vocabulary > 1025 and c.workspace == SMALL]
+    reached = []
+    for case in tiled:
+        if case.backend == "reference" and live(case):
+            offsets.clear()
+            harness.check(case)
+            reached.append(len(offsets) > 1)
+    assert sum(reached) > len(reached) / 2
 
 
 def test_a_refusal_is_no_result(monkeypatch):

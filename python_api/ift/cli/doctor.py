@@ -75,7 +75,7 @@ def as_text(report: dict[str, Any]) -> str:
             lines.append(f"  {'':<14}in plain torch: {', '.join(backend['plain_torch'])}")
     lines.append("what serves what")
     lines += [f"  {what:<14}{backend}" for what, backend in report["serves"].items()]
-    lines.append("promises, checked on this machine: docs/numerics.md")
+    lines.append("promises: docs/numerics.md; deterministic was checked on this machine")
     lines += [f"  {what:<14}{promise}" for what, promise in report["promises"].items()]
     if report["problem"]:
         lines.append(f"problem\n  {report['problem']}")
@@ -94,7 +94,7 @@ def _serves(torch: Any, backends: Any) -> dict[str, str]:
 
 
 def _promises(torch: Any) -> dict[str, str]:
-    """What the table of the numerics contract says of each dtype, and whether it is invariant."""
+    """What the numerics contract says of each dtype, and whether results here are invariant."""
     from ift.numerics import bounds, invariance
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -44,7 +44,13 @@ def distillation_loss(
 
     Raises:
         As `ift_kernels.linear_divergence`.
+        ValueError: `deterministic`, which a divergence does not offer.
     """
+    if options.pop("deterministic", False):
+        raise ValueError(
+            "deterministic: expected False with distillation_loss, whose divergence of two heads "
+            "does not offer it, got True"
+        )
     loss = linear_divergence(
         hidden, weight, teacher.hidden, teacher.weight, mask=target != ignore_index, kind=kind,
         beta=beta, temperature=temperature, num_items=num_items, teacher_bias=teacher.bias,

@@ -247,14 +247,16 @@ def dlogits(
     hot = torch.zeros_like(p).scatter_(-1, own, 1.0)
     # 1 − p of the target is the sum of the others.
     others = (p_error.sum(-1) - p_error.gather(-1, own)[:, 0]).clamp(min=0)[:, None]
-    own_error = torch.minimum(p_error.gather(-1, own), others) + ARITHMETIC * unit
-    own_error = own_error + h.sum_error[:, None]
+    left = -torch.expm1(logp.gather(-1, own))
+    own_error = torch.minimum(p_error.gather(-1, own), others) + ARITHMETIC * unit * left
+    own_error = own_error + torch.minimum(h.sum_error[:, None], left)
     to_target = torch.where(hot > 0, own_error, p_error)
     gradient = u["logprob"] * (hot - p) + u["lse"] * p
     error = u["logprob"].abs() * to_target + u["lse"].abs() * p_error
     # Coefficients of p are added up first, which may cancel.
-    coefficients = sum((value.abs() for value in upstream.values()), zero)[:, None]
-    error = error + ARITHMETIC * unit * coefficients * p
+    sizes = [value.abs() for name, value in upstream.items() if name != "target_logit"]
+    if len(sizes) > 1:
+        error = error + ARITHMETIC * unit * sum(sizes, zero)[:, None] * p
     if lse_factor_error is not None:
         error = error + lse_factor_error[:, None] * p
     if "entropy" in upstream:

@@ -7,7 +7,7 @@ the exact ones are of `oracle` in fp64, how far ours may be from them is of `bou
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -201,6 +201,31 @@ def _among(name: str, fits: Tensor) -> Check:
     return Check(name, (~fits).double(), torch.zeros(fits.shape), torch.zeros(fits.shape))
 
 
+def _again(
+    call: Call, t: Tensors, function: Callable[[Tensor, Tensor], dict[str, Tensor]], ours: dict[str, Tensor]
+) -> list[Check]:
+    """With `deterministic`, results of a part of the rows, which have to be the same to the bit.
+
+    Args:
+        function: results of some hidden states and their numbers.
+        ours: (...) results of every row, by name.
+    """
+    count = math.prod(call.shape)
+    if not call.numerics.get("deterministic") or not count:
+        return []
+    # The noise of a sample is of a row's number, so a slice; of others the order may change, too.
+    rows = torch.arange(count // 3, count)
+    if call.operation != "linear_token":
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(call.seed))]
+    with torch.no_grad():
+        part = function(t.hidden.reshape(count, -1)[rows.to(t.hidden.device)], rows)
+    checks = []
+    for name, value in ours.items():
+        whole = value.detach().reshape(-1)[rows.to(value.device)].cpu()
+        checks.append(Check(f"{name} of a part", part[name].cpu(), whole, torch.zeros(len(rows))))
+    return checks
+
+
 def _logprobs(call: Call) -> list[Check]:
     t, options = tensors(call), dict(call.options)
     ignore = options["ignore_index"]
@@ -228,6 +253,15 @@ def _logprobs(call: Call) -> list[Check]:
         if gradient is not None:
             into[name] = torch.where(valid, gradient.reshape(-1).double(), 0)
             sent.append((value, exact[name], gradient))
+
+    def part(hidden: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        target = torch.where(t.valid, t.target, ignore).reshape(-1)[rows.to(hidden.device)]
+        return ift_kernels.linear_logprobs(
+            hidden, t.weight, target, bias=t.bias, workspace=call.workspace, **options,
+            **call.transform, **call.numerics,
+        )._asdict()  # fmt: skip
+
+    checks += _again(call, t, part, {name: getattr(ours, name) for name in options["outputs"]})
     return checks + _gradients(call, t, head, sent, bounds.dlogits(head, ids, into))
 
 
@@ -259,6 +293,17 @@ def _cross_entropy(call: Call) -> list[Check]:
         total = bounds.products_unit(len(ids), unit) * each.abs().sum()
         bound = factor * (bound.sum() + total + bounds.ARITHMETIC * unit * each.sum().abs())
     checks = [Check("loss", ours.reshape(exact.shape), exact.detach(), bound)]
+
+    def part(hidden: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        some = target[rows].to(hidden.device)
+        loss = ift_kernels.linear_cross_entropy(
+            hidden, t.weight, some, bias=t.bias, workspace=call.workspace, **call.options,
+            **call.transform, **call.numerics,
+        )  # fmt: skip
+        return {"loss": loss}
+
+    if of_mean["reduction"] == "none":
+        checks += _again(call, t, part, {"loss": ours})
     gradient = upstream(call, 0, ours.shape)
     if gradient is None:
         return checks
@@ -287,7 +332,17 @@ def _token(call: Call) -> list[Check]:
     exact = head.z.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     fits = bounds.may_be_best(head, ids, noise, rank)
     bound = head.logprob_error(ids)
-    return [_among("ids", fits), Check("logprob", logprob.flatten(), exact, bound)]
+
+    def part(hidden: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        first = {"row_offset": options["row_offset"] + int(rows[0])}
+        found = ift_kernels.linear_token(
+            hidden, t.weight, bias=t.bias, workspace=call.workspace, **options | first,
+            **call.transform, **call.numerics,
+        )  # fmt: skip
+        return dict(zip(("ids", "logprob"), found, strict=True))
+
+    checks = [_among("ids", fits), Check("logprob", logprob.flatten(), exact, bound)]
+    return checks + _again(call, t, part, {"ids": ids, "logprob": logprob})
 
 
 def _divergence(call: Call) -> list[Check]:

@@ -17,6 +17,8 @@ DTYPES = {
     "float32": (torch.float32, None),
     "bfloat16": (torch.bfloat16, None),
     "bfloat16, fp32 logits": (torch.bfloat16, torch.float32),
+    "float16": (torch.float16, None),
+    "float16, fp32 logits": (torch.float16, torch.float32),
 }
 
 
@@ -49,7 +51,8 @@ class Head(NamedTuple):
 
 
 def _alone(head: Head) -> int:
-    rows = torch.arange(0, len(head.target), max(1, len(head.target) // 8))
+    """Each of 48 rows, which is all of them in a quick run."""
+    rows = torch.arange(0, len(head.target), max(1, len(head.target) // 48))
     single = torch.cat([head.results(rows[i : i + 1]) for i in range(len(rows))])
     return _differences(single, head.results()[rows])
 
