@@ -245,6 +245,12 @@ def test_what_excludes_each_other_is_refused_at_patch(tmp_path):
         given = {"logits_dtype": value}
         for call in (IFTConfig, lambda **more: patch(make("llama"), **more)):
             assert_refused(call, given, ValueError, "expected None or torch.float32")
+    hidden, weight, target = torch.ones(2, 4), torch.ones(5, 4), torch.tensor([1, 2])
+    text = {"logits_dtype": "float32"}  # of files of options: not of operations
+    said = "expected None or torch.float32, a torch dtype, got 'float32'"
+    for call in (linear_logprobs, lambda *given, **more: from_hidden(losses.sft_loss, *given, **more)):
+        refused = functools.partial(call, hidden, weight, target)
+        assert_refused(refused, text, ValueError, said)
     for value in (1, "yes"):
         for call in (IFTConfig, lambda **more: patch(make("llama"), **more)):
             assert_refused(call, {"deterministic": value}, TypeError, "expected True or False")

@@ -82,8 +82,9 @@ def trainer_of(
     spread=0.1, **more,
 ):  # fmt: skip
     kind, config, rows, options = TRAINERS[name]
-    ties = {} if tied is None else {"tie_word_embeddings": tied}
-    model = make(architecture, vocab_size=len(tokenizer), initializer_range=spread, **ties).to(dtype)
+    changed = {} if tied is None else {"tie_word_embeddings": tied}
+    changed |= {"vocab_size": len(tokenizer), "initializer_range": spread}
+    model = make(architecture, **changed).to(dtype)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     if name == "grpo":
