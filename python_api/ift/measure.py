@@ -170,9 +170,7 @@ def try_few_tokens(model: Any, forward: Callable[..., Any], head: HeadOptions) -
     return measured
 
 
-def _plain_loss(
-    model: Any, forward: Callable[..., Any], head: HeadOptions
-) -> tuple[Tensor, float]:
+def _plain_loss(model: Any, forward: Callable[..., Any], head: HeadOptions) -> tuple[Tensor, float]:
     """The loss of four tokens from the model's logits, and the epsilon of these.
 
     Where the loss without logits has float32 ones, these are, too: the model's own may be rounded

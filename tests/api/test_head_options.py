@@ -24,6 +24,7 @@ from ift.losses import Head, from_hidden
 from ift.measure import measure
 from ift.one_pass import target_logprobs
 from ift.patching import head_options, patch, unpatch
+from ift_kernels import linear_logprobs
 from refusals import assert_refused
 from trainers import training_arguments
 
@@ -248,7 +249,7 @@ def test_what_excludes_each_other_is_refused_at_patch(tmp_path):
     hidden, weight, target = torch.ones(2, 4), torch.ones(5, 4), torch.tensor([1, 2])
     text = {"logits_dtype": "float32"}  # of files of options: not of operations
     said = "expected None or torch.float32, a torch dtype, got 'float32'"
-    for call in (linear_logprobs, lambda *given, **more: from_hidden(losses.sft_loss, *given, **more)):
+    for call in (linear_logprobs, functools.partial(from_hidden, losses.sft_loss)):
         refused = functools.partial(call, hidden, weight, target)
         assert_refused(refused, text, ValueError, said)
     for value in (1, "yes"):

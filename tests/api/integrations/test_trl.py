@@ -1,6 +1,7 @@
 """TRL's trainers on our log-probabilities, and `IFTSFTTrainer` on TRL's data."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.trainer import dpo_trainer
 from trl.trainer.kto_trainer import KTOConfig, KTOTrainer
 
 import dense
@@ -166,14 +168,6 @@ def test_scales_caps_and_auxiliary_losses_are_those_of_the_model(architecture, t
 # --- float32 heads, and batches that do not matter -----------------------------------------------
 
 
-def outside_autocast(forward):
-    def call(hidden):
-        with torch.autocast("cpu", enabled=False):
-            return forward(hidden)
-
-    return call
-
-
 @pytest.mark.parametrize(
     ("architecture", "tied", "bf16"),
     [("llama", None, False), ("llama", True, True), ("gemma2", None, False), ("llama", None, True)],
@@ -181,8 +175,7 @@ def outside_autocast(forward):
 def test_a_head_that_trl_casts_to_float32(architecture, tied, bf16, tokenizer, tmp_path):
     """Log-probabilities, loss and gradients are TRL's; logits are the model's.
 
-    Under the autocast of `bf16`, with large logits, those of TRL's head outside of it, which rounds
-    them to 16 bits after all.
+    With large logits under autocast, too.
     """
     given = {"changes": {"cast_lm_head_to_fp32": True, "bf16": bf16}, "dtype": torch.bfloat16}
     given |= {"tied": tied, "spread": 0.3 if bf16 else 0.1}
@@ -203,8 +196,6 @@ def test_a_head_that_trl_casts_to_float32(architecture, tied, bf16, tokenizer, t
         call = model, row, mask, inputs["completion_ids"].shape[1]
         with torch.no_grad():
             logits = model(input_ids=row, attention_mask=mask).logits
-            if bf16 and not ours:
-                model.lm_head.forward = outside_autocast(forward)
             old = trainer._get_per_token_logps_and_entropies(*call, compute_entropy=True)[:2]
         loss = trainer.compute_loss(model, inputs)
         loss.backward()
@@ -224,16 +215,15 @@ def test_a_head_that_trl_casts_to_float32(architecture, tied, bf16, tokenizer, t
         assert_close({table: our_grads[table]}, {table: grads[table]}, 1e-5)
 
 
-def test_float32_logits_under_autocast(tokenizer, tmp_path):
-    """As of a head outside of it, of large logits, in the reference model, too."""
+def test_float32_logits_under_autocast(tokenizer, tmp_path, monkeypatch):
+    """As of TRL's head outside of it, of large logits, in the reference model, too."""
+    outside = functools.partial(dpo_trainer.add_fused_lm_head, cast_lm_head_to_fp32=True)
+    monkeypatch.setattr(dpo_trainer, "add_fused_lm_head", outside)
     losses = []
     for ours in (False, True):
         trainer = trainer_of("dpo", tokenizer, tmp_path, changes={"bf16": True}, spread=0.3)
         if ours:
             integration.use_ift_kernels(trainer, logits_dtype=torch.float32)
-        else:
-            for model in (trainer.model, trainer.ref_model):
-                model.lm_head.forward = outside_autocast(model.lm_head.forward)
         with torch.no_grad():  # moves the policy away from its reference
             trainer.model.lm_head.weight.mul_(1.1)
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
