@@ -162,13 +162,26 @@ def draw(report: dict[str, Any], path: str | Path) -> None:
         panels[1].legend(loc="upper left", fontsize=7)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
+    return path
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Print the tables; with --json and --plot write them, too."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--rows", type=_count, metavar="N", default=32)
+    parser.add_argument("--tokens", type=_count, metavar="N", default=64)
+    parser.add_argument("--json", type=_file, metavar="FILE")
+    parser.add_argument("--plot", type=_file, metavar="FILE")
     options = parser.parse_args(arguments)
     report = measure(options.rows, options.tokens)
     for compared in ("head", "whole model"):
@@ -176,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         print(table([HEAD, *rows_of(report, compared)]))
     if options.json:
         text = json.dumps(report, indent=1, ensure_ascii=False)
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
+        options.json.write_text(text + "\n", encoding="utf-8")
     if options.plot:
         draw(report, options.plot)
     return report

@@ -245,7 +245,9 @@ def compute_dtype(
 def float32_logits(logits_dtype: torch.dtype, *inputs: torch.dtype) -> torch.dtype:
     """float32, or a ValueError: what is asked for is another, or there are float64 inputs."""
     if logits_dtype != torch.float32:
-        raise ValueError(f"logits_dtype: expected None or torch.float32, got {logits_dtype}")
+        raise ValueError(
+            f"logits_dtype: expected None or torch.float32, a torch dtype, got {logits_dtype!r}"
+        )
     if torch.float64 in inputs:
         raise ValueError("logits_dtype: expected None for float64 inputs, got torch.float32")
     return torch.float32

@@ -60,7 +60,7 @@ class IFTConfig:
         share_prompt: run prompts once for both passes where that gives the same; with less memory
             and time. False: two full passes always.
         logits_dtype: of the head in both passes, torch.float32 or "float32", as in `ift.patch`;
-            None: that of the patch.
+            None: that of the patch. The attribute is the text.
         deterministic: of the head in both passes, as in `ift.patch`; None: that of the patch. Not
             with rule "soft".
         workspace: bytes of work memory of the head operations, from 1 MiB; None: their default.
@@ -107,7 +107,8 @@ class IFTConfig:
             logits_dtype=self.logits_dtype, deterministic=self.deterministic
         )
         head.check_rule(self.rule)
-        object.__setattr__(self, "logits_dtype", head.logits_dtype)
+        # As JSON can hold it, whichever was given.
+        object.__setattr__(self, "logits_dtype", None if head.logits_dtype is None else "float32")
         if self.workspace is not None:
             _whole("workspace", self.workspace, checks.MIN_WORKSPACE)
         noise = checks.number("lam_noise", self.lam_noise)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ift.head_options import HeadOptions
 from ift.head_pass import (
@@ -147,7 +147,7 @@ def try_few_tokens(model: Any, forward: Callable[..., Any], head: HeadOptions) -
         return None
     with evaluating(model), torch.no_grad():
         try:
-            plain = forward(**_few_tokens(model)).loss
+            plain, eps = _plain_loss(model, forward, head)
         except Exception:  # a model that needs an image, say, may raise anything
             try:  # what can already be refused in a model that needs other inputs
                 measure(model, forward, _few_tokens(model))
@@ -162,13 +162,43 @@ def try_few_tokens(model: Any, forward: Callable[..., Any], head: HeadOptions) -
             unshifted=measured.unshifted,
         )  # fmt: skip
     error = abs(float(output.loss) - float(plain))
-    eps = torch.finfo(plain_head(model).weight.dtype).eps
     if not error <= 16 * eps * max(1.0, abs(float(plain))) + 1e-4:
         raise RuntimeError(
             f"{type(model).__name__}: its loss of four tokens is {float(plain):.6g}, without "
             f"logits {float(output.loss):.6g}; this model cannot be patched"
         )
     return measured
+
+
+def _plain_loss(model: Any, forward: Callable[..., Any], head: HeadOptions) -> tuple[Tensor, float]:
+    """The loss of four tokens from the model's logits, and the epsilon of these.
+
+    Where the loss without logits has float32 ones, these are, too: the model's own may be rounded
+    to 16 bits, by its weights or by an autocast around `forward`, as accelerate's.
+    """
+    linear, inputs = plain_head(model), _few_tokens(model)
+    own, found = linear.forward, [torch.finfo(linear.weight.dtype).eps]
+
+    def logits(hidden: Tensor) -> Tensor:
+        made: Tensor = own(hidden) if head.logits_dtype is None else _float32(linear, hidden)
+        found[:] = [torch.finfo(made.dtype).eps]
+        return made
+
+    linear.forward = logits  # type: ignore[method-assign]  # of one object, for one call
+    try:
+        loss: Tensor = forward(**inputs).loss
+    finally:
+        linear.forward = own  # type: ignore[method-assign]
+    return loss, found[0]
+
+
+def _float32(head: Any, hidden: Tensor) -> Tensor:
+    """Logits in float32, without a copy of the whole weight."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        wide = hidden.float()
+        tiles = [nn.functional.linear(wide, tile.float()) for tile in head.weight.split(4096)]
+        logits = torch.cat(tiles, -1)
+        return logits if head.bias is None else logits + head.bias.float()
 
 
 def _has_no_values(parameter: Tensor) -> bool:

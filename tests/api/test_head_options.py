@@ -1,8 +1,11 @@
 """`logits_dtype` and `deterministic` of a model's head, wherever its statistics are computed."""
 
 import copy
+import dataclasses
+import functools
 import io
 import itertools
+import json
 
 import pytest
 import torch
@@ -15,10 +18,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from causal_lms import assert_close, batch, lora, make, step
 from ift import losses
 from ift.config import IFTConfig
+from ift.head_pass import HeadForward
 from ift.integrations.transformers import IFTTrainer
 from ift.losses import Head, from_hidden
+from ift.measure import measure
 from ift.one_pass import target_logprobs
 from ift.patching import head_options, patch, unpatch
+from ift_kernels import linear_logprobs
 from refusals import assert_refused
 from trainers import training_arguments
 
@@ -146,7 +152,8 @@ def test_both_passes_of_ift():
     ):
         model = patch(bf16("llama"), **patched)
         config = IFTConfig(share_prompt=False, **given)
-        assert config.logits_dtype == (torch.float32 if given else None)
+        assert config.logits_dtype == ("float32" if given else None)
+        assert IFTConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
         assert config == config.replace(step=0)
         model(**inputs, ift=config)
         results.append([float(model.ift_metrics[name]) for name in ("loss_sft", "loss_ift")])
@@ -157,6 +164,43 @@ def test_both_passes_of_ift():
     for rule in ("kth", "sample", "soft"):
         model(**inputs, ift=IFTConfig(rule=rule, share_prompt=False, **FLOAT32))
         assert float(model.ift_metrics["loss_sft"]) == results[0][0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_patch_compares_like_with_like(name, autocast, monkeypatch):
+    """Large logits that the model rounds; a transform that is not the model's is seen all the same.
+
+    Also in an autocast that is around the model's forward, as accelerate puts it.
+    """
+
+    def made():
+        model = make(name, initializer_range=0.5).eval()
+        model = model if autocast else model.to(torch.bfloat16)
+        if name == "phi":
+            nn.init.normal_(model.lm_head.bias)
+        forward = model.forward
+
+        @functools.wraps(forward)
+        def wrapped(*args, **kwargs):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return forward(*args, **kwargs)
+
+        model.forward = wrapped
+        return model
+
+    for options in ({}, FLOAT32, FLOAT32 | {"deterministic": True}):
+        model = patch(made(), **options)
+        assert isinstance(model.lm_head.forward, HeadForward)
+
+    def wrong(*args):
+        measured = measure(*args)
+        scale = measured.transform.scale * (1 + 2**-8)
+        return measured._replace(transform=dataclasses.replace(measured.transform, scale=scale))
+
+    monkeypatch.setattr("ift.measure.measure", wrong)
+    with pytest.raises(RuntimeError, match="loss of four tokens is .* cannot be patched"):
+        patch(made(), **FLOAT32)
 
 
 # --- both -----------------------------------------------------------------------------------------
@@ -202,6 +246,12 @@ def test_what_excludes_each_other_is_refused_at_patch(tmp_path):
         given = {"logits_dtype": value}
         for call in (IFTConfig, lambda **more: patch(make("llama"), **more)):
             assert_refused(call, given, ValueError, "expected None or torch.float32")
+    hidden, weight, target = torch.ones(2, 4), torch.ones(5, 4), torch.tensor([1, 2])
+    text = {"logits_dtype": "float32"}  # of files of options: not of operations
+    said = "expected None or torch.float32, a torch dtype, got 'float32'"
+    for call in (linear_logprobs, functools.partial(from_hidden, losses.sft_loss)):
+        refused = functools.partial(call, hidden, weight, target)
+        assert_refused(refused, text, ValueError, said)
     for value in (1, "yes"):
         for call in (IFTConfig, lambda **more: patch(make("llama"), **more)):
             assert_refused(call, {"deterministic": value}, TypeError, "expected True or False")

@@ -57,6 +57,19 @@ def test_a_trainer_matches_a_sampler_that_treats_logits_alike(tmp_path):
     assert abs(shifts["greedy"]) < 1e-5 and abs(shifts["temperature 0.7"]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "given",
+    [("--rows", "0"), ("--tokens", "-3"), ("--rows", "two"), ("--json", "none/a"), ("--plot", ".")],
+)
+def test_what_a_sampler_cannot_do_is_refused_before_any_work(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sampler_match, "measure", None)
+    with pytest.raises(SystemExit):
+        sampler_match.main(given)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {given[0]}: expected a" in last and repr(given[1]) in last
+
+
 @pytest.mark.parametrize("name", ["grpo", "ppo", "rloo", "reinforce", "cispo"])
 def test_the_reward_of_a_loop_that_samples_rises(name):
     history = policy_gradient.train(name, rounds=12)

@@ -1,6 +1,7 @@
 """TRL's trainers on our log-probabilities, and `IFTSFTTrainer` on TRL's data."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.trainer import dpo_trainer
 from trl.trainer.kto_trainer import KTOConfig, KTOTrainer
 
 import dense
@@ -79,11 +81,12 @@ TRAINERS = {
 
 def trainer_of(
     name, tokenizer, directory, architecture="llama", changes=(), dtype=torch.float32, tied=None,
-    **more,
+    spread=0.1, **more,
 ):  # fmt: skip
     kind, config, rows, options = TRAINERS[name]
-    ties = {} if tied is None else {"tie_word_embeddings": tied}
-    model = make(architecture, vocab_size=len(tokenizer), initializer_range=0.1, **ties).to(dtype)
+    changed = {} if tied is None else {"tie_word_embeddings": tied}
+    changed |= {"vocab_size": len(tokenizer), "initializer_range": spread}
+    model = make(architecture, **changed).to(dtype)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     if name == "grpo":
@@ -166,11 +169,16 @@ def test_scales_caps_and_auxiliary_losses_are_those_of_the_model(architecture, t
 
 
 @pytest.mark.parametrize(
-    ("architecture", "tied"), [("llama", None), ("llama", True), ("gemma2", None)]
+    ("architecture", "tied", "bf16"),
+    [("llama", None, False), ("llama", True, True), ("gemma2", None, False), ("llama", None, True)],
 )
-def test_a_head_that_trl_casts_to_float32(architecture, tied, tokenizer, tmp_path):
-    """Log-probabilities, loss and gradients are TRL's; logits are the model's."""
-    given = {"changes": {"cast_lm_head_to_fp32": True}, "dtype": torch.bfloat16, "tied": tied}
+def test_a_head_that_trl_casts_to_float32(architecture, tied, bf16, tokenizer, tmp_path):
+    """Log-probabilities, loss and gradients are TRL's; logits are the model's.
+
+    With large logits under autocast, too.
+    """
+    given = {"changes": {"cast_lm_head_to_fp32": True, "bf16": bf16}, "dtype": torch.bfloat16}
+    given |= {"tied": tied, "spread": 0.3 if bf16 else 0.1}
     found, inputs = [], None
     for ours in (False, True):
         trainer = trainer_of("grpo", tokenizer, tmp_path, architecture, **given)
@@ -205,6 +213,27 @@ def test_a_head_that_trl_casts_to_float32(architecture, tied, tokenizer, tmp_pat
     assert grads[table].dtype == our_grads[table].dtype == torch.float32
     if table == "lm_head.weight":
         assert_close({table: our_grads[table]}, {table: grads[table]}, 1e-5)
+
+
+def test_float32_logits_under_autocast(tokenizer, tmp_path, monkeypatch):
+    """As of TRL's head outside of it, of large logits, in the reference model, too."""
+    outside = functools.partial(dpo_trainer.add_fused_lm_head, cast_lm_head_to_fp32=True)
+    monkeypatch.setattr(dpo_trainer, "add_fused_lm_head", outside)
+    losses = []
+    for ours in (False, True):
+        trainer = trainer_of("dpo", tokenizer, tmp_path, changes={"bf16": True}, spread=0.3)
+        if ours:
+            integration.use_ift_kernels(trainer, logits_dtype=torch.float32)
+        with torch.no_grad():  # moves the policy away from its reference
+            trainer.model.lm_head.weight.mul_(1.1)
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        losses.append((loss.detach(), gradients(trainer.model)))
+    (theirs, grads), (mine, our_grads) = losses
+    assert abs(float(theirs) - 0.6931) > 1e-3
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert_close(our_grads, grads, 2**-6)
 
 
 def test_a_head_that_trl_casts_after_the_patch(tokenizer, tmp_path):
@@ -249,7 +278,7 @@ def test_options_of_the_head_reach_every_model(tokenizer, tmp_path):
         True,
     )
     trainer = ift_trainer(tokenizer, tmp_path, ift={**text, "gamma": 0.5})
-    assert trainer.ift_config.logits_dtype == torch.float32 and trainer.ift_config.deterministic
+    assert trainer.ift_config.logits_dtype == "float32" and trainer.ift_config.deterministic
     assert head_options(trainer.model)[1:3] == (None, False)
     trainer.args.to_json_string()
 
