@@ -176,7 +176,8 @@ def _plain_loss(model: Any, forward: Callable[..., Any], head: HeadOptions) -> t
     Where the loss without logits has float32 ones, these are, too: the model's own may be rounded
     to 16 bits, by its weights or by an autocast around `forward`, as accelerate's.
     """
-    linear, inputs = plain_head(model), _few_tokens(model)
+    linear: Any = plain_head(model)
+    inputs, replaced = _few_tokens(model), vars(linear).get("forward")
     own, found = linear.forward, [torch.finfo(linear.weight.dtype).eps]
 
     def logits(hidden: Tensor) -> Tensor:
@@ -184,11 +185,14 @@ def _plain_loss(model: Any, forward: Callable[..., Any], head: HeadOptions) -> t
         found[:] = [torch.finfo(made.dtype).eps]
         return made
 
-    linear.forward = logits  # type: ignore[method-assign]  # of one object, for one call
+    linear.forward = logits  # of one object, for one call
     try:
         loss: Tensor = forward(**inputs).loss
     finally:
-        linear.forward = own  # type: ignore[method-assign]
+        if replaced is None:
+            del linear.forward
+        else:
+            linear.forward = replaced
     return loss, found[0]
 
 
