@@ -254,7 +254,7 @@ def dlogits(
     gradient = u["logprob"] * (hot - p) + u["lse"] * p
     error = u["logprob"].abs() * to_target + u["lse"].abs() * p_error
     # Coefficients of p are added up first, which may cancel.
-    sizes = [value.abs() for name, value in upstream.items() if name != "target_logit"]
+    sizes = [value.abs() for value in upstream.values()]
     several = sum(((size > 0).to(zero) for size in sizes), zero) > 1
     joined = torch.where(several, sum(sizes, zero), 0)[:, None]
     error = error + ARITHMETIC * unit * joined * p
