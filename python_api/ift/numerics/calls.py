@@ -202,7 +202,10 @@ def _among(name: str, fits: Tensor) -> Check:
 
 
 def _again(
-    call: Call, t: Tensors, function: Callable[[Tensor, Tensor], dict[str, Tensor]], ours: dict[str, Tensor]
+    call: Call,
+    t: Tensors,
+    function: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    ours: dict[str, Tensor],
 ) -> list[Check]:
     """With `deterministic`, results of a part of the rows, which have to be the same to the bit.
 
