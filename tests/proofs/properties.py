@@ -3,8 +3,8 @@
 What is drawn is in `tests.properties.cases`, the bounds in `ift.numerics.bounds`. A case is a seed,
 from which hypothesis draws `CHUNK` calls; a line of the log has how many of each operation, how
 many were `deterministic` and how many of these refused, the largest share of its bound that a
-result used, and the smallest call that failed, if one did. That call belongs into
-`tests.properties.regressions`.
+result used, and the smallest call that failed, if one did. That call
+belongs into `tests.properties.regressions`.
 """
 
 from __future__ import annotations

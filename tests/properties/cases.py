@@ -76,6 +76,8 @@ def _options(
     found: dict[str, Any] = {}
     if operation == "linear_logprobs":
         outputs = _some(c, sorted(OUTPUTS), out_of=2) or {"logprob"}
+        if _rarely(c, 4):  # alone its gradient is the most precise
+            outputs = {"logprob"}
         detached = _some(c, sorted(outputs), out_of=4)
         if not (outputs - detached) & {*DIFFERENTIABLE}:
             detached = set()
@@ -115,12 +117,10 @@ def _call(
     c: Choices, operation: str, backends: Sequence[str], largest: int, precision: str, tiled: bool
 ) -> Call:
     tiles = [(n, v) for n, v in _TILED if v <= largest] if tiled else []
+    vocabulary = 1 if _rarely(c) else c.one_of(*(v for v in _VOCABULARIES if v <= largest))
+    rows = 0 if _rarely(c) else c.one_of(*_ROWS)
     if tiles:
         rows, vocabulary = c.one_of(*tiles)
-    else:
-        some = [v for v in _VOCABULARIES if v <= largest]
-        vocabulary = 1 if _rarely(c) else c.one_of(*some)
-        rows = 0 if _rarely(c) else c.one_of(*_ROWS)
     shapes = ((rows,), (rows, 1), (2, rows // 2)) if rows > 1 else ((rows,), (rows, 3), (2, rows))
     kind = c.one_of("ordinary", "peaked", *inputs.KINDS)
     # With a scale of 0, or a negative one, no token is forbidden.

@@ -18,7 +18,7 @@ from tests.properties import harness
 from tests.properties.cases import BACKENDS, PRECISIONS, SMALL, cases, live, sample
 from tests.properties.regressions import REGRESSIONS
 
-SAMPLE = {"linear_logprobs": 100, "linear_cross_entropy": 60}  # of others 40
+SAMPLE = dict.fromkeys(("linear_cross_entropy", "linear_divergence"), 60) | {"linear_logprobs": 100}
 
 
 def drawn(operation):
@@ -127,7 +127,7 @@ def test_gradients_of_the_sample(operation):
     """Into each output, of the bias, of several tiles, in fp32, in 16 bits and with fp32 logits."""
     calls = [c for c in drawn(operation) if live(c)]
     covers([*drawn(operation)])
-    assert len(calls) > 0.6 * len([*drawn(operation)])
+    assert len(calls) > 0.4 * len([*drawn(operation)])
     for dtypes, wide in list(PRECISIONS.values())[:3]:
         some = [
             c for c in calls if c.dtype in dtypes and bool(c.numerics.get("logits_dtype")) == wide
@@ -166,6 +166,21 @@ def test_a_refusal_is_no_result(monkeypatch):
     assert harness.check(replace(LOGPROBS, numerics={"deterministic": True})) == {}
     with pytest.raises(RuntimeError, match="deterministic"):
         harness.check(LOGPROBS)
+
+
+def test_many_refusals_are_a_fault():
+    line = {"failed": [], "deterministic": 40, "refused": 2}
+    assert properties.fault(line) == ""
+    assert "3 of 40" in properties.fault(line | {"refused": 3})
+
+
+def test_a_part_of_the_rows_is_held_to_the_bit(monkeypatch):
+    case = replace(LOGPROBS, numerics={"deterministic": True})
+    assert "logprob of a part" in harness.check(case)
+    moved = changed(lambda x: x + 2e-6 * (x.numel() == 20))
+    monkeypatch.setattr(ift_kernels, "linear_logprobs", wrong(moved))
+    with pytest.raises(AssertionError, match="logprob of a part"):
+        harness.check(case)
 
 
 def test_a_failed_call_is_logged(monkeypatch):

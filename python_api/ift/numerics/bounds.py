@@ -254,9 +254,10 @@ def dlogits(
     gradient = u["logprob"] * (hot - p) + u["lse"] * p
     error = u["logprob"].abs() * to_target + u["lse"].abs() * p_error
     # Coefficients of p are added up first, which may cancel.
-    sizes = [value.abs() for name, value in upstream.items() if name != "target_logit"]
-    if len(sizes) > 1:
-        error = error + ARITHMETIC * unit * sum(sizes, zero)[:, None] * p
+    sizes = [value.abs() for value in upstream.values()]
+    several = sum(((size > 0).to(zero) for size in sizes), zero) > 1
+    joined = torch.where(several, sum(sizes, zero), 0)[:, None]
+    error = error + ARITHMETIC * unit * joined * p
     if lse_factor_error is not None:
         error = error + lse_factor_error[:, None] * p
     if "entropy" in upstream:
