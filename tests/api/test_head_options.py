@@ -379,5 +379,5 @@ def test_losses_from_hidden_states_of_other_dtypes():
         got = loss.from_hidden(*policy, target, reference=Head(*frozen), **FLOAT32)
         expected = loss.from_hidden(*right, target, reference=Head(*same))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(TypeError, match="deterministic"):
+    with pytest.raises(ValueError, match="deterministic: expected False with distillation_loss"):
         losses.distillation_loss(*policy, target, Head(*frozen), deterministic=True)

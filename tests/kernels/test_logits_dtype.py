@@ -369,7 +369,7 @@ CALLS = {
 def test_refusals(call):
     h = dense.head(5, 8, 50, BF16)
     for dtype in (BF16, FP16, torch.float64, "float32"):
-        with pytest.raises(ValueError, match=rf"logits_dtype: expected .* got {dtype}"):
+        with pytest.raises(ValueError, match=rf"logits_dtype: expected .* got {dtype!r}"):
             call(h, logits_dtype=dtype)
     with pytest.raises(ValueError, match=r"logits_dtype: expected None for float64 inputs"):
         call(h.double(), logits_dtype=FP32)
