@@ -82,13 +82,13 @@ def test_a_cut_at_the_start_leaves_whole_answers(bos):
         ids, labels = whole["input_ids"].tolist(), whole["labels"].tolist()
         first = int(ids[0] == tokenizer.bos_token_id)
         border = next(i for i, label in enumerate(labels) if label != -100)
-        room = border - max(1, first)  # tokens before the answer that can be cut off
-        limits = {len(ids) - count for count in (1, room, room + 1, room + 3) if count > 0}
+        spare = border - max(1, first)  # tokens before the answer that can be cut off
+        limits = {len(ids) - count for count in (1, spare, spare + 1, spare + 3) if count > 0}
         for limit in limits:
             found = cut_rows([row], tokenizer, limit, "start")[0]
             cut = len(ids) - limit
             kept = labels[:first] + labels[first + cut :]
-            if name == "text" or cut <= room:
+            if name == "text" or cut <= spare:
                 assert found["labels"].tolist() == kept
             elif name == "turns":
                 assert len(found["labels"]) == limit

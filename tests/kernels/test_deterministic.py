@@ -8,6 +8,7 @@ import torch
 
 import dense
 from bench.suites import counts
+from ift.numerics.invariance import threads
 from ift_kernels import (
     explain,
     linear_cross_entropy,
@@ -30,16 +31,6 @@ def small_products(monkeypatch):
     monkeypatch.setattr(deterministic, "ROWS", 128)
     monkeypatch.setattr(deterministic, "SMALL", (64,))
     monkeypatch.setattr(deterministic, "COLUMNS", 512)
-
-
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def differing(found, wanted, index=...):

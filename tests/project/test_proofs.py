@@ -37,6 +37,13 @@ def test_the_committed_proof_has_no_fault(name):
     assert {line["case"]: part(name).fault(line) for line in lines if part(name).fault(line)} == {}
 
 
+def test_few_deterministic_calls_were_refused():
+    """A refused one shows nothing. Of the whole log: a seed may repeat one shape."""
+    lines = read_lines(log_of("properties").path)[1:]
+    refused, every = (sum(line[name] for line in lines) for name in ("refused", "deterministic"))
+    assert every > 300 and refused <= 0.05 * every
+
+
 def test_the_table_is_of_the_log():
     assert table.PAGE.read_text() == table.page(), "python -m tests.proofs.table"
 

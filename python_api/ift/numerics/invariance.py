@@ -87,16 +87,16 @@ def _with_gradients(head: Head) -> int:
 
 
 def _threads(head: Head) -> int:
-    with _set_threads(1):
+    with threads(1):
         one = head.results()
-    with _set_threads(2):
+    with threads(2):
         return _differences(head.results(), one)
 
 
 def _gradients_of_threads(head: Head) -> int:
-    with _set_threads(1):
+    with threads(1):
         one = head.gradients()
-    with _set_threads(2):
+    with threads(2):
         two = head.gradients()
     return sum(_differences(a, b) for a, b in zip(one, two, strict=True))
 
@@ -151,7 +151,8 @@ def _differences(a: Tensor, b: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def _set_threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
+    """So many threads of torch inside the ``with`` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -157,13 +157,13 @@ def test_truncated_rows_are_counted(tmp_path, capsys, how):
     command = train(path, tmp_path / "o", "--truncate", how, "--max-length", 24, "--loss", "sft")
     arguments, tokenizer = parsed(command), train_tokenizer(["no word of these"], 300)
     encoded = tokenise(read_rows(arguments)[0], tokenizer, arguments, "--data", False)
-    told = capsys.readouterr().err
-    assert "--data: " + CUT[how].format(path) in told
+    output = capsys.readouterr().err
+    assert "--data: " + CUT[how].format(path) in output
     none = {
         "end": "1 of 6 rows, which have no completion",
         "start": "2 of 6 rows, which have no whole",
     }
-    assert ("--data: dropped " in told) == (how in none) and none.get(how, "") in told
+    assert ("--data: dropped " in output) == (how in none) and none.get(how, "") in output
     kept = {"end": [0, 1, 2, 4, 5], "start": [0, 1, 2, 3], "drop": [0, 1, 2]}[how]
     assert encoded.indices == kept
 

@@ -292,8 +292,8 @@ def test_sampler(tokenizer):
 def test_sampler_stops_where_positions_end(tokenizer):
     model = causal_lms.make("gpt2", vocab_size=len(tokenizer))  # 64 positions
     longer = "red " * 100
-    room = next(n for n in range(1, 99) if len(tokenizer("a" * n)["input_ids"]) >= 62)
-    short, full, none = sampler(model, tokenizer, max_new_tokens=5)(["red", "a" * room, longer])
+    length = next(n for n in range(1, 99) if len(tokenizer("a" * n)["input_ids"]) >= 62)
+    short, full, none = sampler(model, tokenizer, max_new_tokens=5)(["red", "a" * length, longer])
     assert short and none == "" and isinstance(full, str)
 
 
