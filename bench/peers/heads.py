@@ -13,7 +13,6 @@ What the peers print or warn stays in the process of the worker that runs them.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -22,66 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import ift_kernels
-from bench.harness import worker
-from ift_kernels import ActiveSet
-
-KINDS = ("loss", "logprob", "statistics", "ids")
-LOGPROB_ONLY = {"statistics": "gives neither entropy nor ids", "ids": "gives no ids"}
-LOSS_ONLY = LOGPROB_ONLY | {"logprob": "no gradient of its own per token"}
-Statistics = tuple[Tensor, Tensor, Tensor | None]
-
-
-@functools.cache
-def _optional(name: str) -> tuple[Any, str]:
-    """A module, or why there is none; workers that start later are forked with it imported."""
-    try:
-        found = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        return None, f"{error.name} is not installed"
-    except Exception as error:  # whatever a peer's import raises, the others still run
-        return None, f"does not import: {type(error).__name__}: {str(error).splitlines()[0]}"
-    worker.PRELOADED.append(name)
-    return found, ""
-
-
-class Peer:
-    """One implementation. `name` is what options and files call it, `title` what readers see."""
-
-    name = ""
-    title = ""
-    compiled = False  # its first call compiles: neither its time nor its memory is measured
-    slowness = 1.3  # a guess, against bare GEMMs, until it has been measured
-    lacks: dict[str, str] = {}  # noqa: RUF012  kind → why it is not offered; read only
-    gradient_limit: float | None = None  # relative error that is refused; None: beyond rounding
-    package = ""  # the module that it calls, imported when first needed: some take seconds
-    gpu_only = False
-
-    @property
-    def module(self) -> Any:
-        return _optional(self.package)[0]
-
-    def unsupported_reason(self, kind: str, device: torch.device, dtype: torch.dtype) -> str:
-        """Empty if it can run."""
-        return self.unavailable(device, dtype) or self.lacks.get(kind, "")
-
-    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        if self.gpu_only and device.type == "cpu":
-            return "its kernels need a GPU"
-        return _optional(self.package)[1] if self.package else ""
-
-    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -self.logprob(hidden, weight, target).sum() / (target != -100).sum()
-
-    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def function(self, kind: str) -> Callable[..., Any]:
-        return getattr(self, kind)
-
-    def details(self, call: Callable[[], Any]) -> dict[str, float]:
-        """What to report beside the errors of a call."""
-        return {}
+from bench.peers.ours import Active, Deterministic, Dropped, Fp32Copies, Fp32Logits, Ours
+from bench.peers.peer import LOGPROB_ONLY, LOSS_ONLY, Peer, Statistics, optional
 
 
 class Naive(Peer):
@@ -243,7 +184,7 @@ class Verl(Peer):
     kernels = "verl.utils.kernel.linear_cross_entropy"
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        return _optional(self.package if device.type == "cpu" else self.kernels)[1]
+        return optional(self.package if device.type == "cpu" else self.kernels)[1]
 
     def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         # It has no ignored targets: its users mask what comes out.
@@ -256,7 +197,7 @@ class Verl(Peer):
 
     def _call(self, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if hidden.is_cuda:
-            kernels = _optional(self.kernels)[0]
+            kernels = optional(self.kernels)[0]
             return kernels.linear_cross_entropy(hidden, weight, target, 1.0, "none")
         return self.module.FusedLinearForPPO()(hidden, weight, target)
 
@@ -274,95 +215,12 @@ class FlashAttention(Naive):
         return -self.module.cross_entropy_loss(logits, target, inplace_backward=True)[0]
 
 
-class Ours(Peer):
-    """This package, with its defaults."""
-
-    name, title, slowness = "ours", "ift-kernels", 1.2
-
-    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return ift_kernels.linear_cross_entropy(hidden, weight, target)
-
-    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return _given(ift_kernels.linear_logprobs(hidden, weight, target).logprob)
-
-    def statistics(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Statistics:
-        outputs = ("logprob", "entropy", "argmax")
-        stats = ift_kernels.linear_logprobs(hidden, weight, target, outputs=outputs)
-        return _given(stats.logprob), _given(stats.entropy), _given(stats.argmax)
-
-    def ids(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return ift_kernels.linear_token(hidden, weight).ids
-
-
-class Active(Ours):
-    """dh from the active set; dW, where the head is trained, is exact."""
-
-    name, title = "active", "ift-kernels, active dh"
-    lacks = {"statistics": "no gradient", "ids": "no gradient"}  # noqa: RUF012
-    gradient_limit = 0.05  # more is not an approximation but a mistake
-
-    def __init__(self, options: ActiveSet | None = None) -> None:
-        self.options = options or ActiveSet()
-
-    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return ift_kernels.linear_cross_entropy(hidden, weight, target, gradient=self.options)
-
-    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        stats = ift_kernels.linear_logprobs(hidden, weight, target, gradient=self.options)
-        return _given(stats.logprob)
-
-    def details(self, call: Callable[[], Any]) -> dict[str, float]:
-        with ift_kernels.record_active_sets() as report:
-            call()
-        # Without a gradient there is none.
-        return {"share": report[0].share, "tail": report[0].tail_mean} if report else {}
-
-
-class Dropped(Peer):
-    """dh without the tail of each block, as CCE's filter does; dense products in float32."""
-
-    name, title = "dropped", "tail dropped, error alone"
-    lacks = dict.fromkeys(("loss", "statistics", "ids"), "log-probabilities only")
-    gradient_limit = 10.0
-
-    def __init__(self, options: ActiveSet | None = None) -> None:
-        self.options = options or ActiveSet()
-
-    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        found = _DroppedFunction.apply(hidden, weight, target.clamp(min=0), self.options)
-        return found.masked_fill(target == -100, 0)  # type: ignore[no-any-return]
-
-
-class _DroppedFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, options: Any) -> Tensor:
-        ctx.save_for_backward(hidden, weight, target)
-        ctx.options = options
-        logits = (hidden @ weight.T).float()
-        return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden, weight, target = ctx.saved_tensors
-        d_hidden, d_weight = [], torch.zeros_like(weight, dtype=torch.float32)
-        for rows in range(0, hidden.shape[0], ctx.options.block):
-            some = slice(rows, rows + ctx.options.block)
-            p = (hidden[some] @ weight.T).float().softmax(1)
-            active = (p > ctx.options.threshold).any(0)
-            active[target[some]] = True
-            dz = p.neg_()
-            dz[torch.arange(len(dz)), target[some]] += 1
-            dz *= upstream[some, None]
-            d_weight += dz.T @ hidden[some].float()
-            d_hidden.append(dz[:, active] @ weight[active].float())
-        return torch.cat(d_hidden).to(hidden.dtype), d_weight.to(weight.dtype), None, None
-
-
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         Ours(), Naive(), NaiveFloat(), Compiled(), CutCrossEntropy(), TrlChunked(), TorchChunked(),
-        Liger(), Quack(), Verl(), FlashAttention(), Active(), Dropped(),
+        Liger(), Quack(), Verl(), FlashAttention(), Active(), Dropped(), Deterministic(),
+        Fp32Logits(), Fp32Copies(),
     )
 }  # fmt: skip
 
@@ -377,8 +235,3 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _pick(logp: Tensor, target: Tensor) -> Tensor:
     found = logp.gather(-1, target.clamp(min=0)[:, None])[:, 0]
     return found.masked_fill(target == -100, 0)
-
-
-def _given(value: Tensor | None) -> Tensor:
-    assert value is not None
-    return value

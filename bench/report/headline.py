@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from bench.harness.machine import ROOT
 from bench.report.pictures import COLOURS, OTHER, WIDE, figure
 from bench.report.ranking import SUMS, Case, by_group, link
-from bench.report.tables import OURS, Source, Table, duration, markdown, size, times
+from bench.report.tables import OPTIONS, OURS, Source, Table, duration, markdown, size, times
 
 PICTURE = ROOT / "docs" / "headline.png"
 # Suite, its group, what readers see for the group, and its cases.
@@ -71,7 +71,7 @@ def _of(case: Case, quantity: str) -> tuple[float, float, float | None, str]:
 
 def _kind(name: str, quantity: str) -> str:
     if name in OURS:
-        return "" if name == "active" else "ours"
+        return "" if name in OPTIONS else "ours"
     if name.startswith("naive"):
         return "naive"
     without = SUMS if quantity == "extra_bytes" else ()  # as `Case.leanest`

@@ -185,6 +185,7 @@ def prepare(source: str | Made, case: Case, implementation: str, device: str) ->
     if case.active:
         peer = type(peer)(case.active)  # type: ignore[call-arg]
     function = peer.function(case.kind)
+    given = given._replace(hidden=peer.leaf(given.hidden), weight=peer.leaf(given.weight))
     call = caller(function, case, given)
 
     def found(result: Any) -> dict[str, float]:

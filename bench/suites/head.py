@@ -21,6 +21,7 @@ from typing import Any
 
 from bench.harness.measure import Records, Settings, Suite, by_name
 from bench.peers.heads import PEERS
+from bench.report.tables import OPTIONS
 from bench.suites import grid
 from bench.suites.grid import CORE, DTYPES, FEW, FLOORS, SHAPES, Case, Grid, Point, shape
 
@@ -43,7 +44,8 @@ CASES: dict[str, Case] = by_name(
 )  # fmt: skip
 # torch's chunked loss is timed where a call takes seconds, not where it takes minutes.
 CHUNKED_WORK = 1e11  # multiply-adds of a GEMM
-IMPLEMENTATIONS = (*FLOORS, *(name for name in PEERS if name not in ("active", "dropped")))
+IMPLEMENTATIONS = (*FLOORS, *(name for name in PEERS if name not in (*OPTIONS, "dropped")))
+PRICED = tuple(name for name in OPTIONS if name != "active")  # only where they are asked for
 
 
 def shape_arguments(
@@ -65,7 +67,7 @@ def shape_arguments(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this suite."""
-    shape_arguments(parser, list(CASES), IMPLEMENTATIONS)
+    shape_arguments(parser, list(CASES), (*IMPLEMENTATIONS, *PRICED))
     parser.add_argument(
         "--everyone", action="store_true",
         help="every peer in every case; by default the variants of a case (head frozen, targets "
@@ -95,9 +97,9 @@ def points(sizes: tuple[int, int, int], arguments: argparse.Namespace) -> list[P
         if (arguments.cases and case.name not in arguments.cases) or (case.few and n <= FEW):
             continue
         names = [
-            name for name in IMPLEMENTATIONS
+            name for name in (*IMPLEMENTATIONS, *PRICED)
             if name in (arguments.implementations or IMPLEMENTATIONS)
-            and (case.everyone or arguments.everyone or name in CORE)
+            and (case.everyone or arguments.everyone or name in (*CORE, *PRICED))
         ]  # fmt: skip
         slow = not arguments.everyone and (case.kind != "loss" or n * d * v > CHUNKED_WORK)
         absent = {"torch-chunked": "may take minutes: only with --everyone"} if slow else {}

@@ -17,7 +17,7 @@ from bench.__main__ import main
 from bench.harness import data, machine, measure
 from bench.harness.machine import Budget
 from bench.harness.worker import Failed, InProcess, Worker
-from bench.peers import heads
+from bench.peers import heads, peer
 from bench.report import pictures, tables
 from bench.suites import grid, head
 from processes import HANG
@@ -266,7 +266,7 @@ def test_wrong_answers_are_refused(problem):
 # --- peers ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", heads.KINDS)
+@pytest.mark.parametrize("kind", peer.KINDS)
 @pytest.mark.parametrize("name", [name for name, p in heads.PEERS.items() if not p.compiled])
 def test_a_peer_is_right_or_says_why_it_cannot_run(name, kind, tmp_path):
     """In the cases of `bench head`, with some targets ignored: 70 % of them."""
@@ -300,7 +300,7 @@ def test_peers_that_cannot_run_say_why(name, dtype, reason):
 
 
 def test_missing_peers_are_named():
-    assert heads._optional("no_such_peer") == (None, "no_such_peer is not installed")
+    assert peer.optional("no_such_peer") == (None, "no_such_peer is not installed")
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from bench.__main__ import main
 from bench.harness import machine, measure
 from bench.harness.data import Wrong
 from bench.harness.worker import Failed
-from bench.peers import heads
+from bench.peers import heads, peer
 from bench.report import tables
 from bench.suites import command, e2e, grid, head, losses
 from bench.suites.command import SUITES, parse
@@ -48,7 +48,7 @@ def test_verl_ignores_what_its_users_mask(monkeypatch):
             return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
     found = argparse.Namespace(FusedLinearForPPO=Fused)
-    monkeypatch.setattr(heads, "_optional", lambda name: (found, ""))
+    monkeypatch.setattr(peer, "optional", lambda name: (found, ""))
     hidden, weight = torch.randn(6, 8), torch.randn(20, 8)
     target = torch.tensor([1, -100, 3, -100, 5, 6])
     verl, naive = heads.PEERS["verl"], heads.PEERS["naive"]

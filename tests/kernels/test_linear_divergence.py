@@ -136,7 +136,9 @@ def test_values_and_gradients(kind, options, schedule):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_as_accurate_as_dense(kind, dtype, options, backend, schedule):
+def test_as_accurate_as_dense(kind, dtype, options, backend, schedule, request):
+    if "tiny" in request.node.callspec.id and (kind, options) != ("jsd", "transforms"):
+        pytest.skip("its many tiles take seconds; all kinds go through it above")
     student, teacher, mask = inputs(dtype=dtype)
     given, workspace = OPTIONS[options], schedule(dtype)
     upstream = torch.linspace(-1, 2, 37).masked_fill_(torch.arange(37) % 5 == 0, 0)

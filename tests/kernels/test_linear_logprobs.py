@@ -1,5 +1,7 @@
 """linear_logprobs: every output and gradient against full logits in fp64, whatever the schedule."""
 
+import functools
+
 import pytest
 import torch
 
@@ -44,6 +46,8 @@ FORMS = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("form", FORMS)
 def test_outputs_and_gradients(dtype, shape, form):
+    if shape == SHAPES["qwen"] and form not in ("plain", "transformed"):
+        pytest.skip("gpt2 has whole blocks and a tail as well")
     outputs, options = FORMS[form]
     check(dense.head(*shape, dtype, **options), outputs)
 
@@ -121,12 +125,26 @@ SCHEDULES = {
 }
 
 
+@functools.cache
+def many(dtype):
+    """Such a head, upstream gradients, and what they give in plain torch in its dtype and fp64."""
+    h = dense.head(*MANY, dtype, bias=True)
+    up = dense.upstream(h, ("logprob", "entropy"))
+    grads = [dense.gradients(dense.send(dense.stats(x), up), x.inputs) for x in (h, h.double())]
+    return h, up, list(zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_tiles_and_schedules_do_not_matter(dtype, schedule):
     name, workspace = SCHEDULES[schedule]
-    h = dense.head(*MANY, dtype, bias=True)
+    h, up, wanted = many(dtype)
     with plan.use_schedule(name):
-        check(h, ("logprob", "entropy"), workspace=workspace(dtype))
+        stats = call(h, tuple(up), workspace=workspace(dtype))
+        grads = dense.gradients(dense.send(stats, up), h.inputs)
+    dense.assert_stats(stats, h)
+    for ours, (theirs, exact) in zip(grads, wanted, strict=True):
+        assert ours.dtype == dtype
+        dense.assert_as_accurate(ours, theirs, exact)
 
 
 def test_the_small_workspaces_reach_every_path():
@@ -145,16 +163,12 @@ def test_the_small_workspaces_reach_every_path():
 
 @pytest.mark.parametrize("frozen", ["head", "trunk"])
 def test_one_sided_gradients_in_tiles(dtype, frozen):
-    h = dense.head(*MANY, dtype)
-    up = dense.upstream(h, ("logprob", "entropy"))
-    exact, i = h.double(), int(frozen == "trunk")
-    for x in (h, exact):
-        x.inputs[1 - i].requires_grad_(False)
-    stats = call(h, ("logprob", "entropy"), workspace=SMALL)
-    (ours,) = dense.gradients(dense.send(stats, up), [h.inputs[i]])
-    (theirs,) = dense.gradients(dense.send(dense.stats(h), up), [h.inputs[i]])
-    (wanted,) = dense.gradients(dense.send(dense.stats(exact), up), [exact.inputs[i]])
-    dense.assert_as_accurate(ours, theirs, wanted)
+    h, up, wanted = many(dtype)
+    i = int(frozen == "trunk")
+    h = h.map(lambda t: t.detach())
+    h.inputs[i].requires_grad_()
+    (ours,) = dense.gradients(dense.send(call(h, tuple(up), workspace=SMALL), up), [h.inputs[i]])
+    dense.assert_as_accurate(ours, *wanted[i])
 
 
 def strided(t):

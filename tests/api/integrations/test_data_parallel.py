@@ -81,12 +81,10 @@ CASES = [
 ]
 
 
-def runs(processes):
-    """Every loss of every case in two processes, in four one of each."""
+def runs(number):
+    """Every case with one loss; in two processes with another than in four."""
     names = list(LOSSES)
-    if processes == 2:
-        return [(*case, loss) for case in CASES for loss in names]
-    return [(*case, names[(i + i // 6) % len(names)]) for i, case in enumerate(CASES)]
+    return [(*case, names[(i + i // 6 + number // 2) % len(names)]) for i, case in enumerate(CASES)]
 
 
 def full(gradient):
@@ -138,9 +136,14 @@ def worker(rank, number, directory):
 
 
 @pytest.fixture(scope="module")
-def results(request, tmp_path_factory):
-    found, *_ = processes.results(worker, request.param, tmp_path_factory.mktemp("processes"))
-    return request.param, found
+def results(tmp_path_factory):
+    """What so many processes find, by run; started once."""
+
+    @functools.cache
+    def found(number):
+        return processes.results(worker, number, tmp_path_factory.mktemp("processes"))[0]
+
+    return found
 
 
 @functools.cache
@@ -158,13 +161,11 @@ def one_process(name, number, accumulate, loss):
 
 
 @pytest.mark.parametrize(
-    ("results", "name", "kind", "accumulate", "loss"),
+    ("number", "name", "kind", "accumulate", "loss"),
     [(number, *run) for number in (2, 4) for run in runs(number)],
-    indirect=["results"],
 )
-def test_processes_are_one(results, name, kind, accumulate, loss):
-    number, found = results
-    value, grads = found[name, kind, accumulate, loss]
+def test_processes_are_one(results, number, name, kind, accumulate, loss):
+    value, grads = results(number)[name, kind, accumulate, loss]
     if kind == "vocabulary":
         number = 1
     accumulate = min(accumulate, ROWS // number)
