@@ -173,21 +173,32 @@ SHAPES = [
     (512, 64, 30000, torch.float32, MIB),
     (512, 64, 30000, torch.bfloat16, MIB),
 ]
-# Buckets of 2048 columns have fewer sums than those of 64, but wider ones: in small workspaces.
-PEAKS = [
-    *(pytest.param(*s, lambda h: h, 64, id=f"trained-64-{s}") for s in SHAPES),
-    *(
-        pytest.param(*s, lambda h: h, 2048, id=f"trained-2048-{s}")
-        for s in SHAPES[3:5] + SHAPES[6:]
-    ),
-    *(pytest.param(*s, frozen, 64, id=f"frozen-64-{s}") for s in SHAPES),
-]
+
+
+def peaks(shapes, of, tail_bucket, scalar):
+    """Cases of `test_peak`; products of 16 bits take longest, so not each shape has every form."""
+    name = f"{'trained' if of is trained else 'frozen'}-{tail_bucket}"
+    kind = "scalar" if scalar else "per-token"
+    return [pytest.param(*s, of, tail_bucket, scalar, id=f"{name}-{s}-{kind}") for s in shapes]
+
+
+def trained(h):
+    return h
 
 
 @needs_cpp
-@pytest.mark.parametrize("scalar", [False, True], ids=["per-token", "scalar"])
-@pytest.mark.parametrize(("n", "d", "v", "dtype", "workspace", "of", "tail_bucket"), PEAKS)
-def test_peak(n, d, v, dtype, workspace, tail_bucket, of, scalar, sparse):
+@pytest.mark.parametrize(
+    ("n", "d", "v", "dtype", "workspace", "of", "tail_bucket", "scalar"),
+    [
+        *peaks(SHAPES, trained, 64, False),
+        *peaks([SHAPES[0], *SHAPES[3:7]], trained, 64, True),
+        # Buckets of 2048 columns have fewer sums than those of 64, but wider ones.
+        *peaks(SHAPES[3:5] + SHAPES[6:7], trained, 2048, False),
+        *peaks(SHAPES[2:], frozen, 64, False),
+        *peaks(SHAPES[5:7], frozen, 64, True),
+    ],
+)
+def test_peak(n, d, v, dtype, workspace, of, tail_bucket, scalar, sparse):
     h = of(lm(n=n, d=d, v=v, dtype=dtype))
     operation = K.linear_cross_entropy if scalar else K.linear_logprobs
     start = plan.ledger.reserved
