@@ -114,8 +114,8 @@ def from_hidden(
         states, rows, *rest = reference
         frozen = head | dict(zip(Head._fields[2:], rest, strict=True))
         with torch.no_grad():
-            reference = linear_logprobs(states, rows, target, **frozen).logprob
-    if reference is not None and "reference_kl" not in accepted(loss):
+            options["reference"] = linear_logprobs(states, rows, target, **frozen).logprob
+    elif reference is not None:
         options["reference"] = reference
     options |= {name: getattr(stats, name) for name in statistics}
     metrics = {} if metrics is None else metrics
@@ -137,9 +137,11 @@ def _reference_kl(
     reference: Tensor | Head | None, head: dict[str, Any], options: dict[str, Any],
 ) -> dict[str, Tensor]:  # fmt: skip
     """KL from the distributions of a reference's head, for losses that take one."""
-    if not given_options(loss, options).get("kl_coef"):
+    if "reference_kl" in options or not given_options(loss, options).get("kl_coef"):
         if reference is not None:
-            raise ValueError("reference: expected None without kl_coef, got one")
+            raise ValueError(
+                "reference: expected None without kl_coef, or beside reference_kl, got one"
+            )
         return {}
     if not isinstance(reference, Head):
         raise ValueError(f"reference: expected a Head with kl_coef, got {type(reference).__name__}")

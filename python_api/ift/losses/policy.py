@@ -127,8 +127,9 @@ def grpo_loss(
         advantages: (rows,) or per token; constants. See `group_advantages`.
         old_logprob: of the policy that the update started from, per token, constants; None: this
             one, so r = 1 in value.
-        level: of the ratio: "token", "sequence" (one per row), or None, that of the kind. "gspo" is
-            "grpo" with "sequence". Not with "vespo", whose weight is the row's anyway.
+        level: of the ratio, TRL's ``importance_sampling_level``: "token", "sequence" (one per row),
+            or None, that of the kind. "gspo" is "grpo" with "sequence". Not with "vespo", whose
+            weight is the row's anyway.
         epsilon, epsilon_high: clip range, default .2 on both sides; `epsilon_high` None is
             `epsilon`. "cispo" has the upper one only (TRL's `epsilon_high` is then 1 + ours), above
             -1: its bound may lie below 1.

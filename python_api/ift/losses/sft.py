@@ -92,7 +92,14 @@ def sft_loss(
 
     Raises:
         TypeError, ValueError: unknown reduction, shapes that do not match, malformed `cu_seqlens`,
-            a divisor that is negative or that the reduction does not use, options out of range.
+            a divisor that is negative or that the reduction does not use, options out of range, one
+            without the tensor that it needs.
+
+    >>> logprob, mask = torch.tensor([0.9, 0.1]).log(), torch.ones(2)
+    >>> for scaling, more in (("dft", {}), ("deft", {"sum_sq": torch.tensor([0.8, 0.8])})):
+    ...     print(sft_loss(logprob, mask, reduction="none", scaling=scaling, **more))
+    tensor([0.0948, 0.2303])
+    tensor([0.1010, 1.0519])
     """
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.one_of("scaling", scaling, SCALINGS)
