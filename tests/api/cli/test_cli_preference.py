@@ -271,6 +271,8 @@ def test_evaluation_is_that_of_all_pairs_at_once(tmp_path, tokenizer, loss, opti
         batch = PairCollator(collate)(pairs.examples)
         whole = trainer.compute_loss(model.eval(), batch)
         if loss == "kto":
+            batch["kl_reference"] = batch["kl_reference"] - 50  # for a point above 0
+            trainer.compute_loss(model, batch)
             kl = target_logprobs(model, **{name: batch[f"kl_{name}"] for name in NAMES})
             wanted = losses.kto_kl(*kl, batch["kl_reference"], **options)
             assert wanted > 0 and trainer.pair_loss.metrics["kl"] == pytest.approx(wanted.item())
