@@ -12,6 +12,7 @@ from ift.documents import IGNORE_INDEX
 from ift.head_options import HeadOptions
 from ift.head_pass import LossArguments, head_pass
 from ift.losses import sft_loss
+from ift.losses._module import taken_statistics
 from ift.token_stats import token_metrics, token_stats
 from ift_kernels import TokenStats
 from ift_kernels.common.transform import LogitTransform
@@ -47,7 +48,9 @@ def loss_pass(
     """
     expected = _expected(model, kwargs, unshifted)
     takes_stats = getattr(loss, "takes_stats", False)  # a loss of this package, as ValleyGuard
-    outputs = ("logprob", "entropy", "argmax", *(("argmax_logprob",) if takes_stats else ()))
+    statistics, outputs, detached = taken_statistics(loss or sft_loss, {})
+    if takes_stats:
+        outputs += ("argmax_logprob",)
     for _ in range(2):
         found: list[LossArguments] = []
         target, ignore_index = expected.target, expected.ignore_index
@@ -65,13 +68,15 @@ def loss_pass(
             mask = (expected.target != expected.ignore_index).reshape(stats.logprob.shape)
             mask = mask.to(stats.logprob.device)
             if loss is not None:
-                return loss(stats if takes_stats else stats.logprob, mask)
+                more = {name: getattr(stats, name) for name in statistics}
+                return loss(stats if takes_stats else stats.logprob, mask, **more)
             return sft_loss(stats.logprob, mask, num_items=given.num_items)
 
         # As transformers' Trainer does: a cache costs memory and hides packed rows from the mask.
         output, stats = head_pass(
             model, forward, {"use_cache": False, **kwargs},
-            token_stats(target, transform, head, ignore_index=ignore_index, outputs=outputs),
+            token_stats(target, transform, head, ignore_index=ignore_index, outputs=outputs,
+                        detached=detached),
             loss=compute,
         )  # fmt: skip
         if expected.same_target(found[0]):

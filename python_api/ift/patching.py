@@ -59,7 +59,8 @@ def patch(
 
     - ``loss``: a function of ``(logprob, mask)``, (B, T) of the shifted targets, in place of the
       SFT loss; any of `ift.losses` with its other arguments bound, ``num_items_in_batch`` included:
-      given beside `loss` it is an error.
+      given beside `loss` it is an error. A module of `ift.losses`, or a `functools.partial` of a
+      function, gets the statistics that its options take (``scaling="eaft"``: the entropy).
     - ``ift``: an `ift.IFTConfig`; both passes of Intuitive Fine-Tuning inside this one forward.
     - ``skip_logits``: True or False to choose; None, the default, skips them when labels are given
       and the model is training or gradients are enabled. Else the original forward runs.

@@ -3,6 +3,7 @@
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import transformers as hf
 
 from causal_lms import V, assert_same_step, batch, make, step
 from ift.config import IFTConfig
+from ift.losses import SFTLoss, sft_loss
 from ift.patching import patch, unpatch
 
 
@@ -117,6 +119,21 @@ def test_a_loss_of_the_caller_counts_its_own_items():
     model = patch(make("llama"))
     with pytest.raises(ValueError, match="num_items_in_batch: expected None with loss"):
         model(**batch(), loss=lambda p, m: -p.sum(), num_items_in_batch=torch.tensor(3))
+
+
+@pytest.mark.parametrize("held_by", ["module", "partial"])
+def test_a_loss_gets_the_statistics_that_its_options_take(held_by):
+    model = make("llama")
+    ids = batch()
+    with torch.no_grad():
+        logp = model(**ids).logits[:, :-1].log_softmax(-1)
+    target = ids["labels"][:, 1:]
+    own = logp.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    options = {"scaling": "deft", "z_loss": 0.1}
+    lse = model(**ids).logits[:, :-1].logsumexp(-1).detach()
+    wanted = sft_loss(own, target != -100, sum_sq=logp.exp().square().sum(-1), lse=lse, **options)
+    loss = SFTLoss(**options) if held_by == "module" else partial(sft_loss, **options)
+    torch.testing.assert_close(patch(model)(**ids, loss=loss).loss, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_an_option_that_a_later_transformers_has_is_refused_by_name(monkeypatch):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ift.cli.losses import LOSSES
+from ift.cli.losses import LOSSES, trainer_options
 from ift.cli.models import build_collator
 from ift.cli.options import of_head
 from ift.cli.weights import optimizer_bytes
@@ -241,10 +241,10 @@ def _measured(
 
     kind = LOSSES[arguments.loss]
     collate = build_collator(arguments, tokenizer)
-    options: dict[str, Any] = {"ift_config": loss}
+    options = trainer_options(loss)
     if kind.pairs:
         collate = PairCollator(collate)
-        options = {"loss": loss, "single": isinstance(rows[0], Row)}
+        options["single"] = isinstance(rows[0], Row)
     if kind.reference:  # their values take no other time
         sums = np.zeros(len(SIDES), np.float32)
         batch = [{**example, "reference": sums} for example in batch]

@@ -28,6 +28,9 @@ from ift.cli.errors import CliError
 SFT_OPTIONS = {
     "sft_mean": Option("mean over all target tokens, or over rows of the means of their tokens, as "
                        "IFT's (token)", choices=("token", "row")),
+    "sft_scaling": Option("how much each token counts: by its probability (dft), by that to the "
+                          "power of Σp² (deft), by the entropy (eaft), as in ift.losses.sft_loss "
+                          "(none)", choices=("none", "dft", "deft", "eaft")),
 }  # fmt: skip
 IFT_OPTIONS = {
     "lam": Option("weight of the predicted token in the residual (0.2)", unit("λ"), "λ"),
@@ -54,7 +57,8 @@ PAIR_OPTIONS = {
     "label_smoothing": Option("share of wrong labels (0)",
                               number("ε in [0, 0.5]", lambda x: 0 <= x <= 0.5), "ε"),
     "margin": Option("γ of simpo (1), δ of slic (1)", not_negative, "X"),
-    "nll_weight": Option("of the likelihood of the chosen (1; slic 0)", not_negative, "X"),
+    "nll_weight": Option("of the likelihood of the chosen (1; dpo, slic 0)", not_negative, "X"),
+    "length_normalized": Option("log-probabilities per token in place of sums (off)"),
     "desirable_weight": Option("of the good responses (1)", not_negative, "X"),
     "undesirable_weight": Option("of the bad responses (1)", not_negative, "X"),
     "reference": Option("reference model (--model before training); its log-probabilities are kept "
@@ -94,17 +98,26 @@ class CliLoss(NamedTuple):
 
 
 LOSSES = {
-    "sft": CliLoss("ift.cli.losses:sft_config", {"sft_mean": "mean"}),
+    "sft": CliLoss("ift.cli.losses:sft_config", {"sft_mean": "mean", "sft_scaling": "scaling"}),
     "ift": CliLoss("ift:IFTConfig", {name: name for name in (*IFT_OPTIONS, "seed")}),
     "dpo": CliLoss(
         "ift.losses:DPOLoss",
-        {"beta": "beta", "label_smoothing": "label_smoothing", "dpo_kind": "kind"},
+        {
+            "beta": "beta",
+            "label_smoothing": "label_smoothing",
+            "dpo_kind": "kind",
+            "length_normalized": "length_normalized",
+            "nll_weight": "nll_weight",
+        },
         pairs=True,
         reference=True,
     ),
     "kto": CliLoss(
         "ift.losses:KTOLoss",
-        {name: name for name in ("beta", "desirable_weight", "undesirable_weight")},
+        {
+            name: name
+            for name in ("beta", "desirable_weight", "undesirable_weight", "length_normalized")
+        },
         pairs=True,
         reference=True,
         single=True,
@@ -119,27 +132,44 @@ LOSSES = {
     ),
     "cpo": CliLoss(
         "ift.losses:CPOLoss",
-        {"beta": "beta", "nll_weight": "nll_weight", "label_smoothing": "label_smoothing"},
+        {name: name for name in ("beta", "nll_weight", "label_smoothing", "length_normalized")},
         pairs=True,
         fixed={"nll": "row"},  # the trainer counts pairs of a step, not chosen tokens
     ),
     "slic": CliLoss(
         "ift.losses:SLiCLoss",
-        {"beta": "beta", "margin": "delta", "nll_weight": "nll_weight"},
+        {
+            "beta": "beta",
+            "margin": "delta",
+            "nll_weight": "nll_weight",
+            "length_normalized": "length_normalized",
+        },
         pairs=True,
     ),
 }
 
 
-def sft_config(mean: str = "token") -> Any:
+def sft_config(mean: str = "token", scaling: Any = "none") -> Any:
     """None, which is cross-entropy, or what is left of IFT without its two parts: means over rows.
 
-    >>> sft_config() is None, sft_config("row").lam
-    (True, 0.0)
+    With a `scaling` the loss that has it.
+
+    >>> sft_config() is None, sft_config("row").lam, sft_config("row", "dft").reduction
+    (True, 0.0, 'row_mean')
     """
     from ift.config import IFTConfig
+    from ift.losses import SFTLoss
 
+    if scaling != "none":
+        return SFTLoss(reduction="mean" if mean == "token" else "row_mean", scaling=scaling)
     return None if mean == "token" else IFTConfig(lam=0.0, gamma=0.0, embedding_grad=True)
+
+
+def trainer_options(loss: Any) -> dict[str, Any]:
+    """The argument of the trainers that takes what `build_loss` gives."""
+    from ift.losses import Loss
+
+    return {"loss" if isinstance(loss, Loss) else "ift_config": loss}
 
 
 def losses_with(option: str) -> tuple[str, ...]:
@@ -148,7 +178,7 @@ def losses_with(option: str) -> tuple[str, ...]:
 
 
 def build_loss(arguments: argparse.Namespace) -> Any:
-    """The `ift.IFTConfig` or loss module of the arguments; None for cross-entropy.
+    """The `ift.IFTConfig` or loss module of the arguments; None for plain cross-entropy.
 
     Raises:
         CliError: an option outside its range, or one that another rules out.

@@ -138,7 +138,8 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
         """What `reference_point` takes: prompts with other prompts' responses."""
         with evaluating(self.accelerator.unwrap_model(model)):
             logprob, mask = target_logprobs(model, **{k: inputs[f"kl_{k}"] for k in NAMES})
-        columns = ((logprob * mask).sum(1), mask.any(1), inputs["kl_reference"])
+        count = mask.sum(1).clamp(min=1) if self.pair_loss.options.get("length_normalized") else 1
+        columns = ((logprob * mask).sum(1) / count, mask.any(1), inputs["kl_reference"] / count)
         return torch.stack([part.to(logprob) for part in columns], 1)
 
     # ---- evaluation ----
@@ -213,6 +214,6 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
 def reference_point(rows: Tensor) -> Tensor:
     """KTO's reference point of rows (N, 3): log-probability, 1 if the row has targets, reference.
 
-    The log-probabilities are sums over a row.
+    The log-probabilities are sums over a row, or means.
     """
     return losses.kto_kl(rows[:, :1], rows[:, 1:2], rows[:, 2])

@@ -17,7 +17,7 @@ from ift.cli.arguments import flag_of
 from ift.cli.checkpoints import check_whole, damage_in, last_checkpoint, step_of
 from ift.cli.config_file import DATA, RUN_FILE, SAMPLES_FILE, absolute, saved_options
 from ift.cli.errors import CliError, refusals
-from ift.cli.losses import LOSSES, OPTIONS, build_loss
+from ift.cli.losses import LOSSES, OPTIONS, build_loss, trainer_options
 from ift.cli.models import (
     build_collator,
     check_model_path,
@@ -163,7 +163,7 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
         trainer = trainer_class(
             model,
             training_arguments,
-            **{"loss" if kind.pairs else "ift_config": loss},
+            **trainer_options(loss),
             **single,
             **options.of_head(arguments),
             data_collator=collator,

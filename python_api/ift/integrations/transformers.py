@@ -5,6 +5,7 @@ What of `transformers.Trainer` is overridden, and why, is in docs/patching.md.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ift.config import IFTConfig
 from ift.documents import IGNORE_INDEX, rows_with_targets
 from ift.head_pass import plain_head
 from ift.integrations.metrics import TwoPassMetrics
+from ift.losses import SFTLoss
 from ift.patching import base_model, patch, unpatch
 from ift_kernels import ActiveSet
 
@@ -79,11 +81,14 @@ class IFTTrainer(TwoPassMetrics, Trainer):
         model, args, and the rest: as `transformers.Trainer`.
         ift_config: options of the loss; None for supervised fine-tuning. `step` and `num_rows` are
             the trainer's to set.
+        loss: an `ift.losses.SFTLoss` in place of cross-entropy, such as ``SFTLoss(scaling="dft")``;
+            a mean over the tokens, or the rows, of the whole optimizer step.
         gradient, logits_dtype, deterministic: of the head, as in `ift.patch`.
 
     Raises:
         ValueError: options of `args` that the losses do not have: label smoothing, sequence or
-            context parallelism, torch's DataParallel, Liger; a `compute_loss_func`.
+            context parallelism, torch's DataParallel, Liger; a `compute_loss_func`; a `loss`
+            beside `ift_config`, that is no mean, or that needs a frozen model (`kl_coef`).
         TypeError: a model that `ift.patch` refuses.
     """
 
@@ -93,6 +98,7 @@ class IFTTrainer(TwoPassMetrics, Trainer):
         args: Any = None,
         *rest: Any,
         ift_config: IFTConfig | None = None,
+        loss: SFTLoss | None = None,
         gradient: str | ActiveSet | None = None,
         logits_dtype: torch.dtype | None = None,
         deterministic: bool | None = None,
@@ -103,6 +109,7 @@ class IFTTrainer(TwoPassMetrics, Trainer):
                 f"ift_config: expected an ift.IFTConfig or None, got {type(ift_config).__name__}"
             )
         self.ift_config = ift_config
+        self.sft_loss = _checked(loss, ift_config)
         self._head: dict[str, Any] = {
             "gradient": gradient, "logits_dtype": logits_dtype, "deterministic": deterministic
         }  # fmt: skip
@@ -131,7 +138,8 @@ class IFTTrainer(TwoPassMetrics, Trainer):
         return model
 
     def _counted(self, batch: dict[str, Any]) -> Tensor | None:
-        return None if self.ift_config is None else row_flags(batch)
+        of_rows = self.sft_loss is not None and self.sft_loss.reduction == "row_mean"
+        return None if self.ift_config is None and not of_rows else row_flags(batch)
 
     def compute_loss(
         self,
@@ -149,6 +157,40 @@ class IFTTrainer(TwoPassMetrics, Trainer):
                 step=self.state.global_step, num_rows=num_items_in_batch
             )
             inputs = {**inputs, "ift": config}
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.sft_loss is None:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            result = self._compute_sft_loss(
+                self.sft_loss, model, inputs, return_outputs, num_items_in_batch
+            )
         self._add_both_losses(model)
         return result
+
+    def _compute_sft_loss(
+        self, loss: SFTLoss, model: nn.Module, inputs: dict[str, Any], return_outputs: bool,
+        count: Any,
+    ) -> Any:  # fmt: skip
+        """The parent's `compute_loss` with `loss`, which divides by the count of the step."""
+        name = "num_rows" if loss.reduction == "row_mean" else "num_items"
+        bound = functools.partial(loss, **{name: count})
+        value, outputs = super().compute_loss(model, {**inputs, "loss": bound}, True)
+        if count is not None and self.args.average_tokens_across_devices:
+            value = value * self.accelerator.num_processes  # DDP averages
+        return (value, outputs) if return_outputs else value
+
+
+def _checked(loss: Any, ift_config: IFTConfig | None) -> SFTLoss | None:
+    """A `loss` that `IFTTrainer` can serve, or None."""
+    if loss is None:
+        return None
+    if not isinstance(loss, SFTLoss):
+        raise TypeError(f"loss: expected an ift.losses.SFTLoss or None, got {type(loss).__name__}")
+    if ift_config is not None:
+        raise ValueError("loss: expected None with ift_config, got both")
+    if loss.reduction not in ("mean", "row_mean"):
+        raise ValueError(f"loss: expected a reduction 'mean' or 'row_mean', got {loss.reduction!r}")
+    if loss.kl_coef:
+        raise ValueError(
+            f"loss: expected kl_coef 0, since the trainer has no frozen model, got {loss.kl_coef}"
+        )
+    return loss

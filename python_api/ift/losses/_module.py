@@ -14,14 +14,15 @@ from typing_extensions import dataclass_transform  # torch depends on it
 
 from ift.documents import IGNORE_INDEX, boundaries, document_starts
 from ift.losses._tokens import Metrics, record
-from ift_kernels import ActiveSet, TokenStats, linear_logprobs
+from ift_kernels import ActiveSet, TokenStats, linear_divergence, linear_logprobs
 from ift_kernels.common.packed_rows import Rows
 
-# Statistics of `linear_logprobs` that losses with these options take.
-OPTION_OUTPUTS = {
-    "entropy": ("entropy_coef",),
-    "lse": ("label_smoothing", "z_loss"),
-    "mean_logit": ("label_smoothing",),
+# Statistics of `linear_logprobs` that losses with these options take: any value but 0, or these.
+OPTION_OUTPUTS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "entropy": {"entropy_coef": (), "scaling": ("eaft",)},
+    "lse": {"label_smoothing": (), "z_loss": ()},
+    "mean_logit": {"label_smoothing": ()},
+    "sum_sq": {"scaling": ("deft",)},
 }
 
 
@@ -68,8 +69,9 @@ def from_hidden(
         stats = ift_kernels.linear_logprobs(hidden, weight, target, ...)
         loss(stats.logprob, target != ignore_index, *args, **options)
 
-    One pass over the vocabulary forward, one backward. Losses that take an entropy, an lse or a
-    mean logit get them from the same pass.
+    One pass over the vocabulary forward, one backward. Losses that take an entropy, an lse, a mean
+    logit or a Σp² get them from the same pass; a KL to the whole distribution of a reference
+    (`kl_coef` of `sft_loss`) is a second one, `ift_kernels.linear_divergence`.
 
     Args:
         loss: a function of `ift.losses`, or one of its modules.
@@ -79,7 +81,7 @@ def from_hidden(
             where it is `ignore_index`.
         args, options: what else the loss takes.
         reference: log-probabilities of the reference model, or its `Head`, whose are then computed
-            here without gradient: one product with its weight.
+            here without gradient: one product with its weight. Of `sft_loss` a `Head`.
         metrics: gets the metrics of the loss, and ``token_accuracy`` and ``entropy`` of the pass.
 
     Returns:
@@ -101,24 +103,19 @@ def from_hidden(
         "softcap": softcap, "temperature": temperature, "logits_dtype": logits_dtype,
         "deterministic": deterministic, "workspace": workspace,
     }  # fmt: skip
-    taken = accepted(loss)
-    given = {**loss.options, **options} if isinstance(loss, Loss) else options
-    statistics = tuple(
-        name for name, users in OPTION_OUTPUTS.items()
-        if name in taken and any(given.get(user) for user in users)
-    )  # fmt: skip
-    outputs = ("logprob", "entropy", "argmax", *(n for n in statistics if n != "entropy"))
-    detached = () if "entropy" in statistics else ("entropy",)  # for the metrics alone
+    statistics, outputs, detached = taken_statistics(loss, options)
     stats = linear_logprobs(
         hidden, weight, target, outputs=outputs, detached=detached, gradient=gradient, **head
     )
     mask = target != ignore_index
-    if isinstance(reference, Head):
+    if "reference_kl" in accepted(loss):
+        options |= _reference_kl(loss, hidden, weight, mask, reference, head, options)
+    elif isinstance(reference, Head):
         states, rows, *rest = reference
         frozen = head | dict(zip(Head._fields[2:], rest, strict=True))
         with torch.no_grad():
-            reference = linear_logprobs(states, rows, target, **frozen).logprob
-    if reference is not None:
+            options["reference"] = linear_logprobs(states, rows, target, **frozen).logprob
+    elif reference is not None:
         options["reference"] = reference
     options |= {name: getattr(stats, name) for name in statistics}
     metrics = {} if metrics is None else metrics
@@ -135,8 +132,62 @@ def record_statistics(metrics: Metrics, stats: TokenStats, target: Tensor, mask:
     record(metrics, token_accuracy=right / count, entropy=stats.entropy.sum() / count)
 
 
+def _reference_kl(
+    loss: Callable[..., Tensor], hidden: Tensor, weight: Tensor, mask: Tensor,
+    reference: Tensor | Head | None, head: dict[str, Any], options: dict[str, Any],
+) -> dict[str, Tensor]:  # fmt: skip
+    """KL from the distributions of a reference's head, for losses that take one."""
+    if "reference_kl" in options or not given_options(loss, options).get("kl_coef"):
+        if reference is not None:
+            raise ValueError(
+                "reference: expected None without kl_coef, or beside reference_kl, got one"
+            )
+        return {}
+    if not isinstance(reference, Head):
+        raise ValueError(f"reference: expected a Head with kl_coef, got {type(reference).__name__}")
+    if head["deterministic"]:
+        raise ValueError(
+            "deterministic: expected False with kl_coef, whose divergence of two heads does not "
+            "offer it, got True"
+        )
+    names = ("bias", "logit_scale", "softcap", "temperature", "logits_dtype", "workspace")
+    kl = linear_divergence(
+        hidden, weight, reference.hidden, reference.weight, mask=mask, reduction="none",
+        teacher_bias=reference.bias, teacher_logit_scale=reference.logit_scale,
+        teacher_softcap=reference.softcap, **{name: head[name] for name in names},
+    )  # fmt: skip
+    return {"reference_kl": kl}
+
+
+def taken_statistics(
+    loss: Callable[..., Tensor], options: Mapping[str, Any]
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """What a loss takes beside log-probabilities, and `outputs` and `detached` for the pass.
+
+    The metrics take an entropy, too, without gradient.
+    """
+    given = given_options(loss, options)
+    statistics = tuple(
+        name for name, users in OPTION_OUTPUTS.items()
+        if any(given.get(user) in values if values else given.get(user)
+               for user, values in users.items())
+        and name in accepted(loss)
+    )  # fmt: skip
+    outputs = ("logprob", "entropy", "argmax", *(n for n in statistics if n != "entropy"))
+    return statistics, outputs, () if given.get("entropy_coef") else ("entropy",)
+
+
+def given_options(loss: Callable[..., Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options`, and those that a module or a `functools.partial` of a loss holds."""
+    if isinstance(loss, functools.partial):
+        return given_options(loss.func, {**loss.keywords, **options})
+    return {**loss.options, **options} if isinstance(loss, Loss) else dict(options)
+
+
 def accepted(loss: Callable[..., Tensor]) -> frozenset[str]:
     """Names of the arguments that a loss, function or module, takes."""
+    if isinstance(loss, functools.partial):
+        return accepted(loss.func)
     return _parameters(loss.function if isinstance(loss, Loss) else loss)
 
 
@@ -233,6 +284,8 @@ class Loss(nn.Module):
         count = size if isinstance(size, int) and size > 0 else 2
         one = torch.zeros(count, 1, device="cpu")  # whatever the default device is
         given = {n: one for n in (*OPTION_OUTPUTS, "reference") if n in accepted(self)}
+        if self.options.get("kl_coef") and "reference_kl" in accepted(self):
+            given["reference_kl"] = one
         rows = [torch.ones(count, device="cpu")] * self.needs
         self.function(one, torch.ones_like(one), *rows, **given, **self.options)
 

@@ -15,7 +15,15 @@ from torch.nn import functional as F
 
 from ift.losses._module import Loss
 from ift.losses._tokens import Metrics, Pairs
-from ift.losses.preference import PairTokens, check_pairs, logistic, positive, record_rewards
+from ift.losses.preference import (
+    NLL,
+    PairTokens,
+    check_pairs,
+    logistic,
+    not_negative,
+    positive,
+    record_rewards,
+)
 from ift_kernels.common import checks
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -97,8 +105,11 @@ def dpo_loss(
     alpha: float = 0.5,
     length_normalized: bool = False,
     discopop_tau: float = 0.05,
+    nll_weight: float = 0.0,
+    nll: Literal["row", "token"] = "row",
     cu_seqlens: Tensor | None = None,
     num_pairs: float | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     reduction: Literal["mean", "none"] = "mean",
     metrics: Metrics | None = None,
 ) -> Tensor:
@@ -121,6 +132,7 @@ def dpo_loss(
         apo_down       σ(βu⁺) + σ(-β(u⁺ - u⁻))
         discopop       (1 - σ(h/τ)) · -logσ(h) + σ(h/τ) · exp(-h)    # arXiv 2406.08414
         rejected_free  -logσ(βu⁺); every row is a chosen one
+        loss           that + nll_weight * negative log-likelihood of the chosen
 
     Args:
         logprob: log-probabilities of the targets, shifted, (B, T) or packed (T,); the chosen rows,
@@ -137,9 +149,14 @@ def dpo_loss(
         alpha: α of that, any but 1 (which is "reverse_kl").
         length_normalized: u and s over the number of tokens. TRL's "ipo" and "sigmoid_norm" do so.
         discopop_tau: τ in (0, 1], default 0.05 as published.
+        nll_weight: default 0; 1 is DPO + NLL (iterative RPO, arXiv 2404.19733: α, ``rpo_alpha``).
+        nll: mean of that term over "row"s of their means, as published and in LLaMA-Factory
+            (``pref_ftx``), or over "token"s of the batch, as TRL's loss type ``sft``.
         cu_seqlens: (2 · pairs + 1,): the rows are packed documents.
         num_pairs: divide by this instead of by the pairs here: those of the whole optimizer step.
             Not with "aot" and "aot_unpaired": sorting parts is not sorting the whole.
+        num_items: the chosen tokens of the whole optimizer step, with `num_pairs` and
+            ``nll="token"``.
         reduction: "mean" over pairs, or "none".
         metrics: a dict that gets rewards (βu), their margin and accuracy, log-probabilities.
 
@@ -159,6 +176,10 @@ def dpo_loss(
             "of a step do not add up to it"
         )
     check_pairs(beta, label_smoothing, reduction)
+    not_negative("nll_weight", nll_weight)
+    checks.one_of("nll", nll, NLL)
+    if num_items is not None and not nll_weight:
+        raise ValueError(f"num_items: expected None without nll_weight, got {num_items}")
     tokens = PairTokens(logprob, mask, cu_seqlens) if kind != "rejected_free" else _Chosen(
         logprob, mask, cu_seqlens
     )  # fmt: skip
@@ -179,6 +200,8 @@ def dpo_loss(
     elif kind == "aot_unpaired":
         margin = torch.sub(*(_sorted(x, tokens.counted) for x in ratios))
     loss = FORMULAS[kind](Ratios(*ratios, beta * margin, beta, label_smoothing, discopop_tau))
+    if nll_weight:
+        loss = loss + nll_weight * tokens.chosen_nll(nll, num_items, num_pairs)
     record_rewards(metrics, tokens, Pairs(beta * ratios.chosen, beta * ratios.rejected))
     return tokens.reduce(loss, reduction, num_pairs)
 
@@ -248,4 +271,6 @@ class DPOLoss(Loss):
     alpha: float = 0.5
     length_normalized: bool = False
     discopop_tau: float = 0.05
+    nll_weight: float = 0.0
+    nll: Literal["row", "token"] = "row"
     reduction: Literal["mean", "none"] = "mean"

@@ -24,6 +24,7 @@ def kto_loss(
     kind: Literal["kto", "apo_zero"] = "kto",
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
+    length_normalized: bool = False,
     kl: Tensor | float = 0.0,
     cu_seqlens: Tensor | None = None,
     num_rows: float | Tensor | None = None,
@@ -45,6 +46,8 @@ def kto_loss(
         beta: above 0, default 0.1.
         kind: "kto", or "apo_zero", the same without `kl`.
         desirable_weight, undesirable_weight: at least 0, to balance the two.
+        length_normalized: u over the number of tokens, as Liger's ``average_log_prob``; `kto_kl`
+            has the same option for `kl`.
         kl: the reference point z₀, from `kto_kl` on prompts with other prompts' responses; a
             constant of at least 0.
         cu_seqlens: (rows + 1,): the rows are packed documents.
@@ -69,9 +72,7 @@ def kto_loss(
         got = tuple(desirable.shape) if isinstance(desirable, Tensor) else type(desirable).__name__
         raise ValueError(f"desirable: expected shape ({tokens.rows.count},), got {got}")
     is_desirable = desirable != 0
-    ratio = tokens.sums(tokens.logprob)
-    if reference is not None:
-        ratio = ratio - tokens.sums_of("reference", reference).detach()
+    ratio = _log_ratios(tokens, reference, length_normalized)
     point = torch.as_tensor(kl if kind == "kto" else 0.0, device=ratio.device).to(ratio).detach()
     if point.numel() != 1:
         raise ValueError(f"kl: expected one number, got shape {tuple(point.shape)}")
@@ -96,22 +97,31 @@ def kto_loss(
 
 @torch.no_grad()
 def kto_kl(
-    logprob: Tensor, mask: Tensor, reference: Tensor, *, cu_seqlens: Tensor | None = None
-) -> Tensor:
+    logprob: Tensor, mask: Tensor, reference: Tensor, *, length_normalized: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The reference point z₀ of KTO: ``mean(log π - log π_ref).clamp(min=0)``, a constant.
 
     Args:
         logprob, mask: of responses that belong to *other* prompts of the batch.
         reference: of the reference model, shaped like `logprob`, or sums (rows,).
-        cu_seqlens: as `kto_loss`.
+        length_normalized, cu_seqlens: as `kto_loss`.
 
     Returns:
         Scalar, the mean over rows that have tokens.
     """
     tokens = Tokens(logprob, mask, cu_seqlens)
-    ratio = tokens.sums(tokens.logprob) - tokens.sums_of("reference", reference)
+    ratio = _log_ratios(tokens, reference, length_normalized)
     ratio = torch.where(tokens.counts > 0, ratio, 0)
     return mean_over_rows(ratio, tokens.counts, None).clamp(min=0)
+
+
+def _log_ratios(tokens: Tokens, reference: Tensor | None, length_normalized: bool) -> Tensor:
+    """u of each row, (rows,)."""
+    ratio = tokens.sums(tokens.logprob)
+    if reference is not None:
+        ratio = ratio - tokens.sums_of("reference", reference).detach()
+    return ratio / tokens.counts.clamp(min=1) if length_normalized else ratio
 
 
 class KTOLoss(Loss):
@@ -127,4 +137,5 @@ class KTOLoss(Loss):
     kind: Literal["kto", "apo_zero"] = "kto"
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+    length_normalized: bool = False
     reduction: Literal["mean", "none"] = "mean"

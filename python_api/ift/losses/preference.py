@@ -129,6 +129,7 @@ def cpo_loss(
     kind: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid",
     gamma: float = 0.5,
     label_smoothing: float = 0.0,
+    length_normalized: bool = False,
     nll_weight: float = 1.0,
     nll: Literal["row", "token"] = "token",
     cu_seqlens: Tensor | None = None,
@@ -141,7 +142,8 @@ def cpo_loss(
 
     With lp⁺, lp⁻ the summed log-probabilities of the responses, ā, b̄ their means per token::
 
-        h = beta * (lp⁺ - lp⁻)                     # simpo: beta * (ā - b̄) - gamma
+        h = beta * (lp⁺ - lp⁻)                     # length_normalized: beta * (ā - b̄)
+                                                   # simpo: beta * (ā - b̄) - gamma
         sigmoid, simpo  -(1 - ε) * logsigmoid(h) - ε * logsigmoid(-h)
         hinge           relu(1 - h)
         ipo             (h / beta - 1 / (2 * beta)) ** 2
@@ -154,6 +156,8 @@ def cpo_loss(
         kind: above. "simpo" with ``nll_weight > 0`` is CPO-SimPO.
         gamma: target margin of "simpo", default 0.5.
         label_smoothing: ε, in [0, 0.5].
+        length_normalized: means per token in place of sums, as Liger's ``average_log_prob``; those
+            of "simpo" always are.
         nll_weight: default 1, as published; 0 leaves the term out.
         nll: mean of that term over "token"s of the batch, as the released code, or over "row"s of
             their means.
@@ -176,9 +180,8 @@ def cpo_loss(
     if label_smoothing and kind in ("hinge", "ipo"):
         raise ValueError(f"label_smoothing: expected 0 with kind {kind!r}, got {label_smoothing}")
     tokens = PairTokens(logprob, mask, cu_seqlens)
-    rewards = Pairs(*(beta * score for score in tokens.pair_sums(tokens.logprob)))
-    if kind == "simpo":
-        rewards = Pairs(*(beta * score for score in tokens.pair_means(tokens.logprob)))
+    over_rows = tokens.pair_means if length_normalized or kind == "simpo" else tokens.pair_sums
+    rewards = Pairs(*(beta * score for score in over_rows(tokens.logprob)))
     h = rewards.chosen - rewards.rejected
     if kind == "hinge":
         loss = F.relu(1 - h)
@@ -320,6 +323,7 @@ class CPOLoss(Loss):
     kind: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
     gamma: float = 0.5
     label_smoothing: float = 0.0
+    length_normalized: bool = False
     nll_weight: float = 1.0
     nll: Literal["row", "token"] = "token"
     reduction: Literal["mean", "none"] = "mean"

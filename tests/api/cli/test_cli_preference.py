@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from command_line import read_log, refusal, train, write_rows
+from ift import losses
 from ift.cli import main
 from ift.cli import options as cli_options
 from ift.cli.losses import build_loss
-from ift.cli.preference import PairTrainer
+from ift.cli.preference import NAMES, PairTrainer
 from ift.cli.reference import add_reference
 from ift.data import Collator
 from ift.data_rows import DataError, read_preferences, read_rows
+from ift.one_pass import target_logprobs
 from ift.patching import patch, unpatch
 from ift.preference_data import PairCollator, encode_pairs
 from ift.tiny import tiny_llama, train_tokenizer
@@ -181,7 +183,8 @@ def test_bf16_policy_and_reference_start_equal(tmp_path, loss):
 
 
 OPTIONS = {
-    "dpo": ["--dpo-kind", "ipo"], "kto": [], "orpo": ["--nll-weight", "0.5"],
+    "dpo": ["--dpo-kind", "ipo", "--nll-weight", "0.5"],
+    "kto": ["--length-normalized", "--beta", "0.5"], "orpo": ["--nll-weight", "0.5"],
     "simpo": ["--margin", "0.5"], "cpo": ["--label-smoothing", "0.1"], "slic": ["--beta", "0.5"],
 }  # fmt: skip
 
@@ -233,7 +236,13 @@ def test_errors_of_arguments(tmp_path, capsys, arguments, said):
 
 @pytest.mark.parametrize(
     ("loss", "options"),
-    [("dpo", {}), ("dpo", {"dpo_kind": "aot"}), ("kto", {}), ("cpo", {"nll_weight": 0.5})],
+    [
+        ("dpo", {}),
+        ("dpo", {"dpo_kind": "aot"}),
+        ("kto", {}),
+        ("kto", {"length_normalized": True}),
+        ("cpo", {"nll_weight": 0.5}),
+    ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_evaluation_is_that_of_all_pairs_at_once(tmp_path, tokenizer, loss, options):
@@ -241,7 +250,7 @@ def test_evaluation_is_that_of_all_pairs_at_once(tmp_path, tokenizer, loss, opti
     path = write_rows(tmp_path / "p.jsonl", rows(5))
     pairs = encode_pairs(read_preferences(path), tokenizer, 64, mismatched=loss == "kto")
     collate = Collator(0)
-    more = [x for k, v in options.items() for x in ("--" + k.replace("_", "-"), v)]
+    more = [x for k, v in options.items() for x in ("--" + k.replace("_", "-"), v) if x is not True]
     given = train(path, tmp_path, "--loss", loss, *more)
     parsed = cli_options.resolve(cli_options.build_parser().parse(given))
     model = tiny_llama(tokenizer, hidden=32, layers=1, seed=1)
@@ -261,6 +270,12 @@ def test_evaluation_is_that_of_all_pairs_at_once(tmp_path, tokenizer, loss, opti
     with torch.no_grad():
         batch = PairCollator(collate)(pairs.examples)
         whole = trainer.compute_loss(model.eval(), batch)
+        if loss == "kto":
+            batch["kl_reference"] = batch["kl_reference"] - 50  # for a point above 0
+            trainer.compute_loss(model, batch)
+            kl = target_logprobs(model, **{name: batch[f"kl_{name}"] for name in NAMES})
+            wanted = losses.kto_kl(*kl, batch["kl_reference"], **options)
+            assert wanted > 0 and trainer.pair_loss.metrics["kl"] == pytest.approx(wanted.item())
     for metrics in found:
         assert metrics["eval_loss"] == pytest.approx(whole.item(), rel=1e-5)
         for name in ("eval_reward_chosen", "eval_logprob_chosen", "eval_token_accuracy"):

@@ -1,16 +1,19 @@
 """Training as the IFT paper's released code does it: its preset, its log, its SFT."""
 
+import math
+
 import pytest
 import torch
 import transformers as hf
 
 from causal_lms import batch, make
 from command_line import read_log, train, write_rows
-from ift import IFTConfig, patch, tiny
+from ift import IFTConfig, IFTTrainer, patch, tiny
 from ift.cli import main, options
 from ift.cli.models import turn_off_dropout
 from ift.data import Collator, encode, split_rows
 from ift.data_rows import read_rows
+from ift.losses import SFTLoss
 
 ROWS = [{"prompt": f"count {i}:", "completion": " 7 8 9 10"[: 2 * (i % 4) + 2]} for i in range(12)]
 
@@ -99,6 +102,38 @@ def test_the_mean_of_sft_is_over_rows_or_tokens(data, tmp_path, mean):
             break
     for ours, theirs in zip(gradients[0], gradients[-1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_are_scaled(data, tmp_path):
+    """The loss of the whole step, whatever its parts; evaluation stays cross-entropy."""
+    (record,) = run(data, tmp_path, "--batch-size", 3, "--accumulate", 3, "--loss", "sft",
+                    "--sft-mean", "row", "--sft-scaling", "eaft")  # fmt: skip
+    model, trained, held_out = parts(data, tmp_path)
+    model.eval()
+    logp = model(trained["input_ids"], trained["attention_mask"]).logits[:, :-1].log_softmax(-1)
+    target = trained["labels"][:, 1:]
+    own = logp.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    gate = (-(logp.exp() * logp).sum(-1) / math.log(20)).clamp(max=1)
+    wanted = SFTLoss(reduction="row_mean")(own * gate, target != -100)
+    assert record["loss"] == pytest.approx(wanted.item(), rel=1e-5)
+    assert record["eval_loss"] == pytest.approx(losses(model, held_out)[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ({"loss": "dft"}, TypeError, "loss: expected an ift.losses.SFTLoss or None, got str"),
+        (
+            {"loss": SFTLoss(), "ift_config": IFTConfig()}, ValueError,
+            "loss: expected None with ift_config, got both",
+        ),
+        ({"loss": SFTLoss(reduction="sum")}, ValueError, "loss: expected a reduction 'mean' or"),
+        ({"loss": SFTLoss(kl_coef=0.1)}, ValueError, "loss: expected kl_coef 0, since the trainer"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_the_trainer_cannot_serve(given, error, said):
+    with pytest.raises(error, match=said):
+        IFTTrainer(torch.nn.Linear(2, 2), **given)
 
 
 def test_the_preset_is_the_released_training(data, tmp_path, monkeypatch):

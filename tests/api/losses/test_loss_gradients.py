@@ -108,12 +108,31 @@ def grpo(x, mask, **options):
     return losses.grpo_loss(x, mask, A2, OLD, **options)
 
 
+def vespo_factor(x):
+    log_w = (x - OLD).sum(1, keepdim=True)
+    shape, rate = torch.tensor([[2.0], [3.0]]), torch.tensor([[3.0], [2.0]])
+    return (shape * log_w + rate * (1 - log_w.exp())).exp() * A2[:, None] / 8
+
+
 A2 = torch.tensor([1.0, -0.7], dtype=torch.float64)
+SPREAD = torch.linspace(0.1, 0.9, 8, dtype=torch.float64).reshape(2, 4)
 PAIR = two(1.0, -1.0)
 # G = factor · (p − e_y) per token, with these factors; `x` are the tokens' log-probabilities.
 TABLE = {
     "SFT": (losses.sft_loss, lambda x: torch.full((2, 4), 1 / 8)),
     "DFT": (lambda x, m: losses.sft_loss(x, m, scaling="dft"), lambda x: x.exp() / 8),
+    "DEFT": (
+        lambda x, m: losses.sft_loss(x, m, scaling="deft", sum_sq=SPREAD),
+        lambda x: (SPREAD * x).exp() / 8,
+    ),
+    "EAFT": (
+        lambda x, m: losses.sft_loss(x, m, scaling="eaft", entropy=5 * SPREAD),
+        lambda x: (5 * SPREAD / math.log(20)).clamp(max=1) / 8,
+    ),
+    "PSFT": (
+        lambda x, m: losses.grpo_loss(x, m, torch.ones(2), OLD, kind="dapo"),
+        lambda x: ratio_factor(x, (1.0, 1.0)) / 8,
+    ),
     "IFT": (losses.ift_loss, ift_factor),
     "DPO": (with_beta(losses.dpo_loss), lambda x: BETA * sigmoid(-h(x)) * PAIR),
     "DPO hinge": (dpo("hinge"), lambda x: BETA * PAIR * (h(x) < 1)),
@@ -162,6 +181,10 @@ TABLE = {
         dpo("rejected_free"),
         lambda x: BETA * sigmoid(-BETA * x.sum(1))[:, None].expand(2, 4) / 2,
     ),
+    "DPO + NLL": (
+        with_beta(losses.dpo_loss, nll_weight=0.5),
+        lambda x: BETA * sigmoid(-h(x)) * PAIR + two(0.5 / 4, 0.0),
+    ),
     "APO-zero": (dpo("apo_zero"), apo_zero_factor),
     "SimPO": (
         lambda x, m: losses.simpo_loss(x, m, beta=2.0, gamma=0.4),
@@ -171,9 +194,17 @@ TABLE = {
         with_beta(losses.cpo_loss, nll_weight=0.5),
         lambda x: BETA * sigmoid(-h(x)) * PAIR + two(0.5 / 4, 0.0),
     ),
+    "CPO, length-normalized": (
+        with_beta(losses.cpo_loss, nll_weight=0.5, length_normalized=True),
+        lambda x: BETA * sigmoid(-h(x) / 4) / 4 * PAIR + two(0.5 / 4, 0.0),
+    ),
     "ORPO": (with_beta(losses.orpo_loss), orpo_factor),
     "SLiC": (with_beta(losses.slic_loss, delta=1.0), lambda x: BETA * PAIR * (h(x) < 1)),
     "KTO": (with_beta(losses.kto_loss, desirable=torch.tensor([1, 0]), kl=0.5), kto_factor),
+    "KTO, length-normalized": (
+        with_beta(losses.kto_loss, desirable=torch.tensor([1, 0]), kl=0.5, length_normalized=True),
+        lambda x: kto_factor(x / 4) / 4,
+    ),
     "REINFORCE": (
         lambda x, m: losses.reinforce_loss(x, m, A2),
         lambda x: A2[:, None].expand(2, 4) / 2,
@@ -184,6 +215,7 @@ TABLE = {
         functools.partial(grpo, kind="cispo"),
         lambda x: (x - OLD).exp().clamp(max=1.2) * A2[:, None] / 8,
     ),
+    "VESPO": (functools.partial(grpo, kind="vespo"), vespo_factor),
     "SAPO": (
         functools.partial(grpo, kind="sapo", temperatures=(1.5, 1.5)),
         lambda x: 4 * slope(1.5 * ((x - OLD).exp() - 1)) * (x - OLD).exp() * A2[:, None] / 8,
@@ -207,10 +239,24 @@ def test_gradient_on_logits(name):
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12, check_dtype=False)
 
 
+def test_gradient_of_an_anchor_is_that_of_the_whole_distribution():
+    """ASFT: the KL from a frozen distribution q adds kl_coef · (p − q) / N."""
+    z = torch.randn(2, 4, VOCABULARY, dtype=torch.float64).requires_grad_()
+    q = torch.randn(2, 4, VOCABULARY, dtype=torch.float64).log_softmax(-1)
+    logp, target = z.log_softmax(-1), torch.randint(VOCABULARY, (2, 4))
+    own = logp.gather(-1, target[..., None])[..., 0]
+    kl = (q.exp() * (q - logp)).sum(-1)
+    value = losses.sft_loss(own, torch.ones(2, 4), scaling="dft", kl_coef=0.3, reference_kl=kl)
+    (gradient,) = torch.autograd.grad(value, z)
+    p, e = logp.detach().exp(), F.one_hot(target, VOCABULARY)
+    wanted = (own.detach().exp()[..., None] * (p - e) + 0.3 * (p - q.exp())) / 8
+    torch.testing.assert_close(gradient, wanted)
+
+
 def test_the_table_of_the_docs_has_every_row():
     page = (Path(__file__).parents[3] / "docs" / "losses.md").read_text(encoding="utf-8")
     rows = {line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")}
-    assert set(TABLE) <= rows
+    assert {*TABLE, "ASFT"} <= rows
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])

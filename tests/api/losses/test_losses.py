@@ -25,6 +25,11 @@ SMOOTHED = {kind: {"label_smoothing": 0.1} for kind in ("exo", "robust")}
 LOSSES = {
     "sft": lambda x, m, r, **k: losses.sft_loss(x, m, **k),
     "dft": lambda x, m, r, **k: losses.sft_loss(x, m, scaling="dft", **k),
+    "deft": lambda x, m, r, **k: losses.sft_loss(x, m, scaling="deft", sum_sq=r.exp(), **k),
+    "eaft": lambda x, m, r, **k: losses.sft_loss(x, m, scaling="eaft", entropy=-r, **k),
+    "asft": lambda x, m, r, **k: losses.sft_loss(
+        x, m, scaling="dft", kl_coef=0.1, reference_kl=r.square(), **k
+    ),
     "ift": lambda x, m, r, **k: losses.ift_loss(x, m, **k),
     **{
         f"dpo-{kind}": partial(losses.dpo_loss, kind=kind, **SMOOTHED.get(kind, {}))
@@ -34,11 +39,15 @@ LOSSES = {
         f"dpo-{name}": partial(losses.dpo_loss, divergence=name)
         for name in ("forward_kl", "js_divergence", "alpha_divergence")
     },
+    "dpo-nll": partial(losses.dpo_loss, nll_weight=0.5),
     "cpo": lambda x, m, r, **k: losses.cpo_loss(x, m, **k),
     "simpo": lambda x, m, r, **k: losses.simpo_loss(x, m, **k),
     "orpo": lambda x, m, r, **k: losses.orpo_loss(x, m, **k),
     "slic": lambda x, m, r, **k: losses.slic_loss(x, m, **k),
     "kto": lambda x, m, r, **k: losses.kto_loss(x, m, DESIRABLE, r, **k),
+    "kto-normalized": lambda x, m, r, **k: losses.kto_loss(
+        x, m, DESIRABLE, r, length_normalized=True, **k
+    ),
     **{
         kind: lambda x, m, r, kind=kind, **k: losses.grpo_loss(
             x, m, ADVANTAGES, r, kind=kind, kl_coef=0.1, reference=r,
@@ -110,9 +119,13 @@ PAIRED = [name for name in LOSSES if name.startswith("dpo")] + ["cpo", "simpo", 
 WHOLE = {  # the argument of the divisor over an optimizer step
     **dict.fromkeys([n for n in PAIRED if "aot" not in n], "num_pairs"),
     **dict.fromkeys(
-        ["kto", "ift", "grpo", "gspo", "sapo", "luspo", "dr_grpo", "reinforce"], "num_rows"
+        ["kto", "kto-normalized", "ift", "grpo", "gspo", "sapo", "luspo", "dr_grpo", "reinforce"],
+        "num_rows",
     ),
-    **dict.fromkeys(["sft", "dft", "bnpo", "dapo", "cispo", "ppo"], "num_items"),
+    **dict.fromkeys(
+        ["sft", "dft", "deft", "eaft", "asft", "bnpo", "dapo", "cispo", "vespo", "ppo"],
+        "num_items",
+    ),
 }
 
 
@@ -279,6 +292,7 @@ def test_robust_is_an_unbiased_sigmoid():
 PER_CALL = {
     *("cu_seqlens", "metrics", "num_items", "num_pairs", "num_rows", "entropy", "lse"),
     *("mean_logit", "weights", "importance", "reference", "values", "old_values", "returns", "kl"),
+    *("sum_sq", "reference_kl"),
 }
 MODULES = [
     module
@@ -360,6 +374,45 @@ X = torch.zeros(2, 2)
             ValueError, "lse: expected a tensor",
         ),
         (lambda: losses.group_advantages(torch.zeros(4), 3), ValueError, "group_size: .*got 3"),
+        (
+            lambda: losses.SFTLoss(scaling="deft", label_smoothing=0.1), ValueError,
+            "label_smoothing: expected 0 with scaling 'deft'",
+        ),
+        (
+            lambda: losses.sft_loss(X, torch.ones(2, 2), scaling="eaft"), ValueError,
+            "entropy: expected a tensor with scaling 'eaft', got None",
+        ),
+        (
+            lambda: losses.sft_loss(X, torch.ones(2, 2), kl_coef=0.1), ValueError,
+            "reference_kl: expected a tensor with kl_coef, got None",
+        ),
+        (
+            lambda: losses.SFTLoss(kl_coef=0.1).from_hidden(X, X, torch.zeros(2).long()),
+            ValueError, "reference: expected a Head with kl_coef, got NoneType",
+        ),
+        (
+            lambda: losses.SFTLoss().from_hidden(
+                X, X, torch.zeros(2).long(), reference=losses.Head(X, X)
+            ),
+            ValueError, "reference: expected None without kl_coef",
+        ),
+        (
+            lambda: losses.GRPOLoss(kind="vespo", level="token"), ValueError,
+            "level: expected None with kind 'vespo', got 'token'",
+        ),
+        (lambda: losses.GRPOLoss(level="row"), ValueError, "level: expected one of .*got 'row'"),
+        (
+            lambda: losses.GRPOLoss(kind="cispo", epsilon_high=-1.0), ValueError,
+            "epsilon_high: expected a finite number above -1 with kind 'cispo', got -1.0",
+        ),
+        (
+            lambda: losses.GRPOLoss(kind="vespo", gamma_rates=(0.0, 1.0)), ValueError,
+            "gamma_rates: expected a finite number above 0",
+        ),
+        (
+            lambda: losses.dpo_loss(X, torch.ones(2, 2), num_items=3), ValueError,
+            "num_items: expected None without nll_weight, got 3",
+        ),
     ],
 )  # fmt: skip
 def test_errors(make, error, said):

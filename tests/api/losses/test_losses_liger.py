@@ -59,13 +59,17 @@ def test_dpo(kind):
     same(ours, theirs[0], (hidden, weight))
 
 
-@pytest.mark.parametrize("name", ["cpo", "simpo", "orpo"])
+@pytest.mark.parametrize("name", ["cpo", "cpo on means", "simpo", "orpo"])
 def test_without_reference(name):
     hidden, weight, target, _ = inputs(1)
     theirs, ours = {
         "cpo": (
             liger.LigerFusedLinearCPOLoss(compiled=False, beta=0.3, alpha=0.7, label_smoothing=0.1),
             losses.CPOLoss(beta=0.3, nll_weight=0.7, label_smoothing=0.1),
+        ),
+        "cpo on means": (
+            liger.LigerFusedLinearCPOLoss(compiled=False, beta=0.3, average_log_prob=True),
+            losses.CPOLoss(beta=0.3, length_normalized=True),
         ),
         "simpo": (
             liger.LigerFusedLinearSimPOLoss(
@@ -82,21 +86,24 @@ def test_without_reference(name):
     same(ours.from_hidden(hidden, weight, target), wanted, (hidden, weight))
 
 
-def test_kto():
+@pytest.mark.parametrize("means", [False, True])
+def test_kto(means):
     hidden, weight, target, reference = inputs(2)
     desirable, kl = torch.tensor([True, False, True, True, False, False]), torch.tensor(0.4)
-    theirs = liger.LigerFusedLinearKTOLoss(compiled=False, beta=0.2, use_ref_model=True)(
+    theirs = liger.LigerFusedLinearKTOLoss(
+        compiled=False, beta=0.2, use_ref_model=True, average_log_prob=means
+    )(
         hidden, weight, target, preference_labels=desirable, ref_input=reference.hidden,
         ref_weight=reference.weight, kl=kl,
     )  # fmt: skip
-    ours = losses.KTOLoss(beta=0.2).from_hidden(
+    ours = losses.KTOLoss(beta=0.2, length_normalized=means).from_hidden(
         hidden, weight, target, desirable, reference=reference, kl=kl
     )
     same(ours, theirs[0], (hidden, weight))
 
 
 @pytest.mark.parametrize(
-    "kind", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "luspo"]
+    "kind", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "luspo", "vespo"]
 )
 def test_grpo(kind):
     hidden, weight, target, reference = inputs(3)

@@ -94,9 +94,10 @@ def trl_dpo(logprob, reference, mask, kind, **options):
         **options,
     }  # fmt: skip
     trainer = stub(
-        ld_alpha=None, precompute_ref_logps=True, use_weighting=False, loss_types=[kind],
-        loss_weights=[1.0], args=SimpleNamespace(discopop_tau=0.05), beta=given["beta"],
-        label_smoothing=given["label_smoothing"], f_divergence_type=given["f_divergence_type"],
+        ld_alpha=None, precompute_ref_logps=True, use_weighting=False, loss_types=[kind, "sft"],
+        loss_weights=[1.0, given.get("sft", 0.0)], args=SimpleNamespace(discopop_tau=0.05),
+        beta=given["beta"], label_smoothing=given["label_smoothing"],
+        f_divergence_type=given["f_divergence_type"],
         f_alpha_divergence_coef=given["alpha"],
     )  # fmt: skip
     sums = (reference * mask).sum(1).chunk(2)
@@ -120,6 +121,7 @@ DPO = [
     ("apo_down", "apo_down", {}),
     ("discopop", "discopop", {}),
     ("sigmoid", "sigmoid_norm", {"length_normalized": True}),
+    ("sigmoid", "sigmoid", {"nll_weight": 0.7, "nll": "token"}),
     ("sigmoid", "sigmoid", {"divergence": "forward_kl"}),
     ("hinge", "hinge", {"divergence": "js_divergence"}),
     ("sigmoid", "sigmoid", {"divergence": "alpha_divergence", "alpha": 0.7}),
@@ -135,6 +137,7 @@ def test_dpo(kind, theirs, options):
     )
     given = {k: v for k, v in options.items() if k in ("label_smoothing", "alpha")}
     given["f_divergence_type"] = options.get("divergence", "reverse_kl")
+    given["sft"] = options.get("nll_weight", 0.0)
     wanted, told = trl_dpo(logprob, reference, mask, theirs, **given)
     same(ours, wanted, logprob)
     if not options.get("length_normalized"):
@@ -205,6 +208,13 @@ GRPO = [
     ("dapo", "dapo", {"importance": True}),
     ("dr_grpo", "dr_grpo", {}),
     ("cispo", "cispo", {}),
+    ("cispo", "cispo", {"level": "sequence", "high": -0.3}),  # a bound of 0.7
+    ("vespo", "vespo", {"beta": 0.1}),
+    ("bnpo", "bnpo", {"level": "sequence"}),
+    ("dapo", "dapo", {"level": "sequence", "beta": 0.1, "use_bias_correction_kl": True}),
+    ("dr_grpo", "dr_grpo", {"level": "sequence", "delta": 1.5}),
+    ("sapo", "sapo", {"level": "sequence"}),
+    ("luspo", "luspo", {"level": "token"}),
     ("sapo", "sapo", {}),
     ("gspo", "grpo", {"level": "sequence"}),
     ("luspo", "luspo", {"level": "sequence"}),
@@ -220,10 +230,10 @@ def test_grpo(kind, theirs, options):
     _, reference, _ = batch(5)
     advantages = torch.tensor([1.0, -1.2, 0.4, -0.3, 2.0, -1.9])
     entropy = logprob.square()
-    weights = torch.rand(ROWS, LENGTH) + 0.5
+    weights = torch.where(mask, torch.rand(ROWS, LENGTH) + 0.5, 1)  # TRL's of padding
     beta, delta = options.get("beta", 0.0), options.get("delta")
     correction = options.get("use_bias_correction_kl", False)
-    high = 0.25  # cispo's bound in TRL is the ratio itself
+    high = options.get("high", 0.25)  # cispo's bound in TRL is the ratio itself
     trainer = stub(
         top_entropy_quantile=1.0, off_policy_mask_threshold=None, beta=beta, loss_type=theirs,
         importance_sampling_level=options.get("level", "token"), epsilon_low=0.15,
@@ -233,7 +243,8 @@ def test_grpo(kind, theirs, options):
         use_adaptive_entropy=False, entropy_coef=options.get("entropy", 0.0),
         args=SimpleNamespace(
             delta=delta, use_bias_correction_kl=correction, sapo_temperature_pos=1.1,
-            sapo_temperature_neg=1.3, steps_per_generation=1,
+            sapo_temperature_neg=1.3, steps_per_generation=1, vespo_k_pos=2.0, vespo_k_neg=3.0,
+            vespo_lambda_pos=3.0, vespo_lambda_neg=2.0,
         ),
         _get_per_token_logps_and_entropies=lambda *a, **k: (logprob, entropy, None),
     )  # fmt: skip
@@ -241,20 +252,24 @@ def test_grpo(kind, theirs, options):
         mask, advantages=advantages, old_per_token_logps=old, ref_per_token_logps=reference,
         num_items_in_batch=mask.sum(), importance_sampling_ratio=weights,
     )  # fmt: skip
+    trainer.get_gamma_weights = GRPOTrainer.get_gamma_weights
     wanted = GRPOTrainer._compute_loss(trainer, SimpleNamespace(training=True), inputs)
     metrics = {}
     ours = losses.grpo_loss(
-        logprob, mask, advantages, old, kind=kind, epsilon=0.15, epsilon_high=high, delta=delta,
+        logprob, mask, advantages, old, kind=kind, level=None if kind == "gspo" else
+        options.get("level"), epsilon=0.15, epsilon_high=high, delta=delta,
         temperatures=(1.1, 1.3), kl_coef=beta, kl_correction=correction,
         reference=reference if beta else None, entropy=entropy,
         entropy_coef=options.get("entropy", 0.0), max_length=20 if kind == "dr_grpo" else None,
-        importance=weights if "importance" in options else None, metrics=metrics,
+        importance=weights if "importance" in options or kind == "vespo" else None,
+        metrics=metrics,
     )  # fmt: skip
     same(ours, wanted, logprob)
     told = trainer._metrics["train"]
     if beta and not correction:  # with it TRL tells of the corrected one
         assert metrics["kl"].item() == pytest.approx(told["kl"][0], rel=1e-5)
-    if kind in ("grpo", "bnpo", "dapo", "dr_grpo") and not delta:
+    level = options.get("level")
+    if kind in ("grpo", "bnpo", "dapo", "dr_grpo") and not delta and level is None:
         share = told["clip_ratio/region_mean"][0]
         assert share > 0 and metrics["clip_fraction"].item() == pytest.approx(share)
 
