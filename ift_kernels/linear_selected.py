@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ift_kernels import linear
-from ift_kernels.common import checks
+from ift_kernels.common import checks, sync_free
 from ift_kernels.common.transform import LogitTransform
-from ift_kernels.operators import head_call, linear_selected  # noqa: F401  registers operators
-from ift_kernels.schedule import plan
+from ift_kernels.operators import head_call, linear_in_set, linear_selected  # noqa: F401  registers
+from ift_kernels.schedule import gathered, plan
 
 MAX_IDS = 512
 
@@ -70,6 +70,8 @@ def linear_selected_logprobs(
             token all of whose ids are gets 0 in every output.
         outputs: any of "logprob", "lse", "in_set_logprob", "in_set_lse", "tail_logprob".
         The rest: as `linear_logprobs`. Beside the workspace a call holds some numbers per id.
+            Where only "in_set_logprob" and "in_set_lse" are asked for, and it is the cheaper way,
+            the head rows of the ids are gathered: K·N·D multiply-adds, not V·N·D.
 
     With K = 1, and without "tail_logprob", logprob, lse and all gradients are to the bit those of
     `linear_logprobs`.
@@ -99,19 +101,19 @@ def linear_selected_logprobs(
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
     checks.head_arguments(hidden, weight, bias)
     ids = check_ids(ids, hidden)
-    if ids.shape[-1] == 1 and "tail_logprob" not in names:
+    if ids.shape[-1] == 1 and names & {"logprob", "lse"} and "tail_logprob" not in names:
         return _of_one(
             hidden, weight, ids[..., 0], names, bias=bias, ignore_index=ignore_index,
             logit_scale=logit_scale, softcap=softcap, temperature=temperature,
             logits_dtype=logits_dtype, deterministic=deterministic, workspace=workspace,
         )  # fmt: skip
     valid = (ids != ignore_index).any(-1)
-    product, rest, _ = products(
+    product, rest = products(
         hidden, weight, ids, valid, bias, ignore_index, transform, workspace, logits_dtype,
-        deterministic,
+        deterministic, names <= {"in_set_logprob", "in_set_lse"},
     )  # fmt: skip
     there = ids != ignore_index
-    z = logits(product, ids.masked_fill(~there, 0), bias, transform)
+    z = logits(product, ids, bias, transform)
     return combined(z, rest, there, names, product.dtype)
 
 
@@ -148,8 +150,12 @@ def products(
     workspace: int | None,
     logits_dtype: torch.dtype | None,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Products (..., K) of the ids, and log-sum-exp (...) of all others, float64; its `norm`."""
+    in_set: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Products (..., K) of the ids, and the log-sum-exp (...) of all others, float64.
+
+    `in_set`: the latter may be 0, where the products alone are cheaper.
+    """
     dtype = checks.compute_dtype(hidden, weight, logits_dtype)
     options = head_call.Options(
         ignore_index, transform.scale, transform.softcap, transform.temperature,
@@ -159,12 +165,20 @@ def products(
         torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (hidden, weight, bias)
     ]
-    product, rest, norm, _ = torch.ops.ift_kernels.linear_selected(
+    tensors = (
         hidden.reshape(-1, hidden.shape[-1]), weight, bias,
-        ids.reshape(-1, ids.shape[-1]).contiguous(), valid.reshape(-1), *options, needs,
-        plan.forced_or_safe(),
+        ids.reshape(-1, ids.shape[-1]).contiguous(), valid.reshape(-1),
     )  # fmt: skip
-    return product.view(ids.shape), rest.view(valid.shape), norm.view(2, *valid.shape)
+    # Sums of gathered rows depend on their order, and on how many go at once.
+    if in_set and not deterministic and not sync_free.on():
+        problem = head_call.problem(*tensors[:3], options, (needs[0], needs[1], needs[2]), False)
+        if gathered.is_cheaper(problem, ids.shape[-1]):
+            product = torch.ops.ift_kernels.linear_in_set(*tensors, *options)
+            return product.view(ids.shape), product.new_zeros(valid.shape, dtype=torch.float64)
+    product, rest, _, _ = torch.ops.ift_kernels.linear_selected(
+        *tensors, *options, needs, plan.forced_or_safe()
+    )
+    return product.view(ids.shape), rest.view(valid.shape)
 
 
 def logits(product: Tensor, ids: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
@@ -173,7 +187,30 @@ def logits(product: Tensor, ids: Tensor, bias: Tensor | None, transform: LogitTr
     if bias is not None:  # out of range on a GPU: its product is NaN
         inside = ids.clamp(0, len(bias) - 1)
         of_ids = bias.detach().to(product.dtype)[inside].double()
-    return transform.apply(product.double(), of_ids)
+    z: Tensor = _logits(product, of_ids, transform)
+    return z
+
+
+class _Logits(torch.autograd.Function):
+    """Logits of products, in float64; 0 times the slope of a NaN is 0."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, product: Tensor, bias: Tensor | None, transform: LogitTransform
+    ) -> Tensor:
+        z = transform.apply(product.double(), bias)
+        ctx.save_for_backward(z)
+        ctx.transform, ctx.dtype = transform, product.dtype
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (dz,), (z,) = grads, ctx.saved_tensors
+        d_product = dz * ctx.transform.derivative(z)
+        return d_product.masked_fill(dz == 0, 0).to(ctx.dtype), None, None
+
+
+_logits: Any = _Logits.apply
 
 
 def combined(
@@ -184,31 +221,48 @@ def combined(
     dtype: torch.dtype,
 ) -> SelectedLogprobs:
     """The outputs from the logits of the ids and the log-sum-exp of all others."""
-    valid, found = there.any(-1), dict[str, Tensor]()
-    # -inf in place of padding has no probability; a token without ids gets numbers all the same.
-    z = z.masked_fill(~there, -torch.inf).masked_fill(~valid[..., None], 0.0)
+    valid = there.any(-1)
+    found: dict[str, Tensor] = {}
     if names & {"logprob", "lse", "tail_logprob"}:
-        logp, found["lse"] = _log_softmax(torch.cat([z, rest[..., None]], -1))
+        whole = torch.cat([z, rest[..., None]], -1)
+        logp, found["lse"] = _normalised(whole, torch.cat([there, valid[..., None]], -1))
         found["logprob"], tail = logp[..., :-1], logp[..., -1]
-        found["tail_logprob"] = torch.where(rest == -torch.inf, rest.detach(), tail)
+        found["tail_logprob"] = torch.where(rest == -torch.inf, tail.detach(), tail)
     if names & {"in_set_logprob", "in_set_lse"}:
-        found["in_set_logprob"], found["in_set_lse"] = _log_softmax(z)
-    kept = {"logprob": there, "in_set_logprob": there}
-    return SelectedLogprobs(
-        **{name: torch.where(kept.get(name, valid), found[name], 0).to(dtype) for name in names}
-    )
+        found["in_set_logprob"], found["in_set_lse"] = _normalised(z, there)
+    return SelectedLogprobs(**{name: found[name].to(dtype) for name in names})
 
 
-def _log_softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """``z.log_softmax(-1)`` and ``z.logsumexp(-1)``.
+class _Normalised(torch.autograd.Function):
+    """``z.log_softmax(-1)`` and ``z.logsumexp(-1)`` of what is `there`, float64; 0 elsewhere.
 
     The largest is apart: beside its 1 the sum of the others would lose what a nearly certain id
-    leaves them, and its own gap of 0 has no gradient that would have to cancel.
+    leaves them. So in backward 1 - p is -expm1(log p). Rows without upstream gradient send none,
+    even where they have a NaN.
     """
-    top, at = z.max(-1, keepdim=True)
-    gap = (z - top).scatter(-1, at, (top - top).detach())  # NaN, of an infinity, stays one
-    log_sum = gap.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True).log1p()
-    return gap - log_sum, (top + log_sum)[..., 0]
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        valid = there.any(-1, keepdim=True)
+        z = z.masked_fill(~there, -torch.inf)
+        top, at = z.masked_fill(~valid, 0.0).max(-1, keepdim=True)
+        gap = (z - top).scatter(-1, at, top - top)  # NaN, of an infinity, stays one
+        log_sum = gap.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True).log1p()
+        logp, lse = gap - log_sum, (top + log_sum)[..., 0]
+        ctx.save_for_backward(logp, there)
+        return torch.where(there, logp, 0.0), torch.where(valid[..., 0], lse, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logp, there = ctx.saved_tensors
+        a, c = grads[0].masked_fill(~there, 0.0), grads[1][..., None]
+        no_upstream = (a == 0).all(-1, keepdim=True) & (c == 0)
+        total = a.sum(-1, keepdim=True)
+        dz = logp.exp() * (c - (total - a)) - a * logp.expm1()
+        return dz.masked_fill(no_upstream | ~there, 0.0), None
+
+
+_normalised: Any = _Normalised.apply
 
 
 def _of_one(
