@@ -194,14 +194,17 @@ def logits(product: Tensor, ids: Tensor, bias: Tensor | None, transform: LogitTr
 class _Logits(torch.autograd.Function):
     """Logits of products, in float64; 0 times the slope of a NaN is 0."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any, product: Tensor, bias: Tensor | None, transform: LogitTransform
-    ) -> Tensor:
-        z = transform.apply(product.double(), bias)
-        ctx.save_for_backward(z)
-        ctx.transform, ctx.dtype = transform, product.dtype
-        return z
+    def forward(product: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+        return transform.apply(product.double(), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        product, _, ctx.transform = inputs
+        ctx.save_for_backward(output)
+        ctx.dtype = product.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -241,16 +244,21 @@ class _Normalised(torch.autograd.Function):
     even where they have a NaN.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, z: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(z: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         valid = there.any(-1, keepdim=True)
         z = z.masked_fill(~there, -torch.inf)
         top, at = z.masked_fill(~valid, 0.0).max(-1, keepdim=True)
         gap = (z - top).scatter(-1, at, top - top)  # NaN, of an infinity, stays one
         log_sum = gap.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True).log1p()
         logp, lse = gap - log_sum, (top + log_sum)[..., 0]
-        ctx.save_for_backward(logp, there)
         return torch.where(there, logp, 0.0), torch.where(valid[..., 0], lse, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(output[0], inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
