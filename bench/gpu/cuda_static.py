@@ -32,6 +32,8 @@ SCALAR = {
     "gumbel_merge_kernel",
     "mask_counts_kernel",
     "residual_keys_kernel",
+    "take_kernel",
+    "put_kernel",
 }
 
 

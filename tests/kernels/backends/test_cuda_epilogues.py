@@ -9,7 +9,14 @@ import torch
 import cuda_emulator
 import split_examples
 from ift_kernels.backends import cuda, reference
-from ift_kernels.backends.contract import STATE_ROWS, TRACK_ALL, Chunk, RowGradient, new_state
+from ift_kernels.backends.contract import (
+    STATE_ROWS,
+    TRACK_ALL,
+    Chunk,
+    RowGradient,
+    Selected,
+    new_state,
+)
 from ift_kernels.common.transform import LogitTransform
 from serving import DTYPES
 
@@ -80,6 +87,29 @@ def test_statistics_and_gradients(layout, dtype, transform):
             results.append(wide[:, :cols])
         close(results[1], results[0], function)
         assert wide[:, cols:].isnan().all()  # nothing beside
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_selected_columns(dtype):
+    """Out of one chunk and into another, at its edges; nothing else is touched."""
+    ids = torch.tensor([[-1, 3, 100, 104], [-1, -1, -1, -1], [99, 139, 140, 900]])
+    for sign in (1.0, -1.0):
+        results = []
+        for backend in (cuda, reference):
+            torch.manual_seed(0)
+            x, storage = product_of(3, 40, dtype, start=1, gap=3)
+            selected = Selected(ids, torch.full(ids.shape, NAN))
+            chunk = Chunk(x, None, LogitTransform(sign), 100)
+            backend.take_selected(chunk, selected)
+            taken, found = storage.clone(), selected.values.clone()
+            transposed = x.new_zeros(40, 3)
+            backend.put_selected(chunk, Selected(ids, torch.randn(ids.shape)), transposed)
+            if backend is cuda:
+                assert torch.equal(transposed, x.T)
+            results.append((taken, found, storage))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+        assert (taken == -sign * INF).sum() == 3 and found.isnan().sum() == 9
 
 
 @pytest.mark.parametrize("cols", [40, 3000, 9000])

@@ -17,7 +17,7 @@ import interpreter
 from ift_kernels import backends
 from ift_kernels.backends import reference as ref
 from ift_kernels.backends import triton as backend
-from ift_kernels.backends.contract import TRACK_ALL, Chunk, RowGradient, new_state
+from ift_kernels.backends.contract import TRACK_ALL, Chunk, RowGradient, Selected, new_state
 from ift_kernels.backends.triton import launch, sampling
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.operators import linear_stats
@@ -104,6 +104,24 @@ def test_statistics(dtype, transform, bias, track, blocks):
     for i, (a, b) in enumerate(zip(*values, strict=True)):
         if linear_stats.tracked(track)[i] and linear_stats.Statistics._fields[i] != "norm":
             close(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_selected_columns(dtype):
+    """Out of one chunk and into another, at its edges; nothing else is touched."""
+    ids = torch.tensor([[-1, 3, 100, 104], [-1, -1, -1, -1], [99, 139, 140, 900]])
+    results = []
+    for side in SIDES:
+        torch.manual_seed(0)
+        x, (taken, put) = torch.randn(3, 43).to(dtype)[:, :40], torch.randn(2, 3, 4)
+        chunk = Chunk(x, None, LogitTransform(-1.0), 100)
+        side.take_selected(chunk, Selected(ids, taken))
+        between = x.clone()
+        side.put_selected(chunk, Selected(ids, put))
+        results.append((between, taken, x))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert (between == torch.inf).sum() == 3
 
 
 @pytest.mark.parametrize(("dtype", "transform", "bias"), CASES)
