@@ -39,6 +39,9 @@ def _loss(
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     norms: list[Tensor] = []
 
+    # Of gradients that are rounded to 16 bits, the common factor comes after: see `common_factor`.
+    after = factor.to(dtype) if call.head.rounds_gradients else None
+    inside = factor if after is None else torch.ones_like(factor)
     rows, done = call.select(target), 0
 
     def coefficients(state: Tensor, argmax: Tensor) -> contract.RowGradient:
@@ -50,7 +53,7 @@ def _loss(
         here = slice(done, done := done + len(argmax))
         total.add_(call.drop(loss, here).sum())
         norms.append(row.norm.to(dtype))
-        upstream = loss_upstream(norms[-1], factor, smoothing, z_loss)
+        upstream = loss_upstream(norms[-1], inside, smoothing, z_loss)
         coef = linear_stats.row_coefficients(norms[-1], row.entropy, vocabulary, upstream)
         return contract.RowGradient(rows, norms[-1], call.drop(coef, here))
 
@@ -59,8 +62,9 @@ def _loss(
     with torch.autocast(hidden.device.type, enabled=False):
         if grads_in_forward:
             results = gradients.in_forward(
-                call.head, rows, coefficients, tuple(needs), hidden.dtype, chosen, track, active
-            )
+                call.head, rows, coefficients, tuple(needs), hidden.dtype, chosen, track, active,
+                after,
+            )  # fmt: skip
         else:
             chosen = plan.make(call.problem, 0, "recompute")
             coefficients(*products.statistics(call.head, rows, track, chosen))

@@ -31,13 +31,19 @@ class Sum:
     """
 
     def __init__(
-        self, shape: tuple[int, int], like: Tensor, inner: int, into: Tensor | None = None
+        self,
+        shape: tuple[int, int],
+        like: Tensor,
+        inner: int,
+        into: Tensor | None = None,
+        factor: Tensor | None = None,
     ) -> None:
         """`inner`: the inner size of all products together; `into`: where the sum is best formed,
-        of this shape; `result` says whether it was.
+        of this shape; `result` says whether it was; `factor`: of the whole sum, before it is
+        rounded, where products are not.
         """
         self._width, self._like, self._inner = shape[1], like, inner
-        self._fp32_products = adds_fp32_products(like)
+        self._fp32_products, self._factor = adds_fp32_products(like), factor
         self.restart(shape[0], into)
 
     def restart(self, rows: int, into: Tensor | None = None) -> None:
@@ -65,7 +71,8 @@ class Sum:
 
     def add(self, rows: slice, a: Tensor, b: Tensor) -> None:
         begins = self._first is None and self._total is None and len(a) == self._shape[0]
-        if self._fp32_products and not (begins and a.shape[1] == self._inner):
+        whole = begins and a.shape[1] == self._inner and self._factor is None
+        if self._fp32_products and not whole:
             add_fp32_product(self.total[rows], a, b)
         elif begins:
             with sums_in_fp32(a):
@@ -78,14 +85,25 @@ class Sum:
             self._part = _add_rounded(self.total[rows], a, b, self._part)
 
     @property
-    def value(self) -> Tensor:
-        """The whole sum, float32 or in the dtype of a product that was all of it."""
+    def _value(self) -> Tensor:
+        """The whole sum but for its factor: float32, or a product that was all of it."""
         only = self._first if self._total is None else None
         return self.total if only is None else only
 
+    def write(self, out: Tensor, add: bool = False) -> Tensor:
+        """The whole sum in the dtype of `out`, rounded once, or once more where it is added."""
+        if add:
+            value = self._value if self._factor is None else self._value * self._factor
+            return out.add_(value)
+        if self._factor is None:
+            return out.copy_(self._value)
+        return torch.mul(self._value, self._factor, out=out)
+
     def result(self, dtype: torch.dtype) -> Tensor:
         """The whole sum in `dtype`."""
-        return self.value.to(dtype)
+        if self._factor is None:
+            return self._value.to(dtype)
+        return self.write(self._like.new_empty(self._shape, dtype=dtype))
 
 
 class SumInResult:
@@ -94,8 +112,10 @@ class SumInResult:
     Its first half is in the memory of `result`, which is not written before the sum is whole.
     """
 
-    def __init__(self, result: Tensor, rows: int) -> None:
-        self._result, self._rows, width = result, rows, result.shape[1]
+    def __init__(self, result: Tensor, rows: int, factor: Tensor | None = None) -> None:
+        """`factor`: as of `Sum`."""
+        self._result, self._rows, self._factor = result, rows, factor
+        width = result.shape[1]
         inside = min(rows, len(result) // 2)
         memory = result.view(-1)[: 2 * inside * width].view(torch.float32).view(inside, width)
         outside = result.new_empty((rows - inside, width), dtype=torch.float32)
@@ -120,6 +140,8 @@ class SumInResult:
     def result(self) -> Tensor:
         """`result`, with the sum in its first rows."""
         (_, inside), (_, outside) = self._totals
+        if self._factor is not None:
+            inside, outside = inside.mul_(self._factor), outside.mul_(self._factor)
         done = min(FIRST_ROWS, len(inside))
         self._result[:done] = inside[:done].clone()
         while done < len(inside):  # a row is written where one of half its number was

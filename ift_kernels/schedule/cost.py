@@ -161,7 +161,7 @@ class _Model:
         if p.need_weight:
             result = columns * p.width
             cost += self.product(columns, p.width, rows, 2 * result * self.size * added)
-            if not p.same_dtype:  # a sum of its own, cast into dW
+            if not p.same_dtype or p.rounded_size:  # a float32 sum, cast into dW
                 cost += self.moved(result * (4 + self.size))
         if p.need_bias:
             cost += self.moved(rows * columns * self.tile_size, 2)

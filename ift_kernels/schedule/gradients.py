@@ -48,21 +48,26 @@ class Gradients:
         into: Tensor | None = None,
         active: ActiveHidden | None = None,
         sum_columns: int = 0,
+        factor: Tensor | None = None,
     ) -> None:
         """`into`: preferred buffer of hidden's gradient, see `Sum`; `active`: it is formed from
         active columns only; `sum_columns`: weight's is a float32 sum over blocks of rows, of the
-        first columns; nothing is added for the others.
+        first columns; nothing is added for the others; `factor`: of the results, missing in the
+        coefficients, see `common_factor`.
         """
-        self.head, self.hidden_dtype = head, hidden_dtype
+        self.head, self.hidden_dtype, self.factor = head, hidden_dtype, factor
         self.active = active if needs[0] else None
         n, width = head.hidden.shape
         like = head.hidden
-        self.hidden = Sum((n, width), like, head.vocabulary, into) if needs[0] else None
+        self.hidden: Sum | None = None
+        if needs[0]:
+            self.hidden = Sum((n, width), like, head.vocabulary, into, factor)
         self.weight, self.adds = None, False
         self.weight_sum: SumInResult | None = None
         if needs[1]:
             self.weight = head.weight.new_empty((head.vocabulary, width))
-            self.weight_sum = SumInResult(self.weight, sum_columns) if sum_columns else None
+            if sum_columns:
+                self.weight_sum = SumInResult(self.weight, sum_columns, factor)
         self.bias = None
         if needs[2]:
             self.bias = like.new_zeros(head.vocabulary, dtype=accum_dtype(like.dtype))
@@ -156,7 +161,7 @@ class Gradients:
         assert self.weight is not None
         n, out = self.head.hidden.shape[0], self.weight[columns]
         hidden = self.head.hidden[rows]
-        if rows == slice(0, n) and out.dtype == transposed.dtype:
+        if rows == slice(0, n) and out.dtype == transposed.dtype and self.factor is None:
             if self.adds:
                 out.addmm_(transposed, hidden)
             else:
@@ -168,16 +173,17 @@ class Gradients:
             else:
                 torch.mm(transposed, hidden, out=out)
             return
-        assert not self.adds  # blocks of rows come with dW in the dtype of the products, see `plan`
+        # Blocks of rows come with dW in the dtype of the operands, see `plan`.
+        assert not self.adds or self.factor is not None
         if rows.start == 0:
             like, into = self.head.hidden, None
             if accum_dtype(like.dtype) == like.dtype:  # the same memory for all columns
                 into = self.head.backend.scratch(like, out.numel()).view(out.shape)
-            self.chunk_sum = Sum((out.shape[0], out.shape[1]), like, n, into)
+            self.chunk_sum = Sum((out.shape[0], out.shape[1]), like, n, into, self.factor)
         assert self.chunk_sum is not None
         self.chunk_sum.add(slice(None), transposed, hidden)
         if rows.stop == n:
-            out.copy_(self.chunk_sum.value)
+            self.chunk_sum.write(out, add=self.adds)
             self.chunk_sum = None
 
     def hidden_result(self) -> Tensor | None:
@@ -194,8 +200,26 @@ class Gradients:
             self.weight, self.weight_sum = self.weight_sum.result(), None
         return self.weight
 
+    def bias_result(self) -> Tensor | None:
+        """The gradient of the bias, once all tiles are added."""
+        if self.bias is not None and self.factor is not None:
+            self.bias.mul_(self.factor)
+        return self.bias
+
     def results(self) -> Results:
-        return self.hidden_result(), self.weight_result(), self.bias
+        return self.hidden_result(), self.weight_result(), self.bias_result()
+
+
+def common_factor(coef: Tensor) -> Tensor:
+    """What coefficients (4, N) are divided by where the gradients of tiles are rounded, of float32.
+
+    The largest of them, less powers of two above 1: so one that all rows share, as 1 / N of a mean,
+    becomes a power of two. Rounded in every element alike, it would be a bias of all sums; and
+    float16 would underflow.
+    """
+    most = coef.abs().nan_to_num(0, 0, 0).amax().clamp(min=torch.finfo(coef.dtype).tiny)
+    mantissa, exponent = most.frexp()
+    return torch.ldexp(2 * mantissa, (exponent - 1).clamp(max=0))
 
 
 def in_backward(
@@ -214,12 +238,16 @@ def in_backward(
     if n == 0:
         return _recorded(_nothing(head, needs, hidden_dtype), active)
     formed_from = active if plan.active else None
+    whole, factor = row_gradient, None
+    if head.rounds_gradients:
+        factor = common_factor(row_gradient.coef)
+        row_gradient = row_gradient._replace(coef=row_gradient.coef / factor)
     if needs[0] and plan.hidden_rows < n:
-        hidden = _hidden_by_blocks(head, row_gradient, hidden_dtype, plan, formed_from)
+        hidden = _hidden_by_blocks(head, row_gradient, hidden_dtype, plan, formed_from, factor)
         if not any(needs[1:]):
             return _recorded((hidden, None, None), active)
         needs = (False, needs[1], needs[2])
-        _, weight, bias = in_backward(head, row_gradient, needs, hidden_dtype, plan)
+        _, weight, bias = in_backward(head, whole, needs, hidden_dtype, plan)
         return _recorded((hidden, weight, bias), active)
     total = Gradients(
         head,
@@ -228,6 +256,7 @@ def in_backward(
         plan.tile_columns,
         n if kept is not None else min(plan.tile_rows, n),
         active=formed_from,
+        factor=factor,
     )
     if kept is not None:
         total.consume(kept, row_gradient, plan)
@@ -242,6 +271,7 @@ def _hidden_by_blocks(
     hidden_dtype: torch.dtype,
     plan: Plan,
     active: ActiveHidden | None,
+    factor: Tensor | None,
 ) -> Tensor:
     """The gradient of hidden alone, tokens outermost: its running sum is one block of rows."""
     n, width = head.hidden.shape
@@ -249,7 +279,9 @@ def _hidden_by_blocks(
     if active is not None:
         active.weigh(head, row_gradient)  # of all rows: only some may have a gradient of mean_logit
     for rows in slices(0, n, plan.hidden_rows):
-        total = Gradients(head.rows(rows), (True, False, False), hidden_dtype, 0, 0, None, active)
+        total = Gradients(
+            head.rows(rows), (True, False, False), hidden_dtype, 0, 0, None, active, factor=factor
+        )
         part = row_gradient.rows(rows)
         for tile in recomputed_tiles(total.head, plan, 0):
             total.add(tile, part)
@@ -266,12 +298,14 @@ def in_forward(
     plan: Plan,
     track: int,
     active: ActiveHidden | None = None,
+    factor: Tensor | None = None,
 ) -> Results:
     """Gradients whose coefficients are known in forward, without recomputing any product.
 
     One block of tokens at a time against the whole vocabulary: products, statistics, and through
-    `coefficients` (the block's final state and argmax → its row gradient) the gradients. dW is
-    summed in place; until the first block writes it, it may hold some of that block's products.
+    `coefficients` (the block's final state and argmax → its row gradient) the gradients, which are
+    multiplied by `factor`. dW is summed in place; until the first block writes it, it may hold some
+    of that block's products.
     """
     n, width = head.hidden.shape
     if n == 0:
@@ -287,7 +321,7 @@ def in_forward(
         if total is None:
             total = Gradients(
                 part, needs, hidden_dtype, plan.tile_columns, size, into, formed_from,
-                plan.sum_columns,
+                plan.sum_columns, factor,
             )  # fmt: skip
         else:
             total.restart(part, into)
@@ -314,11 +348,11 @@ def in_forward(
         del part, kept, buffer  # a place for other tiles
         _, norms, coefs = zip(*row_gradients, strict=True)
         of_all = RowGradient(target, torch.cat(norms, 1), torch.cat(coefs, 1))
-        again = Gradients(head, (False, False, False), hidden_dtype, 0, 0)
+        again = Gradients(head, (False, False, False), hidden_dtype, 0, 0, factor=factor)
         again.weight = weight
         for tile in recomputed_tiles(head, plan.rest, plan.sum_columns):
             again.add(tile, of_all)
-    return _recorded((d_hidden, weight, total.bias), active)
+    return _recorded((d_hidden, weight, total.bias_result()), active)
 
 
 def _recorded(results: Results, active: ActiveHidden | None) -> Results:

@@ -40,6 +40,11 @@ class Head:
         """Of products."""
         return self.product_dtype or self.hidden.dtype
 
+    @property
+    def rounds_gradients(self) -> bool:
+        """Whether a tile's gradient is rounded for products: to 16 bits, of float32 logits."""
+        return self.dtype != self.hidden.dtype
+
     def buffer(self, rows: int, columns: int) -> Tensor:
         """Where products are written, see `empty_padded`."""
         like = self.hidden
@@ -72,7 +77,7 @@ class Head:
 
     def rounded(self, gradient: Tensor) -> Tensor:
         """A tile's gradient as an operand of products: itself, or in 16 bits, of its own memory."""
-        if gradient.dtype == self.hidden.dtype:
+        if not self.rounds_gradients:
             return gradient
         return empty_padded(self.backend, self.hidden, *gradient.shape).copy_(gradient)
 

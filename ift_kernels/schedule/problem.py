@@ -195,15 +195,16 @@ class Memory:
         self.per_column = self.cast + sums + gathered + missing * itemsize
         if self._transposed and n < 256:  # whole cache lines weigh: see `gradients.Transposed`
             self.per_column += 31 * itemsize
-        # dW of a tile that has some of the rows is a float32 sum. A CPU has such tiles
-        # only where memory is so short that few columns are left.
+        # dW of a tile that has some of the rows is a float32 sum, and of any tile whose gradient is
+        # rounded, see `gradients.common_factor`. A CPU has such tiles only where memory is so short
+        # that few columns are left.
         row_tile_sums = p.need_weight and p.same_dtype and (p.device.is_gpu or p.deterministic)
         self._row_tile_sums = p.width * (part + 4) * row_tile_sums
+        rounded_sums = self._row_tile_sums * (p.rounded_size > 0)
         if p.active is not None and n > p.active.block and not p.device.is_gpu:
             missing = p.active.block - 1  # whatever the rows of a block of `forward`
-        self._block_column = (
-            self.cast + sums + gathered + (missing + 64 * self._transposed) * itemsize
-        )
+        self._block_column = self.cast + sums + gathered + rounded_sums
+        self._block_column += (missing + 64 * self._transposed) * itemsize
         self._vocabulary, self._weight_width = p.vocabulary, p.width * p.need_weight
         # A GPU's `forward` forms dh of a block in one product, where it is returned.
         self._block_row = self.per_row
@@ -226,7 +227,7 @@ class Memory:
 
     def per_tile_column(self, rows: int) -> int:
         """The same for each column of a tile, without dh's sum."""
-        sums = self._row_tile_sums if rows < self._n else 0
+        sums = self._row_tile_sums if rows < self._n or self._rounded else 0
         return rows * (self._size * self.copies + self._rounded) + self.per_column + sums
 
     def kept(self, columns: int) -> int:

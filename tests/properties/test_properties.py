@@ -16,7 +16,7 @@ from ift_kernels.backends import reference
 from tests.proofs import properties
 from tests.properties import harness
 from tests.properties.cases import BACKENDS, PRECISIONS, SMALL, cases, live, sample
-from tests.properties.regressions import REGRESSIONS
+from tests.properties.regressions import CERTAIN, REGRESSIONS
 
 SAMPLE = dict.fromkeys(("linear_cross_entropy", "linear_divergence"), 60) | {"linear_logprobs": 100}
 
@@ -31,7 +31,7 @@ def test_sample(operation):
         harness.check(case)
 
 
-@pytest.mark.parametrize("case", REGRESSIONS, ids=lambda case: case.operation)
+@pytest.mark.parametrize("case", REGRESSIONS, ids=lambda case: f"{case.operation}-{case.backend}")
 def test_regressions(case):
     harness.check(case)
 
@@ -85,6 +85,14 @@ def test_mistakes_are_found(name, monkeypatch):
     monkeypatch.setattr(ift_kernels, "linear_logprobs", wrong(MISTAKES[name]))
     with pytest.raises((AssertionError, RuntimeError)):
         harness.check(LOGPROBS)
+
+
+def test_a_difference_of_two_ones_is_found(monkeypatch):
+    """As p - 1 of a target for expm1, which the call is for."""
+    (case,) = (case for case in CERTAIN if case.backend == "reference")
+    monkeypatch.setattr(torch.Tensor, "expm1", lambda x: x.exp() - 1)
+    with pytest.raises(AssertionError, match="d hidden"):
+        harness.check(case)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

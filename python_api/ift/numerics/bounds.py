@@ -111,6 +111,13 @@ class Head:
         others = -torch.expm1(self.z.log_softmax(-1).amax(-1))
         return others.clamp(min=0, max=self.units.sum * min(self.z.shape[1], SUMMED))
 
+    def rest_error(self, target: Tensor) -> Tensor:
+        """(N,) of 1 − p of a target, by the sum over the others: its own 1 is not in there."""
+        rest = self.z.scatter(-1, target[:, None], -math.inf)
+        smaller = -torch.expm1(rest.log_softmax(-1).amax(-1)).nan_to_num(0)
+        relative = smaller.clamp(min=0, max=self.units.sum * min(self.z.shape[1], SUMMED))
+        return -torch.expm1(self.z.log_softmax(-1).gather(-1, target[:, None])[:, 0]) * relative
+
     def probability_error(self) -> Tensor:
         """(N, V) of softmax."""
         logp = self.z.log_softmax(-1)
@@ -249,7 +256,7 @@ def dlogits(
     others = (p_error.sum(-1) - p_error.gather(-1, own)[:, 0]).clamp(min=0)[:, None]
     left = -torch.expm1(logp.gather(-1, own))
     own_error = torch.minimum(p_error.gather(-1, own), others) + ARITHMETIC * unit * left
-    own_error = own_error + torch.minimum(h.sum_error[:, None], left)
+    own_error = own_error + h.rest_error(target)[:, None]
     to_target = torch.where(hot > 0, own_error, p_error)
     gradient = u["logprob"] * (hot - p) + u["lse"] * p
     error = u["logprob"].abs() * to_target + u["lse"].abs() * p_error

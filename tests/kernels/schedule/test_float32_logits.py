@@ -26,6 +26,7 @@ from ift_kernels import (
 from ift_kernels.schedule import accumulate, cost, device, gpu_plan, plan
 from ift_kernels.schedule import head as head_module
 from ift_kernels.schedule.device import H200
+from ift_kernels.schedule.gradients import common_factor
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -55,14 +56,11 @@ def head(dtype=BF16, rows=200, vocabulary=3100, **options):
 
 
 def assert_near(found, h, exact_value, e):
-    """Gradients as far from exact ones as two roundings: of a tile's gradient, and of the sum.
-
-    The first is at worst, in a row of targets alone, half a unit of all that a row sends.
-    """
+    """Gradients as far from exact ones as two roundings: of a tile's gradient, and of the sum."""
     exact = torch.autograd.grad(exact_value, e.inputs)
     for mine, x, wanted in zip(found, h.inputs, exact, strict=True):
         once = distance(wanted.to(x.dtype), wanted)
-        assert mine.dtype == x.dtype and distance(mine, wanted) <= 2.6 * once
+        assert mine.dtype == x.dtype and distance(mine, wanted) <= 2 * once
 
 
 @pytest.mark.parametrize(
@@ -85,6 +83,31 @@ def test_operands_stay_in_16_bits(backend, formed, dtype, schedule, workspace):
         assert (getattr(stats, name) - exact[name]).abs().max() < 4e-6
     assert_near(got, h, (exact["logprob"] * up).sum(), e)
     assert_near(of_loss, h, dense.cross_entropy(e, reduction="sum"), e)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("schedule", plan.SCHEDULES)
+def test_the_factor_of_a_mean_is_no_bias(formed, dtype, schedule):
+    """1/255 is half a unit of bfloat16 off, in every row; in float16 p/255 underflows."""
+    h = dense.head(255, 64, 1500, dtype, bias=True, ignored=0)
+    e, s = h.double(), h.map(lambda t: t.detach().float().requires_grad_())
+    exact, theirs = (torch.autograd.grad(dense.cross_entropy(x), x.inputs) for x in (e, s))
+    options = {"bias": h.bias, "logits_dtype": FP32, "workspace": 2 * MIB}
+    with plan.use_schedule(schedule):
+        loss = linear_cross_entropy(*h.args, **options)
+        logprob = linear_logprobs(*h.args, **options).logprob
+    for value in (loss, -logprob.mean()):
+        found = torch.autograd.grad(value, h.inputs)
+        for mine, wanted, other in zip(found, exact, theirs, strict=True):
+            # Bar of the contract: twice; what is left is the rounding of 1 - p and p.
+            assert distance(mine, wanted) <= 1.3 * distance(other.to(dtype), wanted)
+
+
+def test_a_factor_is_no_nan():
+    """Whatever one row sends; a row that sends none has none to divide by."""
+    coef = torch.tensor([[0.0, -3e-4, torch.nan], [0.0, 1e-4, -torch.inf]])
+    assert common_factor(coef) == torch.tensor(3e-4)
+    assert common_factor(300 * coef / 3e-4) == 300 / 256 and common_factor(0 * coef[:, :1]) > 0
 
 
 @pytest.mark.parametrize("schedule", [None, "forward", "keep"])
