@@ -285,5 +285,5 @@ def _of_one(
         found["logprob"] = found["logprob"][..., None]
     if "in_set_logprob" in names:  # of an infinity NaN, as of any set
         assert stats.target_logit is not None
-        found["in_set_logprob"] = (stats.target_logit - stats.target_logit)[..., None]
+        found["in_set_logprob"] = (stats.target_logit * 0.0)[..., None]
     return SelectedLogprobs(**found)

@@ -89,6 +89,11 @@ def _options(
         found["label_smoothing"] = 0.0 if masked else c.one_of(0.0, 0.1, 0.5)
         found["z_loss"] = c.one_of(0.0, 1e-4, 0.1)
         found["weight_grad_sum"] = c.one_of("auto", "float32")
+    if operation == "linear_selected_logprobs":
+        names = _some(c, sorted(oracle.SELECTED), out_of=2) or {"logprob"}
+        in_set = _rarely(c, 4)  # alone: the head rows may be gathered
+        found["outputs"] = ("in_set_logprob",) if in_set else tuple(sorted(names))
+        found["k"] = c.integer(1, min(vocabulary, c.one_of(1, 3, 20)))
     if operation == "linear_token":
         found["rule"] = c.one_of("greedy", "kth", "sample")
         found["k"] = c.integer(1, min(vocabulary, 64))
@@ -131,7 +136,8 @@ def _call(
     dtypes, wide = PRECISIONS[precision]
     numerics: dict[str, Any] = {"logits_dtype": torch.float32} if wide else {}
     weight_dtype = c.one_of(None, None, "float32", "bfloat16") if wide else None
-    if operation in ("linear_logprobs", "linear_cross_entropy", "linear_token"):
+    if operation in ("linear_logprobs", "linear_cross_entropy", "linear_token",
+                     "linear_selected_logprobs"):  # fmt: skip
         numerics["deterministic"] = c.one_of(False, False, True)
     deterministic = bool(numerics.get("deterministic"))
     workspace = FIXED if deterministic else SMALL

@@ -18,7 +18,9 @@ from tests.properties import harness
 from tests.properties.cases import BACKENDS, PRECISIONS, SMALL, cases, live, sample
 from tests.properties.regressions import CERTAIN, REGRESSIONS
 
-SAMPLE = dict.fromkeys(("linear_cross_entropy", "linear_divergence"), 60) | {"linear_logprobs": 100}
+SAMPLE = dict.fromkeys(
+    ("linear_cross_entropy", "linear_divergence", "linear_selected_logprobs"), 60
+) | {"linear_logprobs": 100}
 
 
 def drawn(operation):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import ift_kernels
-from ift.numerics import bounds, inputs, oracle
+from ift.numerics import bounds, bounds_selected, inputs, oracle
 from ift_kernels import backends
 from ift_kernels.backends.reference.sampling import philox
 from ift_kernels.schedule import plan
@@ -348,6 +348,51 @@ def _token(call: Call) -> list[Check]:
     return checks + _again(call, t, part, {"ids": ids, "logprob": logprob})
 
 
+def _selected(call: Call) -> list[Check]:
+    t, outputs = tensors(call), call.options["outputs"]
+    z = t.logits(call.transform)
+    ids = _ids(call, z.detach(), t.valid.flatten().cpu())
+    ours = ift_kernels.linear_selected_logprobs(
+        t.hidden, t.weight, ids.view(*call.shape, ids.shape[1]).to(t.hidden.device),
+        bias=t.bias, outputs=outputs, workspace=call.workspace, **call.transform, **call.numerics,
+    )  # fmt: skip
+    exact, head = oracle.selected(z, ids), t.head(call.transform)
+    allowed = bounds_selected.selected(head, ids)
+    checks, sent, into = [], [], {}
+    for which, name in enumerate(sorted(oracle.SELECTED)):
+        if name not in outputs:
+            continue
+        value, wanted = getattr(ours, name), exact[name]
+        checks.append(Check(name, value.reshape(wanted.shape), wanted.detach(), allowed[name]))
+        gradient = upstream(call, which, value.shape)
+        if gradient is not None:
+            into[name] = gradient.double().reshape(wanted.shape)
+            sent.append((value, wanted, gradient))
+
+    def part(hidden: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        found = ift_kernels.linear_selected_logprobs(
+            hidden, t.weight, ids[rows].to(hidden.device), bias=t.bias, outputs=outputs,
+            workspace=call.workspace, **call.transform, **call.numerics,
+        )  # fmt: skip
+        return {name: value for name, value in found._asdict().items() if value is not None}
+
+    each = {name: getattr(ours, name) for name in outputs if name not in oracle.PER_ID}
+    checks += _again(call, t, part, each)
+    return checks + _gradients(
+        call, t, head, sent, bounds_selected.selected_dlogits(head, ids, into)
+    )
+
+
+def _ids(call: Call, z: Tensor, valid: Tensor) -> Tensor:
+    """(N, K) ids of possible tokens, some of them padding; at least one token is in the tail."""
+    g = torch.Generator().manual_seed(call.seed + 5)
+    order = torch.rand(z.shape, generator=g).masked_fill(z == -torch.inf, -1.0)
+    ids = order.topk(call.options["k"]).indices
+    most = (z > -torch.inf).sum(-1, keepdim=True) - 1
+    out = torch.arange(ids.shape[1]) >= torch.minimum(most, (ids[:, :1] % (ids.shape[1] + 2)) + 1)
+    return ids.masked_fill(out | ~valid[:, None], oracle.IGNORE_INDEX)
+
+
 def _divergence(call: Call) -> list[Check]:
     t, options = tensors(call), dict(call.options)
     teacher = tensors(call, teacher=True)
@@ -410,6 +455,7 @@ OPERATIONS = {
     "linear_logprobs": _logprobs,
     "linear_cross_entropy": _cross_entropy,
     "linear_token": _token,
+    "linear_selected_logprobs": _selected,
     "linear_divergence": _divergence,
     "linear_expected_embedding": _expected_embedding,
 }

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+# Outputs of `linear_selected_logprobs`: of each id, and all.
+PER_ID = ("logprob", "in_set_logprob")
+SELECTED = (*PER_ID, "lse", "in_set_lse", "tail_logprob")
 
 
 def logits(
