@@ -84,8 +84,11 @@ class Sum:
         return self.total if only is None else only
 
     def result(self, dtype: torch.dtype) -> Tensor:
-        """The whole sum in `dtype`."""
-        return self.value.to(dtype)
+        """The whole sum in `dtype`, in the place where it was to be formed if that has it."""
+        value = self.value
+        if self._into is None or self._into.dtype != dtype or value is self._into:
+            return value.to(dtype)
+        return self._into.copy_(value)
 
 
 class SumInResult:
