@@ -32,8 +32,8 @@ SCALAR = {
     "gumbel_merge_kernel",
     "mask_counts_kernel",
     "residual_keys_kernel",
-    "take_kernel",
-    "put_kernel",
+    "take_selected_kernel",
+    "put_selected_kernel",
 }
 
 

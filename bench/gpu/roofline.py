@@ -21,12 +21,15 @@ from ift_kernels.schedule.device import H200, Device
 
 MIB = 1 << 20
 # Bare products of N·V·D, and what the problem needs; "active": of a frozen head, with the usual
-# share of active columns (`cost.SHARE_OF_128`).
+# share of active columns (`cost.SHARE_OF_128`), of the Triton backend and of CUDA C++, which
+# gathers head rows for the vendor's products.
+FROZEN: dict[str, Any] = {"need_hidden": True, "grads_in_forward": True}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "statistics": (1, {}),
     "token": (4, {"need_hidden": True, "need_weight": True}),
-    "frozen": (2, {"need_hidden": True, "grads_in_forward": True}),
-    "active": (2, {"need_hidden": True, "grads_in_forward": True, "active": ActiveSet()}),
+    "frozen": (2, FROZEN),
+    "active": (2, {**FROZEN, "active": ActiveSet(), "reads_head_rows": True}),
+    "active, C++": (2, {**FROZEN, "active": ActiveSet()}),
     "scalar": (3, {"need_hidden": True, "need_weight": True, "grads_in_forward": True}),
 }
 LARGE = (8192, 4096, 128256)  # N, D, V: Llama 3 8B

@@ -24,6 +24,7 @@ from torch import Tensor
 from bench.harness.machine import ROOT
 from ift_kernels.backends import contract
 from ift_kernels.backends import triton as backend
+from ift_kernels.backends.reference.active import bucket_counts
 from ift_kernels.backends.triton import launch
 from ift_kernels.common.transform import LogitTransform
 
@@ -82,12 +83,16 @@ def _epilogues(dtype: torch.dtype, full: bool, c: int, gap: int = 0) -> None:
     backend.top_k_update(chunk, torch.zeros(n, k), torch.zeros(n, k, dtype=torch.int64))
     best = torch.zeros(n)
     backend.gumbel_update(chunk, 3, target, best, best.clone(), target.clone())
-    backend.active_mask(chunk, target, best, 32)
-    few = (torch.arange(2 * c) % 8 == 0).view(2, c)  # active columns of two blocks
-    active, sums = x.new_empty(n * c // 4), torch.empty(-(-c // 512), n)
-    split = few.to(torch.uint8), 32, 512, torch.ones(c), sums, active
-    for row_gradient in (None, contract.RowGradient(target, norm, coef)):
-        backend.split_active(chunk, *split, row_gradient)
+    of, weights = contract.RowGradient(target, norm, coef), torch.ones(c)
+    # Rows of one program, more than it has, and no sums of the tail.
+    for block, some in ((32, weights), (128, weights), (256, weights), (32, None)):
+        backend.mark_active(chunk, of, 0.0, block, 512, some)
+    few = (torch.arange(2 * c) % 8 == 0).view(2, c).to(torch.uint8)  # active in two blocks
+    numbers = bucket_counts(few, 512)
+    active, sums = x.new_empty(n * c // 4), torch.zeros(-(-c // 512), n)
+    for row_gradient, tail in ((None, sums), (None, None), (of, sums)):
+        given = contract.ActiveColumns(few, numbers, tail), 32, 512, weights, active
+        backend.take_active(chunk, *given, few.sum(1).tolist(), row_gradient)
 
 
 def _whole_operations(dtype: torch.dtype, width: int) -> None:
@@ -116,7 +121,8 @@ def _products(dtype: torch.dtype, full: bool, n: int, v: int, d: int) -> None:
     ids = torch.arange(0, 2 * v, 8) % v  # of two blocks, every eighth
     mask = (torch.arange(2 * v) % 8 == 0).view(2, v).to(torch.uint8)
     active, total = hidden.new_zeros(n * v // 8), torch.zeros(n, d)
-    backend.add_active_products(active, mask, n // 2, ids, weight, total)
+    counts = mask.sum(1, dtype=torch.int32)
+    backend.add_active_products(active, counts, n // 2, ids, weight, total)
 
 
 class Bytes(NamedTuple):

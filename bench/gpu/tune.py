@@ -30,6 +30,7 @@ from bench.harness.measure import Subject, seconds
 from ift.files import write_text
 from ift_kernels import backends as installed
 from ift_kernels.backends import contract
+from ift_kernels.backends.reference.active import bucket_counts
 from ift_kernels.common.transform import LogitTransform
 
 PLAIN = LogitTransform()
@@ -68,7 +69,6 @@ def calls(
     on: Any = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     x = torch.randn(rows, columns, **on).bfloat16()
     target = torch.arange(rows, device=device) % columns
-    level = x.float().amax(1) - 2
     norm = torch.stack([x.float().amax(1), torch.full((rows,), 3.0, device=device)])
     coef = torch.ones(4, rows, device=device)
     state = contract.new_state(rows, device)
@@ -94,7 +94,14 @@ def calls(
     few = few.expand(-(-rows // block), -1).contiguous()
     active = x.new_zeros(block * len(few) * width)
     tails = torch.zeros(-(-columns // bucket), rows, device=device)
-    split = few, block, bucket, torch.rand(columns, **on), tails, active
+    weights, counts = torch.rand(columns, **on), [len(range(0, columns, 8))] * len(few)
+    marked = contract.ActiveColumns(few, bucket_counts(few, bucket), tails)
+    take = marked, block, bucket, weights, active, counts, row_gradient
+
+    def mark(some: Tensor | None) -> list[Tensor]:
+        found = backend.mark_active(chunk, row_gradient, -2.0, block, bucket, some)
+        tail = [] if found.tail_gradient is None else [found.tail_gradient]
+        return [found.mask, found.counts, *tail]
 
     def new_state() -> None:
         for tensor, first in zip(state, contract.new_state(rows, device), strict=True):
@@ -137,11 +144,11 @@ def calls(
             moved, lambda: backend.gumbel_update(chunk, 1, target, best, logit, drawn),
             lambda: [best, drawn], no_best,
         ),
-        "active_mask": returning(lambda: [backend.active_mask(chunk, target, level, 32)], moved),
-        "split_active": Call(
-            moved + moved // 8,
-            lambda: backend.split_active(contract.Chunk(y), *split, row_gradient),
-            lambda: [tails, active], lambda: y.copy_(x),
+        "mark_active": returning(lambda: mark(weights), moved),
+        "mark_active, mask alone": returning(lambda: mark(None)[:1], moved),
+        "take_active": Call(
+            moved + moved // 8, lambda: backend.take_active(contract.Chunk(y), *take),
+            lambda: [active], lambda: y.copy_(x),
         ),
         "bucket_sums": returning(lambda: [backend.bucket_sums(x, 64, row_weights)], moved),
         "scan": returning(lambda: [backend.scan(sequence, None, None, 0.95, True)], 4 * moved),
@@ -176,8 +183,11 @@ ROWWISE = grid(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8))
 EPILOGUES = {
     "dlogits": ("dlogits_", ROWWISE), "stats": ("stats_update", ROWWISE),
     "divergence": ("divergence_terms", ROWWISE),
-    "split": ("split_active", grid(ROWS=(8, 16, 32), BLOCK=(64, 128, 256), num_warps=(4, 8))),
-    "mask": ("active_mask", grid(ROWS=(16, 32), BLOCK=(64, 128), num_warps=(2, 4, 8))),
+    "mark": ("mark_active", grid(ROWS=(128,), BLOCK=(32, 64), num_warps=(4, 8, 16))),
+    "take": ("take_active", grid(ROWS=(8, 16, 32), BLOCK=(64, 128, 256), num_warps=(4, 8))),
+    "list": ("take_active", grid(BLOCK=(256, 512, 1024, 2048), num_warps=(2, 4))),
+    "mask": ("mark_active, mask alone",
+             grid(ROWS=(16, 32), BLOCK=(64, 128), num_warps=(2, 4, 8))),
     "segments": ("bucket_sums", grid(ITEMS=(4, 8, 16), BLOCK=(128, 256, 512), num_warps=(2, 4))),
     "residual": ("residual", ROWWISE), "scan": ("scan", ROWWISE),
     "top_k": ("top_k_update", ROWWISE), "gumbel": ("gumbel_update", ROWWISE),
@@ -222,7 +232,7 @@ def _products(
 
     def gathered() -> list[Tensor]:
         total = torch.zeros(n, d, device=device)
-        add_active_products(active, mask, 128, ids, weight, total)
+        add_active_products(active, counts, 128, ids, weight, total)
         return [total]
 
     def forward() -> list[Tensor]:
@@ -233,7 +243,7 @@ def _products(
 
     if kind == "half":  # every eighth column is active, shifted from block to block
         mask = (torch.arange(-(-n // 128) * v, device=device).view(-1, v) % 8 == 0).to(torch.uint8)
-        ids = mask.nonzero()[:, 1]
+        ids, counts = mask.nonzero()[:, 1], mask.sum(1, dtype=torch.int32)
         active = torch.ones(128 * len(mask) * (-(-v // 8) + 32), dtype=dtype, device=device)
         yield "gathered", kind, returning(gathered)
     yield "fused", kind, returning(lambda: fused(contract.TRACK_ARGMAX))

@@ -60,6 +60,8 @@ struct RowUpdate {
       for (int i = kCount - 1; i >= 0; --i)
         if (z[i] == top)
           s.at = static_cast<uint32_t>(column + i / kPack<T> * stride + i % kPack<T>);
+    } else if (kCount == 1 && z[0] == s.max && column < s.at) {
+      s.at = static_cast<uint32_t>(column);  // one before the packs comes after them
     }
     const float base = s.max == -infinity() ? 0.0f : s.max;
     const int64_t ahead = target - column;

@@ -6,6 +6,7 @@ specification. Epilogues work on a `Chunk` of raw products ``x = h @ W[columns].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -95,16 +96,42 @@ class Selected(NamedTuple):
         return Selected(*(value[rows] for value in self))
 
 
+class ActiveColumns(NamedTuple):
+    """Which columns of a tile are active in which block of rows, and the tail that is left."""
+
+    mask: Tensor  # uint8 (blocks, C)
+    # int32 (blocks, buckets): active columns of each bucket; of any parts of the columns where
+    # there is no tail gradient.
+    counts: Tensor
+    # float32 (buckets, N): the sum of each row over the tail, over that of its tail weights; None
+    # where `take_active` has to form it.
+    tail_gradient: Tensor | None
+
+    def columns(self, columns: slice, bucket: int) -> ActiveColumns:
+        """Those of whole buckets."""
+        buckets = slice(columns.start // bucket, -(-columns.stop // bucket))
+        tail = None if self.tail_gradient is None else self.tail_gradient[buckets]
+        return ActiveColumns(self.mask[:, columns], self.counts[:, buckets], tail)
+
+
+class TakenColumns(NamedTuple):
+    """What `take_active` returns beside the active columns themselves."""
+
+    ids: Tensor  # int64: the active columns of every block, one block after another
+    counts: Tensor  # int32 (blocks,): how many
+    tail_gradient: Tensor  # (buckets, N)
+
+
 def new_state(rows: int, device: torch.device, *parts: int) -> RowState:
     """Empty running statistics; `parts`: leading dimension, one state per part of a row.
 
     The logit of a target is NaN until its column comes: so is what is made of an id outside the
     vocabulary, where no check has refused it.
     """
-    values = torch.zeros((*parts, STATE_ROWS, rows), dtype=torch.float64, device=device)
-    values[..., MAX, :] = -torch.inf
-    values[..., TARGET, :] = torch.nan
-    values[..., SECOND, :] = -torch.inf
+    shape = (*parts, STATE_ROWS, rows)
+    values = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
+    values[..., SUM:SECOND, :].zero_()
+    values[..., TARGET, :].fill_(torch.nan)
     return RowState(values, torch.zeros((*parts, rows), dtype=torch.int64, device=device))
 
 
@@ -160,15 +187,17 @@ class Backend(Protocol):
     ) -> None:
         """Update a Gumbel-max draw with a chunk."""
 
-    def active_mask(self, chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tensor:
-        """Which columns matter to which block of rows, uint8 (blocks, C)."""
+    def mark_active(
+        self, chunk: Chunk, row_gradient: RowGradient, log_threshold: float, block: int,
+        bucket: int, tail_weights: Tensor | None,
+    ) -> ActiveColumns:  # fmt: skip
+        """Which columns of products matter to which block of rows, and the sums of the others."""
 
-    def split_active(
-        self, chunk: Chunk, mask: Tensor, block: int, bucket: int, tail_weights: Tensor,
-        tail_gradient: Tensor, active: Tensor, row_gradient: RowGradient | None = None,
-    ) -> None:  # fmt: skip
-        """Split a tile of gradients, or what `dlogits_` would make of products, into active
-        columns and sums of the rest."""
+    def take_active(
+        self, chunk: Chunk, columns: ActiveColumns, block: int, bucket: int, tail_weights: Tensor,
+        active: Tensor, counts: Sequence[int], row_gradient: RowGradient | None = None,
+    ) -> TakenColumns:  # fmt: skip
+        """Copy the active columns of gradients, or of what `dlogits_` would make of products."""
 
     def bucket_sums(self, matrix: Tensor, bucket: int, tail_weights: Tensor) -> Tensor:
         """Weighted sums of head rows over buckets."""

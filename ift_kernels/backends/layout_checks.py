@@ -130,26 +130,24 @@ def check_tail_weights(tail_weights: Tensor, columns: int) -> None:
         raise RuntimeError(f"tail_weights: {tail_weights.dtype} {shape}, expected {columns}")
 
 
-def check_split_active_args(
-    dz: Tensor,
-    mask: Tensor,
-    block: int,
-    bucket: int,
-    tail_weights: Tensor,
-    tail_gradient: Tensor,
-    active: Tensor,
-) -> tuple[int, int]:
-    """Blocks and buckets of a `split_active`, once its tensors are checked."""
-    (rows, columns), blocks, buckets = dz.shape, -(-len(dz) // block), -(-dz.shape[1] // bucket)
+def check_take_active_args(
+    dz: Tensor, mask: Tensor, block: int, bucket: int, tail_weights: Tensor, active: Tensor
+) -> int:
+    """The number of buckets of a `take_active`, once its tensors are checked."""
+    columns, blocks, buckets = dz.shape[1], -(-len(dz) // block), -(-dz.shape[1] // bucket)
     check_tail_weights(tail_weights, columns)
-    if mask.shape != (blocks, columns) or not mask.is_contiguous() or block % 32:
+    if mask.shape != (blocks, columns) or mask.stride(1) != 1 or block % 32:
         raise RuntimeError(f"mask: {tuple(mask.shape)} for {tuple(dz.shape)}, blocks of {block}")
+    if active.dtype != dz.dtype or not active.is_contiguous():
+        raise RuntimeError(f"active: {active.dtype}, strides {active.stride()}, for {dz.dtype}")
+    return buckets
+
+
+def check_tail_gradient(tail_gradient: Tensor, buckets: int, rows: int) -> None:
+    """A RuntimeError unless it is float32 (buckets, rows)."""
     right = tail_gradient.shape == (buckets, rows) and tail_gradient.dtype == torch.float32
     if not right or not tail_gradient.is_contiguous():
         raise RuntimeError(
             f"tail_gradient: {tail_gradient.dtype} {tuple(tail_gradient.shape)}, strides "
             f"{tail_gradient.stride()}, expected float32 {buckets, rows}"
         )
-    if active.dtype != dz.dtype or not active.is_contiguous():
-        raise RuntimeError(f"active: {active.dtype}, strides {active.stride()}, for {dz.dtype}")
-    return blocks, buckets

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ift_kernels import backends
-from ift_kernels.backends.contract import Selected
+from ift_kernels.backends.contract import Backend, Selected
 from ift_kernels.common import checks, sync_free
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.common.transform import LogitTransform
@@ -187,12 +187,19 @@ def problem(
         grads_in_forward and not half, weight.dtype == operands, transpose,
         None if active is None or operands != dtype else active.options, device.of(hidden.device),
         hidden.dtype == operands, fp32_weight_sum, options.deterministic, operands,
+        reads_head_rows(backends.get(hidden, dtype), weight, dtype),
     )  # fmt: skip
     if not options.deterministic:
         return found
     found = replace(found, rows=deterministic.padded_rows(found, hidden.device))
     deterministic.check_workspace(found)
     return found
+
+
+def reads_head_rows(backend: Backend, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether active columns are multiplied by head rows where they lie."""
+    there = hasattr(backend, "add_active_products") and dtype.itemsize == 2
+    return there and weight.dtype == dtype and weight.stride(1) == 1
 
 
 def active_hidden(active: list[float]) -> ActiveHidden | None:

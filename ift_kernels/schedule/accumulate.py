@@ -100,10 +100,13 @@ class Sum:
         return torch.mul(self._value, self._factor, out=out)
 
     def result(self, dtype: torch.dtype) -> Tensor:
-        """The whole sum in `dtype`."""
-        if self._factor is None:
-            return self._value.to(dtype)
-        return self.write(self._like.new_empty(self._shape, dtype=dtype))
+        """The whole sum in `dtype`, in the place where it was to be formed if that has it."""
+        out = self._into
+        if out is None or out.dtype != dtype:
+            if self._factor is None:
+                return self._value.to(dtype)
+            out = self._like.new_empty(self._shape, dtype=dtype)
+        return out if self._factor is None and out is self._value else self.write(out)
 
 
 class SumInResult:

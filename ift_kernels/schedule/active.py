@@ -29,16 +29,24 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ift_kernels.backends.contract import RowGradient
-from ift_kernels.common.active_set import ActiveSet, ActiveSetStats, recording
-from ift_kernels.schedule import cost
+from ift_kernels.backends.contract import ActiveColumns, RowGradient
+from ift_kernels.common.active_set import ActiveSet, recording
+from ift_kernels.schedule import active_groups, cost
 from ift_kernels.schedule.accumulate import Sum, accum_dtype
+from ift_kernels.schedule.active_groups import Blocks
+from ift_kernels.schedule.active_report import Report
 from ift_kernels.schedule.cost import DENSE_SHARE
 from ift_kernels.schedule.head import Head, Tile
-from ift_kernels.schedule.problem import Problem, active_columns, count_columns, tail_bytes
+from ift_kernels.schedule.problem import (
+    Problem,
+    active_columns,
+    count_columns,
+    inner_parts,
+    tail_bytes,
+    united_blocks,
+)
 from ift_kernels.schedule.tail_weights import TailWeights
 
 
@@ -48,106 +56,6 @@ class _Tail(NamedTuple):
     gradient: Tensor  # (buckets, rows): u above
 
 
-class _Buckets(NamedTuple):
-    """The buckets of some columns."""
-
-    weights: Tensor  # (columns,): q above
-    head_sums: Tensor  # (buckets, D): of the head's rows, weighted
-
-
-class _Report:
-    """What `ActiveSetStats` needs, where it is recorded."""
-
-    def __init__(self) -> None:
-        self.tiles = self.dense_tiles = 0
-        self.active = self.pairs = 0.0
-        self.tail_mass: list[Tensor] = []  # (rows,) of each block of rows
-        self.pending: list[tuple[slice, Tensor]] = []  # of parts that may turn out dense
-
-    def measure(
-        self, head: Head, tile: Tile, norm: Tensor, mask: Tensor, block: int, part: int
-    ) -> None:
-        """Note the probability of columns that are not active, by parts; products still raw."""
-        transform = head.transform
-        z = transform.apply(tile.product.double(), head.bias_chunk(tile.columns))
-        p = (z - norm[:, tile.rows].double().sum(0)[:, None]).exp()
-        if transform.softcap:
-            p *= 1.0 - (z * (transform.temperature / transform.softcap)).square()
-        active = mask.repeat_interleave(block, 0)[: len(p)] != 0
-        tail = torch.where(active, 0.0, p).split(part, 1)
-        self.pending += [(tile.rows, of_part.sum(1)) for of_part in tail]
-
-    def add(self, dense: bool, active: float, pairs: float, parts: int = 1) -> None:
-        """Of the first pending parts: active (block, column) pairs, and all."""
-        some, self.pending = self.pending[:parts], self.pending[parts:]
-        self.tiles += parts
-        self.dense_tiles += parts if dense else 0
-        self.active += pairs if dense else active
-        self.pairs += pairs
-        for rows, mass in [] if dense else some:
-            self.tail_mass[-1][rows] += mass
-
-    def result(self) -> ActiveSetStats:
-        mass = torch.cat(self.tail_mass) if self.tail_mass else torch.zeros(1)
-        share = self.active / self.pairs if self.pairs else 1.0
-        return ActiveSetStats(
-            share, float(mass.mean()), float(mass.max()), self.tiles, self.dense_tiles
-        )
-
-
-class _Blocks(NamedTuple):
-    """Rows that share their active columns."""
-
-    rows: int  # of a block
-    mask: Tensor  # uint8 (blocks, C)
-    totals: Tensor  # (blocks, parts): active columns up to the end of a part of the columns
-
-
-def _unite(mask: Tensor, block: int, together: int, part: int) -> _Blocks:
-    """Blocks of `together` blocks each, counted in parts of so many columns."""
-    if together > 1:
-        padded = F.pad(mask, (0, 0, 0, -len(mask) % together))
-        mask = padded.view(-1, together, mask.shape[1]).amax(1)
-    totals = mask.cumsum(1, dtype=torch.int32)
-    ends = totals[:, part - 1 : -1 : part], totals[:, -1:]
-    return _Blocks(block * together, mask, torch.cat(ends, 1))
-
-
-def _ends(totals: list[list[int]], limit: int, most: int) -> list[int]:
-    """Where groups of parts end that have no more than `limit` active columns in a block.
-
-    At most so many parts each, but at least one.
-    """
-    ends, start, parts = list[int](), 0, len(totals[0])
-    for stop in range(1, parts + 1):
-        if stop < parts and stop - start < most:
-            with_next = (row[stop] - (row[start - 1] if start else 0) for row in totals)
-            if max(with_next) <= limit:
-                continue
-        ends.append(stop)
-        start = stop
-    return ends
-
-
-def _counts(totals: list[list[int]], ends: list[int]) -> list[list[int]]:
-    """Active columns of every block, group by group; empty for ends of other columns."""
-    if not ends or ends[-1] != len(totals[0]):
-        return []
-    starts = [0, *ends[:-1]]
-    return [
-        [row[end - 1] - (row[start - 1] if start else 0) for row in totals]
-        for start, end in zip(starts, ends, strict=True)
-    ]
-
-
-def ids_of_known_count(mask: Tensor, count: int) -> Tensor:
-    """``mask.nonzero()[:, 1]`` of (blocks, C); a GPU would wait for that to count them."""
-    found = mask.flatten() != 0
-    place = found.cumsum(0).sub_(1).masked_fill_(~found, count)
-    columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask).reshape(-1)
-    return place.new_empty(count + 1).scatter_(0, place, columns)[:count]
-
-
 class ActiveHidden:
     """What `gradients.Gradients` calls, tile by tile, for its gradient of hidden."""
 
@@ -155,13 +63,15 @@ class ActiveHidden:
         self.options = options
         self._problem: Problem | None = None
         self._tails: list[_Tail] = []
-        self._buckets: dict[tuple[int, int], _Buckets] = {}  # by their columns
+        # By their columns: q above, and the sums of head rows weighted with it, (buckets, D).
+        self._tail_weights: dict[tuple[int, int], Tensor] = {}
+        self._head_sums: dict[tuple[int, int], Tensor] = {}
         self._scratch: dict[str, Tensor] = {}
         self._ends: list[int] = []  # of groups of kept columns
         # Row gradient of the current rows.
         self._of: RowGradient | None = None
         self._weights: TailWeights | None = None
-        self._report = None if recording() is None else _Report()
+        self._report = None if recording() is None else Report()
 
     def serve(self, problem: Problem) -> None:
         """Before all else: the call that this is for."""
@@ -178,8 +88,10 @@ class ActiveHidden:
         if self._weights is None:
             self._weights = TailWeights(head, row_gradient, self.options.threshold)
 
-    def mask(self, head: Head, tile: Tile, row_gradient: RowGradient, alone: bool) -> Tensor | None:
-        """Which columns of a tile of products are active in which block, uint8 (blocks, C).
+    def mark(
+        self, head: Head, tile: Tile, row_gradient: RowGradient, alone: bool
+    ) -> ActiveColumns | None:
+        """Which columns of a tile of products are active in which block.
 
         None where dh of the tile is exact: on a GPU that of a tile `alone`.
         """
@@ -187,73 +99,86 @@ class ActiveHidden:
             if self._report is not None:
                 self._report.add(True, 0, tile.product.numel() / self.options.block)
             return None
-        target, norm, _ = row_gradient
         self.weigh(head, row_gradient)
         if self._of is not row_gradient:
             self._of = row_gradient
             if self._report is not None:
-                self._report.tail_mass.append(norm.new_zeros(norm.shape[1], dtype=torch.float64))
+                of_rows = row_gradient.norm.shape[1]
+                self._report.tail_mass.append(head.hidden.new_zeros(of_rows, dtype=torch.float64))
         block, threshold = self._block(tile.product), self.options.threshold
-        level = norm[:, tile.rows].sum(0) + (math.log(threshold) if threshold else -math.inf)
-        mask = head.backend.active_mask(head.chunk(tile), target[tile.rows], level, block)
+        level = math.log(threshold) if threshold else -math.inf
+        # A GPU sums the tail in the same pass; on a CPU the tile is in cache until `add`.
+        weights = self._weights_of(head, tile.columns) if self.on_gpu else None
+        marked = head.backend.mark_active(
+            head.chunk(tile), row_gradient.rows(tile.rows), level, block, self._bucket, weights
+        )
         if self._report is not None:
             part = tile.product.shape[1] if alone else self._part(tile.product.shape[1])
-            self._report.measure(head, tile, norm, mask, block, part)
-        return mask
+            self._report.measure(head, tile, row_gradient.norm, marked.mask, block, part)
+        return marked
 
     def _block(self, product: Tensor) -> int:
         return min(self.options.block, -(-len(product) // 32) * 32)
 
-    def add(self, head: Head, tile: Tile, mask: Tensor, total: Sum) -> None:
+    @property
+    def _bucket(self) -> int:
+        assert self._problem is not None
+        return count_columns(self._problem) if self.on_gpu else self.options.tail_bucket
+
+    def add(self, head: Head, tile: Tile, marked: ActiveColumns, total: Sum) -> None:
         """Add a tile of gradients to `total`: its active columns; the tail is added by `finish`.
 
         All of it where a dense product costs no more.
         """
-        block, counts = self._block(tile.product), mask.sum(1).tolist()
+        block, counts = self._block(tile.product), marked.counts.sum(1).tolist()
         if self._report is not None:
-            dense = sum(counts) >= DENSE_SHARE * mask.numel()
-            self._report.add(dense, sum(counts), mask.numel())
-        self._add(head, tile, mask, block, counts, total)
+            dense = sum(counts) >= DENSE_SHARE * marked.mask.numel()
+            self._report.add(dense, sum(counts), marked.mask.numel())
+        self._add(head, tile, marked, block, counts, total)
 
     def _add(
         self,
         head: Head,
         tile: Tile,
-        mask: Tensor,
+        marked: ActiveColumns,
         block: int,
         counts: list[int],
         total: Sum,
         row_gradient: RowGradient | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         """The same, of blocks that have so many active columns each.
 
-        The tile has products where a `row_gradient` is given.
+        The tile has products where a `row_gradient` is given; `weights`: its tail weights, if they
+        are there.
         """
-        if sum(counts) >= DENSE_SHARE * mask.numel():
+        if sum(counts) >= DENSE_SHARE * marked.mask.numel():
             self._add_dense(head, tile, total, row_gradient)
             return
-        (rows, columns, dz), weight = tile, head.weight_chunk(tile.columns)
-        bucket = self.options.tail_bucket
-        gradient = dz.new_empty((-(-dz.shape[1] // bucket), len(dz)), dtype=accum_dtype(dz.dtype))
+        rows, columns, _ = tile
+        weight = head.weight_chunk(columns)
         widths = [-(-count // 32) * 32 for count in counts]  # vendor products want few sizes
         active = self._take("active", head, block * sum(widths))
-        weights = self._bucket_of(head, columns).weights
-        split = mask, block, bucket, weights, gradient, active
-        head.backend.split_active(head.chunk(tile), *split, row_gradient)
-        self._tails.append(_Tail(rows, columns, gradient))
-        if mask.device.type == "cpu":  # less memory
-            ids = mask.nonzero()[:, 1]
-        else:
-            ids = ids_of_known_count(mask, sum(counts))
+        if weights is None:
+            weights = self._weights_of(head, columns)
+        given = block, self._bucket, weights, active, counts, row_gradient
+        taken = head.backend.take_active(head.chunk(tile), marked, *given)
+        self._tails.append(_Tail(rows, columns, taken.tail_gradient))
+        self._sum_head(head, columns, weights)
         # One kernel for all blocks, which reads head rows where they lie, where a backend has it.
         multiply: Callable[..., bool] | None = getattr(head.backend, "add_active_products", None)
-        if multiply is None or not multiply(active, mask, block, ids, weight, total.total[rows]):
-            self._add_blocks(head, rows, block, ids.split(counts), widths, active, weight, total)
+        operands = active, taken.counts, block, taken.ids, weight
+        assert self._problem is not None
+        parts = inner_parts(self._problem, rows.stop - rows.start, block)
+        if multiply is None or not multiply(*operands, total.total[rows], parts):
+            self._add_blocks(head, rows, block, taken.ids.split(counts), widths, active, weight,
+                             total)  # fmt: skip
         pending = [tail.gradient for tail in self._tails]
-        pending += [x for buckets in self._buckets.values() for x in buckets]
+        pending += [*self._tail_weights.values(), *self._head_sums.values()]
         if 2 * sum(x.numel() * x.element_size() for x in pending) > self._pending_bytes:
             self.finish(head, total)
-            self._buckets.clear()
+            self._tail_weights.clear()
+            self._head_sums.clear()
 
     def _add_blocks(
         self,
@@ -289,49 +214,62 @@ class ActiveHidden:
         self,
         head: Head,
         kept: Tensor,
-        tiles: Iterable[tuple[slice, Tensor | None]],
+        tiles: Iterable[tuple[slice, ActiveColumns | None]],
         tile_columns: int,
         total: Sum,
         row_gradient: RowGradient | None = None,
     ) -> None:
-        """Tiles of `kept`, gradients of all rows, given by their columns and active masks.
+        """Tiles of `kept`, gradients of all rows, given by their columns and what is active.
 
         Products as yet where a `row_gradient` is given.
 
         As many columns at once as have `active_columns` in a block: vendor products want a long
         inner size. The same for all blocks of rows, so that sums of head rows serve them all.
         """
-        masks = []
-        for _, mask in tiles:
-            assert mask is not None  # of tiles that are not alone
-            masks.append(mask)
+        some, weights = [], []
+        for of_tile, marked in tiles:
+            assert marked is not None  # of tiles that are not alone
+            some.append(marked)
+            if self.on_gpu:
+                weights.append(self._weights_of(head, of_tile))
         part, limit = self._part(tile_columns), self._limit(tile_columns)
         rows, columns = slice(0, len(kept)), slice(0, kept.shape[1])
-        found = self._blocks(kept, torch.cat(masks, 1), part)
+        found = self._blocks(kept, self._joined(some), part)
         if found is None:
             if self._report is not None:
-                pairs = len(masks[0]) * kept.shape[1]
+                pairs = len(some[0].mask) * kept.shape[1]
                 self._report.add(True, pairs, pairs, len(self._report.pending))
             self._add_dense(head, Tile(rows, columns, kept), total, row_gradient)
             return
-        blocks, totals = found
-        counts = _counts(totals, self._ends)
+        counts = active_groups.of_groups(found.counts, self._ends)
         if not counts or max(map(max, counts)) > limit:
             bytes_ = part * (8 + 8 * (len(kept) + head.hidden.shape[1]) // self.options.tail_bucket)
             most = max(1, self._pending_bytes // bytes_)
-            self._ends = _ends(totals, limit - limit // 8, most)
-            counts = _counts(totals, self._ends)
-        start, together = 0, len(masks[0]) / len(blocks.mask)
+            self._ends = active_groups.ends_of(found.counts, limit - limit // 8, most)
+            counts = active_groups.of_groups(found.counts, self._ends)
+        start, together = 0, len(some[0].mask) / len(found.counts)
+        of_columns = _cat(weights, 0) if weights else None
         for end, of_blocks in zip(self._ends, counts, strict=True):
-            some = slice(start * part, min(end * part, kept.shape[1]))
-            mask = blocks.mask[:, some].contiguous()
+            group = slice(start * part, min(end * part, kept.shape[1]))
+            marked = found.columns.columns(group, part)
             if self._report is not None:
-                active, pairs = sum(of_blocks), mask.numel()
+                active, pairs = sum(of_blocks), marked.mask.numel()
                 dense = active >= DENSE_SHARE * pairs
                 self._report.add(dense, active * together, pairs * together, end - start)
-            tile = Tile(rows, some, kept[:, some])
-            self._add(head, tile, mask, blocks.rows, of_blocks, total, row_gradient)
+            tile = Tile(rows, group, kept[:, group])
+            given = None if of_columns is None else of_columns[group]
+            self._add(head, tile, marked, found.rows, of_blocks, total, row_gradient, given)
             start = end
+
+    def _joined(self, tiles: list[ActiveColumns]) -> ActiveColumns:
+        """All columns of tiles that follow each other, counted in parts of `_part`."""
+        masks, counts, tails = [], [], []
+        for mask, of_buckets, tail in tiles:
+            masks.append(mask)
+            counts.append(of_buckets if self.on_gpu else of_buckets.sum(1, keepdim=True))
+            tails += [] if tail is None else [tail]
+        joined = _cat(tails, 0) if len(tails) == len(tiles) else None
+        return ActiveColumns(_cat(masks, 1), _cat(counts, 1), joined)
 
     def _limit(self, tile_columns: int) -> int:
         assert self._problem is not None
@@ -339,43 +277,28 @@ class ActiveHidden:
 
     def _part(self, tile_columns: int) -> int:
         """Columns of kept tiles that are not divided: all of a tile, or a bucket."""
-        assert self._problem is not None
-        if not self._problem.device.is_gpu:
-            return tile_columns
-        return count_columns(self._problem)
+        return self._bucket if self.on_gpu else tile_columns
 
-    def _blocks(
-        self, kept: Tensor, mask: Tensor, tile_columns: int
-    ) -> tuple[_Blocks, list[list[int]]] | None:
-        """The blocks that are fastest, and their totals: all that a GPU waits for.
-
-        None where a dense product is faster.
-        """
-        problem, block, count, together = self._problem, self._block(kept), len(mask), [1]
+    def _blocks(self, kept: Tensor, marked: ActiveColumns, part: int) -> Blocks | None:
+        """The blocks that are fastest; None where a dense product is faster."""
+        problem, block, count = self._problem, self._block(kept), len(marked.mask)
         assert problem is not None
-        if problem.device.is_gpu:
-            even = {-(-count >> bits) for bits in range(count.bit_length())} - {1}
-            # At most an eighth of the rows of all blocks is not there.
-            together += sorted(size for size in even if -count % size * 8 <= count)
-        choices = [_unite(mask, block, size, tile_columns) for size in together]
-        flat = torch.cat([choice.totals.flatten() for choice in choices]).tolist()
-        found, start = [], 0
-        for choice in choices:
-            size, tiles = choice.totals.shape
-            end = start + size * tiles
-            found.append((choice, [flat[at : at + tiles] for at in range(start, end, tiles)]))
-            start = end
+        sizes, choices = [block], [marked]
+        for together in united_blocks(problem, block, count):
+            sizes.append(block * together)
+            choices.append(active_groups.unite(marked, together, part))
+        of_choices = zip(sizes, choices, active_groups.read(choices), strict=True)
+        found = [Blocks(*choice) for choice in of_choices]
         if not problem.device.is_gpu:
             return found[0]
 
-        def seconds(choice: tuple[_Blocks, list[list[int]]]) -> float:
-            blocks, totals = choice
-            share = sum(row[-1] for row in totals) / blocks.mask.numel()
-            sizes = len(kept), mask.shape[1], blocks.rows
+        def seconds(choice: Blocks) -> float:
+            share = sum(map(sum, choice.counts)) / choice.columns.mask.numel()
+            sizes = len(kept), kept.shape[1], choice.rows
             return cost.active_hidden(problem, *sizes, share).device
 
         best = min(found, key=seconds)
-        dense = cost.dense_hidden(problem, len(kept), mask.shape[1]).device
+        dense = cost.dense_hidden(problem, len(kept), kept.shape[1]).device
         return best if seconds(best) < dense else None
 
     def finish(self, head: Head, total: Sum) -> None:
@@ -383,9 +306,9 @@ class ActiveHidden:
         tails, self._tails = self._tails, []
         for start in sorted({tail.rows.start for tail in tails}):
             some = [tail for tail in tails if tail.rows.start == start]
-            gradient = torch.cat([tail.gradient for tail in some])
-            sums = torch.cat([self._bucket_of(head, tail.columns).head_sums for tail in some])
-            total.total[some[0].rows].addmm_(gradient.T, sums)
+            gradient = _cat([tail.gradient for tail in some], 0)
+            sums = [self._head_sums[tail.columns.start, tail.columns.stop] for tail in some]
+            total.total[some[0].rows].addmm_(gradient.T, _cat(sums, 0))
 
     def record(self) -> None:
         """Add what was formed to the innermost `record_active_sets`."""
@@ -393,16 +316,19 @@ class ActiveHidden:
         if report is not None and self._report is not None:
             report.append(self._report.result())
 
-    def _bucket_of(self, head: Head, columns: slice) -> _Buckets:
+    def _weights_of(self, head: Head, columns: slice) -> Tensor:
         key = columns.start, columns.stop
-        found = self._buckets.get(key)
-        if found is None:
-            assert self._weights is not None  # by `mask`
-            weights = self._weights.of(head, columns)
-            sums = head.backend.bucket_sums(head.weight[columns], self.options.tail_bucket, weights)
-            found = _Buckets(weights, sums.to(accum_dtype(head.hidden.dtype)))
-            self._buckets[key] = found
-        return found
+        if key not in self._tail_weights:
+            assert self._weights is not None  # by `mark`
+            self._tail_weights[key] = self._weights.of(head, columns)
+        return self._tail_weights[key]
+
+    def _sum_head(self, head: Head, columns: slice, weights: Tensor) -> None:
+        """The head's rows over the buckets of these columns, for `finish`."""
+        key = columns.start, columns.stop
+        if key not in self._head_sums:
+            sums = head.backend.bucket_sums(head.weight[columns], self._bucket, weights)
+            self._head_sums[key] = sums.to(accum_dtype(head.hidden.dtype))
 
     def _take(self, name: str, head: Head, elements: int) -> Tensor:
         """Scratch in the dtype of the products, until `name` is taken again.
@@ -424,3 +350,8 @@ class ActiveHidden:
             ids = torch.cat([ids, ids[-1:].expand(width - len(ids))])
         out = self._take("head", head, width * weight.shape[1]).view(width, -1)
         return torch.index_select(weight, 0, ids, out=out)
+
+
+def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """A copy, unless it is one."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), dim)

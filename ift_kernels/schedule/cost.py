@@ -6,109 +6,40 @@ for every tile. It ranks plans; its seconds are a model, not a measurement.
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
+from ift_kernels.schedule.problem import (
+    GATHERED_COLUMNS,
+    GATHERED_ROWS,
+    Plan,
+    Problem,
+    active_columns,
+    inner_parts,
+    rest_problem,
+    united_blocks,
+)
+from ift_kernels.schedule.seconds import WAVE
+from ift_kernels.schedule.seconds import Cost as Cost
+from ift_kernels.schedule.seconds import gemm as gemm
 
-from ift_kernels.schedule.device import Device
-from ift_kernels.schedule.problem import Plan, Problem, active_columns, rest_problem
-
-# Tiles of vendor products and the share of the peak rate that their inner loop reaches.
-GEMM_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.85))
-SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)  # of the inner size, where tiles leave multiprocessors idle
-MIN_SPLIT = 512  # elements of the inner size
-WAVE = 2e-6  # seconds until a wave of tiles is full, and to write its result
 ROWS_AT_ONCE = 8  # rows that a multiprocessor's epilogues work on at once
 ROW = 1e-6  # seconds that a row takes beside its bytes
 L2_RATE = 1.5  # of the bandwidth, for a tile that is still in the L2 cache
-HOST = 10e-6  # seconds of the host for a launch
 # Above this share of active columns a dense product costs no more than gathering the columns.
 DENSE_SHARE = 0.8
 # Of the vendor's rate, what the product of active columns with head rows where they lie is taken to
 # reach, in tiles of 128 x 256: what the L2 cache can serve without sharing between tiles.
 GATHERED_SHARE = 0.6
-PAIR_BYTES = 90  # moved for each (block, column): counts, places and ids of active columns
+PAIR_BYTES = 4  # moved for each (block, column): the mask twice, ids of active columns
+SECTOR = 32  # bytes that memory reads at once
+READ = 20e-6  # seconds that the device waits until the host has read a value, and launched again
 # For plans: the share of the vocabulary that is active in a block of 128 rows, and the power of the
 # rows with which that of a larger block grows, of LM-like data.
 SHARE_OF_128, SHARE_POWER = 0.1, 0.57
 ROW_OPERATIONS = 24  # small launches on values per row: coefficients, row values, masks
 CALL_OPERATIONS = 16  # the same once a call
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of forward and backward together, by what takes them."""
-
-    products: float = 0.0
-    epilogues: float = 0.0
-    accumulation: float = 0.0  # sums over tiles, casts, copies into results
-    gaps: float = 0.0  # between launches
-    launches: int = 0
-    bytes: float = 0.0  # that epilogues and accumulation move
-    peak_bytes: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.products + other.products,
-            self.epilogues + other.epilogues,
-            self.accumulation + other.accumulation,
-            self.gaps + other.gaps,
-            self.launches + other.launches,
-            self.bytes + other.bytes,
-            max(self.peak_bytes, other.peak_bytes),
-        )
-
-    def __mul__(self, count: int) -> Cost:
-        return Cost(
-            self.products * count,
-            self.epilogues * count,
-            self.accumulation * count,
-            self.gaps * count,
-            self.launches * count,
-            self.bytes * count,
-            self.peak_bytes,
-        )
-
-    @property
-    def device(self) -> float:
-        """Seconds of the device."""
-        return self.products + self.epilogues + self.accumulation + self.gaps
-
-    @property
-    def host(self) -> float:
-        """Seconds of the host, which launches while the device works."""
-        return self.launches * HOST
-
-    @property
-    def seconds(self) -> float:
-        return max(self.device, self.host)
-
-
-@functools.lru_cache(maxsize=4096)
-def gemm(device: Device, dtype: torch.dtype, m: int, n: int, k: int, result: int = 0) -> float:
-    """Seconds of a vendor's product (m, k) @ (k, n): whole waves of tiles, split-K if they are few.
-
-    At least as long as its operands and its result, of `result` bytes an element if that is not
-    theirs, take to pass through memory.
-    """
-    if not m * n * k:
-        return 0.0
-    rate = device.flops(dtype) / device.multiprocessors
-    best = math.inf
-    for rows, columns, share in GEMM_TILES:
-        tiles = math.ceil(m / rows) * math.ceil(n / columns)
-        for split in SPLITS:
-            if split > 1 and (k < split * MIN_SPLIT or tiles >= device.multiprocessors * 2):
-                break
-            waves = math.ceil(tiles * split / device.multiprocessors)
-            time = waves * (2 * rows * columns * math.ceil(k / split) / (rate * share) + WAVE)
-            if split > 1:  # float32 parts are written and read once more
-                time += device.launch_gap + m * n * 8 * split / device.bandwidth
-            best = min(best, time)
-    moved = (m * k + k * n) * dtype.itemsize + m * n * (result or dtype.itemsize)
-    return max(best, moved / device.bandwidth)
+TAIL_OPERATIONS = 30  # for tail weights, once a call
 
 
 class _Model:
@@ -195,12 +126,17 @@ class _Model:
         Each block reads its head rows from memory, whatever others have read.
         """
         p, device, blocks = self.p, self.device, math.ceil(rows / block)
-        tiles = blocks * math.ceil(min(block, rows) / 128) * math.ceil(p.width / 256)
+        tiles = blocks * math.ceil(min(block, rows) / GATHERED_ROWS)
+        tiles *= math.ceil(p.width / GATHERED_COLUMNS)
+        parts = inner_parts(p, rows, block)
         rate = device.flops(p.dtype) / device.multiprocessors * GATHERED_SHARE
-        wave = 2 * 128 * 256 * inner / rate + WAVE
+        wave = 2 * GATHERED_ROWS * GATHERED_COLUMNS * inner / parts / rate + WAVE
         read = inner * (blocks * p.width + rows) * self.size
-        seconds = max(math.ceil(tiles / device.multiprocessors) * wave, read / device.bandwidth)
-        return Cost(seconds, 0.0, 0.0, device.launch_gap, 1)
+        waves = math.ceil(tiles * parts / device.multiprocessors)
+        product = Cost(max(waves * wave, read / device.bandwidth), gaps=device.launch_gap)
+        product += Cost(launches=1)
+        # Sums of the other parts are written, and added.
+        return product + self.moved(16 * (parts - 1) * rows * p.width, parts - 1)
 
     def small(self, launches: int) -> Cost:
         """Operations on values per row."""
@@ -275,38 +211,48 @@ def _stays(p: Problem) -> bool:
 
 
 def active_hidden(p: Problem, rows: int, columns: int, block: int, share: float) -> Cost:
-    """The same in blocks of rows of which a `share` of columns is active."""
+    """The same in blocks of rows of which a `share` of columns is active, once they are marked."""
     model = _Model(p)
+    assert p.active is not None
     inner = max(256, round(share * columns / 256) * 256)  # rounded: few sizes for the cache
-    blocks = -(-rows // block)
+    blocks, tile = -(-rows // block), rows * columns * model.size
     groups = math.ceil(inner / active_columns(p, columns))
-    # The tile is read for the sums of the tail, and again, from the cache, for what is active.
-    read = rows * columns * (1 + 1 / L2_RATE) + rows * inner
-    split = model.moved(int(read * model.size) + PAIR_BYTES * blocks * columns, 18 * groups)
-    if model.size == 2:  # `add_active_products`
-        return split + model.gathered(rows, block, -(-inner // groups)) * groups
-    of_block = model.moved(2 * inner * p.width * model.size, groups)  # gathered head rows
+    # Active columns are read in whole sectors, and written.
+    read = tile * (1 - (1 - min(inner / columns, 1.0)) ** (SECTOR // model.size))
+    taken = read + rows * inner * model.size + PAIR_BYTES * blocks * columns
+    if block > min(p.active.block, rows):  # united: the tail is summed once more
+        taken += tile
+    total = model.moved(int(taken), 3 * groups)
+    if p.reads_head_rows:
+        return total + model.gathered(rows, block, -(-inner // groups)) * groups
+    # As CUDA C++ has it: the gradient of a whole tile, which the tail is summed of.
+    total += (model.epilogue(rows, columns, 2) if _stays(p) else Cost()) + model.moved(tile)
+    total += model.small(14 * groups)
+    of_block = model.moved(2 * inner * p.width * model.size, 2 * groups)  # gathered head rows
     of_block += model.product(min(block, rows), p.width, -(-inner // groups)) * groups
-    return of_block * blocks + split
+    return total + of_block * blocks
 
 
 def _active(model: _Model, rows: int, columns: int, plan: Plan) -> Cost:
-    """Masks, tail weights and dh of kept columns of `rows`, with the usual share of active ones."""
+    """Marks, tail weights and dh of kept columns of `rows`, with the usual share of active ones."""
     p, total = model.p, Cost()
     assert p.active is not None
-    for some, count in _steps(columns, plan.tile_columns):
+    for some, count in _steps(columns, columns if _stays(p) else plan.tile_columns):
         total += model.epilogue(rows, some, 1) * count
-    sizes = {min(p.active.block << bits, rows) for bits in range(rows.bit_length())}
+    block = min(p.active.block, rows)
+    united = united_blocks(p, block, -(-rows // block))
+    sizes = [block, *(block * together for together in united)]
     choices = [active_hidden(p, rows, columns, size, usual_share(size)) for size in sizes]
     choices.append(dense_hidden(p, rows, columns))
     best = min(choices, key=lambda cost: cost.device)
-    groups = math.ceil(usual_share(p.active.block) * columns / active_columns(p, columns))
-    return total + best + model.added(rows * p.width, groups + 1) + model.small(5 * len(sizes))
+    groups = math.ceil(usual_share(block) * columns / active_columns(p, columns))
+    waits = Cost(gaps=READ) + model.small(3 * len(united) + 2)
+    return total + best + waits + model.added(rows * p.width, groups + 1)
 
 
 def _tail_weights(model: _Model, columns: int) -> Cost:
     """Head rows, read for q and for the sums of the buckets, once a call."""
-    return model.moved(2 * columns * model.p.width * model.size, 8)
+    return model.moved(2 * columns * model.p.width * model.size, TAIL_OPERATIONS)
 
 
 def _in_forward(model: _Model, plan: Plan) -> Cost:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ift_kernels.backends.contract import RowGradient
+from ift_kernels.backends.contract import ActiveColumns, RowGradient
 from ift_kernels.schedule.accumulate import Sum, SumInResult, accum_dtype, add_column_sums
 from ift_kernels.schedule.active import ActiveHidden
 from ift_kernels.schedule.head import Head, Results, Tile, slices
@@ -91,18 +91,20 @@ class Gradients:
         if self.hidden is not None:
             self.hidden.restart(head.hidden.shape[0], into)
 
-    def add(self, tile: Tile, row_gradient: RowGradient, hidden_too: bool = True) -> Tensor | None:
+    def add(
+        self, tile: Tile, row_gradient: RowGradient, hidden_too: bool = True
+    ) -> ActiveColumns | None:
         """Turn the tile into its gradient, in place, and add its share of every sum.
 
-        Returns its active mask, where hidden's gradient is from active columns; kept products may
+        Returns what is active, where hidden's gradient is from active columns; kept products may
         stay what they are until `ActiveHidden.add_kept`.
         """
         head, (rows, columns, product) = self.head, tile
-        mask = None
+        marked = None
         if self.active is not None:  # while the products are there
-            mask = self.active.mask(head, tile, row_gradient, hidden_too)
-            if mask is not None and not hidden_too and self.stays_products:
-                return mask
+            marked = self.active.mark(head, tile, row_gradient, hidden_too)
+            if marked is not None and not hidden_too and self.stays_products:
+                return marked
         transposed = None if self.transposed is None else self.transposed.of(product)
         head.backend.dlogits_(head.chunk(tile), row_gradient.rows(rows), transposed)
         if head.selected is not None:
@@ -111,17 +113,17 @@ class Gradients:
         if transposed is None:
             transposed = gradient.T
         if self.hidden is not None and hidden_too:
-            if self.active is None or mask is None:
+            if self.active is None or marked is None:
                 self.hidden.add(rows, gradient, head.weight_chunk(columns))
             else:
-                self.active.add(head, tile, mask, self.hidden)
+                self.active.add(head, tile, marked, self.hidden)
         if self.weight_sum is not None:
             self.weight_sum.add(columns, transposed, head.hidden[rows])
         elif self.weight is not None:
             self.add_weight(rows, columns, transposed)
         if self.bias is not None:
             add_column_sums(self.bias[columns], product)
-        return mask
+        return marked
 
     def consume(self, kept: Tensor, row_gradient: RowGradient, plan: Plan, start: int = 0) -> None:
         """The same for the columns from `start` on whose products of all rows are `kept`."""
@@ -130,6 +132,8 @@ class Gradients:
         # as fast from 16k on as at 4k), and it is rounded once. Not where that means a cast of the
         # head or of the gradient, nor where products are of one size.
         whole = self.head.weight.dtype == kept.dtype and not plan.product_rows
+        if whole and self.stays_products:  # one pass of all columns
+            tile_columns = kept.shape[1]
         tiles = (
             (columns, self.add(Tile(some, columns, product), row_gradient, not whole))
             for columns in slices(start, stop, tile_columns)

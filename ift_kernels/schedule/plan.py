@@ -204,7 +204,7 @@ def explain(
             The plan of a GPU is `active` only where that is faster than an exact gradient.
         logits_dtype, deterministic, workspace: as the operations.
         device: a torch device of this machine, or the record of any, as
-            `ift_kernels.schedule.device.H200`.
+            `ift_kernels.schedule.device.H200`. Plans of a GPU are those of the Triton backend.
 
     Raises:
         TypeError, ValueError: a `weight_grad_sum`, `gradient`, `logits_dtype` or `workspace` that
@@ -244,6 +244,7 @@ def explain(
         active=active if need_hidden and not exact else None, device=record,
         same_hidden_dtype=dtype == operand, fp32_weight_sum=weight_grad_sum == "float32",
         deterministic=deterministic, operand_dtype=operand,
+        reads_head_rows=record.is_gpu and operand.itemsize == 2 and dtype == product,
     )  # fmt: skip
     if deterministic:  # of a record no product can be formed, to see which sizes would do
         here = torch.device("meta" if isinstance(device, Device) else device)

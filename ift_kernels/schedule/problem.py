@@ -21,6 +21,8 @@ CPU_COLUMNS = 512
 # Of a chunk of the head that a CPU casts to float32, and of its dW: in cache, as a tile.
 CAST_BYTES = 8 << 20
 ACTIVE_COLUMNS = 16384  # inner size of a GPU's product of active columns, at most
+# Of a tile of products that read head rows where they lie; programs that share one.
+GATHERED_ROWS, GATHERED_COLUMNS, MAX_PARTS = 128, 256, 4
 MIN_KEEP = 1024  # columns: less is not worth a second code path
 # Blocks of tokens whose sum is rounded to 16 bits after each of them.
 MAX_ROUNDED, MAX_ROUNDED_GPU = 2, 3
@@ -47,6 +49,8 @@ class Problem:
     fp32_weight_sum: bool = False  # sums of dW over blocks of rows are float32, whatever its dtype
     deterministic: bool = False  # products of one size: `rows` is padded, see `deterministic`
     operand_dtype: torch.dtype | None = None  # 16 bits of which products are float32; None: dtype
+    # The backend has `add_active_products`: head rows of active columns are read where they lie.
+    reads_head_rows: bool = False
 
     @property
     def any_gradient(self) -> bool:
@@ -170,14 +174,19 @@ class Memory:
             block = min(p.active.block, -(-n // 32) * 32)
             missing = -n % block
             gathered = p.width * itemsize + 8 * p.width // min(p.active.tail_bucket, 512) + 8
+            # Blocks that do not fill the last one; for each block and column the mask, ids of a
+            # share, and what is counted of blocks that may be united.
+            per_pair = 9 if p.reads_head_rows and block >= GATHERED_ROWS else 24
+            if p.reads_head_rows:
+                gathered -= p.width * itemsize
             if p.any_gradient:
                 self.budget -= tail_bytes(p)
             if p.device.is_gpu:  # whatever the tile: once for all products that are there
                 columns = active_columns(p, 0)
                 taken = columns * (gathered + block * itemsize)
+                taken += parts_bytes(p) * p.reads_head_rows
                 self.budget = max(self.budget - taken, p.workspace // 4)  # products need some
-                # Blocks that do not fill the last one; masks and ids while they are counted.
-                active_row = columns * itemsize * 9 // 8 + p.vocabulary * 24 // block
+                active_row = columns * itemsize * 9 // 8 + p.vocabulary * per_pair // block
                 missing = gathered = 0
         # dh as a float32 sum over chunks of the vocabulary, beside the product that is added to it
         # unless the vendor does that.
@@ -274,6 +283,35 @@ def count_columns(p: Problem) -> int:
     return min(p.active.tail_bucket, active_columns(p, 0))
 
 
+def united_blocks(p: Problem, block: int, count: int) -> list[int]:
+    """How many of `count` blocks may share their active columns, beside one; of a GPU.
+
+    More rows than a product has of its own only where head rows are gathered for every block.
+    """
+    if not p.device.is_gpu:
+        return []
+    most = GATHERED_ROWS // block if p.reads_head_rows else count
+    even = {-(-count >> bits) for bits in range(count.bit_length())} - {1}
+    # At most an eighth of the rows of all blocks is not there.
+    return sorted(size for size in even if size <= most and -count % size * 8 <= count)
+
+
+def inner_parts(p: Problem, rows: int, block: int) -> int:
+    """Programs among which each tile of a product with head rows where they lie divides its inner
+    size, where tiles alone would leave multiprocessors idle. Each but the first has a sum of its
+    own, `parts_bytes` together at most.
+    """
+    tiles = -(-rows // block) * -(-block // GATHERED_ROWS) * -(-p.width // GATHERED_COLUMNS)
+    most = 1 + parts_bytes(p) // max(rows * p.width * 4, 1)
+    return max(1, min(p.device.multiprocessors // max(tiles, 1), MAX_PARTS, most))
+
+
+def parts_bytes(p: Problem) -> int:
+    """Of the sums of all `inner_parts` but the first."""
+    of_wave = p.device.multiprocessors * GATHERED_ROWS * GATHERED_COLUMNS * 4
+    return min(of_wave * (MAX_PARTS - 1) // MAX_PARTS, p.workspace // 16)
+
+
 def tail_bytes(problem: Problem) -> int:
     """Bytes of tail gradients, tail weights and sums of head rows that may wait to be added.
 
@@ -281,7 +319,8 @@ def tail_bytes(problem: Problem) -> int:
     """
     p = problem
     assert p.active is not None
-    per_column = 8 * (p.rows + p.width) // min(p.active.tail_bucket, 512) + 8
+    bucket = count_columns(p) if p.device.is_gpu else min(p.active.tail_bucket, 512)
+    per_column = 8 * (p.rows + p.width) // bucket + 8
     return min(p.vocabulary * per_column, p.workspace // 16)
 
 

@@ -55,10 +55,11 @@ class TailWeights:
     def of(self, head: Head, columns: slice) -> Tensor:
         """q of these ids, (C,) in the dtype of sums; 1 where it is unknown."""
         accum, weights = accum_dtype(head.hidden.dtype), []
-        for some in slices(columns.start, columns.stop, 1 << 14):
+        step = 1 << 14 if head.hidden.device.type == "cpu" else columns.stop - columns.start
+        for some in slices(columns.start, columns.stop, step):  # a GPU wants few launches
             weight, bias = head.weight[some], head.bias_chunk(some)
             products = torch.mm(weight, self.mean.to(weight.dtype)[:, None])[:, 0]
             z = head.transform.apply(products.to(accum), bias)
             q = (z - self.top).clamp(-self.range, 0.0).exp()
             weights.append(torch.where(z.isnan() | self.uniform, 1.0, q).to(accum))
-        return torch.cat(weights)
+        return weights[0] if len(weights) == 1 else torch.cat(weights)

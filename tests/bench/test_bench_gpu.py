@@ -39,7 +39,7 @@ def test_results_do_not_change_the_revision(tmp_path, monkeypatch):
     assert machine.revision() == clean + "+"
 
 
-@pytest.mark.parametrize("function", ["scan", "dlogits_", "split_active"])
+@pytest.mark.parametrize("function", ["scan", "dlogits_", "take_active"])
 def test_an_epilogue_with_another_result_gets_no_time(function, monkeypatch):
     cpu = torch.device("cpu")
     right = device_cells.epilogue("reference", function, (5, 96), cpu)
@@ -50,7 +50,7 @@ def test_an_epilogue_with_another_result_gets_no_time(function, monkeypatch):
         def __getattr__(self, name):
             def off(*given):
                 result = getattr(reference, name)(*given)
-                for tensor in (result, getattr(given[0], "x", None), *given[-2:]):
+                for tensor in (result, getattr(given[0], "x", None), *given[-3:]):
                     if isinstance(tensor, torch.Tensor):
                         tensor += 1
                 return result
@@ -258,21 +258,21 @@ def test_every_function_has_a_call():
 @pytest.mark.usefixtures("triton_interpreter")
 def test_tuner_writes_a_table(tmp_path):
     path = tmp_path / "launch.json"
-    kernels = "--kernels", "residual", "split", "--minutes", HANG, "--output", path
+    kernels = "--kernels", "residual", "take", "--minutes", HANG, "--output", path
     done = python("-m", "bench", "tune", "--dry-run", *kernels, cwd=ROOT, without=SETTINGS)
     assert done.returncode == 0, done.stdout + done.stderr
     table = json.loads(path.read_text())
     committed = json.loads((ROOT / "ift_kernels/backends/triton/launch.json").read_text())
     written = table["architectures"].pop("interpreter")
     assert table["architectures"] == committed["architectures"]
-    assert set(written) == {"residual", "split"}
+    assert set(written) == {"residual", "take"}
     assert set(written["residual"]) == {"narrow", "wide"}
     times = table["measured"]["interpreter"]["times"]
     assert len(times) == 8 and all("seconds" in row for row in times)
     # In rounds, the classes of large shapes first; the committed configuration is the first.
     order = [(row["kernel"], row["class"]) for row in times]
     assert order[:4] == order[4:]
-    wanted = ["split", "wide"], ["residual", "wide"], ["split", "narrow"], ["residual", "narrow"]
+    wanted = ["take", "wide"], ["residual", "wide"], ["take", "narrow"], ["residual", "narrow"]
     assert [list(each) for each in order[:4]] == list(wanted)
     default = committed["architectures"]["default"]
     assert all(row["config"] == default[row["kernel"]][row["class"]] for row in times[:4])

@@ -1,6 +1,6 @@
 """The epilogues in C++ for CPU tensors: float32, bfloat16 and float16. See `reference`."""
 
-from ift_kernels.backends.cpu.active import active_mask, bucket_sums, split_active
+from ift_kernels.backends.cpu.active import bucket_sums, mark_active, take_active
 from ift_kernels.backends.cpu.divergence import (
     divergence_gradient_,
     divergence_terms,
@@ -22,13 +22,13 @@ from ift_kernels.backends.reference import softmax_gradient_
 from ift_kernels.backends.reference.scaling import scale_
 
 __all__ = [
-    "active_mask",
     "bucket_sums",
     "describe",
     "divergence_gradient_",
     "divergence_terms",
     "dlogits_",
     "gumbel_update",
+    "mark_active",
     "probabilities_",
     "put_selected",
     "residual",
@@ -37,8 +37,8 @@ __all__ = [
     "scan",
     "scratch",
     "softmax_gradient_",
-    "split_active",
     "stats_update",
+    "take_active",
     "take_selected",
     "top_k_update",
     "transpose",

@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ift_kernels.backends.contract import Chunk, RowGradient
+from ift_kernels.backends.contract import ActiveColumns, Chunk, RowGradient, TakenColumns
 from ift_kernels.backends.cpu.dlogits import dlogits_
 from ift_kernels.backends.cpu.extension import compiled, products_of
 from ift_kernels.backends.layout_checks import (
     DTYPES,
-    check_split_active_args,
     check_tail_weights,
+    check_take_active_args,
     check_vectors,
 )
+from ift_kernels.backends.reference.active import bucket_counts
 from ift_kernels.backends.reference.active import bucket_sums as reference_bucket_sums
 
 
-def active_mask(chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tensor:
-    products, (rows, columns), level = products_of(chunk), chunk.x.shape, level.float()
+def mark_active(
+    chunk: Chunk,
+    row_gradient: RowGradient,
+    log_threshold: float,
+    block: int,
+    bucket: int,
+    tail_weights: Tensor | None,
+) -> ActiveColumns:
+    """Without tail gradients: they are formed once the tile, still in cache, is its gradient."""
+    target, norm, _ = row_gradient
+    products, (rows, columns) = products_of(chunk), chunk.x.shape
+    level = (norm.sum(0) + log_threshold).float()
     check_vectors(rows, target=target, level=level)
     mask = chunk.x.new_empty((-(-rows // block), columns), dtype=torch.uint8)
     compiled().active_mask(products, target.data_ptr(), level.data_ptr(), block, mask.data_ptr())
-    return mask
+    return ActiveColumns(mask, bucket_counts(mask, bucket), None)
 
 
-def split_active(
+def take_active(
     chunk: Chunk,
-    mask: Tensor,
+    columns: ActiveColumns,
     block: int,
     bucket: int,
     tail_weights: Tensor,
-    tail_gradient: Tensor,
     active: Tensor,
+    counts: Sequence[int],
     row_gradient: RowGradient | None = None,
-) -> None:
+) -> TakenColumns:
     if row_gradient is not None:  # in place, while the tile is in cache
         dlogits_(chunk, row_gradient)
-    dz = chunk.x
-    check_split_active_args(dz, mask, block, bucket, tail_weights, tail_gradient, active)
+    dz, mask = chunk.x, columns.mask.contiguous()
+    buckets = check_take_active_args(dz, mask, block, bucket, tail_weights, active)
+    tail_gradient = dz.new_empty((buckets, len(dz)), dtype=torch.float32)
     compiled().split_active(
         products_of(Chunk(dz)),
         mask.data_ptr(),
@@ -49,6 +63,8 @@ def split_active(
         active.data_ptr(),
         active.numel(),
     )
+    of_blocks = columns.counts.sum(1, dtype=torch.int32)
+    return TakenColumns(mask.nonzero()[:, 1], of_blocks, tail_gradient)
 
 
 def bucket_sums(matrix: Tensor, bucket: int, tail_weights: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The epilogues in CUDA C++ for NVIDIA GPUs: float32, bfloat16 and float16. See `reference`."""
 
-from ift_kernels.backends.cuda.active import active_mask, bucket_sums, split_active
+from ift_kernels.backends.cuda.active import bucket_sums, mark_active, take_active
 from ift_kernels.backends.cuda.dlogits import dlogits_, probabilities_
 from ift_kernels.backends.cuda.extension import (
     describe,
@@ -21,13 +21,13 @@ from ift_kernels.backends.reference.divergence import (
 from ift_kernels.backends.reference.scaling import scale_
 
 __all__ = [
-    "active_mask",
     "bucket_sums",
     "describe",
     "divergence_gradient_",
     "divergence_terms",
     "dlogits_",
     "gumbel_update",
+    "mark_active",
     "partly_plain_torch",
     "probabilities_",
     "put_selected",
@@ -37,8 +37,8 @@ __all__ = [
     "scan",
     "scratch",
     "softmax_gradient_",
-    "split_active",
     "stats_update",
+    "take_active",
     "take_selected",
     "top_k_update",
     "transpose",

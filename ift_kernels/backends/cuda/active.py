@@ -2,53 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ift_kernels.backends.contract import Chunk, RowGradient
+from ift_kernels.backends.contract import ActiveColumns, Chunk, RowGradient, TakenColumns
 from ift_kernels.backends.cuda.dlogits import dlogits_
 from ift_kernels.backends.cuda.extension import compiled, products_of, queue_of
 from ift_kernels.backends.layout_checks import (
     DTYPES,
-    check_split_active_args,
     check_tail_weights,
+    check_take_active_args,
     check_vectors,
     kernel_matrix,
 )
+from ift_kernels.backends.reference.active import PADDING
 
 
-def active_mask(chunk: Chunk, target: Tensor, level: Tensor, block: int) -> Tensor:
-    (rows, columns), level = chunk.x.shape, level.float()
+def mark_active(
+    chunk: Chunk,
+    row_gradient: RowGradient,
+    log_threshold: float,
+    block: int,
+    bucket: int,
+    tail_weights: Tensor | None,
+) -> ActiveColumns:
+    (rows, columns), (target, norm, _) = chunk.x.shape, row_gradient
+    level = (norm.sum(0) + log_threshold).float()
     check_vectors(rows, target=target, level=level)
-    mask = chunk.x.new_empty((-(-rows // block), columns), dtype=torch.uint8)
+    blocks, buckets = -(-rows // block), -(-columns // bucket)
+    mask = chunk.x.new_empty((blocks, columns), dtype=torch.uint8)
     queue, products = products_of(chunk)
     compiled().active_mask(
         queue, products, target.data_ptr(), level.data_ptr(), block, mask.data_ptr()
     )
-    return mask
+    counts = torch.empty((blocks, buckets), dtype=torch.int64, device=mask.device)
+    compiled().mask_counts(queue, mask.data_ptr(), blocks, columns, bucket, counts.data_ptr())
+    return ActiveColumns(mask, counts.to(torch.int32), None)
 
 
-def split_active(
+def take_active(
     chunk: Chunk,
-    mask: Tensor,
+    columns: ActiveColumns,
     block: int,
     bucket: int,
     tail_weights: Tensor,
-    tail_gradient: Tensor,
     active: Tensor,
+    counts: Sequence[int],
     row_gradient: RowGradient | None = None,
-) -> None:
+) -> TakenColumns:
     if row_gradient is not None:
         dlogits_(chunk, row_gradient)
-    dz = chunk.x
-    blocks, buckets = check_split_active_args(
-        dz, mask, block, bucket, tail_weights, tail_gradient, active
-    )
+    dz, mask = chunk.x, columns.mask.contiguous()
+    buckets = check_take_active_args(dz, mask, block, bucket, tail_weights, active)
+    tail_gradient = dz.new_empty((buckets, len(dz)), dtype=torch.float32)
     queue, gradients = products_of(Chunk(dz))
-    counts = torch.empty((blocks, buckets), dtype=torch.int64, device=dz.device)
-    compiled().mask_counts(queue, mask.data_ptr(), blocks, dz.shape[1], bucket, counts.data_ptr())
-    ends = counts.cumsum(1)
-    elements = (ends[:, -1] + 31) // 32 * 32 * block
+    ends = columns.counts.cumsum(1)
+    elements = (ends[:, -1] + (PADDING - 1)) // PADDING * PADDING * block
     starts = elements.cumsum(0) - elements
     compiled().split_active(
         queue,
@@ -62,6 +73,16 @@ def split_active(
         tail_gradient.data_ptr(),
         active.data_ptr(),
     )
+    ids = ids_of_known_count(mask, sum(counts))
+    return TakenColumns(ids, ends[:, -1].to(torch.int32), tail_gradient)
+
+
+def ids_of_known_count(mask: Tensor, count: int) -> Tensor:
+    """``mask.nonzero()[:, 1]`` of (blocks, C); a GPU would wait for that to count them."""
+    found = mask.flatten() != 0
+    place = found.cumsum(0).sub_(1).masked_fill_(~found, count)
+    columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask).reshape(-1)
+    return place.new_empty(count + 1).scatter_(0, place, columns)[:count]
 
 
 def bucket_sums(matrix: Tensor, bucket: int, tail_weights: Tensor) -> Tensor:

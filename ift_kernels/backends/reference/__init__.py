@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift_kernels.backends.reference.active import active_mask, bucket_sums, split_active
+from ift_kernels.backends.reference.active import bucket_sums, mark_active, take_active
 from ift_kernels.backends.reference.divergence import (
     divergence_gradient_,
     divergence_terms,
@@ -25,13 +25,13 @@ from ift_kernels.backends.reference.statistics import stats_update
 from ift_kernels.backends.reference.temporal import residual, residual_grad
 
 __all__ = [
-    "active_mask",
     "bucket_sums",
     "describe",
     "divergence_gradient_",
     "divergence_terms",
     "dlogits_",
     "gumbel_update",
+    "mark_active",
     "probabilities_",
     "put_selected",
     "residual",
@@ -40,8 +40,8 @@ __all__ = [
     "scan",
     "scratch",
     "softmax_gradient_",
-    "split_active",
     "stats_update",
+    "take_active",
     "take_selected",
     "top_k_update",
     "transpose",

@@ -170,21 +170,37 @@ def target_gradient(
 
 
 @triton.jit
-def row_gradient(
-    z, is_target, of_target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post,
-    plain_slope, HAS_CAP: tl.constexpr,
+def nontarget_gradient(
+    z, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post, plain_slope,
+    HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """What `dlogits_` makes of logits, given values of their rows; `of_target` for the target."""
+    """What `dlogits_` makes of logits of other ids, given values of their rows."""
     log_p = (z - norm_0) - norm_1
     p = tl.exp(log_p)
     # 0 · (−inf) of a token that is masked out would be NaN.
     tail = c_plogp * tl.where(p == 0.0, 0.0, log_p)
     grad = p * ((c_prob - c_target) + tail) + c_uniform
-    grad *= slope(z, post, plain_slope, HAS_CAP)
-    grad = tl.where(is_target, of_target, grad)
-    # Nothing comes from a row without upstream gradient, even where it holds a NaN.
+    return grad * slope(z, post, plain_slope, HAS_CAP)
+
+
+@triton.jit
+def without_upstream(grad, c_target, c_prob, c_plogp, c_uniform):
+    """0 from a row without upstream gradient, even where it holds a NaN."""
     no_upstream = (c_target == 0.0) & (c_prob == 0.0) & (c_plogp == 0.0) & (c_uniform == 0.0)
     return tl.where(no_upstream, 0.0, grad)
+
+
+@triton.jit
+def row_gradient(
+    z, is_target, of_target, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post,
+    plain_slope, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """What `dlogits_` makes of logits, given values of their rows; `of_target` for the target."""
+    grad = nontarget_gradient(
+        z, norm_0, norm_1, c_target, c_prob, c_plogp, c_uniform, post, plain_slope, HAS_CAP
+    )
+    grad = tl.where(is_target, of_target, grad)
+    return without_upstream(grad, c_target, c_prob, c_plogp, c_uniform)
 
 
 @triton.jit

@@ -13,17 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ift_kernels.backends.layout_checks import check_rows
-from ift_kernels.backends.triton.active import PADDING
+from ift_kernels.backends.layout_checks import check_rows, check_vectors
+from ift_kernels.backends.reference.active import PADDING
 from ift_kernels.backends.triton.common import precision, product
 from ift_kernels.backends.triton.launch import blocks, config, launch, power_of_two
-
-AT_ONCE = 32  # blocks whose active columns are added up at once
+from ift_kernels.backends.triton.take import AT_ONCE, blocks_before
 
 
 @triton.jit(do_not_specialize=["rows", "row_tiles", "column_tiles"])
 def gathered_kernel(
-    active, counts, ids, weight, total,
+    active, counts, ids, weight, total, others,
     rows, width, weight_stride, total_stride, block, row_tiles, column_tiles,
     PADDING: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
@@ -38,23 +37,21 @@ def gathered_kernel(
     inside = column < width
     count = tl.load(counts + number)
     padded_count = tl.cdiv(count, PADDING) * PADDING
-    # What blocks before this one have.
-    columns_before = tl.zeros((AT_ONCE,), tl.int64)
-    lots_before = tl.zeros((AT_ONCE,), tl.int64)
-    for start in range(0, number, AT_ONCE):
-        other = start + tl.arange(0, AT_ONCE)
-        count_before = tl.load(counts + other, mask=other < number, other=0)
-        columns_before += count_before
-        lots_before += tl.cdiv(count_before, PADDING)
-    active += tl.sum(lots_before) * block * PADDING + in_block.to(tl.int64) * padded_count
-    ids += tl.sum(columns_before)
+    columns_before, lots_before = blocks_before(counts, number, PADDING, AT_ONCE)
+    active += lots_before * block * PADDING + in_block.to(tl.int64) * padded_count
+    ids += columns_before
     lane = tl.arange(0, INNER)
     # Rows beyond the block are the last one again, and are not written.
     at = tl.minimum(row, block - in_block - 1) * padded_count
-    pointer = total + first * total_stride + (row[:, None] * total_stride + column[None, :])
     written = valid_row[:, None] & inside[None, :]
-    x = tl.load(pointer, mask=written, other=0.0)
-    for k in range(0, padded_count, INNER):
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    if part > 0:  # a sum of its own
+        total = others + (part - 1).to(tl.int64) * rows * width
+        total_stride = width
+    pointer = total + first * total_stride + (row[:, None] * total_stride + column[None, :])
+    x = tl.load(pointer, mask=written & (part == 0), other=0.0)
+    steps = tl.cdiv(tl.cdiv(padded_count, INNER), parts) * INNER
+    for k in range(part * steps, tl.minimum((part + 1) * steps, padded_count), INNER):
         slot = k + lane
         a_pointer = active + (at[:, None] + slot[None, :])
         a = tl.load(a_pointer, mask=(slot < padded_count)[None, :], other=0.0)
@@ -68,29 +65,38 @@ def gathered_kernel(
 
 
 def add_active_products(
-    active: Tensor, mask: Tensor, block: int, ids: Tensor, weight: Tensor, total: Tensor
+    active: Tensor,
+    counts: Tensor,
+    block: int,
+    ids: Tensor,
+    weight: Tensor,
+    total: Tensor,
+    parts: int = 1,
 ) -> bool:
     """``total[r] += Σ_v active[r, v]·weight[v]`` over the active columns v of the block of row r.
 
-    `active` and `mask` as of `split_active`; `ids`: the active columns of all blocks, block by
-    block; `total` (N, D) float32. False, with nothing done, where a vendor's product serves better
-    (float32), or this cannot serve.
+    `active`, `counts` and `ids` as of `take_active`; `total` (N, D) float32; `parts`: programs that
+    divide the columns of a tile, where tiles are fewer than multiprocessors. False, with nothing
+    done, where a vendor's product serves better (float32), or this cannot serve.
     """
     if active.dtype.itemsize != 2 or weight.dtype != active.dtype or weight.stride(1) != 1:
         return False
-    (rows, width), number = total.shape, len(mask)
+    (rows, width), number = total.shape, len(counts)
     check_rows("weight", weight, width)
     check_rows("total", total)
     if total.dtype != torch.float32 or number != blocks(rows, block):
         raise RuntimeError(f"total: {total.dtype} {tuple(total.shape)} for {number} of {block}")
-    counts = mask.sum(1, dtype=torch.int32)
+    check_vectors(number, counts=counts)
     chosen = dict(config("gathered", "half", active.device))
     chosen["ROWS"] = min(chosen["ROWS"], power_of_two(block))
     row_tiles, column_tiles = blocks(block, chosen["ROWS"]), blocks(width, chosen["COLUMNS"])
+    others = total.new_empty((parts - 1, rows, width))
     launch(
-        gathered_kernel, (number * row_tiles * column_tiles,), active,
-        active, counts, ids, weight, total,
+        gathered_kernel, (number * row_tiles * column_tiles, parts), active,
+        active, counts, ids, weight, total, others,
         rows, width, weight.stride(0), total.stride(0), block, row_tiles, column_tiles,
         PADDING=PADDING, AT_ONCE=AT_ONCE, PRECISION=precision(active.dtype), **chosen,
     )  # fmt: skip
+    for other in others:
+        total += other
     return True

@@ -21,7 +21,7 @@ BLOCK = 512  # ids of a program
     do_not_specialize=["columns", "offset", "k", "total", "lowest"],
     do_not_specialize_on_alignment=["ids", "values"],
 )
-def take_kernel(
+def take_selected_kernel(
     x, ids, values, columns, stride, offset, k, total, lowest, BLOCK: tl.constexpr
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -38,7 +38,7 @@ def take_kernel(
     do_not_specialize=["columns", "offset", "k", "total"],
     do_not_specialize_on_alignment=["ids", "values"],
 )
-def put_kernel(x, ids, values, columns, stride, offset, k, total, BLOCK: tl.constexpr):
+def put_selected_kernel(x, ids, values, columns, stride, offset, k, total, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     chosen = tl.load(ids + place, mask=place < total, other=-1)
     local = chosen - offset
@@ -50,12 +50,12 @@ def put_kernel(x, ids, values, columns, stride, offset, k, total, BLOCK: tl.cons
 def take_selected(chunk: Chunk, selected: Selected) -> None:
     x, programs, args = _arguments(chunk, selected)
     lowest = chunk.transform.lowest_product
-    launch(take_kernel, programs, x, *args, lowest, BLOCK=BLOCK, num_warps=4)
+    launch(take_selected_kernel, programs, x, *args, lowest, BLOCK=BLOCK, num_warps=4)
 
 
 def put_selected(chunk: Chunk, selected: Selected, transposed: Tensor | None = None) -> None:
     x, programs, args = _arguments(chunk, selected)
-    launch(put_kernel, programs, x, *args, BLOCK=BLOCK, num_warps=4)
+    launch(put_selected_kernel, programs, x, *args, BLOCK=BLOCK, num_warps=4)
     if transposed is not None:
         transposed.copy_(x.T)
 

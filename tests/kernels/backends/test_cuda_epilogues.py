@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
+import active_examples
 import cuda_emulator
-import split_examples
 from ift_kernels.backends import cuda, reference
 from ift_kernels.backends.contract import (
     STATE_ROWS,
@@ -136,6 +136,18 @@ def test_special_values(cols, dtype):
             close(ours[row, rows], theirs[row, rows], f"state {row}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("cols", "start", "gap"), [(41, 3, 0), (300, 5, 3), (9001, 7, 2)])
+def test_the_first_of_equal_maxima(cols, start, gap, dtype):
+    """Of rows that begin anywhere; `states` compares argmax with the reference."""
+    for spread in (0.0, 0.5):
+        x, _ = product_of(12, cols, dtype, start, gap)
+        x.copy_(torch.randint(-3, 4, x.shape) * spread)
+        x[0], x[1, 5:] = -INF, NAN
+        x[2, 0] = x[2, cols - 1] = x[3, cols - 2] = x[3, cols - 1] = 9.0
+        states(x, None, PLAIN, torch.randint(2 * cols, (12,)))
+
+
 @pytest.mark.parametrize("cols", [9, 700, 5000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_token_choice(cols, dtype):
@@ -169,7 +181,7 @@ def test_token_choice(cols, dtype):
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transform", [PLAIN, CAPPED], ids=["plain", "capped"])
-def test_active_mask(rows, cols, block, dtype, transform):
+def test_mark_active(rows, cols, block, dtype, transform):
     x, _ = product_of(rows, cols, dtype, gap=-cols % 64)
     x[3, 17] = NAN
     bias = None
@@ -177,12 +189,12 @@ def test_active_mask(rows, cols, block, dtype, transform):
         bias = torch.randn(cols)
         bias[::7] = -INF
     target = torch.randint(-cols, 2 * cols, (rows,))
-    level = torch.randn(rows) * 0.1 + (6.0 if transform is PLAIN else 8.0)
-    ours, theirs = (
-        backend.active_mask(Chunk(x, bias, transform, 5), target, level, block)
-        for backend in (cuda, reference)
-    )
-    assert torch.equal(ours, theirs) and 0 < ours.sum() < ours.numel()
+    norm = torch.randn(2, rows) * 0.1
+    of = RowGradient(target, norm, torch.zeros(4, rows))
+    given = Chunk(x, bias, transform, 5), of, 6.0 if transform is PLAIN else 8.0, block, 96, None
+    ours, theirs = (backend.mark_active(*given) for backend in (cuda, reference))
+    assert torch.equal(ours.mask, theirs.mask) and torch.equal(ours.counts, theirs.counts)
+    assert 0 < ours.mask.sum() < ours.mask.numel()
 
 
 # Rows on 16 bytes or not; buckets of a strip of 2048 columns, of several, and of part of one.
@@ -197,27 +209,27 @@ def test_active_mask(rows, cols, block, dtype, transform):
     ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_split_active(rows, cols, block, bucket, start, gap, dtype):
-    dz, mask = split_examples.example(rows, cols, dtype, block, bucket, start, gap)
-    tail_weights = split_examples.tail_weights(cols)
+def test_take_active(rows, cols, block, bucket, start, gap, dtype):
+    dz, mask = active_examples.example(rows, cols, dtype, block, bucket, start, gap)
+    tail_weights = active_examples.tail_weights(cols)
     tail_weights[cols // bucket * bucket :] = 0  # of a tail that is there
-    split_examples.assert_same(cuda, Chunk(dz), mask, block, bucket, tail_weights)
-    of = split_examples.row_gradient(rows, cols, 0)
+    active_examples.assert_same(cuda, Chunk(dz), mask, block, bucket, tail_weights)
+    of = active_examples.row_gradient(rows, cols, 0)
     chunk = Chunk(dz, None, CAPPED)
-    split_examples.assert_same(cuda, chunk, mask, block, bucket, tail_weights, of, rounded=True)
+    active_examples.assert_same(cuda, chunk, mask, block, bucket, tail_weights, of, rounded=True)
 
 
-def test_split_active_refuses_other_layouts():
+def test_take_active_refuses_other_layouts():
     too_few = "tail_weights", lambda t: t[1:], "200"
     in_double = "tail_weights", torch.Tensor.double, "tail_weights"
-    split_examples.assert_refuses_other_layouts(cuda, "blocks of 40", too_few, in_double)
+    active_examples.assert_refuses_other_layouts(cuda, "blocks of 40", too_few, in_double)
 
 
 @pytest.mark.parametrize("width", [1, 24, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bucket_sums(width, dtype):
     matrix = torch.randn(45, width + 3).to(dtype)[:, :width]
-    weights = split_examples.tail_weights(45)
+    weights = active_examples.tail_weights(45)
     for bucket in (16, 20):
         sums = [side.bucket_sums(matrix, bucket, weights) for side in (cuda, reference)]
         close(*sums)

@@ -188,16 +188,18 @@ def test_gumbel_noise_is_that_of_its_formula():
 
 
 @pytest.mark.parametrize(("dtype", "transform", "bias"), CASES)
-def test_active_mask(dtype, transform, bias, blocks):
+def test_mark_active(dtype, transform, bias, blocks):
     x, b, target = products(70, 200, dtype, bias)
     x[1:4] = torch.randn(3, 200)
     if b is not None:
         b[[3, 150]] = -torch.inf
-    level = x.float().nan_to_num(0, 9, -9).amax(1).double() - 2.0
-    level[7] = torch.nan
-    chunk = Chunk(x, b, transform, 30)
-    ours, theirs = (side.active_mask(chunk, target, level, 32) for side in SIDES)
-    assert torch.equal(ours, theirs) and 0 < ours.sum() < ours.numel()
+    norm = torch.stack([x.float().nan_to_num(0, 9, -9).amax(1), torch.zeros(70)])
+    norm[0, 7] = torch.nan
+    of = RowGradient(target, norm, torch.zeros(4, 70))
+    given = Chunk(x, b, transform, 30), of, -2.0, 32, 64, None
+    ours, theirs = (side.mark_active(*given) for side in SIDES)
+    assert torch.equal(ours.mask, theirs.mask) and torch.equal(ours.counts, theirs.counts)
+    assert 0 < ours.mask.sum() < ours.mask.numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -401,10 +403,11 @@ def test_odd_widths_of_padded_rows(columns, bias, blocks):
         drawn = best, best.clone(), torch.zeros(6, dtype=torch.int64)
         side.gumbel_update(Chunk(y, b), 2**40 + 3, torch.arange(6), *drawn)
         norm = torch.stack([state.values[0], state.values[1].log()]).float()
-        mask = side.active_mask(Chunk(y, b), target, norm.sum(0) - 3, 32)
+        of = RowGradient(target, norm, torch.ones(4, 6))
+        mask = side.mark_active(Chunk(y, b), of, -3.0, 32, 64, None).mask
         p = y._base.clone()[:, :columns]
         side.probabilities_(Chunk(p, b), norm)
-        side.dlogits_(Chunk(y, b), RowGradient(target, norm, torch.ones(4, 6)))
+        side.dlogits_(Chunk(y, b), of)
         results.append((*state, values, ids, *drawn, mask, p, y))
         beyond = y._base[:, columns:]
         assert (beyond.isnan() | (beyond == 0)).all()

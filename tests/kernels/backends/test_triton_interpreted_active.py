@@ -6,10 +6,10 @@ import functools
 import pytest
 import torch
 
+import active_examples
 import dense
 import ift_kernels as K
 import interpreter
-import split_examples
 from dense import distance
 from ift_kernels.backends import reference
 from ift_kernels.backends import triton as backend
@@ -149,21 +149,33 @@ def test_sync_free_loss():
             assert distance(a, b) < 2e-6
 
 
+def small_blocks(bucket):
+    """Of all kernels, or their loops would hardly go round."""
+    stack = contextlib.ExitStack()
+    for name, values in {
+        "mark": {"ROWS": 64, "BLOCK": 128 if bucket == 64 else 32},
+        "mask": {"ROWS": 32, "BLOCK": 64},
+        "list": {"BLOCK": 32},
+        "take": {"ROWS": 8, "BLOCK": 32},
+    }.items():
+        stack.enter_context(launch.use_config(name, values | {"num_warps": 1}))
+    return stack
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("small", [True, False], ids=["small", "committed"])
 @pytest.mark.parametrize(
     ("rows", "columns", "block", "bucket", "gap"),
     [(70, 200, 32, 64, 5), (96, 128, 32, 128, 0), (40, 300, 64, 192, 20), (70, 150, 32, 2048, 2)],
 )
-def test_split_active(rows, columns, block, bucket, gap, small, dtype):
-    dz, mask = split_examples.example(rows, columns, dtype, block, bucket, gap=gap)
+def test_take_active(rows, columns, block, bucket, gap, small, dtype):
+    dz, mask = active_examples.example(rows, columns, dtype, block, bucket, gap=gap)
     tail_weights = torch.rand(columns, generator=torch.Generator().manual_seed(columns))
     tail_weights[::7] = 0
     tail_weights[bucket : 2 * bucket] = 0  # a tail with nothing to spread it over
     # Every loop goes round, and a bucket may end within a block of columns.
-    values = {"ROWS": 8, "BLOCK": 128 if bucket == 64 else 32, "num_warps": 1}
-    with launch.use_config("split", values) if small else contextlib.nullcontext():
-        split_examples.assert_same(backend, Chunk(dz), mask, block, bucket, tail_weights)
+    with small_blocks(bucket) if small else contextlib.nullcontext():
+        active_examples.assert_same(backend, Chunk(dz), mask, block, bucket, tail_weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -180,17 +192,55 @@ def test_split_active(rows, columns, block, bucket, gap, small, dtype):
     ("rows", "columns", "block", "bucket", "gap"),
     [(70, 200, 32, 64, 8), (40, 301, 64, 192, 19), (33, 150, 32, 2048, 3)],
 )
-def test_split_of_products(rows, columns, block, bucket, gap, chunk, dtype):
+def test_take_of_products(rows, columns, block, bucket, gap, chunk, dtype):
     """Gradients are formed meanwhile, rows padded or not; rows without upstream have no NaN."""
-    x, mask = split_examples.example(rows, columns, dtype, block, bucket, gap=gap)
+    x, mask = active_examples.example(rows, columns, dtype, block, bucket, gap=gap)
     x[3, 1:20] = torch.nan
     if chunk.bias is not None:
         bias = torch.linspace(-1, 1, columns)
         bias[5::9] = -torch.inf
         chunk = chunk._replace(bias=bias)
-    of = split_examples.row_gradient(rows, columns, chunk.offset)
-    weights = split_examples.tail_weights(columns)
-    split_examples.assert_same(backend, chunk._replace(x=x), mask, block, bucket, weights, of)
+    of = active_examples.row_gradient(rows, columns, chunk.offset)
+    weights = active_examples.tail_weights(columns)
+    active_examples.assert_same(backend, chunk._replace(x=x), mask, block, bucket, weights, of)
+
+
+@pytest.mark.parametrize(
+    ("small", "dtype"), [(True, torch.float32), (False, torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize(
+    ("rows", "columns", "block", "bucket", "bias"),
+    [
+        (70, 200, 32, 64, False),
+        (100, 150, 96, 64, True),  # a block that is no power of two
+        (70, 150, 64, 2048, True),
+        (200, 90, 160, 64, False),  # more rows than a program has
+    ],
+)
+def test_mark_active(rows, columns, block, bucket, bias, small, dtype):
+    """Mask, counts and tail gradient in one pass; a NaN is active, its row has one in its tail."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.full((rows, columns + 7), torch.nan, dtype=dtype)[:, :columns]
+    x.copy_(torch.randn(rows, columns, generator=generator))
+    of = active_examples.row_gradient(rows, columns, 7)
+    of = of._replace(norm=torch.stack([torch.ones(rows), torch.rand(rows, generator=generator)]))
+    x[3, 1:20] = torch.nan  # of a row without upstream gradient
+    x[5, 2] = torch.nan
+    b, transform = None, LogitTransform(1.3)
+    if bias:
+        b, transform = torch.linspace(-1, 1, columns), LogitTransform(0.7, 5.0, 1.3)
+        b[5::9] = -torch.inf
+    weights = active_examples.tail_weights(columns)
+    given = Chunk(x, b, transform, 7), of, 1.7, block, bucket, weights
+    wanted = reference.mark_active(*given)
+    with small_blocks(bucket) if small else contextlib.nullcontext():
+        found = backend.mark_active(*given)
+        without = backend.mark_active(*given[:-1], None)
+    assert 0 < found.mask.float().mean() < 1 and without.tail_gradient is None
+    for ours in (found, without):
+        assert torch.equal(ours.mask, wanted.mask) and torch.equal(ours.counts, wanted.counts)
+    torch.testing.assert_close(found.tail_gradient, wanted.tail_gradient, rtol=1e-5, atol=4e-6,
+                               equal_nan=True)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -208,16 +258,14 @@ def test_split_of_products(rows, columns, block, bucket, gap, chunk, dtype):
 def test_products_of_active_columns(rows, width, columns, block, small, dtype):
     """Head rows that are not active are never read, nor is what pads the active columns."""
     generator = torch.Generator().manual_seed(rows)
-    dz, mask = split_examples.example(rows, columns, dtype, block, 64)
+    dz, mask = active_examples.example(rows, columns, dtype, block, 64)
     dz.nan_to_num_(0.5)
     weight = torch.randn(columns, width, generator=generator).to(dtype)
     weight[0] = torch.inf  # active in few blocks, if in any
     mask[:, 0] = 0
-    ids = mask.nonzero()[:, 1]
-    _, active = split_examples.outputs(dz, mask, block, 64)
-    active.fill_(torch.nan)  # rows beyond the last
-    zeros, tails = torch.zeros(columns), torch.empty(-(-columns // 64), rows)
-    reference.split_active(Chunk(dz), mask, block, 64, zeros, tails, active)
+    zeros = torch.zeros(columns)
+    _, active, ids, counts = active_examples.take(reference, Chunk(dz), mask, block, 64, zeros)
+    active[active == active_examples.UNTOUCHED] = torch.nan  # rows beyond the last
     total = torch.randn(rows, width + 3, generator=generator)[:, :width]
     chosen = mask.repeat_interleave(block, 0)[:rows].bool()
     wanted = total.double() + torch.where(chosen, dz.double(), 0.0) @ weight.double().nan_to_num(
@@ -225,18 +273,22 @@ def test_products_of_active_columns(rows, width, columns, block, small, dtype):
     )
     values = {"ROWS": 16, "COLUMNS": 16, "INNER": 32, "num_warps": 1}
     with launch.use_config("gathered", values) if small else contextlib.nullcontext():
-        assert backend.add_active_products(active, mask, block, ids, weight, total)
-    torch.testing.assert_close(total.double(), wanted, rtol=1e-4, atol=1e-4)
+        operands = active, counts, block, ids, weight
+        for parts in (1, 3):
+            added = total.clone()
+            assert backend.add_active_products(*operands, added, parts)
+            torch.testing.assert_close(added.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_split_active_refuses_other_layouts():
+def test_take_active_refuses_other_layouts():
     def columns_first(t):
         return t.T.contiguous().T
 
-    split_examples.assert_refuses_other_layouts(
+    active_examples.assert_refuses_other_layouts(
         backend,
         "blocks of 40",
-        ("tail_gradient", columns_first, "tail_gradient"),
+        ("tail", columns_first, "tail_gradient"),
+        ("tail", torch.Tensor.double, "tail_gradient"),
         ("chunk", lambda chunk: chunk._replace(x=columns_first(chunk.x)), "x: "),
         ("tail_weights", lambda t: t[1:], "tail_weights"),
     )

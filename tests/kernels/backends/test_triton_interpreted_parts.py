@@ -12,7 +12,7 @@ import ift_kernels as K
 from bench.harness import data
 from ift_kernels.backends import reference as ref
 from ift_kernels.backends import triton as backend
-from ift_kernels.backends.contract import STATE_ROWS, TRACK_ALL, Chunk, new_state
+from ift_kernels.backends.contract import STATE_ROWS, TRACK_ALL, Chunk, RowGradient, new_state
 from ift_kernels.backends.triton import fused, launch, statistics
 from ift_kernels.operators import linear_stats
 
@@ -101,9 +101,11 @@ def test_marked_columns_are_those_of_the_final_sum(dtype, threshold):
         assert statistics.parts_of(rows, vocabulary, part, x.device) == 4
         backend.stats_update(Chunk(x), some.target, state, 0)
     norm = linear_stats.row_values(*state, vocabulary, 0).norm
-    level = norm.sum(0) + math.log(threshold)
-    with launch.use_config("mask", {"ROWS": 32, "BLOCK": 128, "num_warps": 1}):
-        mask = backend.active_mask(Chunk(x), some.target, level, block).bool()
+    of = RowGradient(some.target, norm.float(), torch.ones(4, rows))
+    weights = torch.ones(vocabulary)
+    with launch.use_config("mark", {"ROWS": 32, "BLOCK": 128, "num_warps": 1}):
+        marked = backend.mark_active(Chunk(x), of, math.log(threshold), block, 512, weights)
+    mask = marked.mask.bool()
     z = x.double()
     wanted = true_mask(z, some.target, threshold, block)
     open_ = undecided(z, some.target, threshold, block, 1e-5)

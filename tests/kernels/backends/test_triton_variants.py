@@ -103,8 +103,9 @@ def test_columns_of_active_masks(launches):
     def mask(rows, columns, offset):
         x = torch.zeros(rows, 128, dtype=torch.bfloat16)[:, :columns]
         target = torch.zeros(rows + 1, dtype=torch.int64)[1:]
+        of = backends.contract.RowGradient(target, *torch.zeros(6, rows).split((2, 4)))
         chunk = backends.contract.Chunk(x, None, offset=offset)
-        backends.BACKENDS["triton"].active_mask(chunk, target, torch.zeros(rows + 1)[1:], 32)
+        backends.BACKENDS["triton"].mark_active(chunk, of, 0.0, 32, 64, None)
 
     found = {which for sizes in ((64, 128, 0), (37, 101, 7), (1, 1, 1))
              for which in launches(lambda sizes=sizes: mask(*sizes))}  # fmt: skip

@@ -6,13 +6,14 @@ import pytest
 import torch
 from test_active_set import MIB, OUTPUTS, ROUNDING, exact, frozen, gradients, lm
 
+import active_examples
 import dense
 import ift_kernels as K
 from allocations import Allocations, allowed, size
 from dense import distance
 from ift_kernels import backends
 from ift_kernels.backends import reference
-from ift_kernels.backends.contract import Chunk
+from ift_kernels.backends.contract import ActiveColumns, Chunk
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.schedule import plan
 from serving import DTYPES, needs_cpp
@@ -47,7 +48,7 @@ def by_the_definition(dz, mask, block, bucket, tail_weights):
     ("rows", "columns", "bucket"), [(70, 200, 64), (32, 64, 64), (1, 333, 128), (100, 31, 64)]
 )
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
-def test_split_active(backend, dtype, rows, columns, bucket, share):
+def test_take_active(backend, dtype, rows, columns, bucket, share):
     generator = torch.Generator().manual_seed(rows + columns)
     wide = torch.randn(rows, columns + 9, generator=generator).to(dtype)
     dz, block = wide[:, :columns], 32
@@ -62,9 +63,10 @@ def test_split_active(backend, dtype, rows, columns, bucket, share):
     tail_weights = torch.rand(columns, generator=generator)
     tail_weights[::7] = tail_weights[64:128] = 0  # a bucket of zeros, where there are more
     tail_gradient, parts = by_the_definition(dz, mask, block, bucket, tail_weights)
-    found = torch.full(tail_gradient.shape, 7.0)
-    active = torch.full((sum(p.numel() for p in parts) + 40,), 7.0, dtype=dtype)
-    backends.get(dz).split_active(Chunk(dz), mask, block, bucket, tail_weights, found, active)
+    found, active, ids, counts = active_examples.take(
+        backends.get(dz), Chunk(dz), mask, block, bucket, tail_weights
+    )
+    assert torch.equal(ids, mask.nonzero()[:, 1]) and torch.equal(counts, mask.sum(1).int())
     assert torch.equal(wide.nan_to_num(9), before.nan_to_num(9))
     rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     torch.testing.assert_close(found.double(), tail_gradient, rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -80,9 +82,10 @@ def test_split_active(backend, dtype, rows, columns, bucket, share):
 @needs_cpp
 def test_too_little_space_is_refused():
     dz, mask = torch.randn(64, 64), torch.ones(2, 64, dtype=torch.uint8)
+    columns = ActiveColumns(mask, torch.full((2, 1), 64), None)
     with K.use_backend("cpu"), pytest.raises(RuntimeError, match="active: too few elements"):
-        backends.get(dz).split_active(
-            Chunk(dz), mask, 32, 64, torch.ones(64), torch.empty(1, 64), torch.empty(4095)
+        backends.get(dz).take_active(
+            Chunk(dz), columns, 32, 64, torch.ones(64), torch.empty(4095), [64, 64]
         )
 
 
@@ -225,9 +228,8 @@ def test_the_reference_takes_any_layout():
     dz = torch.randn(40, 50).T  # not rows of consecutive elements
     mask = (torch.rand(2, 40) < 0.5).to(torch.uint8)
     tail_weights = torch.rand(40)
-    tail_gradient, parts = by_the_definition(dz, mask, 32, 64, tail_weights)
-    found, active = torch.empty(1, 50), torch.empty(sum(p.numel() for p in parts))
-    reference.split_active(Chunk(dz), mask, 32, 64, tail_weights, found, active)
+    tail_gradient, _ = by_the_definition(dz, mask, 32, 64, tail_weights)
+    found, *_ = active_examples.take(reference, Chunk(dz), mask, 32, 64, tail_weights)
     torch.testing.assert_close(found.double(), tail_gradient, rtol=1e-5, atol=1e-6)
 
 

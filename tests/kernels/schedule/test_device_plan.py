@@ -9,8 +9,9 @@ import torch
 import ift_kernels
 from bench.gpu import roofline
 from bench.gpu.roofline import CASES, LARGE, problem
+from bench.suites import counts
 from ift_kernels.common.active_set import ActiveSet
-from ift_kernels.schedule import cost, device, plan
+from ift_kernels.schedule import cost, device, gpu_plan, plan
 from ift_kernels.schedule.device import H200
 from ift_kernels.schedule.problem import MAX_ROUNDED_GPU, Memory
 
@@ -70,19 +71,62 @@ def test_goals_of_a_large_head(case, most, fp32_out):
     assert made.peak_bytes <= p.workspace
 
 
-def test_the_active_set_of_a_large_head():
+def of_exact(case, shape):
+    """Seconds of an active set in those of the exact gradient, by the model."""
+    exact = problem("frozen", shape)
+    found = (cost.seconds(p, plan.make(p)) for p in (problem(case, shape), exact))
+    active, dense = (taken.device for taken in found)
+    return active / dense
+
+
+@pytest.mark.parametrize(
+    ("shape", "most"),
+    [
+        (LARGE, 0.70),
+        ((8192, 2304, 256000), 0.72),
+        ((8192, 5120, 152064), 0.69),
+        ((8192, 896, 151936), 0.79),
+        ((2048, 5120, 152064), 0.75),
+    ],
+)
+def test_the_active_set_of_a_frozen_head(shape, most):
     """A tenth of the vocabulary active in 128 rows, by the model.
 
-    Products are read for statistics, masks and, twice, active columns, never written; head rows
-    are read where they lie, at a rate that is not measured (`cost.GATHERED_SHARE`).
+    Products are read for statistics, for masks and the sums of the tail, and where they are active,
+    never written; head rows are read where they lie, at a rate that is not measured.
     """
-    p, exact = problem("active", LARGE), problem("frozen", LARGE)
+    p = problem("active", shape)
     made = plan.make(p)
     assert cost.usual_share(128) == 0.1
-    ratio = cost.seconds(p, made).device / cost.seconds(exact, plan.make(exact)).device
-    assert ratio <= 0.75
-    assert made.peak_bytes <= p.workspace
+    assert of_exact("active", shape) <= most
+    assert made.active and made.peak_bytes <= p.workspace
     assert cost.seconds(p, made).host <= cost.seconds(p, made).device / 2
+
+
+def test_the_active_set_with_a_slower_product_of_its_own(monkeypatch):
+    """At .4 of the rate of a vendor's product the goal still holds."""
+    monkeypatch.setattr(cost, "GATHERED_SHARE", 0.4)
+    gpu_plan.make.cache_clear()
+    try:
+        assert of_exact("active", LARGE) <= 0.75
+    finally:
+        gpu_plan.make.cache_clear()
+
+
+def test_the_active_set_of_a_backend_that_gathers_head_rows():
+    """CUDA C++: whole gradients are formed first, and vendor products take copies of head rows."""
+    assert of_exact("active, C++", LARGE) <= 0.93
+    assert of_exact("active, C++", (8192, 896, 151936)) == 1
+
+
+@pytest.mark.parametrize(
+    ("case", "name"), [("frozen", "backward, head frozen"), ("active", "active")]
+)
+def test_launches_of_the_model_are_those_that_are_counted(case, name):
+    p = problem(case, LARGE)
+    found = counts.committed()[counts.FULL_SIZE][f"linear_logprobs, {name}"]
+    counted = found["operators"] + found["products"] + found["epilogues"]
+    assert abs(cost.seconds(p, plan.make(p)).launches - counted) <= counted / 20
 
 
 def test_the_active_set_is_planned_only_where_it_is_faster():
@@ -106,7 +150,7 @@ def test_the_active_set_is_planned_only_where_it_is_faster():
 
 
 @pytest.mark.parametrize("shape", roofline.SHAPES, ids=str)
-@pytest.mark.parametrize("case", [case for case in CASES if case != "active"])
+@pytest.mark.parametrize("case", [case for case in CASES if "active" not in case])
 def test_plans_lose_little_to_waves_and_tiles(case, shape):
     p = problem(case, shape, replace(H200, fp32_out=True))
     made = plan.make(p)

@@ -10,9 +10,9 @@ import serving
 from allocations import MIB, Allocations, size
 from bench.suites import counts
 from ift_kernels import backends, linear_cross_entropy, linear_logprobs
+from ift_kernels.backends.cuda.active import ids_of_known_count
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.schedule import accumulate, cost, device, divergence_plan, gpu_plan, plan
-from ift_kernels.schedule import active as active_module
 from ift_kernels.schedule.device import H200
 from ift_kernels.schedule.head import Head
 
@@ -388,7 +388,7 @@ def test_the_call_is_exact_where_the_active_set_is_slower(
 def test_ids_of_a_known_number(shape, share):
     """Without a read: the same as those that are counted."""
     mask = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < share).to(torch.uint8)
-    found = active_module.ids_of_known_count(mask, int(mask.sum()))
+    found = ids_of_known_count(mask, int(mask.sum()))
     assert torch.equal(found, mask.nonzero()[:, 1])
 
 

@@ -1,10 +1,12 @@
-"""Gradients and active masks for `split_active` of backends for GPUs, and its outputs."""
+"""Gradients and active masks for `take_active` of backends for GPUs, and its outputs."""
 
 import pytest
 import torch
 
 from ift_kernels.backends import reference
-from ift_kernels.backends.contract import Chunk, RowGradient
+from ift_kernels.backends.contract import ActiveColumns, Chunk, RowGradient
+from ift_kernels.backends.reference.active import bucket_counts
+from ift_kernels.backends.reference.chunk import target_columns
 
 UNTOUCHED = 7.0  # where nothing is to be written
 
@@ -34,11 +36,19 @@ def tail_weights(columns):
     return values
 
 
-def outputs(dz, mask, block, bucket):
-    """Tail gradients, and space for the active columns and a few more."""
+def space(dz, mask, block):
+    """For the active columns and a few more."""
     widths = (mask.sum(1) + 31) // 32 * 32
-    tail_gradient = torch.full((-(-dz.shape[1] // bucket), len(dz)), UNTOUCHED)
-    return tail_gradient, torch.full((block * int(widths.sum()) + 40,), UNTOUCHED, dtype=dz.dtype)
+    return torch.full((block * int(widths.sum()) + 40,), UNTOUCHED, dtype=dz.dtype)
+
+
+def take(backend, chunk, mask, block, bucket, weights, of=None, tail=None):
+    """Tail gradient, active columns, their ids and numbers."""
+    active = space(chunk.x, mask, block)
+    columns = ActiveColumns(mask, bucket_counts(mask, bucket), tail)
+    counts = mask.sum(1).tolist()
+    taken = backend.take_active(chunk, columns, block, bucket, weights, active, counts, of)
+    return taken.tail_gradient, active, taken.ids, taken.counts
 
 
 def row_gradient(rows, columns, offset):
@@ -53,26 +63,36 @@ def row_gradient(rows, columns, offset):
 
 
 def assert_same(backend, chunk, mask, block, bucket, weights, of=None, rounded=False):
-    """`split_active` of a backend is that of the reference, to rounding: of tail gradients in
+    """`take_active` of a backend is that of the reference, to rounding: of tail gradients in
     float32, of columns in their dtype; `rounded`: gradients `of` rows are stored in it first."""
-    results, eps = [], torch.finfo(chunk.x.dtype).eps
-    for side in (reference, backend):  # which may overwrite the chunk
-        found = outputs(chunk.x, mask, block, bucket)
-        side.split_active(chunk, mask, block, bucket, weights, *found, of)
-        results.append(found)
+    eps = torch.finfo(chunk.x.dtype).eps
+    if of is not None:  # targets are active
+        inside, local = target_columns(chunk, of.target)
+        mask[(inside.nonzero()[:, 0] // block), local[inside]] = 1
+    found = [  # which may overwrite the chunk
+        take(side, chunk._replace(x=clone(chunk.x)), mask, block, bucket, weights, of)
+        for side in (reference, backend)
+    ]
+    assert all(map(torch.equal, found[0][2:], found[1][2:]))
     tolerances = (4e-6 if of else 1e-6, 2 * eps if of else eps)
     if rounded:  # and an exponential of a logit up to 28 has its rounding so many times
         tolerances = (max(4 * eps, 4e-5), max(2 * eps, 4e-5))
-    for b, a, rtol in zip(*results, tolerances, strict=True):
+    for b, a, rtol in zip(*(side[:2] for side in found), tolerances, strict=True):
         torch.testing.assert_close(
             a.double(), b.double(), rtol=max(rtol, 1e-6), atol=max(2e-6, 2 * rtol * bool(of)),
             equal_nan=True,
         )  # fmt: skip
 
 
+def clone(x):
+    """As far from 16 bytes, and with rows as far apart."""
+    storage = x.new_empty(x.storage_offset() + len(x) * x.stride(0))
+    copied = storage[x.storage_offset() :].view(len(x), -1)[:, : x.shape[1]]
+    return copied.copy_(x)
+
+
 REFUSED = (
     ("mask", lambda t: t[:2], "mask"),
-    ("tail_gradient", torch.Tensor.double, "tail_gradient"),
     ("active", torch.Tensor.half, "active"),
     ("active", lambda t: t[::2], "active"),
 )
@@ -82,9 +102,14 @@ def assert_refuses_other_layouts(backend, block_of_40, *more):
     """Each change of an argument, and blocks of 40 rows, with an error that says so."""
     dz, mask = example(70, 200, torch.float32, 32, 64)
     given = {"chunk": Chunk(dz), "mask": mask, "tail_weights": tail_weights(200)}
-    given["tail_gradient"], given["active"] = outputs(dz, mask, 32, 64)
+    given |= {"active": space(dz, mask, 32), "tail": torch.zeros(4, 70)}
+
+    def call(chunk, mask, tail_weights, active, tail, block=32):
+        columns = ActiveColumns(mask, bucket_counts(mask, 64), tail)
+        backend.take_active(chunk, columns, block, 64, tail_weights, active, mask.sum(1).tolist())
+
     for name, change, said in (*REFUSED, *more):
         with pytest.raises(RuntimeError, match=said):
-            backend.split_active(block=32, bucket=64, **given | {name: change(given[name])})
+            call(**given | {name: change(given[name])})
     with pytest.raises(RuntimeError, match=block_of_40):
-        backend.split_active(block=40, bucket=64, **given | {"mask": mask[:2]})
+        call(**given | {"mask": mask[:2]}, block=40)
