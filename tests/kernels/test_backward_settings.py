@@ -43,6 +43,8 @@ def environment(name):
     return stack
 
 
+# Gathered head rows are multiplied by torch alone.
+SERVED = {name: op for name, op in OPERATIONS.items() if name != "log-probabilities in a set"}
 # Settings of forward, settings of backward, and the backend of both.
 CASES = {
     "reference, then none": (lambda: use_backend("reference"), nullcontext, "reference"),
@@ -64,7 +66,7 @@ CASES = {
 @pytest.mark.usefixtures("backward_in_thread")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("schedule", ["recompute", "keep", "forward"])
-@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+@pytest.mark.parametrize("operation", SERVED.values(), ids=SERVED)
 def test_backward_has_the_backend_of_forward(operation, schedule, case, served):
     first, then, name = CASES[case]
     tensors = [t.requires_grad_() for t in operation.inputs()]
