@@ -7,12 +7,15 @@ from hidden states and the head weight, with gradients, inside a fixed amount of
 import torch  # noqa: F401  first: the extensions share torch's OpenMP runtime
 
 from ift_kernels.backends import use_backend
+from ift_kernels.class_targets import CrossEntropyStats
 from ift_kernels.common.active_set import ActiveSet, ActiveSetStats, record_active_sets
 from ift_kernels.influence import exact_influence, influence
-from ift_kernels.linear import TokenStats, linear_cross_entropy, linear_logprobs
+from ift_kernels.linear import TokenStats, linear_logprobs
+from ift_kernels.linear_cross_entropy import linear_cross_entropy
 from ift_kernels.linear_divergence import linear_divergence
 from ift_kernels.linear_expected_embedding import linear_expected_embedding
 from ift_kernels.linear_selected import SelectedLogprobs, linear_selected_logprobs
+from ift_kernels.linear_soft_cross_entropy import linear_soft_cross_entropy
 from ift_kernels.linear_token import TokenChoice, linear_token
 from ift_kernels.linear_topk import TopK, linear_topk
 from ift_kernels.propagation import discounted_cumsum, propagation_weights
@@ -29,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActiveSet",
     "ActiveSetStats",
+    "CrossEntropyStats",
     "Plan",
     "SelectedLogprobs",
     "TokenChoice",
@@ -43,6 +47,7 @@ __all__ = [
     "linear_expected_embedding",
     "linear_logprobs",
     "linear_selected_logprobs",
+    "linear_soft_cross_entropy",
     "linear_token",
     "linear_topk",
     "mixed_in_ids",

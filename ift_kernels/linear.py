@@ -6,7 +6,7 @@ The one differentiable primitive of the package; its operators are in `operators
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.common.active_set import options as active_options
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.operators import frozen_head, head_call, linear_stats
-from ift_kernels.operators import scalar_loss as _scalar_loss  # noqa: F401  registers an operator
 from ift_kernels.schedule import plan
 
 
@@ -128,7 +127,7 @@ def linear_logprobs(
     check_deterministic(deterministic, active)
     track, differentiable = tracks(outputs, detached)
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
-    call = _Call(
+    call = Call(
         hidden, weight, target, bias, ignore_index, transform, workspace, logits_dtype,
         deterministic,
     )  # fmt: skip
@@ -154,105 +153,6 @@ def tracks(outputs: Collection[str], detached: Collection[str]) -> tuple[int, in
     return track, differentiable
 
 
-def linear_cross_entropy(
-    hidden: Tensor,  # (..., D)
-    weight: Tensor,  # (V, D)
-    target: Tensor,  # (...)
-    *,
-    bias: Tensor | None = None,  # (V,)
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    weight_grad_sum: str = "auto",
-    gradient: str | ActiveSet = "exact",
-    logits_dtype: torch.dtype | None = None,
-    deterministic: bool = False,
-    workspace: int | None = None,
-) -> Tensor:
-    """Cross-entropy of a linear head, without its logits.
-
-    With ``z`` the logits as in `linear_logprobs`, equals::
-
-        loss = cross_entropy(z, target, label_smoothing=label_smoothing, reduction="none")
-        loss = loss + z_loss * logsumexp(z, -1).square()
-        loss.sum() / num_items        # reduction "mean"; by default over the targets not ignored
-
-    Args:
-        label_smoothing: weight in [0, 1) of the uniform distribution. Default 0.
-        z_loss: coefficient ≥ 0 of the squared log-sum-exp. Default 0.
-        reduction: "mean", "sum" or "none" (shaped like `target`, 0 at ignored positions).
-        num_items: divisor of "mean", for losses whose mean runs over several calls (gradient
-            accumulation): at least 0, a number or a tensor of one; with 0 the mean is 0. Default:
-            the number of targets not ignored in this call.
-        weight_grad_sum: how a 16-bit gradient of weight is summed over blocks of tokens. "auto":
-            by a schedule that rounds it at most twice on a CPU and three times on a GPU, which
-            errs by up to √1.5 and √2 of a single rounding (R roundings by √((R + 1)/2)), or in
-            float32 where that is faster. "float32": never so; it is one product or a float32 sum,
-            rounded at the end. That can cost up to a product more. On a CPU, and before torch 2.8,
-            the terms of such a sum are rounded too, which errs by √2 at most whatever their number.
-            With reduction "none" and in `linear_logprobs` sums are float32 anyway.
-        The rest: as `linear_logprobs`.
-
-    Returns:
-        float32 scalar, or per-token losses. With every target ignored the mean is 0, not NaN as in
-        ``torch.nn.functional.cross_entropy``: such a batch sends no gradient.
-
-    Raises:
-        As `linear_logprobs`; ValueError for options outside the ranges above.
-
-    >>> hidden, weight = torch.randn(6, 16), torch.randn(100, 16)
-    >>> target = torch.randint(100, (6,))
-    >>> loss = linear_cross_entropy(hidden, weight, target)
-    >>> torch.allclose(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, target))
-    True
-    """
-    active = active_options(gradient)
-    check_deterministic(deterministic, active)
-    checks.one_of("reduction", reduction, ("mean", "sum", "none"))
-    checks.one_of("weight_grad_sum", weight_grad_sum, plan.WEIGHT_SUMS)
-    fp32_weight_sum = weight_grad_sum == "float32"
-    ignore_index = checks.integer("ignore_index", ignore_index)
-    label_smoothing = checks.number("label_smoothing", label_smoothing)
-    z_loss = checks.number("z_loss", z_loss)
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing: expected in [0, 1), got {label_smoothing}")
-    if not 0.0 <= z_loss < float("inf"):
-        raise ValueError(f"z_loss: expected a finite number ≥ 0, got {z_loss}")
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f"num_items: only divides reduction 'mean', got reduction {reduction!r}")
-    transform = LogitTransform.checked(logit_scale, softcap, temperature)
-    call = _Call(
-        hidden, weight, target, bias, ignore_index, transform, workspace, logits_dtype,
-        deterministic,
-    )  # fmt: skip
-    if reduction == "sum":
-        factor = torch.ones((), dtype=torch.float64, device=hidden.device)
-    elif num_items is None:
-        factor = (call.tensors[3] != ignore_index).sum().clamp(min=1).double().reciprocal()
-    else:
-        factor = checks.reciprocal("num_items", num_items, hidden.device)
-    grads_in_forward = reduction != "none" and call.schedule != "recompute"
-    if grads_in_forward and call.plan(active, fp32_weight_sum).schedule == "forward":
-        results = torch.ops.ift_kernels.linear_loss(
-            *call.tensors, factor, *call.options, label_smoothing, z_loss, fp32_weight_sum,
-            call.needs, call.for_hidden(active),
-        )  # fmt: skip
-        return cast(Tensor, results[0])
-    track = contract.TRACK_MEAN if label_smoothing else 0
-    stats = call.statistics(track, active, track)
-    loss = -stats.logprob
-    if label_smoothing:
-        loss = (1.0 - label_smoothing) * loss - label_smoothing * stats.mean_logit
-    if z_loss:
-        loss = loss + z_loss * stats.lse.square()
-    return loss if reduction == "none" else (loss.double().sum() * factor).to(loss.dtype)
-
-
 def check_deterministic(deterministic: bool, active: ActiveSet | None) -> None:
     """Refuse what cannot be had together."""
     checks.boolean("deterministic", deterministic)
@@ -263,8 +163,8 @@ def check_deterministic(deterministic: bool, active: ActiveSet | None) -> None:
         )
 
 
-class _Call:
-    """The checked arguments that both operators share."""
+class Call:
+    """The checked arguments of an operation on targets."""
 
     def __init__(
         self,

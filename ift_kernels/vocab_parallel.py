@@ -231,7 +231,7 @@ def _local(
 ) -> Statistics:
     """The statistics of one shard, shaped like `target`, with `norm` (2, ...)."""
     if shard.weight.shape[0]:
-        call = linear._Call(hidden, shard.weight, target, shard.bias, _IGNORE, transform, *numerics)
+        call = linear.Call(hidden, shard.weight, target, shard.bias, _IGNORE, transform, *numerics)
         stats = call.statistics(track, active, differentiable)
         return stats._replace(norm=stats.norm.view(2, *target.shape))
     # No rows: as if all were masked out. An edge of the graph all the same, or this process would

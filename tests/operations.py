@@ -21,6 +21,7 @@ from ift_kernels import (
     linear_expected_embedding,
     linear_logprobs,
     linear_selected_logprobs,
+    linear_soft_cross_entropy,
     propagation_weights,
     temporal_residual,
 )
@@ -93,6 +94,15 @@ def _selected_plain(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return WEIGHTS * (logp[:, SET[0, 0]] + logp.scatter(1, SET, -torch.inf).logsumexp(1))
 
 
+CLASS_WEIGHT = torch.linspace(0.5, 2, V)
+SOFT = torch.randn(N, V, generator=torch.Generator().manual_seed(9)).softmax(-1)
+
+
+def _weighted(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    options = {"class_weight": CLASS_WEIGHT, "label_smoothing": 0.3, "reduction": "none"}
+    return linear_cross_entropy(h, w, IDS, bias=b, **options)
+
+
 PREDICTED, LABELS = IDS.flip(0), torch.where(torch.arange(N) < 3, -100, IDS)
 
 
@@ -159,6 +169,20 @@ OPERATIONS: dict[str, Operation] = {
     "log-probabilities in a set": Operation(
         lambda h, w, b: _selected(h, w, b, outputs=("in_set_logprob",)),
         lambda h, w, b: WEIGHTS * _dense(h, w, b)[:, SET[0]].log_softmax(-1)[:, 0],
+        HEAD,
+    ),
+    "weighted cross-entropy": Operation(
+        _weighted,
+        lambda h, w, b: F.cross_entropy(
+            _dense(h, w, b), IDS, CLASS_WEIGHT, reduction="none", label_smoothing=0.3
+        ),
+        HEAD,
+    ),
+    "soft cross-entropy": Operation(
+        lambda h, w, b: linear_soft_cross_entropy(
+            h, w, lambda start, stop: SOFT[:, start:stop], bias=b, reduction="none"
+        ),
+        lambda h, w, b: F.cross_entropy(_dense(h, w, b), SOFT, reduction="none"),
         HEAD,
     ),
     "temporal residual": Operation(

@@ -66,16 +66,38 @@ def cross_entropy(
     z_loss: float = 0.0,
     reduction: str = "mean",
     num_items: float | None = None,
+    class_weight: Tensor | None = None,
 ) -> Tensor:
     """The loss of `ift_kernels.linear_cross_entropy`; 0 where every target is ignored."""
-    found = statistics(z, target, ignore_index)
-    loss = -found["logprob"]
+    found, valid = statistics(z, target, ignore_index), target != ignore_index
+    counted = valid
+    loss, uniform = -found["logprob"], found["mean_logit"] - found["lse"]
+    if class_weight is not None:
+        class_weight = class_weight.to(z.dtype)
+        counted = torch.where(valid, class_weight[torch.where(valid, target, 0)], 0)
+        loss, uniform = loss * counted, (class_weight * z.log_softmax(-1)).mean(-1)
+        uniform = torch.where(valid, uniform, 0)
     if label_smoothing:
-        uniform = found["mean_logit"] - found["lse"]
         loss = (1 - label_smoothing) * loss - label_smoothing * uniform
-    return reduced(
-        loss + z_loss * found["lse"].square(), target != ignore_index, reduction, num_items
-    )
+    return reduced(loss + z_loss * found["lse"].square(), counted, reduction, num_items)
+
+
+def soft_cross_entropy(
+    z: Tensor,
+    probs: Tensor,
+    valid: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    num_items: float | None = None,
+) -> Tensor:
+    """The loss of `ift_kernels.linear_soft_cross_entropy` from probabilities (..., V)."""
+    probs = (1 - label_smoothing) * probs.to(z.dtype) + label_smoothing / z.shape[-1]
+    probs = probs if class_weight is None else probs * class_weight.to(z.dtype)
+    loss = -_times(probs, z.log_softmax(-1)).sum(-1) + z_loss * z.logsumexp(-1).square()
+    return reduced(torch.where(valid, loss, 0), valid, reduction, num_items)
 
 
 def divergence(student: Tensor, teacher: Tensor, kind: str, beta: float = 0.5) -> Tensor:
@@ -97,12 +119,19 @@ def expected_embedding(z: Tensor, embedding: Tensor) -> Tensor:
 
 
 def reduced(each: Tensor, valid: Tensor, reduction: str, num_items: float | None = None) -> Tensor:
-    """Losses per token under a reduction; "mean" over the valid ones, or `num_items` of them."""
+    """Losses per token under a reduction; "mean" over the valid ones, or `num_items` of them.
+
+    `valid` may be weights.
+    """
     if reduction == "none":
         return each
     if reduction == "sum":
         return each.sum()
-    count = int(valid.sum().clamp(min=1)) if num_items is None else num_items
+    count = num_items
+    if count is None and valid.dtype == torch.bool:
+        count = int(valid.sum().clamp(min=1))
+    elif count is None:
+        count = float(valid.sum())
     return each.sum() / count if count else each.sum() * 0
 
 
