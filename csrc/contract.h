@@ -3,5 +3,5 @@
 #pragma once
 
 namespace ift {
-constexpr int kContract = 2;
+constexpr int kContract = 3;
 }  // namespace ift

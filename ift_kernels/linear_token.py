@@ -141,26 +141,10 @@ def _linear_token(
     dtype: torch.dtype,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    n, device = hidden.shape[0], hidden.device
-    backend = backends.get(hidden, dtype)
-    accum, operands = accum_dtype(dtype), operand_dtype(hidden, weight, dtype)
-    problem = plan.Problem(
-        n, weight.shape[0], weight.shape[1], dtype, workspace, same_dtype=weight.dtype == operands,
-        device=devices.of(device), deterministic=deterministic, operand_dtype=operands,
-    )  # fmt: skip
-    real = n
-    if deterministic:
-        n = padded_rows(problem, device)
-        problem = replace(problem, rows=n)
-        check_workspace(problem)
-    head = Head(
-        backend,
-        pad_row_stride(pad_rows(hidden, n).to(operands)),
-        weight,
-        None if bias is None else bias.to(accum).contiguous(),
-        LogitTransform(scale, softcap, temperature),
-        dtype,
-    )
+    real, device, accum = hidden.shape[0], hidden.device, accum_dtype(dtype)
+    transform = LogitTransform(scale, softcap, temperature)
+    head, planned = head_of(hidden, weight, bias, transform, workspace, dtype, deterministic)
+    backend, n = head.backend, len(head.hidden)
     state = contract.new_state(n, device)
     target = torch.full((n,), -1, dtype=torch.int64, device=device)
     track = 0 if sample or k > 1 else contract.TRACK_ARGMAX
@@ -169,7 +153,7 @@ def _linear_token(
     logit = torch.full((n,), -torch.inf, dtype=accum, device=device)
     numbers = torch.arange(row_offset, row_offset + n, device=device)
     with torch.autocast(device.type, enabled=False):
-        for tile in products.tiles(head, plan.make(problem)):
+        for tile in products.tiles(head, planned):
             products.update(head, tile, target, state, track)
             rows, chunk = tile.rows, head.chunk(tile)
             if sample:
@@ -186,6 +170,37 @@ def _linear_token(
     else:
         chosen, logprob = state.argmax, top - top
     return chosen[:real].contiguous(), (logprob - log_sum).to(accum)[:real].contiguous()
+
+
+def head_of(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    workspace: int,
+    dtype: torch.dtype,
+    deterministic: bool,
+) -> tuple[Head, plan.Plan]:
+    """The head of a call without gradients, and its plan; with rows of zeros to fill products."""
+    n, device = hidden.shape[0], hidden.device
+    operands = operand_dtype(hidden, weight, dtype)
+    problem = plan.Problem(
+        n, weight.shape[0], weight.shape[1], dtype, workspace, same_dtype=weight.dtype == operands,
+        device=devices.of(device), deterministic=deterministic, operand_dtype=operands,
+    )  # fmt: skip
+    if deterministic:
+        n = padded_rows(problem, device)
+        problem = replace(problem, rows=n)
+        check_workspace(problem)
+    head = Head(
+        backends.get(hidden, dtype),
+        pad_row_stride(pad_rows(hidden, n).to(operands)),
+        weight,
+        None if bias is None else bias.to(accum_dtype(dtype)).contiguous(),
+        transform,
+        dtype,
+    )
+    return head, plan.make(problem)
 
 
 library.register(

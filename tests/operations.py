@@ -20,6 +20,7 @@ from ift_kernels import (
     linear_divergence,
     linear_expected_embedding,
     linear_logprobs,
+    linear_selected_logprobs,
     propagation_weights,
     temporal_residual,
 )
@@ -75,6 +76,21 @@ TEACHER = tuple(torch.randn(s, generator=torch.Generator().manual_seed(8)) for s
 def _divergence(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
     s, t = _dense(h, w, b).log_softmax(-1), _dense(*TEACHER).log_softmax(-1)
     return (t.exp() * (t - s)).sum(-1)
+
+
+SET = torch.tensor([[7, 50]]).expand(N, 2)
+
+
+def _selected(h: Tensor, w: Tensor, b: Tensor, outputs: tuple[str, ...]) -> Tensor:
+    s = linear_selected_logprobs(h, w, SET, bias=b, outputs=outputs)
+    first = s.in_set_logprob if s.logprob is None else s.logprob
+    tail = 0.0 if s.tail_logprob is None else s.tail_logprob
+    return WEIGHTS * (first[:, 0] + tail)
+
+
+def _selected_plain(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    logp = _dense(h, w, b).log_softmax(-1)
+    return WEIGHTS * (logp[:, SET[0, 0]] + logp.scatter(1, SET, -torch.inf).logsumexp(1))
 
 
 PREDICTED, LABELS = IDS.flip(0), torch.where(torch.arange(N) < 3, -100, IDS)
@@ -134,6 +150,16 @@ OPERATIONS: dict[str, Operation] = {
         lambda h, w, e: linear_expected_embedding(h, w, e),
         lambda h, w, e: _dense(h, w).softmax(-1) @ e,
         (*HEAD[:2], (V, 4)),
+    ),
+    "selected log-probabilities": Operation(
+        lambda h, w, b: _selected(h, w, b, outputs=("logprob", "tail_logprob")),
+        lambda h, w, b: _selected_plain(h, w, b),
+        HEAD,
+    ),
+    "log-probabilities in a set": Operation(
+        lambda h, w, b: _selected(h, w, b, outputs=("in_set_logprob",)),
+        lambda h, w, b: WEIGHTS * _dense(h, w, b)[:, SET[0]].log_softmax(-1)[:, 0],
+        HEAD,
     ),
     "temporal residual": Operation(
         lambda table: temporal_residual(table, IDS, PREDICTED, LABELS, lam=0.2),

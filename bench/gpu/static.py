@@ -41,8 +41,8 @@ from ift_kernels.backends.triton import launch
 
 VERSION = ".".join(triton.__version__.split(".")[:2])  # as in LIMITS
 LIMITS = Path(__file__).with_name("static_limits.json")
-# Reads bytes, single flags or lists of ids; nothing to gain from wide accesses.
-NARROW = {"mask", "merge"}
+# Reads bytes, single flags, lists of ids or what they point to; nothing to gain from wide accesses.
+NARROW = {"mask", "merge", "take", "put"}
 # Touch every element once, so the bytes requested may hardly exceed the least; but for a bias,
 # which every row reads again from a cache.
 STREAMING = {"stats", "dlogits", "probabilities", "scale", "top_k", "gumbel", "scan", "residual",

@@ -74,6 +74,9 @@ def _epilogues(dtype: torch.dtype, full: bool, c: int, gap: int = 0) -> None:
         two = chunk, chunk._replace(x=y), kind, 0.5, norms
         backend.divergence_terms(*two, rows, rows.clone())
         backend.divergence_gradient_(*two, rows, norm[0], rows if kind == "forward" else None)
+    apart = contract.Selected(torch.arange(8).expand(n, 8).contiguous(), torch.zeros(n, 8))
+    backend.take_selected(chunk, apart)
+    backend.put_selected(chunk, apart)
     backend.scale_(x.contiguous(), torch.tensor(0.5))
     k = 64 if full else 2
     backend.top_k_update(chunk, torch.zeros(n, k), torch.zeros(n, k, dtype=torch.int64))

@@ -4,8 +4,9 @@
 
 #include "../contract.h"
 #include "epilogues.h"
-#include "temporal.h"
 #include "scans.h"
+#include "selected.h"
+#include "temporal.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -73,6 +74,20 @@ PYBIND11_MODULE(_cpu, m) {
       "probabilities",
       [](const Chunk& c, uintptr_t norm, int64_t norm_ld) {
         ift::epilogues().probabilities(c, pointer<float>(norm), norm_ld);
+      },
+      Release());
+  m.def(
+      "take_selected",
+      [](const Chunk& c, uintptr_t ids, uintptr_t values, int64_t k, float lowest) {
+        ift::take_selected(c, pointer<int64_t>(ids), pointer<float>(values), k, lowest);
+      },
+      Release());
+  m.def(
+      "put_selected",
+      [](const Chunk& c, uintptr_t ids, uintptr_t values, int64_t k, uintptr_t transposed,
+         int64_t transposed_ld) {
+        ift::put_selected(c, pointer<int64_t>(ids), pointer<float>(values), k,
+                          pointer<void>(transposed), transposed_ld);
       },
       Release());
   m.def(

@@ -66,6 +66,19 @@ PYBIND11_MODULE(_cuda, m) {
       },
       Release());
   m.def(
+      "take_selected",
+      [](const Queue& q, const Products& p, uintptr_t ids, uintptr_t values, int64_t k,
+         float lowest) {
+        gpu::take_selected(q, p, pointer<int64_t>(ids), pointer<float>(values), k, lowest);
+      },
+      Release());
+  m.def(
+      "put_selected",
+      [](const Queue& q, const Products& p, uintptr_t ids, uintptr_t values, int64_t k) {
+        gpu::put_selected(q, p, pointer<int64_t>(ids), pointer<float>(values), k);
+      },
+      Release());
+  m.def(
       "gumbel",
       [](const Queue& q, const Products& p, uint64_t seed, uintptr_t rows, uintptr_t best,
          uintptr_t logit, uintptr_t ids, uintptr_t keys) {

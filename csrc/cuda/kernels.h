@@ -44,6 +44,10 @@ void stats(const Queue&, const Products&, const int64_t* target, double* state, 
 void dlogits(const Queue&, const Products&, const int64_t* target, const float* norm,
              int64_t norm_ld, const float* coef, int64_t coef_ld);
 void probabilities(const Queue&, const Products&, const float* norm, int64_t norm_ld);
+// ids int64 and values float32, (rows, k); ids negative for none.
+void take_selected(const Queue&, const Products&, const int64_t* ids, float* values, int64_t k,
+                   float lowest);
+void put_selected(const Queue&, const Products&, const int64_t* ids, float* values, int64_t k);
 // keys: uint64 (rows, row_parts), or null where that is 1.
 void gumbel(const Queue&, const Products&, uint64_t seed, const int64_t* row_numbers, float* best,
             float* logit, int64_t* ids, void* keys);

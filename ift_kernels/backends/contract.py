@@ -14,7 +14,7 @@ from torch import Tensor
 from ift_kernels.common.transform import LogitTransform
 
 # Of all that is here, with csrc/contract.h: raised by a change that compiled code has to follow.
-VERSION = 2
+VERSION = 3
 
 # Rows of the running state. With m the running maximum of the logits z and e = exp(z − m):
 # m, Σe, z[target], Σe·(z−m), Σe², Σz, second maximum. The sums over e leave out the target's own
@@ -85,6 +85,16 @@ class RowGradient(NamedTuple):
         return RowGradient(*(value[..., rows] for value in self))
 
 
+class Selected(NamedTuple):
+    """Ids of the vocabulary that are apart from the rest, per row, and a number for each."""
+
+    ids: Tensor  # (N, K) int64, ascending, without repetition; negative: none
+    values: Tensor  # (N, K) float32 (float64 when computing in float64)
+
+    def rows(self, rows: slice) -> Selected:
+        return Selected(*(value[rows] for value in self))
+
+
 def new_state(rows: int, device: torch.device, *parts: int) -> RowState:
     """Empty running statistics; `parts`: leading dimension, one state per part of a row.
 
@@ -122,6 +132,14 @@ class Backend(Protocol):
         self, chunk: Chunk, row_gradient: RowGradient, transposed: Tensor | None = None
     ) -> None:
         """Overwrite a chunk by its gradient."""
+
+    def take_selected(self, chunk: Chunk, selected: Selected) -> None:
+        """Move the products of the selected columns to `selected.values`; the lowest stay."""
+
+    def put_selected(
+        self, chunk: Chunk, selected: Selected, transposed: Tensor | None = None
+    ) -> None:
+        """Overwrite the selected columns of a chunk by `selected.values`."""
 
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:
         """Times a factor, in place."""

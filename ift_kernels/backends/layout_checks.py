@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ift_kernels.backends.contract import Chunk, RowGradient, RowState
+from ift_kernels.backends.contract import Chunk, RowGradient, RowState, Selected
 
 # Codes of the dtypes that the extensions serve.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -44,6 +44,26 @@ def check_row_gradient(rows: int, row_gradient: RowGradient) -> None:
     check_vectors(rows, target=row_gradient.target)
     check_rows("norm", row_gradient.norm, rows)
     check_rows("coef", row_gradient.coef, rows)
+
+
+def check_transposed(x: Tensor, transposed: Tensor | None) -> None:
+    """A RuntimeError unless it can hold `x` transposed."""
+    if transposed is None:
+        return
+    check_rows("transposed", transposed, len(x))
+    if transposed.shape[0] != x.shape[1] or transposed.dtype != x.dtype:
+        raise RuntimeError(f"transposed: {tuple(transposed.shape)} for {tuple(x.shape)}")
+
+
+def check_selected(rows: int, selected: Selected) -> None:
+    ids, values = selected
+    contiguous = ids.is_contiguous() and values.is_contiguous()
+    dtypes = ids.dtype, values.dtype
+    if ids.shape != values.shape or len(ids) != rows or not contiguous:
+        shapes = tuple(ids.shape), tuple(values.shape)
+        raise RuntimeError(f"selected: expected contiguous (N, K) of {rows} rows, got {shapes}")
+    if dtypes != (torch.int64, torch.float32):
+        raise RuntimeError(f"selected: expected int64 ids and float32 values, got {dtypes}")
 
 
 def check_divergence_args(

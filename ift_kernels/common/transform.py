@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,16 @@ class LogitTransform:
         if self.softcap:
             z = self.softcap * torch.tanh(z / self.softcap)
         return z / self.temperature
+
+    @property
+    def lowest_product(self) -> float:
+        """A product whose logit is the lowest there is; −inf unless `bounded`."""
+        return -math.inf * self.scale if self.scale else 0.0
+
+    @property
+    def bounded(self) -> bool:
+        """Whether no product gives a logit of −inf."""
+        return bool(self.softcap) or self.scale == 0.0
 
     def derivative(self, z: Tensor) -> Tensor | float:
         """∂z/∂x, from the logits `z` themselves."""

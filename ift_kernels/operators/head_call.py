@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ift_kernels import backends
+from ift_kernels.backends.contract import Selected
 from ift_kernels.common import checks, sync_free
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.common.transform import LogitTransform
@@ -84,6 +85,7 @@ class Call:
         grads_in_forward: bool = False,
         active: ActiveHidden | None = None,
         fp32_weight_sum: bool = False,
+        selected: Selected | None = None,
     ) -> None:
         _, scale, softcap, temperature, workspace, dtype, _ = options
         self.dtype = dtype
@@ -111,6 +113,7 @@ class Call:
             None if bias is None else bias.to(accum_dtype(dtype)).contiguous(),
             LogitTransform(scale, softcap, temperature),
             dtype,
+            None if selected is None else self._selected(selected),
         )
         workspace = max(workspace - hidden.numel() * copies, workspace // 4)
         if self.problem.deterministic:
@@ -124,6 +127,13 @@ class Call:
         value = value if self.rows is None else value.index_select(-1, self.rows)
         missing = self.problem.rows - self.count
         return torch.nn.functional.pad(value, (0, missing)) if missing else value
+
+    def _selected(self, selected: Selected) -> Selected:
+        """The selected columns of the valid rows, none of those that only fill products."""
+        rows, missing = self.rows, self.problem.rows - self.count
+        found = (value if rows is None else value.index_select(0, rows) for value in selected)
+        pad = torch.nn.functional.pad
+        return Selected(*(pad(each, (0, 0, 0, missing), value=-1).contiguous() for each in found))
 
     def drop(self, value: Tensor, rows: slice) -> Tensor:
         """`value` (..., n) of these rows, 0 where they are not valid, whatever was there."""

@@ -17,6 +17,7 @@ from ift_kernels.common import sync_free
 from ift_kernels.operators import library
 from ift_kernels.operators.head_call import (
     Call,
+    Needs,
     Options,
     SavedBuffers,
     ValidRows,
@@ -25,6 +26,7 @@ from ift_kernels.operators.head_call import (
 )
 from ift_kernels.schedule import gradients, plan, products
 from ift_kernels.schedule.accumulate import accum_dtype
+from ift_kernels.schedule.active import ActiveHidden
 from ift_kernels.schedule.head import Results
 
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
@@ -176,15 +178,23 @@ def _stats(
     active = active_hidden(numbers)
     rows = ValidRows.of(valid)
     call = Call(hidden, weight, bias, rows, Options(*options), tuple(needs), active=active)
+    (state, argmax), kept = form_statistics(call, call.select(target), track, schedule)
+    return (*outputs(call, state, argmax, track), kept)
+
+
+def form_statistics(
+    call: Call, target: Tensor, track: int, schedule: str
+) -> tuple[contract.RowState, Tensor]:
+    """The running state after the whole vocabulary, and the products kept until backward."""
     chosen = plan.make(call.problem, plan.ledger.reserved, schedule or None)
     kept_rows = call.problem.rows if chosen.keep_columns else 0
     kept = call.head.buffer(kept_rows, chosen.keep_columns)
-    with torch.autocast(hidden.device.type, enabled=False):
-        state, argmax = products.statistics(
-            call.head, call.select(target), track, chosen, kept if chosen.keep_columns else None,
-            last=not any(needs),
+    with torch.autocast(target.device.type, enabled=False):
+        state = products.statistics(
+            call.head, target, track, chosen, kept if chosen.keep_columns else None,
+            last=not call.problem.any_gradient,
         )  # fmt: skip
-    return (*outputs(call, state, argmax, track), kept[: call.count])
+    return state, kept[: call.count]
 
 
 def _stats_fake(
@@ -243,12 +253,30 @@ def _stats_backward(
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *options, needs, numbers = rest
-    active = active_hidden(numbers)
     upstream = Upstream(d_logprob, d_lse, d_entropy, d_mean_logit, d_target_logit)
     coef = row_coefficients(norm, entropy, weight.shape[0], upstream)
     valid = target != options[0]
     # Rows without upstream gradient send none. A NaN upstream is not 0 and so stays in.
     nonzero_grad_rows = valid & (coef != 0).any(0)
+    return form_gradients(
+        (hidden, weight, bias), contract.RowGradient(target, norm, coef), valid, nonzero_grad_rows,
+        Options(*options), tuple(needs), kept, active_hidden(numbers),
+    )  # fmt: skip
+
+
+def form_gradients(
+    tensors: tuple[Tensor, Tensor, Tensor | None],
+    row_gradient: contract.RowGradient,
+    valid: Tensor,
+    nonzero_grad_rows: Tensor,
+    options: Options,
+    needs: Needs,
+    kept: Tensor | None,
+    active: ActiveHidden | None = None,
+    selected: contract.Selected | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a backward operator returns, given all rows; `kept` products are consumed."""
+    (hidden, weight, bias), (target, norm, coef) = tensors, row_gradient
     kept_bytes = 0 if kept is None else kept.numel() * kept.element_size()  # until backward ends
     rows, of_kept, all_nonzero = _backward_rows(valid, nonzero_grad_rows, kept)
     if rows.mask is not None:
@@ -258,7 +286,7 @@ def _stats_backward(
     elif not all_nonzero:
         # All rows, with hidden 0 where there is no upstream gradient: 0 times a NaN is NaN.
         hidden = hidden.masked_fill((valid & ~nonzero_grad_rows)[:, None], 0)
-    call = Call(hidden, weight, bias, rows, Options(*options), tuple(needs), active=active)
+    call = Call(hidden, weight, bias, rows, options, needs, active=active, selected=selected)
     kept = None if kept is None else _with_filled_rows(kept, call.problem.rows)
     # Of the same problem, so that with `kept` beside it everything fits as forward has planned.
     chosen = plan.make(call.problem, 0, "recompute", kept_bytes)
@@ -266,7 +294,7 @@ def _stats_backward(
         results = gradients.in_backward(
             call.head,
             contract.RowGradient(call.select(target), call.select(norm), call.select(coef)),
-            tuple(needs),
+            needs,
             hidden.dtype,
             chosen,
             kept,

@@ -100,6 +100,8 @@ class Gradients:
                 return mask
         transposed = None if self.transposed is None else self.transposed.of(product)
         head.backend.dlogits_(head.chunk(tile), row_gradient.rows(rows), transposed)
+        if head.selected is not None:
+            head.backend.put_selected(head.chunk(tile), head.selected.rows(rows), transposed)
         gradient = head.rounded(product)
         if transposed is None:
             transposed = gradient.T

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ift_kernels.backends.contract import Backend, Chunk
+from ift_kernels.backends.contract import Backend, Chunk, Selected
 from ift_kernels.common.transform import LogitTransform
 
 Results = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients of hidden, weight, bias
@@ -26,6 +26,8 @@ class Head:
     transform: LogitTransform
     # Of products: that of their operands, or float32 where the vendor does not round 16-bit ones.
     product_dtype: torch.dtype | None = None
+    # Columns that each row has apart: statistics leave them out, gradients take their values.
+    selected: Selected | None = None
     # The last chunk that was cast: one cast serves a tile's products and its gradient.
     _cast: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -75,7 +77,8 @@ class Head:
         return empty_padded(self.backend, self.hidden, *gradient.shape).copy_(gradient)
 
     def rows(self, rows: slice) -> Head:
-        return replace(self, hidden=self.hidden[rows])
+        selected = None if self.selected is None else self.selected.rows(rows)
+        return replace(self, hidden=self.hidden[rows], selected=selected)
 
 
 class Tile(NamedTuple):

@@ -65,6 +65,8 @@ def recomputed_tiles(head: Head, plan: Plan, first: int) -> Iterator[Tile]:
 def update(head: Head, tile: Tile, target: Tensor, state: RowState, track: int) -> None:
     """Update the running statistics with a tile."""
     rows = tile.rows
+    if head.selected is not None:
+        head.backend.take_selected(head.chunk(tile), head.selected.rows(rows))
     head.backend.stats_update(head.chunk(tile), target[rows], state.rows(rows), track)
 
 
@@ -87,7 +89,7 @@ def statistics(
     # One kernel for products and statistics, where a backend has it and its table prefers it.
     fused: Callable[..., bool] | None = getattr(head.backend, "fused_statistics", None)
     rounds = head.dtype != head.hidden.dtype or plan.product_rows  # otherwise than such a kernel
-    if last and kept is None and fused is not None and not rounds:
+    if last and kept is None and fused is not None and not rounds and head.selected is None:
         operands = head.hidden, head.weight, head.bias, head.transform
         if fused(*operands, target, state, track):
             return state

@@ -25,11 +25,15 @@ void top_k(const Chunk& c, float* values, int64_t* ids, int64_t k) {
         if (!(top > v[k - 1]) && id[k - 1] >= 0) continue;
         for (int j = 0; j < n; ++j) {
           if (!(z[j] > v[k - 1]) && id[k - 1] >= 0) continue;
-          int64_t slot = k - 1;
-          for (; slot > 0 && (z[j] > v[slot - 1] || id[slot - 1] < 0); --slot) {
-            v[slot] = v[slot - 1];
-            id[slot] = id[slot - 1];
+          int64_t slot = 0;  // the first that is beaten, by bisection
+          for (int64_t count = k - 1; count > 0;) {
+            const int64_t half = count / 2, at = slot + half;
+            const bool beaten = z[j] > v[at] || id[at] < 0;
+            if (!beaten) slot = at + 1;
+            count = beaten ? half : count - half - 1;
           }
+          std::copy_backward(v + slot, v + k - 1, v + k);
+          std::copy_backward(id + slot, id + k - 1, id + k);
           v[slot] = z[j];
           id[slot] = c.offset + begin + j;
         }

@@ -15,6 +15,7 @@ from ift_kernels.backends.cpu.extension import (
 )
 from ift_kernels.backends.cpu.sampling import gumbel_update, top_k_update
 from ift_kernels.backends.cpu.scans import scan
+from ift_kernels.backends.cpu.selected import put_selected, take_selected
 from ift_kernels.backends.cpu.statistics import stats_update
 from ift_kernels.backends.cpu.temporal import residual, residual_grad
 from ift_kernels.backends.reference import softmax_gradient_
@@ -29,6 +30,7 @@ __all__ = [
     "dlogits_",
     "gumbel_update",
     "probabilities_",
+    "put_selected",
     "residual",
     "residual_grad",
     "scale_",
@@ -37,6 +39,7 @@ __all__ = [
     "softmax_gradient_",
     "split_active",
     "stats_update",
+    "take_selected",
     "top_k_update",
     "transpose",
     "unsupported_reason",

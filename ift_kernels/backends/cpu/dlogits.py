@@ -6,16 +6,18 @@ from torch import Tensor
 
 from ift_kernels.backends.contract import Chunk, RowGradient
 from ift_kernels.backends.cpu.extension import compiled, products_of
-from ift_kernels.backends.layout_checks import address, check_row_gradient, check_rows
+from ift_kernels.backends.layout_checks import (
+    address,
+    check_row_gradient,
+    check_rows,
+    check_transposed,
+)
 
 
 def dlogits_(chunk: Chunk, row_gradient: RowGradient, transposed: Tensor | None = None) -> None:
     x, (target, norm, coef) = chunk.x, row_gradient
     check_row_gradient(len(x), row_gradient)
-    if transposed is not None:
-        check_rows("transposed", transposed, len(x))
-        if transposed.shape[0] != x.shape[1] or transposed.dtype != x.dtype:
-            raise RuntimeError(f"transposed: {tuple(transposed.shape)} for {tuple(x.shape)}")
+    check_transposed(x, transposed)
     compiled().dlogits(
         products_of(chunk),
         target.data_ptr(),

@@ -9,6 +9,7 @@ from ift_kernels.backends.cuda.extension import (
 )
 from ift_kernels.backends.cuda.sampling import gumbel_update, partly_plain_torch, top_k_update
 from ift_kernels.backends.cuda.scans import scan
+from ift_kernels.backends.cuda.selected import put_selected, take_selected
 from ift_kernels.backends.cuda.statistics import stats_update
 from ift_kernels.backends.cuda.temporal import residual, residual_grad
 from ift_kernels.backends.reference import scratch, softmax_gradient_
@@ -29,6 +30,7 @@ __all__ = [
     "gumbel_update",
     "partly_plain_torch",
     "probabilities_",
+    "put_selected",
     "residual",
     "residual_grad",
     "scale_",
@@ -37,6 +39,7 @@ __all__ = [
     "softmax_gradient_",
     "split_active",
     "stats_update",
+    "take_selected",
     "top_k_update",
     "transpose",
     "unsupported_reason",

@@ -20,6 +20,7 @@ from ift_kernels.backends.reference.dlogits import dlogits_, probabilities_, sof
 from ift_kernels.backends.reference.sampling import gumbel_update, top_k_update
 from ift_kernels.backends.reference.scaling import scale_
 from ift_kernels.backends.reference.scans import scan
+from ift_kernels.backends.reference.selected import put_selected, take_selected
 from ift_kernels.backends.reference.statistics import stats_update
 from ift_kernels.backends.reference.temporal import residual, residual_grad
 
@@ -32,6 +33,7 @@ __all__ = [
     "dlogits_",
     "gumbel_update",
     "probabilities_",
+    "put_selected",
     "residual",
     "residual_grad",
     "scale_",
@@ -40,6 +42,7 @@ __all__ = [
     "softmax_gradient_",
     "split_active",
     "stats_update",
+    "take_selected",
     "top_k_update",
     "transpose",
     "unsupported_reason",

@@ -8,22 +8,50 @@ from torch import Tensor
 from ift_kernels.backends.contract import Chunk
 from ift_kernels.backends.reference.chunk import logits
 
+_NOTHING = -(2**63)  # the key of a placeholder
+_KEYS = 4096  # columns whose keys, of 8 bytes, are formed at once
+
 
 def top_k_update(chunk: Chunk, values: Tensor, ids: Tensor) -> None:
     """Update the k best logits so far with one chunk, in place.
 
     `values` float32 (N, k), descending, starts at −inf and `ids` at −1; chunks come in order of
-    `offset`, the first at 0 and at least k wide.
+    `offset`, the first at 0. Of equal logits the lower id is ahead; NaN is ahead of all.
     """
-    z, offset = logits(chunk).to(values.dtype), chunk.offset
-    columns = torch.arange(offset, offset + z.shape[1], device=z.device).expand_as(z)
-    # The −inf placeholders of the first call (ids −1) must lose against tokens at −inf.
-    parts = [(values, ids), (z, columns)] if offset else [(z, columns), (values, ids)]
-    both, both_ids = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    # A stable sort keeps the earlier of two equal logits first, and earlier here is the lower id.
-    order = both.sort(dim=1, descending=True, stable=True).indices[:, : values.shape[1]]
+    for start in range(0, chunk.x.shape[1], _KEYS):
+        some = slice(start, start + _KEYS)
+        bias = None if chunk.bias is None else chunk.bias[some]
+        part = chunk._replace(x=chunk.x[:, some], bias=bias, offset=chunk.offset + start)
+        z = logits(part).to(values.dtype)
+        columns = torch.arange(part.offset, part.offset + z.shape[1], device=z.device)
+        merge_top_k(values, ids, z, columns.expand_as(z))
+
+
+def merge_top_k(values: Tensor, ids: Tensor, z: Tensor, columns: Tensor) -> None:
+    """Update the k best with logits (N, C) of `columns`: higher ids, or negative for none."""
+    k = values.shape[1]
+    if values.dtype == torch.float32:
+        keys = torch.cat([_keys(values, ids), _keys(z, columns)], 1).topk(k).values
+        ordered = (keys >> 32).int()
+        bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
+        empty = keys == _NOTHING
+        values.copy_(bits.view(torch.float32).masked_fill(empty, -torch.inf))
+        ids.copy_(((keys & 0x7FFFFFFF) ^ 0x7FFFFFFF).masked_fill(empty, -1))
+        return
+    both, both_ids = torch.cat([values, z], 1), torch.cat([ids, columns], 1)
+    # Stable sorts keep the earlier of two equal logits first; placeholders lose even at −inf.
+    order = both.sort(dim=1, descending=True, stable=True).indices
+    last = (both_ids.gather(1, order) < 0).byte().sort(dim=1, stable=True).indices
+    order = order.gather(1, last)[:, :k]
     values.copy_(both.gather(1, order))
     ids.copy_(both_ids.gather(1, order))
+
+
+def _keys(z: Tensor, ids: Tensor) -> Tensor:
+    """int64 that orders by a float32 logit, then by lowest id; a NaN is above all, −0 equals 0."""
+    bits = (z + 0.0).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill(z.isnan(), 0x7FFFFFFF)
+    return ((ordered.long() << 32) | (ids ^ 0x7FFFFFFF)).masked_fill(ids < 0, _NOTHING)
 
 
 def _mulhilo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:

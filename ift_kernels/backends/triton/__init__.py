@@ -30,7 +30,8 @@ transpose = reference.transpose  # never called, since none is wanted
 _MODULES = {
     "statistics": ("stats_update",),
     "dlogits": ("dlogits_", "probabilities_", "softmax_gradient_"),
-    "sampling": ("top_k_update", "gumbel_update"),
+    "sampling": ("top_k_update", "gumbel_update", "partly_plain_torch"),
+    "selected": ("take_selected", "put_selected"),
     "active": ("active_mask", "split_active", "bucket_sums"),
     "divergence": ("divergence_terms", "divergence_gradient_"),
     "scaling": ("scale_",),

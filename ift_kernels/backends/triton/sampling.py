@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ift_kernels.backends import reference
 from ift_kernels.backends.contract import Chunk
 from ift_kernels.backends.layout_checks import check_chunk, check_top_k, check_vectors
 from ift_kernels.backends.triton.common import (
@@ -22,6 +23,7 @@ from ift_kernels.backends.triton.common import (
 from ift_kernels.backends.triton.launch import config, launch, power_of_two, shape_class
 
 MIN_KEY = tl.constexpr(-(2**63))
+MAX_TOP_K = 64  # as in `top_k_kernel`
 NO_ID = tl.constexpr(2**31 - 1)
 
 
@@ -155,7 +157,14 @@ def gumbel_kernel(
     tl.store(ids + row * ids_stride, drawn.to(tl.int64) + offset, mask=is_new_max)
 
 
+def partly_plain_torch() -> list[str]:
+    return [f"top_k_update of k > {MAX_TOP_K}"]
+
+
 def top_k_update(chunk: Chunk, values: Tensor, ids: Tensor) -> None:
+    if values.shape[1] > MAX_TOP_K:  # registers of one program
+        reference.top_k_update(chunk, values, ids)
+        return
     rows, columns = check_chunk(chunk)
     x, bias, transform, offset = chunk
     check_top_k(rows, values, ids)

@@ -106,3 +106,23 @@ def reduced(each: Tensor, valid: Tensor, reduction: str, num_items: float | None
 def _times(probability: Tensor, factor: Tensor) -> Tensor:
     """The product, 0 where the probability is 0: a forbidden token has an infinite factor."""
     return probability * torch.where(probability > 0, factor, 0)
+
+
+def selected(z: Tensor, ids: Tensor, ignore_index: int = IGNORE_INDEX) -> dict[str, Tensor]:
+    """Every output of `linear_selected_logprobs` from logits (..., V) and ids (..., K)."""
+    there = ids != ignore_index
+    valid, at = there.any(-1), torch.where(there, ids, 0)
+    logp = z.log_softmax(-1)
+    inside = torch.zeros(z.shape, device=z.device).scatter_add(-1, at, there.float()) > 0
+    # Of no ids any numbers, which nothing takes: -inf alone would be NaN, and so its gradient.
+    of_ids = z.gather(-1, at).masked_fill(~there, -torch.inf).masked_fill(~valid[..., None], 0.0)
+    tail = logp.masked_fill(inside, -torch.inf)
+    tail = tail.masked_fill((inside.all(-1) | ~valid)[..., None], 0.0).logsumexp(-1)
+    found = {
+        "lse": z.logsumexp(-1),
+        "in_set_lse": of_ids.logsumexp(-1),
+        "tail_logprob": torch.where(inside.all(-1), -torch.inf, tail),
+    }
+    found = {name: torch.where(valid, value, 0) for name, value in found.items()}
+    per_id = {"logprob": logp.gather(-1, at), "in_set_logprob": of_ids.log_softmax(-1)}
+    return found | {name: torch.where(there, value, 0) for name, value in per_id.items()}

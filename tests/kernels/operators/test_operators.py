@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ift_kernels
-from ift_kernels import ActiveSet, exact_influence, linear_cross_entropy, linear_token
+from ift_kernels import ActiveSet, exact_influence, linear_cross_entropy, linear_token, linear_topk
 from ift_kernels.schedule import plan
 from operations import HEAD, IDS, OPERATIONS, TEACHER
 
@@ -53,6 +53,7 @@ def calls():
             hidden, weight, target, gradient=options
         ).logprob.sum().backward()
         linear_token(*TEACHER)
+        linear_topk(*TEACHER, 3)
     return recorder.calls
 
 
