@@ -128,7 +128,8 @@ def operations(size: Size = SMALL) -> dict[str, Callable[[], Any]]:
         return gradients(from_hidden(*arguments, *rows, **reference, **some))
 
     kinds = (getattr(losses, name) for name in losses.__all__ if name.endswith("Loss"))
-    made = [kind() for kind in kinds if kind is not losses.Loss]
+    # Losses of a teacher's ids take other arguments.
+    made = [kind() for kind in kinds if kind not in (losses.Loss, losses.TopKDistillationLoss)]
     return {
         "linear_logprobs": forward,
         "linear_logprobs, backward": lambda: gradients(logprobs().logprob),

@@ -1,4 +1,4 @@
-"""The command line: ``ift train``, ``report``, ``dynamics``, ``doctor`` and ``numerics``.
+"""The command line, ``ift``: train, score, report, dynamics, doctor and numerics.
 
 A mistake of the user ends in one line on stderr and exit code 2.  torch and transformers are
 imported only once a command needs them, so ``ift --help`` and argument errors are immediate.

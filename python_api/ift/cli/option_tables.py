@@ -166,6 +166,13 @@ HEATMAP_OPTIONS = {
                           number("0, or a whole number of at least 2",
                                  lambda x: x == 0 or x >= 2, int), "N", 0),
 }  # fmt: skip
+SCORE_OPTIONS = {
+    "topk": Option("also write the N best ids of each token with their log-probabilities, for "
+                   "`ift.teacher_shards.TeacherDataset`; rows as `ift train --loss sft` reads them",
+                   number("a whole number from 1 to 511", lambda x: 1 <= x <= 511, int), "N"),
+    "shard_rows": Option("rows of a file of scores: what a process does at a time, and what is "
+                         "lost when it is stopped", positive_int, "N", 256),
+}  # fmt: skip
 REPORT_OPTIONS = {
     "output": Option("page to write", str, "HTML", "report.html"),
     "title": Option("above the page", str, "TEXT", "Runs"),
@@ -178,6 +185,7 @@ DEFAULTS = {
         MODEL_OPTIONS,
         PROBE_OPTIONS,
         HEATMAP_OPTIONS,
+        SCORE_OPTIONS,
     )
     for name, option in options.items()
 }

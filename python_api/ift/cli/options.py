@@ -43,6 +43,7 @@ from ift.cli.option_tables import (
     REPLACES,
     REPORT_OPTIONS,
     RUN_OPTIONS,
+    SCORE_OPTIONS,
     TRAINING_OPTIONS,
 )
 
@@ -125,6 +126,9 @@ def build_parser() -> Parser:
         "runs", nargs="+", metavar="RUN", help="output of `ift train` or `ift dynamics run`"
     )
     add_options(report, "page", REPORT_OPTIONS)
+    _add_score(commands.add_parser(
+        "score", help="log-likelihoods of the answers in a file; a teacher's best ids, to distil"
+    ))  # fmt: skip
     _add_dynamics(commands.add_parser("dynamics", help="watch what training does to other answers"))
     return parser
 
@@ -141,6 +145,25 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         for name, option in PAIR_OPTIONS.items()
     }
     add_options(parser, "preference losses; defaults as in ift.losses", pairs)
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "data", metavar="FILE", help="rows as of `ift train --data`, or `prompt`, `choices` and "
+        "`answer`"
+    )  # fmt: skip
+    inputs = {name: INPUT_OPTIONS[name] for name in ("model", "columns", "system")}
+    add_options(parser, "what to score", inputs | {
+        "output": Option("gets scores-*.jsonl, summary.json and with --topk the shards and "
+                         "index.json; the same command again continues", str, "DIR",
+                         required=True),
+        **SCORE_OPTIONS,
+    })  # fmt: skip
+    names = ("batch_size", "max_length", "truncate", "bf16", "logits_dtype", "deterministic",
+             "seed", "cpu")  # fmt: skip
+    weights = {name: MODEL_OPTIONS[name] for name in ("dtype", "attn")}
+    add_options(parser, "how", {name: TRAINING_OPTIONS[name] for name in names} | weights)
+    parser.set_defaults(**dict.fromkeys([*DEFAULTS, *OPTIONS, "allow_new_weights"]))
 
 
 def _add_dynamics(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ from ift.losses.preference import (
 from ift.losses.ratios import importance_weights, kl_estimate
 from ift.losses.reinforce import REINFORCELoss, RLOOLoss, reinforce_loss, rloo_loss
 from ift.losses.sft import SFTLoss, sft_loss
+from ift.losses.topk_distillation import TopKDistillationLoss, topk_distillation_loss
 
 __all__ = [
     "CPOLoss",
@@ -41,6 +42,7 @@ __all__ = [
     "SFTLoss",
     "SLiCLoss",
     "SimPOLoss",
+    "TopKDistillationLoss",
     "cpo_loss",
     "distillation_loss",
     "dpo_loss",
@@ -61,5 +63,6 @@ __all__ = [
     "sft_loss",
     "simpo_loss",
     "slic_loss",
+    "topk_distillation_loss",
     "value_loss",
 ]

@@ -292,7 +292,7 @@ def test_robust_is_an_unbiased_sigmoid():
 PER_CALL = {
     *("cu_seqlens", "metrics", "num_items", "num_pairs", "num_rows", "entropy", "lse"),
     *("mean_logit", "weights", "importance", "reference", "values", "old_values", "returns", "kl"),
-    *("sum_sq", "reference_kl"),
+    *("sum_sq", "reference_kl", "tail_logprob", "teacher_tail_logprob", "label_logprob"),
 }
 MODULES = [
     module
