@@ -39,7 +39,7 @@ SOURCES = (
     "tests/proofs/properties.py",
 )
 PACKAGES = ("torch", "hypothesis")
-NUMBER, CHUNK = 3_000, 250
+NUMBER, CHUNK = 10_000, 250
 REFUSED = 0.25  # of deterministic calls at most: a refused one shows nothing
 LIMIT_SECONDS = 900  # for one chunk, on a machine that is busy with other things
 
