@@ -1,11 +1,12 @@
 """The examples: those of the integrations are short, and they learn."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
 
-from examples import policy_gradient, sampler_match
+from examples import policy_gradient, sampler_match, topk_distillation
 from processes import results
 
 EXAMPLES = ("train_loop", "train_transformers", "train_trl_ift", "train_trl_dpo", "train_fsdp2")
@@ -68,6 +69,20 @@ def test_what_a_sampler_cannot_do_is_refused_before_any_work(given, tmp_path, mo
         sampler_match.main(given)
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"argument {given[0]}: expected a" in last and repr(given[1]) in last
+
+
+def test_a_student_of_stored_ids_reaches_the_loss_of_one_of_whole_distributions(tmp_path):
+    report = topk_distillation.main(["--steps", "40", "--output", str(tmp_path)])
+    whole, topk = (report["divergence"][way] for way in ("whole", "topk"))
+    assert whole[-1] < 0.3 * whole[0] and topk[-1] < 0.3 * topk[0]
+    assert report["loss"]["topk"] == pytest.approx(report["loss"]["whole"], rel=0.02)
+    size = report["bytes_per_token"]
+    assert size["topk"] < size["whole"] / 7
+    shards = sum(path.stat().st_size for path in (tmp_path / "scores").glob("topk-*"))
+    summary = json.loads((tmp_path / "scores" / "summary.json").read_text())
+    # Ids and labels of the rows are in the shards, too.
+    assert size["topk"] < shards / summary["tokens"] < size["topk"] + 32
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo", "rloo", "reinforce", "cispo"])
