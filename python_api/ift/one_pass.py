@@ -39,7 +39,8 @@ def loss_pass(
 
     Args:
         unshifted: the model takes labels as targets of their own positions (`measure.measure`).
-        loss: a function of (logprob, mask), or of (stats, mask) with an attribute `takes_stats`.
+        loss: a function of (logprob, mask), or of (stats, mask) with an attribute `takes_stats`,
+            which may have the one that it wraps as `loss`. Statistics for options come by name.
         warned: warnings already logged; None: log none.
 
     Raises:
@@ -48,7 +49,8 @@ def loss_pass(
     """
     expected = _expected(model, kwargs, unshifted)
     takes_stats = getattr(loss, "takes_stats", False)  # a loss of this package, as ValleyGuard
-    statistics, outputs, detached = taken_statistics(loss or sft_loss, {})
+    inner = getattr(loss, "loss", None) if takes_stats else loss
+    statistics, outputs, detached = taken_statistics(inner or sft_loss, {})
     if takes_stats:
         outputs += ("argmax_logprob",)
     for _ in range(2):

@@ -11,6 +11,7 @@ import transformers as hf
 
 from causal_lms import V, assert_same_step, batch, make, step
 from ift.config import IFTConfig
+from ift.dynamics import ValleyGuard
 from ift.losses import SFTLoss, sft_loss
 from ift.patching import patch, unpatch
 
@@ -121,7 +122,7 @@ def test_a_loss_of_the_caller_counts_its_own_items():
         model(**batch(), loss=lambda p, m: -p.sum(), num_items_in_batch=torch.tensor(3))
 
 
-@pytest.mark.parametrize("held_by", ["module", "partial"])
+@pytest.mark.parametrize("held_by", ["module", "partial", "guard"])
 def test_a_loss_gets_the_statistics_that_its_options_take(held_by):
     model = make("llama")
     ids = batch()
@@ -132,7 +133,8 @@ def test_a_loss_gets_the_statistics_that_its_options_take(held_by):
     options = {"scaling": "deft", "z_loss": 0.1}
     lse = model(**ids).logits[:, :-1].logsumexp(-1).detach()
     wanted = sft_loss(own, target != -100, sum_sq=logp.exp().square().sum(-1), lse=lse, **options)
-    loss = SFTLoss(**options) if held_by == "module" else partial(sft_loss, **options)
+    loss = SFTLoss(**options) if held_by != "partial" else partial(sft_loss, **options)
+    loss = ValleyGuard(loss) if held_by == "guard" else loss
     torch.testing.assert_close(patch(model)(**ids, loss=loss).loss, wanted, rtol=1e-5, atol=1e-5)
 
 

@@ -14,7 +14,7 @@ from ift import losses
 from ift.cli.trainer import ResumableRun
 from ift.head_pass import evaluating
 from ift.integrations.metrics import TargetMetrics
-from ift.integrations.transformers import refuse_unsupported
+from ift.integrations.transformers import averaged_processes, refuse_unsupported
 from ift.losses import Loss
 from ift.losses.dpo import SORTED
 from ift.one_pass import target_logprobs
@@ -112,7 +112,7 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
         self._add_train_sums(model, [*values, *counts])
         value = output.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            value = value * self.accelerator.num_processes  # DDP averages
+            value = value * averaged_processes(self)
         return (value, output) if return_outputs else value
 
     def _loss(

@@ -41,7 +41,7 @@ class ValleyGuard:
 
     def __init__(
         self,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: Callable[..., Tensor],
         *,
         mask: bool = False,
         valley: float = VALLEY,
@@ -54,13 +54,13 @@ class ValleyGuard:
         self.peak = checks.unit_interval("peak", peak)
         self._counts: Tensor | None = None
 
-    def __call__(self, stats: TokenStats, mask: Tensor) -> Tensor:
-        """The loss of the batch."""
+    def __call__(self, stats: TokenStats, mask: Tensor, **statistics: Tensor) -> Tensor:
+        """The loss of the batch; `statistics` for its options, such as an entropy."""
         assert stats.logprob is not None and stats.argmax_logprob is not None
         with torch.no_grad():
             valley = in_valley(stats.logprob, stats.argmax_logprob, self.valley, self.peak) & mask
         logprob: Tensor = _Guarded.apply(stats.logprob, valley, self)  # type: ignore[no-untyped-call]  # torch has none
-        return self.loss(logprob, mask)
+        return self.loss(logprob, mask, **statistics)
 
     @property
     def negative_tokens(self) -> int:

@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ift.config import IFTConfig
-from ift.documents import IGNORE_INDEX, rows_with_targets
+from ift.documents import IGNORE_INDEX, boundaries, document_starts, rows_with_targets
 from ift.head_pass import plain_head
 from ift.integrations.metrics import TwoPassMetrics
 from ift.losses import SFTLoss
@@ -38,6 +38,14 @@ def freeze_unreached_embedding(model: Any, config: IFTConfig) -> None:
 def row_flags(batch: dict[str, Any]) -> Tensor:
     """One label per row that has response tokens: what the IFT loss is a mean over."""
     return torch.where(rows_with_targets(batch), 0, IGNORE_INDEX)
+
+
+def averaged_processes(trainer: Any) -> int:
+    """How many processes DDP averages over, as `Trainer.compute_loss` multiplies by: those that
+    share a batch under tensor parallelism are one."""
+    of_a_batch = trainer.get_tp_size() if hasattr(trainer, "get_tp_size") else 1
+    processes: int = trainer.accelerator.num_processes // of_a_batch
+    return processes
 
 
 def refuse_unsupported(trainer: Any) -> None:
@@ -82,14 +90,14 @@ class IFTTrainer(TwoPassMetrics, Trainer):
         ift_config: options of the loss; None for supervised fine-tuning. `step` and `num_rows` are
             the trainer's to set.
         loss: an `ift.losses.SFTLoss` in place of cross-entropy, such as ``SFTLoss(scaling="dft")``;
-            a mean over the tokens, or the rows, of the whole optimizer step.
+            a mean over the tokens, or the rows (packed: documents), of the whole optimizer step.
         gradient, logits_dtype, deterministic: of the head, as in `ift.patch`.
 
     Raises:
         ValueError: options of `args` that the losses do not have: label smoothing, sequence or
             context parallelism, torch's DataParallel, Liger; a `compute_loss_func`; a `loss`
             beside `ift_config`, that is no mean, or that needs a frozen model (`kl_coef`).
-        TypeError: a model that `ift.patch` refuses.
+        TypeError: a model that `ift.patch` refuses; a `loss` that is no `SFTLoss`.
     """
 
     def __init__(
@@ -171,11 +179,18 @@ class IFTTrainer(TwoPassMetrics, Trainer):
         count: Any,
     ) -> Any:  # fmt: skip
         """The parent's `compute_loss` with `loss`, which divides by the count of the step."""
-        name = "num_rows" if loss.reduction == "row_mean" else "num_items"
-        bound = functools.partial(loss, **{name: count})
+        if loss.reduction == "row_mean":  # packed rows are documents, as `row_flags` counts them
+            labels = inputs["labels"]
+            packed = inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
+            starts = document_starts(labels, *packed)
+            if starts is not None:  # the document before does not predict a first token
+                inputs = {**inputs, "labels": labels.masked_fill(starts, IGNORE_INDEX)}
+            bound = functools.partial(loss, num_rows=count, cu_seqlens=boundaries(starts))
+        else:
+            bound = functools.partial(loss, num_items=count)
         value, outputs = super().compute_loss(model, {**inputs, "loss": bound}, True)
         if count is not None and self.args.average_tokens_across_devices:
-            value = value * self.accelerator.num_processes  # DDP averages
+            value = value * averaged_processes(self)
         return (value, outputs) if return_outputs else value
 
 

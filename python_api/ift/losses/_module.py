@@ -76,10 +76,11 @@ def from_hidden(
     Args:
         loss: a function of `ift.losses`, or one of its modules.
         hidden, weight, target, bias, ignore_index, logit_scale, softcap, temperature, gradient,
-            logits_dtype, deterministic, workspace: as in `ift_kernels.linear_logprobs`, the last
-            three of the reference, too; `target` is (B, T) or packed (T,), shifted, and masked
-            where it is `ignore_index`.
-        args, options: what else the loss takes.
+            logits_dtype, deterministic, workspace: as in `ift_kernels.linear_logprobs`; of the
+            reference, too, are `temperature` and the last three; `target` is (B, T) or packed
+            (T,), shifted, and masked where it is `ignore_index`.
+        args, options: what else the loss takes. A statistic given here, such as `entropy`, takes
+            the place of that of the pass.
         reference: log-probabilities of the reference model, or its `Head`, whose are then computed
             here without gradient: one product with its weight. Of `sft_loss` a `Head`.
         metrics: gets the metrics of the loss, and ``token_accuracy`` and ``entropy`` of the pass.
@@ -137,7 +138,8 @@ def _reference_kl(
     reference: Tensor | Head | None, head: dict[str, Any], options: dict[str, Any],
 ) -> dict[str, Tensor]:  # fmt: skip
     """KL from the distributions of a reference's head, for losses that take one."""
-    if "reference_kl" in options or not given_options(loss, options).get("kl_coef"):
+    given = given_options(loss, options)
+    if given.get("reference_kl") is not None or not given.get("kl_coef"):
         if reference is not None:
             raise ValueError(
                 "reference: expected None without kl_coef, or beside reference_kl, got one"
@@ -164,14 +166,14 @@ def taken_statistics(
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """What a loss takes beside log-probabilities, and `outputs` and `detached` for the pass.
 
-    The metrics take an entropy, too, without gradient.
+    The metrics take an entropy, too, without gradient. A statistic that is given is not taken.
     """
     given = given_options(loss, options)
     statistics = tuple(
         name for name, users in OPTION_OUTPUTS.items()
         if any(given.get(user) in values if values else given.get(user)
                for user, values in users.items())
-        and name in accepted(loss)
+        and given.get(name) is None and name in accepted(loss)
     )  # fmt: skip
     outputs = ("logprob", "entropy", "argmax", *(n for n in statistics if n != "entropy"))
     return statistics, outputs, () if given.get("entropy_coef") else ("entropy",)
@@ -283,7 +285,8 @@ class Loss(nn.Module):
         size = self.options.get("group_size", 2)
         count = size if isinstance(size, int) and size > 0 else 2
         one = torch.zeros(count, 1, device="cpu")  # whatever the default device is
-        given = {n: one for n in (*OPTION_OUTPUTS, "reference") if n in accepted(self)}
+        taken, *_ = taken_statistics(self, {})
+        given = {n: one for n in (*taken, "reference") if n in accepted(self)}
         if self.options.get("kl_coef") and "reference_kl" in accepted(self):
             given["reference_kl"] = one
         rows = [torch.ones(count, device="cpu")] * self.needs

@@ -16,11 +16,9 @@ from torch.nn import functional as F
 from ift.losses._module import Loss
 from ift.losses._tokens import Metrics, Pairs
 from ift.losses.preference import (
-    NLL,
     PairTokens,
     check_pairs,
     logistic,
-    not_negative,
     positive,
     record_rewards,
 )
@@ -176,10 +174,6 @@ def dpo_loss(
             "of a step do not add up to it"
         )
     check_pairs(beta, label_smoothing, reduction)
-    not_negative("nll_weight", nll_weight)
-    checks.one_of("nll", nll, NLL)
-    if num_items is not None and not nll_weight:
-        raise ValueError(f"num_items: expected None without nll_weight, got {num_items}")
     tokens = PairTokens(logprob, mask, cu_seqlens) if kind != "rejected_free" else _Chosen(
         logprob, mask, cu_seqlens
     )  # fmt: skip
@@ -200,8 +194,7 @@ def dpo_loss(
     elif kind == "aot_unpaired":
         margin = torch.sub(*(_sorted(x, tokens.counted) for x in ratios))
     loss = FORMULAS[kind](Ratios(*ratios, beta * margin, beta, label_smoothing, discopop_tau))
-    if nll_weight:
-        loss = loss + nll_weight * tokens.chosen_nll(nll, num_items, num_pairs)
+    loss = loss + tokens.chosen_nll(nll_weight, nll, num_items, num_pairs)
     record_rewards(metrics, tokens, Pairs(beta * ratios.chosen, beta * ratios.rejected))
     return tokens.reduce(loss, reduction, num_pairs)
 

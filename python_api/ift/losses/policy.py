@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from ift.losses._reduce import divide, mean_over_rows
 from ift.losses._tokens import Metrics, Tokens, record
 from ift.losses.preference import not_negative, positive
 from ift.losses.ratios import (
+    KL_KINDS,
     LARGEST_LOG_RATIO,
     clipped,
     kl_estimate,
@@ -58,7 +60,8 @@ def _gamma_weight(
 
     log_w = tokens.sums(bounded(log_ratio, -LARGEST_LOG_RATIO))
     if importance is not None:
-        log_w = log_w + tokens.sums_of("importance", bounded(importance.log(), SMALLEST_LOG_WEIGHT))
+        log_factors = bounded(importance.to(tokens.dtype).log(), SMALLEST_LOG_WEIGHT)
+        log_w = log_w + tokens.sums_of("importance", log_factors)
     log_w = tokens.rows.spread(bounded(log_w, SMALLEST_LOG_WEIGHT))
     shape, rate = (torch.where(advantage >= 0, *pair).to(log_w) for pair in (shapes, rates))
     return torch.exp(shape * log_w - rate * torch.expm1(log_w))
@@ -132,7 +135,7 @@ def grpo_loss(
             weight is the row's anyway.
         epsilon, epsilon_high: clip range, default .2 on both sides; `epsilon_high` None is
             `epsilon`. "cispo" has the upper one only (TRL's `epsilon_high` is then 1 + ours), above
-            -1: its bound may lie below 1.
+            -1: its bound may lie below 1. "sapo" and "vespo" clip nothing.
         delta: also cut r at `delta` > 1 + epsilon_high where A < 0 (two-sided clipping, the same as
             PPO's dual clip).
         temperatures: of "sapo", for A > 0 and A ≤ 0; above 0.
@@ -154,7 +157,8 @@ def grpo_loss(
             have tokens.
         metrics: a dict that gets ``ratio``, ``clip_low``, ``clip_high`` and, with `delta`,
             ``clip_delta``, and ``clip_fraction`` of them all (shares of tokens whose gradient is
-            clipped away; of "cispo" of those whose ratio is), ``approx_kl`` (k3 of the step),
+            clipped away; "cispo" has the last, of those whose ratio is; "sapo" and "vespo" none),
+            ``approx_kl`` (k3 of the step),
             ``kl`` and ``perplexity``.
 
     Returns:
@@ -169,10 +173,18 @@ def grpo_loss(
         checks.one_of("level", level, LEVELS)
         if surrogate == "vespo":
             raise ValueError(f"level: expected None with kind 'vespo', got {level!r}")
+    checks.one_of("kl_kind", kl_kind, KL_KINDS)
+    for name, pair in (
+        ("temperatures", temperatures), ("gamma_shapes", gamma_shapes), ("gamma_rates", gamma_rates)
+    ):  # fmt: skip
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(f"{name}: expected two numbers, for A above and below 0, got {pair!r}")
     high = epsilon if epsilon_high is None else epsilon_high
     for name, value in (("epsilon", epsilon), ("kl_coef", kl_coef), ("entropy_coef", entropy_coef),
                         *(("gamma_shapes", k) for k in gamma_shapes)):  # fmt: skip
         not_negative(name, value)
+    if epsilon_high is not None and surrogate in ("sapo", "vespo"):
+        raise ValueError(f"epsilon_high: expected None with kind {kind!r}, got {epsilon_high}")
     if surrogate != "cispo":
         not_negative("epsilon_high", high)
     elif not -1 < checks.number("epsilon_high", high) < math.inf:

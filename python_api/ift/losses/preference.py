@@ -58,22 +58,31 @@ class PairTokens(Tokens):
         return divide(per_pair.sum(), "num_pairs", count)
 
     def chosen_nll(
-        self, average: str, num_items: float | Tensor | None, num_pairs: float | Tensor | None
-    ) -> Tensor:
-        """Negative log-likelihood of the chosen responses per pair, (pairs,).
+        self,
+        weight: float,
+        average: str,
+        num_items: float | Tensor | None,
+        num_pairs: float | Tensor | None,
+    ) -> Tensor | float:
+        """`weight` times the negative log-likelihood of the chosen responses per pair, (pairs,).
 
         "row": its mean per token. "token": scaled so that `reduce` gives the mean over tokens.
         """
+        not_negative("nll_weight", weight)
         checks.one_of("nll", average, NLL)
+        if not weight:
+            if num_items is not None:
+                raise ValueError(f"num_items: expected None without nll_weight, got {num_items}")
+            return 0.0
         if average == "row":
             if num_items is not None:
                 raise ValueError("num_items: expected None with nll 'row', got a number")
-            return -self.pair_means(self.logprob).chosen
+            return -weight * self.pair_means(self.logprob).chosen
         if (num_items is None) != (num_pairs is None):
             raise ValueError("num_items: expected together with num_pairs (nll 'token'), got one")
         count = self.lengths.chosen.sum() if num_items is None else num_items
         pairs = self.counted.sum() if num_pairs is None else num_pairs
-        return -divide(self.pair_sums(self.logprob).chosen * pairs, "num_items", count)
+        return -weight * divide(self.pair_sums(self.logprob).chosen * pairs, "num_items", count)
 
 
 def check_pairs(beta: float, label_smoothing: float, reduction: str, most: float = 0.5) -> None:
@@ -176,7 +185,6 @@ def cpo_loss(
     """
     checks.one_of("kind", kind, ("sigmoid", "hinge", "ipo", "simpo"))
     check_pairs(beta, label_smoothing, reduction)
-    not_negative("nll_weight", nll_weight)
     if label_smoothing and kind in ("hinge", "ipo"):
         raise ValueError(f"label_smoothing: expected 0 with kind {kind!r}, got {label_smoothing}")
     tokens = PairTokens(logprob, mask, cu_seqlens)
@@ -189,8 +197,7 @@ def cpo_loss(
         loss = (h / beta - 1 / (2 * beta)).square()
     else:
         loss = logistic(h - gamma if kind == "simpo" else h, label_smoothing)
-    if nll_weight:
-        loss = loss + nll_weight * tokens.chosen_nll(nll, num_items, num_pairs)
+    loss = loss + tokens.chosen_nll(nll_weight, nll, num_items, num_pairs)
     record_rewards(metrics, tokens, rewards)
     return tokens.reduce(loss, reduction, num_pairs)
 
@@ -261,12 +268,11 @@ def orpo_loss(
         The rest: as `cpo_loss`.
     """
     check_pairs(beta, 0.0, reduction)
-    not_negative("nll_weight", nll_weight)
     tokens = PairTokens(logprob, mask, cu_seqlens)
     mean = tokens.pair_means(tokens.logprob)
     log_odds = (mean.chosen - mean.rejected) - (log1mexp(mean.chosen) - log1mexp(mean.rejected))
-    likelihood = tokens.chosen_nll(nll, num_items, num_pairs)
-    loss = nll_weight * likelihood - beta * F.logsigmoid(log_odds)
+    loss = -beta * F.logsigmoid(log_odds)
+    loss = loss + tokens.chosen_nll(nll_weight, nll, num_items, num_pairs)
     record_rewards(metrics, tokens, Pairs(beta * mean.chosen, beta * mean.rejected))
     if metrics is not None:
         counted = torch.where(tokens.counted, log_odds, 0)
@@ -302,13 +308,11 @@ def slic_loss(
     """
     check_pairs(beta, 0.0, reduction)
     not_negative("delta", delta)
-    not_negative("nll_weight", nll_weight)
     tokens = PairTokens(logprob, mask, cu_seqlens)
     scores = (tokens.pair_means if length_normalized else tokens.pair_sums)(tokens.logprob)
     rewards = Pairs(beta * scores.chosen, beta * scores.rejected)
     loss = F.relu(delta - (rewards.chosen - rewards.rejected))
-    if nll_weight:
-        loss = loss + nll_weight * tokens.chosen_nll(nll, num_items, num_pairs)
+    loss = loss + tokens.chosen_nll(nll_weight, nll, num_items, num_pairs)
     record_rewards(metrics, tokens, rewards)
     return tokens.reduce(loss, reduction, num_pairs)
 

@@ -76,9 +76,9 @@ def sft_loss(
         weights: per token, shape of `logprob`, or (rows,); constants or not. Default 1.
         lse, mean_logit: of the logits, shape of `logprob`, as `ift_kernels.linear_logprobs` gives;
             needed for label smoothing (both) and z-loss (the first).
-        entropy: of the distributions, likewise, for "eaft". The published code approximates it by
-            the entropy among the 20 largest logits; that may be given, too.
-        sum_sq: Σp² of the distributions, likewise, for "deft".
+        entropy: of the distributions, likewise, for "eaft" alone. The published code approximates
+            it by the entropy among the 20 largest logits; that may be given, too.
+        sum_sq: Σp² of the distributions, likewise, for "deft" alone.
         reference_kl: KL(frozen model ‖ this one) of each token, of `ift_kernels.linear_divergence`
             with ``reduction="none"``, for `kl_coef`. `from_hidden` computes it from a `Head` given
             as `reference`.
@@ -88,12 +88,13 @@ def sft_loss(
 
     Returns:
         Scalar, or the shape of `logprob` for "none"; fp64 for fp64 and fp32 otherwise. 0 where
-        there is no response token.
+        there is no response token, and for a token that "dft" or "eaft" scales by 0, even if its
+        `logprob` is −∞.
 
     Raises:
         TypeError, ValueError: unknown reduction, shapes that do not match, malformed `cu_seqlens`,
             a divisor that is negative or that the reduction does not use, options out of range, one
-            without the tensor that it needs.
+            without the tensor that it needs, a tensor without its option.
 
     >>> logprob, mask = torch.tensor([0.9, 0.1]).log(), torch.ones(2)
     >>> for scaling, more in (("dft", {}), ("deft", {"sum_sq": torch.tensor([0.8, 0.8])})):
@@ -113,13 +114,16 @@ def sft_loss(
     not_negative("kl_coef", kl_coef)
     if scaling == "deft" and label_smoothing:
         raise ValueError(f"label_smoothing: expected 0 with scaling 'deft', got {label_smoothing}")
+    for name, given, user in (("entropy", entropy, "eaft"), ("sum_sq", sum_sq, "deft")):
+        if given is not None and scaling != user:
+            raise ValueError(f"{name}: expected None with scaling {scaling!r}, got a tensor")
     if reference_kl is not None and not kl_coef:
         raise ValueError("reference_kl: expected None without kl_coef, got a tensor")
     loss = torch.where(tokens.mask, -tokens.logprob, 0)
     if scaling == "deft":
         focus = tokens.like("sum_sq", _given("sum_sq", sum_sq, "scaling 'deft'")).detach()
-        some = torch.where(focus > 0, focus, 1)
-        loss = torch.where(focus > 0, -torch.expm1(some * tokens.logprob) / some, loss)
+        some = torch.where(focus == 0, 1, focus)
+        loss = torch.where(focus == 0, loss, -torch.expm1(some * tokens.logprob) / some)
     if label_smoothing or z_loss:
         lse = tokens.like("lse", _given("lse", lse, "label_smoothing or z_loss"))
     if label_smoothing and lse is not None:
@@ -129,10 +133,10 @@ def sft_loss(
     if z_loss and lse is not None:
         loss = loss + z_loss * lse.square()
     if scaling == "dft":
-        loss = loss * tokens.logprob.detach().exp()
+        loss = _scaled(loss, tokens.logprob.detach().exp())
     elif scaling == "eaft":
         uncertainty = tokens.like("entropy", _given("entropy", entropy, "scaling 'eaft'"))
-        loss = loss * (uncertainty.detach() / EAFT_ENTROPY).clamp(0, 1)
+        loss = _scaled(loss, (uncertainty.detach() / EAFT_ENTROPY).clamp(0, 1))
     if kl_coef:
         kl = tokens.like("reference_kl", _given("reference_kl", reference_kl, "kl_coef"))
         record(metrics, kl=tokens.mean(kl))
@@ -147,6 +151,11 @@ def sft_loss(
     if reduction == "sum":
         return loss.sum()
     return divide(loss.sum(), "num_items", tokens.total if num_items is None else num_items)
+
+
+def _scaled(loss: Tensor, scale: Tensor) -> Tensor:
+    """Their product; 0 at a scale of 0, which is the limit where the loss is infinite."""
+    return torch.where(scale == 0, 0, loss * scale)
 
 
 def _given(name: str, value: Tensor | None, option: str) -> Tensor:

@@ -1,5 +1,7 @@
 """`IFTTrainer`: what one optimizer step means, what is logged, what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers as hf
@@ -9,7 +11,8 @@ from ift.cli.losses import sft_config
 from ift.cli.preference import PairTrainer
 from ift.cli.trainer import RunTrainer
 from ift.config import IFTConfig
-from ift.integrations.transformers import IFTTrainer
+from ift.integrations.transformers import IFTTrainer, averaged_processes
+from ift.losses import SFTLoss
 from ift.patching import patch
 from processes import results
 from trainers import SGD, training_arguments
@@ -84,6 +87,27 @@ def test_accumulated_rows_are_one_batch(tmp_path, config, size, average, trainer
     assert_close(parts.gradients[0], whole.gradients[0], 1e-5)
     loss = [t.state.log_history[0]["loss"] for t in (parts, whole)]
     assert loss[0] == pytest.approx(loss[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "row_mean"])
+def test_packed_rows_are_rows_for_a_loss(tmp_path, reduction):
+    """A mean over rows is one over packed documents, in parts of a step, too."""
+    more = {"loss": SFTLoss(reduction=reduction, scaling="dft")}
+    whole = trained(tmp_path, None, more=more)
+    more["data_collator"] = hf.DataCollatorWithFlattening()
+    data = [{name: ids.tolist() for name, ids in row.items()} for row in rows(LENGTHS)]
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    packed = trained(tmp_path, None, data=data, more=more, **sizes)
+    assert_close(packed.gradients[0], whole.gradients[0], 1e-5)
+    loss = [t.state.log_history[0]["loss"] for t in (packed, whole)]
+    assert loss[0] == pytest.approx(loss[1], rel=1e-5)
+
+
+def test_processes_that_share_a_batch_are_one_of_the_average():
+    """As transformers multiplies its own loss, also without `get_tp_size`."""
+    four = SimpleNamespace(num_processes=4)
+    assert averaged_processes(SimpleNamespace(accelerator=four)) == 4
+    assert averaged_processes(SimpleNamespace(accelerator=four, get_tp_size=lambda: 2)) == 2
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

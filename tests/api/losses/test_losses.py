@@ -413,6 +413,24 @@ X = torch.zeros(2, 2)
             lambda: losses.dpo_loss(X, torch.ones(2, 2), num_items=3), ValueError,
             "num_items: expected None without nll_weight, got 3",
         ),
+        (
+            lambda: losses.cpo_loss(X, torch.ones(2, 2), nll_weight=0, num_items=3), ValueError,
+            "num_items: expected None without nll_weight, got 3",
+        ),
+        (lambda: losses.SLiCLoss(nll="x"), ValueError, "nll: expected one of .*got 'x'"),
+        (
+            lambda: losses.sft_loss(X, torch.ones(2, 2), entropy=X), ValueError,
+            "entropy: expected None with scaling 'none', got a tensor",
+        ),
+        (lambda: losses.GRPOLoss(kl_kind="x"), ValueError, "kl_kind: expected one of .*got 'x'"),
+        (
+            lambda: losses.GRPOLoss(kind="vespo", epsilon_high=0.3), ValueError,
+            "epsilon_high: expected None with kind 'vespo', got 0.3",
+        ),
+        (
+            lambda: losses.GRPOLoss(kind="vespo", gamma_shapes=2.0), ValueError,
+            "gamma_shapes: expected two numbers, .*got 2.0",
+        ),
     ],
 )  # fmt: skip
 def test_errors(make, error, said):

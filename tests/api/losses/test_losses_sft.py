@@ -118,3 +118,34 @@ def test_deft_of_the_flattest_distribution_is_the_log_likelihood():
         torch.testing.assert_close(value, losses.sft_loss(logprob, ones))
         torch.testing.assert_close(*(torch.autograd.grad(x, logprob)[0] for x in
                                      (value, losses.sft_loss(logprob, ones))))  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling", ["dft", "deft", "eaft"])
+def test_a_token_without_probability(scaling):
+    """Its gradient is 0, and so is its loss, or 1/α; a NaN stays one."""
+    logprob = torch.tensor([[-torch.inf, -0.0, -1e4]]).requires_grad_()
+    statistic = {"deft": "sum_sq", "eaft": "entropy"}.get(scaling)
+    given = {statistic: torch.tensor([[0.0, 0.5, 0.5]] if scaling == "eaft" else [[0.5] * 3])}
+    given = given if statistic else {}
+    ones = torch.ones(1, 3)
+    value = losses.sft_loss(logprob, ones, scaling=scaling, reduction="none", **given)
+    gate = 1e4 * 0.5 / math.log(20)
+    wanted = {"dft": [0.0, 0.0, 0.0], "deft": [2.0, 0.0, 2.0], "eaft": [0.0, 0.0, gate]}[scaling]
+    torch.testing.assert_close(value, torch.tensor([wanted]))
+    assert torch.autograd.grad(value.sum(), logprob)[0].isfinite().all()
+    unknown = torch.full((1, 3), torch.nan)
+    given = dict.fromkeys(given, unknown)
+    x = logprob if given else unknown
+    assert losses.sft_loss(x, ones, scaling=scaling, **given).isnan()
+
+
+def test_a_statistic_that_is_given_is_not_replaced():
+    hidden, weight, target, _ = inputs(2)
+    entropy = torch.full(target.shape, 0.3).double()
+    by_hand = losses.from_hidden(losses.sft_loss, hidden, weight, target) * 0.3 / math.log(20)
+    for loss, call in (
+        (losses.SFTLoss(scaling="eaft"), {"entropy": entropy}),
+        (functools.partial(losses.sft_loss, scaling="eaft", entropy=entropy), {}),
+    ):
+        value = losses.from_hidden(loss, hidden, weight, target, **call)
+        torch.testing.assert_close(value, by_hand)

@@ -257,7 +257,8 @@ def test_grpo(kind, theirs, options):
     metrics = {}
     ours = losses.grpo_loss(
         logprob, mask, advantages, old, kind=kind, level=None if kind == "gspo" else
-        options.get("level"), epsilon=0.15, epsilon_high=high, delta=delta,
+        options.get("level"), epsilon=0.15, delta=delta,
+        epsilon_high=None if kind in ("sapo", "vespo") else high,
         temperatures=(1.1, 1.3), kl_coef=beta, kl_correction=correction,
         reference=reference if beta else None, entropy=entropy,
         entropy_coef=options.get("entropy", 0.0), max_length=20 if kind == "dr_grpo" else None,

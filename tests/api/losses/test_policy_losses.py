@@ -122,3 +122,14 @@ def test_clip_fraction_counts_what_delta_cuts():
     metrics = {}
     losses.ppo_loss(logprob, mask, advantages, old, dual_clip=2.0, metrics=metrics)
     assert round(float(metrics["clip_fraction"]) * 7) == 4
+
+
+def test_vespo_takes_importance_in_16_bits():
+    """Its logarithms are those of the numbers that it holds, not rounded once more."""
+    logprob, mask = -torch.rand(2, 40), torch.ones(2, 40)
+    importance = (1 + torch.rand(2, 40) / 8).to(torch.bfloat16)
+    one, two = (
+        losses.grpo_loss(logprob, mask, torch.tensor([1.0, -1.0]), kind="vespo", importance=x)
+        for x in (importance, importance.double())
+    )
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=0)
