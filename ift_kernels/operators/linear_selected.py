@@ -51,13 +51,11 @@ def lse_of_rest(head: Head, state: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp (N,) of the columns that are not selected, float64, and `norm` (2, N) of it."""
     top, total = state[contract.MAX], state[contract.SUM]
     assert head.selected is not None
-    taken = (head.selected.ids >= 0).sum(1)
-    if head.transform.bounded:
-        # What is left in place of the selected columns counts. None is larger than the lowest, so
-        # beside the rest this is K / (V − K) of it at most.
+    if head.transform.bounded and not head.masks_selected:
+        # What is left in place of the selected columns counts, each at most as much as any other:
+        # together at most as much as the rest.
+        taken = (head.selected.ids >= 0).sum(1)
         total = total - taken * (_lowest_logit(head) - top).exp()
-        top = top.masked_fill(taken == head.vocabulary, -torch.inf)
-        total = total.masked_fill(taken == head.vocabulary, 0.0)
     norm = torch.stack([top, total.log()])
     return norm.sum(0), norm
 

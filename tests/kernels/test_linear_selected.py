@@ -99,6 +99,15 @@ def test_the_whole_vocabulary_and_all_but_one(transform):
         check(h, ids)
 
 
+@pytest.mark.parametrize("transform", [{"softcap": 0.5}, {"logit_scale": 0.0}], ids=str)
+def test_a_rest_that_is_few_of_a_bounded_transform(transform):
+    """What is left in place of 500 ids would outweigh three others."""
+    h, _ = problem(30, 8, 503, 1, ignored=0.0, bias=True, **transform)
+    ids = torch.stack([torch.randperm(503)[:500] for _ in range(30)])
+    ids[0, 100:], ids[1] = -100, -100
+    check(h, ids, ("lse", "tail_logprob"))
+
+
 @pytest.mark.parametrize("workspace", [None, SMALL])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_in_the_set_alone(dtype, workspace, monkeypatch):
