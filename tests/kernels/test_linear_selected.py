@@ -186,6 +186,20 @@ def test_forbidden_tokens():
     torch.testing.assert_close(found.logprob, wanted["logprob"])
     (d_hidden,) = torch.autograd.grad(found.logprob[1].sum() + found.lse.sum(), h.hidden)
     assert d_hidden.isfinite().all()
+    ids[1] = torch.tensor([0, 1, 2, 3, 4, -100])  # a whole set of them
+    found = linear_selected_logprobs(h.hidden, h.weight, ids, bias=h.bias, outputs=NAMES)
+    assert found.in_set_lse[1] == -torch.inf and found.tail_logprob[1] == 0
+    assert found.in_set_logprob[1, :5].isnan().all()
+
+
+def test_backward_has_no_copy_of_kept_products():
+    h, ids = problem(400, 8, 2000, 6)
+    options = {"outputs": ("in_set_lse", "tail_logprob"), "workspace": 8 << 20}
+    with plan.use_schedule("keep"):
+        found = linear_selected_logprobs(h.hidden, h.weight, ids, **options)
+        with Allocations() as used:
+            found.in_set_lse.sum().backward()
+    assert used.largest < SMALL
 
 
 def test_memory():
@@ -207,6 +221,7 @@ def test_memory():
         ({"ids": [[1, 2], [3, 3]]}, ValueError, "ids: .* once, got 3 twice at token 1"),
         ({"ids": [[1, 2], [3, 40]]}, ValueError, r"ids: expected ids in \[0, 40\)"),
         ({"ids": [[1, -3], [3, 4]]}, ValueError, "got -3 at flat position 1"),
+        ({"ids": [[1], [40]]}, ValueError, r"^ids: expected ids in \[0, 40\)"),
         ({"ids": [1, 2]}, ValueError, "ids: expected a tensor"),
         ({"ids": [[], []]}, ValueError, "ids: expected 1 to 512 ids"),
         ({"ids": [[1.0, 2.0], [3.0, 4.0]]}, TypeError, "ids: expected int64 or int32"),
