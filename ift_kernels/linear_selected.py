@@ -251,9 +251,10 @@ class _Normalised(torch.autograd.Function):
         valid = there.any(-1, keepdim=True)
         z = z.masked_fill(~there, -torch.inf)
         top, at = z.masked_fill(~valid, 0.0).max(-1, keepdim=True)
-        gap = (z - top).scatter(-1, at, top - top)  # NaN, of an infinity, stays one
-        log_sum = gap.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True).log1p()
-        logp, lse = gap - log_sum, (top + log_sum)[..., 0]
+        zero = top - top  # NaN, of an infinity, and so is all of that row
+        gap = (z - top).scatter(-1, at, zero)
+        log_sum = gap.exp().scatter(-1, at, zero).sum(-1, keepdim=True).log1p()
+        logp, lse = gap - log_sum, torch.where(top.isinf(), top, top + log_sum)[..., 0]
         return torch.where(there, logp, 0.0), torch.where(valid[..., 0], lse, 0.0)
 
     @staticmethod
@@ -279,7 +280,12 @@ def _of_one(
     """Of sets of one id."""
     wanted = {"logprob": "logprob", "lse": "lse", "in_set_lse": "target_logit"}
     asked = {wanted.get(name, "target_logit") for name in names}
-    stats = linear.linear_logprobs(hidden, weight, target, outputs=tuple(sorted(asked)), **options)
+    try:
+        stats = linear.linear_logprobs(
+            hidden, weight, target, outputs=tuple(sorted(asked)), **options
+        )
+    except ValueError as error:
+        raise ValueError(str(error).replace("target: ", "ids: ", 1)) from None
     found = {name: getattr(stats, of) for name, of in wanted.items() if name in names}
     if "logprob" in names:
         found["logprob"] = found["logprob"][..., None]

@@ -132,8 +132,9 @@ class Call:
         """The selected columns of the valid rows, none of those that only fill products."""
         rows, missing = self.rows, self.problem.rows - self.count
         found = (value if rows is None else value.index_select(0, rows) for value in selected)
-        pad = torch.nn.functional.pad
-        return Selected(*(pad(each, (0, 0, 0, missing), value=-1).contiguous() for each in found))
+        pad, below = torch.nn.functional.pad, (0, 0, 0, missing)
+        filled = zip(found, (-1, 0), strict=True)
+        return Selected(*(pad(each, below, value=value).contiguous() for each, value in filled))
 
     def drop(self, value: Tensor, rows: slice) -> Tensor:
         """`value` (..., n) of these rows, 0 where they are not valid, whatever was there."""

@@ -51,13 +51,11 @@ def lse_of_rest(head: Head, state: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp (N,) of the columns that are not selected, float64, and `norm` (2, N) of it."""
     top, total = state[contract.MAX], state[contract.SUM]
     assert head.selected is not None
-    taken = (head.selected.ids >= 0).sum(1)
-    if head.transform.bounded:
-        # What is left in place of the selected columns counts. None is larger than the lowest, so
-        # beside the rest this is K / (V − K) of it at most.
+    if head.transform.bounded and not head.masks_selected:
+        # What is left in place of the selected columns counts, each at most as much as any other:
+        # together at most as much as the rest.
+        taken = (head.selected.ids >= 0).sum(1)
         total = total - taken * (_lowest_logit(head) - top).exp()
-        top = top.masked_fill(taken == head.vocabulary, -torch.inf)
-        total = total.masked_fill(taken == head.vocabulary, 0.0)
     norm = torch.stack([top, total.log()])
     return norm.sum(0), norm
 
@@ -155,13 +153,24 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     hidden, weight, bias, ids, valid, *options, _, _ = inputs
     _, _, norm, kept = output
     ctx.mark_non_differentiable(norm, kept)
+    ctx.set_materialize_grads(False)  # zeros as large as `kept` among them
     ctx.save_for_backward(hidden, weight, bias, ids, valid, norm)
     ctx.options, ctx.sync_free = options, sync_free.on()
     # Not saved: consumed by the first backward, in place; a second one recomputes.
     ctx.kept = head_call.SavedBuffers((kept,)) if kept.shape[0] else None
 
 
-def _autograd(ctx: Any, d_product: Tensor, d_rest: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _autograd(
+    ctx: Any, d_product: Tensor | None, d_rest: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    nothing: tuple[None, ...] = (None,) * (len(ctx.options) + 4)
+    if d_product is None and d_rest is None:
+        return (None, None, None, *nothing)
+    *_, ids, valid, norm = ctx.saved_tensors
+    if d_product is None:
+        d_product = norm.new_zeros(ids.shape)
+    if d_rest is None:
+        d_rest = norm.new_zeros(valid.shape, dtype=torch.float64)
     needs = list(ctx.needs_input_grad[:3])
     args = (*ctx.saved_tensors, d_product, d_rest, *ctx.options, needs)
     # As of `linear_stats`.
@@ -171,7 +180,6 @@ def _autograd(ctx: Any, d_product: Tensor, d_rest: Tensor, *_: Any) -> tuple[Ten
         saved, ctx.kept = ctx.kept, None
         results = torch.ops.ift_kernels.linear_selected_backward_kept(*args, saved.tensors[0])
         saved.release()
-    nothing: tuple[None, ...] = (None,) * (len(ctx.options) + 4)
     return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
 
 

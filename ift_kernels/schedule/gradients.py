@@ -6,6 +6,7 @@ Which schedule runs when, and how much memory it takes, is in `plan`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -214,14 +215,16 @@ class Gradients:
         return self.hidden_result(), self.weight_result(), self.bias_result()
 
 
-def common_factor(coef: Tensor) -> Tensor:
-    """What coefficients (4, N) are divided by where the gradients of tiles are rounded, of float32.
+def common_factor(*coefficients: Tensor) -> Tensor:
+    """What coefficients are divided by where the gradients of tiles are rounded, of float32.
 
     The largest of them, less powers of two above 1: so one that all rows share, as 1 / N of a mean,
     becomes a power of two. Rounded in every element alike, it would be a bias of all sums; and
     float16 would underflow.
     """
-    most = coef.abs().nan_to_num(0, 0, 0).amax().clamp(min=torch.finfo(coef.dtype).tiny)
+    tiny = torch.finfo(coefficients[0].dtype).tiny
+    found = [each.abs().nan_to_num(0, 0, 0).amax() for each in coefficients]
+    most = torch.stack(found).amax().clamp(min=tiny)
     mantissa, exponent = most.frexp()
     return torch.ldexp(2 * mantissa, (exponent - 1).clamp(max=0))
 
@@ -242,16 +245,19 @@ def in_backward(
     if n == 0:
         return _recorded(_nothing(head, needs, hidden_dtype), active)
     formed_from = active if plan.active else None
-    whole, factor = row_gradient, None
+    whole, factor = (head, row_gradient), None
     if head.rounds_gradients:
-        factor = common_factor(row_gradient.coef)
+        selected = head.selected
+        factor = common_factor(row_gradient.coef, *(() if selected is None else selected[1:]))
         row_gradient = row_gradient._replace(coef=row_gradient.coef / factor)
+        if selected is not None:
+            head = replace(head, selected=selected._replace(values=selected.values / factor))
     if needs[0] and plan.hidden_rows < n:
         hidden = _hidden_by_blocks(head, row_gradient, hidden_dtype, plan, formed_from, factor)
         if not any(needs[1:]):
             return _recorded((hidden, None, None), active)
         needs = (False, needs[1], needs[2])
-        _, weight, bias = in_backward(head, whole, needs, hidden_dtype, plan)
+        _, weight, bias = in_backward(*whole, needs, hidden_dtype, plan)
         return _recorded((hidden, weight, bias), active)
     total = Gradients(
         head,

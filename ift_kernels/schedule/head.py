@@ -45,6 +45,15 @@ class Head:
         """Whether a tile's gradient is rounded for products: to 16 bits, of float32 logits."""
         return self.dtype != self.hidden.dtype
 
+    @property
+    def masks_selected(self) -> bool:
+        """Whether the selected columns are masked in the logits, see `products.update`.
+
+        A bounded transform counts what is left in their place: here that may be more than the rest.
+        """
+        most = self.selected is not None and 2 * self.selected.ids.shape[1] > self.vocabulary
+        return most and self.transform.bounded
+
     def buffer(self, rows: int, columns: int) -> Tensor:
         """Where products are written, see `empty_padded`."""
         like = self.hidden

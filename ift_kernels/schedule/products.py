@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
-from ift_kernels.backends.contract import TRACK_ALL, RowState, new_state
+from ift_kernels.backends.contract import TRACK_ALL, Chunk, RowState, Selected, new_state
+from ift_kernels.common.transform import LogitTransform
+from ift_kernels.schedule.accumulate import accum_dtype
 from ift_kernels.schedule.head import Head, Tile, slices
 from ift_kernels.schedule.plan import Plan
+
+MASKED_ELEMENTS = 1 << 16  # whose logits are formed at once
 
 
 def tiles(
@@ -66,8 +71,29 @@ def update(head: Head, tile: Tile, target: Tensor, state: RowState, track: int) 
     """Update the running statistics with a tile."""
     rows = tile.rows
     if head.selected is not None:
-        head.backend.take_selected(head.chunk(tile), head.selected.rows(rows))
+        selected = head.selected.rows(rows)
+        head.backend.take_selected(head.chunk(tile), selected)
+        if head.masks_selected:
+            _update_masked(head, tile, selected, target, state, track)
+            return
     head.backend.stats_update(head.chunk(tile), target[rows], state.rows(rows), track)
+
+
+def _update_masked(
+    head: Head, tile: Tile, selected: Selected, target: Tensor, state: RowState, track: int
+) -> None:
+    """The same from logits, with -inf for selected columns, which no product gives."""
+    chunk, (n, width) = head.chunk(tile), tile.product.shape
+    for part in slices(0, n, max(MASKED_ELEMENTS // width, 1)):
+        x = chunk.x[part].to(accum_dtype(chunk.x.dtype))
+        local = selected.ids[part] - chunk.offset
+        outside = (selected.ids[part] < 0) | (local < 0) | (local >= width)
+        mask = torch.zeros((len(x), width + 1), dtype=torch.bool, device=x.device)
+        mask.scatter_(1, local.masked_fill(outside, width), True)
+        z = chunk.transform.apply(x, chunk.bias).masked_fill(mask[:, :width], -torch.inf)
+        rows = slice(tile.rows.start + part.start, tile.rows.start + part.stop)
+        of_logits = Chunk(z, None, LogitTransform(), chunk.offset)
+        head.backend.stats_update(of_logits, target[rows], state.rows(rows), track)
 
 
 def statistics(

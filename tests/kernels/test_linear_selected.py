@@ -99,6 +99,15 @@ def test_the_whole_vocabulary_and_all_but_one(transform):
         check(h, ids)
 
 
+@pytest.mark.parametrize("transform", [{"softcap": 0.5}, {"logit_scale": 0.0}], ids=str)
+def test_a_rest_that_is_few_of_a_bounded_transform(transform):
+    """What is left in place of 500 ids would outweigh three others."""
+    h, _ = problem(30, 8, 503, 1, ignored=0.0, bias=True, **transform)
+    ids = torch.stack([torch.randperm(503)[:500] for _ in range(30)])
+    ids[0, 100:], ids[1] = -100, -100
+    check(h, ids, ("lse", "tail_logprob"))
+
+
 @pytest.mark.parametrize("workspace", [None, SMALL])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_in_the_set_alone(dtype, workspace, monkeypatch):
@@ -177,6 +186,20 @@ def test_forbidden_tokens():
     torch.testing.assert_close(found.logprob, wanted["logprob"])
     (d_hidden,) = torch.autograd.grad(found.logprob[1].sum() + found.lse.sum(), h.hidden)
     assert d_hidden.isfinite().all()
+    ids[1] = torch.tensor([0, 1, 2, 3, 4, -100])  # a whole set of them
+    found = linear_selected_logprobs(h.hidden, h.weight, ids, bias=h.bias, outputs=NAMES)
+    assert found.in_set_lse[1] == -torch.inf and found.tail_logprob[1] == 0
+    assert found.in_set_logprob[1, :5].isnan().all()
+
+
+def test_backward_has_no_copy_of_kept_products():
+    h, ids = problem(400, 8, 2000, 6)
+    options = {"outputs": ("in_set_lse", "tail_logprob"), "workspace": 8 << 20}
+    with plan.use_schedule("keep"):
+        found = linear_selected_logprobs(h.hidden, h.weight, ids, **options)
+        with Allocations() as used:
+            found.in_set_lse.sum().backward()
+    assert used.largest < SMALL
 
 
 def test_memory():
@@ -198,6 +221,7 @@ def test_memory():
         ({"ids": [[1, 2], [3, 3]]}, ValueError, "ids: .* once, got 3 twice at token 1"),
         ({"ids": [[1, 2], [3, 40]]}, ValueError, r"ids: expected ids in \[0, 40\)"),
         ({"ids": [[1, -3], [3, 4]]}, ValueError, "got -3 at flat position 1"),
+        ({"ids": [[1], [40]]}, ValueError, r"^ids: expected ids in \[0, 40\)"),
         ({"ids": [1, 2]}, ValueError, "ids: expected a tensor"),
         ({"ids": [[], []]}, ValueError, "ids: expected 1 to 512 ids"),
         ({"ids": [[1.0, 2.0], [3.0, 4.0]]}, TypeError, "ids: expected int64 or int32"),

@@ -16,11 +16,13 @@ from allocations import MIB
 from bench.gpu import roofline
 from bench.suites import counts
 from dense import distance
+from ift.numerics import oracle
 from ift_kernels import (
     linear_cross_entropy,
     linear_divergence,
     linear_expected_embedding,
     linear_logprobs,
+    linear_selected_logprobs,
     linear_token,
 )
 from ift_kernels.schedule import accumulate, cost, device, gpu_plan, plan
@@ -101,6 +103,19 @@ def test_the_factor_of_a_mean_is_no_bias(formed, dtype, schedule):
         for mine, wanted, other in zip(found, exact, theirs, strict=True):
             # Bar of the contract: twice; what is left is the rounding of 1 - p and p.
             assert distance(mine, wanted) <= 1.3 * distance(other.to(dtype), wanted)
+
+
+@pytest.mark.parametrize("sent", ["logprob", "in_set_logprob"])
+def test_gradients_of_ids_have_the_factor_too(formed, sent):
+    """Also where those of the rest are all 0."""
+    h = head(softcap=9.0)
+    e, ids = h.double(), torch.rand(200, 3100).topk(40).indices
+    options = {"outputs": ("lse", sent), "logits_dtype": FP32, "workspace": 4 * MIB, **h.kwargs}
+    found = linear_selected_logprobs(h.hidden, h.weight, ids, **options)
+    up = {sent: torch.rand(200, 40) / 300}
+    got = torch.autograd.grad(dense.send(found, up), h.inputs)
+    assert formed
+    assert_near(got, h, dense.send(oracle.selected(dense.logits(e), ids), up), e)
 
 
 def test_a_factor_is_no_nan():
