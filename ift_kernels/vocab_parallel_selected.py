@@ -68,7 +68,7 @@ def vocab_parallel_selected_logprobs(
     shard = parallel._Shard.of(weight, bias, group)
     hidden = parallel.whole(hidden, weight)
     ids = linear_selected.check_ids(ids, hidden)
-    wrong = operator.check_ids(ids.flatten(0, -2), ignore_index, shard.vocabulary)
+    wrong = operator.check_ids(ids.reshape(-1, ids.shape[-1]), ignore_index, shard.vocabulary)
     there, rows = ids != ignore_index, shard.weight.shape[0]
     valid = there.any(-1)
 

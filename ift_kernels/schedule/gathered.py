@@ -23,7 +23,12 @@ CPU_ELEMENT = 32
 
 
 def is_cheaper(problem: Problem, ids: int) -> bool:
-    """Whether gathering `ids` head rows a row takes less time than products with all of them."""
+    """Whether gathering `ids` head rows a row takes less time than products with all of them.
+
+    Not where those of one row are more than may be gathered at once.
+    """
+    if ids * problem.width * problem.dtype.itemsize > problem.workspace // 4:
+        return False
     passes = 1 + problem.need_hidden + (problem.need_weight or problem.need_bias)
     dense = plan.make(problem)
     if not problem.device.is_gpu:

@@ -215,6 +215,17 @@ def test_memory():
         assert used.peak < logits / 2
 
 
+def test_head_rows_of_one_token_that_do_not_fit_are_not_gathered():
+    hidden, weight = torch.randn(4, 512, requires_grad=True), torch.randn(20000, 512)
+    ids = torch.randperm(20000)[: 4 * 400].view(4, 400)
+    with Allocations() as used:
+        found = linear_selected_logprobs(
+            hidden, weight, ids, outputs=IN_SET[:1], workspace=SMALL
+        ).in_set_logprob
+        found.sum().backward()
+    assert used.peak < SMALL  # twice 0.8 MiB, gathered
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [

@@ -79,6 +79,8 @@ def worker(rank, number, directory):
                     k = min(20, len(tensors[1]))
                     best = vocab_parallel_topk(hidden, weight, k, bias=bias, **limits, **options)
                     found[case, name] = tuple(best)
+    one = vocab_parallel_selected_logprobs(hidden[0, 0], weight, ids[0, 0], bias=bias).logprob
+    found["one token"] = one.detach()
     try:
         vocab_parallel_selected_logprobs(hidden, weight, ids + 1000)
     except ValueError as error:
@@ -115,6 +117,11 @@ def test_shards_are_one_head(results, case):
             assert torch.equal(ids[good], one.ids[good])
             assert torch.equal(truncated[good], one.truncated[good])
             torch.testing.assert_close(logprob[good], one.logprob[good], rtol=1e-6, atol=2e-6)
+
+
+def test_one_token_without_other_dimensions(results):
+    logprob = results[0]["few rows"][0][0]
+    torch.testing.assert_close(results[0]["one token"], logprob[0, 0])
 
 
 def test_refusals(results):
