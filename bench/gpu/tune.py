@@ -97,6 +97,11 @@ def calls(
     weights, counts = torch.rand(columns, **on), [len(range(0, columns, 8))] * len(few)
     marked = contract.ActiveColumns(few, bucket_counts(few, bucket), tails)
     take = marked, block, bucket, weights, active, counts, row_gradient
+    # Of every row up to 64 ids, from one end of the vocabulary to the other.
+    some_ids = torch.arange(0, columns, max(columns // 64, 1), device=device)[:64]
+    some_ids = some_ids.expand(rows, -1).contiguous()
+    of_ids = torch.zeros(some_ids.shape, device=device)
+    selected, moved_ids = contract.Selected(some_ids, of_ids), some_ids.numel() * 14
 
     def mark(some: Tensor | None) -> list[Tensor]:
         found = backend.mark_active(chunk, row_gradient, -2.0, block, bucket, some)
@@ -144,6 +149,12 @@ def calls(
             moved, lambda: backend.gumbel_update(chunk, 1, target, best, logit, drawn),
             lambda: [best, drawn], no_best,
         ),
+        "take_selected": Call(
+            moved_ids, lambda: backend.take_selected(contract.Chunk(y), selected),
+            lambda: [y, of_ids], lambda: y.copy_(x)),
+        "put_selected": Call(
+            moved_ids, lambda: backend.put_selected(contract.Chunk(y), selected),
+            lambda: [y], lambda: (y.copy_(x), of_ids.fill_(0.5))),
         "mark_active": returning(lambda: mark(weights), moved),
         "mark_active, mask alone": returning(lambda: mark(None)[:1], moved),
         "take_active": Call(

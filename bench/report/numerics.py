@@ -88,34 +88,7 @@ def sampler(sources: Sequence[Source], results: str) -> str:
     return "\n\n".join(parts)
 
 
-# Of a file: what it prices, and against what.
-PRICES = {
-    f"{DEVICE}/deterministic.json": ("deterministic", "ours", "deterministic=True, over without"),
-    f"{DEVICE}/fp32-logits.json": (
-        "fp32-logits", "fp32-copies", "logits_dtype=torch.float32, over fp32 inputs",
-    ),
-}  # fmt: skip
-CASES = {"forward": "log-probabilities", "per-token": "and gradients", "scalar": "mean loss"}
-
-
-def price(sources: Sequence[Source], results: str) -> str:
-    """Times with an option over times without, of one run."""
-    parts = []
-    for name, (option, without, title) in PRICES.items():
-        rows = []
-        for group in _read(name)["groups"]:
-            of = {(c["case"], c["implementation"]): c["seconds"] for c in group["cells"]}
-            rows.append([
-                " × ".join(map(str, group["shape"])) + f", {group['dtype']}",
-                *(tables.times(tables.ratio(of[case, option], of[case, without]))
-                  for case in CASES),
-            ])  # fmt: skip
-        parts.append(tables.markdown(Table(title, ["N × D × V", *CASES.values()], rows)))
-    return "\n\n".join(parts) + f"\n\nFrom {' and '.join(link(n, results) for n in PRICES)}."
-
-
 BLOCKS = {
-    "numerics-price": price,
     "numerics-units": units,
     "numerics-errors": errors,
     "numerics-shares": shares,

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from ift.numerics import oracle
 
+# What the fp64 formula itself loses of 1 − p where lse is 1: in z − lse, and in 1 − exp(log p).
+ORACLE = 2.0**-50
 ARITHMETIC = 4  # roundings of an epilogue in fp32: exponential, logarithm, and what joins them
 SUMMED = 128  # columns that an epilogue sums in a row in fp32
 ROUNDINGS = 3  # of a 16-bit gradient: terms, sums over blocks of tokens, the upstream factor
@@ -256,7 +258,8 @@ def dlogits(
     others = (p_error.sum(-1) - p_error.gather(-1, own)[:, 0]).clamp(min=0)[:, None]
     left = -torch.expm1(logp.gather(-1, own))
     own_error = torch.minimum(p_error.gather(-1, own), others) + ARITHMETIC * unit * left
-    own_error = own_error + h.rest_error(target)[:, None]
+    oracle_error = ORACLE * (1 + h.z.logsumexp(-1, keepdim=True).abs())
+    own_error = own_error + h.rest_error(target)[:, None] + oracle_error
     to_target = torch.where(hot > 0, own_error, p_error)
     gradient = u["logprob"] * (hot - p) + u["lse"] * p
     error = u["logprob"].abs() * to_target + u["lse"].abs() * p_error
