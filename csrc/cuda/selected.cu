@@ -9,8 +9,8 @@ void take_selected(const Queue& queue, const Products& p, const int64_t* ids, fl
                    int64_t k, float lowest) {
   const Chunk c = chunk_of(p);
   each_dtype(p.dtype, [&](auto t) {
-    launch(queue, "take_selected_kernel", take_selected_kernel<decltype(t)>, ceil_div(p.rows * k, kThreads), c,
-           Selected{ids, values, k}, lowest);
+    launch(queue, "take_selected_kernel", take_selected_kernel<decltype(t)>,
+           ceil_div(p.rows * k, kThreads), c, Selected{ids, values, k}, lowest);
   });
 }
 
@@ -18,8 +18,8 @@ void put_selected(const Queue& queue, const Products& p, const int64_t* ids, flo
                   int64_t k) {
   const Chunk c = chunk_of(p);
   each_dtype(p.dtype, [&](auto t) {
-    launch(queue, "put_selected_kernel", put_selected_kernel<decltype(t)>, ceil_div(p.rows * k, kThreads), c,
-           Selected{ids, values, k});
+    launch(queue, "put_selected_kernel", put_selected_kernel<decltype(t)>,
+           ceil_div(p.rows * k, kThreads), c, Selected{ids, values, k});
   });
 }
 

@@ -22,7 +22,8 @@ struct Selected {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) take_selected_kernel(Chunk c, Selected s, float lowest) {
+__global__ void __launch_bounds__(kThreads)
+    take_selected_kernel(Chunk c, Selected s, float lowest) {
   const int64_t place = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t column = s.column(c, place);
   if (column < 0) return;
