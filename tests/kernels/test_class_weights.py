@@ -123,7 +123,7 @@ def test_output_dims():
 
 
 class Sample:
-    """Stands in for torch's SampleInput."""
+    """A placeholder for torch's SampleInput."""
 
     def __init__(self, tensor, *args, **kwargs):
         self.input, self.args, self.kwargs = tensor, args, kwargs
