@@ -32,6 +32,13 @@ def made(monkeypatch):
     return plans
 
 
+@pytest.fixture
+def counts_by_buckets():
+    """A backend that counts active columns by buckets, as those of GPUs; C++ counts whole tiles."""
+    with ift_kernels.use_backend("reference"):
+        yield
+
+
 def distance(got, wanted):
     return float((got.double() - wanted).norm() / wanted.norm())
 
@@ -244,6 +251,7 @@ def reads(monkeypatch):
     return found
 
 
+@pytest.mark.usefixtures("counts_by_buckets")
 @pytest.mark.parametrize(
     ("rows", "vocabulary", "workspace", "block", "bucket"),
     [
@@ -260,8 +268,7 @@ def test_active_columns_are_counted_once_a_block_of_rows(
     hidden, weight, target = peaked(rows, vocabulary)
     upstream = torch.linspace(0.1, 1, rows)
     chosen = ift_kernels.ActiveSet(2.0**-9, block, bucket)
-    by_buckets = ift_kernels.use_backend("reference")  # counts as those of GPUs, not of whole tiles
-    with ift_kernels.record_active_sets() as report, plan.use_schedule("forward"), by_buckets:
+    with ift_kernels.record_active_sets() as report, plan.use_schedule("forward"):
         out = linear_logprobs(
             hidden, weight, target, gradient=chosen, workspace=workspace * MIB
         ).logprob
@@ -273,6 +280,7 @@ def test_active_columns_are_counted_once_a_block_of_rows(
     assert 1e-6 < distance(got, wanted) < 0.05
 
 
+@pytest.mark.usefixtures("counts_by_buckets")
 @pytest.mark.parametrize("united", [False, True])
 def test_blocks_are_united_where_that_is_faster(made, monkeypatch, united):
     """More rows of a product have more active columns, but fewer head rows are gathered."""
@@ -285,8 +293,7 @@ def test_blocks_are_united_where_that_is_faster(made, monkeypatch, united):
         seen.append((block, share))
         return cost.Cost(products=1e-9 / block if united else 1e-9 * block)
 
-    by_buckets = ift_kernels.use_backend("reference")  # counts as those of GPUs, not of whole tiles
-    with ift_kernels.record_active_sets() as report, plan.use_schedule("forward"), by_buckets:
+    with ift_kernels.record_active_sets() as report, plan.use_schedule("forward"):
         monkeypatch.setattr(cost, "active_hidden", seconds)
         monkeypatch.setattr(cost, "dense_hidden", lambda *a: cost.Cost(products=1e9))
         out = linear_logprobs(hidden, weight, target, gradient=chosen, workspace=64 * MIB)
