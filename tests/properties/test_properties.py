@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 
 import ift_kernels
 from ift.numerics import bounds
@@ -118,16 +118,17 @@ def covers(calls):
 
 
 def test_what_is_drawn():
+    """By a few seeds, as the proof has: one repeats itself, and draws other calls in a process that
+    has imported more."""
     calls = []
 
-    @settings(
-        max_examples=200, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=100, database=None, suppress_health_check=list(HealthCheck))
     @given(cases())
     def every(case):
         calls.append(case)
 
-    every()
+    for number in range(8):
+        seed(number)(every)()
     covers(calls)
     assert {c.operation for c in calls} == set(OPERATIONS)
 
