@@ -29,6 +29,7 @@ from torch import Tensor
 import ift_kernels
 from ift.cli.doctor import cpu_info, cpu_name, usable_cpus, version_of
 from ift_kernels import backends
+from ift_kernels.backends.cpu import memory
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -131,7 +132,8 @@ def keep_freed() -> None:
 
 
 def give_back() -> None:
-    """Give free memory back to the system, where the C library can."""
+    """Give free memory back to the system, where the C library can: kept work memory, too."""
+    memory.clear()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

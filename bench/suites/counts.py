@@ -288,8 +288,12 @@ def planned_for_h200() -> Iterator[list[Any]]:
 
     Its launches do not run: their kernels come back.
     """
+    from torch._dynamo import trace_rules
+
     from ift_kernels.backends.triton import launch
 
+    # Once and for all, or torch.compile would look for what is replaced below.
+    trace_rules.get_torch_obj_rule_map()
     launched: list[Any] = []
     changed = (
         (launch, "run", lambda kernel, *_: launched.append(kernel)),

@@ -1,4 +1,4 @@
-"""Token choice, expected embedding, temporal residual and scans."""
+"""Token choice, sets of ids, expected embedding, temporal residual and scans."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from bench.suites import grid
 SHAPE = (2048, 1024, 32000)  # N, D, V of the head; V and D of the embedding
 BATCH = (16, 1024)  # rows and positions of the operations on sequences
 GAMMA, LAM = 0.95, 0.2
+IDS = 64  # the most likely ones of each row, as in distillation
 IMPLEMENTATIONS = ("floor", "ours", "naive", "compile")
 Tensors = dict[str, Tensor]
 
@@ -40,7 +41,9 @@ class Case:
 
     @property
     def group(self) -> str:
-        return "head" if self.gemms else "residual" if "residual" in self.name else "scan"
+        return {"residual": "residual", "cumsum": "scan", "weights": "scan"}.get(
+            self.operation, "head"
+        )
 
 
 CASES: dict[str, Case] = by_name(
@@ -50,6 +53,12 @@ CASES: dict[str, Case] = by_name(
     Case("soft", "linear_expected_embedding", "soft", gemms=2),
     Case("soft-backward", "the same, forward and backward", "soft",
          ("hidden", "weight", "embedding"), gemms=6),
+    Case("one-target", "linear_logprobs, forward and backward", "one-target",
+         ("hidden", "weight"), gemms=3),
+    Case("selected", f"linear_selected_logprobs of {IDS} ids, forward and backward", "selected",
+         ("hidden", "weight"), gemms=3),
+    Case("in-set", f"the same within the {IDS} ids; floor: gather, bmm, index_add", "in-set",
+         ("hidden", "weight")),
     Case("residual", "temporal_residual", "residual"),
     Case("residual-backward", "the same, forward and backward", "residual", ("embedding",)),
     Case("cumsum", "discounted_cumsum", "cumsum"),
@@ -85,11 +94,24 @@ def _logits(t: Tensors) -> Tensor:
     return F.linear(t["hidden"], t["weight"])
 
 
+def _log_softmax(t: Tensors) -> Tensor:
+    return _logits(t).log_softmax(-1)
+
+
+def _in_set(t: Tensors) -> Tensor:
+    """The products of every row with its own head rows, which are gathered first."""
+    rows = F.embedding(t["set"], t["weight"])
+    return torch.bmm(rows, t["hidden"][..., None])[..., 0].log_softmax(-1)
+
+
 NAIVE: dict[str, Callable[[Tensors], Tensor]] = {
     "greedy": lambda t: _logits(t).argmax(-1),
     "topk": lambda t: _logits(t).topk(2).indices[:, 1],
     "sample": lambda t: _logits(t).float().softmax(-1).multinomial(1)[:, 0],
     "soft": lambda t: _logits(t).softmax(-1) @ t["embedding"],
+    "one-target": lambda t: _log_softmax(t).gather(1, t["set"][:, :1]),
+    "selected": lambda t: _log_softmax(t).gather(1, t["set"]),
+    "in-set": _in_set,
     "residual": _residual,
     "cumsum": _cumsum,
     "weights": lambda t: naive_weights(
@@ -102,6 +124,17 @@ OURS: dict[str, Callable[[Tensors], Tensor]] = {
     "sample": lambda t: ift_kernels.linear_token(t["hidden"], t["weight"], rule="sample").ids,
     "soft": lambda t: ift_kernels.linear_expected_embedding(
         t["hidden"], t["weight"], t["embedding"]
+    ),
+    "one-target": lambda t: _given(
+        ift_kernels.linear_logprobs(t["hidden"], t["weight"], t["set"][:, 0]).logprob
+    )[:, None],
+    "selected": lambda t: _given(
+        ift_kernels.linear_selected_logprobs(t["hidden"], t["weight"], t["set"]).logprob
+    ),
+    "in-set": lambda t: _given(
+        ift_kernels.linear_selected_logprobs(
+            t["hidden"], t["weight"], t["set"], outputs=("in_set_logprob",)
+        ).in_set_logprob
     ),
     "residual": lambda t: ift_kernels.temporal_residual(
         t["embedding"], t["ids"], t["predicted"], t["labels"], LAM
@@ -138,6 +171,8 @@ def prepare(case_name: str, implementation: str, dtype: str, source: Any, device
         found = grid.load(source, device)
         tensors = {"hidden": found["hidden"], "weight": found["weight"]}
         tensors["embedding"] = tensors["weight"].clone()
+        if "weight" in case.leaves and "embedding" not in case.leaves:
+            tensors["set"] = ift_kernels.linear_topk(found["hidden"], found["weight"], IDS).ids
     else:
         tensors = dict(_sequences(*source, dtype, device))
     for name in case.leaves:
@@ -196,6 +231,8 @@ def _check_head(
             raise Wrong(f"ids: their mean surprise is {off:.1f} standard errors off the entropy")
     elif not case.leaves:
         errors.relative("value", result[rows], reference.mean)
+    elif "embedding" not in case.leaves:
+        _check_ids(case, tensors, reference, errors, result)
     else:
         h = hidden[rows].double().requires_grad_()
         soft = (h @ weight.double().T).softmax(-1) @ weight.double()
@@ -208,6 +245,37 @@ def _check_head(
         errors.relative("d weight", result[2][columns], dz.T @ hidden.double())
         errors.relative("d embedding", result[3][columns], p.sum(0)[:, None] * u)
     return errors.found
+
+
+def _check_ids(case: Case, tensors: Tensors, reference: Exact, errors: Errors, result: Any) -> None:
+    """dz_j = a_j - p_j Σ a, a_j only for ids of the set; within the set, p is of the set alone."""
+    hidden, weight, ids = (tensors[name].detach() for name in ("hidden", "weight", "set"))
+    upstream = _upstream(result[0]).double()
+    some = {"hidden": hidden[reference.rows].double().requires_grad_(), "weight": weight.double()}
+    value = NAIVE[case.operation](some | {"set": ids[reference.rows]})
+    (dh,) = torch.autograd.grad(value, some["hidden"], upstream[reference.rows])
+    errors.relative("value", result[0][reference.rows], value.detach())
+    errors.relative("d hidden", result[1][reference.rows], dh)
+    # Gradients on the columns that are compared, of all rows.
+    where = torch.full((len(weight),), -1)
+    where[reference.columns.cpu()] = torch.arange(len(reference.columns))
+    at = where.to(ids.device)[ids[:, : upstream.shape[1]]]
+    p, sums = reference.p, upstream.sum(1, keepdim=True)
+    direct = upstream
+    if case.operation == "in-set":
+        logits = torch.stack(
+            [weight[i].double() @ h.double() for i, h in zip(ids, hidden, strict=True)]
+        )
+        p, direct = torch.zeros_like(p), upstream - logits.softmax(1) * sums
+    dz = -p * sums
+    rows, columns = (at >= 0).nonzero(as_tuple=True)
+    dz.index_put_((rows, at[rows, columns]), direct[rows, columns], accumulate=True)
+    errors.relative("d weight", result[2][reference.columns], dz.T @ hidden.double())
+
+
+def _given(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
 
 
 def _check_sequences(
@@ -232,7 +300,10 @@ def _check_sequences(
 def _floor(case: Case, t: Tensors, device: torch.device) -> Subject:
     """The products of hidden, weight and embedding, into memory that is allocated."""
     h, w = t["hidden"].detach(), t["weight"].detach()
-    z, z_t, dh, dw = grid.scratch(*h.shape, w.shape[0], h.dtype, device)
+    if not case.gemms:
+        return _in_set_floor(h, w, t["set"])
+    z, dh = grid.scratch("logits", len(h), len(w), h), grid.scratch("dh", *h.shape, h)
+    z_t, dw = grid.scratch("transposed", len(w), len(h), h), grid.scratch("dW", *w.shape, h)
     products = [(h, w.T, z), (z, w, dh), (h, w.T, z), (z, w, dh), (z_t, h, dw), (z_t, h, dw)]
 
     def call() -> None:
@@ -240,6 +311,21 @@ def _floor(case: Case, t: Tensors, device: torch.device) -> Subject:
             torch.mm(a, b, out=out)
 
     return Subject(call, call, lambda result: {}, device)
+
+
+def _in_set_floor(hidden: Tensor, weight: Tensor, ids: Tensor) -> Subject:
+    """The head rows of each token gathered once, products with them both ways, one sum into dW."""
+    upstream = _upstream(hidden.new_empty(ids.shape))
+
+    def call() -> tuple[Tensor, Tensor, Tensor]:
+        rows = weight.index_select(0, ids.flatten()).view(*ids.shape, -1)
+        logp = torch.bmm(rows, hidden[..., None])[..., 0].log_softmax(-1)
+        dz = upstream - logp.exp() * upstream.sum(1, keepdim=True)
+        dh = torch.bmm(dz[:, None], rows)[:, 0]
+        each = torch.mul(dz[..., None], hidden[:, None], out=rows).flatten(0, 1)
+        return logp, dh, torch.zeros_like(weight).index_add_(0, ids.flatten(), each)
+
+    return Subject(call, call, lambda result: {}, hidden.device)
 
 
 # --- in the command -------------------------------------------------------------------------------
@@ -300,7 +386,7 @@ def _cells(
     for case in cases:
         for name in IMPLEMENTATIONS:
             asked = arguments.implementations or IMPLEMENTATIONS
-            if name not in asked or (name == "floor" and not case.gemms):
+            if name not in asked or (name == "floor" and case.group != "head"):
                 continue
             work = case.gemms * n * d * v / grid.RATE[device.type, grid.DTYPES[dtype].itemsize]
             cell = Cell(

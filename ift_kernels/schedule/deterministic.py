@@ -31,9 +31,10 @@ from ift_kernels.schedule.problem import (
 from ift_kernels.schedule.problem import in_forward as forward_plan
 
 # Rows of a product: on a CPU, fewer are slower; on a GPU, what fills one.
-ROWS, ROWS_GPU = 512, 1024
-SMALL = (64, 128, 256)  # rows that the last product may have, where that changes nothing
-COLUMNS, COLUMNS_GPU = 4096, 8192
+ROWS, ROWS_GPU = 1024, 1024
+# Rows that the last product may have, where that changes nothing.
+SMALL = (64, *range(128, 1024, 128))
+COLUMNS, COLUMNS_GPU = 2048, 8192
 CHUNK = 1 << 24  # elements of a chunk of the head, at most
 _changing_threads = threading.Lock()
 

@@ -1,7 +1,8 @@
-"""Products of each row with head rows of its own: gathered, in chunks that fit the workspace.
+"""Products of each row with head rows of its own, gathered in chunks that fit the workspace.
 
 K·N·D multiply-adds instead of V·N·D, but each at the cost of moving a head row: for sets of ids
-that are few beside the vocabulary. dW is a float32 sum, block by block of the vocabulary.
+that are few beside the vocabulary. Gradients are torch's `embedding_bag`, which gathers nothing:
+dh of a row is the sum of its head rows, dW of a head row that of the rows in whose set it is.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ift_kernels.schedule import cost, plan
@@ -16,7 +18,7 @@ from ift_kernels.schedule.accumulate import accum_dtype
 from ift_kernels.schedule.head import Results, slices
 from ift_kernels.schedule.problem import Problem
 
-CPU_ELEMENTS = 1 << 20  # of head rows at once, in cache; a GPU wants few launches
+CPU_ELEMENTS = 1 << 18  # of head rows at once, in cache; a GPU wants few launches
 # Multiply-adds of a large product in the time in which a CPU gathers an element and multiplies it:
 # 15 to 50 in float32 on a machine with AVX-512, fewer in 16 bits, whose products are no faster.
 CPU_ELEMENT = 32
@@ -34,9 +36,10 @@ def is_cheaper(problem: Problem, ids: int) -> bool:
     if not problem.device.is_gpu:
         return CPU_ELEMENT * passes * ids < dense.products * problem.vocabulary
     elements = max(problem.rows, 1) * problem.width
-    # A head row is read, written and read again; for dW a float32 term as well, and its sum.
-    moved = elements * ids * (3 * problem.operands.itemsize * passes + 12 * problem.need_weight)
-    moved += problem.vocabulary * problem.width * 12 * problem.need_weight
+    # Forward reads a head row, writes it and reads it again; dh reads it, dW a row of hidden.
+    size = problem.operands.itemsize
+    moved = elements * ids * (size * (3 + problem.need_hidden) + 4 * problem.need_weight)
+    moved += problem.vocabulary * problem.width * 3 * size * problem.need_weight
     return moved / problem.device.bandwidth < cost.seconds(problem, dense).device
 
 
@@ -60,10 +63,7 @@ def gradients(
     """Gradients of hidden, weight and bias (float32, or float64)."""
     d_hidden, d_bias = None, None
     if needs[0]:
-        d_hidden = torch.empty_like(hidden)
-        rounded = d_product.to(dtype)
-        for rows, gathered in _head_rows(weight, ids, dtype, space):
-            d_hidden[rows] = torch.bmm(rounded[rows][:, None], gathered)[:, 0].to(hidden.dtype)
+        d_hidden = _d_hidden(hidden, weight, ids, d_product.to(dtype), space)
     if needs[2]:
         d_bias = d_product.new_zeros(len(weight))
         d_bias.index_add_(0, ids.flatten(), d_product.flatten())
@@ -71,23 +71,32 @@ def gradients(
     return d_hidden, d_weight, d_bias
 
 
+def _d_hidden(hidden: Tensor, weight: Tensor, ids: Tensor, d_product: Tensor, space: int) -> Tensor:
+    if weight.dtype == d_product.dtype:
+        found = F.embedding_bag(ids, weight, mode="sum", per_sample_weights=d_product)
+        return found.to(hidden.dtype)
+    out = torch.empty_like(hidden)
+    for rows, gathered in _head_rows(weight, ids, d_product.dtype, space):
+        out[rows] = torch.bmm(d_product[rows][:, None], gathered)[:, 0].to(hidden.dtype)
+    return out
+
+
 def _d_weight(hidden: Tensor, weight: Tensor, ids: Tensor, d_product: Tensor, space: int) -> Tensor:
-    vocabulary, width = weight.shape
-    accum = accum_dtype(d_product.dtype)
-    flat, order = ids.flatten().sort()
-    block = max(space // 2 // (width * accum.itemsize), 1)
-    starts = torch.arange(0, vocabulary + block, block, device=ids.device)
-    ends: list[int] = torch.searchsorted(flat, starts).tolist()
+    """Sums in float32 (float64), of as much of the width as fits in that dtype."""
+    (vocabulary, width), accum = weight.shape, accum_dtype(d_product.dtype)
+    flat, order = ids.flatten().sort(stable=True)
+    starts = torch.searchsorted(flat, torch.arange(vocabulary, device=ids.device))
+    entries, factors = order // ids.shape[1], d_product.flatten()[order].to(accum)
+
+    def sums(part: Tensor) -> Tensor:
+        return F.embedding_bag(entries, part, starts, mode="sum", per_sample_weights=factors)
+
+    if hidden.dtype == weight.dtype == accum:
+        return sums(hidden)
     out = torch.empty_like(weight)
-    step = max(_elements(ids, space, accum.itemsize) // width, 1)
-    for number, columns in enumerate(slices(0, vocabulary, block)):
-        total = out.new_zeros((columns.stop - columns.start, width), dtype=accum)
-        for some in slices(ends[number], ends[number + 1], step):
-            entry = order[some]
-            terms = hidden.index_select(0, entry // ids.shape[1]).to(accum)
-            terms *= d_product.view(-1)[entry, None]
-            total.index_add_(0, flat[some] - columns.start, terms)
-        out[columns] = total
+    step = max(space // 2 // ((len(hidden) + vocabulary) * accum.itemsize), 1)
+    for columns in slices(0, width, step):
+        out[:, columns] = sums(hidden[:, columns].to(accum))
     return out
 
 

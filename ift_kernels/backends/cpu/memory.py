@@ -48,6 +48,12 @@ def empty(like: Tensor, elements: int) -> tuple[Tensor, bool]:
         return tensor, new
 
 
+def clear() -> None:
+    """Let go of what no tensor uses."""
+    with _lock:
+        _blocks[:] = [block for block in _blocks if _use_count and _use_count(block._cdata) > 1]
+
+
 def _make_space(nbytes: int, free: list[torch.UntypedStorage]) -> bool:
     """Let go of free blocks, oldest first, until `nbytes` more fit; False if there is not.
 
