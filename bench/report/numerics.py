@@ -15,6 +15,15 @@ from ift.numerics import page
 
 DEVICE = "epyc-zen3-2-threads"
 NUMERICS, SAMPLER = f"{DEVICE}/numerics.json", f"{DEVICE}/sampler.json"
+# Of each option: its results, its implementation, and the one that it is compared with.
+PRICES = {
+    "`deterministic=True`, beside the default": (
+        f"{DEVICE}/deterministic.json", "deterministic", "ours"
+    ),
+    "`logits_dtype=torch.float32`, beside fp32 copies of hidden and weight": (
+        f"{DEVICE}/fp32-logits.json", "fp32-logits", "fp32-copies"
+    ),
+}  # fmt: skip
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -61,6 +70,25 @@ def invariance(sources: Sequence[Source], results: str) -> str:
     return _markdown(page.invariance(_read(NUMERICS)))
 
 
+def price(sources: Sequence[Source], results: str) -> str:
+    """Time with an option over time without it."""
+    parts = []
+    for title, (name, option, other) in PRICES.items():
+        rows, heads = [], []
+        for group in _read(name)["groups"]:
+            seconds = {(c["case"], c["implementation"]): c["seconds"] for c in group["cells"]}
+            heads = ["tokens × D × V", *group["titles"].values()]
+            shares = (
+                tables.times(tables.ratio(seconds[case, option], seconds[case, other]))
+                for case in group["titles"]
+            )
+            size = " × ".join(map(str, group["shape"]))
+            rows.append([f"{size}, {group['dtype']}", *shares])
+        table = Table(f"{title}, from {link(name, results)}", heads, rows)
+        parts.append(tables.markdown(table))
+    return "\n\n".join(parts)
+
+
 def sampler(sources: Sequence[Source], results: str) -> str:
     """Differences to what a sampler reports."""
     report = _read(SAMPLER)
@@ -93,5 +121,6 @@ BLOCKS = {
     "numerics-errors": errors,
     "numerics-shares": shares,
     "numerics-invariance": invariance,
+    "numerics-price": price,
     "numerics-sampler": sampler,
 }
