@@ -100,18 +100,10 @@ class ActiveColumns(NamedTuple):
     """Which columns of a tile are active in which block of rows, and the tail that is left."""
 
     mask: Tensor  # uint8 (blocks, C)
-    # int32 (blocks, buckets): active columns of each bucket; of any parts of the columns where
-    # there is no tail gradient.
-    counts: Tensor
+    counts: Tensor  # int32 (blocks, buckets): active columns of each bucket
     # float32 (buckets, N): the sum of each row over the tail, over that of its tail weights; None
     # where `take_active` has to form it.
     tail_gradient: Tensor | None
-
-    def columns(self, columns: slice, bucket: int) -> ActiveColumns:
-        """Those of whole buckets."""
-        buckets = slice(columns.start // bucket, -(-columns.stop // bucket))
-        tail = None if self.tail_gradient is None else self.tail_gradient[buckets]
-        return ActiveColumns(self.mask[:, columns], self.counts[:, buckets], tail)
 
 
 class TakenColumns(NamedTuple):
