@@ -15,7 +15,7 @@ from torch import Tensor
 from ift_kernels.common.transform import LogitTransform
 
 # Of all that is here, with csrc/contract.h: raised by a change that compiled code has to follow.
-VERSION = 3
+VERSION = 4
 
 # Rows of the running state. With m the running maximum of the logits z and e = exp(z − m):
 # m, Σe, z[target], Σe·(z−m), Σe², Σz, second maximum. The sums over e leave out the target's own
