@@ -3,5 +3,5 @@
 #pragma once
 
 namespace ift {
-constexpr int kContract = 3;
+constexpr int kContract = 4;
 }  // namespace ift

@@ -266,7 +266,7 @@ def _autograd(ctx: Any, d_each: Tensor | None, d_total: Tensor | None, *_: Any) 
         )
     else:
         saved, ctx.gradients = ctx.gradients, None
-        results = saved.gradients(d_total)
+        results = saved.gradients(d_total, tensors[6])
     return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
 
 

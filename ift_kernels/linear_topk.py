@@ -53,7 +53,8 @@ def linear_topk(
         its probability is at least min_p times the largest
 
     Both look at the whole vocabulary. The first k of the nucleus are returned; `linear_selected_
-    logprobs` takes them as they are.
+    logprobs` takes them as they are. Where every logit is -inf no id has a probability, so none is
+    returned: -100 and 0.
 
     Args:
         k: 1 to 512, at most V.

@@ -177,7 +177,7 @@ def token_metrics(model, rows):
     ids, labels = (torch.stack([row[k] for row in rows]) for k in ("input_ids", "labels"))
     with torch.no_grad():
         z, target = model(input_ids=ids).logits[:, :-1].double(), labels[:, 1:]
-    valid, stats = target != -100, dense.stats_of(z, target)
+    valid, stats = target != -100, dense.oracle.statistics(z, target)
     correct = (stats["argmax"] == target) & valid
     sums = {"loss": -stats["logprob"], "token_accuracy": correct, "entropy": stats["entropy"]}
     return {name: (value.sum() / valid.sum()).item() for name, value in sums.items()}

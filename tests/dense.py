@@ -102,12 +102,9 @@ def logits(h: Head) -> Tensor:
     return oracle.logits(h.hidden, h.weight, h.bias, **h.options)
 
 
-stats_of = oracle.statistics  # of logits
-
-
 def stats(h: Head, ignore_index: int = -100) -> dict[str, Tensor]:
     """Every field of TokenStats, 0 at ignored positions."""
-    return stats_of(logits(h), h.target, ignore_index)
+    return oracle.statistics(logits(h), h.target, ignore_index)
 
 
 def cross_entropy(h: Head, **options: Any) -> Tensor:

@@ -62,6 +62,14 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Release());
   m.def(
+      "exponentials",
+      [](const Chunk& c, uintptr_t target, uintptr_t state, int64_t state_ld, uintptr_t centre,
+         uintptr_t total, int64_t width) {
+        ift::epilogues().exponentials(c, pointer<int64_t>(target), pointer<double>(state), state_ld,
+                                      pointer<float>(centre), pointer<float>(total), width);
+      },
+      Release());
+  m.def(
       "dlogits",
       [](const Chunk& c, uintptr_t target, uintptr_t norm, int64_t norm_ld, uintptr_t coef,
          int64_t coef_ld, uintptr_t transposed, int64_t transposed_ld) {

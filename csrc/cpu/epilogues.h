@@ -60,6 +60,9 @@ struct DivergenceRows {
 struct Epilogues {
   void (*stats)(const Chunk&, const int64_t* target, double* state, int64_t state_ld,
                 int64_t* argmax, int track);
+  // In place; centre (N), total (N, width): see isa/statistics.cpp.
+  void (*exponentials)(const Chunk&, const int64_t* target, double* state, int64_t state_ld,
+                       float* centre, float* total, int64_t width);
   void (*dlogits)(const Chunk&, const DlogitsRows&);
   void (*probabilities)(const Chunk&, const float* norm, int64_t norm_ld);
   // values float32 and ids int64, (N, k) with row stride k, descending.

@@ -15,7 +15,7 @@ from torch import Tensor
 from ift_kernels.common.transform import LogitTransform
 
 # Of all that is here, with csrc/contract.h: raised by a change that compiled code has to follow.
-VERSION = 3
+VERSION = 4
 
 # Rows of the running state. With m the running maximum of the logits z and e = exp(z − m):
 # m, Σe, z[target], Σe·(z−m), Σe², Σz, second maximum. The sums over e leave out the target's own
@@ -100,18 +100,10 @@ class ActiveColumns(NamedTuple):
     """Which columns of a tile are active in which block of rows, and the tail that is left."""
 
     mask: Tensor  # uint8 (blocks, C)
-    # int32 (blocks, buckets): active columns of each bucket; of any parts of the columns where
-    # there is no tail gradient.
-    counts: Tensor
+    counts: Tensor  # int32 (blocks, buckets): active columns of each bucket
     # float32 (buckets, N): the sum of each row over the tail, over that of its tail weights; None
     # where `take_active` has to form it.
     tail_gradient: Tensor | None
-
-    def columns(self, columns: slice, bucket: int) -> ActiveColumns:
-        """Those of whole buckets."""
-        buckets = slice(columns.start // bucket, -(-columns.stop // bucket))
-        tail = None if self.tail_gradient is None else self.tail_gradient[buckets]
-        return ActiveColumns(self.mask[:, columns], self.counts[:, buckets], tail)
 
 
 class TakenColumns(NamedTuple):

@@ -130,6 +130,16 @@ def check_tail_weights(tail_weights: Tensor, columns: int) -> None:
         raise RuntimeError(f"tail_weights: {tail_weights.dtype} {shape}, expected {columns}")
 
 
+def mark_active_args(
+    chunk: Chunk, row_gradient: RowGradient, log_threshold: float, block: int
+) -> tuple[Tensor, Tensor]:
+    """The level (N,) above which a logit makes its column active, and where the mask is written."""
+    (rows, columns), (target, norm, _) = chunk.x.shape, row_gradient
+    level = (norm.sum(0) + log_threshold).float()
+    check_vectors(rows, target=target, level=level)
+    return level, chunk.x.new_empty((-(-rows // block), columns), dtype=torch.uint8)
+
+
 def check_take_active_args(
     dz: Tensor, mask: Tensor, block: int, bucket: int, tail_weights: Tensor, active: Tensor
 ) -> int:

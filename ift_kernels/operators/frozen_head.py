@@ -68,7 +68,8 @@ def _frozen(
 
     nontarget_sum = hidden.new_empty((0, hidden.shape[1]))
     with torch.autocast(hidden.device.type, enabled=False):
-        if chosen.schedule == "forward":
+        # Of no row nothing is kept either, and backward forms it.
+        if chosen.schedule == "forward" and call.count:
             formed = gradients.in_forward(
                 call.head, rows, coefficients, NEEDS, hidden.dtype, chosen, track, active
             )

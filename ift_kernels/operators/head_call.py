@@ -44,12 +44,19 @@ class SavedBuffers:
         for leave in self._leave:
             leave()
 
-    def gradients(self, upstream: Tensor) -> tuple[Tensor, ...]:
-        """The buffers, gradients formed in forward, times `upstream`, in place; releases them."""
+    def gradients(self, upstream: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
+        """The buffers, gradients formed in forward, times `upstream`, in place; releases them.
+
+        The first is that of hidden, whose rows that are not `valid` (N,) stay 0.
+        """
         self.release()
+        if upstream.device.type == "cpu" and float(upstream) == 1.0:
+            return self.tensors
         for gradient in self.tensors:
             if gradient.numel():
                 backends.get(gradient).scale_(gradient, upstream)
+        if self.tensors[0].numel():  # 0 times an infinity is NaN
+            self.tensors[0].masked_fill_(~valid[:, None], 0)
         return self.tensors
 
 

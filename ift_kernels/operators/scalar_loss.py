@@ -122,7 +122,7 @@ def _loss_autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor |
         )
     else:
         saved, ctx.gradients = ctx.gradients, None
-        results = saved.gradients(upstream)
+        results = saved.gradients(upstream, target != ctx.options[0])
     return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
 
 

@@ -234,7 +234,7 @@ class ActiveHidden:
                 weights.append(self._weights_of(head, of_tile))
         part, limit = self._part(tile_columns), self._limit(tile_columns)
         rows, columns = slice(0, len(kept)), slice(0, kept.shape[1])
-        found = self._blocks(kept, self._joined(some), part)
+        found = self._blocks(kept, some)
         if found is None:
             if self._report is not None:
                 pairs = len(some[0].mask) * kept.shape[1]
@@ -248,10 +248,10 @@ class ActiveHidden:
             self._ends = active_groups.ends_of(found.counts, limit - limit // 8, most)
             counts = active_groups.of_groups(found.counts, self._ends)
         start, together = 0, len(some[0].mask) / len(found.counts)
-        of_columns = _cat(weights, 0) if weights else None
+        of_columns = active_groups.cat(weights, 0) if weights else None
         for end, of_blocks in zip(self._ends, counts, strict=True):
             group = slice(start * part, min(end * part, kept.shape[1]))
-            marked = found.columns.columns(group, part)
+            marked = active_groups.part_of(found.columns, group, self._bucket)
             if self._report is not None:
                 active, pairs = sum(of_blocks), marked.mask.numel()
                 dense = active >= DENSE_SHARE * pairs
@@ -261,16 +261,6 @@ class ActiveHidden:
             self._add(head, tile, marked, found.rows, of_blocks, total, row_gradient, given)
             start = end
 
-    def _joined(self, tiles: list[ActiveColumns]) -> ActiveColumns:
-        """All columns of tiles that follow each other, counted in parts of `_part`."""
-        masks, counts, tails = [], [], []
-        for mask, of_buckets, tail in tiles:
-            masks.append(mask)
-            counts.append(of_buckets if self.on_gpu else of_buckets.sum(1, keepdim=True))
-            tails += [] if tail is None else [tail]
-        joined = _cat(tails, 0) if len(tails) == len(tiles) else None
-        return ActiveColumns(_cat(masks, 1), _cat(counts, 1), joined)
-
     def _limit(self, tile_columns: int) -> int:
         assert self._problem is not None
         return active_columns(self._problem, tile_columns)
@@ -279,18 +269,21 @@ class ActiveHidden:
         """Columns of kept tiles that are not divided: all of a tile, or a bucket."""
         return self._bucket if self.on_gpu else tile_columns
 
-    def _blocks(self, kept: Tensor, marked: ActiveColumns, part: int) -> Blocks | None:
+    def _blocks(self, kept: Tensor, tiles: list[ActiveColumns]) -> Blocks | None:
         """The blocks that are fastest; None where a dense product is faster."""
-        problem, block, count = self._problem, self._block(kept), len(marked.mask)
+        problem, block = self._problem, self._block(kept)
+        marked = active_groups.join(tiles, self._bucket)
         assert problem is not None
-        sizes, choices = [block], [marked]
-        for together in united_blocks(problem, block, count):
-            sizes.append(block * together)
-            choices.append(active_groups.unite(marked, together, part))
-        of_choices = zip(sizes, choices, active_groups.read(choices), strict=True)
-        found = [Blocks(*choice) for choice in of_choices]
         if not problem.device.is_gpu:
-            return found[0]
+            of_tiles = [of_tile.counts.sum(1, keepdim=True) for of_tile in tiles]
+            (counts,) = active_groups.read([active_groups.cat(of_tiles, 1)])
+            return Blocks(block, marked, counts)
+        sizes, choices = [block], [marked]
+        for together in united_blocks(problem, block, len(marked.mask)):
+            sizes.append(block * together)
+            choices.append(active_groups.unite(marked, together, self._bucket))
+        counts_of = active_groups.read([choice.counts for choice in choices])
+        found = [Blocks(*choice) for choice in zip(sizes, choices, counts_of, strict=True)]
 
         def seconds(choice: Blocks) -> float:
             share = sum(map(sum, choice.counts)) / choice.columns.mask.numel()
@@ -306,9 +299,9 @@ class ActiveHidden:
         tails, self._tails = self._tails, []
         for start in sorted({tail.rows.start for tail in tails}):
             some = [tail for tail in tails if tail.rows.start == start]
-            gradient = _cat([tail.gradient for tail in some], 0)
+            gradient = active_groups.cat([tail.gradient for tail in some], 0)
             sums = [self._head_sums[tail.columns.start, tail.columns.stop] for tail in some]
-            total.total[some[0].rows].addmm_(gradient.T, _cat(sums, 0))
+            total.total[some[0].rows].addmm_(gradient.T, active_groups.cat(sums, 0))
 
     def record(self) -> None:
         """Add what was formed to the innermost `record_active_sets`."""
@@ -350,8 +343,3 @@ class ActiveHidden:
             ids = torch.cat([ids, ids[-1:].expand(width - len(ids))])
         out = self._take("head", head, width * weight.shape[1]).view(width, -1)
         return torch.index_select(weight, 0, ids, out=out)
-
-
-def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """A copy, unless it is one."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), dim)

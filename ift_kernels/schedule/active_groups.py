@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ift_kernels.backends.contract import ActiveColumns
 from ift_kernels.backends.reference.active import bucket_counts
@@ -22,24 +24,50 @@ class Blocks(NamedTuple):
     counts: Counts
 
 
-def unite(columns: ActiveColumns, together: int, part: int) -> ActiveColumns:
-    """Blocks of `together` blocks each, counted in parts of so many columns.
+def unite(columns: ActiveColumns, together: int, bucket: int) -> ActiveColumns:
+    """Blocks of `together` blocks each.
 
     Their tail gradients are left to `take_active`.
     """
     mask = columns.mask
     padded = F.pad(mask, (0, 0, 0, -len(mask) % together))
     mask = padded.view(-1, together, mask.shape[1]).amax(1)
-    return ActiveColumns(mask, bucket_counts(mask, part), None)
+    return ActiveColumns(mask, bucket_counts(mask, bucket), None)
 
 
-def read(choices: list[ActiveColumns]) -> list[Counts]:
-    """The counts of all choices: all that a GPU waits for."""
-    flat = [choice.counts.flatten() for choice in choices]
-    values: list[int] = (flat[0] if len(flat) == 1 else torch.cat(flat)).tolist()
+def join(tiles: list[ActiveColumns], bucket: int) -> ActiveColumns:
+    """All columns of tiles that follow each other, in buckets from the first one's on."""
+    masks, counts, tails = zip(*tiles, strict=True)
+    mask = cat(masks, 1)
+    if any(of_tile.shape[1] % bucket for of_tile in masks[:-1]):
+        return ActiveColumns(mask, bucket_counts(mask, bucket), None)
+    there = [tail for tail in tails if tail is not None]
+    tail = cat(there, 0) if len(there) == len(tiles) else None
+    return ActiveColumns(mask, cat(counts, 1), tail)
+
+
+def part_of(joined: ActiveColumns, columns: slice, bucket: int) -> ActiveColumns:
+    """Some of the columns, in buckets from the first of them on."""
+    mask = joined.mask[:, columns]
+    at_end = columns.stop == joined.mask.shape[1]
+    if columns.start % bucket or (columns.stop % bucket and not at_end):
+        return ActiveColumns(mask, bucket_counts(mask, bucket), None)
+    buckets = slice(columns.start // bucket, -(-columns.stop // bucket))
+    tail = None if joined.tail_gradient is None else joined.tail_gradient[buckets]
+    return ActiveColumns(mask, joined.counts[:, buckets], tail)
+
+
+def cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """A copy, unless it is one."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), dim)
+
+
+def read(counts: list[Tensor]) -> list[Counts]:
+    """The counts (blocks, parts) of all choices: all that a GPU waits for."""
+    values: list[int] = cat([each.flatten() for each in counts], 0).tolist()
     found, start = [], 0
-    for choice in choices:
-        size, parts = choice.counts.shape
+    for each in counts:
+        size, parts = each.shape
         end = start + size * parts
         found.append([values[at : at + parts] for at in range(start, end, parts)])
         start = end

@@ -99,15 +99,15 @@ def sizes(
             first = _three(hidden, weight, product)
             logits = first[0]
             wide = logits.new_zeros(rows, columns + 64)
-            if not _same(_product(hidden[order], weight, product), logits[order]):
+            if not torch.equal(_product(hidden[order], weight, product), logits[order]):
                 raise _refusal("its place", where)
-            if not _same(multiply(hidden, weight.T, wide[:, :columns]), logits):
+            if not torch.equal(multiply(hidden, weight.T, wide[:, :columns]), logits):
                 raise _refusal("strides", where)
             found = _sizes_like(logits, hidden, weight)
         # As with one thread, or the number of threads would decide how rows are filled up.
         if threads > 1:
             again = _three(hidden, weight, product)
-            same = all(_same(a, b) for a, b in zip(first, again, strict=True))
+            same = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
             if not same or not {*found} <= {*_sizes_like(logits, hidden, weight)}:
                 raise _refusal("the number of threads", where)
         return found
@@ -115,7 +115,7 @@ def sizes(
 
 def _sizes_like(logits: Tensor, hidden: Tensor, weight: Tensor) -> tuple[int, ...]:
     dtype = logits.dtype
-    return tuple(n for n in SMALL if _same(_product(hidden[:n], weight, dtype), logits[:n]))
+    return tuple(n for n in SMALL if torch.equal(_product(hidden[:n], weight, dtype), logits[:n]))
 
 
 def _product(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -128,10 +128,6 @@ def _three(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     logits = _product(hidden, weight, dtype)
     gradient = logits.to(hidden.dtype)
     return logits, torch.mm(gradient, weight), torch.mm(gradient.T, hidden)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b)
 
 
 def _refusal(what: str, where: str) -> RuntimeError:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ift_kernels.backends.contract import ActiveColumns, RowGradient
+from ift_kernels.schedule import exponentials
 from ift_kernels.schedule.accumulate import Sum, SumInResult, accum_dtype, add_column_sums
 from ift_kernels.schedule.active import ActiveHidden
 from ift_kernels.schedule.head import Head, Results, Tile, slices
@@ -320,6 +321,9 @@ def in_forward(
     n, width = head.hidden.shape
     if n == 0:
         return _recorded(_nothing(head, needs, hidden_dtype), active)
+    if exponentials.serves(head, hidden_dtype, plan, track):
+        results = exponentials.in_forward(head, target, coefficients, needs, plan)
+        return _recorded(results, active)
     d_hidden = head.hidden.new_empty((n, width), dtype=hidden_dtype) if needs[0] else None
     formed_from = active if plan.active else None
     buffer: Tensor | None = None

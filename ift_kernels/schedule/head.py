@@ -49,10 +49,14 @@ class Head:
     def masks_selected(self) -> bool:
         """Whether the selected columns are masked in the logits, see `products.update`.
 
-        A bounded transform counts what is left in their place: here that may be more than the rest.
+        A bounded transform counts what is left in their place. That may be more than the rest, of a
+        set of most columns; and under a negative scale it is an infinity, which beside a bias of
+        -inf would be a NaN.
         """
-        most = self.selected is not None and 2 * self.selected.ids.shape[1] > self.vocabulary
-        return most and self.transform.bounded
+        if self.selected is None or not self.transform.bounded:
+            return False
+        most = 2 * self.selected.ids.shape[1] > self.vocabulary
+        return most or (self.bias is not None and self.transform.scale < 0)
 
     def buffer(self, rows: int, columns: int) -> Tensor:
         """Where products are written, see `empty_padded`."""

@@ -57,6 +57,9 @@ from ift_kernels.schedule.problem import Problem as Problem
 from ift_kernels.schedule.problem import tile as tile
 
 MIN_SUMMED_ROWS = 512  # of a block of `forward` whose dW is added to a float32 sum
+# Of a block of `forward` whose dW is a sum as it is: more would leave a tile fewer columns than
+# rows, and what is summed for each row would leave the cache.
+MAX_UNROUNDED_ROWS = 2048
 SCHEDULES = ("recompute", "keep", "forward")
 WEIGHT_SUMS = ("auto", "float32")
 
@@ -122,9 +125,14 @@ def _by_rules(problem: Problem, reserved_bytes: int, schedule: str | None, kept_
         # The last quarter of the workspace buys a pass or two less over dW: not worth having.
         for space in (budget // 4 * 3, budget):
             block = max(0, space - memory.block_fixed(across)) // memory.block_token(across)
+            if p.unrounded_blocks and itemsize == 4:
+                block = min(block, MAX_UNROUNDED_ROWS)
             blocks = -(-n // max(block, 1))
             if block >= min(n, 128) and blocks <= max_blocks(p):
                 block = -(-n // blocks)  # of even size: a small last one would be slow
+                if itemsize == 4:
+                    _, fit = tile(block, most, itemsize, budget // 4, memory.cast, wide=wide)
+                    across = min(across, fit)
                 return in_forward(p, memory, block, across)
         # More blocks than dW may be rounded for: a float32 sum, where half of the workspace has it.
         sum_bytes = memory.weight_sum(across, p.vocabulary)

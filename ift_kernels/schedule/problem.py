@@ -215,8 +215,10 @@ class Memory:
         self._block_column = self.cast + sums + gathered + rounded_sums
         self._block_column += (missing + 64 * self._transposed) * itemsize
         self._vocabulary, self._weight_width = p.vocabulary, p.width * p.need_weight
-        # A GPU's `forward` forms dh of a block in one product, where it is returned.
-        self._block_row = self.per_row
+        # A CPU's `forward` of float32 has hidden once more, see `exponentials`; a GPU's forms dh of
+        # a block in one product, where it is returned.
+        again = p.need_weight and p.unrounded_blocks and itemsize == 4 and not p.device.is_gpu
+        self._block_row = self.per_row + p.width * itemsize * again
         if p.device.is_gpu and p.active is None and not p.by_tiles:
             self._block_row = 0 if p.same_hidden_dtype else p.need_hidden * p.width * itemsize
 

@@ -86,7 +86,7 @@ def test_token_logprobs_are_those_of_the_logits(name):
     forward = type(model).forward.__get__(model)
     callback = token_stats(target, model._ift_patch.transform, HeadOptions())
     _, stats = head_pass(model, forward, inputs, callback)
-    expected = dense.stats_of(logits, target)
+    expected = dense.oracle.statistics(logits, target)
     for name in ("logprob", "entropy"):
         torch.testing.assert_close(getattr(stats, name), expected[name], rtol=1e-5, atol=1e-5)
     assert torch.equal(stats.argmax, expected["argmax"])

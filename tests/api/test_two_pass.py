@@ -130,7 +130,7 @@ def eager_ift(model, inputs, other, lam=0.2, gamma=0.0):
     mixed = torch.where(mixed_at, (1 - lam) * own + lam * other, own)
     logits = model(inputs_embeds=mixed, attention_mask=inputs["attention_mask"]).logits
     target = inputs["labels"][:, 1:]
-    logprob = dense.stats_of(logits[:, :-1], target)["logprob"]
+    logprob = dense.oracle.statistics(logits[:, :-1], target)["logprob"]
     loss = (-logprob.sum(-1) / (target != -100).sum(-1)).mean()
     loss.backward()
     return loss, gradients(model)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dense
-from ift_kernels import linear_cross_entropy, linear_logprobs
+from ift_kernels import linear_cross_entropy, linear_divergence, linear_logprobs
 from serving import BACKENDS
 
 SMALL = 1 << 20
@@ -236,10 +236,25 @@ def test_poisoned_row_without_upstream_gradient(backend, schedule):
     hidden = dense.fill_rows(h, 5).hidden
     keep = torch.ones(64)
     keep[5] = 0
-    logprob = linear_logprobs(hidden, h.weight, h.target).logprob
-    loss = (torch.where(keep > 0, logprob, 0) * keep).sum()
-    for grad in torch.autograd.grad(loss, [hidden, h.weight]):
-        assert grad.isfinite().all()
+    for outputs in (("logprob",), ("logprob", "entropy", "mean_logit")):
+        stats = linear_logprobs(hidden, h.weight, h.target, outputs=outputs)
+        sent = [getattr(stats, name) for name in outputs]
+        for grad in torch.autograd.grad(sent, [hidden, h.weight], [keep] * len(sent)):
+            assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [INF, NAN])
+def test_an_infinite_loss_scale_reaches_no_ignored_row(backend, schedule, value):
+    """As no other row that has no part in the loss: its gradient is 0, not 0 times an infinity."""
+    h = dense.head(64, 6, 1300)
+    valid = h.target != -100
+    loss = linear_cross_entropy(*h.args)
+    divergence = linear_divergence(
+        h.hidden, h.weight, h.hidden.flip(0), h.weight, mask=valid, reduction="mean"
+    )
+    for total in (loss, divergence):
+        (d_hidden,) = torch.autograd.grad(total, h.hidden, torch.tensor(value))
+        assert (d_hidden[~valid] == 0).all() and not d_hidden[valid].isfinite().any()
 
 
 def test_poisoned_ignored_row_is_not_read(backend, schedule):

@@ -175,6 +175,17 @@ def test_rows_that_send_nothing_may_hold_anything():
         assert d_weight.isfinite().all() and (d_hidden[3:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forbidden_tokens_of_a_capped_head_with_a_negative_scale(dtype):
+    """Which are the best there, in the set and outside it."""
+    h, ids = problem(20, 8, 300, 6, dtype, bias=True, logit_scale=-0.7, softcap=3.0)
+    with torch.no_grad():
+        h.bias[::7] = -torch.inf
+    ids[0] = torch.arange(0, 42, 7)
+    ids[1, :3] = torch.tensor([1, 7, 14])
+    check(h, ids)
+
+
 def test_forbidden_tokens():
     h, ids = problem(20, 8, 300, 6, bias=True, ignored=0.0)
     with torch.no_grad():

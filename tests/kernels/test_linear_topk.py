@@ -78,6 +78,23 @@ def test_the_reference_from_narrow_chunks(dtype):
     torch.testing.assert_close(values, wanted[:, :40], equal_nan=True, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("limits", [{}, {"top_p": 0.5, "min_p": 0.1}], ids=str)
+def test_a_token_all_of_whose_logits_are_minus_infinity_has_no_ids(backend, limits):
+    hidden, weight, bias = problem(3, 50)
+    found = linear_topk(hidden, weight, 5, bias=torch.full_like(bias, -torch.inf), **limits)
+    assert (found.ids == -100).all() and (found.logprob == 0).all()
+    assert not found.truncated.any()
+
+
+def test_a_negative_scale_makes_a_forbidden_token_of_a_capped_head_the_best():
+    hidden, weight, bias = problem(5, 60)
+    options = {"logit_scale": -1.5, "softcap": 2.0}
+    found = linear_topk(hidden, weight, 4, bias=bias, **options)
+    z = 2 * torch.tanh(-1.5 * (hidden @ weight.T + bias) / 2)
+    assert z[0, 3] == 2 and (found.ids[:, 0] == 3).all()
+    torch.testing.assert_close(found.logprob, z.log_softmax(-1).gather(1, found.ids))
+
+
 def test_a_token_of_nan_stays_one():
     hidden, weight, _ = problem(3, 50)
     hidden[1] = torch.nan

@@ -56,7 +56,7 @@ def float64_statistics(h):
     z = rest.options.get("logit_scale", 1.0) * z
     if cap := rest.options.get("softcap"):
         z = cap * torch.tanh(z / cap)
-    return dense.stats_of(z / rest.options.get("temperature", 1.0), h.target)
+    return dense.oracle.statistics(z / rest.options.get("temperature", 1.0), h.target)
 
 
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)

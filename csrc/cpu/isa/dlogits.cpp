@@ -21,12 +21,20 @@ constexpr int kColumnBlock = 256;  // columns of a row group that stay in the fi
 
 // Applies g(logit) to columns [begin, end) of a row, in place.
 template <class T, bool kCapped, bool kBiased, class G>
-inline void rewrite(T* x, const Chunk& c, const Transform<kCapped, kBiased>& f, int64_t begin,
-                    int64_t end, const G& g) {
+inline void rewrite(T* x, const Chunk& c, const Transform<kCapped, kBiased>& transform,
+                    int64_t begin, int64_t end, const G& g) {
+  const Transform<kCapped, kBiased> f = transform;  // what is stored to x cannot change a copy
+  auto one = [&](int64_t at) {
+    store(x + at, g(f.logit(load(x + at), kBiased ? load(c.bias + at) : (vf){})));
+  };
   int64_t j = begin;
-  for (; j + W <= end; j += W) {
-    vf z = f.logit(load(x + j), kBiased ? load(c.bias + j) : (vf){});
-    store(x + j, g(z));
+  for (; j + 2 * W <= end; j += 2 * W) {
+    one(j);
+    one(j + W);
+  }
+  if (j + W <= end) {
+    one(j);
+    j += W;
   }
   if (j < end) {
     int left = static_cast<int>(end - j);

@@ -5,6 +5,7 @@ namespace ift {
 namespace IFT_ISA {
 
 void stats(const Chunk&, const int64_t*, double*, int64_t, int64_t*, int);
+void exponentials(const Chunk&, const int64_t*, double*, int64_t, float*, float*, int64_t);
 void dlogits(const Chunk&, const DlogitsRows&);
 void probabilities(const Chunk&, const float*, int64_t);
 void top_k(const Chunk&, float*, int64_t*, int64_t);
@@ -19,6 +20,7 @@ void transpose_chunk(const Chunk&, void*, int64_t);
 
 const Epilogues& table() {
   static const Epilogues epilogues{stats,
+                                   exponentials,
                                    dlogits,
                                    probabilities,
                                    top_k,

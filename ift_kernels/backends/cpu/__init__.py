@@ -16,7 +16,7 @@ from ift_kernels.backends.cpu.extension import (
 from ift_kernels.backends.cpu.sampling import gumbel_update, top_k_update
 from ift_kernels.backends.cpu.scans import scan
 from ift_kernels.backends.cpu.selected import put_selected, take_selected
-from ift_kernels.backends.cpu.statistics import stats_update
+from ift_kernels.backends.cpu.statistics import exponentials_, stats_update
 from ift_kernels.backends.cpu.temporal import residual, residual_grad
 from ift_kernels.backends.reference import softmax_gradient_
 from ift_kernels.backends.reference.scaling import scale_
@@ -27,6 +27,7 @@ __all__ = [
     "divergence_gradient_",
     "divergence_terms",
     "dlogits_",
+    "exponentials_",
     "gumbel_update",
     "mark_active",
     "probabilities_",

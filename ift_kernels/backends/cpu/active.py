@@ -14,8 +14,9 @@ from ift_kernels.backends.layout_checks import (
     DTYPES,
     check_tail_weights,
     check_take_active_args,
-    check_vectors,
+    mark_active_args,
 )
+from ift_kernels.backends.reference.active import bucket_counts
 from ift_kernels.backends.reference.active import bucket_sums as reference_bucket_sums
 
 
@@ -28,13 +29,11 @@ def mark_active(
     tail_weights: Tensor | None,
 ) -> ActiveColumns:
     """Without tail gradients: they are formed once the tile, still in cache, is its gradient."""
-    target, norm, _ = row_gradient
-    products, (rows, columns) = products_of(chunk), chunk.x.shape
-    level = (norm.sum(0) + log_threshold).float()
-    check_vectors(rows, target=target, level=level)
-    mask = chunk.x.new_empty((-(-rows // block), columns), dtype=torch.uint8)
-    compiled().active_mask(products, target.data_ptr(), level.data_ptr(), block, mask.data_ptr())
-    return ActiveColumns(mask, mask.sum(1, keepdim=True, dtype=torch.int32), None)
+    level, mask = mark_active_args(chunk, row_gradient, log_threshold, block)
+    compiled().active_mask(
+        products_of(chunk), row_gradient.target.data_ptr(), level.data_ptr(), block, mask.data_ptr()
+    )
+    return ActiveColumns(mask, bucket_counts(mask, bucket), None)
 
 
 def take_active(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,8 @@ from ift_kernels.backends.layout_checks import (
     DTYPES,
     check_tail_weights,
     check_take_active_args,
-    check_vectors,
     kernel_matrix,
+    mark_active_args,
 )
 from ift_kernels.backends.reference.active import PADDING
 
@@ -29,23 +28,15 @@ def mark_active(
     bucket: int,
     tail_weights: Tensor | None,
 ) -> ActiveColumns:
-    (rows, columns), (target, norm, _) = chunk.x.shape, row_gradient
-    level = (norm.sum(0) + log_threshold).float()
-    check_vectors(rows, target=target, level=level)
-    mask = chunk.x.new_empty((-(-rows // block), columns), dtype=torch.uint8)
+    level, mask = mark_active_args(chunk, row_gradient, log_threshold, block)
     queue, products = products_of(chunk)
     compiled().active_mask(
-        queue, products, target.data_ptr(), level.data_ptr(), block, mask.data_ptr()
+        queue, products, row_gradient.target.data_ptr(), level.data_ptr(), block, mask.data_ptr()
     )
-    return ActiveColumns(mask, _bucket_counts(queue, mask, bucket).to(torch.int32), None)
-
-
-def _bucket_counts(queue: Any, mask: Tensor, bucket: int) -> Tensor:
-    """int64 (blocks, buckets): active columns of each bucket of each block."""
     blocks, columns = mask.shape
     counts = torch.empty((blocks, -(-columns // bucket)), dtype=torch.int64, device=mask.device)
     compiled().mask_counts(queue, mask.data_ptr(), blocks, columns, bucket, counts.data_ptr())
-    return counts
+    return ActiveColumns(mask, counts.to(torch.int32), None)
 
 
 def take_active(
@@ -64,10 +55,7 @@ def take_active(
     buckets = check_take_active_args(dz, mask, block, bucket, tail_weights, active)
     tail_gradient = dz.new_empty((buckets, len(dz)), dtype=torch.float32)
     queue, gradients = products_of(Chunk(dz))
-    of_buckets = columns.counts
-    if of_buckets.shape[1] != buckets:  # of other parts of the columns
-        of_buckets = _bucket_counts(queue, mask, bucket)
-    ends = of_buckets.cumsum(1)
+    ends = columns.counts.cumsum(1)
     elements = (ends[:, -1] + (PADDING - 1)) // PADDING * PADDING * block
     starts = elements.cumsum(0) - elements
     compiled().split_active(

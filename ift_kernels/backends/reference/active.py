@@ -54,7 +54,8 @@ def mark_active(
 
 def bucket_counts(mask: Tensor, bucket: int) -> Tensor:
     """int32 (blocks, buckets): active columns of each bucket of each block."""
-    padded = F.pad(mask, (0, -mask.shape[1] % bucket))
+    missing = -mask.shape[1] % bucket
+    padded = F.pad(mask, (0, missing)) if missing else mask
     return padded.view(len(mask), -1, bucket).sum(2, dtype=torch.int32)
 
 

@@ -65,7 +65,7 @@ def plain(model, tokenizer, probes):
                 z = model(input_ids=ids[None]).logits[0, :-1].double()
             kept = labels[1:] != -100
             z, y = z[kept], labels[1:][kept]
-            p, stats = z.softmax(-1), dense.stats_of(z, y)
+            p, stats = z.softmax(-1), dense.oracle.statistics(z, y)
             found[i, name] = {
                 "ids": y,
                 "off_argmax": 1 - p.amax(1),

@@ -36,7 +36,7 @@ def of_logits(model, inputs, temperature):
     """Statistics of logits / temperature (B, T - 1), and the shifted labels."""
     labels = inputs["labels"][:, 1:]
     rest = {key: value for key, value in inputs.items() if key != "labels"}
-    return dense.stats_of(model(**rest).logits[:, :-1] / temperature, labels), labels
+    return dense.oracle.statistics(model(**rest).logits[:, :-1] / temperature, labels), labels
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere", "phi"])

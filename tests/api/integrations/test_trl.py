@@ -255,7 +255,7 @@ def test_a_head_that_trl_casts_after_the_patch(tokenizer, tmp_path):
             logits = each(inputs["input_ids"], inputs["attention_mask"]).logits
             assert torch.equal(logits, hidden.float() @ each.lm_head.weight.T)
             logprob, mask = target_logprobs(each, **inputs)
-            right = dense.stats_of(logits[:, :-1], inputs["labels"][:, 1:])["logprob"]
+            right = dense.oracle.statistics(logits[:, :-1], inputs["labels"][:, 1:])["logprob"]
             torch.testing.assert_close(logprob[:, :-1], right * mask[:, :-1], rtol=0, atol=1e-5)
 
 

@@ -225,7 +225,7 @@ def test_from_hidden_is_the_loss_of_the_log_probabilities():
 
     mask, theirs = target != -100, {"softcap": 9.0, "temperature": 1.2}
     z = dense.logits(dense.Head(hidden, weight, target, bias, transform))
-    stats = dense.stats_of(z, target)
+    stats = dense.oracle.statistics(z, target)
     logp, entropy = stats["logprob"], stats["entropy"]
     frozen = dense.stats(dense.Head(other.hidden, other.weight, target, None, theirs))["logprob"]
     cases = {

@@ -7,7 +7,8 @@ import dense
 import ift_kernels as K
 from ift_kernels.common import sync_free
 from ift_kernels.operators import frozen_head
-from ift_kernels.schedule import plan, products
+from ift_kernels.schedule import plan
+from ift_kernels.schedule.head import Head
 
 ROWS, WIDTH, VOCABULARY = 300, 24, 3001
 WORKSPACE = {torch.float32: 2 << 20, torch.float64: 4 << 20, torch.bfloat16: 1 << 20}
@@ -106,22 +107,21 @@ def test_the_logit_of_the_target(ignored):
 
 
 def test_products_are_formed_once(monkeypatch):
-    rows = []
-    original = products.tiles
+    sizes = []
+    original = Head.multiply
 
-    def counted(head, made, kept=None, parked=None):
-        assert kept.shape == (len(head.hidden), VOCABULARY)
-        rows.append(len(head.hidden))
-        return original(head, made, kept, parked)
+    def counted(head, columns, out, rows=slice(None)):
+        sizes.append(out.numel())
+        original(head, columns, out, rows)
 
-    monkeypatch.setattr(products, "tiles", counted)
+    monkeypatch.setattr(Head, "multiply", counted)
     h, _ = problem(bias=False)
     made = K.explain(ROWS, VOCABULARY, WIDTH, torch.float32, need_weight=False, workspace=2 << 20)
     assert (made.schedule, made.products) == ("forward", 2.0)
     stats = K.linear_logprobs(*h.args, workspace=2 << 20)
     monkeypatch.setattr(torch.ops.ift_kernels, "linear_stats_backward", None)
     stats.logprob.sum().backward()
-    assert len(rows) > 1 and sum(rows) == ROWS
+    assert len(sizes) > 1 and sum(sizes) == ROWS * VOCABULARY
 
 
 def test_who_is_served():

@@ -14,8 +14,9 @@ from dense import distance
 from ift_kernels import backends
 from ift_kernels.backends import reference
 from ift_kernels.backends.contract import ActiveColumns, Chunk
+from ift_kernels.backends.reference.active import bucket_counts
 from ift_kernels.common.active_set import ActiveSet
-from ift_kernels.schedule import plan
+from ift_kernels.schedule import active_groups, plan
 from serving import DTYPES, needs_cpp
 
 # --- the epilogue --------------------------------------------------------------------------------
@@ -77,6 +78,22 @@ def test_take_active(backend, dtype, rows, columns, bucket, share):
         torch.testing.assert_close(mine, part[:there], rtol=rounding, atol=1e-6, equal_nan=True)
         start += part.numel()
     assert (active[start:] == 7).all()
+
+
+@pytest.mark.parametrize("widths", [(128, 128, 40), (96, 100, 100)], ids=str)
+def test_counts_are_of_buckets_whatever_the_tiles(backend, widths):
+    """Of each tile, of all of them, and of some of their columns."""
+    bucket, rows = 64, 70
+    of = active_examples.row_gradient(rows, sum(widths), 0)
+    tiles = [
+        backends.get(x).mark_active(Chunk(x), of, -1.5, 32, bucket, None)
+        for x in (torch.randn(rows, width) for width in widths)
+    ]
+    joined = active_groups.join(tiles, bucket)
+    parts = (slice(0, widths[0]), slice(widths[0], sum(widths)), slice(64, 100))
+    for some in (*tiles, joined, *(active_groups.part_of(joined, p, bucket) for p in parts)):
+        assert 0 < some.mask.sum() < some.mask.numel()
+        assert torch.equal(some.counts, bucket_counts(some.mask, bucket))
 
 
 @needs_cpp

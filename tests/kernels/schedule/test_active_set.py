@@ -12,6 +12,7 @@ import ift_kernels as K
 from bench.harness import data as lmlike
 from dense import distance
 from ift_kernels.common.active_set import ActiveSet
+from ift_kernels.schedule import plan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ROUNDING = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
@@ -202,6 +203,13 @@ def test_a_report_is_of_the_forward_that_was_recorded():
     with K.record_active_sets() as other:
         stats.logprob.sum().backward()
     assert len(report) == 1 and not other
+
+
+def test_a_call_without_a_row_is_reported_once():
+    h = frozen(lm())
+    with plan.use_schedule("forward"), K.record_active_sets() as report:
+        gradients(dense.replace(h, target=torch.full_like(h.target, -100)), "active")
+    assert len(report) == 1
 
 
 def test_a_tiny_workspace_is_right():

@@ -32,13 +32,6 @@ def made(monkeypatch):
     return plans
 
 
-@pytest.fixture
-def counts_by_buckets():
-    """A backend that counts active columns by buckets, as those of GPUs; C++ counts whole tiles."""
-    with ift_kernels.use_backend("reference"):
-        yield
-
-
 def distance(got, wanted):
     return float((got.double() - wanted).norm() / wanted.norm())
 
@@ -251,7 +244,6 @@ def reads(monkeypatch):
     return found
 
 
-@pytest.mark.usefixtures("counts_by_buckets")
 @pytest.mark.parametrize(
     ("rows", "vocabulary", "workspace", "block", "bucket"),
     [
@@ -280,7 +272,6 @@ def test_active_columns_are_counted_once_a_block_of_rows(
     assert 1e-6 < distance(got, wanted) < 0.05
 
 
-@pytest.mark.usefixtures("counts_by_buckets")
 @pytest.mark.parametrize("united", [False, True])
 def test_blocks_are_united_where_that_is_faster(made, monkeypatch, united):
     """More rows of a product have more active columns, but fewer head rows are gathered."""
