@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from ift.numerics.calls import OPERATIONS
+from ift.numerics.operations import OPERATIONS
 from tests.properties import harness
 from tests.properties.cases import cases
 
