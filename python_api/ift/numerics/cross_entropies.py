@@ -211,6 +211,7 @@ def soft_cross_entropy(call: Call) -> list[Check]:
         # Some pad; those of masked tokens do not, which the mask alone leaves out.
         given_ids = torch.stack([ids_of(call, head.z, every) for head in h.bounds], 1)
         ids = given_ids.masked_fill(~valid[..., None], oracle.IGNORE_INDEX)
+        valid = (ids >= 0).any(-1)
         q = q.gather(-1, ids.clamp(min=0))
         given_ids = given_ids.view(*h.target.shape, q.shape[-1]).to(call.device)
     probs = q.to(call.device).view(*h.target.shape, q.shape[-1])

@@ -131,7 +131,10 @@ def _topk(call: Call) -> list[Check]:
     logprob, there = found.logprob.reshape(-1, k), ids != oracle.IGNORE_INDEX
     exact = oracle.selected(head.z, ids)["logprob"]
     each = [head.logprob_error(at) for at in ids.clamp(min=0).unbind(1)]
-    bound = torch.where(there, torch.stack(each, 1), 0)
+    bound = torch.stack(each, 1)
+    if head.units.sum == bounds.FP64:  # lse is one number, in which a small logarithm is lost
+        bound = bound + bounds.FP64 * head.z.logsumexp(-1, keepdim=True).abs()
+    bound = torch.where(there, bound, 0)
     limits = options["top_p"], options["min_p"]
     within, outside = bounds_selected.nucleus(head, min(k + 1, call.vocabulary), *limits)
     truncated = found.truncated.flatten().cpu()
