@@ -2,7 +2,9 @@
 beside one that learns from the whole distributions of the teacher.
 
 ``python -m examples.topk_distillation --output distilled`` scores rows with a small random teacher,
-trains both students on the same batches, and draws their losses: ``distilled/curves.png``.
+trains both students on the same batches, and draws their losses: ``distilled/curves.png``. They end
+within 2 % of each other because the 64 ids carry 96 % of that teacher's mass; of a flatter one,
+``--spread 1``, most of the mass is elsewhere, and how it is shared out there is not learned.
 """
 
 from __future__ import annotations
@@ -105,6 +107,12 @@ def train(
     return found
 
 
+def stored_mass(batch: dict[str, Tensor]) -> float:
+    """The mean probability that the teacher's stored ids have together."""
+    tail = batch["teacher_tail_logprob"][batch["target"] >= 0]
+    return -tail.expm1().mean().item()
+
+
 def entropy(teacher: Any, batch: dict[str, Tensor]) -> float:
     """Of the teacher's distributions: what a loss on soft targets has beside the divergence."""
     hidden, weight, *_ = head(teacher, batch)
@@ -116,9 +124,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train both students, draw, and return the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument(
+        "--spread", type=float, default=4.0, help="of the teacher's logits (default: 4)"
+    )
     parser.add_argument("--output", type=Path, default=Path("distilled"))
     given = parser.parse_args(arguments)
-    teacher = model(0, spread=4.0)
+    teacher = model(0, spread=given.spread)
     data = store(given.output, teacher)
     collate = TeacherCollator(pad_id=0)
     held_out = collate([data[i] for i in range(ROWS - HELD_OUT, ROWS)])
@@ -130,9 +141,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     report: dict[str, Any] = {
         "divergence": curves,
         "entropy": entropy(teacher, held_out),
+        "stored_mass": stored_mass(held_out),
         "bytes_per_token": {"whole": 2 * VOCABULARY, "topk": 8 * K + 4},
     }
     report["loss"] = {way: report["entropy"] + curve[-1] for way, curve in curves.items()}
+    print(f"the teacher's {K} best ids have {report['stored_mass']:.1%} of its mass")
     for way, name in WAYS.items():
         print(
             f"{name}: loss {report['loss'][way]:.4f}, divergence {curves[way][-1]:.4f}, "
@@ -147,7 +160,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """Write the PNG."""
     colors = {"whole": "#9CCBE5", "topk": plotting.ORANGE}
     with plotting.picture(path, 1, 2, width=9.0, height=3.3) as (figure, (losses, sizes)):
-        figure.suptitle(f"Distillation on random words, {VOCABULARY} tokens")
+        figure.suptitle(
+            f"Distillation on random words, {VOCABULARY} tokens; the {K} ids have "
+            f"{report['stored_mass']:.1%} of the teacher's mass"
+        )
         for way, curve in report["divergence"].items():
             wide = {"linewidth": 5 if way == "whole" else 1.4, "color": colors[way]}
             steps = range(1, len(curve) + 1)

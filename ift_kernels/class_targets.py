@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ift_kernels.common import checks
-from ift_kernels.common.transform import LogitTransform
-from ift_kernels.operators import weighted_products  # noqa: F401  registers an operator
+from ift_kernels.operators import dense_targets, head_call, weighted_products  # noqa: F401
+from ift_kernels.schedule.accumulate import accum_dtype
 
 
 class CrossEntropyStats(NamedTuple):
@@ -89,14 +89,6 @@ def check_class_weight(class_weight: Tensor, weight: Tensor) -> None:
         raise ValueError("class_weight: expected a tensor without gradient, got requires_grad=True")
 
 
-def check_smoothing(transform: LogitTransform, label_smoothing: float, of: str) -> None:
-    """Refuse a softcap with label smoothing `of` what `uniform_loss` serves."""
-    if label_smoothing and transform.softcap:
-        raise ValueError(
-            f"softcap: expected None with label_smoothing and {of}, got {transform.softcap}"
-        )
-
-
 def check_deterministic(deterministic: bool, label_smoothing: float) -> None:
     """Refuse what `uniform_loss` does not promise."""
     if label_smoothing and deterministic:
@@ -123,23 +115,62 @@ def uniform_loss(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     class_weight: Tensor | None,  # (V,); None: 1
-    transform: LogitTransform,  # without softcap
+    valid: Tensor,  # (...) tokens whose loss is taken
     lse: Tensor,  # (...)
+    options: head_call.Options,
 ) -> Tensor:
     """``-(class_weight * log_softmax(z)).sum(-1) / V``, the loss against uniform targets.
 
-    Without softcap the sum of logits is h·(Wᵀw): a matrix-vector product of the head.
+    Without softcap the sum of logits is h·(Wᵀw): a matrix-vector product of the head. With one it
+    is a cross-entropy against dense targets.
     """
     if class_weight is None:
         class_weight = weight.new_ones(len(weight))
-    w = class_weight.to(torch.float64)
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows, w = hidden.reshape(-1, hidden.shape[-1]), class_weight.to(torch.float64)
+    if options.softcap:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "softcap: expected None in a compiled graph with label_smoothing and class_weight "
+                f"or ids, got {options.softcap}"
+            )
+        share = (w / len(weight)).to(accum_dtype(options.dtype))
+        cross, _ = dense_targets.cross_entropy(
+            rows, weight, bias, valid.reshape(-1),
+            lambda columns: share[columns].expand(len(rows), -1), options,
+        )  # fmt: skip
+        return cross.view(lse.shape)
     logits = torch.ops.ift_kernels.weighted_products(rows, weight, w)[0].view(lse.shape)
     if bias is not None:
         logits = logits + w @ bias.double()
-    logits = logits * (transform.scale / transform.temperature)
+    logits = logits * (options.scale / options.temperature)
     loss: Tensor = (w.sum() * lse.double() - logits) / len(weight)
-    return loss.to(lse.dtype)
+    return torch.where(valid, loss, 0.0).to(lse.dtype)
+
+
+def heads_of(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, d1, ..., dK, D)
+    bias: Tensor | None,  # (V, d1, ..., dK)
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """The head (V, D) and bias (V,) at every output position: one of each where K is 0."""
+    heads: tuple[Tensor, ...] = (weight,)
+    biases: tuple[Tensor | None, ...] = (bias,)
+    if isinstance(weight, Tensor) and weight.dim() > 2:
+        checks.plain_floating("hidden", hidden)
+        if not weight.numel():
+            raise ValueError(f"weight: expected no dimension of size 0, got {tuple(weight.shape)}")
+        heads = weight.flatten(1, -2).unbind(1)
+        biases = (None,) * len(heads)
+        if bias is not None:
+            checks.floating("bias", bias)
+            if bias.shape != weight.shape[:-1]:
+                raise ValueError(
+                    f"bias: expected shape {tuple(weight.shape[:-1])} like weight without D, "
+                    f"got {tuple(bias.shape)}"
+                )
+            biases = bias.flatten(1).unbind(1)
+    checks.head_arguments(hidden, heads[0], biases[0])
+    return heads, biases
 
 
 def of_output_dims(
@@ -155,22 +186,10 @@ def of_output_dims(
     **others: Any,
 ) -> Tensor | CrossEntropyStats:
     """`cross_entropy` of the head at every output position, and their common reduction."""
-    checks.plain_floating("hidden", hidden)
-    if not weight.numel():
-        raise ValueError(f"weight: expected no dimension of size 0, got {tuple(weight.shape)}")
+    heads, biases = heads_of(hidden, weight, bias)
     tokens, dims = hidden.shape[:-1], weight.shape[1:-1]
     target = checks.token_ids("target", target, torch.Size((*tokens, *dims)), hidden.device)
-    heads = weight.flatten(1, -2).unbind(1)
-    biases: tuple[Tensor | None, ...] = (None,) * len(heads)
-    if bias is not None:
-        checks.floating("bias", bias)
-        if bias.shape != weight.shape[:-1]:
-            raise ValueError(
-                f"bias: expected shape {tuple(weight.shape[:-1])} like weight without D, "
-                f"got {tuple(bias.shape)}"
-            )
-        biases = bias.flatten(1).unbind(1)
-    targets = target.reshape(*tokens, -1).unbind(-1)
+    targets = target.reshape(*tokens, len(heads)).unbind(-1)
     found = [
         cross_entropy(
             hidden, head, of_head, bias=b, class_weight=class_weight, ignore_index=ignore_index,

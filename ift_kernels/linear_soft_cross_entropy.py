@@ -22,12 +22,12 @@ Probabilities = Callable[[int, int], Tensor]
 
 def linear_soft_cross_entropy(
     hidden: Tensor,  # (..., D)
-    weight: Tensor,  # (V, D)
+    weight: Tensor,  # (V, D) or (V, d1, ..., D)
     probs: Tensor | Probabilities,  # (..., K), or of (start, stop)
     *,
     ids: Tensor | None = None,  # (..., K)
     mask: Tensor | None = None,  # (...)
-    bias: Tensor | None = None,  # (V,)
+    bias: Tensor | None = None,  # (V,) or (V, d1, ...)
     class_weight: Tensor | None = None,  # (V,)
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -49,12 +49,15 @@ def linear_soft_cross_entropy(
         loss = loss + z_loss * logsumexp(z, -1).square()
         loss.sum() / num_items        # reduction "mean"; by default over the tokens that count
 
-    which is ``torch.nn.functional.cross_entropy(z, q, class_weight)`` of two-dimensional z: q need
-    not sum to 1, and its mean is over tokens, whatever the weights. A class of probability 0 adds
-    0, where its logit is -inf too.
+    which is ``torch.nn.functional.cross_entropy(z, q, class_weight)``, whose classes are its second
+    dimension: q need not sum to 1, and the mean is over tokens, whatever the weights. A class of
+    probability 0 adds 0, where its logit is -inf too.
 
     Args:
-        hidden, weight, bias: as `linear_logprobs`.
+        hidden, weight, bias: as `linear_logprobs`. Of weight (V, d1, ..., dK, D) every output
+            position is a head of its own, with bias (V, d1, ..., dK): (...) of the other arguments
+            and of the losses ends in d1, ..., dK then. The heads are computed in turn, with a call
+            of the function for each chunk of each.
         probs: with `ids`, (..., K) floats, the probabilities of these ids; all others have 0.
             Differentiable. Without, a function of two ints, ``probs(start, stop)``, that returns
             the probabilities (..., stop - start) of the classes in [start, stop), for all tokens:
@@ -67,8 +70,9 @@ def linear_soft_cross_entropy(
         class_weight: (V,) floats without gradient. Default None: 1.
         ignore_index: ids with this value pad a smaller set, whatever their probability. A token all
             of whose ids are does not count.
-        label_smoothing: weight in [0, 1) of the uniform distribution. Default 0. With `ids` it is
-            refused with a softcap.
+        label_smoothing: weight in [0, 1) of the uniform distribution. Default 0. With `ids` and a
+            softcap it costs one product more in forward and three in backward, and is refused
+            inside torch.compile.
         z_loss, reduction, num_items: as `linear_cross_entropy`.
         logit_scale, softcap, temperature, logits_dtype: as `linear_logprobs`.
         workspace: as `linear_logprobs`; a chunk of probabilities is part of it. A function with
@@ -100,58 +104,84 @@ def linear_soft_cross_entropy(
     options = class_targets.LossOptions.checked(label_smoothing, z_loss, reduction, num_items)
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
     ignore_index = checks.integer("ignore_index", ignore_index)
-    checks.head_arguments(hidden, weight, bias)
+    heads, biases = class_targets.heads_of(hidden, weight, bias)
     if class_weight is not None:
         class_targets.check_class_weight(class_weight, weight)
-    if mask is None:
-        valid = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
-    else:
-        valid = checks.as_bool_mask(mask, hidden[..., 0], "hidden without its last dimension")
+    positions = torch.Size((*hidden.shape[:-1], *weight.shape[1:-1]))
+    valid = torch.ones(positions, dtype=torch.bool, device=hidden.device)
+    if mask is not None:
+        valid = checks.as_bool_mask(mask, valid, "the output positions")
+    dtype = checks.compute_dtype(hidden, heads[0], logits_dtype)
+    of_head = head_call.Options(
+        ignore_index, transform.scale, transform.softcap, transform.temperature,
+        checks.workspace_bytes(workspace, hidden.device, dtype), dtype, False,
+    )  # fmt: skip
     if ids is None:
         if isinstance(probs, Tensor) or not callable(probs):
             raise TypeError(
                 "probs: expected a function of (start, stop), or a tensor (..., K) with ids, got "
                 f"{type(probs).__name__} without ids"
             )
-        dtype = checks.compute_dtype(hidden, weight, logits_dtype)
-        loss, lse = dense_targets.cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]), weight, bias, valid.reshape(-1),
-            _source(probs, hidden, len(weight), dtype, class_weight, label_smoothing),
-            head_call.Options(
-                -1, transform.scale, transform.softcap, transform.temperature,
-                checks.workspace_bytes(workspace, hidden.device, dtype), dtype, False,
-            ),
-        )  # fmt: skip
-        loss, lse = loss.view(valid.shape), lse.view(valid.shape)
+        # A chunk has the columns of every head.
+        of_head = of_head._replace(workspace=of_head.workspace // len(heads))
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        found = []
+        for at, (head, b) in enumerate(zip(heads, biases, strict=True)):
+            source = _source(probs, positions, at, len(heads), head, dtype, class_weight, options)
+            of_rows = valid.reshape(len(rows), len(heads))[:, at]
+            found.append(dense_targets.cross_entropy(rows, head, b, of_rows, source, of_head))
     else:
-        class_targets.check_smoothing(transform, label_smoothing, "ids")
-        ids = check_ids(ids, hidden)
+        ids = check_ids(ids, valid[..., None])
         _check_probs(probs, ids)
         assert isinstance(probs, Tensor)
         ids = ids.masked_fill(~valid[..., None], ignore_index)
-        there = ids != ignore_index
-        valid = there.any(-1)
-        found = linear_selected_logprobs(
-            hidden, weight, ids, bias=bias, ignore_index=ignore_index, logit_scale=logit_scale,
-            softcap=softcap, temperature=temperature, outputs=("logprob", "lse"),
-            logits_dtype=logits_dtype, workspace=workspace,
-        )  # fmt: skip
-        assert found.logprob is not None and found.lse is not None
-        lse = found.lse
-        probs = probs.masked_fill(~there, 0.0).to(lse.dtype)
-        factor = 1.0 - label_smoothing
-        if class_weight is not None:
-            at = ids.clamp(0, len(weight) - 1)
-            probs = probs * class_weight.to(lse.dtype)[at]
-        # 0 times an infinity; elsewhere a probability of 0 may have a gradient.
-        logprob = found.logprob.masked_fill((probs == 0) & found.logprob.isinf(), 0.0)
-        loss = -factor * (probs * logprob).sum(-1)
-        if label_smoothing:
-            uniform = class_targets.uniform_loss(hidden, weight, bias, class_weight, transform, lse)
-            loss = loss + label_smoothing * torch.where(valid, uniform, 0.0)
+        valid = (ids != ignore_index).any(-1)
+        each_ids, each_probs = (
+            t.reshape(*hidden.shape[:-1], len(heads), t.shape[-1]).unbind(-2) for t in (ids, probs)
+        )
+        found = [
+            _of_ids(hidden, *of, class_weight, options, of_head, logits_dtype, workspace)
+            for of in zip(heads, biases, each_ids, each_probs, strict=True)
+        ]
+    loss, lse = (torch.stack(parts, -1).view(positions) for parts in zip(*found, strict=True))
     if z_loss:
         loss = loss + options.z_loss * lse.square()
     return options.reduced(loss, options.factor(valid))
+
+
+def _of_ids(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,
+    ids: Tensor,  # (..., K)
+    probs: Tensor,  # (..., K)
+    class_weight: Tensor | None,
+    options: class_targets.LossOptions,
+    of_head: head_call.Options,
+    logits_dtype: torch.dtype | None,
+    workspace: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Losses and log-sum-exps (...) of one head."""
+    found = linear_selected_logprobs(
+        hidden, weight, ids, bias=bias, ignore_index=of_head.ignore_index,
+        logit_scale=of_head.scale, softcap=of_head.softcap or None,
+        temperature=of_head.temperature, outputs=("logprob", "lse"), logits_dtype=logits_dtype,
+        workspace=workspace,
+    )  # fmt: skip
+    assert found.logprob is not None and found.lse is not None
+    lse, there = found.lse, ids != of_head.ignore_index
+    probs = probs.masked_fill(~there, 0.0).to(lse.dtype)
+    if class_weight is not None:
+        probs = probs * class_weight.to(lse.dtype)[ids.clamp(0, len(weight) - 1)]
+    # 0 times an infinity; elsewhere a probability of 0 may have a gradient.
+    logprob = found.logprob.masked_fill((probs == 0) & found.logprob.isinf(), 0.0)
+    smoothing = options.label_smoothing
+    loss = (smoothing - 1.0) * (probs * logprob).sum(-1)
+    if smoothing:
+        loss = loss + smoothing * class_targets.uniform_loss(
+            hidden, weight, bias, class_weight, there.any(-1), lse, of_head
+        )
+    return loss, lse
 
 
 def _check_probs(probs: object, ids: Tensor) -> None:
@@ -167,18 +197,20 @@ def _check_probs(probs: object, ids: Tensor) -> None:
 
 def _source(
     probs: Probabilities,
-    hidden: Tensor,
-    vocabulary: int,
+    positions: torch.Size,
+    at: int,  # of so many heads
+    heads: int,
+    weight: Tensor,  # (V, D)
     dtype: torch.dtype,
     class_weight: Tensor | None,
-    smoothing: float,
+    options: class_targets.LossOptions,
 ) -> dense_targets.Source:
-    """Weighted and smoothed probabilities (N, C) of columns."""
-    tokens, device, accum = hidden.shape[:-1], hidden.device, accum_dtype(dtype)
+    """Weighted and smoothed probabilities (N, C) of columns of one head."""
+    device, accum, smoothing = weight.device, accum_dtype(dtype), options.label_smoothing
 
     def source(columns: slice) -> Tensor:
         start, stop = columns.start, columns.stop
-        found, shape = probs(start, stop), (*tokens, stop - start)
+        found, shape = probs(start, stop), (*positions, stop - start)
         if not isinstance(found, Tensor):
             raise TypeError(f"probs: expected a function to a Tensor, got {type(found).__name__}")
         checks.floating("probs", found)
@@ -192,9 +224,9 @@ def _source(
                 "probs: expected a constant from a function, got requires_grad=True; give it with "
                 "ids, or detach it"
             )
-        q = found.reshape(-1, stop - start).to(accum)
+        q = found.reshape(-1, heads, stop - start)[:, at].to(accum)
         if smoothing:
-            q = q * (1.0 - smoothing) + smoothing / vocabulary
+            q = q * (1.0 - smoothing) + smoothing / len(weight)
         return q if class_weight is None else q * class_weight[columns].to(accum)
 
     return source

@@ -213,19 +213,6 @@ def test_backward_has_no_copy_of_kept_products():
     assert used.largest < SMALL
 
 
-def test_memory():
-    """Never as much as the logits would take."""
-    h, ids = problem(400, 8, 6000, 16)
-    logits = 400 * 6000 * 4
-    for names in (("logprob", "tail_logprob"), IN_SET):
-        with Allocations() as used:
-            found = linear_selected_logprobs(
-                h.hidden, h.weight, ids, outputs=names, workspace=SMALL
-            )
-            sum(getattr(found, name).sum() for name in names).backward()
-        assert used.peak < logits / 2
-
-
 def test_head_rows_of_one_token_that_do_not_fit_are_not_gathered():
     hidden, weight = torch.randn(4, 512, requires_grad=True), torch.randn(20000, 512)
     ids = torch.randperm(20000)[: 4 * 400].view(4, 400)

@@ -30,9 +30,11 @@ SOURCES = (
     "ift_kernels/backends/triton/*.py",  # in its interpreter where that is on
     "csrc/*.h",
     "csrc/cpu/**/*",
-    "python_api/ift/numerics/bounds.py",
+    "python_api/ift/numerics/bounds*.py",
     "python_api/ift/numerics/calls.py",
+    "python_api/ift/numerics/cross_entropies.py",
     "python_api/ift/numerics/inputs.py",
+    "python_api/ift/numerics/operations.py",
     "python_api/ift/numerics/oracle.py",
     "tests/properties/cases.py",
     "tests/properties/harness.py",

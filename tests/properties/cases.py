@@ -10,7 +10,8 @@ import torch
 from hypothesis import strategies as st
 
 from ift.numerics import inputs, oracle
-from ift.numerics.calls import DIFFERENTIABLE, LAYOUTS, OPERATIONS, Call, available
+from ift.numerics.calls import DIFFERENTIABLE, LAYOUTS, Call
+from ift.numerics.operations import OPERATIONS, available
 from ift_kernels.backends.contract import KINDS
 from ift_kernels.linear import OUTPUTS
 from ift_kernels.schedule import plan
@@ -26,6 +27,10 @@ PRECISIONS = {
     "float64": (("float64",), False),
     "float32, fp32 logits": (("float32",), True),
 }
+CROSS_ENTROPIES = ("linear_cross_entropy", "linear_soft_cross_entropy")
+NO_GRADIENT = ("linear_token", "linear_topk")
+DETERMINISTIC = ("linear_logprobs", "linear_cross_entropy", "linear_token",
+                 "linear_selected_logprobs", "linear_topk")  # fmt: skip
 _TURN = ("float32", "16 bits", "16 bits, fp32 logits") * 3
 
 
@@ -71,7 +76,12 @@ def _some(c: Choices, values: Sequence[str], *, out_of: int) -> set[str]:
 
 
 def _options(
-    c: Choices, operation: str, vocabulary: int, masked: bool, softcap: float | None
+    c: Choices,
+    operation: str,
+    vocabulary: int,
+    masked: bool,
+    softcap: float | None,
+    deterministic: bool,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if operation == "linear_logprobs":
@@ -85,15 +95,26 @@ def _options(
     if operation in ("linear_logprobs", "linear_cross_entropy"):
         found["ignore_index"] = c.one_of(oracle.IGNORE_INDEX, oracle.IGNORE_INDEX, -1, 2**31 - 1)
     if operation == "linear_cross_entropy":
-        # Uniform smoothing over forbidden tokens is an infinite loss, as in torch.
-        found["label_smoothing"] = 0.0 if masked else c.one_of(0.0, 0.1, 0.5)
-        found["z_loss"] = c.one_of(0.0, 1e-4, 0.1)
         found["weight_grad_sum"] = c.one_of("auto", "float32")
+        found["return_stats"] = _rarely(c, 3)
+    if operation == "linear_soft_cross_entropy":
+        found["of"], found["k"] = c.one_of("ids", "function"), min(vocabulary, c.one_of(1, 3, 20))
+    if operation in CROSS_ENTROPIES:
+        found["class_weight"] = c.one_of(None, None, "positive", "some 0")
+        # Uniform smoothing over forbidden tokens is an infinite loss, as in torch.
+        smooth = not masked and not (deterministic and found["class_weight"])
+        found["label_smoothing"] = c.one_of(0.0, 0.1, 0.5) if smooth else 0.0
+        found["z_loss"] = c.one_of(0.0, 1e-4, 0.1)
+        found["dims"] = () if vocabulary > 1025 else c.one_of((), (), (2,), (1, 2))
     if operation == "linear_selected_logprobs":
         names = _some(c, sorted(oracle.SELECTED), out_of=2) or {"logprob"}
         in_set = _rarely(c, 4)  # alone: the head rows may be gathered
         found["outputs"] = ("in_set_logprob",) if in_set else tuple(sorted(names))
         found["k"] = c.integer(1, min(vocabulary, c.one_of(1, 3, 20)))
+    if operation == "linear_topk":
+        found["k"] = min(vocabulary, c.one_of(1, 3, 20))
+        found["top_p"] = c.one_of(None, None, 0.2, 0.9, 1.0)
+        found["min_p"] = c.one_of(None, None, 0.0, 0.02, 0.5)
     if operation == "linear_token":
         found["rule"] = c.one_of("greedy", "kth", "sample")
         found["k"] = c.integer(1, min(vocabulary, 64))
@@ -103,7 +124,7 @@ def _options(
         found["teacher_logit_scale"] = c.one_of(1.0, 0.5)
         # A softcap makes forbidden tokens possible, which the other model then has to be as well.
         found["teacher_softcap"] = softcap if masked else c.one_of(None, 8.0)
-    if operation in ("linear_cross_entropy", "linear_divergence"):
+    if operation in (*CROSS_ENTROPIES, "linear_divergence"):
         found["reduction"] = c.one_of("mean", "sum", "none")
         found["num_items"] = c.one_of(None, 1, 77, 1000) if found["reduction"] == "mean" else None
     return found
@@ -136,8 +157,7 @@ def _call(
     dtypes, wide = PRECISIONS[precision]
     numerics: dict[str, Any] = {"logits_dtype": torch.float32} if wide else {}
     weight_dtype = c.one_of(None, None, "float32", "bfloat16") if wide else None
-    if operation in ("linear_logprobs", "linear_cross_entropy", "linear_token",
-                     "linear_selected_logprobs"):  # fmt: skip
+    if operation in DETERMINISTIC:
         numerics["deterministic"] = c.one_of(False, False, True)
     deterministic = bool(numerics.get("deterministic"))
     workspace = FIXED if deterministic else SMALL
@@ -163,7 +183,7 @@ def _call(
         {"logit_scale": scale, "softcap": softcap, "temperature": c.one_of(1.0, 1.0, 0.6, 3.0)},
         numerics,
         workspace if tiles else c.one_of(None, workspace),
-        _options(c, operation, vocabulary, kind == "masked", softcap),
+        _options(c, operation, vocabulary, kind == "masked", softcap, deterministic),
     )
 
 
@@ -197,7 +217,7 @@ def live(call: Call) -> set[str]:
         return set()
     sent = dict(zip(DIFFERENTIABLE, call.upstream, strict=True))
     if call.operation != "linear_logprobs":
-        sent = {"result": sent["logprob"]} if call.operation != "linear_token" else {}
+        sent = {"result": sent["logprob"]} if call.operation not in NO_GRADIENT else {}
         attached = {*sent}
     else:
         attached = {*call.options["outputs"]} - {*call.options["detached"]}

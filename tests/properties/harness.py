@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ift.numerics.calls import Call, run
+from ift.numerics.calls import Call
+from ift.numerics.operations import run
 
 
 def check(call: Call) -> dict[str, float]:

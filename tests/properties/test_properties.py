@@ -11,15 +11,30 @@ from hypothesis import HealthCheck, given, seed, settings
 
 import ift_kernels
 from ift.numerics import bounds
-from ift.numerics.calls import DIFFERENTIABLE, OPERATIONS, Call
+from ift.numerics.calls import DIFFERENTIABLE, Call
+from ift.numerics.operations import OPERATIONS
 from ift_kernels.backends import reference
 from tests.proofs import properties
 from tests.properties import harness
-from tests.properties.cases import BACKENDS, PRECISIONS, SMALL, cases, live, sample
+from tests.properties.cases import (
+    BACKENDS,
+    NO_GRADIENT,
+    PRECISIONS,
+    SMALL,
+    cases,
+    live,
+    sample,
+)
 from tests.properties.regressions import CERTAIN, REGRESSIONS
 
 SAMPLE = dict.fromkeys(
-    ("linear_cross_entropy", "linear_divergence", "linear_selected_logprobs"), 60
+    (
+        "linear_cross_entropy",
+        "linear_divergence",
+        "linear_selected_logprobs",
+        "linear_soft_cross_entropy",
+    ),
+    60,
 ) | {"linear_logprobs": 100}
 
 
@@ -133,7 +148,7 @@ def test_what_is_drawn():
     assert {c.operation for c in calls} == set(OPERATIONS)
 
 
-@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "linear_token"])
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name not in NO_GRADIENT])
 def test_gradients_of_the_sample(operation):
     """Into each output, of the bias, of several tiles, in fp32, in 16 bits and with fp32 logits."""
     calls = [c for c in drawn(operation) if live(c)]

@@ -125,7 +125,7 @@ class Head:
         logp = self.z.log_softmax(-1)
         p = logp.exp()
         relative = torch.expm1(self.error + self.lse_error[:, None])
-        arithmetic = self.units.sum * (ARITHMETIC + _finite(logp).abs()) + self.sum_error[:, None]
+        arithmetic = self.units.sum * (ARITHMETIC + finite(logp).abs()) + self.sum_error[:, None]
         error = p * (relative + arithmetic) + (2.0**-126 if self.units.sum == FP32 else 2.0**-1000)
         return torch.where(p > 0, error.clamp(max=1.0), 0)  # small ones are 0 in fp32
 
@@ -156,7 +156,7 @@ def head(
     error = units.logit * product.abs() + products_unit(hidden.shape[1], unit) * magnitude
     error = error + (units.underflow if units.logit > unit else 0.0)
     z = product if bias is None else product + bias
-    error = abs(logit_scale) * (error + unit * (product.abs() + 2 * _finite(z).abs()))
+    error = abs(logit_scale) * (error + unit * (product.abs() + 2 * finite(z).abs()))
     z = logit_scale * z
     slope = torch.full_like(z, logit_scale)
     slope_error = torch.zeros_like(z)
@@ -171,7 +171,7 @@ def head(
         slope_error = slope_error + abs(logit_scale) * (error / softcap).square()
         z = softcap * bent
     z, slope, slope_error = z / temperature, slope / temperature, slope_error / temperature
-    error = error / temperature + 2 * unit * _finite(z).abs()
+    error = error / temperature + 2 * unit * finite(z).abs()
     slope_error = slope_error + 4 * unit * slope.abs()
     return Head(z, torch.where(z.isfinite(), error, 0), slope, slope_error, units)
 
@@ -187,7 +187,7 @@ def statistics(h: Head, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
     lse = h.lse_error + unit * ARITHMETIC * (1 + exact["lse"].abs()) + h.sum_error
     squares = (2 * (z + h.error)).logsumexp(-1) - (2 * z).logsumexp(-1) + 2 * h.lse_error
     centred = z - z.amax(-1, keepdim=True)
-    spread = _finite(centred).abs().mean(-1)
+    spread = finite(centred).abs().mean(-1)
     arithmetic = unit * 2 * ARITHMETIC + 3 * h.sum_error
     found = {
         "logprob": h.logprob_error(target),
@@ -198,7 +198,7 @@ def statistics(h: Head, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
         "sum_sq": (exact["sum_sq"] * (torch.expm1(squares) + arithmetic)).clamp(max=1.0),
         "mean_logit": h.error.mean(-1)
         + unit * min(vocabulary, SUMMED) * spread
-        + unit * ARITHMETIC * (1 + exact["lse"].abs() + _finite(exact["mean_logit"]).abs()),
+        + unit * ARITHMETIC * (1 + exact["lse"].abs() + finite(exact["mean_logit"]).abs()),
     }
     own = target[:, None]
     found["target_logit"] = h.error.gather(-1, own)[:, 0] + 2 * unit * exact["target_logit"].abs()
@@ -223,7 +223,7 @@ def _of_rank(h: Head, rank: int) -> Tensor:
     best = h.z.topk(rank).indices[:, -1]
     candidates = (h.z + h.error >= (h.z - h.error).topk(rank).values[:, -1:]) & h.z.isfinite()
     loose = torch.where(candidates, h.error, 0).amax(-1) + h.lse_error
-    logp = _finite(h.z.log_softmax(-1).gather(-1, best[:, None])[:, 0])
+    logp = finite(h.z.log_softmax(-1).gather(-1, best[:, None])[:, 0])
     loose = loose + h.units.sum * ARITHMETIC * (1 + logp.abs()) + h.sum_error
     # With one candidate for the first place it is a token like any other.
     return torch.where(candidates.sum(-1) == 1, h.logprob_error(best), loose)
@@ -235,7 +235,7 @@ def _entropy(h: Head, logp: Tensor, exact: Tensor) -> Tensor:
     # Logits that no error makes likely do not count.
     likely = logp + 2 * h.error >= -60.0
     most = torch.where(likely, h.error, 0).amax(-1)
-    sensitivity = p * ((_finite(logp) + exact[:, None]).abs() + 2 * most[:, None])
+    sensitivity = p * ((finite(logp) + exact[:, None]).abs() + 2 * most[:, None])
     moved = torch.exp(2 * most) * (sensitivity * h.error).sum(-1)
     arithmetic = (unit * 2 * ARITHMETIC + 2 * h.sum_error) * (1 + exact)
     return moved.clamp(max=math.log(logp.shape[1])) + arithmetic
@@ -271,11 +271,11 @@ def dlogits(
     if lse_factor_error is not None:
         error = error + lse_factor_error[:, None] * p
     if "entropy" in upstream:
-        exact = -(p * _finite(logp)).sum(-1)
-        deviation = _finite(logp) + exact[:, None]
+        exact = -(p * finite(logp)).sum(-1)
+        deviation = finite(logp) + exact[:, None]
         gradient = gradient - u["entropy"] * p * deviation
         moved = h.error + h.lse_error[:, None] + _entropy(h, logp, exact)[:, None]
-        moved = moved + ARITHMETIC * unit * (1 + _finite(logp).abs() + exact[:, None])
+        moved = moved + ARITHMETIC * unit * (1 + finite(logp).abs() + exact[:, None])
         error = error + u["entropy"].abs() * (p_error * deviation.abs() + (p + p_error) * moved)
     if "target_logit" in upstream:
         gradient = gradient + upstream["target_logit"][:, None] * hot
@@ -295,22 +295,30 @@ class Gradients(NamedTuple):
 
 
 def gradients(
-    h: Head, hidden: Tensor, weight: Tensor, gradient: Tensor, error: Tensor
+    h: Head,
+    hidden: Tensor,
+    weight: Tensor,
+    gradient: Tensor,
+    error: Tensor,
+    terms: Tensor | None = None,
 ) -> Gradients:
-    """What errors of the gradients of logits (N, V) and the products of backward allow."""
-    units = h.units
-    product = gradient * h.slope
-    error = error * (h.slope.abs() + h.slope_error) + gradient.abs() * h.slope_error
+    """What errors of the gradients of logits (N, V) and the products of backward allow.
+
+    `terms`: magnitudes of the terms of `gradient`, where each has a slope of its own.
+    """
+    units, product = h.units, gradient * h.slope
+    terms = gradient.abs() if terms is None else terms
+    error = error * (h.slope.abs() + h.slope_error) + terms * h.slope_error
     error = error + units.dlogit * product.abs() + torch.where(gradient != 0, units.underflow, 0)
     size = product.abs()
     return Gradients(
-        _sum(error, size, weight, units),
-        _sum(error.T, size.T, hidden, units),
-        _sum(error.T, size.T, torch.ones_like(hidden[:, :1]), units)[:, 0],
+        product_errors(error, size, weight, units),
+        product_errors(error.T, size.T, hidden, units),
+        product_errors(error.T, size.T, torch.ones_like(hidden[:, :1]), units)[:, 0],
     )
 
 
-def _sum(error: Tensor, size: Tensor, other: Tensor, units: Units) -> Tensor:
+def product_errors(error: Tensor, size: Tensor, other: Tensor, units: Units) -> Tensor:
     """Of a product of a matrix with this error and these magnitudes with another, rounded.
 
     Infinite where the terms may be larger than what the dtype of the result holds.
@@ -322,76 +330,6 @@ def _sum(error: Tensor, size: Tensor, other: Tensor, units: Units) -> Tensor:
     return found.masked_fill((total > units.largest / 2) | overflows, math.inf)
 
 
-class Divergence(NamedTuple):
-    """Errors of the divergence of two heads, and the gradients of the student's logits."""
-
-    value: Tensor  # (N,) errors
-    gradient: Tensor  # (N, V) exact, for an upstream gradient of 1
-    error: Tensor  # (N, V) its errors
-
-
-def divergence(student: Head, teacher: Head, kind: str, beta: float) -> Divergence:
-    """Of a `kind` as in `oracle.divergence`."""
-    s, t = student.z.log_softmax(-1), teacher.z.log_softmax(-1)
-    p, q = s.exp(), t.exp()
-    p_error, q_error = student.probability_error(), teacher.probability_error()
-    unit = student.units.sum
-    s_error, t_error = (
-        h.error + h.lse_error[:, None] + h.units.sum * ARITHMETIC * (1 + _finite(x).abs())
-        for h, x in ((student, s), (teacher, t))
-    )
-    if kind == "forward":
-        value = _mean_error(q, q_error, _finite(t - s), s_error + t_error)
-        return Divergence(value, p - q, p_error + q_error + ARITHMETIC * unit * (p + q))
-    if kind == "reverse":
-        gap, gap_error = _finite(s - t), s_error + t_error
-        value = _mean_error(p, p_error, gap, gap_error)
-        return Divergence(value, *_centred(p, p_error, gap, gap_error, value))
-    m = torch.logaddexp(s + math.log1p(-beta), t + math.log(beta))
-    gaps = _finite(s - m), _finite(t - m)
-    m_error = torch.maximum(s_error, t_error)
-    of_student = _mean_error(p, p_error, gaps[0], s_error + m_error)
-    of_teacher = _mean_error(q, q_error, gaps[1], t_error + m_error)
-    gradient, error = _centred(p, p_error, gaps[0], s_error + m_error, of_student)
-    value = (1 - beta) * of_student + beta * of_teacher
-    return Divergence(value, (1 - beta) * gradient, (1 - beta) * error)
-
-
-def _mean_error(p: Tensor, p_error: Tensor, x: Tensor, x_error: Tensor) -> Tensor:
-    """(N,) of Σ p·x."""
-    return (p_error * x.abs() + (p + p_error) * x_error).sum(-1)
-
-
-def _centred(
-    p: Tensor, p_error: Tensor, x: Tensor, x_error: Tensor, mean_error: Tensor
-) -> tuple[Tensor, Tensor]:
-    """p·(x − Σ p·x), the derivative of Σ p·x by logits at fixed x, and its error."""
-    deviation = x - (p * x).sum(-1, keepdim=True)
-    moved = x_error + mean_error[:, None]
-    return p * deviation, p_error * deviation.abs() + (p + p_error) * moved
-
-
-class Embedding(NamedTuple):
-    """Errors of an expected embedding, and the gradients of its logits."""
-
-    value: Tensor  # (N, E) errors
-    gradient: Tensor  # (N, V) exact
-    error: Tensor  # (N, V) its errors
-    table: Tensor  # (V, E) errors of the gradient of the embedding
-
-
-def expected_embedding(h: Head, embedding: Tensor, upstream: Tensor) -> Embedding:
-    """Of `embedding` (V, E) and the gradient `upstream` (N, E) into the result."""
-    p, p_error, units = h.z.softmax(-1), h.probability_error(), h.units
-    read = p_error + units.dlogit * p + torch.where(p > 0, units.underflow, 0)
-    value = _sum(read, p, embedding, units)
-    x = upstream @ embedding.T
-    x_error = products_unit(embedding.shape[1], units.sum) * upstream.abs() @ embedding.abs().T
-    centre_error = (value * upstream.abs()).sum(-1)
-    gradient, error = _centred(p, p_error, x, x_error, centre_error)
-    error = error + ARITHMETIC * units.sum * p * x.abs()
-    return Embedding(value, gradient, error, _sum(read.T, p.T, upstream, units))
-
-
-def _finite(x: Tensor) -> Tensor:
+def finite(x: Tensor) -> Tensor:
+    """0 for what is not."""
     return torch.where(x.isfinite(), x, 0)

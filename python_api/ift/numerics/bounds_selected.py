@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -121,3 +123,30 @@ def selected_dlogits(h: Head, ids: Tensor, upstream: dict[str, Tensor]) -> tuple
     sizes = sum((v.abs() if v.dim() == 1 else v.abs().sum(-1) for v in upstream.values()), zero)
     dz_error = dz_error + ARITHMETIC * bounds.FP64 * sizes[:, None]
     return torch.where(valid[:, None], dz, 0), torch.where(valid[:, None], dz_error, 0)
+
+
+def may_be_top(h: Head, ids: Tensor) -> Tensor:
+    """(N, K) bool: whether the logits may be rounded such that `ids` are the best, in order."""
+    at, count = ids.clamp(min=0), ids.shape[1]
+    own, own_error = h.z.gather(-1, at), h.error.gather(-1, at)
+    least = (h.z - h.error).topk(count).values
+    most = (h.z + h.error).topk(count).values
+    return (own + own_error >= least) & (own - own_error <= most)
+
+
+def nucleus(h: Head, count: int, top_p: float | None, min_p: float | None) -> tuple[Tensor, Tensor]:
+    """(N, count) bool of places: in the nucleus however logits are rounded; in it in no case."""
+    best = h.z.topk(count).values
+    within, outside = best > -torch.inf, best == -torch.inf
+    if top_p is not None and top_p < 1:
+        p, error = (x.topk(count).values for x in (h.z.softmax(-1), h.probability_error()))
+        before, error = p.cumsum(-1) - p, error.cumsum(-1) - error
+        error = error + ARITHMETIC * bounds.FP64
+        within &= before + error < top_p
+        outside |= before - error >= top_p
+    if min_p:
+        least, most = ((h.z + sign * h.error).topk(count).values for sign in (-1, 1))
+        gap, slack = math.log(min_p), ARITHMETIC * h.units.sum
+        within &= least - most[:, :1] >= gap + slack
+        outside |= most - least[:, :1] < gap - slack
+    return within, outside

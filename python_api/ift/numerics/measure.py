@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ift.numerics import calls, inputs, invariance, peers
+from ift.numerics import calls, inputs, invariance, operations, peers
 from ift.numerics.calls import Call, Check
 from ift_kernels.schedule import plan
 
@@ -20,7 +20,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "linear_logprobs": {"outputs": ("logprob", "lse", "entropy"), "detached": ("lse", "entropy"),
                         "ignore_index": -100},
     "linear_cross_entropy": {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 1e-4,
-                             "weight_grad_sum": "auto", "reduction": "mean", "num_items": None},
+                             "weight_grad_sum": "auto", "reduction": "mean", "num_items": None,
+                             "class_weight": None, "return_stats": False, "dims": ()},
     "linear_token": {"rule": "greedy", "k": 1, "seed": 0, "row_offset": 0},
     "linear_divergence": {"kind": "forward", "beta": 0.5, "teacher_logit_scale": 1.0,
                           "teacher_softcap": None, "reduction": "none", "num_items": None},
@@ -83,7 +84,7 @@ def rows(report: dict[str, Any]) -> list[Row]:
 
 def _ours(call: Call, schedules: tuple[str | None, ...]) -> Iterator[Row]:
     for operation, options in OPTIONS.items():
-        for backend in calls.available(torch.device(call.device)):
+        for backend in operations.available(torch.device(call.device)):
             # Forward alone, or schedules of its own.
             fixed = operation in ("linear_token", "linear_expected_embedding")
             some = (None,) if fixed else schedules
@@ -91,7 +92,7 @@ def _ours(call: Call, schedules: tuple[str | None, ...]) -> Iterator[Row]:
                 one = replace(
                     call, operation=operation, options=options, backend=backend, schedule=schedule
                 )
-                for check in calls.run(one):
+                for check in operations.run(one):
                     # Values do not depend on the schedule of gradients.
                     same = schedule != some[0] and not check.name.startswith("d ")
                     if not same and check.name != "ids":
@@ -105,7 +106,7 @@ def _ours(call: Call, schedules: tuple[str | None, ...]) -> Iterator[Row]:
 def _peers(call: Call, absent: dict[str, str], quick: bool) -> Iterator[Row]:
     """Log-probabilities and their gradients of the peers, for the tensors of our call."""
     call = replace(call, options=OPTIONS["linear_logprobs"])
-    exact = {check.name: check for check in calls.run(call)}
+    exact = {check.name: check for check in operations.run(call)}
     for name, peer in peers.PEERS.items():
         if quick and name in peers.COMPILED:
             absent[name] = "not in a quick run"
