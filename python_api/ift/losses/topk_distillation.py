@@ -297,7 +297,7 @@ class TopKDistillationLoss(Loss):
         if not isinstance(ids, Tensor) or ids.dim() != hidden.dim():
             came = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
             raise ValueError(f"ids: expected (..., K) for hidden {tuple(hidden.shape)}, got {came}")
-        checks.same_shape("target", target, ids[..., 0], "ids without its last dimension")
+        target = checks.token_ids("target", target, ids.shape[:-1], ids.device)
         ids = ids.masked_fill((target == ignore_index)[..., None], ignore_index)
         mask = ids != ignore_index
         given: dict[str, Any] = {}

@@ -233,5 +233,7 @@ def test_a_teacher_that_is_normalised_inside_its_set_needs_drop_and_shapes_fit()
     hidden, weight, target = torch.randn(2, 4), torch.randn(9, 4), torch.zeros(2).long()
     with pytest.raises(TypeError, match="got 3 tensors"):
         loss.from_hidden(hidden, weight, target)
+    with pytest.raises(TypeError, match="^target: expected a Tensor, got NoneType"):
+        loss.from_hidden(hidden, weight, None, target[:, None], X[:, :1])
     with pytest.raises(ValueError, match=r"ids: expected \(..., K\) for hidden"):
         loss.from_hidden(hidden, weight, target, target, X)
