@@ -66,7 +66,8 @@ class LossOptions:
             return checks.reciprocal("num_items", self.num_items, counted.device)
         if counted.dtype == torch.bool:
             return counted.sum().clamp(min=1).double().reciprocal()
-        return checks.reciprocal("class_weight", counted.sum(), counted.device)
+        # Weights of both signs may sum to 0: an infinite mean, as of torch.
+        return torch.where((counted == 0).all(), 0.0, counted.sum().reciprocal())
 
     def reduced(self, loss: Tensor, factor: Tensor) -> Tensor:
         """The losses of tokens, or their sum times `factor`."""

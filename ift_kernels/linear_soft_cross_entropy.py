@@ -18,6 +18,7 @@ from ift_kernels.operators import dense_targets, head_call
 from ift_kernels.schedule.accumulate import accum_dtype
 
 Probabilities = Callable[[int, int], Tensor]
+IGNORE_INDEX = -100
 
 
 def linear_soft_cross_entropy(
@@ -29,7 +30,7 @@ def linear_soft_cross_entropy(
     mask: Tensor | None = None,  # (...)
     bias: Tensor | None = None,  # (V,) or (V, d1, ...)
     class_weight: Tensor | None = None,  # (V,)
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -63,13 +64,14 @@ def linear_soft_cross_entropy(
             the probabilities (..., stop - start) of the classes in [start, stop), for all tokens:
             ``lambda start, stop: q[..., start:stop]`` of a dense q. It is a constant: called
             without gradient and autocast, once for every chunk in forward and again in backward,
-            when it must return the same.
+            when it must return the same. Where gradients are enabled it is called for one class
+            before, and refused if its result has one.
         ids: (..., K) int64 or int32, K from 1 to 512, no id twice for a token.
         mask: (...) bool or 0/1: tokens that count; None: all. The others have loss 0 and send no
             gradient.
         class_weight: (V,) floats without gradient. Default None: 1.
-        ignore_index: ids with this value pad a smaller set, whatever their probability. A token all
-            of whose ids are does not count.
+        ignore_index: with `ids`: those with this value pad a smaller set, whatever their
+            probability. A token all of whose ids are does not count.
         label_smoothing: weight in [0, 1) of the uniform distribution. Default 0. With `ids` and a
             softcap it costs one product more in forward and three in backward, and is refused
             inside torch.compile.
@@ -122,12 +124,19 @@ def linear_soft_cross_entropy(
                 "probs: expected a function of (start, stop), or a tensor (..., K) with ids, got "
                 f"{type(probs).__name__} without ids"
             )
+        if ignore_index != IGNORE_INDEX:
+            raise ValueError(
+                f"ignore_index: expected {IGNORE_INDEX} without ids, got {ignore_index}; tokens "
+                "that do not count go into mask"
+            )
         # A chunk has the columns of every head.
         of_head = of_head._replace(workspace=of_head.workspace // len(heads))
         rows = hidden.reshape(-1, hidden.shape[-1])
         found = []
         for at, (head, b) in enumerate(zip(heads, biases, strict=True)):
             source = _source(probs, positions, at, len(heads), head, dtype, class_weight, options)
+            if not at and torch.is_grad_enabled():  # the operator could not see a gradient
+                source(slice(0, 1))
             of_rows = valid.reshape(len(rows), len(heads))[:, at]
             found.append(dense_targets.cross_entropy(rows, head, b, of_rows, source, of_head))
     else:

@@ -166,13 +166,14 @@ def _autograd(
     nothing: tuple[None, ...] = (None,) * (len(ctx.options) + 4)
     if d_product is None and d_rest is None:
         return (None, None, None, *nothing)
-    *_, ids, valid, norm = ctx.saved_tensors
+    saved_tensors = ctx.saved_tensors  # read once: a checkpoint allows no more
+    *_, ids, valid, norm = saved_tensors
     if d_product is None:
         d_product = norm.new_zeros(ids.shape)
     if d_rest is None:
         d_rest = norm.new_zeros(valid.shape, dtype=torch.float64)
     needs = list(ctx.needs_input_grad[:3])
-    args = (*ctx.saved_tensors, d_product, d_rest, *ctx.options, needs)
+    args = (*saved_tensors, d_product, d_rest, *ctx.options, needs)
     # As of `linear_stats`.
     if ctx.kept is None or ctx.sync_free != sync_free.on() or torch.is_grad_enabled():
         results = torch.ops.ift_kernels.linear_selected_backward(*args)

@@ -33,11 +33,15 @@ REWRITES = {
     "rejected_format": ("rejected_format", "rejected_gptformat", "reject_gptformat"),
     "fluent": ("fluent", "irr_hum"),
 }  # fmt: skip
+CHOICE_KEYS = ("choices", "answer")  # beside ``prompt``, in `ift score`
 Columns = Mapping[str, str]  # key of a row → name of the column that holds it
 
 
-def column_names(text: str | None) -> dict[str, str]:
+def column_names(text: str | None, more: tuple[str, ...] = ()) -> dict[str, str]:
     """``key=column,…`` as a mapping; a name alone is both.
+
+    Args:
+        more: keys beside those of rows to train on.
 
     Raises:
         ValueError: no key of rows, or one twice.
@@ -48,8 +52,8 @@ def column_names(text: str | None) -> dict[str, str]:
     found: dict[str, str] = {}
     for part in text.split(",") if text is not None else ():
         key, _, name = (piece.strip() for piece in part.partition("="))
-        if key not in KEYS:
-            known = ", ".join(KEYS)
+        if key not in (*KEYS, *more):
+            known = ", ".join((*KEYS, *more))
             raise ValueError(f"got {part!r}; expected KEY=COLUMN,…, KEY one of {known}")
         if key in found:
             raise ValueError(f"got {key!r} twice; expected one column for each key")
@@ -76,7 +80,7 @@ def mapped_records(
 def _mapped(row: dict[str, Any], columns: Columns, system: str | None) -> dict[str, Any]:
     named = {key: row[column] for key, column in columns.items() if column in row}
     left: set[str] = set()
-    if any(set(keys) <= set(columns) for keys in REQUIRED):
+    if any(set(keys) <= set(columns) for keys in (*REQUIRED, ("prompt", "choices"))):
         left = {key for keys in REQUIRED for key in keys} - set(columns)
     rest = {k: v for k, v in row.items() if k not in columns.values() and k not in left}
     made = {**rest, **named}

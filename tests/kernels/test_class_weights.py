@@ -73,6 +73,16 @@ def test_nothing_to_learn_from_and_rows_that_are_ignored():
         assert loss == 0 and all((g == 0).all() for g in dense.gradients(loss, h.inputs))
 
 
+def test_weights_of_both_signs_that_sum_to_0_have_an_infinite_mean():
+    weight, target = torch.eye(2), torch.tensor([0, 1])
+    signed = torch.tensor([1.0, -1.0])
+    for of_logits in (torch.eye(2), 2 * torch.eye(2) + torch.tensor([[0.0, 1.0], [0.0, 0.0]])):
+        loss = linear_cross_entropy(of_logits, weight, target, class_weight=signed)
+        wanted = F.cross_entropy(of_logits, target, signed)
+        torch.testing.assert_close(loss, wanted, equal_nan=True)
+        assert not loss.isfinite()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("class_weight", [None, WEIGHT], ids=["plain", "weighted"])
 def test_statistics(backend, reduction, class_weight):
@@ -127,6 +137,16 @@ def test_output_dims():
         valid = target != -100
         right = (z.argmax(-1) == target)[valid].float().mean()
         torch.testing.assert_close(found.accuracy, right)
+
+
+def test_output_dims_of_no_tokens():
+    hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(30, 3, 8)
+    for reduction, shape in (("mean", ()), ("none", (0, 3))):
+        loss = linear_cross_entropy(
+            hidden, weight, torch.zeros(0, 3).long(), reduction=reduction, return_stats=True
+        ).loss
+        assert loss.shape == shape and loss.sum() == 0
+        loss.sum().backward()
 
 
 class Sample:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import dense
 import ift_kernels
@@ -55,6 +56,21 @@ def check(h, ids, names=NAMES, **options):
         dense.assert_as_accurate(*parts, name, scale)
     ours = dense.gradients(sent(found._asdict(), names), h.inputs)
     dense.assert_gradients(ours, h, sent(plain, names), sent(wanted, names), exact.inputs)
+
+
+@pytest.mark.parametrize("names", [("logprob", "tail_logprob"), IN_SET], ids=str)
+def test_checkpointing(names):
+    """Which lets backward read what is saved only once."""
+    h, ids = problem(20, 8, 300, 6)
+
+    def run(*inputs):
+        found = linear_selected_logprobs(*inputs, ids, outputs=names)
+        return getattr(found, names[0]).sum() + getattr(found, names[1]).sum()
+
+    inputs = (h.hidden, h.weight)
+    loss = checkpoint(run, *inputs, use_reentrant=False)
+    pair = (torch.autograd.grad(value, inputs) for value in (loss, run(*inputs)))
+    torch.testing.assert_close(*pair)
 
 
 @pytest.mark.parametrize("transform", [{}, dense.TRANSFORM], ids=["plain", "capped"])

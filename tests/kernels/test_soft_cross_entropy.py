@@ -12,6 +12,7 @@ from refusals import assert_refused
 
 SMALL = 1 << 20
 WEIGHT = torch.arange(3000) % 9 / 4 + 0.25  # exact in 16 bits
+LEARNED = torch.ones(5, 30, requires_grad=True)
 
 
 def problem(n, d, v, k=None, dtype=torch.float32, **options):
@@ -97,6 +98,7 @@ def test_many_chunks(dtype):
     chunks, of_q = [], given["probs"]
     given = {"probs": lambda start, stop: chunks.append((start, stop)) or of_q(start, stop)}
     check(h, q, given, workspace=SMALL, label_smoothing=0.1)
+    assert chunks.pop(0) == (0, 1)  # whether it has a gradient
     half = chunks[: len(chunks) // 2]
     assert len(half) > 5 and chunks == 2 * half
     assert [a for a, _ in half[1:]] == [b for _, b in half[:-1]] and half[-1][1] == 3000
@@ -207,9 +209,10 @@ def test_a_large_common_logit_costs_no_digits():
         ({"probs": lambda start, stop: torch.ones(5, 1)}, ValueError, r"expected shape \(5, 30\)"),
         ({"probs": lambda a, b: torch.ones(5, b - a).long()}, TypeError, "expected a floating"),
         (
-            {"probs": lambda a, b: torch.ones(5, b - a).requires_grad_()},
+            {"probs": lambda a, b: LEARNED[:, a:b]},
             ValueError, "expected a constant",
         ),
+        ({"ignore_index": 0}, ValueError, "expected -100 without ids, got 0"),
         ({"probs": lambda a, b: None, "ids": torch.ones(5, 2).long()}, TypeError, "expected a ten"),
         ({"probs": torch.ones(5, 3), "ids": torch.arange(10).view(5, 2)}, ValueError, "expected"),
         ({"ids": torch.ones(5, 2), "probs": torch.ones(5, 2)}, TypeError, "expected int64"),

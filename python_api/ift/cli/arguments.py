@@ -58,10 +58,10 @@ def unit(name: str) -> Callable[[str], float]:
     return number(f"{name} in [0, 1]", lambda x: 0 <= x <= 1)
 
 
-def columns(text: str) -> str:
-    """``key=column,…``, each key once; a name alone is both."""
+def columns(text: str, more: tuple[str, ...] = ()) -> str:
+    """``key=column,…``, each key once; a name alone is both. `more`: as of `column_names`."""
     try:
-        column_names(text)
+        column_names(text, more)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text

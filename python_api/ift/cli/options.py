@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import importlib
 import sys
 from collections import ChainMap
@@ -19,6 +20,7 @@ from ift.cli import processes
 from ift.cli.arguments import (
     Option,
     add_options,
+    columns,
     flag_of,
 )
 from ift.cli.config_file import DATA, RUN_FILE, OptionFile, digest, read_options
@@ -46,6 +48,7 @@ from ift.cli.option_tables import (
     SCORE_OPTIONS,
     TRAINING_OPTIONS,
 )
+from ift.data_columns import CHOICE_KEYS
 
 
 class _Version(argparse.Action):
@@ -153,7 +156,9 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
         "`answer`"
     )  # fmt: skip
     inputs = {name: INPUT_OPTIONS[name] for name in ("model", "columns", "system")}
+    with_choices = functools.partial(columns, more=CHOICE_KEYS)
     add_options(parser, "what to score", inputs | {
+        "columns": inputs["columns"]._replace(type=with_choices),
         "output": Option("gets scores-*.jsonl, summary.json and with --topk the shards and "
                          "index.json; the same command again continues", str, "DIR",
                          required=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,7 @@ def _read(arguments: argparse.Namespace, path: str, flag: str) -> list[Any]:
         note(f"{flag}: {len(rows)} rows in {path}, of the files {some}")
     # `ift dynamics` makes its probes of the rewrites in --data, unless they are given.
     made = flag == "--data" and getattr(arguments, "probes", "") is None
-    rewrites = {key for keys in REWRITES.values() for key in keys} if made else set()
-    if unread := data_rows.unread_keys(rows, rewrites):
-        shown = ", ".join(
-            f"{key} ({n} row{'s' * (n > 1)}, first: {at})" for key, (n, at) in unread.items()
-        )
-        note(f"{flag}: keys that nothing reads: {shown}")
+    note_unread(flag, rows, {key for keys in REWRITES.values() for key in keys} if made else ())
     if not pairs:
         bad = [row for row in rows if row.desirable is False]
         if bad:
@@ -99,6 +95,15 @@ def _read(arguments: argparse.Namespace, path: str, flag: str) -> list[Any]:
         if same:
             note(f"{flag}: {_some(same, rows, 'pairs')} have the same chosen and rejected response")
     return list(rows)
+
+
+def note_unread(flag: str, rows: list[Any], read: Collection[str] = ()) -> None:
+    """Print which keys of rows nothing reads; `read`: those that are read elsewhere."""
+    if unread := data_rows.unread_keys(rows, read):
+        shown = ", ".join(
+            f"{key} ({n} row{'s' * (n > 1)}, first: {at})" for key, (n, at) in unread.items()
+        )
+        note(f"{flag}: keys that nothing reads: {shown}")
 
 
 def _some(found: list[Any], of: list[Any], kind: str = "rows") -> str:

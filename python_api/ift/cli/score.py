@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,17 @@ from ift.cli.models import (
     padding_id,
 )
 from ift.cli.processes import note
-from ift.cli.rows import tokenise
+from ift.cli.score_rows import Record, examples_of, read_records
 from ift.data import IGNORE_INDEX, Example
-from ift.data_columns import column_names, mapped_records
-from ift.data_files import DataError, json_type
-from ift.data_rows import FORMATS, Row, pair_row, training_row
 from ift.files import finite, write_text
 
 HEADER, SUMMARY = "score.json", "summary.json"
-CHOICES = '{"prompt", "choices", "answer"}'
 CHANGED = {
     "fingerprint": "other weights, rows or precision",
+    "answers": "other right answers or places of rows",
     "topk": "another --topk",
     "shard_rows": "another --shard-rows",
 }
-
-
-@dataclass(frozen=True)
-class Record:
-    """A row of the file: what answers it has, and which is right."""
-
-    where: str
-    answers: list[Row]
-    label: int | None = None  # of several answers
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     transformers.logging.disable_progress_bar()
     rows = [row for record in records for row in record.answers]
     model, tokenizer = load_model(arguments, rows, None, frozen=True)
-    examples = _examples(records, rows, tokenizer, arguments)
+    examples = examples_of(records, rows, tokenizer, arguments)
     longest = max(len(e["input_ids"]) for found in examples for e in found)
     check_positions(model, longest, "FILE")
     check_supported(arguments, model)
@@ -87,12 +75,13 @@ def run(arguments: argparse.Namespace) -> int:
     flat = [e for found in examples for e in found]
     header = {
         "fingerprint": fingerprint(base, flat, arguments.bf16),
+        "answers": _digest_of_answers(records, examples),
         "topk": arguments.topk, "shard_rows": step, "shards": len(shards),
         "vocabulary": vocabulary, "model": arguments.model, "data": arguments.data,
     }  # fmt: skip
     output = Path(arguments.output)
     _check_output(output, header)
-    done = [(output / _name(number)).is_file() for number in range(len(shards))]
+    done = [_is_done(output, number, arguments.topk) for number in range(len(shards))]
     if any(done):
         note(f"{sum(done)} of {len(shards)} shards are in {output} already")
     mine = [
@@ -105,88 +94,11 @@ def run(arguments: argparse.Namespace) -> int:
         for number in mine:
             _score_shard(arguments, base, tokenizer, output, number, shards[number], records,
                          examples, progress)  # fmt: skip
-    if not all((output / _name(number)).is_file() for number in range(len(shards))):
+    if not all(_is_done(output, number, arguments.topk) for number in range(len(shards))):
         note(f"this process is done; the last one writes {output / SUMMARY}")
         return 0
-    _finish(output, header, len(records) - len(scored))
+    _finish(output, header, shards, len(records) - len(scored))
     return 0
-
-
-# ---- rows ----------------------------------------------------------------------------------------
-
-
-def read_records(arguments: argparse.Namespace) -> list[Record]:
-    """The rows of the file with their answers; for a teacher one answer each, as `ift train` reads.
-
-    Raises:
-        DataError: a malformed row.
-    """
-    formats = FORMATS if arguments.topk is not None else f"{FORMATS}, or {CHOICES}"
-    names = column_names(arguments.columns)
-    found = mapped_records(arguments.data, formats, names, arguments.system)
-    if arguments.topk is None:
-        return [record_of(*each) for each in found]
-    rows = [training_row(*each) for each in found]
-    bad = [row for row in rows if row.desirable is False]
-    if bad:
-        note(f"FILE: {len(bad)} of {len(rows)} rows have a false label and are left out "
-             f"(first: {bad[0].where})")  # fmt: skip
-    kept = [Record(row.where, [row]) for row in rows if row.desirable is not False]
-    if not kept:
-        raise DataError("every row has a false label; expected one with true")
-    return kept
-
-
-def record_of(row: Any, where: str) -> Record:
-    """A row with choices, a preference (the chosen response is right), or one answer."""
-    if isinstance(row, dict) and row.get("choices") is not None:
-        return _choices(row, where)
-    if isinstance(row, dict) and row.get("chosen") is not None and row.get("rejected") is not None:
-        pair = pair_row(row, where)
-        return Record(where, [pair.chosen, pair.rejected], 0)
-    return Record(where, [training_row(row, where)])
-
-
-def _choices(row: dict[str, Any], where: str) -> Record:
-    rest = {key: value for key, value in row.items() if key not in ("choices", "answer")}
-    choices, answer = row["choices"], row.get("answer")
-    if "completion" in rest:
-        raise DataError(f"{where}: got 'choices' and 'completion'; expected one of the two")
-    if not isinstance(choices, list) or len(choices) < 2:
-        got = f"a {json_type(choices)}" if not isinstance(choices, list) else f"{len(choices)}"
-        raise DataError(f"{where}: 'choices' is {got}; expected an array of at least 2 answers")
-    if isinstance(answer, str) and answer in choices:
-        answer = choices.index(answer)
-    whole = isinstance(answer, int) and not isinstance(answer, bool)
-    if answer is not None and not (whole and 0 <= answer < len(choices)):
-        raise DataError(
-            f"{where}: 'answer' is {answer!r}; expected the text of a choice, or its place, from 0 "
-            f"to {len(choices) - 1}"
-        )
-    rows = [training_row({**rest, "completion": choice}, where) for choice in choices]
-    return Record(where, rows, answer)
-
-
-def _examples(
-    records: list[Record], rows: list[Row], tokenizer: Any, arguments: argparse.Namespace
-) -> list[list[Example]]:
-    """The examples of each record, none for a row that was left out."""
-    encoded = tokenise(rows, tokenizer, arguments, "FILE", False)
-    several = {record.where for record in records if len(record.answers) > 1}
-    for where in (*encoded.truncated, *encoded.dropped):
-        if where in several:
-            raise CliError(
-                "--max-length",
-                f"got {arguments.max_length}, less than an answer of {where}; expected whole "
-                "answers where there are several",
-            )
-    by_row = dict(zip(encoded.indices, encoded.examples, strict=True))
-    found, first = [], 0
-    for record in records:
-        places = range(first, first + len(record.answers))
-        found.append([by_row[place] for place in places if place in by_row])
-        first = places.stop
-    return found
 
 
 # ---- scoring -------------------------------------------------------------------------------------
@@ -211,10 +123,27 @@ def _name(number: int, kind: str = "scores") -> str:
     return f"{kind}-{number:05d}.{'jsonl' if kind == 'scores' else 'safetensors'}"
 
 
+def _is_done(output: Path, number: int, topk: int | None) -> bool:
+    kinds = ("scores",) if topk is None else ("scores", "topk")
+    return all((output / _name(number, kind)).is_file() for kind in kinds)
+
+
+def _digest_of_answers(records: list[Record], examples: list[list[Example]]) -> str:
+    """Of what the lines of scores have beside tokens: the rows' places and right answers."""
+    found = [
+        (index, record.label, len(answers))
+        for index, (record, answers) in enumerate(zip(records, examples, strict=True))
+        if answers
+    ]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
 def _check_output(output: Path, header: dict[str, Any]) -> None:
     """Refuse a directory with other scores; leave the header in a new one."""
     path = output / HEADER
     try:
+        # Before the header is looked for: another process writes that one first.
+        scores = next(output.glob("scores-*.jsonl"), None)
         if path.exists():
             saved = json.loads(path.read_text(encoding="utf-8"))
             for key, what in CHANGED.items():
@@ -223,7 +152,7 @@ def _check_output(output: Path, header: dict[str, Any]) -> None:
                         "--output", f"{output} has scores of {what}; expected a new directory"
                     )
             return
-        if next(output.glob("scores-*.jsonl"), None) is not None:
+        if scores is not None:
             raise CliError("--output", f"{output} has scores without {HEADER}; expected both")
         output.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(header, indent=1) + "\n")
@@ -283,10 +212,13 @@ def _line(
     return line
 
 
-def _best(answers: list[dict[str, Any]], *, per_token: bool = False) -> int:
-    """The answer with the largest log-probability, or the largest per token; of two the first."""
+def _best(answers: list[dict[str, Any]], *, per_token: bool = False) -> int | None:
+    """The answer with the largest log-probability, or the largest per token; of two the first.
+
+    None where one has a NaN.
+    """
     values = [a["logprob"] / (a["tokens"] if per_token else 1) for a in answers]
-    return values.index(max(values))
+    return None if any(map(math.isnan, values)) else values.index(max(values))
 
 
 def score(
@@ -343,18 +275,29 @@ def score(
 # ---- summary -------------------------------------------------------------------------------------
 
 
-def _finish(output: Path, header: dict[str, Any], left_out: int) -> None:
-    """Write the summary, and with a teacher the index of the shards, and print the former."""
+def _finish(output: Path, header: dict[str, Any], shards: list[list[int]], left_out: int) -> None:
+    """Write the summary, and with a teacher the index of the shards, and print the former.
+
+    Raises:
+        CliError: a file of scores is damaged.
+    """
     from ift.teacher_shards import write_index
 
-    numbers = range(header["shards"])
     lines: list[dict[str, Any]] = []
-    for number in numbers:
-        text = (output / _name(number)).read_text(encoding="utf-8")
-        lines += [json.loads(line) for line in text.splitlines()]
+    for number, rows in enumerate(shards):
+        path = output / _name(number)
+        try:
+            read = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            whole = [line["row"] for line in read] == rows
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise CliError("--output", f"{path} is damaged; expected whole files: delete it and "
+                           "run again")  # fmt: skip
+        lines += read
     found = summary(lines) | {"left_out": left_out}
     if header["topk"] is not None:
-        names = [_name(number, "topk") for number in numbers]
+        names = [_name(number, "topk") for number in range(len(shards))]
         write_index(output, names, header["topk"], header["vocabulary"])
     write_text(output / SUMMARY, json.dumps(finite(found), indent=1) + "\n")
     shown = ", ".join(
@@ -366,7 +309,10 @@ def _finish(output: Path, header: dict[str, Any], left_out: int) -> None:
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts, perplexity of the answers (of several the right one), and accuracy of the choices."""
+    """Counts, perplexity of the answers (of several the right one), and accuracy of the choices.
+
+    None where a log-probability is not finite, which `not_finite` rows have.
+    """
     single = [line["answers"][line.get("label") or 0] for line in lines
               if len(line["answers"]) == 1 or line["label"] is not None]  # fmt: skip
     tokens = sum(answer["tokens"] for answer in single)
@@ -376,8 +322,10 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
     chosen = [line for line in lines if line.get("label") is not None]
 
     def accuracy(name: str) -> float | None:
-        right = sum(line[name] == line["label"] for line in chosen)
-        return right / len(chosen) if chosen else None
+        if not chosen or any(line[name] is None for line in chosen):
+            return None
+        right = sum(bool(line[name] == line["label"]) for line in chosen)
+        return right / len(chosen)
 
     return {
         "rows": len(lines),
@@ -387,4 +335,5 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "choices": len(chosen),
         "accuracy": accuracy("best"),
         "accuracy_per_token": accuracy("best_per_token"),
+        "not_finite": sum(any(a["logprob"] is None for a in line["answers"]) for line in lines),
     }

@@ -90,6 +90,7 @@ def from_hidden(
 
     Raises:
         As `ift_kernels.linear_logprobs` and the loss.
+        TypeError: a loss of sets of ids, which has a ``from_hidden`` of its own.
 
     >>> import ift
     >>> hidden, weight = torch.randn(4, 6, 16), torch.randn(100, 16)
@@ -99,6 +100,11 @@ def from_hidden(
     >>> round(value.item(), 4), float(metrics["reward_margin"])
     (0.6931, 0.0)
     """
+    if "teacher_logprob" in accepted(loss):  # would take the tokens of a row for one set
+        raise TypeError(
+            "loss: expected one of a log-probability for each token, got that of sets of ids; call "
+            "TopKDistillationLoss(...).from_hidden"
+        )
     head: dict[str, Any] = {
         "bias": bias, "ignore_index": ignore_index, "logit_scale": logit_scale,
         "softcap": softcap, "temperature": temperature, "logits_dtype": logits_dtype,

@@ -117,8 +117,13 @@ def sft_loss(
     for name, given, user in (("entropy", entropy, "eaft"), ("sum_sq", sum_sq, "deft")):
         if given is not None and scaling != user:
             raise ValueError(f"{name}: expected None with scaling {scaling!r}, got a tensor")
-    if reference_kl is not None and not kl_coef:
-        raise ValueError("reference_kl: expected None without kl_coef, got a tensor")
+    for name, given, used, user in (
+        ("lse", lse, label_smoothing or z_loss, "label_smoothing or z_loss"),
+        ("mean_logit", mean_logit, label_smoothing, "label_smoothing"),
+        ("reference_kl", reference_kl, kl_coef, "kl_coef"),
+    ):
+        if given is not None and not used:
+            raise ValueError(f"{name}: expected None without {user}, got a tensor")
     loss = torch.where(tokens.mask, -tokens.logprob, 0)
     if scaling == "deft":
         focus = tokens.like("sum_sq", _given("sum_sq", sum_sq, "scaling 'deft'")).detach()

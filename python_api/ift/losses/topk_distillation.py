@@ -26,7 +26,6 @@ Tail = Literal["bucket", "drop"]
 TAILS = ("bucket", "drop")
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
-MOST_MASS = 1.01  # of a set; more than rounding makes of 1
 
 
 def topk_distillation_loss(
@@ -87,13 +86,14 @@ def topk_distillation_loss(
 
     Returns:
         Scalar, or (...) for "none", 0 where no id is; float64 for float64 inputs, else float32.
-        Gradients for the student alone. inf for "reverse" where a probability of the teacher is 0.
+        Gradients for the student alone. inf for "reverse" where a probability of the teacher is 0
+        and the student's is not, for "forward" the other way round; where both are 0, nothing.
 
     Raises:
         TypeError, ValueError: options out of range, shapes that do not match, an option without the
-            tensor that it needs or a tensor without its option, a teacher whose probabilities sum
-            to more than 1 with "bucket" (on a GPU only with ``IFT_DEBUG=1``; the token's loss is
-            NaN else).
+            tensor that it needs or a tensor without its option, probabilities of a token that sum
+            to more than 1 with "bucket", the tail's included (on a GPU only with ``IFT_DEBUG=1``;
+            the token's loss is NaN else).
 
     >>> student, teacher = (torch.randn(2, 50).log_softmax(-1) for _ in range(2))
     >>> values, ids = teacher.topk(8)
@@ -128,11 +128,16 @@ def topk_distillation_loss(
     teacher = torch.where(there, teacher_logprob.detach().to(dtype), 0)
     if tail_logprob is not None:
         mine = _per_token("tail_logprob", tail_logprob, logprob).to(dtype)
+        left = _check_mass("logprob", student, there, logprob.dtype, mine)
+        mine = torch.where(left.isnan(), torch.nan, mine)
         if teacher_tail_logprob is None:
-            rest = _what_is_left(teacher, there, teacher_logprob.dtype)
+            left = _check_mass("teacher_logprob", teacher, there, teacher_logprob.dtype)
+            rest = left.clamp(min=torch.finfo(teacher_logprob.dtype).eps).log().to(dtype)
         else:
             rest = _per_token("teacher_tail_logprob", teacher_tail_logprob, logprob)
             rest = rest.detach().to(dtype)
+            left = _check_mass("teacher_logprob", teacher, there, teacher_logprob.dtype, rest)
+            rest = torch.where(left.isnan(), torch.nan, rest)
         # Without other ids the teacher's rest is nothing but rounding.
         others = valid & (mine != -torch.inf)
         there = torch.cat([there, others[..., None]], -1)
@@ -148,7 +153,8 @@ def topk_distillation_loss(
         label = _per_token("label_logprob", label_logprob, logprob)
         hard = torch.where(valid, -label.to(dtype), 0)
         record(metrics, cross_entropy=hard.sum() / count)
-        each = (1 - hard_weight) * each + hard_weight * hard
+        # At 1 an infinite divergence counts for nothing.
+        each = hard if hard_weight == 1 else (1 - hard_weight) * each + hard_weight * hard
     if reduction == "none":
         return each
     if reduction == "sum":
@@ -179,32 +185,46 @@ def _inside(logprob: Tensor, there: Tensor) -> Tensor:
     return torch.where(there, filled.log_softmax(-1), 0)
 
 
-def _what_is_left(teacher: Tensor, there: Tensor, dtype: torch.dtype) -> Tensor:
-    """Log of what the ids leave of 1."""
-    mass = torch.where(there, teacher.double().exp(), 0).sum(-1)
-    if teacher.device.type == "cpu" or checks.debugging():
+def _check_mass(
+    name: str, logprob: Tensor, there: Tensor, dtype: torch.dtype, tail: Tensor | None = None
+) -> Tensor:
+    """What the probabilities of each token leave of 1, float64; NaN where they are more than 1.
+
+    Args:
+        dtype: that they were rounded to.
+    """
+    mass = torch.where(there, logprob.detach().double().exp(), 0).sum(-1)
+    if tail is not None:
+        mass = mass + torch.where(there.any(-1), tail.detach().double().exp(), 0)
+    limit = 1 + max(0.01, 4 * torch.finfo(dtype).eps)
+    if logprob.device.type == "cpu" or checks.debugging():
         most = float(mass.max()) if mass.numel() else 0.0
-        if most > MOST_MASS:
+        if most > limit:
             raise ValueError(
-                "teacher_logprob: expected log-probabilities over the whole vocabulary with tail "
-                f"'bucket', got probabilities of a token that sum to {most:.6g}"
+                f"{name}: expected log-probabilities over the whole vocabulary with tail 'bucket', "
+                f"got probabilities of a token that sum to {most:.6g}"
             )
-    left = (1 - mass).clamp(min=torch.finfo(dtype).eps)
-    return torch.where(mass > MOST_MASS, torch.nan, left.log()).to(teacher.dtype)
+    return torch.where(mass > limit, torch.nan, 1 - mass)
 
 
 def _divergence(s: Tensor, t: Tensor, there: Tensor, kind: str, beta: float) -> Tensor:
-    """Of log-probabilities (..., outcomes), over those that are `there`."""
-    impossible = t == -torch.inf  # for the teacher; 0 · log 0 is 0
-    finite = t.masked_fill(impossible, 0)
+    """Of log-probabilities (..., outcomes), over those that are `there`; 0 · log 0 is 0."""
+    there = there & ~((s == -torch.inf) & (t == -torch.inf))
+    s, t = torch.where(there, s, 0), torch.where(there, t, 0)
     if kind == "forward":
-        each = t.exp() * (finite - s)
+        each = _expected(t, t - s)
     elif kind == "reverse":
-        each = s.exp() * (s - t)
+        each = _expected(s, s - t)
     else:
         m = torch.logaddexp(s + math.log(1 - beta), t + math.log(beta))
-        each = (1 - beta) * s.exp() * (s - m) + beta * t.exp() * (finite - m)
+        each = (1 - beta) * _expected(s, s - m) + beta * _expected(t, t - m)
     return torch.where(there, each, 0).sum(-1)
+
+
+def _expected(logprob: Tensor, value: Tensor) -> Tensor:
+    """``logprob.exp() * value``, 0 where the probability is, whatever the value."""
+    probability = logprob.exp()
+    return probability * torch.where(probability == 0, 0, value)
 
 
 class TopKDistillationLoss(Loss):
@@ -224,8 +244,8 @@ class TopKDistillationLoss(Loss):
     reduction: Reduction = "mean"
 
     def _check_options(self) -> None:
-        one = torch.zeros(1, 1, device="cpu")
-        given: dict[str, Any] = {"tail_logprob": one[0]} if self.tail == "bucket" else {}
+        one = torch.zeros(1, 1, device="cpu")  # of one id that is certain
+        given: dict[str, Any] = {"tail_logprob": one[0].log()} if self.tail == "bucket" else {}
         given |= {"label_logprob": one[0]} if _is_above_0(self.hard_weight) else {}
         self.function(one, torch.ones_like(one), one, **given, **self.options)
 
@@ -277,7 +297,7 @@ class TopKDistillationLoss(Loss):
         if not isinstance(ids, Tensor) or ids.dim() != hidden.dim():
             came = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
             raise ValueError(f"ids: expected (..., K) for hidden {tuple(hidden.shape)}, got {came}")
-        checks.same_shape("target", target, ids[..., 0], "ids without its last dimension")
+        target = checks.token_ids("target", target, ids.shape[:-1], ids.device)
         ids = ids.masked_fill((target == ignore_index)[..., None], ignore_index)
         mask = ids != ignore_index
         given: dict[str, Any] = {}

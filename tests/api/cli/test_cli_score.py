@@ -159,13 +159,57 @@ def test_choices_and_preferences(tmp_path):
     assert found["logprob"] == pytest.approx(sum(answer["logprob"] for answer in single))
 
 
+def test_changed_answers_are_refused_and_other_columns_are_read(tmp_path, capsys):
+    """The tokens are the same: only the right answer is another."""
+    rows = [
+        {"question": "red or", "endings": [" blue", " green"], "gold": 0, "text": "a", "id": 3},
+        {"question": "red or", "chosen": " blue", "rejected": " blue"},
+    ]
+    names = ("--columns", "prompt=question,choices=endings,answer=gold")
+    data, output = tmp_path / "rows.jsonl", tmp_path / "out"
+    assert main(arguments(write_rows(data, rows), output, *names)) == 0
+    said = capsys.readouterr().err
+    assert "keys that nothing reads: id (1 row" in said
+    assert "1 of 2 rows have the same chosen and rejected response" in said
+    lines = read_log(output, "scores-00000.jsonl")
+    assert [line["label"] for line in lines] == [0, None] and len(lines[0]["answers"]) == 2
+    rows[0]["gold"] = 1
+    said = refusal(arguments(write_rows(data, rows), output, *names), capsys)
+    assert f"--output: {output} has scores of other right answers" in said
+
+
+def test_what_is_damaged_or_not_finite_shows(scored, tmp_path, capsys):
+    data, output = scored
+    again, given = tmp_path / "again", ("--topk", K, "--shard-rows", 3)
+    shutil.copytree(output, again)
+    (again / "topk-00001.safetensors").unlink()
+    assert main(arguments(data, again, *given)) == 0
+    assert "3 of 4 shards" in capsys.readouterr().err and files(again) == files(output)
+    (again / "scores-00002.jsonl").write_text("")
+    found = refusal(arguments(data, again, *given), capsys)
+    assert "scores-00002.jsonl is damaged; expected whole files" in found
+
+    answers = [{"logprob": value, "tokens": 1} for value in (math.nan, -1.0)]
+    assert command._best(answers) is None
+    answers[0]["logprob"] = None  # as JSON has it
+    line = {"answers": answers, "label": 1, "best": None, "best_per_token": None}
+    found = command.summary([line])
+    assert found["accuracy"] is None and found["not_finite"] == found["choices"] == 1
+
+
 REFUSED = [
     ({"prompt": "a", "choices": ["b"]}, (), "'choices' is 1; expected an array of at least 2"),
     ({"prompt": "a", "choices": "b"}, (), "'choices' is a string; expected an array"),
     ({"prompt": "a", "choices": ["b", "c"], "answer": 2}, (), "'answer' is 2; expected the text"),
     ({"prompt": "a", "choices": ["b", "c"], "answer": "A"}, (), "'answer' is 'A'; expected"),
     ({"prompt": "a", "choices": ["b", "c"], "completion": "b"}, (), "'choices' and 'completion'"),
-    ({"prompt": "a", "choices": ["b", 3]}, (), "'completion' is a number; expected a string"),
+    ({"text": "a", "choices": ["b", "c"]}, (), "got 'choices' and 'text'; expected"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "choices": ["b", "c"]}, (), "and 'chosen'"),
+    ({"prompt": "a", "choices": ["b", "c"], "label": 1}, (), "got 'choices' and 'label'; expected"),
+    ({"choices": ["b", "c"]}, (), "got 'choices' without 'prompt'"),
+    ({"prompt": "a", "choices": ["b", "b"], "answer": 1}, (), "a choice that is there twice"),
+    ({"prompt": "", "choices": ["b", "c"]}, (), "first token of an answer is predicted from noth"),
+    ({"prompt": "a", "choices": ["b", 3]}, (), "choices[1] is a number; expected a string"),
     ({"prompt": "a", "choices": ["b", "c"]}, ("--topk", "4"), "got 'prompt', 'choices'"),
     (
         {"prompt": "a", "choices": ["b", " ".join("qwertyuiopasdfghjklzxcvbnm" * 2)]},

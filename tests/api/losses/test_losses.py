@@ -422,6 +422,10 @@ X = torch.zeros(2, 2)
             lambda: losses.sft_loss(X, torch.ones(2, 2), entropy=X), ValueError,
             "entropy: expected None with scaling 'none', got a tensor",
         ),
+        (
+            lambda: losses.sft_loss(X, torch.ones(2, 2), z_loss=0.1, lse=X, mean_logit=X),
+            ValueError, "mean_logit: expected None without label_smoothing, got a tensor",
+        ),
         (lambda: losses.GRPOLoss(kl_kind="x"), ValueError, "kl_kind: expected one of .*got 'x'"),
         (
             lambda: losses.GRPOLoss(kind="vespo", epsilon_high=0.3), ValueError,

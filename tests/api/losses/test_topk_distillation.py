@@ -163,6 +163,32 @@ def test_a_nucleus_of_the_teacher_is_taken_as_it_is():
     assert reverse == torch.inf
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_outcomes_without_probability(kind):
+    """0 · log 0 is 0, of either model or both, and no gradient is NaN."""
+    never = -torch.inf
+    p, q = torch.tensor([[0.5, 0.5, 0.0, 0.0]]), torch.tensor([[0.5, 0.5, 0.0, 0.0]])
+    s, t = p.log().requires_grad_(), q.log()
+    tail = torch.tensor([never])
+    loss = losses.topk_distillation_loss(
+        s, torch.ones(1, 4), t, kind=kind, tail_logprob=tail, teacher_tail_logprob=tail
+    )
+    assert loss == 0 and torch.autograd.grad(loss, s)[0].isfinite().all()
+    for student, teacher in (([0.5, 0.5], [1.0, 0.0]), ([1.0, 0.0], [0.5, 0.5])):
+        p, q = torch.tensor([student]), torch.tensor([teacher])
+        s = p.log().requires_grad_()
+        loss = losses.topk_distillation_loss(
+            s, torch.ones(1, 2), q.log(), kind=kind, tail_logprob=tail, teacher_tail_logprob=tail
+        )
+        m = (p + q) / 2
+        first, second = {"forward": (q, p), "reverse": (p, q), "jsd": (p, m)}[kind]
+        wanted = torch.special.xlogy(first, first / second).nan_to_num(0.0, torch.inf).sum()
+        if kind == "jsd":
+            wanted = (wanted + torch.special.xlogy(q, q / m).nan_to_num(0.0).sum()) / 2
+        torch.testing.assert_close(loss.detach(), wanted)
+        assert not torch.autograd.grad(loss, s)[0].isnan().any()
+
+
 X, ONE, TEACHER = torch.full((2, 3), -2.0), torch.ones(2, 3), torch.full((2, 3), -1.5)
 TAIL = {"tail_logprob": X[:, 0]}
 REFUSED = {
@@ -190,9 +216,24 @@ def test_what_is_refused(problem):
 def test_a_teacher_that_is_normalised_inside_its_set_needs_drop_and_shapes_fit():
     with pytest.raises(ValueError, match="probabilities of a token that sum to 1.1"):
         losses.topk_distillation_loss(X, ONE, torch.full((2, 3), 0.37).log(), **TAIL)
+    inside = torch.full((2, 3), 1 / 3).log()  # beside a tail
+    for student, teacher in ((inside, TEACHER), (X, inside)):
+        name = "logprob" if student is inside else "teacher_logprob"
+        with pytest.raises(ValueError, match=f"^{name}: .* sum to 1.1353"):
+            losses.topk_distillation_loss(
+                student, ONE, teacher, **TAIL, teacher_tail_logprob=TAIL["tail_logprob"]
+            )
+    rounded = torch.full((1, 509), 1 / 509).log().bfloat16()  # sums to 1.0138
+    losses.topk_distillation_loss(rounded - 2, torch.ones(1, 509), rounded, tail_logprob=X[:1, 0])
+    with pytest.raises(TypeError, match="^loss: expected one of a log-probability for each token"):
+        losses.from_hidden(
+            losses.topk_distillation_loss, X, X, torch.zeros(2).long(), X, tail="drop"
+        )
     loss = losses.TopKDistillationLoss()
     hidden, weight, target = torch.randn(2, 4), torch.randn(9, 4), torch.zeros(2).long()
     with pytest.raises(TypeError, match="got 3 tensors"):
         loss.from_hidden(hidden, weight, target)
+    with pytest.raises(TypeError, match="^target: expected a Tensor, got NoneType"):
+        loss.from_hidden(hidden, weight, None, target[:, None], X[:, :1])
     with pytest.raises(ValueError, match=r"ids: expected \(..., K\) for hidden"):
         loss.from_hidden(hidden, weight, target, target, X)
