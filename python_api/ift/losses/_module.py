@@ -263,6 +263,8 @@ class Loss(nn.Module):
         if own and inherited is Loss.__init__:  # an __init__ that somebody wrote stays
             cls._fields = cls._fields | own
             cls.__init__ = _init_of(cls._fields)  # type: ignore[method-assign]
+            for name in set(own) & set(vars(cls)):  # would hide an option that is a module
+                delattr(cls, name)
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -286,9 +288,11 @@ class Loss(nn.Module):
         count = size if isinstance(size, int) and size > 0 else 2
         one = torch.zeros(count, 1, device="cpu")  # whatever the default device is
         taken, *_ = taken_statistics(self, {})
-        given = {n: one for n in (*taken, "reference") if n in accepted(self)}
-        if self.options.get("kl_coef") and "reference_kl" in accepted(self):
-            given["reference_kl"] = one
+        takes = accepted(self)
+        anchors = {"reference", "reference_kl"} & takes
+        if "kl_coef" in takes and not self.options.get("kl_coef"):
+            anchors = set()
+        given = dict.fromkeys([*(name for name in taken if name in takes), *anchors], one)
         rows = [torch.ones(count, device="cpu")] * self.needs
         self.function(one, torch.ones_like(one), *rows, **given, **self.options)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ift.documents import IGNORE_INDEX
 from ift.losses._module import Loss
 from ift.losses._reduce import divide
-from ift.losses._tokens import Metrics, record
+from ift.losses._tokens import Metrics, check_given, record
 from ift_kernels import (
     SelectedLogprobs,
     linear_selected_logprobs,
@@ -113,9 +113,9 @@ def topk_distillation_loss(
         raise ValueError(f"hard_weight: expected in [0, 1], got {hard_weight}")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: expected None with reduction {reduction!r}, got {num_items}")
-    _check_given("tail_logprob", tail_logprob, "tail 'bucket'", tail == "bucket", needed=True)
-    _check_given("teacher_tail_logprob", teacher_tail_logprob, "tail 'bucket'", tail == "bucket")
-    _check_given("label_logprob", label_logprob, "hard_weight", hard_weight > 0, needed=True)
+    check_given("tail_logprob", tail_logprob, "tail 'bucket'", tail == "bucket", needed=True)
+    check_given("teacher_tail_logprob", teacher_tail_logprob, "tail 'bucket'", tail == "bucket")
+    check_given("label_logprob", label_logprob, "hard_weight", hard_weight > 0, needed=True)
     checks.floating("logprob", logprob)
     if logprob.dim() < 1 or not logprob.shape[-1]:
         raise ValueError(f"logprob: expected shape (..., K), got {tuple(logprob.shape)}")
@@ -154,15 +154,6 @@ def topk_distillation_loss(
     if reduction == "sum":
         return each.sum()
     return divide(each.sum(), "num_items", tokens if num_items is None else num_items)
-
-
-def _check_given(
-    name: str, value: Tensor | None, option: str, used: bool, *, needed: bool = False
-) -> None:
-    if value is None and used and needed:
-        raise ValueError(f"{name}: expected a tensor with {option}, got None")
-    if value is not None and not used:
-        raise ValueError(f"{name}: expected None without {option}, got a tensor")
 
 
 def _per_token(name: str, value: Tensor, logprob: Tensor) -> Tensor:
