@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ KEYS = (
     *(key for keys in REQUIRED for key in keys),
     *("chosen", "rejected", "label", "input", "history", *BESIDE),
 )
+# What `ift score` reads beside: several answers, of which `answer` is the right one.
+CHOICES = ("prompt", "choices")
+CHOICE_KEYS = ("choices", "answer")
 # What `ift.dynamics` reads beside: rewrites, and the keys of a row that have them, those of the
 # paper's released sets among them.
 REWRITES = {
@@ -36,8 +39,11 @@ REWRITES = {
 Columns = Mapping[str, str]  # key of a row → name of the column that holds it
 
 
-def column_names(text: str | None) -> dict[str, str]:
+def column_names(text: str | None, more: Collection[str] = ()) -> dict[str, str]:
     """``key=column,…`` as a mapping; a name alone is both.
+
+    Args:
+        more: keys beside those of all rows.
 
     Raises:
         ValueError: no key of rows, or one twice.
@@ -48,8 +54,8 @@ def column_names(text: str | None) -> dict[str, str]:
     found: dict[str, str] = {}
     for part in text.split(",") if text is not None else ():
         key, _, name = (piece.strip() for piece in part.partition("="))
-        if key not in KEYS:
-            known = ", ".join(KEYS)
+        if key not in KEYS and key not in more:
+            known = ", ".join((*KEYS, *more))
             raise ValueError(f"got {part!r}; expected KEY=COLUMN,…, KEY one of {known}")
         if key in found:
             raise ValueError(f"got {key!r} twice; expected one column for each key")
@@ -76,8 +82,9 @@ def mapped_records(
 def _mapped(row: dict[str, Any], columns: Columns, system: str | None) -> dict[str, Any]:
     named = {key: row[column] for key, column in columns.items() if column in row}
     left: set[str] = set()
-    if any(set(keys) <= set(columns) for keys in REQUIRED):
-        left = {key for keys in REQUIRED for key in keys} - set(columns)
+    formats = (*REQUIRED, CHOICES)
+    if any(set(keys) <= set(columns) for keys in formats):
+        left = {key for keys in formats for key in keys} - set(columns)
     rest = {k: v for k, v in row.items() if k not in columns.values() and k not in left}
     made = {**rest, **named}
     if system is not None and made.get("system") is None and not _has_system(made):

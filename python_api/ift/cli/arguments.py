@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from ift.data_columns import column_names
+from ift.data_columns import CHOICE_KEYS, column_names
 
 
 def number(
@@ -58,15 +58,21 @@ def unit(name: str) -> Callable[[str], float]:
     return number(f"{name} in [0, 1]", lambda x: 0 <= x <= 1)
 
 
-def columns(text: str) -> str:
-    """``key=column,…``, each key once; a name alone is both."""
-    try:
-        column_names(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
+def columns_of(more: Collection[str] = ()) -> Callable[[str], str]:
+    """``key=column,…``, each key once, one of rows or of `more`; a name alone is both."""
+
+    def convert(text: str) -> str:
+        try:
+            column_names(text, more)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+
+    return convert
 
 
+columns = columns_of()
+score_columns = columns_of(CHOICE_KEYS)
 positive = number("a number above 0", lambda x: x > 0)
 positive_int = number("a whole number of at least 1", lambda x: x >= 1, int)
 not_negative = number("a number of at least 0", lambda x: x >= 0)

@@ -20,6 +20,7 @@ from ift.cli.arguments import (
     Option,
     add_options,
     flag_of,
+    score_columns,
 )
 from ift.cli.config_file import DATA, RUN_FILE, OptionFile, digest, read_options
 from ift.cli.errors import CliError
@@ -153,6 +154,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
         "`answer`"
     )  # fmt: skip
     inputs = {name: INPUT_OPTIONS[name] for name in ("model", "columns", "system")}
+    inputs["columns"] = inputs["columns"]._replace(type=score_columns)
     add_options(parser, "what to score", inputs | {
         "output": Option("gets scores-*.jsonl, summary.json and with --topk the shards and "
                          "index.json; the same command again continues", str, "DIR",

@@ -23,7 +23,7 @@ from ift.cli.models import (
 from ift.cli.processes import note
 from ift.cli.rows import tokenise
 from ift.data import IGNORE_INDEX, Example
-from ift.data_columns import column_names, mapped_records
+from ift.data_columns import CHOICE_KEYS, column_names, mapped_records
 from ift.data_files import DataError, json_type
 from ift.data_rows import FORMATS, Row, pair_row, training_row
 from ift.files import finite, write_text
@@ -122,7 +122,11 @@ def read_records(arguments: argparse.Namespace) -> list[Record]:
         DataError: a malformed row.
     """
     formats = FORMATS if arguments.topk is not None else f"{FORMATS}, or {CHOICES}"
-    names = column_names(arguments.columns)
+    names = column_names(arguments.columns, CHOICE_KEYS)
+    unread = [key for key in CHOICE_KEYS if key in names and arguments.topk is not None]
+    if unread:
+        raise CliError("--columns", f"got {unread[0]!r} with --topk; expected keys of rows with "
+                       "one answer")  # fmt: skip
     found = mapped_records(arguments.data, formats, names, arguments.system)
     if arguments.topk is None:
         return [record_of(*each) for each in found]
