@@ -1,4 +1,4 @@
-"""The KL from a frozen model's distributions in the loss of one that trains; no logits of either."""
+"""The KL from a frozen model in the loss of one that trains, without the logits of either."""
 
 from __future__ import annotations
 

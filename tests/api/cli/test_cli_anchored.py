@@ -1,4 +1,4 @@
-"""`--loss asft` and `psft`: losses that compare with a frozen model, or with the one some steps ago."""
+"""`--loss asft` and `psft`: compared with a frozen model, or with the one of some steps ago."""
 
 import shutil
 

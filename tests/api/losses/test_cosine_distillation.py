@@ -61,9 +61,7 @@ def test_the_gradient_is_that_of_the_docs(made):
     hidden, *_, target = made
     teacher = torch.randn(N, D, dtype=torch.float64)
     mask = target != -100
-    (found,) = torch.autograd.grad(
-        losses.cosine_distillation_loss(hidden, mask, teacher), hidden
-    )
+    (found,) = torch.autograd.grad(losses.cosine_distillation_loss(hidden, mask, teacher), hidden)
     s, t = (x / x.norm(dim=-1, keepdim=True) for x in (hidden.detach(), teacher))
     cos = (s * t).sum(-1, keepdim=True)
     wanted = -(t - cos * s) / hidden.detach().norm(dim=-1, keepdim=True) / (N - 1)
