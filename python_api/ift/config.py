@@ -98,7 +98,7 @@ class IFTConfig:
         for name in ("detach_weights", "embedding_grad", "share_prompt"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
-        check_objective(self.objective, self.propagation, self.side, self.norm, self.detach_weights)
+        check_objective(self.objective, self.propagation, self.side, self.norm)
         checks.one_of("rule", self.rule, RULES)
         checks.one_of("lambda_schedule", self.lambda_schedule, LAMBDA_SCHEDULES)
         for name, least in (("k", 1), ("warmup_steps", 0), ("seed", 0), ("step", 0)):

@@ -134,7 +134,7 @@ class CosineDistillationLoss(Loss):
     def _check_options(self) -> None:
         one = torch.ones(1, 1, device="cpu")
         hard = isinstance(self.hard_weight, (int, float)) and self.hard_weight > 0
-        given = {"label_logprob": one[0]} if hard else {}
+        given: dict[str, Any] = {"label_logprob": one[0]} if hard else {}
         if self.projection is not None and not callable(self.projection):
             raise TypeError(f"projection: expected a function or None, got {self.projection!r}")
         # A projection takes hidden states of its own width alone.
@@ -183,6 +183,7 @@ class CosineDistillationLoss(Loss):
                 "from_hidden: expected (hidden, weight, target, teacher_hidden), got "
                 f"{3 + len(args)} tensors"
             )
+        (teacher_hidden,) = args
         given: dict[str, Any] = {}
         if self.hard_weight > 0:
             operation = vocab_parallel_logprobs if is_sharded(weight) else linear_logprobs
@@ -193,6 +194,6 @@ class CosineDistillationLoss(Loss):
             raise ValueError(f"{name}: expected none without hard_weight, got {head[name]!r}")
         self.metrics = {} if metrics is None else metrics
         return self.function(
-            hidden, target != ignore_index, *args, num_items=num_items, metrics=self.metrics,
-            **given, **self.options,
+            hidden, target != ignore_index, teacher_hidden, num_items=num_items,
+            metrics=self.metrics, **given, **self.options,
         )  # fmt: skip

@@ -68,8 +68,7 @@ def ift_loss(
             `ift_kernels.propagation_weights`; ``released`` only.
         side: "left" or "right".
         norm: "L1", "L2", "softmax" or "log".
-        detach_weights: keep the weights out of the gradient; default False, as released. Those of
-            ``paper`` never have one.
+        detach_weights: keep the weights out of the gradient; default False, as released.
         cu_seqlens: (documents + 1,) int32 or int64: the rows are packed documents, one after
             another, with the values and gradients of the same documents padded.
         num_rows: divide the sum over rows by this instead of by the rows that have response tokens
@@ -87,7 +86,7 @@ def ift_loss(
             malformed `cu_seqlens`, negative `num_rows`, `num_rows` without a mean; an option that
             the objective does not have.
     """
-    check_objective(objective, propagation, side, norm, detach_weights)
+    check_objective(objective, propagation, side, norm)
     checks.one_of("reduction", reduction, ("mean", "none"))
     tokens = Tokens(logprob, mask, cu_seqlens)
     mask = tokens.mask
@@ -118,9 +117,7 @@ def ift_loss(
     return per_row
 
 
-def check_objective(
-    objective: str, propagation: str, side: str, norm: str, detach_weights: bool
-) -> None:
+def check_objective(objective: str, propagation: str, side: str, norm: str) -> None:
     """Raise a ValueError for an unknown option, or one that `objective` does not have."""
     checks.one_of("objective", objective, OBJECTIVES)
     checks.one_of("propagation", propagation, KINDS)
@@ -128,11 +125,6 @@ def check_objective(
     checks.one_of("norm", norm, NORMS)
     if objective == "released":
         return
-    if objective == "paper" and detach_weights:
-        raise ValueError(
-            "detach_weights: expected False with objective 'paper', whose weights have no "
-            "gradient, got True"
-        )
     released_only = (
         ("propagation", propagation, "loss"),
         ("side", side, "left"),

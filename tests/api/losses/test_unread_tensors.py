@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from ift import IFTConfig, losses
+from ift import losses
 
 X, ONES = torch.zeros(2, 2), torch.ones(2, 2)
 UNREAD = {
@@ -39,10 +39,6 @@ UNREAD = {
     "kl: expected 0 with kind 'apo_zero'": [
         partial(losses.kto_loss, X, ONES, torch.ones(2), kind="apo_zero", kl=kl)
         for kl in (torch.zeros(()), 0.5)
-    ],
-    "detach_weights: expected False with objective 'paper'": [
-        partial(made, objective="paper", detach_weights=True)
-        for made in (losses.IFTLoss, IFTConfig)
     ],
 }
 
