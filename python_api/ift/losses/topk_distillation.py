@@ -12,13 +12,9 @@ from ift.documents import IGNORE_INDEX
 from ift.losses._module import Loss
 from ift.losses._reduce import divide
 from ift.losses._tokens import Metrics, record
-from ift_kernels import (
-    SelectedLogprobs,
-    linear_selected_logprobs,
-    vocab_parallel_selected_logprobs,
-)
+from ift.support import selected_logprobs
+from ift_kernels import SelectedLogprobs
 from ift_kernels.common import checks
-from ift_kernels.vocab_parallel import is_sharded
 
 Kind = Literal["forward", "reverse", "jsd"]
 KINDS = ("forward", "reverse", "jsd")
@@ -294,10 +290,10 @@ class TopKDistillationLoss(Loss):
             logprob = found.logprob
         elif self.tail == "bucket":
             outputs = ("logprob", "tail_logprob")
-            found = _selected(hidden, weight, ids, outputs=outputs, **head)
+            found = selected_logprobs(hidden, weight, ids, outputs=outputs, **head)
             logprob = found.logprob
         else:  # forms the products of the ids alone, where that is cheaper
-            found = _selected(hidden, weight, ids, outputs=("in_set_logprob",), **head)
+            found = selected_logprobs(hidden, weight, ids, outputs=("in_set_logprob",), **head)
             logprob = found.in_set_logprob
         if self.tail == "bucket":
             given["tail_logprob"] = found.tail_logprob
@@ -310,11 +306,6 @@ class TopKDistillationLoss(Loss):
 
 def _is_above_0(value: object) -> bool:
     return isinstance(value, (int, float)) and value > 0
-
-
-def _selected(hidden: Tensor, weight: Tensor, ids: Tensor, **options: Any) -> SelectedLogprobs:
-    operation = vocab_parallel_selected_logprobs if is_sharded(weight) else linear_selected_logprobs
-    return operation(hidden, weight, ids, **options)
 
 
 def selected_with_label(
@@ -340,7 +331,7 @@ def selected_with_label(
     # One more id where the label is none of the set, which takes nothing from its tail.
     extra = torch.where(inside, ignore_index, label)[..., None]
     outputs = ("logprob", "tail_logprob") if tail else ("logprob",)
-    found = _selected(
+    found = selected_logprobs(
         hidden, weight, torch.cat([ids, extra], -1), outputs=outputs, ignore_index=ignore_index,
         **head,
     )  # fmt: skip
