@@ -26,6 +26,7 @@ from ift_kernels.common import checks, sync_free
 from ift_kernels.common.active_set import options as active_options
 from ift_kernels.linear_selected import MAX_IDS
 from ift_kernels.linear_topk import PADDING
+from ift_kernels.operators.head_call import check_targets
 from ift_kernels.vocab_parallel import is_sharded, whole
 
 MAX_SUPPORT = MAX_IDS - 1  # one more id may be the target
@@ -152,6 +153,7 @@ class Support:
         target = checks.token_ids("target", target, states.shape[:-1], states.device)
         flat, wanted = states.reshape(-1, states.shape[-1]), target.flatten()
         valid = wanted != ignore_index
+        check_targets(wanted, valid, weight.shape[0])
         may_sync = not sync_free.on()
         if may_sync:  # only the rows that have a target
             rows = valid.nonzero()[:, 0]

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import math
 
 import pytest
 import torch
@@ -11,118 +10,22 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    RLOOConfig,
-    RLOOTrainer,
-    SFTConfig,
-    SFTTrainer,
-)
-from trl.experimental.cpo import CPOConfig, CPOTrainer
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl import SFTConfig, SFTTrainer
 from trl.trainer import dpo_trainer
-from trl.trainer.kto_trainer import KTOConfig, KTOTrainer
 
 import dense
 from bench.peers.naive_ift import frozen_embedding, naive_ift_loss, refresh
 from causal_lms import assert_close, batch, gradients, make
-from ift import Support
-from ift.integrations import fused_head
 from ift.integrations import trl as integration
 from ift.one_pass import target_logprobs
 from ift.patching import head_options, patch, unpatch
-from ift.tiny import train_tokenizer
-from trainers import SGD, training_arguments
-
-WORDS = [f"word{n}" for n in range(12)]
-
-
-def sentence(number, length):
-    return " ".join(WORDS[(number * 5 + 3 * i) % len(WORDS)] for i in range(length))
-
-
-PAIRS = [
-    {
-        "prompt": sentence(n, 4 + n % 3),
-        "chosen": " " + sentence(n + 1, 3 + n % 4),
-        "rejected": " " + sentence(n + 2, 5 - n % 3),
-    }
-    for n in range(8)
-]
-KTO = [
-    {"prompt": p["prompt"], "completion": p["chosen" if n % 2 else "rejected"], "label": n % 2 == 1}
-    for n, p in enumerate(PAIRS)
-]
-COMPLETIONS = [{"prompt": p["prompt"], "completion": p["chosen"]} for p in PAIRS]
+from trainers import SGD
+from trl_trainers import COMPLETIONS, TRAINERS, arguments, tiny_tokenizer, trained, trainer_of
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([sentence(n, 12) for n in range(12)], 300)
-
-
-def arguments(kind, directory, **changes):
-    options = {"bf16": False, "gradient_checkpointing": False, "seed": 1, "max_steps": 2}
-    options |= {"per_device_train_batch_size": 4, "learning_rate": 1e-3}
-    options |= {"lr_scheduler_type": "constant"}
-    return training_arguments(directory, kind, **{**options, **changes})
-
-
-def length_reward(completions, **_):
-    return [float(len(text)) for text in completions]
-
-
-SAMPLING = {"num_generations": 2, "max_completion_length": 6, "temperature": 0.8}
-SIMPO = {"max_length": 32, "loss_type": "simpo", "cpo_alpha": 0}
-TRAINERS = {
-    "sft": (SFTTrainer, SFTConfig, COMPLETIONS, {}),
-    "sft dft": (SFTTrainer, SFTConfig, COMPLETIONS, {"loss_type": "dft"}),
-    "sft padding free": (SFTTrainer, SFTConfig, COMPLETIONS, {"packing": True, "max_length": 32}),
-    "dpo": (DPOTrainer, DPOConfig, PAIRS, {}),
-    "dpo weighted": (DPOTrainer, DPOConfig, PAIRS, {"use_weighting": True}),
-    "kto": (KTOTrainer, KTOConfig, KTO, {}),
-    "grpo": (GRPOTrainer, GRPOConfig, COMPLETIONS, SAMPLING),
-    "rloo": (RLOOTrainer, RLOOConfig, COMPLETIONS, SAMPLING),
-    "orpo": (ORPOTrainer, ORPOConfig, PAIRS, {"max_length": 32}),
-    "cpo": (CPOTrainer, CPOConfig, PAIRS, {"max_length": 32}),
-    "simpo": (CPOTrainer, CPOConfig, PAIRS, SIMPO),
-}
-
-
-def trainer_of(
-    name, tokenizer, directory, architecture="llama", changes=(), dtype=torch.float32, tied=None,
-    spread=0.1, **more,
-):  # fmt: skip
-    kind, config, rows, options = TRAINERS[name]
-    changed = {} if tied is None else {"tie_word_embeddings": tied}
-    changed |= {"vocab_size": len(tokenizer), "initializer_range": spread}
-    model = make(architecture, **changed).to(dtype)
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    if name in ("grpo", "rloo"):
-        more["reward_funcs"] = length_reward
-    if name.startswith(("dpo", "kto")):
-        more["ref_model"] = copy.deepcopy(model)
-    args = arguments(config, directory, **{**options, **dict(changes)})
-    return kind(
-        model=model, args=args, train_dataset=Dataset.from_list(rows),
-        processing_class=copy.deepcopy(tokenizer), **more,
-    )  # fmt: skip
-
-
-def trained(trainer):
-    torch.manual_seed(0)
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return logs, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    return tiny_tokenizer()
 
 
 # Of the optimizer step, not of the loss; and means over other tokens than TRL's, as documented.
@@ -181,99 +84,6 @@ def test_scales_caps_and_auxiliary_losses_are_those_of_the_model(architecture, t
         loss.detach() for _, loss in first_losses("sft", tokenizer, tmp_path, architecture)
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-# --- within the support of the sampler ------------------------------------------------------------
-
-
-WARPERS = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
-LIMITS = {"top_k": 12, "top_p": 0.9, "min_p": 0.02}
-
-
-def warped_logps(trainer, model, input_ids, attention_mask, logits_to_keep, **_):
-    """`_get_per_token_logps_and_entropies` from logits that transformers' generation warps."""
-    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
-    scores = logits[:, -logits_to_keep - 1 : -1] / trainer.temperature
-    target, left = input_ids[:, -logits_to_keep:, None], scores.flatten(0, 1)
-    for name, warper in WARPERS.items():
-        left = warper(LIMITS[name])(None, left)
-    inside = (left > -torch.inf).view_as(scores).scatter(-1, target, True)
-    logp = scores.masked_fill(~inside, -torch.inf).log_softmax(-1)
-    finite = logp.masked_fill(~inside, 0)
-    entropy = -torch.where(inside, finite.exp() * finite, 0).sum(-1)
-    trainer.outside = ~(left > -torch.inf).view_as(scores).gather(-1, target)[..., 0]
-    return logp.gather(-1, target)[..., 0], entropy, None
-
-
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
-def test_log_probabilities_within_what_the_trainer_samples_from(name, tokenizer, tmp_path):
-    """Of policy and reference, and with them TRL's loss and its gradient."""
-    found, inputs = [], None
-    changes = {**LIMITS, "beta": 0.0, "num_iterations": 2}
-    for ours in (True, False):
-        trainer = trainer_of(name, tokenizer, tmp_path, changes=changes)
-        trainer.current_gradient_accumulation_steps = 1
-        trainer.beta = 0.1
-        trainer.ref_model = trainer_of(name, tokenizer, tmp_path, changes=changes).model
-        with torch.no_grad():
-            trainer.ref_model.lm_head.weight.copy_(trainer.model.lm_head.weight.roll(1, 0))
-        if ours:
-            integration.use_ift_kernels(trainer, support=True)
-            inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-            inputs["advantages"] = torch.tensor([1.0, -1.0, 0.5, -0.7])
-        else:
-            trainer._get_per_token_logps_and_entropies = functools.partial(warped_logps, trainer)
-        row = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-        padding = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-        call, mask = (row, padding, inputs["completion_ids"].shape[1]), inputs["completion_mask"]
-        with torch.no_grad():
-            logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
-                trainer.model, *call, compute_entropy=True
-            )
-            if not ours:  # what was sampled is in the support
-                assert not (trainer.outside & mask.bool()).any()
-            reference = trainer._get_per_token_logps_and_entropies(trainer.ref_model, *call)[0]
-        loss = trainer.compute_loss(trainer.model, inputs)
-        loss.backward()
-        values = [x * mask for x in (logps, entropies, reference)]
-        found.append(([*values, loss.detach()], gradients(trainer.model)))
-        if ours and name == "rloo":
-            torch.testing.assert_close(inputs["old_logps"], values[0].sum(1))
-        elif ours:
-            stored = [inputs[f"{which}_per_token_logps"] * mask for which in ("old", "ref")]
-            torch.testing.assert_close(stored, [values[0], values[2]], rtol=1e-5, atol=1e-5)
-    (mine, our_grads), (theirs, grads) = found
-    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-    assert_close(our_grads, grads, 2e-5)
-
-
-def test_a_trainer_within_the_support_of_its_sampler(tokenizer, tmp_path):
-    trainer = trainer_of("grpo", tokenizer, tmp_path, changes=LIMITS)
-    logs, _ = trained(integration.use_ift_kernels(trainer, support=True))
-    assert trainer.model.forward.support == Support(**LIMITS, sampler="transformers")
-    assert all(0 < entry["entropy"] <= math.log(LIMITS["top_k"] + 1) for entry in logs)
-
-
-def test_what_a_trainer_samples_otherwise_is_refused(tokenizer, tmp_path):
-    for changes, problem in (
-        ({"top_p": 0.9}, "top_k: expected 1 to 511 with support, got 0"),
-        ({**LIMITS, "repetition_penalty": 1.2}, "repetition_penalty: expected 1.0 with support"),
-        ({**LIMITS, "generation_kwargs": {"top_k": 3}}, "generation_kwargs: expected None with"),
-        ({"top_k": 600}, "top_k: expected None or 1 to 511, got 600"),
-    ):
-        trainer = trainer_of("grpo", tokenizer, tmp_path, changes=changes)
-        with pytest.raises(ValueError, match=problem):
-            integration.use_ift_kernels(trainer, support=True)
-    trainer.top_k, trainer.generation_kwargs = 5, {"suppress_tokens": [3]}
-    with pytest.raises(ValueError, match="suppress_tokens: expected None with support"):
-        integration.use_ift_kernels(trainer, support=True)
-    trainer.top_k, trainer.generation_kwargs = 0, {}
-    integration.use_ift_kernels(trainer, support=True)  # nothing is truncated
-    assert trainer.model.forward.support is None
-    trainer.use_vllm, trainer.top_k = True, 5
-    assert fused_head.trainer_support(trainer).sampler == "vllm"
-    with pytest.raises(ValueError, match="support: expected False but for GRPOTrainer and RLOO"):
-        integration.use_ift_kernels(trainer_of("dpo", tokenizer, tmp_path), support=True)
 
 
 # --- float32 heads, and batches that do not matter -----------------------------------------------

@@ -333,8 +333,10 @@ def test_what_is_refused(problem):
         losses.GRPOLoss().from_hidden(*CALL, **REFUSED[problem])
 
 
-def test_losses_that_take_the_whole_vocabulary_are_refused():
+def test_other_targets_and_losses_of_the_whole_vocabulary_are_refused():
     given = {"support": Support(top_k=3)}
+    with pytest.raises(ValueError, match="^target: expected ids in .*, got 9"):
+        losses.GRPOLoss().from_hidden(*CALL[:2], CALL[2] + 8, CALL[3], **given)
     with pytest.raises(ValueError, match="support: expected None with 'lse'"):
         losses.SFTLoss(z_loss=0.1).from_hidden(*CALL[:3], **given)
     head = losses.Head(*CALL[:2])
