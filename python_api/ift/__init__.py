@@ -13,13 +13,24 @@ if TYPE_CHECKING:
     from ift import dynamics, losses
     from ift.config import IFTConfig
     from ift.integrations.transformers import IFTTrainer, patch, unpatch
+    from ift.support import Support
     from ift_kernels import __version__
 
-__all__ = ["IFTConfig", "IFTTrainer", "__version__", "dynamics", "losses", "patch", "unpatch"]
+__all__ = [
+    "IFTConfig",
+    "IFTTrainer",
+    "Support",
+    "__version__",
+    "dynamics",
+    "losses",
+    "patch",
+    "unpatch",
+]
 
 _LAZY = {
     "IFTConfig": "ift.config",
     "IFTTrainer": "ift.integrations.transformers",
+    "Support": "ift.support",
     "__version__": "ift_kernels",
     "dynamics": "ift.dynamics",
     "losses": "ift.losses",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ KEYS = (
     *(key for keys in REQUIRED for key in keys),
     *("chosen", "rejected", "label", "input", "history", *BESIDE),
 )
+# What `ift score` reads beside: several answers, of which `answer` is the right one.
+CHOICES = ("prompt", "choices")
+CHOICE_KEYS = ("choices", "answer")
 # What `ift.dynamics` reads beside: rewrites, and the keys of a row that have them, those of the
 # paper's released sets among them.
 REWRITES = {
@@ -80,8 +83,9 @@ def mapped_records(
 def _mapped(row: dict[str, Any], columns: Columns, system: str | None) -> dict[str, Any]:
     named = {key: row[column] for key, column in columns.items() if column in row}
     left: set[str] = set()
-    if any(set(keys) <= set(columns) for keys in (*REQUIRED, ("prompt", "choices"))):
-        left = {key for keys in REQUIRED for key in keys} - set(columns)
+    formats = (*REQUIRED, CHOICES)
+    if any(set(keys) <= set(columns) for keys in formats):
+        left = {key for keys in formats for key in keys} - set(columns)
     rest = {k: v for k, v in row.items() if k not in columns.values() and k not in left}
     made = {**rest, **named}
     if system is not None and made.get("system") is None and not _has_system(made):

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ift.anchored import AnchoredLoss
 from ift.documents import IGNORE_INDEX
 from ift.head_options import HeadOptions
 from ift.head_pass import LossArguments, head_pass
@@ -40,7 +41,8 @@ def loss_pass(
     Args:
         unshifted: the model takes labels as targets of their own positions (`measure.measure`).
         loss: a function of (logprob, mask), or of (stats, mask) with an attribute `takes_stats`,
-            which may have the one that it wraps as `loss`. Statistics for options come by name.
+            which may have the one that it wraps as `loss`; or an `AnchoredLoss`. Statistics for
+            options come by name.
         warned: warnings already logged; None: log none.
 
     Raises:
@@ -49,7 +51,8 @@ def loss_pass(
     """
     expected = _expected(model, kwargs, unshifted)
     takes_stats = getattr(loss, "takes_stats", False)  # a loss of this package, as ValleyGuard
-    inner = getattr(loss, "loss", None) if takes_stats else loss
+    anchored = loss if isinstance(loss, AnchoredLoss) else None
+    inner = getattr(loss, "loss", None) if takes_stats or anchored else loss
     statistics, outputs, detached = taken_statistics(inner or sft_loss, {})
     if takes_stats:
         outputs += ("argmax_logprob",)
@@ -74,13 +77,14 @@ def loss_pass(
                 return loss(stats if takes_stats else stats.logprob, mask, **more)
             return sft_loss(stats.logprob, mask, num_items=given.num_items)
 
+        callback = token_stats(target, transform, head, ignore_index=ignore_index,
+                               outputs=outputs, detached=detached)  # fmt: skip
+        if anchored is not None:
+            callback = anchored.in_head(callback, target, transform, head, ignore_index)
         # As transformers' Trainer does: a cache costs memory and hides packed rows from the mask.
         output, stats = head_pass(
-            model, forward, {"use_cache": False, **kwargs},
-            token_stats(target, transform, head, ignore_index=ignore_index, outputs=outputs,
-                        detached=detached),
-            loss=compute,
-        )  # fmt: skip
+            model, forward, {"use_cache": False, **kwargs}, callback, loss=compute
+        )
         if expected.same_target(found[0]):
             return output, token_metrics(stats, target, ignore_index)
         expected = found[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ift.documents import IGNORE_INDEX
 from ift.head_options import HeadOptions
+from ift.support import Support, check_support, support_ids, support_stats
 from ift_kernels import TokenStats, linear_logprobs, vocab_parallel_logprobs
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded
@@ -28,11 +30,15 @@ def token_stats(
     outputs: tuple[str, ...] = ("logprob", "entropy", "argmax"),
     detached: tuple[str, ...] = ("entropy",),
     temperature: float = 1.0,
+    support: Tensor | Support | None = None,
 ) -> Callable[[Tensor, Tensor, Tensor | None], TokenStats]:
     """A head callback: each target's log-probability, and two statistics for the logs.
 
-    `target` has one entry per row of the hidden states that reach the head, in any shape.
+    `target` has one entry per row of the hidden states that reach the head, in any shape. With
+    `support`, ids (*target.shape, K) or one that no token has more ids than, they are those within.
     """
+    if support is not None:
+        check_support(support, target, outputs)
 
     def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStats:
         if target.numel() != hidden.shape[:-1].numel():
@@ -41,19 +47,19 @@ def token_stats(
                 f"{tuple(hidden.shape[:-1])}, got {tuple(target.shape)}: with logits_to_keep, pass "
                 "shift_labels of the positions kept"
             )
+        operation: Callable[..., TokenStats]
         operation = vocab_parallel_logprobs if is_sharded(weight) else linear_logprobs
-        return operation(
-            hidden,
-            weight,
-            target.reshape(hidden.shape[:-1]).to(hidden.device),
-            bias=bias,
-            ignore_index=ignore_index,
-            temperature=temperature,
-            outputs=outputs,
-            detached=detached,
-            **head._asdict(),
-            **transform_options(transform),
-        )
+        targets = target.reshape(hidden.shape[:-1]).to(hidden.device)
+        options = head._asdict() | transform_options(transform)
+        options |= {"bias": bias, "ignore_index": ignore_index, "temperature": temperature}
+        if support is not None:
+            found = support
+            if isinstance(found, Tensor):
+                found = found.reshape(*targets.shape, found.shape[-1]).to(hidden.device)
+            rest = {name: value for name, value in options.items() if name != "gradient"}
+            ids = support_ids(found, hidden, weight, targets, **rest).ids
+            operation = functools.partial(support_stats, ids=ids)
+        return operation(hidden, weight, targets, outputs=outputs, detached=detached, **options)
 
     return callback
 

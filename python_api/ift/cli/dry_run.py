@@ -176,8 +176,10 @@ def memory(model: Any, arguments: argparse.Namespace, targets: int, device: Any)
         max(1, targets), vocabulary, width, torch.float32 if arguments.logits_dtype else dtype,
         need_weight=head.requires_grad, gradient=arguments.gradient, device=device,
     )  # fmt: skip
+    kind = LOSSES[arguments.loss]
+    copies = 2 if kind.reference and not kind.pairs else 1  # with the frozen model, if it is alike
     parts = {
-        "weights": sum(p.nbytes for p in weights),
+        "weights": copies * sum(p.nbytes for p in weights),
         "gradients": sum(p.nbytes for p in trained),
         arguments.optimizer: optimizer_bytes(trained, arguments.optimizer),
         "head": plan.peak_bytes,
@@ -236,23 +238,21 @@ def _measured(
     training_arguments: Any,
 ) -> float:
     """Seconds of forward and backward of a batch, the second time; no weight changes."""
-    from ift.cli.preference import PairTrainer
-    from ift.cli.trainer import RunTrainer
-
     kind = LOSSES[arguments.loss]
     collate = build_collator(arguments, tokenizer)
     options = trainer_options(loss)
     if kind.pairs:
         collate = PairCollator(collate)
         options["single"] = isinstance(rows[0], Row)
-    if kind.reference:  # their values take no other time
+    if kind.reference and not kind.pairs:  # another one would take no other time
+        options["reference"] = copy.deepcopy(model)
+    elif kind.reference:
         sums = np.zeros(len(SIDES), np.float32)
         batch = [{**example, "reference": sums} for example in batch]
     settings = copy.copy(training_arguments)
     with tempfile.TemporaryDirectory() as directory:  # a trainer makes its output
         settings.output_dir = directory
-        trainer_class: Any = PairTrainer if kind.pairs else RunTrainer
-        trainer = trainer_class(
+        trainer = kind.trainer_class(
             model, settings, data_collator=collate, train_dataset=list(batch),
             **of_head(arguments), **options,
         )  # fmt: skip

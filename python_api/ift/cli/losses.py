@@ -31,6 +31,10 @@ SFT_OPTIONS = {
     "sft_scaling": Option("how much each token counts: by its probability (dft), by that to the "
                           "power of Σp² (deft), by the entropy (eaft), as in ift.losses.sft_loss "
                           "(none)", choices=("none", "dft", "deft", "eaft")),
+    "kl_coef": Option("weight of the KL from the frozen model of --reference (0.1)", positive, "X"),
+    "clip": Option("no gradient of a token that is 1 + ε times as likely as under the old policy "
+                   "(0.28)", positive, "ε"),
+    "old_steps": Option("optimizer steps between two old policies (8)", positive_int, "N"),
 }  # fmt: skip
 IFT_OPTIONS = {
     "lam": Option("weight of the predicted token in the residual (0.2)", unit("λ"), "λ"),
@@ -61,8 +65,8 @@ PAIR_OPTIONS = {
     "length_normalized": Option("log-probabilities per token in place of sums (off)"),
     "desirable_weight": Option("of the good responses (1)", not_negative, "X"),
     "undesirable_weight": Option("of the bad responses (1)", not_negative, "X"),
-    "reference": Option("reference model (--model before training); its log-probabilities are kept "
-                        "in DIR/reference", str, "MODEL"),
+    "reference": Option("reference model (--model before training); of pairs its log-probabilities "
+                        "are kept in DIR/reference", str, "MODEL"),
 }  # fmt: skip
 OPTIONS = ChainMap(PAIR_OPTIONS, IFT_OPTIONS, SFT_OPTIONS)
 
@@ -72,12 +76,14 @@ class CliLoss(NamedTuple):
 
     Args:
         builds: "module:name", imported when it trains: a module of `ift.losses` for preference
-            losses, `ift.IFTConfig`, or `sft_config`.
+            losses, `ift.IFTConfig`, or a function here.
         options: option of the command line → parameter of `builds`.
         pairs: whether its rows hold a chosen and a rejected response.
         reference: whether it compares with a frozen model (``--reference``).
         single: whether its rows may also hold a single response and a label.
         fixed: further arguments of `builds`.
+        trainer: "module:name" of the Trainer that takes it as `loss`; default `PairTrainer` or
+            `RunTrainer`.
     """
 
     builds: str
@@ -86,6 +92,13 @@ class CliLoss(NamedTuple):
     reference: bool = False
     single: bool = False
     fixed: Mapping[str, Any] = {}
+    trainer: str | None = None
+
+    @property
+    def trainer_class(self) -> Any:
+        """The Trainer that takes what it builds."""
+        default = "ift.cli.preference:PairTrainer" if self.pairs else "ift.cli.trainer:RunTrainer"
+        return imported(self.trainer or default)
 
     def takes(self, option: str) -> bool:
         """Whether the loss has this option of the command line."""
@@ -99,6 +112,14 @@ class CliLoss(NamedTuple):
 
 LOSSES = {
     "sft": CliLoss("ift.cli.losses:sft_config", {"sft_mean": "mean", "sft_scaling": "scaling"}),
+    "asft": CliLoss(
+        "ift.cli.losses:asft_loss", {"sft_mean": "mean", "kl_coef": "kl_coef"}, reference=True
+    ),
+    "psft": CliLoss(
+        "ift.cli.proximal:Proximal",
+        {"clip": "clip", "old_steps": "old_steps"},
+        trainer="ift.cli.proximal:ProximalTrainer",
+    ),
     "ift": CliLoss("ift:IFTConfig", {name: name for name in (*IFT_OPTIONS, "seed")}),
     "dpo": CliLoss(
         "ift.losses:DPOLoss",
@@ -165,11 +186,30 @@ def sft_config(mean: str = "token", scaling: Any = "none") -> Any:
     return None if mean == "token" else IFTConfig(lam=0.0, gamma=0.0, embedding_grad=True)
 
 
+def asft_loss(mean: str = "token", kl_coef: float = 0.1) -> Any:
+    """Anchored SFT: tokens count by their probability, near a frozen model.
+
+    >>> asft_loss(kl_coef=0.2).kl_coef, asft_loss("row").reduction
+    (0.2, 'row_mean')
+    """
+    from ift.losses import SFTLoss
+
+    reduction: Any = "mean" if mean == "token" else "row_mean"
+    return SFTLoss(reduction=reduction, scaling="dft", kl_coef=kl_coef)
+
+
 def trainer_options(loss: Any) -> dict[str, Any]:
     """The argument of the trainers that takes what `build_loss` gives."""
-    from ift.losses import Loss
+    from ift.config import IFTConfig
 
-    return {"loss" if isinstance(loss, Loss) else "ift_config": loss}
+    of_ift = loss is None or isinstance(loss, IFTConfig)
+    return {"ift_config" if of_ift else "loss": loss}
+
+
+def imported(path: str) -> Any:
+    """What "module:name" names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def losses_with(option: str) -> tuple[str, ...]:
@@ -185,8 +225,7 @@ def build_loss(arguments: argparse.Namespace) -> Any:
     """
     loss = LOSSES[arguments.loss]
     _check_dpo_kind(arguments)
-    module, _, name = loss.builds.partition(":")
-    build = getattr(importlib.import_module(module), name)
+    build = imported(loss.builds)
     if arguments.preset is not None:
         build = getattr(build, arguments.preset)
     given = {parameter: getattr(arguments, option) for option, parameter in loss.options.items()}

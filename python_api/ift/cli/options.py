@@ -140,14 +140,19 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add_options(parser, "what to train", INPUT_OPTIONS)
     add_options(parser, "evaluation, log and checkpoints", RUN_OPTIONS)
     add_options(parser, "training", TRAINING_OPTIONS)
-    add_options(parser, "supervised fine-tuning (--loss sft)", SFT_OPTIONS)
+    add_options(parser, "supervised fine-tuning", _with_losses(SFT_OPTIONS))
     add_options(parser, "weights, memory and adapters", MODEL_OPTIONS)
     add_options(parser, "IFT loss (--loss ift); defaults as released", IFT_OPTIONS)
-    pairs = {
-        name: option._replace(help=f"{option.help} [{', '.join(losses_with(name))}]")
-        for name, option in PAIR_OPTIONS.items()
-    }
+    pairs = _with_losses(PAIR_OPTIONS)
     add_options(parser, "preference losses; defaults as in ift.losses", pairs)
+
+
+def _with_losses(options: Mapping[str, Option]) -> dict[str, Option]:
+    """The options, whose help names the losses that have them."""
+    return {
+        name: option._replace(help=f"{option.help} [{', '.join(losses_with(name))}]")
+        for name, option in options.items()
+    }
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:
@@ -314,6 +319,7 @@ def _check_applicable(
         raise CliError(_place(name, line), f"got it {got}; expected {expected}")
 
     loss = values["loss"]
+    learned = " or ".join(name for name, row in LOSSES.items() if not row.pairs)
     for name in OPTIONS:
         if name in given and not LOSSES[loss].takes(name):
             refuse(name, f"with --loss {loss}", f"--loss {' or '.join(losses_with(name))}")
@@ -336,12 +342,11 @@ def _check_applicable(
         if changed and values["probes"] is not None and not values["resume"]:
             refuse(name, "beside --probes", "one of the two")
     if "responses" in given and LOSSES[loss].pairs:
-        both = "--loss sft or ift: a preference loss takes both responses"
+        both = f"--loss {learned}: a preference loss takes both responses"
         refuse("responses", f"with --loss {loss}", both)
     if given.get("samples") and not (values["eval_data"] or values["eval_split"]):
         refuse("samples", "without --eval-data or --eval-split", "one of the two")
     if values["packing"] and LOSSES[loss].pairs:
-        learned = " or ".join(name for name, row in LOSSES.items() if not row.pairs)
         refuse("packing", f"with --loss {loss}", f"--loss {learned}")
     for name in ("lora_alpha", "lora_dropout", "lora_targets"):
         if name in given and not values["lora_rank"]:

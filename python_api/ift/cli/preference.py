@@ -64,6 +64,7 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
         if single and loss.pairs:
             raise ValueError(f"single: expected a loss without pairs, got {type(loss).__name__}")
         self.pair_loss = loss
+        self.takes_kl = not loss.pairs and loss.options.get("kind") != "apo_zero"
         self.rows_per_example = 1 if single else 2
         self._eval_examples: list[EvalExample] = []
         patch(model, gradient=gradient, logits_dtype=logits_dtype, deterministic=deterministic)
@@ -86,7 +87,7 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
         if num_items_in_batch is not None and self.pair_loss.options.get("kind") not in SORTED:
             name, share = ("num_pairs", 2) if self.pair_loss.pairs else ("num_rows", 1)
             call[name] = torch.as_tensor(num_items_in_batch) / share
-        if not self.pair_loss.pairs:
+        if self.takes_kl:
             call["kl"] = reference_point(self.accelerator.gather(self._kl_rows(model, inputs)))
 
         def loss(logprob: Tensor, mask: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
         count = len(mask) // self.rows_per_example
         reference, kl = inputs.get("reference"), None
         desirable = inputs.get("desirable")
-        if not self.pair_loss.pairs:
+        if self.takes_kl:
             kl = self._kl_rows(model, inputs).cpu()
         for i in range(count):
             if not mask[i].any():  # an example that fills up the last batch
@@ -186,7 +187,7 @@ class PairTrainer(ResumableRun, TargetMetrics, Trainer):
             reference = torch.tensor([e.reference[side] for side in every for e in found_in_all])
         if found_in_all[0].desirable is not None:
             desirable = torch.tensor([example.desirable for example in found_in_all])
-        if not self.pair_loss.pairs:
+        if self.takes_kl:
             call["kl"] = reference_point(torch.stack([example.kl for example in found_in_all]))
         value = self._loss(logprob, mask, reference, desirable, **call)
         found = self.pair_loss.metrics

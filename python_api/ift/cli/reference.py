@@ -18,7 +18,7 @@ from ift.cli.errors import CliError
 from ift.cli.models import load_model, turn_off_dropout
 from ift.cli.options import of_head
 from ift.data import Collator
-from ift.files import replacing
+from ift.files import replacing, write_text
 from ift.head_pass import evaluating
 from ift.one_pass import target_logprobs
 from ift.patching import base_model, head_options, patch
@@ -132,19 +132,9 @@ def add_references(
         CliError: another reference than that; one with other token ids.
     """
     model, tokenizer = policy
-    flag = "--model" if arguments.reference is None else "--reference"
+    flag = _flag_of_reference(arguments)
     if model is None:
-        named = argparse.Namespace(**vars(arguments))
-        named.model = arguments.reference or arguments.model
-        frozen = arguments.reference is not None and adapts(arguments)
-        if frozen:  # as it is, without a new adapter
-            named.lora_rank = named.lora_config = None
-        model, its_tokenizer = load_model(named, rows, None, flag, frozen=frozen)
-        if arguments.reference is None and not arguments.dropout:
-            turn_off_dropout(model)  # as of the policy that was the reference of the first process
-        policy_of = "--model" if not resumed else "the checkpoint"
-        vocabularies = its_tokenizer.get_vocab(), tokenizer.get_vocab()
-        check_same_tokens(flag, named.model, policy_of, *vocabularies)
+        model = load_reference(arguments, tokenizer, rows, resumed=resumed)
     if arguments.quantize is None:  # else it was loaded there, and cannot be moved
         model.to(device)
     patch(model, **of_head(arguments))  # as the policy
@@ -157,6 +147,58 @@ def add_references(
             processes.note(
                 f"reference log-probabilities of {len(data.examples)} examples read from {cache}"
             )
+
+
+def _flag_of_reference(arguments: argparse.Namespace) -> str:
+    return "--model" if arguments.reference is None else "--reference"
+
+
+def load_reference(
+    arguments: argparse.Namespace, tokenizer: Any, rows: list[Any], *, resumed: bool
+) -> Any:
+    """A model of its own of ``--reference``, by default of ``--model`` before training.
+
+    Raises:
+        CliError: one with other token ids than `tokenizer` has.
+    """
+    flag = _flag_of_reference(arguments)
+    named = argparse.Namespace(**vars(arguments))
+    named.model = arguments.reference or arguments.model
+    frozen = arguments.reference is not None and adapts(arguments)
+    if frozen:  # as it is, without a new adapter
+        named.lora_rank = named.lora_config = None
+    model, its_tokenizer = load_model(named, rows, None, flag, frozen=frozen)
+    if arguments.reference is None and not arguments.dropout:
+        turn_off_dropout(model)  # as of the policy that was the reference of the first process
+    policy_of = "--model" if not resumed else "the checkpoint"
+    vocabularies = its_tokenizer.get_vocab(), tokenizer.get_vocab()
+    check_same_tokens(flag, named.model, policy_of, *vocabularies)
+    return model
+
+
+def frozen_reference(
+    arguments: argparse.Namespace, tokenizer: Any, rows: list[Any], *, resumed: bool
+) -> Any:
+    """`load_reference` for a loss that takes its distributions, which no file could hold.
+
+    Its fingerprint is kept in ``DIR/reference``.
+
+    Raises:
+        CliError: another reference than that of the start of a resumed run.
+    """
+    model = load_reference(arguments, tokenizer, rows, resumed=resumed)
+    file = Path(arguments.output) / "reference" / "fingerprint"
+    found = fingerprint(model, (), arguments.bf16)
+    if resumed and (not file.is_file() or file.read_text(encoding="utf-8").strip() != found):
+        raise CliError(
+            _flag_of_reference(arguments),
+            "got a reference of other weights or configuration than when the run was started; "
+            f"expected the one of {file}",
+        )
+    if not resumed and processes.is_first():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, found + "\n")
+    return model
 
 
 def check_same_tokens(

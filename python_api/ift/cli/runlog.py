@@ -17,7 +17,7 @@ from ift.text import duration, number
 # Keys of a record, in order; a key without a value (no evaluation at this step) is absent.
 KEYS = (
     *("step", "epoch", "loss", "token_accuracy", "entropy", "eval_loss", "eval_token_accuracy"),
-    *("loss_sft", "loss_ift", "eval_loss_sft", "eval_loss_ift", "eval_lam"),
+    *("clip_fraction", "loss_sft", "loss_ift", "eval_loss_sft", "eval_loss_ift", "eval_lam"),
     *(f"{of}{name}" for of in ("", "eval_") for name in plotting.PAIR_KEYS),
     *("lr", "lam", "grad_norm", "tokens_per_second"),
 )

@@ -35,6 +35,10 @@ def read_records(arguments: argparse.Namespace) -> list[Record]:
     """
     formats = FORMATS if arguments.topk is not None else f"{FORMATS}, or {CHOICES}"
     names = column_names(arguments.columns, CHOICE_KEYS)
+    unread = [key for key in CHOICE_KEYS if key in names and arguments.topk is not None]
+    if unread:
+        raise CliError("--columns", f"got {unread[0]!r} with --topk; expected keys of rows with "
+                       "one answer")  # fmt: skip
     found = mapped_records(arguments.data, formats, names, arguments.system)
     if arguments.topk is None:
         records = [record_of(*each) for each in found]

@@ -86,11 +86,10 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
     import torch  # from here on it takes seconds
     import transformers
 
-    from ift.cli.preference import PairTrainer
-    from ift.cli.reference import add_references
+    from ift.cli.reference import add_references, frozen_reference
     from ift.cli.runlog import RunLog
     from ift.cli.samples import Samples
-    from ift.cli.trainer import RunTrainer, StopOnSignal
+    from ift.cli.trainer import StopOnSignal
     from ift.cli.weights import check_disk, final_dtype, warn_of_lost_updates
 
     transformers.logging.set_verbosity_error()
@@ -150,7 +149,12 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
     if watch is not None:
         callbacks.append(watch(arguments, eval_rows, model, tokenizer))
     with refusals("--model", flags):
-        if kind.reference:
+        more: dict[str, Any] = {}
+        if kind.reference and not kind.pairs:
+            more["reference"] = frozen_reference(
+                arguments, tokenizer, train_rows, resumed=start is not None
+            )
+        elif kind.reference:
             original = model if start is None and arguments.reference is None else None
             with training_arguments.main_process_first(local=False):  # the others read its files
                 add_references(arguments, (original, tokenizer), train_rows,
@@ -158,13 +162,12 @@ def run_resolved(arguments: argparse.Namespace, watch: Any = None) -> int:
                                resumed=start is not None)  # fmt: skip
         if kind.pairs:
             collator = PairCollator(collator)
-        trainer_class: Any = PairTrainer if kind.pairs else RunTrainer
-        single = {"single": isinstance(train_rows[0], Row)} if kind.pairs else {}
-        trainer = trainer_class(
+            more["single"] = isinstance(train_rows[0], Row)
+        trainer = kind.trainer_class(
             model,
             training_arguments,
             **trainer_options(loss),
-            **single,
+            **more,
             **options.of_head(arguments),
             data_collator=collator,
             train_dataset=train_data.examples,

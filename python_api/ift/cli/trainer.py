@@ -84,6 +84,7 @@ class ResumableRun(_Base):
             self.window.metrics = None if sums is None else sums.tolist()
             text = json.dumps(dataclasses.asdict(self.window))
             self._window_in(unfinished).write_text(text, encoding="utf-8")
+            self._save_more(unfinished)
             if self.args.should_save:
                 name = str(self.final_dtype).removeprefix("torch.")
                 (unfinished / FINAL_DTYPE).write_text(name + "\n", encoding="utf-8")
@@ -160,6 +161,13 @@ class ResumableRun(_Base):
         self.window = Window(**json.loads(self._window_in(checkpoint).read_text(encoding="utf-8")))
         if self.window.metrics is not None:
             self._train_sums = torch.tensor(self.window.metrics, device=self.args.device)
+        self._restore_more(checkpoint)
+
+    def _save_more(self, directory: Path) -> None:
+        """Write what else a subclass continues with, of this process."""
+
+    def _restore_more(self, checkpoint: Path) -> None:
+        """Read it again."""
 
     @contextlib.contextmanager
     def _staged(self, path: Path) -> Iterator[Path]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ift.documents import IGNORE_INDEX, shifted_targets
 from ift.head_pass import head_pass
 from ift.losses import sft_loss
 from ift.patching import base_model, head_options, measured_model, original_forward, patch
+from ift.support import MAX_SUPPORT, Support, check_gradient, check_support
 from ift.token_stats import token_stats
 from ift_kernels import ActiveSet
 from ift_kernels.common import checks
@@ -32,6 +33,7 @@ except ImportError as error:
 # Trainers that take their log-probabilities from `fused_lm_head`, and those that build logits.
 _FUSED = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
 _PAIRS = ("ORPOTrainer", "CPOTrainer")
+_SAMPLING = ("GRPOTrainer", "RLOOTrainer")
 
 
 def use_ift_kernels(
@@ -40,6 +42,7 @@ def use_ift_kernels(
     gradient: str | ActiveSet | None = None,
     logits_dtype: torch.dtype | None = None,
     deterministic: bool | None = None,
+    support: bool = False,
 ) -> Any:
     """Move a TRL trainer onto `ift_kernels.linear_logprobs`. In place, before ``trainer.train()``.
 
@@ -48,6 +51,12 @@ def use_ift_kernels(
             Its model and, where it has one, its reference model are patched (`ift.patch`).
         gradient, logits_dtype, deterministic: of the heads, as in `ift.patch`. Of a trainer with
             ``cast_lm_head_to_fp32`` logits_dtype is torch.float32.
+        support: of GRPO and RLOO: log-probabilities and entropies within the support of the
+            trainer's own sampling arguments, ``temperature``, ``top_k``, ``top_p`` and ``min_p``,
+            as vLLM's ``processed_logprobs`` are. It is an `ift.Support`, rebuilt in every forward:
+            policy, old policy and reference each have their own, and the sampled token in it. Where
+            the arguments truncate nothing, there is nothing to do. Default False: over the whole
+            vocabulary, as TRL's.
 
     Returns:
         `trainer` itself. Its losses are TRL's; ``logits/chosen`` and ``logits/rejected`` of ORPO
@@ -55,7 +64,10 @@ def use_ift_kernels(
 
     Raises:
         TypeError: another trainer, or a model that `ift.patch` refuses (LoRA on the head).
-        ValueError: options that `ift.patch` refuses; an encoder-decoder model.
+        ValueError: options that `ift.patch` refuses; an encoder-decoder model; with `support` a
+            trainer that samples nothing or samples otherwise (``rollout_func``, a repetition
+            penalty, ``generation_kwargs``, structured outputs, suppressed tokens), truncation
+            without a ``top_k`` of up to 511, `gradient` other than "exact".
 
     >>> # trainer = use_ift_kernels(DPOTrainer(model, args, train_dataset=dataset))
     """
@@ -70,15 +82,58 @@ def use_ift_kernels(
     outputs = ["logprob", "entropy", "argmax", "mean_logit"]
     if getattr(trainer, "use_weighting", False):  # WPO
         outputs.append("sum_sq")
+    within = trainer_support(trainer) if checks.boolean("support", support) else None
+    if within is not None:
+        outputs.remove("mean_logit")  # of the whole vocabulary; neither trainer takes it
     for model in (trainer.model, getattr(trainer, "ref_model", None)):
         if isinstance(model, nn.Module):
             base = base_model(trainer.accelerator.unwrap_model(model))
             patch(base, gradient=gradient, logits_dtype=logits_dtype, deterministic=deterministic)
             temperature = getattr(trainer, "temperature", 1.0)
-            add_fused_forward(base, tuple(outputs), float(temperature or 1.0))
+            add_fused_forward(base, tuple(outputs), float(temperature or 1.0), within)
     if names & set(_PAIRS):
         trainer.concatenated_forward = MethodType(pair_forward, trainer)
     return trainer
+
+
+def trainer_support(trainer: Any) -> Support | None:
+    """The support that TRL's GRPO or RLOO trainer samples from; None: the whole vocabulary.
+
+    Raises:
+        ValueError: another trainer, or one that samples by other rules than a `Support` has.
+    """
+    if not {cls.__name__ for cls in type(trainer).__mro__} & {*_SAMPLING}:
+        raise ValueError(
+            f"support: expected False but for {' and '.join(_SAMPLING)}, got True for "
+            f"{type(trainer).__name__}"
+        )
+    args = trainer.args
+    for name, value, usual in (
+        ("rollout_func", getattr(trainer, "rollout_func", None), None),
+        ("repetition_penalty", args.repetition_penalty, 1.0),
+        ("generation_kwargs", args.generation_kwargs or None, None),
+        ("vllm_structured_outputs_regex", args.vllm_structured_outputs_regex, None),
+        (
+            "suppress_tokens",
+            (getattr(trainer, "generation_kwargs", None) or {}).get("suppress_tokens"),
+            None,
+        ),
+    ):
+        if value != usual:
+            raise ValueError(
+                f"{name}: expected {usual} with support, which is rebuilt from temperature, top_k, "
+                f"top_p and min_p, got {value!r}"
+            )
+    top_k = trainer.top_k if trainer.top_k and trainer.top_k > 0 else None
+    if top_k is None:
+        if (trainer.top_p is None or trainer.top_p == 1.0) and not trainer.min_p:
+            return None
+        raise ValueError(
+            f"top_k: expected 1 to {MAX_SUPPORT} with support, got {trainer.top_k}: top_p and "
+            f"min_p alone may leave more ids; top_k={MAX_SUPPORT} rarely binds"
+        )
+    sampler: Literal["vllm", "transformers"] = "vllm" if trainer.use_vllm else "transformers"
+    return Support(top_k=top_k, top_p=trainer.top_p, min_p=trainer.min_p, sampler=sampler)
 
 
 @dataclass
@@ -120,13 +175,17 @@ _FIELDS = {
 
 
 def add_fused_forward(
-    model: nn.Module, outputs: tuple[str, ...] = ("logprob",), temperature: float = 1.0
+    model: nn.Module,
+    outputs: tuple[str, ...] = ("logprob",),
+    temperature: float = 1.0,
+    support: Support | None = None,
 ) -> None:
     """Let a patched causal LM return a `FusedHeadOutput` for ``fused_lm_head=True``. In place.
 
     ``model(..., labels=labels, fused_lm_head=True)`` then computes the statistics of
     softmax(logits / temperature) without logits; ``shift_labels`` in place of ``labels`` are
-    targets that are shifted already, and ``temperature`` in the call replaces the one given here.
+    targets that are shifted already, and ``temperature`` and ``support`` in the call replace those
+    given here.
     Every other call runs the forward that the model had. Called again, it replaces the options;
     `ift.unpatch` undoes it.
 
@@ -135,10 +194,15 @@ def add_fused_forward(
         outputs: "logprob" and any of "entropy", "argmax", "mean_logit", "sum_sq", as of
             `ift_kernels.linear_logprobs`. Fields of others are None.
         temperature: > 0, that logits are divided by. Default 1.
+        support: an `ift.Support` with ``top_k``, in each call rebuilt from the model's own hidden
+            states: "logprob", "entropy" and "argmax" are then within it. In a call with
+            ``shift_labels`` it may also be ids (B, T, K) of a sampler, padded with -100, each
+            target among its own. None: the whole vocabulary.
 
     Raises:
         TypeError: a model that is not patched.
-        ValueError: other outputs, outputs without "logprob", a temperature that is not positive.
+        ValueError: other outputs, outputs without "logprob", a temperature that is not positive; a
+            `support` without ``top_k``, or beside other outputs than those.
     """
     base: Any = base_model(model)
     if "_ift_patch" not in vars(base):
@@ -150,10 +214,24 @@ def add_fused_forward(
     for name in outputs:
         checks.one_of("outputs", name, _FIELDS)
     LogitTransform.checked(1.0, None, temperature)
+    _check_support(support, outputs)
+    if support is not None:
+        check_gradient(head_options(base).gradient)
     before = base.forward
     if isinstance(before, _FusedForward):
         before = before.previous
-    base.forward = _FusedForward(base, before, tuple(outputs), temperature)
+    base.forward = _FusedForward(base, before, tuple(outputs), temperature, support)
+
+
+def _check_support(support: Support | None, outputs: tuple[str, ...]) -> None:
+    """Refuse one that may leave tokens out: the caller would not know which."""
+    if support is None:
+        return
+    if not isinstance(support, Support):
+        raise TypeError(f"support: expected an ift.Support or None, got {type(support).__name__}")
+    check_support(support, torch.empty(0), outputs)
+    if support.top_k is None:
+        raise ValueError(f"support: expected one with top_k, got {support}")
 
 
 class _FusedForward(BoundForward):
@@ -162,10 +240,11 @@ class _FusedForward(BoundForward):
     keywords: ClassVar[dict[str, Any]] = {"fused_lm_head": False}
 
     def __init__(
-        self, model: nn.Module, previous: Any, outputs: tuple[str, ...], temperature: float
-    ) -> None:
+        self, model: nn.Module, previous: Any, outputs: tuple[str, ...], temperature: float,
+        support: Support | None,
+    ) -> None:  # fmt: skip
         super().__init__(model, previous)
-        self.outputs, self.temperature = outputs, temperature
+        self.outputs, self.temperature, self.support = outputs, temperature, support
 
     def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """With ``fused_lm_head``."""
@@ -176,12 +255,14 @@ class _FusedForward(BoundForward):
         if args:
             raise TypeError("fused_lm_head: expected keyword arguments only")
         temperature = kwargs.pop("temperature", self.temperature)
-        return _fused(model, kwargs, self.outputs, temperature)
+        support = kwargs.pop("support", self.support)
+        return _fused(model, kwargs, self.outputs, temperature, support)
 
 
 def _fused(
-    model: Any, kwargs: dict[str, Any], outputs: tuple[str, ...], temperature: float
-) -> FusedHeadOutput:
+    model: Any, kwargs: dict[str, Any], outputs: tuple[str, ...], temperature: float,
+    support: Tensor | Support | None,
+) -> FusedHeadOutput:  # fmt: skip
     for name in ("ift", "loss", "skip_logits"):
         if kwargs.pop(name, None) is not None:
             raise ValueError(f"{name}: expected None with fused_lm_head")
@@ -195,6 +276,10 @@ def _fused(
         if labels is None:
             raise ValueError("labels: expected (B, T) token ids with fused_lm_head, got None")
         target = shifted_targets(labels)
+    if not isinstance(support, Tensor):
+        _check_support(support, outputs)
+    elif not shifted:
+        raise ValueError("support: expected an ift.Support beside labels; ids go with shift_labels")
     transform = measured_model(model, kwargs).transform
     callback = token_stats(
         target,
@@ -203,6 +288,7 @@ def _fused(
         outputs=outputs,
         detached=tuple(name for name in ("mean_logit", "sum_sq") if name in outputs),
         temperature=temperature,
+        support=support,
     )
     output, stats = head_pass(model, original_forward(model), kwargs, callback)
 

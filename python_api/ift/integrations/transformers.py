@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from ift.anchored import AnchoredLoss
 from ift.config import IFTConfig
 from ift.documents import IGNORE_INDEX, boundaries, document_starts, rows_with_targets
+from ift.frozen_head import frozen_head
 from ift.head_pass import plain_head
 from ift.integrations.metrics import TwoPassMetrics
 from ift.losses import SFTLoss
@@ -91,12 +93,16 @@ class IFTTrainer(TwoPassMetrics, Trainer):
             the trainer's to set.
         loss: an `ift.losses.SFTLoss` in place of cross-entropy, such as ``SFTLoss(scaling="dft")``;
             a mean over the tokens, or the rows (packed: documents), of the whole optimizer step.
+        reference: for a `loss` with `kl_coef`, such as ASFT's: the frozen model that the KL is
+            from, a causal LM over the same vocabulary. It is patched, frozen and moved to the
+            device here, and each process has all of it; ``kl`` joins the logs.
         gradient, logits_dtype, deterministic: of the head, as in `ift.patch`.
 
     Raises:
         ValueError: options of `args` that the losses do not have: label smoothing, sequence or
             context parallelism, torch's DataParallel, Liger; a `compute_loss_func`; a `loss`
-            beside `ift_config`, that is no mean, or that needs a frozen model (`kl_coef`).
+            beside `ift_config`, that is no mean, or that needs a frozen model (`kl_coef`) without
+            `reference`, with `deterministic`, or under FSDP or DeepSpeed; a `reference` without it.
         TypeError: a model that `ift.patch` refuses; a `loss` that is no `SFTLoss`.
     """
 
@@ -107,6 +113,7 @@ class IFTTrainer(TwoPassMetrics, Trainer):
         *rest: Any,
         ift_config: IFTConfig | None = None,
         loss: SFTLoss | None = None,
+        reference: nn.Module | None = None,
         gradient: str | ActiveSet | None = None,
         logits_dtype: torch.dtype | None = None,
         deterministic: bool | None = None,
@@ -117,7 +124,15 @@ class IFTTrainer(TwoPassMetrics, Trainer):
                 f"ift_config: expected an ift.IFTConfig or None, got {type(ift_config).__name__}"
             )
         self.ift_config = ift_config
-        self.sft_loss = _checked(loss, ift_config)
+        self.sft_loss = _checked(loss, ift_config, reference)
+        self.reference = reference
+        if reference is not None:
+            self.token_means = ("kl",)
+            if deterministic:
+                raise ValueError(
+                    "deterministic: expected False with kl_coef, whose divergence of two heads "
+                    "does not offer it, got True"
+                )
         self._head: dict[str, Any] = {
             "gradient": gradient, "logits_dtype": logits_dtype, "deterministic": deterministic
         }  # fmt: skip
@@ -131,6 +146,19 @@ class IFTTrainer(TwoPassMetrics, Trainer):
         if self.args.use_liger_kernel:
             raise ValueError("use_liger_kernel: expected False, it replaces the patched forward")
         refuse_unsupported(self)
+        if reference is not None:
+            self._freeze_reference(reference)
+
+    def _freeze_reference(self, reference: nn.Module) -> None:
+        """Patch the frozen model like the one that trains, and move it to the device."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "reference: expected None under FSDP and DeepSpeed, which would not shard it"
+            )
+        patch(reference, logits_dtype=self._head["logits_dtype"])
+        reference.requires_grad_(False)
+        if not getattr(reference, "is_quantized", False):  # else it was loaded where it is
+            reference.to(self.args.device)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the parent's, patched."""
@@ -174,11 +202,32 @@ class IFTTrainer(TwoPassMetrics, Trainer):
         self._add_both_losses(model)
         return result
 
+    # Metrics of the loss, means over the tokens of a batch, that join the logs.
+    token_means: tuple[str, ...] = ()
+
+    @property
+    def _loss_metrics(self) -> dict[str, Tensor]:
+        return {} if self.sft_loss is None else self.sft_loss.metrics
+
+    def _add_both_losses(self, model: nn.Module) -> None:
+        metrics = self._patched(model).__dict__.get("ift_metrics")
+        if not self.token_means or metrics is None:
+            super()._add_both_losses(model)
+            return
+        found = self._loss_metrics
+        self._add_train_sums(model, [found[name] * metrics["tokens"] for name in self.token_means])
+
+    def _train_means(self, sums: Tensor) -> dict[str, float]:
+        values = sums[: len(self.token_means)] / sums[-1].clamp(min=1)
+        means = dict(zip(self.token_means, values.tolist(), strict=True))
+        return means | super()._train_means(sums)
+
     def _compute_sft_loss(
         self, loss: SFTLoss, model: nn.Module, inputs: dict[str, Any], return_outputs: bool,
         count: Any,
     ) -> Any:  # fmt: skip
         """The parent's `compute_loss` with `loss`, which divides by the count of the step."""
+        bound: Any
         if loss.reduction == "row_mean":  # packed rows are documents, as `row_flags` counts them
             labels = inputs["labels"]
             packed = inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
@@ -188,14 +237,21 @@ class IFTTrainer(TwoPassMetrics, Trainer):
             bound = functools.partial(loss, num_rows=count, cu_seqlens=boundaries(starts))
         else:
             bound = functools.partial(loss, num_items=count)
+        if self.reference is not None:
+            with self.accelerator.autocast():  # as the model that accelerate has wrapped
+                bound = AnchoredLoss(bound, frozen_head(self.reference, **inputs))
         value, outputs = super().compute_loss(model, {**inputs, "loss": bound}, True)
         if count is not None and self.args.average_tokens_across_devices:
             value = value * averaged_processes(self)
         return (value, outputs) if return_outputs else value
 
 
-def _checked(loss: Any, ift_config: IFTConfig | None) -> SFTLoss | None:
+def _checked(
+    loss: Any, ift_config: IFTConfig | None, reference: nn.Module | None
+) -> SFTLoss | None:
     """A `loss` that `IFTTrainer` can serve, or None."""
+    if reference is not None and not getattr(loss, "kl_coef", 0):
+        raise ValueError("reference: expected None without a loss with kl_coef, got a model")
     if loss is None:
         return None
     if not isinstance(loss, SFTLoss):
@@ -204,8 +260,8 @@ def _checked(loss: Any, ift_config: IFTConfig | None) -> SFTLoss | None:
         raise ValueError("loss: expected None with ift_config, got both")
     if loss.reduction not in ("mean", "row_mean"):
         raise ValueError(f"loss: expected a reduction 'mean' or 'row_mean', got {loss.reduction!r}")
-    if loss.kl_coef:
+    if loss.kl_coef and reference is None:
         raise ValueError(
-            f"loss: expected kl_coef 0, since the trainer has no frozen model, got {loss.kl_coef}"
+            f"reference: expected a frozen model with kl_coef {loss.kl_coef}, got None"
         )
     return loss

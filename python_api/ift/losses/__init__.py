@@ -5,6 +5,7 @@ What each does to probabilities is in docs/losses.md.
 
 from ift.losses._module import Head, Loss, from_hidden
 from ift.losses.advantages import gae_advantages, group_advantages, rloo_advantages
+from ift.losses.cosine_distillation import CosineDistillationLoss, cosine_distillation_loss
 from ift.losses.distillation import DistillationLoss, distillation_loss
 from ift.losses.dpo import DPOLoss, dpo_loss
 from ift.losses.ift import IFTLoss, ift_loss
@@ -28,6 +29,7 @@ from ift.losses.topk_distillation import TopKDistillationLoss, topk_distillation
 
 __all__ = [
     "CPOLoss",
+    "CosineDistillationLoss",
     "DPOLoss",
     "DistillationLoss",
     "GRPOLoss",
@@ -43,6 +45,7 @@ __all__ = [
     "SLiCLoss",
     "SimPOLoss",
     "TopKDistillationLoss",
+    "cosine_distillation_loss",
     "cpo_loss",
     "distillation_loss",
     "dpo_loss",

@@ -14,6 +14,7 @@ from typing_extensions import dataclass_transform  # torch depends on it
 
 from ift.documents import IGNORE_INDEX, boundaries, document_starts
 from ift.losses._tokens import Metrics, record
+from ift.support import Support, check_support, support_ids, support_stats
 from ift_kernels import ActiveSet, TokenStats, linear_divergence, linear_logprobs
 from ift_kernels.common.packed_rows import Rows
 
@@ -59,6 +60,7 @@ def from_hidden(
     deterministic: bool = False,
     workspace: int | None = None,
     reference: Tensor | Head | None = None,
+    support: Tensor | Support | None = None,
     metrics: Metrics | None = None,
     **options: Any,
 ) -> Tensor:
@@ -73,6 +75,15 @@ def from_hidden(
     logit or a Σp² get them from the same pass; a KL to the whole distribution of a reference
     (`kl_coef` of `sft_loss`) is a second one, `ift_kernels.linear_divergence`.
 
+    With `support`, the ids that a truncating sampler has drawn from (top-k, top-p, min-p), the
+    policy is that of the sampler: every log-probability, the entropy and the metrics are those of::
+
+        z.masked_fill(~in_support, -inf).log_softmax(-1)      # z: logits / temperature
+
+    So are the ones of a reference `Head`, over the same ids: its KL is between two distributions
+    over one support. Log-probabilities that are given (`old_logprob`, a `reference` tensor) have to
+    be of that kind, too, as a sampler reports them (vLLM: ``logprobs_mode="processed_logprobs"``).
+
     Args:
         loss: a function of `ift.losses`, or one of its modules.
         hidden, weight, target, bias, ignore_index, logit_scale, softcap, temperature, gradient,
@@ -83,7 +94,14 @@ def from_hidden(
             the place of that of the pass.
         reference: log-probabilities of the reference model, or its `Head`, whose are then computed
             here without gradient: one product with its weight. Of `sft_loss` a `Head`.
-        metrics: gets the metrics of the loss, and ``token_accuracy`` and ``entropy`` of the pass.
+        support: (..., K) ids of the sampler, padded with -100 (whatever `ignore_index` is), every
+            target among its own; K from 1 to 512. Or an `ift.Support`, which rebuilds them from
+            `hidden`, one product more; they are constants in backward. A target outside of a
+            rebuilt support is added to it. A token that has more ids than ``max_ids`` is left out,
+            as if masked.
+        metrics: gets the metrics of the loss, and ``token_accuracy`` and ``entropy`` of the pass;
+            with `support` ``support_size``, the mean number of its ids, and ``support_outside`` and
+            ``support_cut``, the shares of targets that were added and of those left out.
 
     Returns:
         What the loss returns.
@@ -91,6 +109,9 @@ def from_hidden(
     Raises:
         As `ift_kernels.linear_logprobs` and the loss.
         TypeError: a loss of sets of ids, which has a ``from_hidden`` of its own.
+        ValueError: with `support` an active `gradient`, a loss that takes other statistics than the
+            entropy, `kl_coef` of `sft_loss`; a target that its ids lack, or an id twice (NaN on a
+            GPU without ``IFT_DEBUG=1``); sums per row beside a support that leaves tokens out.
 
     >>> import ift
     >>> hidden, weight = torch.randn(4, 6, 16), torch.randn(100, 16)
@@ -111,24 +132,46 @@ def from_hidden(
         "deterministic": deterministic, "workspace": workspace,
     }  # fmt: skip
     statistics, outputs, detached = taken_statistics(loss, options)
-    stats = linear_logprobs(
+    metrics = {} if metrics is None else metrics
+    token_pass: Callable[..., TokenStats] = linear_logprobs
+    if support is not None:
+        if isinstance(support, Support) and support.may_cut(weight.shape[0]):
+            _check_per_token(target, (*args[1:], options.get("old_logprob"), reference))
+        check_support(support, target, outputs)
+        found = support_ids(support, hidden, weight, target, **head)
+        record(metrics, **found.metrics(target != ignore_index))
+        target = target.masked_fill(found.cut, ignore_index)
+        token_pass = functools.partial(support_stats, ids=found.ids)
+    stats = token_pass(
         hidden, weight, target, outputs=outputs, detached=detached, gradient=gradient, **head
     )
     mask = target != ignore_index
     if "reference_kl" in accepted(loss):
+        if support is not None and given_options(loss, options).get("kl_coef"):
+            raise ValueError("kl_coef: expected 0 with support, a KL of whole distributions")
         options |= _reference_kl(loss, hidden, weight, mask, reference, head, options)
     elif isinstance(reference, Head):
         states, rows, *rest = reference
         frozen = head | dict(zip(Head._fields[2:], rest, strict=True))
         with torch.no_grad():
-            options["reference"] = linear_logprobs(states, rows, target, **frozen).logprob
+            options["reference"] = token_pass(states, rows, target, **frozen).logprob
     elif reference is not None:
         options["reference"] = reference
     options |= {name: getattr(stats, name) for name in statistics}
-    metrics = {} if metrics is None else metrics
     value = loss(cast(Tensor, stats.logprob), mask, *args, metrics=metrics, **options)
     record_statistics(metrics, stats, target, mask)
     return value
+
+
+def _check_per_token(target: Tensor, given: tuple[Any, ...]) -> None:
+    """Refuse sums over rows: they hold tokens that a support may leave out."""
+    for value in given:
+        if isinstance(value, Tensor) and value.shape != target.shape:
+            raise ValueError(
+                f"support: expected one with top_k, or log-probabilities per token "
+                f"{tuple(target.shape)} to compare with, got {tuple(value.shape)}: tokens of more "
+                "than max_ids ids are left out"
+            )
 
 
 def record_statistics(metrics: Metrics, stats: TokenStats, target: Tensor, mask: Tensor) -> None:
@@ -269,6 +312,8 @@ class Loss(nn.Module):
         if own and inherited is Loss.__init__:  # an __init__ that somebody wrote stays
             cls._fields = cls._fields | own
             cls.__init__ = _init_of(cls._fields)  # type: ignore[method-assign]
+            for name in set(own) & set(vars(cls)):  # would hide an option that is a module
+                delattr(cls, name)
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -292,9 +337,11 @@ class Loss(nn.Module):
         count = size if isinstance(size, int) and size > 0 else 2
         one = torch.zeros(count, 1, device="cpu")  # whatever the default device is
         taken, *_ = taken_statistics(self, {})
-        given = {n: one for n in (*taken, "reference") if n in accepted(self)}
-        if self.options.get("kl_coef") and "reference_kl" in accepted(self):
-            given["reference_kl"] = one
+        takes = accepted(self)
+        anchors = {"reference", "reference_kl"} & takes
+        if "kl_coef" in takes and not self.options.get("kl_coef"):
+            anchors = set()
+        given = dict.fromkeys([*(name for name in taken if name in takes), *anchors], one)
         rows = [torch.ones(count, device="cpu")] * self.needs
         self.function(one, torch.ones_like(one), *rows, **given, **self.options)
 

@@ -102,6 +102,16 @@ class Pairs(NamedTuple):
         return cls(*values.chunk(2)) if values.shape[0] else cls(values, values)
 
 
+def check_given(
+    name: str, value: Tensor | None, option: str, used: bool, *, needed: bool = False
+) -> None:
+    """Refuse a tensor that nothing reads, and a missing one that `option` needs."""
+    if value is None and used and needed:
+        raise ValueError(f"{name}: expected a tensor with {option}, got None")
+    if value is not None and not used:
+        raise ValueError(f"{name}: expected None without {option}, got a tensor")
+
+
 def record(metrics: Metrics | None, **values: Tensor) -> None:
     """Put detached scalars into `metrics`, if the caller wants any."""
     if metrics is not None:

@@ -49,7 +49,7 @@ def kto_loss(
         length_normalized: u over the number of tokens, as Liger's ``average_log_prob``; `kto_kl`
             has the same option for `kl`.
         kl: the reference point z₀, from `kto_kl` on prompts with other prompts' responses; a
-            constant of at least 0.
+            constant of at least 0. "apo_zero" has none.
         cu_seqlens: (rows + 1,): the rows are packed documents.
         num_rows: divide by this instead of by the rows with tokens: those of the whole optimizer
             step.
@@ -67,13 +67,15 @@ def kto_loss(
     positive("beta", beta)
     not_negative("desirable_weight", desirable_weight)
     not_negative("undesirable_weight", undesirable_weight)
+    if kind == "apo_zero" and (isinstance(kl, Tensor) or kl):
+        raise ValueError(f"kl: expected 0 with kind 'apo_zero', which has no such point, got {kl}")
     tokens = Tokens(logprob, mask, cu_seqlens)
     if not isinstance(desirable, Tensor) or desirable.shape != (tokens.rows.count,):
         got = tuple(desirable.shape) if isinstance(desirable, Tensor) else type(desirable).__name__
         raise ValueError(f"desirable: expected shape ({tokens.rows.count},), got {got}")
     is_desirable = desirable != 0
     ratio = _log_ratios(tokens, reference, length_normalized)
-    point = torch.as_tensor(kl if kind == "kto" else 0.0, device=ratio.device).to(ratio).detach()
+    point = torch.as_tensor(kl, device=ratio.device).to(ratio).detach()
     if point.numel() != 1:
         raise ValueError(f"kl: expected one number, got shape {tuple(point.shape)}")
     sign = torch.where(is_desirable, 1.0, -1.0).to(ratio)

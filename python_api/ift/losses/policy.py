@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ift.losses._module import Loss
 from ift.losses._reduce import divide, mean_over_rows
-from ift.losses._tokens import Metrics, Tokens, record
+from ift.losses._tokens import Metrics, Tokens, check_given, record
 from ift.losses.preference import not_negative, positive
 from ift.losses.ratios import (
     KL_KINDS,
@@ -141,7 +141,7 @@ def grpo_loss(
         temperatures: of "sapo", for A > 0 and A ≤ 0; above 0.
         gamma_shapes, gamma_rates: k and λ of "vespo", for A ≥ 0 and A < 0; k at least 0, λ above
             0. Defaults as TRL's.
-        kl_coef: weight of the KL to `reference`, at least 0.
+        kl_coef: weight of the KL to `reference`, at least 0; default 0, no reference.
         kl_kind: its estimate, "k1", "k2" or "k3", as `kl_estimate`.
         kl_correction: multiply the estimate by r: unbiased where `old_logprob` sampled.
         entropy_coef: weight of the entropy bonus, its mean over tokens.
@@ -165,7 +165,8 @@ def grpo_loss(
         Scalar.
 
     Raises:
-        TypeError, ValueError: unknown option, missing tensor, shapes that do not match.
+        TypeError, ValueError: unknown option, missing tensor, a tensor whose option is off, shapes
+            that do not match.
     """
     checks.one_of("kind", kind, KINDS)
     surrogate, own_level, over = KINDS[kind]
@@ -198,6 +199,7 @@ def grpo_loss(
         raise ValueError(f"delta: expected above 1 + epsilon_high = {1 + high}, got {delta}")
     if delta is not None and surrogate != "clip":
         raise ValueError(f"delta: expected None with kind {kind!r}, got {delta}")
+    check_given("reference", reference, "kl_coef", kl_coef > 0)
     tokens = Tokens(logprob, mask, cu_seqlens)
     advantage = tokens.each("advantages", advantages).detach()
     old = tokens.logprob if old_logprob is None else tokens.like("old_logprob", old_logprob)
@@ -266,10 +268,9 @@ def entropy_bonus(
     num_rows: float | Tensor | None,
 ) -> Tensor | float:
     """``entropy_coef`` times the mean entropy over tokens (of the whole step)."""
-    if not entropy_coef:
-        return 0.0
+    check_given("entropy", entropy, "entropy_coef", entropy_coef > 0, needed=True)
     if entropy is None:
-        raise ValueError("entropy: expected a tensor with entropy_coef, got None")
+        return 0.0
     if num_rows is not None and num_items is None:
         raise ValueError("num_items: expected with num_rows and entropy_coef, got None")
     total = tokens.like("entropy", entropy).sum()

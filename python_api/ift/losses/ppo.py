@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ift.losses._module import Loss
 from ift.losses._reduce import divide
-from ift.losses._tokens import Metrics, Tokens, record
+from ift.losses._tokens import Metrics, Tokens, check_given, record
 from ift.losses.policy import grpo_loss
 from ift.losses.preference import not_negative
 
@@ -52,10 +52,10 @@ def ppo_loss(
         cu_seqlens=cu_seqlens, num_items=num_items, metrics=metrics,
     )  # fmt: skip
     not_negative("value_coef", value_coef)
-    if values is None:
+    check_given("returns", returns, "values", values is not None, needed=True)
+    check_given("old_values", old_values, "values", values is not None)
+    if values is None or returns is None:
         return loss
-    if returns is None:
-        raise ValueError("returns: expected a tensor with values, got None")
     critic = value_loss(
         values, mask, returns, old_values, clip=value_clip, num_items=num_items, metrics=metrics
     )
@@ -81,11 +81,12 @@ def value_loss(
         values: predictions, with gradient.
         mask: response tokens.
         returns: targets, constants.
-        old_values: predictions before the update, constants.
+        old_values: predictions before the update, constants; None without `clip`.
         clip: at least 0, default .2.
         num_items: tokens of the whole optimizer step.
         metrics: a dict that gets ``value_loss`` and ``value_clip_fraction``.
     """
+    check_given("old_values", old_values, "clip", clip is not None)
     tokens = Tokens(values, mask)  # not log-probabilities, but masked and widened alike
     target = tokens.like("returns", returns).detach()
     error = (tokens.logprob - target).square()

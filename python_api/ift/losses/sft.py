@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ift.losses._module import Loss
 from ift.losses._reduce import divide, mean_over_rows
-from ift.losses._tokens import Metrics, Tokens, record, record_tokens
+from ift.losses._tokens import Metrics, Tokens, check_given, record, record_tokens
 from ift.losses.preference import not_negative
 from ift_kernels.common import checks
 
@@ -117,13 +117,9 @@ def sft_loss(
     for name, given, user in (("entropy", entropy, "eaft"), ("sum_sq", sum_sq, "deft")):
         if given is not None and scaling != user:
             raise ValueError(f"{name}: expected None with scaling {scaling!r}, got a tensor")
-    for name, given, used, user in (
-        ("lse", lse, label_smoothing or z_loss, "label_smoothing or z_loss"),
-        ("mean_logit", mean_logit, label_smoothing, "label_smoothing"),
-        ("reference_kl", reference_kl, kl_coef, "kl_coef"),
-    ):
-        if given is not None and not used:
-            raise ValueError(f"{name}: expected None without {user}, got a tensor")
+    check_given("lse", lse, "label_smoothing or z_loss", bool(label_smoothing or z_loss))
+    check_given("mean_logit", mean_logit, "label_smoothing", label_smoothing > 0)
+    check_given("reference_kl", reference_kl, "kl_coef", kl_coef > 0)
     loss = torch.where(tokens.mask, -tokens.logprob, 0)
     if scaling == "deft":
         focus = tokens.like("sum_sq", _given("sum_sq", sum_sq, "scaling 'deft'")).detach()

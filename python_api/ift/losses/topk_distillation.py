@@ -11,14 +11,10 @@ from torch import Tensor
 from ift.documents import IGNORE_INDEX
 from ift.losses._module import Loss
 from ift.losses._reduce import divide
-from ift.losses._tokens import Metrics, record
-from ift_kernels import (
-    SelectedLogprobs,
-    linear_selected_logprobs,
-    vocab_parallel_selected_logprobs,
-)
+from ift.losses._tokens import Metrics, check_given, record
+from ift.support import selected_logprobs
+from ift_kernels import SelectedLogprobs
 from ift_kernels.common import checks
-from ift_kernels.vocab_parallel import is_sharded
 
 Kind = Literal["forward", "reverse", "jsd"]
 KINDS = ("forward", "reverse", "jsd")
@@ -113,9 +109,9 @@ def topk_distillation_loss(
         raise ValueError(f"hard_weight: expected in [0, 1], got {hard_weight}")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: expected None with reduction {reduction!r}, got {num_items}")
-    _check_given("tail_logprob", tail_logprob, "tail 'bucket'", tail == "bucket", needed=True)
-    _check_given("teacher_tail_logprob", teacher_tail_logprob, "tail 'bucket'", tail == "bucket")
-    _check_given("label_logprob", label_logprob, "hard_weight", hard_weight > 0, needed=True)
+    check_given("tail_logprob", tail_logprob, "tail 'bucket'", tail == "bucket", needed=True)
+    check_given("teacher_tail_logprob", teacher_tail_logprob, "tail 'bucket'", tail == "bucket")
+    check_given("label_logprob", label_logprob, "hard_weight", hard_weight > 0, needed=True)
     checks.floating("logprob", logprob)
     if logprob.dim() < 1 or not logprob.shape[-1]:
         raise ValueError(f"logprob: expected shape (..., K), got {tuple(logprob.shape)}")
@@ -160,15 +156,6 @@ def topk_distillation_loss(
     if reduction == "sum":
         return each.sum()
     return divide(each.sum(), "num_items", tokens if num_items is None else num_items)
-
-
-def _check_given(
-    name: str, value: Tensor | None, option: str, used: bool, *, needed: bool = False
-) -> None:
-    if value is None and used and needed:
-        raise ValueError(f"{name}: expected a tensor with {option}, got None")
-    if value is not None and not used:
-        raise ValueError(f"{name}: expected None without {option}, got a tensor")
 
 
 def _per_token(name: str, value: Tensor, logprob: Tensor) -> Tensor:
@@ -314,10 +301,10 @@ class TopKDistillationLoss(Loss):
             logprob = found.logprob
         elif self.tail == "bucket":
             outputs = ("logprob", "tail_logprob")
-            found = _selected(hidden, weight, ids, outputs=outputs, **head)
+            found = selected_logprobs(hidden, weight, ids, outputs=outputs, **head)
             logprob = found.logprob
         else:  # forms the products of the ids alone, where that is cheaper
-            found = _selected(hidden, weight, ids, outputs=("in_set_logprob",), **head)
+            found = selected_logprobs(hidden, weight, ids, outputs=("in_set_logprob",), **head)
             logprob = found.in_set_logprob
         if self.tail == "bucket":
             given["tail_logprob"] = found.tail_logprob
@@ -330,11 +317,6 @@ class TopKDistillationLoss(Loss):
 
 def _is_above_0(value: object) -> bool:
     return isinstance(value, (int, float)) and value > 0
-
-
-def _selected(hidden: Tensor, weight: Tensor, ids: Tensor, **options: Any) -> SelectedLogprobs:
-    operation = vocab_parallel_selected_logprobs if is_sharded(weight) else linear_selected_logprobs
-    return operation(hidden, weight, ids, **options)
 
 
 def selected_with_label(
@@ -360,7 +342,7 @@ def selected_with_label(
     # One more id where the label is none of the set, which takes nothing from its tail.
     extra = torch.where(inside, ignore_index, label)[..., None]
     outputs = ("logprob", "tail_logprob") if tail else ("logprob",)
-    found = _selected(
+    found = selected_logprobs(
         hidden, weight, torch.cat([ids, extra], -1), outputs=outputs, ignore_index=ignore_index,
         **head,
     )  # fmt: skip

@@ -56,7 +56,7 @@ def test_help_and_argument_errors_load_no_torch():
 # Name → arguments, and what the error says.
 BAD = {
     "unknown option": ("--lamb 0.2", "--lamb: unknown option; .* did you mean --lam"),
-    "unknown loss": ("--loss gdpo", "--loss: got 'gdpo'; expected one of sft, ift"),
+    "unknown loss": ("--loss gdpo", "--loss: got 'gdpo'; expected one of sft, asft"),
     "λ above 1": ("--lam 1.5", r"--lam: got '1.5'; expected λ in \[0, 1\]"),
     "γ below 0": ("--gamma=-0.1", r"--gamma: got '-0.1'; expected γ in \[0, 1\]"),
     "γ no number": ("--gamma x", r"--gamma: got 'x'; expected γ in \[0, 1\]"),

@@ -69,8 +69,8 @@ def test_a_toy_loss_trains(toy, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "width of the toy [toy]" in text and "[simpo, slic, toy]" in text
-    assert "{sft,ift,dpo,kto,orpo,simpo,cpo,slic,toy}" in text
+    assert "width of the toy [toy]" in text and "[simpo, slic, toy]" in text and "[asft]" in text
+    assert "{sft,asft,psft,ift,dpo,kto,orpo,simpo,cpo,slic,toy}" in text
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_toy_loss_trains(toy, tmp_path, capsys):
         ("--loss toy --preset paper", "--preset: got it with --loss toy; expected"),
         ("--loss toy --toy-scale 0", "--toy-scale: got '0'; expected a number above 0"),
         ("--loss toy --toy-scale 3", "--toy-scale: expected another number than 3"),
-        ("--loss tay", "--loss: got 'tay'; expected one of sft, ift, dpo"),
+        ("--loss tay", "--loss: got 'tay'; expected one of sft, asft, psft, ift, dpo"),
     ],
 )
 def test_its_options_are_checked(toy, capsys, arguments, said):

@@ -181,7 +181,7 @@ def test_responses(data, tmp_path, capsys):
     assert rows("--loss", "sft") == rows("--loss", "sft", "--responses", "chosen")
 
     said = refusal(train(data, tmp_path / "o", "--loss", "dpo", "--responses", "both"), capsys)
-    assert "--responses: got it with --loss dpo; expected --loss sft or ift" in said
+    assert "--responses: got it with --loss dpo; expected --loss sft or asft or psft or ift" in said
     plain = write_rows(tmp_path / "plain.jsonl", [{"prompt": "a", "completion": "b"}])
     said = refusal(train(plain, tmp_path / "o", "--responses", "rejected"), capsys)
     assert "--data: " in said and "line 1: got 'prompt', 'completion'; expected" in said

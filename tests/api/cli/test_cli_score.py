@@ -195,6 +195,29 @@ def test_what_is_damaged_or_not_finite_shows(scored, tmp_path, capsys):
     line = {"answers": answers, "label": 1, "best": None, "best_per_token": None}
     found = command.summary([line])
     assert found["accuracy"] is None and found["not_finite"] == found["choices"] == 1
+def test_columns_name_choices_and_their_answer(tmp_path):
+    """Under other names, beside a column that would be another format; `completion` chosen too."""
+    rows = [
+        {"question": "red or", "options": row["choices"], "gold": row["answer"], "completion": "x"}
+        for row in CHOICES[:2]
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    names = "prompt=question,choices=options,answer=gold"
+    assert main(arguments(data, tmp_path / "out", "--columns", names)) == 0
+    lines = read_log(tmp_path / "out", "scores-00000.jsonl")
+    assert [(line["label"], len(line["answers"])) for line in lines] == [(1, 2), (0, 2)]
+    data = write_rows(tmp_path / "both.jsonl", [{**CHOICES[0], "completion": " blue"}])
+    given = arguments(data, tmp_path / "one", "--columns", "prompt,completion")
+    assert main(given) == 0
+    assert len(read_log(tmp_path / "one", "scores-00000.jsonl")[0]["answers"]) == 1
+
+
+def test_columns_that_nothing_reads_are_refused(tmp_path, capsys):
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    given = arguments(data, tmp_path / "out", "--topk", 2, "--columns", "prompt,choices=completion")
+    assert "--columns: got 'choices' with --topk" in refusal(given, capsys)
+    given = ["train", "--columns", "choices=completion", "--data", data]
+    assert "KEY one of messages" in refusal(given, capsys)
 
 
 REFUSED = [

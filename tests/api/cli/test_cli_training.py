@@ -128,7 +128,18 @@ def test_tokens_are_scaled(data, tmp_path):
             "loss: expected None with ift_config, got both",
         ),
         ({"loss": SFTLoss(reduction="sum")}, ValueError, "loss: expected a reduction 'mean' or"),
-        ({"loss": SFTLoss(kl_coef=0.1)}, ValueError, "loss: expected kl_coef 0, since the trainer"),
+        (
+            {"loss": SFTLoss(kl_coef=0.1)}, ValueError,
+            "reference: expected a frozen model with kl_coef 0.1, got None",
+        ),
+        (
+            {"loss": SFTLoss(), "reference": torch.nn.Linear(2, 2)}, ValueError,
+            "reference: expected None without a loss with kl_coef, got a model",
+        ),
+        (
+            {"loss": SFTLoss(kl_coef=0.1), "reference": torch.nn.Linear(2, 2),
+             "deterministic": True}, ValueError, "deterministic: expected False with kl_coef",
+        ),
     ],
 )  # fmt: skip
 def test_a_loss_that_the_trainer_cannot_serve(given, error, said):

@@ -108,6 +108,45 @@ def test_the_temperature_of_a_call_replaces_the_models(temperature):
     assert ift.unpatch(model).__dict__.get("forward") is None
 
 
+def test_within_a_support():
+    """Every field over the ids of the support, by arguments and as ids of a sampler."""
+    inputs, outputs = batch(), ("logprob", "entropy", "argmax")
+    labels, support = inputs["labels"][:, 1:], ift.Support(top_k=4, top_p=0.9)
+    logits = make("gemma2")(inputs["input_ids"], inputs["attention_mask"]).logits[:, :-1] / 0.7
+    mask, best = labels != -100, logits.topk(4)
+    p = best.values.softmax(-1)
+    inside = torch.zeros_like(logits, dtype=torch.bool)
+    inside.scatter_(-1, best.indices, p.cumsum(-1) - p < 0.9)
+    inside.scatter_(-1, labels.clamp(min=0)[..., None], True)
+    logp = logits.masked_fill(~inside, -torch.inf).log_softmax(-1)
+    entropy = torch.special.entr(logp.exp()).sum(-1)
+    model = ift.patch(make("gemma2"))
+    add_fused_forward(model, outputs, 0.7, support)
+    out = model(**inputs, fused_lm_head=True)
+    right = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(out.log_probs, right * mask, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.entropy, entropy * mask, rtol=1e-4, atol=1e-5)
+    assert torch.equal(out.is_top1, (logp.argmax(-1) == labels) & mask)
+    assert not torch.allclose(out.log_probs, model(**inputs, fused_lm_head=True, support=None)[1])
+
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)
+    places = torch.where(inside, torch.arange(logits.shape[-1]), -100).sort(-1).values[..., -5:]
+    ids = torch.nn.functional.pad(places, (0, 0, 0, 1), value=-100)
+    rest = {k: v for k, v in inputs.items() if k != "labels"} | {"fused_lm_head": True}
+    again = model(**rest, shift_labels=shifted, support=ids)
+    torch.testing.assert_close(again.log_probs[:, :-1], out.log_probs)
+    with pytest.raises(ValueError, match="support: expected an ift.Support beside labels"):
+        model(**inputs, fused_lm_head=True, support=ids)
+    with pytest.raises(ValueError, match="support: expected one with top_k"):
+        model(**inputs, fused_lm_head=True, support=ift.Support(top_p=0.9))
+    with pytest.raises(TypeError, match="support: expected an ift.Support or None"):
+        add_fused_forward(model, outputs, 0.7, 5)
+    with pytest.raises(ValueError, match="support: expected None with 'mean_logit'"):
+        add_fused_forward(model, ("logprob", "mean_logit"), 0.7, support)
+    with pytest.raises(ValueError, match="gradient: expected 'exact' with support"):
+        add_fused_forward(ift.patch(model, gradient="active"), outputs, 0.7, support)
+
+
 def test_shifted_labels_packed_rows_and_padding_are_the_same_rows():
     inputs = batch(rows=3, length=10)
     model = fused(outputs=("logprob", "entropy"))

@@ -129,7 +129,9 @@ def test_grpo(kind):
         kind=kind, epsilon=0.15, kl_coef=kl_coef,
         epsilon_high=None if kind in ("sapo", "vespo") else high,
         max_length=20 if kind == "dr_grpo" else None,
-    ).from_hidden(hidden, weight, target, advantages, old, reference=reference)  # fmt: skip
+    ).from_hidden(
+        hidden, weight, target, advantages, old, reference=reference if kl_coef else None
+    )  # fmt: skip
     same(ours, theirs[0], (hidden, weight))
 
 

@@ -192,8 +192,8 @@ def test_kto(kind):
     kl, metrics = losses.kto_kl(kl_logprob, kl_mask, reference_kl), {}
     assert kl > 0
     ours = losses.kto_loss(
-        logprob, mask, desirable, reference, beta=0.2, kind=kind, kl=kl, desirable_weight=1.2,
-        undesirable_weight=0.7, metrics=metrics,
+        logprob, mask, desirable, reference, beta=0.2, kind=kind, kl=kl if kind == "kto" else 0.0,
+        desirable_weight=1.2, undesirable_weight=0.7, metrics=metrics,
     )  # fmt: skip
     same(ours, theirs, logprob)
     told = trainer._metrics["train"]
@@ -260,7 +260,8 @@ def test_grpo(kind, theirs, options):
         options.get("level"), epsilon=0.15, delta=delta,
         epsilon_high=None if kind in ("sapo", "vespo") else high,
         temperatures=(1.1, 1.3), kl_coef=beta, kl_correction=correction,
-        reference=reference if beta else None, entropy=entropy,
+        reference=reference if beta else None,
+        entropy=entropy if "entropy" in options else None,
         entropy_coef=options.get("entropy", 0.0), max_length=20 if kind == "dr_grpo" else None,
         importance=weights if "importance" in options or kind == "vespo" else None,
         metrics=metrics,
