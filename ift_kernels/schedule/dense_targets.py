@@ -91,14 +91,15 @@ class DenseTargets:
         d_bias = head.hidden.new_zeros(head.vocabulary, dtype=accum) if needs[2] else None
         plain_slope = head.transform.scale / head.transform.temperature
         for tile in self.tiles():
-            columns, product = tile.columns, tile.product
+            # In 16 bits the terms would be rounded before they cancel.
+            columns, product = tile.columns, tile.product.to(accum)
             slope: Tensor | float = plain_slope
             if head.transform.softcap:
                 slope = head.transform.derivative(self._logits(tile))
             d_logits = self.probs(columns) * d_cross[:, None].to(accum) * slope
-            head.backend.dlogits_(head.chunk(tile), row_gradient)
+            head.backend.dlogits_(head.chunk(tile)._replace(x=product), row_gradient)
             product.sub_(d_logits)
-            gradient = head.rounded(product) if needs[0] or needs[1] else product
+            gradient = head.rounded(tile.product.copy_(product)) if any(needs[:2]) else product
             if needs[0]:
                 d_hidden.add(slice(0, n), gradient, head.weight_chunk(columns))
             if d_weight is not None:

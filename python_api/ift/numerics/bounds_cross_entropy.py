@@ -89,7 +89,7 @@ def probabilities(h: Head, q: Tensor, z_loss: float) -> Tensor:
 
 
 def probabilities_dlogits(h: Head, q: Tensor, upstream: Tensor, z_loss: float) -> Dlogits:
-    """Of `probabilities`: (Σq + 2·z_loss·lse)·p − q. In 16 bits the first term is rounded, too."""
+    """Of `probabilities`: (Σq + 2·z_loss·lse)·p − q, subtracted before it is rounded."""
     unit, p, lse = h.units.sum, h.z.softmax(-1), h.z.logsumexp(-1)
     g, total = upstream.abs(), q.sum(-1)
     coef = total + 2 * z_loss * lse
@@ -98,8 +98,6 @@ def probabilities_dlogits(h: Head, q: Tensor, upstream: Tensor, z_loss: float) -
     terms = g[:, None] * (coef.abs()[:, None] * p + q)
     error = (g * coef.abs())[:, None] * h.probability_error() + (g * coef_error)[:, None] * p
     size = (g[:, None] * (coef[:, None] * p - q)).abs()
-    if h.units.dlogit > unit:
-        size = size + (g * coef.abs())[:, None] * p
     return Dlogits(size, error + ARITHMETIC * unit * terms, terms)
 
 

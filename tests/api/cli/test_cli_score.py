@@ -195,6 +195,8 @@ def test_what_is_damaged_or_not_finite_shows(scored, tmp_path, capsys):
     line = {"answers": answers, "label": 1, "best": None, "best_per_token": None}
     found = command.summary([line])
     assert found["accuracy"] is None and found["not_finite"] == found["choices"] == 1
+
+
 def test_columns_name_choices_and_their_answer(tmp_path):
     """Under other names, beside a column that would be another format; `completion` chosen too."""
     rows = [
