@@ -120,16 +120,17 @@ def operations(size: Size = SMALL) -> dict[str, Callable[[], Any]]:
         arguments: Any = (hidden.view_as(head.hidden), weight, target.view(8, -1))
         if not isinstance(loss, losses.Loss):
             return gradients(loss(*arguments, head))
-        reference: dict[str, Any] = (
-            {"reference": head} if "reference" in losses._module.accepted(loss) else {}
-        )
+        takes = losses._module.accepted(loss)  # a reference for a KL, which is off by default
+        compares = "reference" in takes and "kl_coef" not in takes
+        reference: dict[str, Any] = {"reference": head} if compares else {}
         rows = [torch.ones(8, device=size.device)] * loss.needs
         from_hidden: Any = loss.from_hidden
         return gradients(from_hidden(*arguments, *rows, **reference, **some))
 
     kinds = (getattr(losses, name) for name in losses.__all__ if name.endswith("Loss"))
-    # Losses of a teacher's ids take other arguments.
-    made = [kind() for kind in kinds if kind not in (losses.Loss, losses.TopKDistillationLoss)]
+    # Losses of a teacher's ids or hidden states take other arguments.
+    others = (losses.Loss, losses.TopKDistillationLoss, losses.CosineDistillationLoss)
+    made = [kind() for kind in kinds if kind not in others]
     return {
         "linear_logprobs": forward,
         "linear_logprobs, backward": lambda: gradients(logprobs().logprob),
