@@ -108,7 +108,7 @@ def correctness(
         planned[f"active {dtype}"] = grid.prepare, (data, active, "active", device)
         for name, case in ops.CASES.items():
             kind = "fp32" if case.group == "scan" else dtype
-            source = data if case.gemms else sequences
+            source = data if case.group == "head" else sequences
             planned[f"{name} {kind}"] = ops.prepare, (name, "ours", kind, source, device)
     for name in losses.DISTILLED:
         shape = (2, 4, *odd[1:])
