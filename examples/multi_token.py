@@ -127,7 +127,7 @@ def text(files: int, vocabulary: int) -> tuple[Batch, Batch, int]:
     texts = [prompt + answer for prompt, answer in pairs.items()]
     random.Random(0).shuffle(texts)
     tokenizer = tiny.train_tokenizer(texts, vocabulary)
-    documents = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+    documents = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
     ids, position = packed_rows(documents)
     held = min(HELD_OUT, len(ids) // 4)
     return (ids[held:], position[held:]), (ids[:held], position[:held]), len(tokenizer)
@@ -235,7 +235,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 losses.plot(range(1, len(curve) + 1), curve, label=label, **style, **pale)
             held = report["fused"]["held_out"]
             if depth:
-                plotting.draw(agreement, held, f"agreement_{depth}", label=f"depth {depth}", **style)
+                plotting.draw(
+                    agreement, held, f"agreement_{depth}", label=f"depth {depth}", **style
+                )
         losses.set(title="cross-entropy (broad: naive, thin: fused)", xlabel="step")
         losses.legend()
         agreement.set(title="held out: predicts what depth 0 will", xlabel="step", ylim=(0, None))

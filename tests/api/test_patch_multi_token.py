@@ -40,7 +40,7 @@ IDS = torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_patch_is_the_loss_of_transformers_which_has_no_part_for_further_tokens(name):
+def test_a_patch_is_the_loss_of_transformers_which_has_no_part_for_further_tokens(name, tmp_path):
     model = model_of(name)
     names = [n for n, _ in model.named_parameters() if "mtp" in n or "eh_proj" in n]
     assert not names and len(model.model.layers) == SMALL["num_hidden_layers"]
@@ -49,13 +49,19 @@ def test_a_patch_is_the_loss_of_transformers_which_has_no_part_for_further_token
     got = model(input_ids=IDS, labels=IDS)
     assert got.logits is None
     torch.testing.assert_close(got.loss, wanted)
+    model.save_pretrained(tmp_path)
+    saved = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="MtpModel weights are missing"):
+        layers.MtpModel.from_pretrained(saved)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layers_of_transformers_are_trained_through_the_patched_models_head(name):
     model = model_of(name)
     ift.patch(model)
-    mtp = layers.MtpModel(model, DEPTHS - 1).eval()  # random weights
+    mtp = layers.MtpModel(model, DEPTHS - 1).eval()
+    for layer in mtp.layers:  # whose experts are not initialised
+        layer.mtp_block.load_state_dict(model.model.layers[-1].state_dict())
     position = torch.arange(IDS.shape[1]).expand_as(IDS)
     states = [model.model(IDS, use_cache=False).last_hidden_state]
     ids = IDS
@@ -70,8 +76,7 @@ def test_layers_of_transformers_are_trained_through_the_patched_models_head(name
     torch.testing.assert_close(got, wanted)
     trained = [p for p in mtp.parameters() if p.requires_grad]
     found, right = (
-        torch.autograd.grad(x, trained, retain_graph=True, allow_unused=True)
-        for x in (got, wanted)
+        torch.autograd.grad(x, trained, retain_graph=True, allow_unused=True) for x in (got, wanted)
     )
     largest = max(g.abs().max() for g in right if g is not None)
     for a, b in zip(found, right, strict=True):

@@ -93,7 +93,8 @@ def test_further_tokens_are_learned_without_logits_as_with_them(tmp_path):
         assert report[name]["loss"] < 1e-6 and report[name]["gradient"] < 1e-5
     naive, fused = (report[way] for way in multi_token.WAYS)
     assert fused["loss"] == pytest.approx(naive["loss"], rel=1e-5)
-    assert all(last < first for first, last in zip(*(fused["depths"][i] for i in (0, -1)), strict=True))
+    first, last = fused["depths"][0], fused["depths"][-1]
+    assert all(b < a for a, b in zip(first, last, strict=True))
     assert 0 < fused["head_mib"] < naive["head_mib"] / 2
     assert 0 <= fused["held_out"][-1]["agreement_2"] <= 1
     assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -311,11 +311,13 @@ def _one_pass(
     return cast(Tensor, stats.logprob), cast(Tensor, stats.argmax)
 
 
-def _of_depths(name: str, value: Any, depths: int) -> list[Tensor | None]:
+def _of_depths(name: str, value: Any, depths: int) -> Sequence[Tensor | None]:
     """One tensor for each depth, of a stacked one or a sequence."""
     if isinstance(value, Tensor):
         if is_sharded(value):
-            raise TypeError(f"{name}: expected a sequence of sharded tensors, got a stacked DTensor")
+            raise TypeError(
+                f"{name}: expected a sequence of sharded tensors, got a stacked DTensor"
+            )
         parts = [*value.unbind()] if value.dim() == (3 if name == "weight" else 2) else []
     else:
         parts = [*value]
