@@ -86,8 +86,10 @@ def test_a_student_of_stored_ids_reaches_the_loss_of_one_of_whole_distributions(
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
-def test_further_tokens_are_learned_without_logits_as_with_them(tmp_path):
-    sizes = ["--steps", "8", "--files", "12", "--vocabulary", "1024"]
+def test_further_tokens_are_learned_without_logits_as_with_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(multi_token, "BATCH", 4)
+    monkeypatch.setattr(multi_token, "HELD_OUT", 4)
+    sizes = ["--steps", "4", "--files", "12", "--vocabulary", "1024"]
     report = multi_token.main([*sizes, "--output", str(tmp_path)])
     for name in ("difference", "difference_after"):
         assert report[name]["loss"] < 1e-6 and report[name]["gradient"] < 1e-5
