@@ -194,7 +194,7 @@ def train(
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train both ways, draw, and return the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--depths", type=int, default=3, help="the next token included")
     parser.add_argument("--files", type=int, default=300, help="of the standard library")
     parser.add_argument("--vocabulary", type=int, default=4096)

@@ -128,8 +128,10 @@ def operations(size: Size = SMALL) -> dict[str, Callable[[], Any]]:
         return gradients(from_hidden(*arguments, *rows, **reference, **some))
 
     kinds = (getattr(losses, name) for name in losses.__all__ if name.endswith("Loss"))
-    # Losses of a teacher's ids take other arguments.
-    made = [kind() for kind in kinds if kind not in (losses.Loss, losses.TopKDistillationLoss)]
+    # Losses of a teacher's ids or hidden states, and of several depths, take other arguments.
+    others = (losses.Loss, losses.TopKDistillationLoss, losses.CosineDistillationLoss,
+              losses.MultiTokenLoss)  # fmt: skip
+    made = [kind() for kind in kinds if kind not in others]
     return {
         "linear_logprobs": forward,
         "linear_logprobs, backward": lambda: gradients(logprobs().logprob),
