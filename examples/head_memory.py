@@ -70,7 +70,7 @@ def _marked(trunk: torch.nn.Module) -> Iterator[None]:
         mark(LEAVE)
 
     def left(module: Any, args: Any, output: Any) -> None:
-        hidden = output[0]
+        hidden = output if isinstance(output, Tensor) else output[0]
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: mark(LEAVE))
         mark(ENTER)

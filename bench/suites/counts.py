@@ -128,8 +128,9 @@ def operations(size: Size = SMALL) -> dict[str, Callable[[], Any]]:
         return gradients(from_hidden(*arguments, *rows, **reference, **some))
 
     kinds = (getattr(losses, name) for name in losses.__all__ if name.endswith("Loss"))
-    # Losses of a teacher's ids or hidden states take other arguments.
-    others = (losses.Loss, losses.TopKDistillationLoss, losses.CosineDistillationLoss)
+    # Losses of a teacher's ids or hidden states, and of several depths, take other arguments.
+    others = (losses.Loss, losses.TopKDistillationLoss, losses.CosineDistillationLoss,
+              losses.MultiTokenLoss)  # fmt: skip
     made = [kind() for kind in kinds if kind not in others]
     return {
         "linear_logprobs": forward,

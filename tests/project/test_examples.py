@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from examples import policy_gradient, sampler_match, topk_distillation
+from examples import multi_token, policy_gradient, sampler_match, topk_distillation
 from processes import results
 
 EXAMPLES = ("train_loop", "train_transformers", "train_trl_ift", "train_trl_dpo", "train_fsdp2")
@@ -83,6 +83,22 @@ def test_a_student_of_stored_ids_reaches_the_loss_of_one_of_whole_distributions(
     summary = json.loads((tmp_path / "scores" / "summary.json").read_text())
     # Ids and labels of the rows are in the shards, too.
     assert size["topk"] < shards / summary["tokens"] < size["topk"] + 32
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_further_tokens_are_learned_without_logits_as_with_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(multi_token, "BATCH", 4)
+    monkeypatch.setattr(multi_token, "HELD_OUT", 4)
+    sizes = ["--steps", "4", "--files", "12", "--vocabulary", "1024"]
+    report = multi_token.main([*sizes, "--output", str(tmp_path)])
+    for name in ("difference", "difference_after"):
+        assert report[name]["loss"] < 1e-6 and report[name]["gradient"] < 1e-5
+    naive, fused = (report[way] for way in multi_token.WAYS)
+    assert fused["loss"] == pytest.approx(naive["loss"], rel=1e-5)
+    first, last = fused["depths"][0], fused["depths"][-1]
+    assert all(b < a for a, b in zip(first, last, strict=True))
+    assert 0 < fused["head_mib"] < naive["head_mib"] / 2
+    assert 0 <= fused["held_out"][-1]["agreement_2"] <= 1
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 

@@ -10,6 +10,7 @@ from ift.losses.distillation import DistillationLoss, distillation_loss
 from ift.losses.dpo import DPOLoss, dpo_loss
 from ift.losses.ift import IFTLoss, ift_loss
 from ift.losses.kto import KTOLoss, kto_kl, kto_loss
+from ift.losses.multi_token import MultiTokenLoss, multi_token_loss, multi_token_targets
 from ift.losses.policy import GRPOLoss, grpo_loss
 from ift.losses.ppo import PPOLoss, ppo_loss, value_loss
 from ift.losses.preference import (
@@ -37,6 +38,7 @@ __all__ = [
     "IFTLoss",
     "KTOLoss",
     "Loss",
+    "MultiTokenLoss",
     "ORPOLoss",
     "PPOLoss",
     "REINFORCELoss",
@@ -58,6 +60,8 @@ __all__ = [
     "kl_estimate",
     "kto_kl",
     "kto_loss",
+    "multi_token_loss",
+    "multi_token_targets",
     "orpo_loss",
     "ppo_loss",
     "reinforce_loss",
