@@ -5,7 +5,7 @@ becomes E_j = exp(z_j − c), 0 for the target. With the coefficients of `RowGra
 ∂z/∂x and lse known at last, the factor of all that a row sends is
 f = (c_prob − c_target)·s·exp(c − lse):
 
-    dh = f·(E @ W) + g·W_t,   dW = Eᵀ @ (f·h), and g·h for the row of t
+    dh = f·(E @ W) + g·W_t,   then E_t = g/f,   dW = Eᵀ @ (f·h),   db = Eᵀ @ f
 
 where g is the target's own gradient. So dh is summed while a tile is in cache, as is its product;
 later tiles of a larger c rescale the sum. dW alone reads the exponentials again. Against gradients
@@ -21,11 +21,14 @@ import torch
 from torch import Tensor
 
 from ift_kernels.backends.contract import TARGET, Chunk, RowGradient, new_state
+from ift_kernels.schedule.accumulate import add_column_sums
 from ift_kernels.schedule.head import Head, Results, slices
 from ift_kernels.schedule.plan import Plan
 
 EPILOGUE = "exponentials_"  # of a backend: it goes beyond the contract
 TARGET_ELEMENTS = 1 << 20  # of head rows of targets that are gathered at once
+# Where E_t can take the target's gradient: beyond, f·h or E_t would leave the range of float32.
+SMALLEST_FACTOR, LARGEST_RATIO = 1e-25, 1e18
 
 
 def serves(head: Head, hidden_dtype: torch.dtype, plan: Plan, track: int) -> bool:
@@ -100,41 +103,56 @@ class _Block:
         c_target, c_prob = coef[0], coef[1]
         slope = self._head.transform.derivative(norm)
         log_p = (self.state.values[TARGET] - norm[0]) - norm[1]
-        of_target = (log_p.exp() * c_prob - c_target * log_p.expm1()) * slope
-        self._of_target = of_target.to(coef_dtype := row_gradient.coef.dtype)
+        self._of_target = (log_p.exp() * c_prob - c_target * log_p.expm1()) * slope
         others = (c_prob - c_target) * slope
-        self._factors = [
-            (((centre - norm[0]) - norm[1]).exp() * others).to(coef_dtype)
-            for _, centre in self._tiles
-        ]
+        self._factors = row_gradient.coef.new_empty((len(self._tiles), len(self._target)))
+        for factor, (_, centre) in zip(self._factors, self._tiles, strict=True):
+            factor.copy_(((centre - norm[0]) - norm[1]).exp() * others)
 
     def finish_hidden(self, total: Tensor) -> None:
         """Dh, from what `form` left in `total`."""
         total.mul_(self._factors[-1][:, None])
+        of_target = self._of_target.to(total.dtype)
         step = max(TARGET_ELEMENTS // total.shape[1], 1)
         for part in slices(0, len(total), step):
             rows = self._head.weight.index_select(0, self._target[part])
-            total[part].addcmul_(rows, self._of_target[part, None])
+            total[part].addcmul_(rows, of_target[part, None])
 
     def add_weight(
         self, weight: Tensor | None, bias: Tensor | None, scaled: Tensor | None, adds: bool
     ) -> None:
         """DW and db, or this block's share of them; `scaled`: scratch for f·h."""
         hidden, before = self._head.hidden, None
+        apart = self._put_targets()
         for (columns, centre), factor in zip(self._tiles, self._factors, strict=True):
-            transposed = self._buffer[:, columns].T
+            tile = self._buffer[:, columns]
             if weight is not None and scaled is not None:
                 if before is None or not torch.equal(before, centre):
                     torch.mul(hidden, factor[:, None], out=scaled)
                 if adds:
-                    weight[columns].addmm_(transposed, scaled)
+                    weight[columns].addmm_(tile.T, scaled)
                 else:
-                    torch.mm(transposed, scaled, out=weight[columns])
-            if bias is not None:
-                bias[columns].addmv_(transposed, factor)
+                    torch.mm(tile.T, scaled, out=weight[columns])
+            if bias is not None:  # a matrix-vector product would sum the rows one by one
+                add_column_sums(bias[columns], tile.mul_(factor[:, None]))
             before = centre
-        if weight is not None and scaled is not None:
-            torch.mul(hidden, self._of_target[:, None], out=scaled)
-            weight.index_add_(0, self._target, scaled)
-        if bias is not None:
-            bias.index_add_(0, self._target, self._of_target)
+        if len(apart):
+            ids, gradient = self._target[apart], self._of_target[apart].to(hidden.dtype)
+            if weight is not None and scaled is not None:
+                some = torch.index_select(hidden, 0, apart, out=scaled[: len(apart)])
+                weight.index_add_(0, ids, some.mul_(gradient[:, None]))
+            if bias is not None:
+                bias.index_add_(0, ids, gradient)
+
+    def _put_targets(self) -> Tensor:
+        """The target's gradient over the factor in E, where its sum is as exact as the others'.
+
+        Returns the rows whose gradient does not fit there.
+        """
+        of_tile = self._target.div(self._tiles[0][0].stop, rounding_mode="floor")
+        factor = self._factors.gather(0, of_tile[None])[0].double()
+        ratio = self._of_target / factor
+        fits = (factor.abs() > SMALLEST_FACTOR) & (ratio.abs() < LARGEST_RATIO)
+        values = ratio.masked_fill(~fits, 0).to(self._buffer.dtype)
+        self._buffer.scatter_(1, self._target[:, None], values[:, None])
+        return (~fits).nonzero()[:, 0]

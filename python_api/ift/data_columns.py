@@ -36,7 +36,6 @@ REWRITES = {
     "rejected_format": ("rejected_format", "rejected_gptformat", "reject_gptformat"),
     "fluent": ("fluent", "irr_hum"),
 }  # fmt: skip
-CHOICE_KEYS = ("choices", "answer")  # beside ``prompt``, in `ift score`
 Columns = Mapping[str, str]  # key of a row → name of the column that holds it
 
 

@@ -67,6 +67,9 @@ class Support:
     in the order of the sampler, which matters where two of them are given: min_p, top_k, top_p in
     vLLM; top_k, top_p, min_p in transformers. Other samplers have other rules: give their ids.
 
+    With `top_k` there are 511 ids at most, ties among them; with ``deterministic`` and in sync-free
+    mode a quarter and 8 more than `top_k`.
+
     A target outside of the support (rounding moved a borderline id, or the model has changed since)
     is added to it. Its log-probability is then finite and has a gradient, and a ratio to it is
     small, as it is to the whole vocabulary.
@@ -176,12 +179,24 @@ class Support:
 
     def _best(self, hidden: Tensor, weight: Tensor, head: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Ids (N, K) in descending order, padded, and whether they are cut (N,)."""
-        vocabulary, top_k, top_p, min_p = weight.shape[0], self.top_k, self._top_p, self._min_p
-        if top_k is None:
-            k = min(self.max_ids or MAX_SUPPORT, vocabulary)
-        else:
-            top_k = min(top_k, vocabulary)
-            k = min(top_k + top_k // 4 + 8, MAX_SUPPORT, vocabulary)  # some for ties
+        most = min(self.max_ids or MAX_SUPPORT, weight.shape[0])
+        some_for_ties = None if self.top_k is None else self.top_k + self.top_k // 4 + 8
+        k = min(some_for_ties or most, most)
+        ids, cut, tied = self._of_best(hidden, weight, k, head)
+        if k == most or sync_free.on() or head.get("deterministic"):
+            return ids, cut
+        rows = tied.nonzero()[:, 0]
+        if len(rows):  # more may tie than were taken
+            again, *_ = self._of_best(hidden[rows], weight, most, head)
+            ids = torch.nn.functional.pad(ids, (0, most - k), value=PADDING)
+            ids[rows] = again
+        return ids, cut
+
+    def _of_best(
+        self, hidden: Tensor, weight: Tensor, k: int, head: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same among the k best, and whether the last of these ties with the top_k-th."""
+        top_k, top_p, min_p = self.top_k, self._top_p, self._min_p
         vllm = self.sampler == "vllm"
         # `linear_topk` has the mass of the whole vocabulary, so it serves what comes first.
         apart = top_k is not None or (vllm and min_p is not None)
@@ -192,16 +207,17 @@ class Support:
         )  # fmt: skip
         there = found.ids != PADDING
         logprob = found.logprob.double().masked_fill(~there, -torch.inf)
-        cut = found.truncated
+        cut, tied = found.truncated, torch.zeros_like(found.truncated)
         if top_k is not None:
-            there &= logprob >= logprob[:, top_k - 1 : top_k]
-            cut = torch.zeros_like(cut)
+            last = min(top_k, weight.shape[0]) - 1
+            there &= logprob >= logprob[:, last : last + 1]
+            cut, tied = tied, there[:, -1].clone()
         if apart and top_p is not None:
             p = logprob.masked_fill(~there, -torch.inf).softmax(-1)
             there &= p.cumsum(-1) - p < top_p
         if apart and not vllm and min_p is not None:
             there &= (logprob - logprob[:, :1]).exp() >= min_p
-        return found.ids.masked_fill(~there, PADDING), cut
+        return found.ids.masked_fill(~there, PADDING), cut, tied
 
 
 def _scattered(x: Tensor, rows: Tensor, count: int, value: float) -> Tensor:

@@ -130,6 +130,17 @@ def test_ids_that_tie_with_the_last_are_in():
     assert [sorted(row[row >= 0].tolist()) for row in ids] == [[0, 1, 2, 3, 4], [2, 3, 4, 5]]
 
 
+def test_however_many_tie():
+    """More than are taken at first, of one token among others."""
+    hidden = torch.zeros(3, 4)
+    hidden[0] = 1.0
+    weight = torch.arange(400.0).repeat(4, 1).T.contiguous()
+    for top_p, width in ((None, 400), (0.5, 200)):
+        found = Support(top_k=3, top_p=top_p).ids(hidden, weight, torch.tensor([399, 7, -100]))
+        assert (found.ids >= 0).sum(-1).tolist()[1:] == [width, 0]
+        assert not found.outside.any() and not found.cut.any()
+
+
 CASES = {
     "grpo": (losses.GRPOLoss, {"kl_coef": 0.1, "entropy_coef": 0.3}),
     "gspo": (losses.GRPOLoss, {"kind": "gspo", "kl_coef": 0.1, "kl_kind": "k2"}),
