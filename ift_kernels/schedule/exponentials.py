@@ -7,10 +7,11 @@ f = (c_prob − c_target)·s·exp(c − lse):
 
     dh = f·(E @ W) + g·W_t,   dW = Eᵀ @ (f·h), and g·h for the row of t
 
-where g is the target's own gradient. So dh is summed while a tile is in cache, as is its product;
-later tiles of a larger c rescale the sum. dW alone reads the exponentials again. Against gradients
-formed in place of the products (`gradients.in_forward`) one exponential in two and a read and a
-write of every product are gone; a factor of each row takes their place.
+where g is the target's own gradient; those of an adapter's u and B are of the same form. So dh is
+summed while a tile is in cache, as is its product; later tiles of a larger c rescale the sum. dW
+alone reads the exponentials again. Against gradients formed in place of the products
+(`gradients.in_forward`) one exponential in two and a read and a write of every product are gone; a
+factor of each row takes their place.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def serves(head: Head, hidden_dtype: torch.dtype, plan: Plan, track: int) -> boo
     """Whether gradients of this call can be formed so: of float32, linear in the probabilities."""
     float32 = {head.dtype, head.hidden.dtype, head.weight.dtype, hidden_dtype} == {torch.float32}
     plain = not track and head.selected is None and not head.transform.softcap
+    plain = plain and (head.adapter is None or head.adapter.scale is None)
     blocks = not plan.active and not plan.product_rows and not plan.first_rows
     served = head.transform.scale > 0 and hasattr(head.backend, EPILOGUE)
     return float32 and plain and blocks and served
@@ -50,7 +52,7 @@ def in_forward(
     d_hidden = new((n, width)) if needs[0] else None
     d_weight = new((head.vocabulary, width)) if needs[1] else None
     d_bias = head.hidden.new_zeros(head.vocabulary) if needs[2] else None
-    keeps = needs[1] or needs[2]
+    keeps = needs[1] or needs[2] or (head.adapter is not None and head.adapter.d_weight is not None)
     size = min(plan.tile_rows, n)
     buffer = head.buffer(size, head.vocabulary if keeps else plan.tile_columns)
     scaled = head.backend.scratch(head.hidden, size * width).view(size, width) if needs[1] else None
@@ -64,6 +66,7 @@ def in_forward(
         if keeps:
             of_rows = None if scaled is None else scaled[: rows.stop - rows.start]
             block.add_weight(d_weight, d_bias, of_rows, rows.start > 0)
+            block.add_adapter_weight()
     return d_hidden, d_weight, d_bias
 
 
@@ -83,7 +86,7 @@ class _Block:
         centre = head.hidden.new_full((len(self._target),), -torch.inf)
         for columns in slices(0, head.vocabulary, tile_columns):
             there = columns if self._keeps else slice(0, columns.stop - columns.start)
-            product, centre = self._buffer[:, there], centre.clone()
+            product, before, centre = self._buffer[:, there], centre, centre.clone()
             head.multiply(columns, product)
             chunk = Chunk(product, head.bias_chunk(columns), head.transform, columns.start)
             sums = total if columns.start else None  # there are none before the first tile
@@ -93,6 +96,11 @@ class _Block:
                 sums.addmm_(product, head.weight[columns])
             elif total is not None:
                 torch.mm(product, head.weight[columns], out=total)
+            if head.adapter is not None and head.adapter.d_hidden is not None:
+                of_adapter = head.adapter.d_hidden
+                rescale = torch.where(before == centre, 1.0, (before - centre).exp())
+                of_adapter.mul_(rescale[:, None])
+                of_adapter.addmm_(product, head.adapter.weight_chunk(columns, product.dtype))
 
     def close(self, row_gradient: RowGradient) -> None:
         """The factors of all tiles, and the target's gradient, from what the rows send."""
@@ -108,13 +116,31 @@ class _Block:
             for _, centre in self._tiles
         ]
 
+        adapter = self._head.adapter
+        if adapter is not None and adapter.d_hidden is not None and adapter.weight is not None:
+            self._finish(adapter.d_hidden, adapter.weight)
+
     def finish_hidden(self, total: Tensor) -> None:
         """Dh, from what `form` left in `total`."""
+        self._finish(total, self._head.weight)
+
+    def _finish(self, total: Tensor, weight: Tensor) -> None:
         total.mul_(self._factors[-1][:, None])
         step = max(TARGET_ELEMENTS // total.shape[1], 1)
         for part in slices(0, len(total), step):
-            rows = self._head.weight.index_select(0, self._target[part])
+            rows = weight.index_select(0, self._target[part]).to(total.dtype)
             total[part].addcmul_(rows, self._of_target[part, None])
+
+    def add_adapter_weight(self) -> None:
+        """Add this block's share of the gradient of the adapter's B."""
+        adapter = self._head.adapter
+        if adapter is None or adapter.d_weight is None or adapter.hidden is None:
+            return
+        for (columns, _), factor in zip(self._tiles, self._factors, strict=True):
+            scaled = adapter.hidden * factor[:, None]
+            adapter.d_weight[columns].addmm_(self._buffer[:, columns].T, scaled)
+        of_target = adapter.hidden * self._of_target[:, None]
+        adapter.d_weight.index_add_(0, self._target, of_target)
 
     def add_weight(
         self, weight: Tensor | None, bias: Tensor | None, scaled: Tensor | None, adds: bool
