@@ -57,7 +57,9 @@ def refuse_adapter(argument: str, adapter: dict[str, Any]) -> None:
 def is_lora(head: Any) -> bool:
     """Whether it is PEFT's LoRA around a linear head."""
     layer: Any = sys.modules.get("peft.tuners.lora.layer")
-    return layer is not None and type(head) is layer.Linear
+    if layer is None or not isinstance(head, layer.Linear):
+        return False
+    return type(head).forward is layer.Linear.forward  # FSDP2 makes a subclass of it
 
 
 def check_lora(head: Any, model: str) -> None:

@@ -64,7 +64,7 @@ MODELS = {
     "lora": lambda: lora(make("llama")),
     "lora, head saved": lambda: lora(make("llama"), modules_to_save=["lm_head"]),
     "lora on the head": lambda: lora(make("llama"), target_modules=["q_proj", "lm_head"]),
-    "dora on the head": lambda: lora(make("phi"), target_modules=["lm_head"], use_dora=True),
+    "dora on the head": lambda: lora(make("llama"), target_modules=["lm_head"], use_dora=True),
 }
 WRAPPERS = {
     "ddp": DistributedDataParallel,
