@@ -153,7 +153,18 @@ class _Side:
         upstream = Upstream(*(None if g is None else g.double() for g in upstream))
         track = 0 if upstream.entropy is None else contract.TRACK_ENTROPY
         *values, _ = torch.ops.ift_kernels.linear_stats(
-            hidden, weight, bias, target, *options, track, [False] * 3, "", []
+            hidden,
+            weight,
+            bias,
+            target,
+            *options,
+            track,
+            [False] * 6,
+            "",
+            [],
+            None,
+            None,
+            None,
         )
         row = linear_stats.Statistics(*values)
         valid = head_call.ValidRows.of(target != options.ignore_index)

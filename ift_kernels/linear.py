@@ -17,6 +17,7 @@ from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.common.active_set import options as active_options
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.operators import frozen_head, head_call, linear_stats
+from ift_kernels.operators.adapter import AdapterTensors, adapter_needs, head_needs
 from ift_kernels.schedule import plan
 
 
@@ -47,6 +48,8 @@ def linear_logprobs(
     target: Tensor,  # (...)
     *,
     bias: Tensor | None = None,  # (V,)
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (..., r), (V, r)
+    column_scale: Tensor | None = None,  # (V,)
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -62,7 +65,10 @@ def linear_logprobs(
 
     Equals, without ever holding the (tokens, V) logits::
 
-        z = logit_scale * (hidden @ weight.T + bias)
+        x = hidden @ weight.T
+        x = x + low_rank[0] @ low_rank[1].T      # if low_rank is given
+        x = column_scale * x                     # if column_scale is given
+        z = logit_scale * (x + bias)
         z = softcap * tanh(z / softcap)          # if softcap is given
         logp = log_softmax(z / temperature, dim=-1)
         logprob = logp.gather(-1, target[..., None])[..., 0]
@@ -78,6 +84,13 @@ def linear_logprobs(
             with `logits_dtype` any.
         target: (...) int64 or int32 token ids, already shifted.
         bias: (V,) or None.
+        low_rank: (u, B) or None: of a head with LoRA, whose weight stays as it is, B (V, r) and
+            ``u = scaling * dropout(hidden) @ A.T``, (..., r), formed by the caller under autograd,
+            which gives A its gradient from that of u. Of any float dtype up to that of the
+            products, to which they are cast; of several adapters, concatenated along r. Only with
+            an exact `gradient` and without `deterministic`; so is column_scale.
+        column_scale: (V,) or None, of any such dtype: of a head with DoRA. In float16 its gradient
+            where it is 0 is NaN.
         ignore_index: positions with this target get 0 in every output and send no gradient.
         logit_scale, softcap, temperature: the transform above; by default logits stay as they are.
         outputs: any of "logprob", "lse", "entropy", "argmax", "argmax_logprob",
@@ -125,11 +138,12 @@ def linear_logprobs(
     active = active_options(gradient)
     ignore_index = checks.integer("ignore_index", ignore_index)
     check_deterministic(deterministic, active)
+    check_adapter(low_rank, column_scale, active, deterministic)
     track, differentiable = tracks(outputs, detached)
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
     call = Call(
         hidden, weight, target, bias, ignore_index, transform, workspace, logits_dtype,
-        deterministic,
+        deterministic, low_rank, column_scale,
     )  # fmt: skip
     found = call.statistics(track, active, differentiable)
     if track & contract.TRACK_MEAN:
@@ -163,6 +177,17 @@ def check_deterministic(deterministic: bool, active: ActiveSet | None) -> None:
         )
 
 
+def check_adapter(
+    low_rank: object, column_scale: object, active: ActiveSet | None, deterministic: bool
+) -> None:
+    """Refuse what is not served beside an adapter."""
+    for name, value in (("low_rank", low_rank), ("column_scale", column_scale)):
+        if value is not None and active is not None:
+            raise ValueError(f"gradient: expected 'exact' with {name}, got an active set")
+        if value is not None and deterministic:
+            raise ValueError(f"deterministic: expected False with {name}, got True")
+
+
 class Call:
     """The checked arguments of an operation on targets."""
 
@@ -177,9 +202,14 @@ class Call:
         workspace: int | None,
         logits_dtype: torch.dtype | None = None,
         deterministic: bool = False,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+        column_scale: Tensor | None = None,
     ) -> None:
         checks.head_arguments(hidden, weight, bias)
         dtype = checks.compute_dtype(hidden, weight, logits_dtype)
+        self.adapter = AdapterTensors(
+            *checks.adapter_arguments(hidden, weight, low_rank, column_scale, dtype)
+        )
         self.shape = hidden.shape[:-1]
         target = checks.token_ids("target", target, self.shape, hidden.device)
         budget = checks.workspace_bytes(workspace, hidden.device, dtype)
@@ -195,7 +225,7 @@ class Call:
         )  # fmt: skip
         self.needs: list[bool] = [
             torch.is_grad_enabled() and t is not None and t.requires_grad
-            for t in (hidden, weight, bias)
+            for t in (hidden, weight, bias, *self.adapter)
         ]
         self.schedule = plan.forced_or_safe()
 
@@ -208,11 +238,11 @@ class Call:
     def plan(self, active: ActiveSet | None, fp32_weight_sum: bool = False) -> plan.Plan:
         """The plan for this call if no target is ignored and gradients can be formed in forward."""
         hidden, weight, bias, _ = self.tensors
-        needs = self.needs[0], self.needs[1], self.needs[2]
         of_hidden = head_call.active_hidden(self.for_hidden(active))
         problem = head_call.problem(
-            hidden, weight, bias, self.options, needs, True, of_hidden, fp32_weight_sum
-        )
+            hidden, weight, bias, self.options, head_needs(self.needs), True, of_hidden,
+            fp32_weight_sum, self.adapter, adapter_needs(self.needs),
+        )  # fmt: skip
         return plan.make(problem, plan.ledger.reserved, self.schedule or None)
 
     def statistics(
@@ -222,9 +252,9 @@ class Call:
 
         `differentiable`: what of `track` may get a gradient.
         """
-        grads_in_forward = self.schedule != "recompute" and frozen_head.serves(
-            self.needs, differentiable
-        )
+        # A trained B has a gradient that is no factor of a row's: products are formed again.
+        grads_in_forward = self.schedule != "recompute" and not self.adapter.given
+        grads_in_forward = grads_in_forward and frozen_head.serves(self.needs[:3], differentiable)
         if grads_in_forward and self.plan(active).schedule == "forward":
             values = torch.ops.ift_kernels.linear_frozen(
                 *self.tensors, *self.options, track, self.for_hidden(active)
@@ -232,7 +262,7 @@ class Call:
         else:
             values = torch.ops.ift_kernels.linear_stats(
                 *self.tensors, *self.options, track, self.needs, self.schedule,
-                self.for_hidden(active),
+                self.for_hidden(active), *self.adapter,
             )  # fmt: skip
         found = linear_stats.Statistics(*values[: len(linear_stats.Statistics._fields)])
         asked = zip(found, linear_stats.tracked(track), strict=True)

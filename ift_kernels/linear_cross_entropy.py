@@ -14,7 +14,7 @@ from ift_kernels.common import checks
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.common.active_set import options as active_options
 from ift_kernels.common.transform import LogitTransform
-from ift_kernels.linear import Call, check_deterministic
+from ift_kernels.linear import Call, check_adapter, check_deterministic
 from ift_kernels.operators import scalar_loss as _scalar_loss  # noqa: F401  registers an operator
 from ift_kernels.schedule import plan
 
@@ -26,6 +26,8 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    column_scale: Tensor | None = None,
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -50,6 +52,8 @@ def linear_cross_entropy(
     *,
     return_stats: Literal[True],
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    column_scale: Tensor | None = None,
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -71,6 +75,8 @@ def linear_cross_entropy(
     target: Tensor,  # (...) or (..., d1, ...)
     *,
     bias: Tensor | None = None,  # (V,) or (V, d1, ...)
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (..., r), (V, r)
+    column_scale: Tensor | None = None,  # (V,)
     class_weight: Tensor | None = None,  # (V,)
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -103,6 +109,8 @@ def linear_cross_entropy(
         weight, target, bias: as `linear_logprobs`. Of weight (V, d1, ..., dK, D) every output
             position is a head of its own, as in ``torch.nn.functional.linear_cross_entropy``: bias
             is (V, d1, ..., dK), target (..., d1, ..., dK), and the heads are computed in turn.
+        low_rank, column_scale: as `linear_logprobs`; of weight (V, D), and without label smoothing
+            beside `class_weight`.
         class_weight: (V,) floats without gradient, on which the loss of a token is multiplied by
             that of its target. Label smoothing weights every class by its own: refused with
             `deterministic`; with a softcap it costs a product more in forward and three in
@@ -139,6 +147,7 @@ def linear_cross_entropy(
     """
     active = active_options(gradient)
     check_deterministic(deterministic, active)
+    check_adapter(low_rank, column_scale, active, deterministic)
     checks.one_of("weight_grad_sum", weight_grad_sum, plan.WEIGHT_SUMS)
     checks.boolean("return_stats", return_stats)
     fp32_weight_sum = weight_grad_sum == "float32"
@@ -146,7 +155,18 @@ def linear_cross_entropy(
     options = class_targets.LossOptions.checked(label_smoothing, z_loss, reduction, num_items)
     label_smoothing, z_loss = options.label_smoothing, options.z_loss
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
+    adapted = low_rank is not None or column_scale is not None
+    if adapted and class_weight is not None and label_smoothing:
+        raise ValueError(
+            "label_smoothing: expected 0 with class_weight beside low_rank or column_scale, "
+            f"got {label_smoothing}"
+        )
     if isinstance(weight, Tensor) and weight.dim() > 2:
+        if adapted:
+            raise ValueError(
+                f"weight: expected shape (V, D) with low_rank or column_scale, "
+                f"got {tuple(weight.shape)}"
+            )
         return class_targets.of_output_dims(
             linear_cross_entropy, hidden, weight, target, bias, class_weight, options, return_stats,
             ignore_index, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
@@ -155,7 +175,7 @@ def linear_cross_entropy(
         )  # fmt: skip
     call = Call(
         hidden, weight, target, bias, ignore_index, transform, workspace, logits_dtype,
-        deterministic,
+        deterministic, low_rank, column_scale,
     )  # fmt: skip
     valid = call.tensors[3] != ignore_index
     of_target: Tensor | None = None
@@ -169,7 +189,7 @@ def linear_cross_entropy(
     if grads_in_forward and call.plan(active, fp32_weight_sum).schedule == "forward":
         results = torch.ops.ift_kernels.linear_loss(
             *call.tensors, factor, *call.options, label_smoothing, z_loss, fp32_weight_sum,
-            call.needs, call.for_hidden(active),
+            call.needs, call.for_hidden(active), *call.adapter,
         )  # fmt: skip
         return cast(Tensor, results[0])
     track = contract.TRACK_MEAN if label_smoothing and of_target is None else 0

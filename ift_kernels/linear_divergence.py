@@ -13,6 +13,7 @@ from torch import Tensor
 from ift_kernels.backends.contract import KINDS
 from ift_kernels.common import checks
 from ift_kernels.common.transform import LogitTransform
+from ift_kernels.operators import adapter as adapters
 from ift_kernels.operators import head_call, library, linear_stats
 from ift_kernels.schedule import plan
 from ift_kernels.schedule.accumulate import accum_dtype
@@ -30,6 +31,8 @@ def linear_divergence(
     kind: str = "forward",
     beta: float = 0.5,
     bias: Tensor | None = None,  # (V,)
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (..., r), (V, r)
+    column_scale: Tensor | None = None,  # (V,)
     teacher_bias: Tensor | None = None,  # (V,)
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -51,11 +54,11 @@ def linear_divergence(
         m = logaddexp(s + log(1 - beta), t + log(beta))
         jsd      ((1 - beta) * s.exp() * (s - m) + beta * t.exp() * (t - m)).sum(-1)
 
-    Gradients flow to the student's hidden, weight and bias; the teacher is a constant. A scalar
+    Gradients flow to the tensors of the student; the teacher is a constant. A scalar
     reduction forms them in forward, with two products less.
 
     Args:
-        hidden, weight, bias: of the student, as in `linear_logprobs`.
+        hidden, weight, bias, low_rank, column_scale: of the student, as in `linear_logprobs`.
         teacher_hidden, teacher_weight, teacher_bias: of the teacher, whose width may differ; the
             vocabulary must not.
         mask: (...) bool or 0/1: positions that count; None: all.
@@ -105,9 +108,11 @@ def linear_divergence(
         valid = checks.as_bool_mask(mask, hidden[..., 0], "hidden without its last dimension")
     student = LogitTransform.checked(logit_scale, softcap, temperature)
     teacher = LogitTransform.checked(teacher_logit_scale, teacher_softcap, temperature, "teacher_")
+    dtype = checks.compute_dtype(hidden, weight, logits_dtype)
+    adapter = checks.adapter_arguments(hidden, weight, low_rank, column_scale, dtype)
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
-        for t in (hidden, weight, bias)
+        for t in (hidden, weight, bias, *adapter)
     ]
     factor: Tensor | None = None
     if reduction == "sum":
@@ -116,12 +121,13 @@ def linear_divergence(
         factor = valid.sum().clamp(min=1).double().reciprocal()
     elif reduction == "mean":
         factor = checks.reciprocal("num_items", num_items, hidden.device)
-    dtype = checks.compute_dtype(hidden, weight, logits_dtype)
     # Gradients formed in forward are consumed once, which graphs and hooks cannot have.
     grads_in_forward = (
         factor is not None and dtype != torch.float16 and plan.forced_or_safe() != "recompute"
     )
-    grads_in_forward = grads_in_forward and not head_call.gives_half((hidden, weight, bias), needs)
+    grads_in_forward = grads_in_forward and not head_call.gives_half(
+        (hidden, weight, bias, *adapter), needs
+    )
     each, total, *_ = torch.ops.ift_kernels.linear_divergence(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias,
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]), teacher_weight.detach(),
@@ -130,6 +136,7 @@ def linear_divergence(
         student.softcap, teacher.scale, teacher.softcap, temperature,
         checks.workspace_bytes(workspace, hidden.device, dtype), dtype,
         checks.compute_dtype(teacher_hidden, teacher_weight, logits_dtype, "teacher_"), needs,
+        *adapter,
     )  # fmt: skip
     if factor is not None:
         return cast(Tensor, total if grads_in_forward else each.sum() * factor.to(each.dtype))
@@ -151,7 +158,10 @@ _OPTIONS = (
 class _Call:
     """The heads of a call on the valid rows."""
 
-    def __init__(self, tensors: tuple[Any, ...], options: tuple[Any, ...], needs: list[bool]):
+    def __init__(
+        self, tensors: tuple[Any, ...], options: tuple[Any, ...], needs: list[bool],
+        adapter: tuple[Any, ...],
+    ) -> None:  # fmt: skip
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, valid = tensors
         kind, beta, scale, softcap, t_scale, t_softcap, temperature, workspace, *dtypes = options
         self.bias, rows = bias, head_call.ValidRows.of(valid)
@@ -159,29 +169,33 @@ class _Call:
             head_call.Call(
                 *head, rows,
                 head_call.Options(0, *transform, temperature, workspace, dtype, False),
-                (False,) * 3,
+                (False,) * 3, adapter=adapters.AdapterTensors(*of_head),
+                adapter_needs=adapters.adapter_needs(needs),
             )
-            for head, transform, dtype in (
-                ((hidden, weight, bias), (scale, softcap), dtypes[0]),
-                ((teacher_hidden, teacher_weight, teacher_bias), (t_scale, t_softcap), dtypes[1]),
+            for head, transform, dtype, of_head in (
+                ((hidden, weight, bias), (scale, softcap), dtypes[0], adapter),
+                ((teacher_hidden, teacher_weight, teacher_bias), (t_scale, t_softcap), dtypes[1],
+                 (None,) * 3),
             )
         )  # fmt: skip
         self.student = student
+        student.add_adapter_sums()
         budget = student.problem.workspace + teacher.problem.workspace - workspace
         budget = max(budget, workspace // 4)
         self.divergence = Divergence(
             (student.head, teacher.head), budget, KINDS[kind], beta,
-            (needs[0], needs[1], needs[2]), hidden.dtype,
+            adapters.head_needs(needs), hidden.dtype,
         )  # fmt: skip
 
 
 def _divergence(*arguments: Any) -> tuple[Tensor, ...]:
     *tensors, factor = arguments[:8]
-    *options, needs = arguments[8:]
+    *options, needs = arguments[8:-3]
     hidden = tensors[0]
     grads_in_forward = factor is not None and any(needs)
     with torch.autocast(hidden.device.type, enabled=False):
-        call = _Call(tuple(tensors), tuple(options), needs if grads_in_forward else [False] * 3)
+        formed = needs if grads_in_forward else [False] * 6
+        call = _Call(tuple(tensors), tuple(options), formed, arguments[-3:])
         n, dtype = call.student.head.hidden.shape[0], accum_dtype(call.student.dtype)
         upstream = None if factor is None else factor.to(dtype).repeat(n)
         given = Rows(
@@ -202,27 +216,29 @@ def _divergence(*arguments: Any) -> tuple[Tensor, ...]:
         call.student.scatter(given.norm, dtype),
         call.student.scatter(given.centre, torch.float64),
         *linear_stats.gradient_outputs(call.student, results, call.bias),
+        *call.student.adapter_gradients(),
     )
 
 
 def _divergence_backward(*arguments: Any) -> tuple[Tensor, ...]:
     *tensors, norm, centre, upstream = arguments[:10]
-    *options, needs = arguments[10:]
+    *options, needs = arguments[10:-3]
     hidden, valid = tensors[0], tensors[-1]
     # A NaN upstream is not 0 and so stays in.
     tensors[-1] = valid & (upstream != 0)
     with torch.autocast(hidden.device.type, enabled=False):
-        call = _Call(tuple(tensors), tuple(options), needs)
+        call = _Call(tuple(tensors), tuple(options), needs, arguments[-3:])
         norm, centre, upstream = (
             call.student.select(x).contiguous() for x in (norm, centre, upstream)
         )
         results = call.divergence.gradients(Rows(torch.empty_like(centre), centre, norm, upstream))
-    return linear_stats.gradient_outputs(call.student, results, call.bias)
+    of_head = linear_stats.gradient_outputs(call.student, results, call.bias)
+    return *of_head, *call.student.adapter_gradients()
 
 
 def _divergence_fake(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, weight, bias, *_, factor = arguments[:8]
-    needs, dtype = arguments[-1], accum_dtype(arguments[-3])
+    needs, dtype = arguments[-4], accum_dtype(arguments[-6])
     n = hidden.shape[0]
     grads_in_forward = factor is not None
     return (
@@ -230,8 +246,8 @@ def _divergence_fake(*arguments: Any) -> tuple[Tensor, ...]:
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty((2, 2, n), dtype=dtype),
         hidden.new_empty(n, dtype=torch.float64),
-        *linear_stats.gradients_fake(
-            hidden, weight, bias, [need and grads_in_forward for need in needs]
+        *_backward_fake(
+            hidden, weight, bias, [need and grads_in_forward for need in needs], *arguments[-3:]
         ),
     )
 
@@ -239,40 +255,44 @@ def _divergence_fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return linear_stats.gradients_fake(hidden, weight, bias, rest[-1])
+    needs = rest[-4]
+    of_adapter = adapters.gradients_fake(hidden, rest[-3:], needs)
+    return *linear_stats.gradients_fake(hidden, weight, bias, needs), *of_adapter
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:8], *output[2:4])
-    ctx.options = inputs[8:-1]
+    ctx.save_for_backward(*inputs[:8], *output[2:4], *inputs[-3:])
+    ctx.options = inputs[8:-4]
     formed = any(gradient.numel() for gradient in output[4:])
     ctx.gradients = head_call.SavedBuffers(output[4:]) if formed else None
 
 
 def _autograd(ctx: Any, d_each: Tensor | None, d_total: Tensor | None, *_: Any) -> Any:
     nothing: tuple[None, ...] = (None,) * (5 + len(ctx.options) + 1)
-    *tensors, factor, norm, centre = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
+    *tensors, factor, norm, centre = ctx.saved_tensors[:-3]
+    needs = adapters.needed(ctx)
     if d_total is None and d_each is None:
-        return (None, None, None, *nothing)
+        return (None, None, None, *nothing, None, None, None)
     if ctx.gradients is None or torch.is_grad_enabled() or d_total is None:
         upstream = d_each
         if d_total is not None:
             upstream = (d_total * (1.0 if factor is None else factor)).expand(norm.shape[-1])
         results = torch.ops.ift_kernels.linear_divergence_backward(
-            *tensors, norm, centre, upstream, *ctx.options, needs
-        )
+            *tensors, norm, centre, upstream, *ctx.options, needs,
+            *ctx.saved_tensors[-3:],
+        )  # fmt: skip
     else:
         saved, ctx.gradients = ctx.gradients, None
-        results = saved.gradients(d_total, tensors[6])
-    return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
+        results = saved.gradients(d_total, tensors[6], of_rows=(0, 3))
+    return adapters.input_gradients(results, needs, nothing)
 
 
 library.register(
-    f"linear_divergence({_TENSORS}, Tensor? factor, {_OPTIONS}, bool[] needs)"
-    f" -> (Tensor each, Tensor total, Tensor norm, Tensor centre, {linear_stats.GRADIENTS})",
+    f"linear_divergence({_TENSORS}, Tensor? factor, {_OPTIONS}, bool[] needs,"
+    f" {adapters.SCHEMA}) -> (Tensor each, Tensor total, Tensor norm, Tensor centre,"
+    f" {linear_stats.GRADIENTS}, {adapters.GRADIENTS})",
     _divergence,
     _divergence_fake,
     _autograd,
@@ -280,7 +300,8 @@ library.register(
 )
 library.register(
     f"linear_divergence_backward({_TENSORS}, Tensor norm, Tensor centre, Tensor upstream,"
-    f" {_OPTIONS}, bool[] needs) -> ({linear_stats.GRADIENTS})",
+    f" {_OPTIONS}, bool[] needs, {adapters.SCHEMA})"
+    f" -> ({linear_stats.GRADIENTS}, {adapters.GRADIENTS})",
     _divergence_backward,
     _backward_fake,
     library.no_second_derivative("linear_divergence"),

@@ -12,10 +12,13 @@ from ift_kernels import backends
 from ift_kernels.backends import contract
 from ift_kernels.common import checks
 from ift_kernels.common.transform import LogitTransform
+from ift_kernels.linear import check_adapter
 from ift_kernels.operators import library
+from ift_kernels.operators.adapter import SCHEMA, AdapterTensors
 from ift_kernels.schedule import device as devices
 from ift_kernels.schedule import plan, products
 from ift_kernels.schedule.accumulate import accum_dtype, operand_dtype
+from ift_kernels.schedule.adapter import Adapter
 from ift_kernels.schedule.deterministic import check_workspace, padded_rows
 from ift_kernels.schedule.head import Head, pad_row_stride, pad_rows
 
@@ -36,6 +39,8 @@ def linear_token(
     weight: Tensor,  # (V, D)
     *,
     bias: Tensor | None = None,  # (V,)
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (..., r), (V, r)
+    column_scale: Tensor | None = None,  # (V,)
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -57,8 +62,8 @@ def linear_token(
         logprob = log_softmax(z, -1).gather(-1, ids[..., None])[..., 0]
 
     Args:
-        hidden, weight, bias, logit_scale, softcap, temperature, logits_dtype, deterministic,
-            workspace: as `linear_logprobs`.
+        hidden, weight, bias, low_rank, column_scale, logit_scale, softcap, temperature,
+            logits_dtype, deterministic, workspace: as `linear_logprobs`.
         rule: "greedy" (default), "kth" or "sample".
         k: which token "kth" takes, 1 (greedy) to 64 and at most V. Default 2.
         seed: of "sample", any 64-bit integer. The noise is a pure function of (seed, row, token
@@ -85,6 +90,7 @@ def linear_token(
         raise ValueError(f"row_offset: expected in [0, 2**62), got {row_offset}")
     transform = LogitTransform.checked(logit_scale, softcap, temperature)
     dtype = checks.compute_dtype(hidden, weight, logits_dtype)
+    adapter = adapter_tensors(hidden, weight, low_rank, column_scale, dtype, deterministic)
     ids, logprob = torch.ops.ift_kernels.linear_token(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -99,6 +105,7 @@ def linear_token(
         checks.workspace_bytes(workspace, hidden.device, dtype),
         dtype,
         checks.boolean("deterministic", deterministic),
+        *adapter,
     )
     shape = hidden.shape[:-1]
     return TokenChoice(ids.view(shape), logprob.view(shape))
@@ -118,6 +125,7 @@ def _linear_token_fake(
     workspace: int,
     dtype: torch.dtype,
     deterministic: bool,
+    *adapter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     n = hidden.shape[0]
     return (
@@ -140,10 +148,13 @@ def _linear_token(
     workspace: int,
     dtype: torch.dtype,
     deterministic: bool,
+    *adapter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     real, device, accum = hidden.shape[0], hidden.device, accum_dtype(dtype)
     transform = LogitTransform(scale, softcap, temperature)
-    head, planned = head_of(hidden, weight, bias, transform, workspace, dtype, deterministic)
+    head, planned = head_of(
+        hidden, weight, bias, transform, workspace, dtype, deterministic, AdapterTensors(*adapter)
+    )
     backend, n = head.backend, len(head.hidden)
     state = contract.new_state(n, device)
     target = torch.full((n,), -1, dtype=torch.int64, device=device)
@@ -180,6 +191,7 @@ def head_of(
     workspace: int,
     dtype: torch.dtype,
     deterministic: bool,
+    adapter: AdapterTensors,
 ) -> tuple[Head, plan.Plan]:
     """The head of a call without gradients, and its plan; with rows of zeros to fill products."""
     n, device = hidden.shape[0], hidden.device
@@ -199,14 +211,29 @@ def head_of(
         None if bias is None else bias.to(accum_dtype(dtype)).contiguous(),
         transform,
         dtype,
+        adapter=Adapter.of(*adapter, dtype) if adapter.given else None,
     )
     return head, plan.make(problem)
+
+
+def adapter_tensors(
+    hidden: Tensor,
+    weight: Tensor,
+    low_rank: tuple[Tensor, Tensor] | None,
+    column_scale: Tensor | None,
+    dtype: torch.dtype,
+    deterministic: bool,
+) -> AdapterTensors:
+    """What such an operator takes of an adapter, checked."""
+    check_adapter(low_rank, column_scale, None, deterministic)
+    given = checks.adapter_arguments(hidden, weight, low_rank, column_scale, dtype)
+    return AdapterTensors(*given)
 
 
 library.register(
     "linear_token(Tensor hidden, Tensor weight, Tensor? bias, float scale, float softcap,"
     " float temperature, int k, bool sample, int seed, int row_offset, int workspace,"
-    " ScalarType dtype, bool deterministic) -> (Tensor ids, Tensor logprob)",
+    f" ScalarType dtype, bool deterministic, {SCHEMA}) -> (Tensor ids, Tensor logprob)",
     _linear_token,
     _linear_token_fake,
 )

@@ -11,8 +11,9 @@ from ift_kernels.backends import contract
 from ift_kernels.common import checks
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.linear_selected import MAX_IDS
-from ift_kernels.linear_token import head_of
+from ift_kernels.linear_token import adapter_tensors, head_of
 from ift_kernels.operators import library
+from ift_kernels.operators.adapter import SCHEMA, AdapterTensors
 from ift_kernels.schedule import products
 from ift_kernels.schedule.accumulate import accum_dtype
 
@@ -36,6 +37,8 @@ def linear_topk(
     top_p: float | None = None,
     min_p: float | None = None,
     bias: Tensor | None = None,  # (V,)
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (..., r), (V, r)
+    column_scale: Tensor | None = None,  # (V,)
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -83,6 +86,7 @@ def linear_topk(
         transform.temperature, min(k + 1, len(weight)),
         checks.workspace_bytes(workspace, hidden.device, dtype), dtype,
         checks.boolean("deterministic", deterministic),
+        *adapter_tensors(hidden, weight, low_rank, column_scale, dtype, deterministic),
     )  # fmt: skip
     logit, ids, lse = found
     return nucleus(logit, ids, lse, k, top_p, min_p, hidden.shape[:-1])
@@ -138,9 +142,12 @@ def _topk(
     workspace: int,
     dtype: torch.dtype,
     deterministic: bool,
+    *adapter: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     transform = LogitTransform(scale, softcap, temperature)
-    head, planned = head_of(hidden, weight, bias, transform, workspace, dtype, deterministic)
+    head, planned = head_of(
+        hidden, weight, bias, transform, workspace, dtype, deterministic, AdapterTensors(*adapter)
+    )
     n, device = len(head.hidden), hidden.device
     state = contract.new_state(n, device)
     none = torch.full((n,), -1, dtype=torch.int64, device=device)
@@ -158,7 +165,7 @@ def _topk(
 def _topk_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *_, k, _, dtype, _ = rest
+    *_, k, _, dtype, _ = rest[:-3]
     assert isinstance(k, int) and isinstance(dtype, torch.dtype)
     shape = hidden.shape[0], k
     return (
@@ -170,8 +177,8 @@ def _topk_fake(
 
 library.register(
     "linear_topk(Tensor hidden, Tensor weight, Tensor? bias, float scale, float softcap,"
-    " float temperature, int k, int workspace, ScalarType dtype, bool deterministic)"
-    " -> (Tensor logit, Tensor ids, Tensor lse)",
+    " float temperature, int k, int workspace, ScalarType dtype, bool deterministic,"
+    f" {SCHEMA}) -> (Tensor logit, Tensor ids, Tensor lse)",
     _topk,
     _topk_fake,
 )

@@ -34,6 +34,8 @@ def vocab_parallel_logprobs(
     *,
     group: Any = None,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    column_scale: Tensor | None = None,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -64,6 +66,8 @@ def vocab_parallel_logprobs(
         target: (...) int64 or int32 ids in [0, V), the same everywhere.
         group: a `torch.distributed` process group; None for the default one, or the DTensor's.
         bias: this process's part of the bias, sharded as `weight`.
+        low_rank, column_scale: u (..., r) the same everywhere, and with its whole gradient, as
+            `hidden`; B and column_scale sharded as `weight`.
         deterministic: every result of a token is the same to the bit whatever else is in the call,
             for a given number of shards, cut at the same rows. Between numbers of shards the sums
             are rounded elsewhere: from equal logits lse differs by at most 1 ulp of float32 and
@@ -81,8 +85,9 @@ def vocab_parallel_logprobs(
 
     >>> # logprob = vocab_parallel_logprobs(hidden, lm_head.weight, target).logprob
     """
-    library.check_transforms("vocab_parallel_logprobs", (hidden, weight, bias))
-    shard = _Shard.of(weight, bias, group)
+    u, b = (None, None) if low_rank is None else low_rank
+    library.check_transforms("vocab_parallel_logprobs", (hidden, weight, bias, u, b, column_scale))
+    shard = _Shard.of(weight, bias, group, b, column_scale)
     hidden = whole(hidden, weight)
     ignore_index = checks.integer("ignore_index", ignore_index)
     track, differentiable = linear.tracks(outputs, detached)
@@ -95,12 +100,15 @@ def vocab_parallel_logprobs(
     head_call.check_targets(target.flatten(), valid.flatten(), shard.vocabulary)
 
     hidden = _to_shards(hidden, shard.group)
+    if u is not None:
+        u = _to_shards(whole(u, weight), shard.group)
     here = valid & (target >= shard.start) & (target < shard.start + shard.weight.shape[0])
     # Targets of other shards become any id: nothing is made of that log-probability.
     own = torch.where(here, target - shard.start, 0).masked_fill(~valid, _IGNORE)
     linear.check_deterministic(deterministic, active)
+    linear.check_adapter(low_rank, column_scale, active, deterministic)
     numerics = workspace, logits_dtype, deterministic
-    local = _local(hidden, shard, own, transform, numerics, track, active, differentiable)
+    local = _local(hidden, shard, u, own, transform, numerics, track, active, differentiable)
     somewhere = (target >= 0) & (target < shard.vocabulary)
     stats = _combined(local, here, somewhere, shard, track)
     outside = valid & ~somewhere  # NaN, as of a whole head
@@ -142,28 +150,42 @@ class _Shard(NamedTuple):
     group: Any
     start: int
     vocabulary: int
+    low_rank_weight: Tensor | None = None
+    column_scale: Tensor | None = None
 
     @staticmethod
-    def of(weight: Tensor, bias: Tensor | None, group: Any) -> _Shard:
+    def of(
+        weight: Tensor, bias: Tensor | None, group: Any, low_rank_weight: Tensor | None = None,
+        column_scale: Tensor | None = None,
+    ) -> _Shard:  # fmt: skip
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
                 "vocab_parallel_logprobs: expected torch.distributed to be initialised"
             )
         if is_sharded(weight):
-            return _Shard._of_dtensor(weight, bias, group)
+            return _Shard._of_dtensor(weight, bias, group, low_rank_weight, column_scale)
         checks.floating("weight", weight)
-        if bias is not None and is_sharded(bias):
-            raise TypeError("bias: expected this process's part of it, like weight, got a DTensor")
+        for name, part in (
+            ("bias", bias), ("low_rank[1]", low_rank_weight), ("column_scale", column_scale),
+        ):  # fmt: skip
+            if part is not None and is_sharded(part):
+                raise TypeError(
+                    f"{name}: expected this process's part of it, like weight, got a DTensor"
+                )
         # Asked, not assumed: shards taken to be even that are not would be silently wrong.
         size = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=weight.device)
         rank = dist.get_rank(group)
         size[rank] = weight.shape[0]
         dist.all_reduce(size, group=group)
         sizes = size.tolist()
-        return _Shard(weight, bias, group, sum(sizes[:rank]), sum(sizes))
+        return _Shard(
+            weight, bias, group, sum(sizes[:rank]), sum(sizes), low_rank_weight, column_scale
+        )
 
     @staticmethod
-    def _of_dtensor(weight: Any, bias: Any, group: Any) -> _Shard:
+    def _of_dtensor(
+        weight: Any, bias: Any, group: Any, low_rank_weight: Any, column_scale: Any
+    ) -> _Shard:
         from torch.distributed.tensor import Shard
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -175,13 +197,21 @@ class _Shard(NamedTuple):
                 f"weight: expected a DTensor with placements (Shard(0),) on a mesh of one "
                 f"dimension, got {placements} on {mesh.ndim}"
             )
-        if bias is not None and not (
-            is_sharded(bias) and bias.device_mesh == mesh and tuple(bias.placements) == placements
-        ):
-            raise ValueError("bias: expected a DTensor sharded like weight")
+        parts: list[Tensor | None] = []
+        for name, part in (
+            ("bias", bias), ("low_rank[1]", low_rank_weight), ("column_scale", column_scale),
+        ):  # fmt: skip
+            if part is not None and not (
+                is_sharded(part)
+                and part.device_mesh == mesh
+                and tuple(part.placements) == placements
+            ):
+                raise ValueError(f"{name}: expected a DTensor sharded like weight")
+            parts.append(None if part is None else part.to_local())
         _, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
-        part = None if bias is None else bias.to_local()
-        return _Shard(weight.to_local(), part, mesh.get_group(), offset[0], weight.shape[0])
+        return _Shard(
+            weight.to_local(), parts[0], mesh.get_group(), offset[0], weight.shape[0], *parts[1:]
+        )
 
 
 class _ToShards(torch.autograd.Function):
@@ -222,6 +252,7 @@ _sum_of_shards: Any = _FromShards.apply
 def _local(
     hidden: Tensor,
     shard: _Shard,
+    u: Tensor | None,
     target: Tensor,
     transform: LogitTransform,
     numerics: tuple[int | None, torch.dtype | None, bool],
@@ -231,14 +262,20 @@ def _local(
 ) -> Statistics:
     """The statistics of one shard, shaped like `target`, with `norm` (2, ...)."""
     if shard.weight.shape[0]:
-        call = linear.Call(hidden, shard.weight, target, shard.bias, _IGNORE, transform, *numerics)
+        b = shard.low_rank_weight
+        call = linear.Call(
+            hidden, shard.weight, target, shard.bias, _IGNORE, transform, *numerics,
+            None if u is None or b is None else (u, b), shard.column_scale,
+        )  # fmt: skip
         stats = call.statistics(track, active, differentiable)
         return stats._replace(norm=stats.norm.view(2, *target.shape))
     # No rows: as if all were masked out. An edge of the graph all the same, or this process would
     # be missing where hidden's gradient is summed.
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     zero = hidden.new_zeros(target.shape, dtype=dtype) + hidden[..., :0].sum(-1)
-    for part in (shard.weight, shard.bias):
+    if u is not None:
+        zero = zero + u[..., :0].sum(-1)
+    for part in (shard.weight, shard.bias, shard.low_rank_weight, shard.column_scale):
         zero = zero if part is None else zero + part.sum()  # of nothing
     ids, fixed = torch.zeros_like(target), zero.detach()
     norm = torch.stack([fixed - torch.inf, fixed])

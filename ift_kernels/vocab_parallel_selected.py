@@ -171,7 +171,7 @@ def vocab_parallel_topk(
         logit[:, :own], ids[:, :own], lse = torch.ops.ift_kernels.linear_topk(
             flat, shard.weight, shard.bias, transform.scale, transform.softcap,
             transform.temperature, own, checks.workspace_bytes(workspace, flat.device, dtype),
-            dtype, deterministic,
+            dtype, deterministic, None, None, None,
         )  # fmt: skip
         ids[:, :own] += shard.start
     number = dist.get_world_size(shard.group)

@@ -221,6 +221,51 @@ def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None, of: str 
         )
 
 
+def adapter_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    low_rank: tuple[Tensor, Tensor] | None,
+    column_scale: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """U (N, r), B (V, r) and the scale (V,), checked against a head and the dtype of products."""
+    u, b = None, None
+    named = {}
+    if low_rank is not None:
+        if not isinstance(low_rank, (tuple, list)) or len(low_rank) != 2:
+            raise TypeError(
+                f"low_rank: expected a tuple (u, B) or None, got {type(low_rank).__name__}"
+            )
+        named = {"low_rank[0]": low_rank[0], "low_rank[1]": low_rank[1]}
+    if column_scale is not None:
+        named["column_scale"] = column_scale
+    for name, value in named.items():
+        plain_floating(name, value)
+        if value.device != hidden.device:
+            raise ValueError(f"{name}: expected on {hidden.device} like hidden, got {value.device}")
+        if value.dtype == torch.float64 and dtype != torch.float64:
+            raise TypeError(f"{name}: expected at most {dtype}, in which products are, got float64")
+    if low_rank is not None:
+        u, b = low_rank
+        if u.dim() < 1 or u.shape[:-1] != hidden.shape[:-1] or u.shape[-1] == 0:
+            raise ValueError(
+                f"low_rank[0]: expected shape (..., r) with r > 0 for hidden "
+                f"{tuple(hidden.shape)}, got {tuple(u.shape)}"
+            )
+        if tuple(b.shape) != (weight.shape[0], u.shape[-1]):
+            raise ValueError(
+                f"low_rank[1]: expected shape (V, r) = {(weight.shape[0], u.shape[-1])}, "
+                f"got {tuple(b.shape)}"
+            )
+        u = u.reshape(-1, u.shape[-1])
+    if column_scale is not None and tuple(column_scale.shape) != (weight.shape[0],):
+        raise ValueError(
+            f"column_scale: expected shape (V,) with V={weight.shape[0]}, "
+            f"got {tuple(column_scale.shape)}"
+        )
+    return u, b, column_scale
+
+
 def compute_dtype(
     hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None = None, of: str = ""
 ) -> torch.dtype:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ift_kernels.operators import head_call, library, linear_stats
+from ift_kernels.operators.adapter import Needs
 from ift_kernels.schedule import dense_targets
 from ift_kernels.schedule.accumulate import accum_dtype
 
@@ -58,7 +59,7 @@ def _call(
     valid: Tensor,
     number: int,
     options: head_call.Options,
-    needs: head_call.Needs,
+    needs: Needs,
 ) -> tuple[head_call.Call, dense_targets.DenseTargets]:
     """The call of the valid rows."""
     call = head_call.Call(*tensors, head_call.ValidRows.of(valid), options, needs)

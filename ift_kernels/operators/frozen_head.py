@@ -174,8 +174,8 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.nontarget_sum is None or torch.is_grad_enabled() or sync_free.on():
         unused = norm.new_empty(0)  # entropy
         d_hidden, *_ = torch.ops.ift_kernels.linear_stats_backward(
-            hidden, weight, bias, target, norm, unused, *upstream, *ctx.options, list(NEEDS),
-            ctx.active,
+            hidden, weight, bias, target, norm, unused, *upstream, *ctx.options,
+            [*NEEDS, False, False, False], ctx.active, None, None, None,
         )  # fmt: skip
     else:
         saved, ctx.nontarget_sum = ctx.nontarget_sum, None

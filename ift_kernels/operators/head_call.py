@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,12 +14,12 @@ from ift_kernels.backends.contract import Backend, Selected
 from ift_kernels.common import checks, sync_free
 from ift_kernels.common.active_set import ActiveSet
 from ift_kernels.common.transform import LogitTransform
+from ift_kernels.operators.adapter import AdapterTensors, Needs
 from ift_kernels.schedule import deterministic, device, plan
 from ift_kernels.schedule.accumulate import accum_dtype, operand_dtype
 from ift_kernels.schedule.active import ActiveHidden
+from ift_kernels.schedule.adapter import Adapter
 from ift_kernels.schedule.head import Head, pad_row_stride, pad_rows
-
-Needs = tuple[bool, bool, bool]  # of hidden, weight and bias
 
 
 class Options(NamedTuple):
@@ -44,10 +45,12 @@ class SavedBuffers:
         for leave in self._leave:
             leave()
 
-    def gradients(self, upstream: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
+    def gradients(
+        self, upstream: Tensor, valid: Tensor, of_rows: tuple[int, ...] = (0,)
+    ) -> tuple[Tensor, ...]:
         """The buffers, gradients formed in forward, times `upstream`, in place; releases them.
 
-        The first is that of hidden, whose rows that are not `valid` (N,) stay 0.
+        Those `of_rows`, as the first, that of hidden, stay 0 in rows that are not `valid` (N,).
         """
         self.release()
         if upstream.device.type == "cpu" and float(upstream) == 1.0:
@@ -55,8 +58,9 @@ class SavedBuffers:
         for gradient in self.tensors:
             if gradient.numel():
                 backends.get(gradient).scale_(gradient, upstream)
-        if self.tensors[0].numel():  # 0 times an infinity is NaN
-            self.tensors[0].masked_fill_(~valid[:, None], 0)
+        for gradient in (self.tensors[at] for at in of_rows):
+            if gradient.numel():  # 0 times an infinity is NaN
+                gradient.masked_fill_(~valid[:, None], 0)
         return self.tensors
 
 
@@ -93,18 +97,19 @@ class Call:
         active: ActiveHidden | None = None,
         fp32_weight_sum: bool = False,
         selected: Selected | None = None,
+        adapter: AdapterTensors | None = None,
+        adapter_needs: Needs = (False, False, False),
     ) -> None:
         _, scale, softcap, temperature, workspace, dtype, _ = options
         self.dtype = dtype
         self.all_rows = hidden.shape[0]
         self.valid_mask, self.rows = valid
-        if self.valid_mask is not None:
-            hidden = sync_free.masked_rows(self.valid_mask, hidden)
-        if self.rows is not None:
-            hidden = hidden.index_select(0, self.rows)
+        self._adapter, self._adapter_needs = adapter, adapter_needs
+        hidden = self._valid(hidden)
         self.problem = problem(
-            hidden, weight, bias, options, needs, grads_in_forward, active, fp32_weight_sum
-        )
+            hidden, weight, bias, options, needs, grads_in_forward, active, fp32_weight_sum,
+            adapter, adapter_needs,
+        )  # fmt: skip
         self.count = len(hidden)
         hidden = pad_rows(hidden, self.problem.rows)
         # Copies count, but the products keep a quarter of the budget: less would crawl.
@@ -121,6 +126,7 @@ class Call:
             LogitTransform(scale, softcap, temperature),
             dtype,
             None if selected is None else self._selected(selected),
+            None if adapter is None or not adapter.given else self._adapter_of(adapter),
         )
         workspace = max(workspace - hidden.numel() * copies, workspace // 4)
         if self.problem.deterministic:
@@ -128,6 +134,38 @@ class Call:
         self.problem = replace(self.problem, workspace=workspace)
         if active is not None and self.problem.active is not None:
             active.serve(self.problem)
+
+    def _valid(self, matrix: Tensor) -> Tensor:
+        """The valid rows of (N, width); zeros where others stay."""
+        if self.valid_mask is not None:
+            matrix = sync_free.masked_rows(self.valid_mask, matrix)
+        return matrix if self.rows is None else matrix.index_select(0, self.rows)
+
+    def _adapter_of(self, adapter: AdapterTensors) -> Adapter:
+        hidden, weight, scale = adapter
+        if hidden is not None:
+            hidden = pad_rows(self._valid(hidden), self.problem.rows)
+        return Adapter.of(hidden, weight, scale, self.dtype)
+
+    def add_adapter_sums(self) -> None:
+        """Before gradients are formed: what those of the adapter are added to."""
+        if self.head.adapter is not None:
+            adapter = self.head.adapter.with_sums(self._adapter_needs)
+            self.head = replace(self.head, adapter=adapter)
+
+    def adapter_gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of the adapter's tensors, empty where there are none."""
+        empty = self.head.hidden.new_empty
+        given, formed = self._adapter, self.head.adapter
+        if given is None or formed is None:
+            return empty(0), empty(0), empty(0)
+        found = [
+            empty(0) if value is None or like is None else value.to(like.dtype)
+            for value, like in zip(formed.results(), given, strict=True)
+        ]
+        if found[0].numel() or formed.d_hidden is not None:
+            found[0] = self.scatter_hidden(found[0])
+        return found[0], found[1], found[2]
 
     def select(self, value: Tensor) -> Tensor:
         """The valid rows of (..., N), and 0 for those that only fill products."""
@@ -181,6 +219,8 @@ def problem(
     grads_in_forward: bool,
     active: ActiveHidden | None = None,
     fp32_weight_sum: bool = False,
+    adapter: AdapterTensors | None = None,
+    adapter_needs: Needs = (False, False, False),
 ) -> plan.Problem:
     """What `plan` needs of a call all of whose rows of hidden are valid.
 
@@ -188,6 +228,7 @@ def problem(
     exact, as of 16-bit operands of float32 products.
     """
     half, dtype = gives_half((hidden, weight, bias), needs), options.dtype
+    half = half or (adapter is not None and gives_half(adapter, adapter_needs))
     operands = operand_dtype(hidden, weight, dtype)
     transpose = backends.get(hidden, dtype).wants_transpose(dtype)
     found = plan.Problem(
@@ -195,7 +236,7 @@ def problem(
         grads_in_forward and not half, weight.dtype == operands, transpose,
         None if active is None or operands != dtype else active.options, device.of(hidden.device),
         hidden.dtype == operands, fp32_weight_sum, options.deterministic, operands,
-        reads_head_rows(backends.get(hidden, dtype), weight, dtype),
+        reads_head_rows(backends.get(hidden, dtype), weight, dtype), any(adapter_needs),
     )  # fmt: skip
     if not options.deterministic:
         return found
@@ -218,7 +259,7 @@ def active_hidden(active: list[float]) -> ActiveHidden | None:
     return ActiveHidden(ActiveSet(threshold, int(block), int(tail_bucket)))
 
 
-def gives_half(tensors: tuple[Tensor | None, ...], needs: Needs | list[bool]) -> bool:
+def gives_half(tensors: Sequence[Tensor | None], needs: Needs | list[bool]) -> bool:
     """Whether a gradient has to be float16: formed in forward, before a loss scale lifts it off its
     underflow, it would be rounded to nothing.
     """
@@ -242,3 +283,14 @@ def check_targets(target: Tensor, valid: Tensor, vocabulary: int, name: str = "t
     elif bool(bad.any()):
         at = int(bad.nonzero()[0, 0])
         raise ValueError(f"{expected}, got {int(target[at])} at flat position {at}")
+
+
+def with_filled_rows(kept: Tensor, rows: int) -> Tensor | None:
+    """Kept products with the rows that only fill them, which their memory has.
+
+    None if it has not so many: other numbers of rows do since forward.
+    """
+    last = kept.storage_offset() + (rows - 1) * kept.stride(0) + kept.shape[1]
+    if last * kept.element_size() > kept.untyped_storage().nbytes():
+        return None
+    return kept.as_strided((rows, kept.shape[1]), kept.stride())

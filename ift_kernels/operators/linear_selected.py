@@ -120,7 +120,7 @@ def _backward(
     d_rest: Tensor,
     *rest: Any,
     kept: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     *numbers, needs = rest
     options = Options(*numbers)
     # A rest without probability has no gradient, where 0 times an infinity would be NaN.
@@ -138,7 +138,7 @@ def _backward(
     )  # fmt: skip
 
 
-def _backward_kept(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_kept(*args: Any) -> tuple[Tensor, ...]:
     return _backward(*args[:-1], kept=args[-1])
 
 

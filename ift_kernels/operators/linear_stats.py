@@ -14,15 +14,17 @@ from torch import Tensor
 
 from ift_kernels.backends import contract
 from ift_kernels.common import sync_free
+from ift_kernels.operators import adapter as adapters
 from ift_kernels.operators import library
+from ift_kernels.operators.adapter import AdapterTensors, Needs, adapter_needs, head_needs
 from ift_kernels.operators.head_call import (
     Call,
-    Needs,
     Options,
     SavedBuffers,
     ValidRows,
     active_hidden,
     check_targets,
+    with_filled_rows,
 )
 from ift_kernels.schedule import gradients, plan, products
 from ift_kernels.schedule.accumulate import accum_dtype
@@ -71,7 +73,8 @@ class Upstream(NamedTuple):
 OUTPUTS: str = ", ".join(f"Tensor {name}" for name in Statistics._fields)
 _UPSTREAM = ", ".join(f"Tensor? d_{name}" for name in Upstream._fields)
 _BACKWARD = (
-    f"{HEAD}, Tensor norm, Tensor entropy, {_UPSTREAM}, {OPTIONS}, bool[] needs, float[] active"
+    f"{HEAD}, Tensor norm, Tensor entropy, {_UPSTREAM}, {OPTIONS}, bool[] needs, float[] active,"
+    f" {adapters.SCHEMA}"
 )
 _FIXED = [s.name for s in contract.STATISTICS if not s.differentiable] + ["norm"]
 
@@ -172,12 +175,15 @@ def asked_upstream(track: int, grads: tuple[Tensor | None, ...]) -> Upstream:
 def _stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *options, track, needs, schedule, numbers = rest
+    *options, track, needs, schedule, numbers = rest[:-3]
     valid = target != options[0]
     check_targets(target, valid, weight.shape[0])
     active = active_hidden(numbers)
     rows = ValidRows.of(valid)
-    call = Call(hidden, weight, bias, rows, Options(*options), tuple(needs), active=active)
+    call = Call(
+        hidden, weight, bias, rows, Options(*options), head_needs(needs), active=active,
+        adapter=AdapterTensors(*rest[-3:]), adapter_needs=adapter_needs(needs),
+    )  # fmt: skip
     (state, argmax), kept = form_statistics(call, call.select(target), track, schedule)
     return (*outputs(call, state, argmax, track), kept)
 
@@ -200,7 +206,7 @@ def form_statistics(
 def _stats_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *options, track, _, _, _ = rest
+    *options, track, _, _, _ = rest[:-3]
     dtype = Options(*options).dtype
     out = outputs_fake(hidden, dtype, track)
     return (*out, hidden.new_empty((0, 0), dtype=dtype))
@@ -226,17 +232,6 @@ def _backward_rows(
     return ValidRows.among(ids, len(valid)), True, len(of_nonzero) == count
 
 
-def _with_filled_rows(kept: Tensor, rows: int) -> Tensor | None:
-    """Kept products with the rows that only fill them, which their memory has.
-
-    None if it has not so many: other numbers of rows do since forward.
-    """
-    last = kept.storage_offset() + (rows - 1) * kept.stride(0) + kept.shape[1]
-    if last * kept.element_size() > kept.untyped_storage().nbytes():
-        return None
-    return kept.as_strided((rows, kept.shape[1]), kept.stride())
-
-
 def _stats_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -251,8 +246,8 @@ def _stats_backward(
     d_target_logit: Tensor | None,
     *rest: Any,
     kept: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    *options, needs, numbers = rest
+) -> tuple[Tensor, ...]:
+    *options, needs, numbers = rest[:-3]
     upstream = Upstream(d_logprob, d_lse, d_entropy, d_mean_logit, d_target_logit)
     coef = row_coefficients(norm, entropy, weight.shape[0], upstream)
     valid = target != options[0]
@@ -260,7 +255,8 @@ def _stats_backward(
     nonzero_grad_rows = valid & (coef != 0).any(0)
     return form_gradients(
         (hidden, weight, bias), contract.RowGradient(target, norm, coef), valid, nonzero_grad_rows,
-        Options(*options), tuple(needs), kept, active_hidden(numbers),
+        Options(*options), head_needs(needs), kept, active_hidden(numbers),
+        adapter=AdapterTensors(*rest[-3:]), adapter_needs=adapter_needs(needs),
     )  # fmt: skip
 
 
@@ -274,8 +270,13 @@ def form_gradients(
     kept: Tensor | None,
     active: ActiveHidden | None = None,
     selected: contract.Selected | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a backward operator returns, given all rows; `kept` products are consumed."""
+    adapter: AdapterTensors | None = None,
+    adapter_needs: Needs = (False, False, False),
+) -> tuple[Tensor, ...]:
+    """What a backward operator returns, given all rows; `kept` products are consumed.
+
+    With an `adapter`, given or not, its gradients are returned too.
+    """
     (hidden, weight, bias), (target, norm, coef) = tensors, row_gradient
     kept_bytes = 0 if kept is None else kept.numel() * kept.element_size()  # until backward ends
     rows, of_kept, all_nonzero = _backward_rows(valid, nonzero_grad_rows, kept)
@@ -285,9 +286,17 @@ def form_gradients(
         kept = None
     elif not all_nonzero:
         # All rows, with hidden 0 where there is no upstream gradient: 0 times a NaN is NaN.
-        hidden = hidden.masked_fill((valid & ~nonzero_grad_rows)[:, None], 0)
-    call = Call(hidden, weight, bias, rows, options, needs, active=active, selected=selected)
-    kept = None if kept is None else _with_filled_rows(kept, call.problem.rows)
+        without = (valid & ~nonzero_grad_rows)[:, None]
+        hidden = hidden.masked_fill(without, 0)
+        if adapter is not None and adapter.low_rank_hidden is not None:
+            masked = adapter.low_rank_hidden.masked_fill(without, 0)
+            adapter = adapter._replace(low_rank_hidden=masked)
+    call = Call(
+        hidden, weight, bias, rows, options, needs, active=active, selected=selected,
+        adapter=adapter, adapter_needs=adapter_needs,
+    )  # fmt: skip
+    call.add_adapter_sums()
+    kept = None if kept is None else with_filled_rows(kept, call.problem.rows)
     # Of the same problem, so that with `kept` beside it everything fits as forward has planned.
     chosen = plan.make(call.problem, 0, "recompute", kept_bytes)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -300,10 +309,11 @@ def form_gradients(
             kept,
             active,
         )
-    return gradient_outputs(call, results, bias)
+    outputs = gradient_outputs(call, results, bias)
+    return outputs if adapter is None else (*outputs, *call.adapter_gradients())
 
 
-def _stats_backward_kept(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _stats_backward_kept(*args: Any) -> tuple[Tensor, ...]:
     return _stats_backward(*args[:-1], kept=args[-1])
 
 
@@ -320,19 +330,22 @@ def gradients_fake(
 
 def backward_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Shapes of what a backward operator returns, from its arguments."""
-    *_, needs, _ = rest
-    return gradients_fake(hidden, weight, bias, needs)
+    *_, needs, _ = rest[:-3]
+    return (
+        *gradients_fake(hidden, weight, bias, needs),
+        *adapters.gradients_fake(hidden, rest[-3:], needs),
+    )
 
 
 def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, *options, ctx.track, _, _, ctx.active = inputs
+    hidden, weight, bias, target, *options, ctx.track, _, _, ctx.active = inputs[:-3]
     *statistics, kept = output
     out = Statistics(*statistics)
     ctx.mark_non_differentiable(*(getattr(out, name) for name in _FIXED), kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, target, out.norm, out.entropy)
+    ctx.save_for_backward(hidden, weight, bias, target, out.norm, out.entropy, *inputs[-3:])
     ctx.options, ctx.sync_free = options, sync_free.on()
     # Not saved: consumed by the first backward, in place; a second one recomputes.
     ctx.kept = SavedBuffers((kept,)) if kept.shape[0] else None
@@ -342,9 +355,10 @@ def _stats_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
     nothing: tuple[None, ...] = (None,) * (len(ctx.options) + 5)
     upstream = asked_upstream(ctx.track, grads)
     if all(gradient is None for gradient in upstream):
-        return (None, None, None, *nothing)
-    needs = list(ctx.needs_input_grad[:3])
-    args = (*ctx.saved_tensors, *upstream, *ctx.options, needs, ctx.active)
+        return (None, None, None, *nothing, None, None, None)
+    needs = adapters.needed(ctx)
+    *tensors, u, b, scale = ctx.saved_tensors
+    args = (*tensors, *upstream, *ctx.options, needs, ctx.active, u, b, scale)
     # Kept products have other rows if only one of forward and backward is sync-free. And with
     # create_graph the plain operator refuses clearly.
     same = ctx.sync_free == sync_free.on()
@@ -354,26 +368,27 @@ def _stats_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
         saved, ctx.kept = ctx.kept, None
         results = torch.ops.ift_kernels.linear_stats_backward_kept(*args, saved.tensors[0])
         saved.release()
-    return (*(g if need else None for g, need in zip(results, needs, strict=True)), *nothing)
+    return adapters.input_gradients(results, needs, nothing)
 
 
 library.register(
-    f"linear_stats({HEAD}, {OPTIONS}, int track, bool[] needs, str schedule, float[] active)"
-    f" -> ({OUTPUTS}, Tensor kept)",
+    f"linear_stats({HEAD}, {OPTIONS}, int track, bool[] needs, str schedule, float[] active,"
+    f" {adapters.SCHEMA}) -> ({OUTPUTS}, Tensor kept)",
     _stats,
     _stats_fake,
     _stats_autograd,
     _stats_setup,
 )
 library.register(
-    f"linear_stats_backward({_BACKWARD}) -> ({GRADIENTS})",
+    f"linear_stats_backward({_BACKWARD}) -> ({GRADIENTS}, {adapters.GRADIENTS})",
     _stats_backward,
     backward_fake,
     library.no_second_derivative("linear_logprobs"),
 )
 # The same with products kept since forward, which it consumes.
 library.register(
-    f"linear_stats_backward_kept({_BACKWARD}, Tensor(a!) kept) -> ({GRADIENTS})",
+    f"linear_stats_backward_kept({_BACKWARD}, Tensor(a!) kept)"
+    f" -> ({GRADIENTS}, {adapters.GRADIENTS})",
     _stats_backward_kept,
     lambda *args: backward_fake(*args[:-1]),
 )

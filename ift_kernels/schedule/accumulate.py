@@ -205,17 +205,31 @@ def add_fp32_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def accumulate_fp32(total: Tensor, part: Tensor) -> None:
     """``total += part``, a 16-bit `part` piece by piece: torch casts all that it adds at once."""
-    for rows in _pieces(part):
+    for rows in pieces(part):
         total[rows].add_(part[rows])  # += would also assign
 
 
 def add_column_sums(total: Tensor, part: Tensor) -> None:
     """``total += part.sum(0)``, a 16-bit `part` piece by piece as well."""
-    for rows in _pieces(part):
+    for rows in pieces(part):
         total.add_(part[rows].sum(0, dtype=total.dtype))
 
 
-def _pieces(part: Tensor) -> Iterator[slice]:
+def common_factor(*coefficients: Tensor) -> Tensor:
+    """What coefficients are divided by where the gradients of tiles are rounded, of float32.
+
+    The largest of them, less powers of two above 1: so one that all rows share, as 1 / N of a mean,
+    becomes a power of two. Rounded in every element alike, it would be a bias of all sums; and
+    float16 would underflow.
+    """
+    tiny = torch.finfo(coefficients[0].dtype).tiny
+    found = [each.abs().nan_to_num(0, 0, 0).amax() for each in coefficients]
+    most = torch.stack(found).amax().clamp(min=tiny)
+    mantissa, exponent = most.frexp()
+    return torch.ldexp(2 * mantissa, (exponent - 1).clamp(max=0))
+
+
+def pieces(part: Tensor) -> Iterator[slice]:
     """Rows of a matrix: all, but few on a CPU, which casts 16 bits in memory."""
     step = len(part)
     if part.device.type == "cpu" and part.dtype.itemsize == 2:

@@ -170,9 +170,11 @@ class Divergence:
                 for _, pair in self.products.tiles(rows):
                     self._terms(pair, part)
             for columns, pair in self.products.tiles(rows):
+                scaled = self._scaled_copy(pair)
                 self._gradient(pair, part, with_value=self.kind == "forward")
                 if total.bias is not None:
                     add_column_sums(total.bias[columns], pair[0].x)
+                self._add_adapter(rows, columns, pair, scaled)
                 if total.weight is not None and in_place(self.head):
                     self._add_weight_in_place(total.weight[columns], rows, pair[0].x)
             if hidden is not None:
@@ -190,8 +192,9 @@ class Divergence:
             for rows in slices(0, n, self.sizes.hidden_rows):
                 (part, *_) = self._sweep(rows, (True, False, False), given)
                 hidden[rows] = part  # type: ignore[assignment]  # asked for above
-            needs = (False, *needs[1:])
-        if not any(needs):
+            needs, self.head = (False, *needs[1:]), self.head.without_adapter_sums()
+        adapted = self.head.adapter is not None and self.head.adapter.has_sums
+        if not any(needs) and not adapted:
             return hidden, None, None
         swept, weight, bias = self._sweep(self.every, needs, given)
         return swept if hidden is None else hidden, weight, bias
@@ -250,8 +253,10 @@ class Divergence:
     def _finish_weight(self, total: Gradients, given: Rows) -> None:
         for rows, columns, gradient in self.products.held_tiles():
             self._add_weight(total, rows, columns, gradient)
+        self.head = self.head.without_adapter_sums()
         for rows, columns, pair in self.products.sweep(self.every, self.sizes.held):
             self._gradient(pair, given.part(rows))
+            self._add_adapter(rows, columns, pair, None)
             self._add_weight(total, rows, columns, pair[0].x)
 
     def _add_weight(self, total: Gradients, rows: slice, columns: slice, gradient: Tensor) -> None:
@@ -265,13 +270,23 @@ class Divergence:
     def _sweep(self, over: slice, needs: Needs, given: Rows) -> Results:
         total = self._total(needs, self.head.rows(over))
         for rows, columns, pair in self.products.sweep(over):
+            scaled = self._scaled_copy(pair)
             self._gradient(pair, given.part(rows))
+            if total.bias is not None:
+                add_column_sums(total.bias[columns], pair[0].x)
+            self._add_adapter(rows, columns, pair, scaled)
             gradient = self.head.rounded(pair[0].x)
             if total.hidden is not None:
                 here = slice(rows.start - over.start, rows.stop - over.start)
                 total.hidden.add(here, gradient, self.head.weight_chunk(columns))
             if total.weight is not None:
                 self._add_weight(total, rows, columns, gradient)
-            if total.bias is not None:
-                add_column_sums(total.bias[columns], pair[0].x)
         return total.results()
+
+    def _scaled_copy(self, pair: Pair) -> Tensor | None:
+        adapter = self.head.adapter
+        return None if adapter is None else adapter.copy(pair[0].x)
+
+    def _add_adapter(self, rows: slice, columns: slice, pair: Pair, scaled: Tensor | None) -> None:
+        if self.head.adapter is not None:
+            self.head.adapter.add(rows, columns, pair[0].x, None, scaled)

@@ -7,10 +7,11 @@ f = (c_prob − c_target)·s·exp(c − lse):
 
     dh = f·(E @ W) + g·W_t,   then E_t = g/f,   dW = Eᵀ @ (f·h),   db = Eᵀ @ f
 
-where g is the target's own gradient. So dh is summed while a tile is in cache, as is its product;
-later tiles of a larger c rescale the sum. dW alone reads the exponentials again. Against gradients
-formed in place of the products (`gradients.in_forward`) one exponential in two and a read and a
-write of every product are gone; a factor of each row takes their place.
+where g is the target's own gradient; those of an adapter's u and B are of the same form. So dh is
+summed while a tile is in cache, as is its product; later tiles of a larger c rescale the sum. dW
+alone reads the exponentials again. Against gradients formed in place of the products
+(`gradients.in_forward`) one exponential in two and a read and a write of every product are gone; a
+factor of each row takes their place.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def serves(head: Head, hidden_dtype: torch.dtype, plan: Plan, track: int) -> boo
     """Whether gradients of this call can be formed so: of float32, linear in the probabilities."""
     float32 = {head.dtype, head.hidden.dtype, head.weight.dtype, hidden_dtype} == {torch.float32}
     plain = not track and head.selected is None and not head.transform.softcap
+    plain = plain and (head.adapter is None or head.adapter.scale is None)
     blocks = not plan.active and not plan.product_rows and not plan.first_rows
     served = head.transform.scale > 0 and hasattr(head.backend, EPILOGUE)
     return float32 and plain and blocks and served
@@ -53,7 +55,7 @@ def in_forward(
     d_hidden = new((n, width)) if needs[0] else None
     d_weight = new((head.vocabulary, width)) if needs[1] else None
     d_bias = head.hidden.new_zeros(head.vocabulary) if needs[2] else None
-    keeps = needs[1] or needs[2]
+    keeps = needs[1] or needs[2] or (head.adapter is not None and head.adapter.d_weight is not None)
     size = min(plan.tile_rows, n)
     buffer = head.buffer(size, head.vocabulary if keeps else plan.tile_columns)
     scaled = head.backend.scratch(head.hidden, size * width).view(size, width) if needs[1] else None
@@ -86,7 +88,7 @@ class _Block:
         centre = head.hidden.new_full((len(self._target),), -torch.inf)
         for columns in slices(0, head.vocabulary, tile_columns):
             there = columns if self._keeps else slice(0, columns.stop - columns.start)
-            product, centre = self._buffer[:, there], centre.clone()
+            product, before, centre = self._buffer[:, there], centre, centre.clone()
             head.multiply(columns, product)
             chunk = Chunk(product, head.bias_chunk(columns), head.transform, columns.start)
             sums = total if columns.start else None  # there are none before the first tile
@@ -96,6 +98,11 @@ class _Block:
                 sums.addmm_(product, head.weight[columns])
             elif total is not None:
                 torch.mm(product, head.weight[columns], out=total)
+            if head.adapter is not None and head.adapter.d_hidden is not None:
+                of_adapter = head.adapter.d_hidden
+                rescale = torch.where(before == centre, 1.0, (before - centre).exp())
+                of_adapter.mul_(rescale[:, None])
+                of_adapter.addmm_(product, head.adapter.weight_chunk(columns, product.dtype))
 
     def close(self, row_gradient: RowGradient) -> None:
         """The factors of all tiles, and the target's gradient, from what the rows send."""
@@ -109,20 +116,33 @@ class _Block:
         for factor, (_, centre) in zip(self._factors, self._tiles, strict=True):
             factor.copy_(((centre - norm[0]) - norm[1]).exp() * others)
 
+        adapter = self._head.adapter
+        if adapter is not None and adapter.d_hidden is not None and adapter.weight is not None:
+            self._finish(adapter.d_hidden, adapter.weight)
+
     def finish_hidden(self, total: Tensor) -> None:
         """Dh, from what `form` left in `total`."""
+        self._finish(total, self._head.weight)
+
+    def _finish(self, total: Tensor, weight: Tensor) -> None:
         total.mul_(self._factors[-1][:, None])
         of_target = self._of_target.to(total.dtype)
         step = max(TARGET_ELEMENTS // total.shape[1], 1)
         for part in slices(0, len(total), step):
-            rows = self._head.weight.index_select(0, self._target[part])
+            rows = weight.index_select(0, self._target[part]).to(total.dtype)
             total[part].addcmul_(rows, of_target[part, None])
 
     def add_weight(
         self, weight: Tensor | None, bias: Tensor | None, scaled: Tensor | None, adds: bool
     ) -> None:
-        """DW and db, or this block's share of them; `scaled`: scratch for f·h."""
-        hidden, before = self._head.hidden, None
+        """DW and db, or this block's share of them; `scaled`: scratch for f·h.
+
+        And its share of the gradient of an adapter's B.
+        """
+        (hidden, adapter), before = (self._head.hidden, self._head.adapter), None
+        low_rank, d_low_rank = (
+            (None, None) if adapter is None else (adapter.hidden, adapter.d_weight)
+        )
         apart = self._put_targets()
         for (columns, centre), factor in zip(self._tiles, self._factors, strict=True):
             tile = self._buffer[:, columns]
@@ -133,6 +153,8 @@ class _Block:
                     weight[columns].addmm_(tile.T, scaled)
                 else:
                     torch.mm(tile.T, scaled, out=weight[columns])
+            if low_rank is not None and d_low_rank is not None:
+                d_low_rank[columns].addmm_(tile.T, low_rank * factor[:, None])
             if bias is not None:  # a matrix-vector product would sum the rows one by one
                 add_column_sums(bias[columns], tile.mul_(factor[:, None]))
             before = centre
@@ -141,6 +163,8 @@ class _Block:
             if weight is not None and scaled is not None:
                 some = torch.index_select(hidden, 0, apart, out=scaled[: len(apart)])
                 weight.index_add_(0, ids, some.mul_(gradient[:, None]))
+            if low_rank is not None and d_low_rank is not None:
+                d_low_rank.index_add_(0, ids, low_rank[apart] * gradient[:, None])
             if bias is not None:
                 bias.index_add_(0, ids, gradient)
 

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from ift_kernels.backends.contract import ActiveColumns, RowGradient
 from ift_kernels.schedule import exponentials
-from ift_kernels.schedule.accumulate import Sum, SumInResult, accum_dtype, add_column_sums
+from ift_kernels.schedule.accumulate import (
+    Sum,
+    SumInResult,
+    accum_dtype,
+    add_column_sums,
+    common_factor,
+)
 from ift_kernels.schedule.active import ActiveHidden
 from ift_kernels.schedule.head import Head, Results, Tile, slices
 from ift_kernels.schedule.plan import Plan
@@ -108,9 +114,15 @@ class Gradients:
             if marked is not None and not hidden_too and self.stays_products:
                 return marked
         transposed = None if self.transposed is None else self.transposed.of(product)
+        adapter = head.adapter
+        scaled = None if adapter is None else adapter.copy(product)
         head.backend.dlogits_(head.chunk(tile), row_gradient.rows(rows), transposed)
         if head.selected is not None:
             head.backend.put_selected(head.chunk(tile), head.selected.rows(rows), transposed)
+        if self.bias is not None:
+            add_column_sums(self.bias[columns], product)
+        if adapter is not None:
+            adapter.add(rows, columns, product, transposed, scaled)
         gradient = head.rounded(product)
         if transposed is None:
             transposed = gradient.T
@@ -123,8 +135,6 @@ class Gradients:
             self.weight_sum.add(columns, transposed, head.hidden[rows])
         elif self.weight is not None:
             self.add_weight(rows, columns, transposed)
-        if self.bias is not None:
-            add_column_sums(self.bias[columns], product)
         return marked
 
     def consume(self, kept: Tensor, row_gradient: RowGradient, plan: Plan, start: int = 0) -> None:
@@ -216,20 +226,6 @@ class Gradients:
         return self.hidden_result(), self.weight_result(), self.bias_result()
 
 
-def common_factor(*coefficients: Tensor) -> Tensor:
-    """What coefficients are divided by where the gradients of tiles are rounded, of float32.
-
-    The largest of them, less powers of two above 1: so one that all rows share, as 1 / N of a mean,
-    becomes a power of two. Rounded in every element alike, it would be a bias of all sums; and
-    float16 would underflow.
-    """
-    tiny = torch.finfo(coefficients[0].dtype).tiny
-    found = [each.abs().nan_to_num(0, 0, 0).amax() for each in coefficients]
-    most = torch.stack(found).amax().clamp(min=tiny)
-    mantissa, exponent = most.frexp()
-    return torch.ldexp(2 * mantissa, (exponent - 1).clamp(max=0))
-
-
 def in_backward(
     head: Head,
     row_gradient: RowGradient,
@@ -255,10 +251,14 @@ def in_backward(
             head = replace(head, selected=selected._replace(values=selected.values / factor))
     if needs[0] and plan.hidden_rows < n:
         hidden = _hidden_by_blocks(head, row_gradient, hidden_dtype, plan, formed_from, factor)
+        _finish_adapter(head, factor)
         if not any(needs[1:]):
             return _recorded((hidden, None, None), active)
         needs = (False, needs[1], needs[2])
-        _, weight, bias = in_backward(*whole, needs, hidden_dtype, plan)
+        head, row_gradient = whole
+        _, weight, bias = in_backward(
+            head.without_adapter_sums(), row_gradient, needs, hidden_dtype, plan
+        )
         return _recorded((hidden, weight, bias), active)
     total = Gradients(
         head,
@@ -273,6 +273,7 @@ def in_backward(
         total.consume(kept, row_gradient, plan)
     for tile in recomputed_tiles(head, plan, 0 if kept is None else kept.shape[1]):
         total.add(tile, row_gradient)
+    _finish_adapter(head, factor)
     return _recorded(total.results(), active)
 
 
@@ -362,11 +363,18 @@ def in_forward(
         del part, kept, buffer  # a place for other tiles
         _, norms, coefs = zip(*row_gradients, strict=True)
         of_all = RowGradient(target, torch.cat(norms, 1), torch.cat(coefs, 1))
-        again = Gradients(head, (False, False, False), hidden_dtype, 0, 0, factor=factor)
+        formed_again = head.without_adapter_sums()
+        again = Gradients(formed_again, (False, False, False), hidden_dtype, 0, 0, factor=factor)
         again.weight = weight
-        for tile in recomputed_tiles(head, plan.rest, plan.sum_columns):
+        for tile in recomputed_tiles(formed_again, plan.rest, plan.sum_columns):
             again.add(tile, of_all)
+    _finish_adapter(head, factor)
     return _recorded((d_hidden, weight, total.bias_result()), active)
+
+
+def _finish_adapter(head: Head, factor: Tensor | None) -> None:
+    if head.adapter is not None:
+        head.adapter.multiply_sums(factor)
 
 
 def _recorded(results: Results, active: ActiveHidden | None) -> Results:

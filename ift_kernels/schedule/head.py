@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ift_kernels.backends.contract import Backend, Chunk, Selected
 from ift_kernels.common.transform import LogitTransform
+
+if TYPE_CHECKING:
+    from ift_kernels.schedule.adapter import Adapter
 
 Results = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients of hidden, weight, bias
 
@@ -28,6 +31,8 @@ class Head:
     product_dtype: torch.dtype | None = None
     # Columns that each row has apart: statistics leave them out, gradients take their values.
     selected: Selected | None = None
+    # What is added to products of `weight`, and a scale of their columns.
+    adapter: Adapter | None = None
     # The last chunk that was cast: one cast serves a tile's products and its gradient.
     _cast: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -79,6 +84,8 @@ class Head:
     def multiply(self, columns: slice, out: Tensor, rows: slice = slice(None)) -> None:
         """Write the products of these rows and columns to `out`."""
         multiply(self.hidden[rows], self.weight_chunk(columns).T, out)
+        if self.adapter is not None:
+            self.adapter.apply(columns, out, rows)
 
     def bias_chunk(self, columns: slice) -> Tensor | None:
         return None if self.bias is None else self.bias[columns]
@@ -96,7 +103,14 @@ class Head:
 
     def rows(self, rows: slice) -> Head:
         selected = None if self.selected is None else self.selected.rows(rows)
-        return replace(self, hidden=self.hidden[rows], selected=selected)
+        adapter = None if self.adapter is None else self.adapter.rows(rows)
+        return replace(self, hidden=self.hidden[rows], selected=selected, adapter=adapter)
+
+    def without_adapter_sums(self) -> Head:
+        """For tiles that are formed again, see `Adapter`."""
+        if self.adapter is None:
+            return self
+        return replace(self, adapter=self.adapter.without_sums())
 
 
 class Tile(NamedTuple):

@@ -49,12 +49,12 @@ class Problem:
     fp32_weight_sum: bool = False  # sums of dW over blocks of rows are float32, whatever its dtype
     deterministic: bool = False  # products of one size: `rows` is padded, see `deterministic`
     operand_dtype: torch.dtype | None = None  # 16 bits of which products are float32; None: dtype
-    # The backend has `add_active_products`: head rows of active columns are read where they lie.
-    reads_head_rows: bool = False
+    reads_head_rows: bool = False  # of active columns, where they lie: `add_active_products`
+    need_adapter: bool = False  # a gradient of any part of it
 
     @property
     def any_gradient(self) -> bool:
-        return self.need_hidden or self.need_weight or self.need_bias
+        return self.need_hidden or self.need_weight or self.need_bias or self.need_adapter
 
     @property
     def operands(self) -> torch.dtype:
@@ -205,8 +205,8 @@ class Memory:
         if self._transposed and n < 256:  # whole cache lines weigh: see `gradients.Transposed`
             self.per_column += 31 * itemsize
         # dW of a tile that has some of the rows is a float32 sum, and of any tile whose gradient is
-        # rounded, see `gradients.common_factor`. A CPU has such tiles only where memory is so short
-        # that few columns are left.
+        # rounded, see `accumulate.common_factor`. A CPU has such tiles only where memory is so
+        # short that few columns are left.
         row_tile_sums = p.need_weight and p.same_dtype and (p.device.is_gpu or p.deterministic)
         self._row_tile_sums = p.width * (part + 4) * row_tile_sums
         rounded_sums = self._row_tile_sums * (p.rounded_size > 0)

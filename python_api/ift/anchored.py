@@ -42,17 +42,17 @@ class AnchoredLoss:
     ) -> HeadCallback:
         """`callback`, which also computes the KL of each target for the next call."""
 
-        def both(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStats:
+        def both(hidden: Tensor, weight: Tensor, bias: Tensor | None, **adapter: Any) -> TokenStats:
             if is_sharded(weight):
                 raise TypeError("loss: expected kl_coef 0 with a sharded head, got a DTensor")
-            stats = callback(hidden, weight, bias)
+            stats: TokenStats = callback(hidden, weight, bias, **adapter)
             frozen = self.reference
             mask = (target != ignore_index).reshape(hidden.shape[:-1]).to(hidden.device)
             self.kl = linear_divergence(
                 hidden, weight, frozen.hidden, frozen.weight, mask=mask, reduction="none",
                 bias=bias, teacher_bias=frozen.bias, teacher_logit_scale=frozen.logit_scale,
                 teacher_softcap=frozen.softcap, logits_dtype=head.logits_dtype,
-                **transform_options(transform),
+                **transform_options(transform), **adapter,
             )  # fmt: skip
             return stats
 

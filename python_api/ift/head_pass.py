@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ift.documents import IGNORE_INDEX, shifted_targets
+from ift.lora_head import check_lora, has_hooks, head_parts, is_lora
 from ift_kernels.vocab_parallel import is_sharded, whole
 
 
@@ -27,7 +28,8 @@ class UnsupportedModel(RuntimeError):
     """The model's own code does something that a loss without logits cannot reproduce."""
 
 
-HeadCallback = Callable[[Tensor, Tensor, "Tensor | None"], Any]  # (hidden, weight, bias) → result
+# (hidden, weight, bias, **adapter) → result; the last are `lora_head.HeadParts.adapter`.
+HeadCallback = Callable[..., Any]
 # Arguments of a patched forward; another function that gets one would ignore it.
 PATCH_ARGUMENTS = ("ift", "skip_logits", "loss")
 
@@ -96,7 +98,7 @@ class HeadForward:
     An object, since a bound method would unpickle as the class's own forward.
     """
 
-    def __init__(self, head: nn.Linear, previous: Any = None) -> None:
+    def __init__(self, head: Any, previous: Any = None) -> None:
         self.head = head
         self.previous = previous  # None, or TRL's, see `casts_to_float32`
 
@@ -104,46 +106,44 @@ class HeadForward:
         """Put back the forward that the head had before."""
         del self.head.forward
         if self.previous is not None:
-            self.head.forward = self.previous  # type: ignore[method-assign]  # of one object
+            self.head.forward = self.previous  # of one object
 
-    def __call__(self, input: Tensor) -> Tensor:
+    def __call__(self, input: Tensor, **kwargs: Any) -> Tensor:
         call = _current.get()
         weight, bias = self.head.weight, self.head.bias
         if call is None or call.head is not self.head:
             if self.previous is None:
-                return nn.Linear.forward(self.head, input)
+                logits: Tensor = type(self.head).forward(self.head, input, **kwargs)
+                return logits
             # As TRL's, which in a copy of the model would compute with the original's weight.
             shift = None if bias is None else bias.float()
             return nn.functional.linear(input.float(), weight.float(), shift)
-        shape = getattr(weight, "ds_shape", None)
-        if shape is not None and weight.shape != shape:
-            raise RuntimeError(
-                f"{type(self.head).__name__}: its weight is partitioned by DeepSpeed "
-                f"ZeRO-3; expected its ds_shape {tuple(shape)} here, got {tuple(weight.shape)}"
-            )
+        for name, value in kwargs.items():
+            if value is not None:  # of PEFT, as adapter_names
+                raise ValueError(f"{name}: expected None with LoRA on the output head, got one")
         hidden = whole(input, weight)
-        call.results.append(call.callback(hidden, weight, bias))
+        parts = head_parts(self.head, hidden)
+        call.results.append(call.callback(hidden, weight, parts.bias, **parts.adapter))
         call.shape, call.columns = hidden.shape[:-1], weight.shape[0]
         if call.placeholder is not None:
             logits = call.placeholder.to(hidden.device)
-            return _like_logits(logits.expand(*call.shape, -1).clone(), weight)
+            return self._like_logits(logits.expand(*call.shape, -1).clone())
         logprob: Tensor | None = getattr(call.results[-1], "logprob", None)
         if logprob is None or not logprob.requires_grad:
-            return _like_logits(hidden.new_empty((*call.shape, 0)), weight)
+            return self._like_logits(hidden.new_empty((*call.shape, 0)))
         # Empty, but in the result's graph: sharding gathers the weight for backward when a gradient
         # reaches the head's output, so the graph from loss to result has to go through it.
-        return _like_logits(logprob[..., None][..., :0].to(hidden.dtype).clone(), weight)
+        return self._like_logits(logprob[..., None][..., :0].to(hidden.dtype).clone())
 
+    def _like_logits(self, placeholder: Tensor) -> Tensor:
+        """As a DTensor if the head's weight is one, which hooks of the head make logits of."""
+        weight: Any = self.head.weight
+        if not is_sharded(weight) or is_lora(self.head):  # hooks of its base do not run
+            return placeholder
+        from torch.distributed.tensor import DTensor, Replicate
 
-def _like_logits(placeholder: Tensor, weight: Tensor) -> Tensor:
-    """The placeholder as a DTensor if the head's weight is one."""
-    if not is_sharded(weight):
-        return placeholder
-    from torch.distributed.tensor import DTensor, Replicate
-
-    sharded: Any = weight
-    logits: Tensor = DTensor.from_local(placeholder, sharded.device_mesh, [Replicate()])
-    return logits
+        logits: Tensor = DTensor.from_local(placeholder, weight.device_mesh, [Replicate()])
+        return logits
 
 
 class LossFunction:
@@ -263,11 +263,13 @@ def cast_dtype(head: nn.Module) -> torch.dtype | None:
     return torch.float32 if casts_to_float32(forward) else None
 
 
-def plain_head(model: nn.Module) -> nn.Linear:
+def plain_head(model: nn.Module) -> Any:
     """The output head of `model`: a module that computes ``hidden @ weight.T + bias`` alone.
 
+    Or PEFT's LoRA or DoRA around one, with its weight and bias; see `ift.lora_head`.
+
     Raises:
-        TypeError: there is none, or it is another kind of module (LoRA on the head, quantized).
+        TypeError: there is none, or it is another kind of module (another adapter, quantized).
     """
     name = type(model).__name__
     find = getattr(model, "get_output_embeddings", None)
@@ -281,16 +283,23 @@ def plain_head(model: nn.Module) -> nn.Linear:
         head = head.original_module if off else saved[adapters[0]]
     if head is None:
         raise TypeError(f"model: expected a causal LM with an output head, {name} has none")
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    base = head
+    if is_lora(head):
+        check_lora(head, name)
+        base = head.base_layer
+        # Its forward is not called: whatever shards or moves its weight there would not run.
+        replaced = replaced or casts_to_float32(vars(head).get("forward"))
+        replaced = replaced or has_hooks(base)
+    if not isinstance(base, nn.Linear) or type(base).forward is not nn.Linear.forward:
         raise TypeError(
             f"model: expected a plain linear output head, {name} has "
-            f"{type(head).__module__}.{type(head).__name__}, whose logits are not hidden @ weight.T"
+            f"{type(base).__module__}.{type(base).__name__}, whose logits are not hidden @ weight.T"
         )
-    forward = head.__dict__.get("forward")
-    known = forward is None or isinstance(forward, HeadForward) or casts_to_float32(forward)
-    if replaced or not known:
+    forwards = (vars(head).get("forward"), vars(base).get("forward"))
+    known = (f is None or isinstance(f, HeadForward) or casts_to_float32(f) for f in forwards)
+    if replaced or not all(known):
         raise TypeError(f"model: the forward of the output head of {name} is already replaced")
-    weight = head.weight
+    weight = base.weight
     if not (weight.is_floating_point() and _is_plain(weight)):
         raise TypeError(
             f"model: expected an output head with a floating-point weight, {name} has one of "
@@ -324,7 +333,8 @@ def head_pass(
 
     Args:
         forward: the unpatched forward of `model`.
-        callback: called with (hidden, weight, bias) inside the head's forward.
+        callback: called with (hidden, weight, bias) inside the head's forward, and by name with
+            `low_rank` and `column_scale` where LoRA or DoRA is on the head.
         loss: with labels in `kwargs`: a function of that result and of the arguments of the call
             of `self.loss_function`, whose return value it replaces; the model's code then adds its
             auxiliary losses. The model's `loss_function` has to be a `LossFunction`.

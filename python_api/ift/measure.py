@@ -25,6 +25,7 @@ from ift.head_pass import (
     head_pass,
     plain_head,
 )
+from ift.lora_head import head_parts
 from ift.one_pass import loss_pass
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded
@@ -83,7 +84,7 @@ def measure_transform(
     values = probes.repeat(math.ceil(width / len(_PROBES)))[:width]
     with evaluating(model), torch.no_grad():
         output, shape = head_pass(
-            model, forward, kwargs, lambda hidden, *_: hidden.shape[:-1], loss=loss,
+            model, forward, kwargs, lambda hidden, *_, **__: hidden.shape[:-1], loss=loss,
             placeholder=values,
         )  # fmt: skip
     logits = output.logits.detach()
@@ -198,11 +199,17 @@ def _plain_loss(model: Any, forward: Callable[..., Any], head: HeadOptions) -> t
 
 def _float32(head: Any, hidden: Tensor) -> Tensor:
     """Logits in float32, without a copy of the whole weight."""
+    parts = head_parts(head, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         wide = hidden.float()
-        tiles = [nn.functional.linear(wide, tile.float()) for tile in head.weight.split(4096)]
+        tiles = [nn.functional.linear(wide, tile.float()) for tile in parts.weight.split(4096)]
         logits = torch.cat(tiles, -1)
-        return logits if head.bias is None else logits + head.bias.float()
+        if parts.low_rank is not None:
+            u, b = parts.low_rank
+            logits += u.float() @ b.float().T
+        if parts.column_scale is not None:
+            logits *= parts.column_scale
+        return logits if parts.bias is None else logits + parts.bias.float()
 
 
 def _has_no_values(parameter: Tensor) -> bool:

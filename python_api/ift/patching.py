@@ -80,8 +80,8 @@ def patch(
     again does nothing, unless something has replaced the patched forward since.
 
     Args:
-        model: a transformers causal LM with a plain linear output head, or a PEFT model around one.
-            Patch before DDP or FSDP wraps it.
+        model: a transformers causal LM with a plain linear output head, or a PEFT model around one,
+            which may have LoRA or DoRA on the head, too. Patch before DDP or FSDP wraps it.
         gradient: of the head, as in `ift_kernels.linear_logprobs`: "exact", or "active" (an
             `ift_kernels.ActiveSet` for its options), which approximates. "exact" at first.
         logits_dtype: of the losses, as in `ift_kernels.linear_logprobs`: torch.float32 keeps their
@@ -98,8 +98,9 @@ def patch(
     Raises:
         ValueError: another gradient or logits_dtype than these; a logits_dtype for a model in
             float64; an approximate gradient that is to be deterministic.
-        TypeError: no output head, or one that is not plainly linear (LoRA on the head, quantized);
-            an encoder–decoder model; a PEFT model that has kept the unpatched forward.
+        TypeError: no output head, or one that is neither linear nor LoRA or DoRA of that (another
+            adapter, DoRA with dropout, quantized); an encoder–decoder model; a PEFT model that has
+            kept the unpatched forward.
         RuntimeError: code after the head that does other things than scale and softcap, or a loss
             that is not next-token cross-entropy. All of them name the model.
 

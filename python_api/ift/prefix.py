@@ -209,7 +209,7 @@ def _agrees(
     sharing: Sharing,
 ) -> bool:
     def run(given: dict[str, Any], labels: Tensor) -> tuple[Any, Tensor]:
-        output, hidden = head_pass(model, forward, given, lambda hidden, *_: hidden)
+        output, hidden = head_pass(model, forward, given, lambda hidden, *_, **__: hidden)
         return output, hidden[shifted_targets(labels) != IGNORE_INDEX]
 
     labels = batch["labels"]

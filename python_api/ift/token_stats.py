@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ift.documents import IGNORE_INDEX
 from ift.head_options import HeadOptions
+from ift.lora_head import refuse_adapter
 from ift.support import Support, check_support, support_ids, support_stats
 from ift_kernels import TokenStats, linear_logprobs, vocab_parallel_logprobs
 from ift_kernels.common.transform import LogitTransform
@@ -31,7 +32,7 @@ def token_stats(
     detached: tuple[str, ...] = ("entropy",),
     temperature: float = 1.0,
     support: Tensor | Support | None = None,
-) -> Callable[[Tensor, Tensor, Tensor | None], TokenStats]:
+) -> Callable[..., TokenStats]:
     """A head callback: each target's log-probability, and two statistics for the logs.
 
     `target` has one entry per row of the hidden states that reach the head, in any shape. With
@@ -40,7 +41,7 @@ def token_stats(
     if support is not None:
         check_support(support, target, outputs)
 
-    def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStats:
+    def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None, **adapter: Any) -> TokenStats:
         if target.numel() != hidden.shape[:-1].numel():
             raise ValueError(
                 f"labels: expected one per hidden state that reaches the head, "
@@ -52,7 +53,9 @@ def token_stats(
         targets = target.reshape(hidden.shape[:-1]).to(hidden.device)
         options = head._asdict() | transform_options(transform)
         options |= {"bias": bias, "ignore_index": ignore_index, "temperature": temperature}
+        options |= adapter
         if support is not None:
+            refuse_adapter("support", adapter)
             found = support
             if isinstance(found, Tensor):
                 found = found.reshape(*targets.shape, found.shape[-1]).to(hidden.device)

@@ -26,6 +26,7 @@ from ift.documents import (
 from ift.head_options import HeadOptions
 from ift.head_pass import LossArguments, head_pass
 from ift.input_embeddings import Mixture, embedding_table, mixing
+from ift.lora_head import refuse_adapter, select_rows
 from ift.losses import ift_loss, sft_loss
 from ift.token_stats import token_metrics, token_stats, transform_options
 from ift_kernels import TokenStats, linear_expected_embedding, linear_token
@@ -191,7 +192,7 @@ def _shared_prompt(
     # Prompt embeddings get a gradient under the same option as mixed ones.
     with mixing(model, Mixture(prompt["input_ids"], *(rows.before(rows.labels),) * 2,
                                embedding_grad=batch.embedding_grad)):  # fmt: skip
-        output, _ = head_pass(model, forward, prompt, lambda *_: None)
+        output, _ = head_pass(model, forward, prompt, lambda *_, **__: None)
     layers = prefix.cached_layers(output.get("past_key_values"))
     assert layers is not None  # prefix.find_sharing has checked it
     left = kwargs | sharing.rest(rows) | {"labels": rows.after(rows.labels)}
@@ -272,7 +273,7 @@ def _warn_of_accumulation(model: nn.Module, grad: Tensor, rows: Tensor, state: S
 
 def _prediction(
     model: Any, target: Tensor, config: IFTConfig, state: State, head: HeadOptions
-) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, TokenStats]]:
+) -> Callable[..., tuple[Tensor, TokenStats]]:
     """The head callback of pass 1: the predictions at the targets, and the targets' statistics.
 
     Token ids (B, T), 0 at other positions; for rule "soft" embeddings, one row per target.
@@ -284,12 +285,14 @@ def _prediction(
     options = transform_options(transform)
     outputs = ("logprob", "argmax") if model.training else ("logprob", "argmax", "entropy")
 
-    def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, TokenStats]:
+    def callback(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, **adapter: Any
+    ) -> tuple[Tensor, TokenStats]:
         targets = target.to(hidden.device)
         mask = targets != IGNORE_INDEX
-        rows = hidden[mask]
+        rows, adapter = hidden[mask], select_rows(adapter, lambda value: value[mask])
         stats = token_stats(targets[mask], transform, head, outputs=outputs, detached=())(
-            rows, weight, bias
+            rows, weight, bias, **adapter
         )
         chosen: Any = {"bias": bias, "logits_dtype": head.logits_dtype, **options}
         chosen["workspace"] = head.workspace
@@ -301,6 +304,7 @@ def _prediction(
                 f"rule: expected 'greedy' with a vocabulary-parallel head, got {config.rule!r}"
             )
         elif config.rule == "soft":
+            refuse_adapter("rule 'soft'", adapter)
             table, scale = embedding_table(model)
             return linear_expected_embedding(rows, weight, table, **chosen) * scale, stats
         else:
@@ -310,7 +314,7 @@ def _prediction(
                 chosen["row_offset"] = state.sampled_rows.next_rows(config.step, rows.shape[0])
             predicted = linear_token(
                 rows, weight, rule=config.rule, k=config.k, deterministic=head.deterministic,
-                **chosen,
+                **chosen, **adapter,
             ).ids  # fmt: skip
         ids = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
         return ids.masked_scatter_(mask, predicted).to(target.device), stats

@@ -158,7 +158,9 @@ def test_errors_are_the_same():
 
 def stats_args(h, track):
     options = (-100, 1.0, 0.0, 1.0, SMALL, h.hidden.dtype, False)
-    return (h.hidden, h.weight, h.bias, h.target, *options, track, [True] * 3, "recompute", [])
+    needs = [True] * 3 + [False] * 3
+    tensors = (h.hidden, h.weight, h.bias, h.target)
+    return (*tensors, *options, track, needs, "recompute", [], None, None, None)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -177,7 +179,8 @@ def test_opcheck_of_linear_token(backend):
     with ift_kernels.use_backend(backend):
         for k, sample in ((1, False), (3, False), (1, True)):
             args = (h.hidden, h.weight, h.bias, 1.0, 0.0, 1.0, k, sample, 7, 0, SMALL)
-            torch.library.opcheck(torch.ops.ift_kernels.linear_token, (*args, torch.float32, False))
+            more = (torch.float32, False, None, None, None)
+            torch.library.opcheck(torch.ops.ift_kernels.linear_token, (*args, *more))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

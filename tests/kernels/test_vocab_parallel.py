@@ -34,14 +34,18 @@ CASES = {
     "bfloat16": {"dtype": torch.bfloat16},
     "bfloat16, float32 logits": {"dtype": torch.bfloat16, "logits_dtype": torch.float32},
     "deterministic": {"deterministic": True},
+    "adapter": {"adapter": True},
+    "adapter, few rows": {"adapter": True, "vocabulary": 5},
     "masked shards": {"masked": 66},  # with every number of processes and each way to shard
 }
 FORMS = ("group", "dtensor", "sequence")
 
 
 def problem(
-    vocabulary=V, scale=1.0, dtype=torch.float32, ignore_index=-100, masked=None, **options
-):
+    vocabulary=V, scale=1.0, dtype=torch.float32, ignore_index=-100, masked=None, adapter=False,
+    **options,
+):  # fmt: skip
+    """Hidden, weight and bias, and with `adapter` u, B and a scale of the columns."""
     g = torch.Generator().manual_seed(3)
     hidden = scale * torch.randn(*SHAPE, D, generator=g)
     weight, bias = torch.randn(vocabulary, D, generator=g), torch.randn(vocabulary, generator=g)
@@ -61,7 +65,17 @@ def problem(
             upstream[name].masked_fill_(target >= masked, 0.0)
         upstream["mean_logit"].zero_()
     tensors = [t.to(dtype) for t in (hidden, weight, bias)]
+    if adapter:
+        tensors += [torch.randn(*s, generator=g) for s in ((*SHAPE, 3), (vocabulary, 3))]
+        tensors.append(1 + torch.rand(vocabulary, generator=g))
     return tensors, target, upstream, {"ignore_index": ignore_index, **options}
+
+
+def adapter_arguments(tensors):
+    if not tensors:
+        return {}
+    u, b, scale = tensors
+    return {"low_rank": (u, b), "column_scale": scale}
 
 
 def loss_of(stats, upstream):
@@ -70,7 +84,8 @@ def loss_of(stats, upstream):
 
 def run(case, form, mesh):
     """Statistics and gradients; those of the head joined, as the one process has them."""
-    (hidden, weight, bias), target, upstream, options = problem(**CASES[case])
+    (hidden, weight, bias, *adapter), target, upstream, options = problem(**CASES[case])
+    sharded, tokens = [weight, bias, *adapter[1:]], [hidden, *adapter[:1]]
     rank, number = dist.get_rank(), dist.get_world_size()
     if form == "group":
         first = V // number + 3 if len(weight) == V else 1 + len(weight) // number
@@ -78,25 +93,26 @@ def run(case, form, mesh):
         parts = [*parts, max(0, len(weight) - sum(parts))]
         if sum(parts) != len(weight):
             parts = [2, 2, 1, 0]
-        weight, bias = (t.split(parts)[rank].clone().requires_grad_() for t in (weight, bias))
-        hidden.requires_grad_()
+        sharded = [t.split(parts)[rank].clone() for t in sharded]
     else:
-        weight, bias = (
-            distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in (weight, bias)
-        )
+        sharded = [distribute_tensor(t, mesh, [Shard(0)]) for t in sharded]
         if form == "sequence":
-            hidden = distribute_tensor(hidden, mesh, [Shard(1)])
-        hidden.requires_grad_()
+            tokens = [distribute_tensor(t, mesh, [Shard(1)]) for t in tokens]
+    for tensor in (*tokens, *sharded):
+        tensor.requires_grad_()
+    (hidden, *of_tokens), (weight, bias, *of_columns) = tokens, sharded
+    adapter = [*of_tokens, *of_columns]
+    options |= adapter_arguments(adapter)
     stats = vocab_parallel_logprobs(hidden, weight, target, bias=bias, outputs=OUTPUTS, **options)
     loss_of(stats, upstream).backward(retain_graph=True)
     first = hidden.grad.clone()
     loss_of(stats, upstream).backward()  # nothing was consumed that a second backward needs
     grads = []
-    for tensor in (hidden, weight, bias):
+    for tensor in (hidden, weight, bias, *adapter):
         grad = tensor.grad / 2
         if isinstance(grad, DTensor):
             grad = grad.full_tensor()
-        elif tensor is not hidden:
+        elif not any(tensor is each for each in tokens):
             pieces = [None] * number
             dist.all_gather_object(pieces, grad)
             grad = torch.cat(pieces)
@@ -174,7 +190,8 @@ def test_shards_are_one_head(results, case, form):
     options.pop("gradient", None)
     for tensor in tensors:
         tensor.requires_grad_()
-    hidden, weight, bias = tensors
+    hidden, weight, bias, *adapter = tensors
+    options |= adapter_arguments(adapter)
     stats = linear_logprobs(hidden, weight, target, bias=bias, outputs=OUTPUTS, **options)
     loss_of(stats, upstream).backward()
     tolerance = 2e-2 if case.startswith("bfloat16") else 1e-5

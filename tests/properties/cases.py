@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,7 @@ CROSS_ENTROPIES = ("linear_cross_entropy", "linear_soft_cross_entropy")
 NO_GRADIENT = ("linear_token", "linear_topk")
 DETERMINISTIC = ("linear_logprobs", "linear_cross_entropy", "linear_token",
                  "linear_selected_logprobs", "linear_topk")  # fmt: skip
+ADAPTED = ("linear_logprobs", "linear_cross_entropy")
 _TURN = ("float32", "16 bits", "16 bits, fp32 logits") * 3
 
 
@@ -161,7 +163,7 @@ def _call(
         numerics["deterministic"] = c.one_of(False, False, True)
     deterministic = bool(numerics.get("deterministic"))
     workspace = FIXED if deterministic else SMALL
-    return Call(
+    call = Call(
         operation,
         c.one_of(*backends),
         c.one_of(None, *plan.SCHEDULES),
@@ -185,6 +187,10 @@ def _call(
         workspace if tiles else c.one_of(None, workspace),
         _options(c, operation, vocabulary, kind == "masked", softcap, deterministic),
     )
+    smoothed = call.options.get("class_weight") and call.options["label_smoothing"]
+    if deterministic or operation not in ADAPTED or call.options.get("dims") or smoothed:
+        return call
+    return replace(call, adapter=c.one_of(None, None, None, "low_rank", "column_scale", "both"))
 
 
 @st.composite

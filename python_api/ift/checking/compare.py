@@ -22,6 +22,7 @@ import ift_kernels
 from ift.checking.naive import IGNORE_INDEX, NaivePass, float32_product, naive_ift, naive_sft
 from ift.config import IFTConfig
 from ift.head_pass import plain_head
+from ift.lora_head import is_lora
 from ift.patching import base_model, head_options, patch, unpatch
 
 Verdict = Literal["equal", "different", "refused", "failed", "undecided"]
@@ -109,7 +110,8 @@ def compare(
         tolerance: largest relative error; None: 1e-5, or 4 epsilon of a shorter dtype than fp32.
 
     Raises:
-        ValueError: labels are missing; IFT with rule "sample" or packed rows.
+        ValueError: labels are missing; IFT with rule "sample" or packed rows; float32 logits of a
+            head with LoRA.
         Any exception of the model's own forward on this batch.
 
     >>> # print(compare(AutoModelForCausalLM.from_pretrained(...), batch, ift=ift.IFTConfig()))
@@ -148,7 +150,10 @@ def compare(
     logits_dtype = None if ift is None else ift.logits_dtype
     with _as_found(model):
         if head_options(base).changed(logits_dtype=logits_dtype).logits_dtype is not None:
-            plain_head(base).register_forward_hook(float32_product)
+            head = plain_head(base)
+            if is_lora(head):
+                raise ValueError("logits_dtype: expected None with LoRA on the output head")
+            head.register_forward_hook(float32_product)
         torch.manual_seed(0)
         expected = naive_sft(model, inputs) if ift is None else naive_ift(model, inputs, ift)
         expected_grads = _gradients(model, expected.loss)

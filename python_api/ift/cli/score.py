@@ -235,6 +235,7 @@ def score(
     from ift.data import Collator
     from ift.documents import shifted_targets
     from ift.head_pass import evaluating, head_pass
+    from ift.lora_head import refuse_adapter, select_rows
     from ift.losses.topk_distillation import selected_with_label
     from ift.patching import head_options, measured_model, original_forward
     from ift.teacher_shards import Teacher
@@ -249,11 +250,14 @@ def score(
     head: dict[str, Any] = head_options(model)._asdict()
     del head["gradient"]
 
-    def callback(hidden: Any, weight: Any, bias: Any) -> tuple[Any, Teacher | None]:
-        rows, labels = hidden[valid.to(hidden.device)], target[valid].to(hidden.device)
+    def callback(hidden: Any, weight: Any, bias: Any, **adapter: Any) -> tuple[Any, Teacher | None]:
+        mask = valid.to(hidden.device)
+        rows, labels = hidden[mask], target[valid].to(hidden.device)
         given = {"bias": bias, **head, **transform_options(transform)}
+        given |= select_rows(adapter, lambda value: value[mask])
         if topk is None:
             return linear_logprobs(rows, weight, labels, **given).logprob, None
+        refuse_adapter("topk", adapter)
         ids = linear_topk(rows, weight, topk, **given).ids
         found, of_label = selected_with_label(rows, weight, ids, labels, **given)
         assert found.logprob is not None and found.tail_logprob is not None

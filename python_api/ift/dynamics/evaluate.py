@@ -31,6 +31,7 @@ from ift.dynamics.responses import (
     size_of,
 )
 from ift.head_pass import HeadForward, evaluating, head_pass, plain_head
+from ift.lora_head import select_rows
 from ift.measure import measure_transform
 from ift.patching import base_model, head_options
 from ift.token_stats import token_stats
@@ -295,10 +296,12 @@ class ProbeEvaluator:
         target = batch.target.to(_device(model))
         head = head_options(model)._replace(gradient="exact")
 
-        def callback(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[TokenStats, int]:
+        def callback(
+            hidden: Tensor, weight: Tensor, bias: Tensor | None, **adapter: Any
+        ) -> tuple[TokenStats, int]:
             assert self._transform is not None
             stats = token_stats(target, self._transform, head, outputs=outputs, detached=())
-            return stats(hidden, weight, bias), weight.shape[0]
+            return stats(hidden, weight, bias, **adapter), weight.shape[0]
 
         found: tuple[TokenStats, int] = self._run(model, batch, callback)
         return found
@@ -320,9 +323,11 @@ class ProbeEvaluator:
             inputs["output_router_logits"] = False
         rows = batch.rows.to(device)
 
-        def chosen(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            return callback(flat.index_select(0, rows.to(flat.device)), weight, bias)
+        def select(value: Tensor) -> Tensor:
+            return value.reshape(-1, value.shape[-1]).index_select(0, rows.to(value.device))
+
+        def chosen(hidden: Tensor, weight: Tensor, bias: Tensor | None, **adapter: Any) -> Any:
+            return callback(select(hidden), weight, bias, **select_rows(adapter, select))
 
         return head_pass(model, model, {**inputs, "use_cache": False}, chosen)[1]
 

@@ -63,7 +63,7 @@ def use_ift_kernels(
         and CPO become means over scored tokens, where TRL takes them over padding too.
 
     Raises:
-        TypeError: another trainer, or a model that `ift.patch` refuses (LoRA on the head).
+        TypeError: another trainer, or a model that `ift.patch` refuses (a quantized head).
         ValueError: options that `ift.patch` refuses; an encoder-decoder model; with `support` a
             trainer that samples nothing or samples otherwise (``rollout_func``, a repetition
             penalty, ``generation_kwargs``, structured outputs, suppressed tokens), truncation

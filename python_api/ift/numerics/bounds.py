@@ -148,13 +148,17 @@ def head(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    rounded: Tensor | float = 0.0,
 ) -> Head:
-    """The logits of a head and the errors that are allowed."""
+    """The logits of a head and the errors that are allowed.
+
+    `rounded`: what products lose in steps between, beside the rounding of the result.
+    """
     unit = units.sum
     product = hidden @ weight.T
     magnitude = hidden.abs() @ weight.abs().T
     error = units.logit * product.abs() + products_unit(hidden.shape[1], unit) * magnitude
-    error = error + (units.underflow if units.logit > unit else 0.0)
+    error = error + (units.underflow if units.logit > unit else 0.0) + rounded
     z = product if bias is None else product + bias
     error = abs(logit_scale) * (error + unit * (product.abs() + 2 * finite(z).abs()))
     z = logit_scale * z

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ift.numerics import bounds, inputs, oracle
+from ift.numerics import adapters, bounds, inputs, oracle
 
 DIFFERENTIABLE = ("logprob", "lse", "entropy", "mean_logit", "target_logit")
 LAYOUTS = ("contiguous", "transposed", "strided", "part")
@@ -44,6 +44,7 @@ class Call:
     workspace: int | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of the operation alone
     device: str = "cpu"
+    adapter: str | None = None  # "low_rank", "column_scale" or "both"
 
 
 class Check(NamedTuple):
@@ -78,6 +79,7 @@ class Tensors(NamedTuple):
     valid: Tensor  # (...) bool
     exact: list[Tensor]  # hidden, weight and perhaps bias
     units: bounds.Units
+    adapter: adapters.Adapter = adapters.Adapter()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,12 +89,21 @@ class Tensors(NamedTuple):
     def given(self) -> list[Tensor]:
         return [t for t in (self.hidden, self.weight, self.bias) if t is not None]
 
+    @property
+    def learns(self) -> bool:
+        return any(t.requires_grad for t in (*self.given, *self.adapter.given.values()))
+
     def logits(self, transform: dict[str, Any]) -> Tensor:
-        return oracle.logits(*self.exact, **transform)
+        hidden, weight = self.adapter.joined(*self.exact[:2])
+        return oracle.logits(hidden, weight, *self.exact[2:], **transform)
 
     def head(self, transform: dict[str, Any]) -> bounds.Head:
         hidden, weight, *bias = (t.detach() for t in self.exact)
-        return bounds.head(hidden, weight, bias[0] if bias else None, self.units, **transform)
+        joined = (t.detach() for t in self.adapter.joined(hidden, weight))
+        return bounds.head(
+            *joined, bias[0] if bias else None, self.units,
+            rounded=self.adapter.rounded(hidden, weight, self.units), **transform,
+        )  # fmt: skip
 
 
 def tensors(call: Call, teacher: bool = False) -> Tensors:
@@ -119,7 +130,12 @@ def tensors(call: Call, teacher: bool = False) -> Tensors:
     valid = torch.rand(rows, generator=g) >= call.masked
     units = bounds.units(dtype, weight_dtype, logits_dtype=call.numerics.get("logits_dtype"))
     target, valid = (x.view(call.shape).to(call.device) for x in (made.target, valid))
-    return Tensors(hidden, weight, bias, target, valid, exact, units)
+    adapter = adapters.Adapter()
+    if call.adapter and not teacher:
+        adapter = adapters.make(
+            call.adapter, call.shape, call.vocabulary, dtype, call.device, bool(call.needs), seed
+        )
+    return Tensors(hidden, weight, bias, target, valid, exact, units, adapter)
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
@@ -163,15 +179,23 @@ def gradients(
     t: Tensors,
     head: bounds.Head,
     sent: list[Sent],
-    dz: tuple[Tensor, Tensor],
+    dz: Sequence[Tensor],
 ) -> list[Check]:
-    """Of the gradients of hidden, weight and bias.
+    """Of the gradients of hidden, weight, bias and an adapter.
 
     Args:
-        dz: exact gradients of logits (N, V), and their errors.
+        dz: exact gradients of logits (N, V), their errors, and perhaps the sizes of their terms.
     """
-    allowed = bounds.gradients(head, t.exact[0].detach(), t.exact[1].detach(), *dz)
-    return gradients_within(call, t.given, [[leaf] for leaf in t.exact], sent, allowed)
+    hidden, weight = (x.detach() for x in t.exact[:2])
+    if not t.adapter.given:
+        allowed: Sequence[Tensor] = bounds.gradients(head, hidden, weight, *dz)
+        return gradients_within(call, t.given, [[leaf] for leaf in t.exact], sent, allowed)
+    within = t.adapter.gradients(head, hidden, weight, dz)
+    names = (*t.names, *t.adapter.given)
+    given = (*t.given, *t.adapter.given.values())
+    exact = [[leaf] for leaf in (*t.exact, *t.adapter.exact.values())]
+    allowed = [within[name] for name in names]
+    return gradients_within(call, given, exact, sent, allowed, names)
 
 
 def gradients_within(
@@ -179,15 +203,15 @@ def gradients_within(
     given: Sequence[Tensor],
     exact: Sequence[Sequence[Tensor]],
     sent: list[Sent],
-    allowed: bounds.Gradients,
+    allowed: Sequence[Tensor],
+    names: Sequence[str] = ("hidden", "weight", "bias"),
 ) -> list[Check]:
-    """Of the gradients of hidden, weight and bias, with the errors that are allowed.
+    """Of the gradients of tensors with these names, with the errors that are allowed.
 
     Args:
         exact: of each of `given` its exact leaves, which several heads have along dimension 1.
     """
-    names = ("hidden", "weight", "bias")[: len(given)]
-    needed = [i for i, name in enumerate(names) if name in call.needs]
+    needed = [i for i, t in enumerate(given) if t.requires_grad]
     if not needed or not sent:
         return []
     ours, true, _ = zip(*sent, strict=True)

@@ -18,6 +18,7 @@ from ift.numerics.calls import (
     Check,
     Tensors,
     among,
+    gradients,
     gradients_within,
     ids_of,
     laid_out,
@@ -125,7 +126,7 @@ def cross_entropy(call: Call) -> list[Check]:
     def loss(hidden: Tensor, target: Tensor) -> Any:
         return ift_kernels.linear_cross_entropy(
             hidden, h.weight, target, bias=h.bias, workspace=call.workspace, **options,
-            **call.transform, **call.numerics,
+            **call.transform, **call.numerics, **h.each[0].adapter.arguments,
         )  # fmt: skip
 
     target = torch.where(h.valid, target, ignore)
@@ -285,6 +286,8 @@ def _of_loss(
     if probs is not None:
         checks.append(probs.check(ours, gradient, g))
     dz = [dlogits(at, g[:, at]) for at in range(len(h.each))]
+    if call.adapter:
+        return checks + gradients(call, h.each[0], h.bounds[0], sent, dz[0])
     return checks + gradients_within(call, h.given, h.leaves, sent, _gradients(h, dz))
 
 

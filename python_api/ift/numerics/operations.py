@@ -52,6 +52,7 @@ def _logprobs(call: Call) -> list[Check]:
     ours = ift_kernels.linear_logprobs(
         t.hidden, t.weight, torch.where(t.valid, t.target, ignore), bias=t.bias,
         workspace=call.workspace, **options, **call.transform, **call.numerics,
+        **t.adapter.arguments,
     )  # fmt: skip
     ids, valid = t.target.flatten().cpu(), t.valid.flatten().cpu()
     exact = oracle.statistics(t.logits(call.transform), torch.where(valid, ids, ignore), ignore)
@@ -68,7 +69,7 @@ def _logprobs(call: Call) -> list[Check]:
             continue
         checks.append(Check(name, flat, exact[name].detach(), allowed[name]))
         learns = name in DIFFERENTIABLE and name not in options["detached"]
-        assert value.requires_grad == (learns and bool({*call.needs} & {*t.names}))
+        assert value.requires_grad == (learns and t.learns)
         gradient = upstream(call, DIFFERENTIABLE.index(name), call.shape) if learns else None
         if gradient is not None:
             into[name] = torch.where(valid, gradient.reshape(-1).double(), 0)

@@ -49,7 +49,11 @@ def tensor_parallel(model):
     """The head alone, sharded along its vocabulary as torch does it; all else is replicated."""
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     plan = ColwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
-    model.lm_head = parallelize_module(model.lm_head, mesh, plan)
+    if hasattr(model, "get_base_model"):
+        plan = {"base_layer": plan, "lora_B.default": plan}
+        parallelize_module(model.get_base_model().lm_head, mesh, plan)
+    else:
+        model.lm_head = parallelize_module(model.lm_head, mesh, plan)
     return model
 
 
@@ -59,6 +63,8 @@ MODELS = {
     "tied, softcap": lambda: make("gemma2"),
     "lora": lambda: lora(make("llama")),
     "lora, head saved": lambda: lora(make("llama"), modules_to_save=["lm_head"]),
+    "lora on the head": lambda: lora(make("llama"), target_modules=["q_proj", "lm_head"]),
+    "dora on the head": lambda: lora(make("llama"), target_modules=["lm_head"], use_dora=True),
 }
 WRAPPERS = {
     "ddp": DistributedDataParallel,
@@ -78,6 +84,11 @@ CASES = [
     ("tied, softcap", "fsdp accelerate", 1),
     ("lora, head saved", "ddp", 1),
     ("lora, head saved", "fsdp layers", 1),
+    ("lora on the head", "ddp", 2),
+    ("lora on the head", "fsdp head", 1),
+    ("lora on the head", "fsdp accelerate", 2),
+    ("lora on the head", "vocabulary", 1),
+    ("dora on the head", "fsdp root", 1),
 ]
 
 

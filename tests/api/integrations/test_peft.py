@@ -66,15 +66,6 @@ def test_switching_adapters_off_and_on():
     assert model(**inputs).logits is not None
 
 
-def test_lora_on_the_head_is_refused():
-    with pytest.raises(TypeError, match="LlamaForCausalLM has peft"):
-        patch(lora(make("llama"), target_modules=["q_proj", "lm_head"]))
-    # And after patching, at the first loss.
-    model = lora(patch(make("llama")), target_modules=["q_proj", "lm_head"])
-    with pytest.raises((TypeError, RuntimeError), match="head"):
-        model(**batch()).loss  # noqa: B018  raises
-
-
 def test_trainable_tokens_of_a_tied_head_are_refused():
     """PEFT then puts a wrapper around the head, too: its logits are not hidden @ weight.T."""
     tokens = {"trainable_token_indices": {"embed_tokens": [3, 5]}}

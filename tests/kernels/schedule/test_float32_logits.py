@@ -27,8 +27,8 @@ from ift_kernels import (
 )
 from ift_kernels.schedule import accumulate, cost, device, gpu_plan, plan
 from ift_kernels.schedule import head as head_module
+from ift_kernels.schedule.accumulate import common_factor
 from ift_kernels.schedule.device import H200
-from ift_kernels.schedule.gradients import common_factor
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
