@@ -99,9 +99,9 @@ class Tensors(NamedTuple):
 
     def head(self, transform: dict[str, Any]) -> bounds.Head:
         hidden, weight, *bias = (t.detach() for t in self.exact)
-        joined = (t.detach() for t in self.adapter.joined(hidden, weight))
+        joined, scaled = (t.detach() for t in self.adapter.joined(hidden, weight))
         return bounds.head(
-            *joined, bias[0] if bias else None, self.units,
+            joined, scaled, bias[0] if bias else None, self.units,
             rounded=self.adapter.rounded(hidden, weight, self.units), **transform,
         )  # fmt: skip
 

@@ -78,6 +78,26 @@ def test_gradients_of_the_losses_are_the_same(tokenizer, tmp_path):
         assert_close(grads[1], grads[0], 2e-5)
 
 
+@pytest.mark.parametrize("name", ["orpo", "cpo"])
+def test_lora_on_the_head(name, tokenizer, tmp_path):
+    """The other trainers of TRL 1.16 refuse it when they are made."""
+    lora = {"r": 2, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
+    found = []
+    for ours in (False, True):
+        torch.manual_seed(5)
+        trainer = trainer_of(name, tokenizer, tmp_path, peft_config=LoraConfig(**lora))
+        if ours:
+            integration.use_ift_kernels(trainer)
+        batch = next(iter(trainer.get_train_dataloader()))
+        loss = trainer.compute_loss(trainer.model.eval(), batch)
+        loss.backward()
+        grads = {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad}
+        assert any("lm_head" in n and g.any() for n, g in grads.items())
+        found.append((loss.detach(), grads))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
+    assert_close(found[1][1], found[0][1], 2e-5)
+
+
 @pytest.mark.parametrize("architecture", ["gemma2", "granite", "mixtral", "cohere"])
 def test_scales_caps_and_auxiliary_losses_are_those_of_the_model(architecture, tokenizer, tmp_path):
     theirs, ours = (
