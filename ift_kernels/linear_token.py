@@ -11,6 +11,7 @@ from torch import Tensor
 from ift_kernels import backends
 from ift_kernels.backends import contract
 from ift_kernels.common import checks
+from ift_kernels.common.head_rows import is_dense
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.operators import library
 from ift_kernels.schedule import device as devices
@@ -185,7 +186,7 @@ def head_of(
     n, device = hidden.shape[0], hidden.device
     operands = operand_dtype(hidden, weight, dtype)
     problem = plan.Problem(
-        n, weight.shape[0], weight.shape[1], dtype, workspace, same_dtype=weight.dtype == operands,
+        n, weight.shape[0], weight.shape[1], dtype, workspace, same_dtype=is_dense(weight, operands),
         device=devices.of(device), deterministic=deterministic, operand_dtype=operands,
     )  # fmt: skip
     if deterministic:

@@ -90,9 +90,9 @@ class _Block:
             exponentials_(chunk, self._target, self.state, centre, sums)
             self._tiles.append((columns, centre))
             if sums is not None:
-                sums.addmm_(product, head.weight[columns])
+                sums.addmm_(product, head.weight_chunk(columns))
             elif total is not None:
-                torch.mm(product, head.weight[columns], out=total)
+                torch.mm(product, head.weight_chunk(columns), out=total)
 
     def close(self, row_gradient: RowGradient) -> None:
         """The factors of all tiles, and the target's gradient, from what the rows send."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ift.documents import IGNORE_INDEX, shifted_targets
+from ift.heads import head_function, head_weight
 from ift_kernels.vocab_parallel import is_sharded, whole
 
 
@@ -96,7 +97,7 @@ class HeadForward:
     An object, since a bound method would unpickle as the class's own forward.
     """
 
-    def __init__(self, head: nn.Linear, previous: Any = None) -> None:
+    def __init__(self, head: Any, previous: Any = None) -> None:
         self.head = head
         self.previous = previous  # None, or TRL's, see `casts_to_float32`
 
@@ -108,13 +109,15 @@ class HeadForward:
 
     def __call__(self, input: Tensor) -> Tensor:
         call = _current.get()
-        weight, bias = self.head.weight, self.head.bias
         if call is None or call.head is not self.head:
             if self.previous is None:
-                return nn.Linear.forward(self.head, input)
+                logits: Tensor = type(self.head).forward(self.head, input)
+                return logits
             # As TRL's, which in a copy of the model would compute with the original's weight.
+            weight, bias = self.head.weight, self.head.bias
             shift = None if bias is None else bias.float()
             return nn.functional.linear(input.float(), weight.float(), shift)
+        weight, bias = head_weight(self.head, input.dtype)
         shape = getattr(weight, "ds_shape", None)
         if shape is not None and weight.shape != shape:
             raise RuntimeError(
@@ -125,8 +128,8 @@ class HeadForward:
         call.results.append(call.callback(hidden, weight, bias))
         call.shape, call.columns = hidden.shape[:-1], weight.shape[0]
         if call.placeholder is not None:
-            logits = call.placeholder.to(hidden.device)
-            return _like_logits(logits.expand(*call.shape, -1).clone(), weight)
+            given = call.placeholder.to(hidden.device)
+            return _like_logits(given.expand(*call.shape, -1).clone(), weight)
         logprob: Tensor | None = getattr(call.results[-1], "logprob", None)
         if logprob is None or not logprob.requires_grad:
             return _like_logits(hidden.new_empty((*call.shape, 0)), weight)
@@ -263,11 +266,14 @@ def cast_dtype(head: nn.Module) -> torch.dtype | None:
     return torch.float32 if casts_to_float32(forward) else None
 
 
-def plain_head(model: nn.Module) -> nn.Linear:
+def plain_head(model: nn.Module) -> Any:
     """The output head of `model`: a module that computes ``hidden @ weight.T + bias`` alone.
 
+    Its weight and bias are those of `heads.head_weight`: it may be of a registered kind.
+
     Raises:
-        TypeError: there is none, or it is another kind of module (LoRA on the head, quantized).
+        TypeError: there is none, or it is another kind of module (LoRA on the head, quantized by a package that is not
+            known).
     """
     name = type(model).__name__
     find = getattr(model, "get_output_embeddings", None)
@@ -281,7 +287,9 @@ def plain_head(model: nn.Module) -> nn.Linear:
         head = head.original_module if off else saved[adapters[0]]
     if head is None:
         raise TypeError(f"model: expected a causal LM with an output head, {name} has none")
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    registered = head_function(head) is not None
+    linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    if not (linear or registered):
         raise TypeError(
             f"model: expected a plain linear output head, {name} has "
             f"{type(head).__module__}.{type(head).__name__}, whose logits are not hidden @ weight.T"
@@ -290,11 +298,11 @@ def plain_head(model: nn.Module) -> nn.Linear:
     known = forward is None or isinstance(forward, HeadForward) or casts_to_float32(forward)
     if replaced or not known:
         raise TypeError(f"model: the forward of the output head of {name} is already replaced")
-    weight = head.weight
-    if not (weight.is_floating_point() and _is_plain(weight)):
+    weight, _ = head_weight(head)
+    if not registered and not (weight.is_floating_point() and _is_plain(weight)):
         raise TypeError(
             f"model: expected an output head with a floating-point weight, {name} has one of "
-            f"{type(weight).__module__}.{type(weight).__name__} in {weight.dtype} (quantized?)"
+            f"{type(weight).__module__}.{type(weight).__name__} in {weight.dtype} (quantized? see ift.heads.register_head)"
         )
     for hook in head._backward_pre_hooks.values():
         if getattr(hook, "__module__", "").split(".")[0] not in ("torch", "deepspeed"):

@@ -25,6 +25,7 @@ from ift.head_pass import (
     head_pass,
     plain_head,
 )
+from ift.heads import check_rows, head_function, head_logits, head_weight
 from ift.one_pass import loss_pass
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded
@@ -78,7 +79,7 @@ def measure_transform(
     Raises:
         RuntimeError: the code does anything other than scale, then softcap.
     """
-    width = max(plain_head(model).out_features, len(_PROBES))
+    width = max(head_weight(plain_head(model))[0].shape[0], len(_PROBES))
     probes = torch.tensor(_PROBES, dtype=torch.float32, device="cpu")
     values = probes.repeat(math.ceil(width / len(_PROBES)))[:width]
     with evaluating(model), torch.no_grad():
@@ -178,10 +179,18 @@ def _plain_loss(model: Any, forward: Callable[..., Any], head: HeadOptions) -> t
     """
     linear: Any = plain_head(model)
     inputs, replaced = _few_tokens(model), vars(linear).get("forward")
-    own, found = linear.forward, [torch.finfo(linear.weight.dtype).eps]
+    own, found = linear.forward, [torch.finfo(head_weight(linear)[0].dtype).eps]
 
     def logits(hidden: Tensor) -> Tensor:
-        made: Tensor = own(hidden) if head.logits_dtype is None else _float32(linear, hidden)
+        if head_function(linear) is not None:
+            # With a gradient: without one bitsandbytes packs its weight anew on some CPUs.
+            with torch.enable_grad():
+                check_rows(linear, hidden, own(hidden.detach().requires_grad_()).detach())
+            made = head_logits(linear, hidden, head.logits_dtype or hidden.dtype)
+        elif head.logits_dtype is None:
+            made = own(hidden)
+        else:
+            made = head_logits(linear, hidden, torch.float32)
         found[:] = [torch.finfo(made.dtype).eps]
         return made
 
@@ -194,15 +203,6 @@ def _plain_loss(model: Any, forward: Callable[..., Any], head: HeadOptions) -> t
         else:
             linear.forward = replaced
     return loss, found[0]
-
-
-def _float32(head: Any, hidden: Tensor) -> Tensor:
-    """Logits in float32, without a copy of the whole weight."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        wide = hidden.float()
-        tiles = [nn.functional.linear(wide, tile.float()) for tile in head.weight.split(4096)]
-        logits = torch.cat(tiles, -1)
-        return logits if head.bias is None else logits + head.bias.float()
 
 
 def _has_no_values(parameter: Tensor) -> bool:
@@ -226,7 +226,7 @@ def plain_ids(model: Any) -> list[int]:
             if name.endswith(("_token_id", "_token_index")):
                 given = value if isinstance(value, list) else [value]
                 special.update(i for i in given if isinstance(i, int))
-    columns: int = plain_head(model).out_features
+    columns = head_weight(plain_head(model))[0].shape[0]
     vocabulary = range(
         min(columns, getattr(model.get_input_embeddings(), "num_embeddings", columns))
     )
