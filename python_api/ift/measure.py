@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ift.head_options import HeadOptions
 from ift.head_pass import (
@@ -25,7 +25,7 @@ from ift.head_pass import (
     head_pass,
     plain_head,
 )
-from ift.heads import check_rows, head_function, head_logits, head_weight
+from ift.heads import MAX_ERROR, head_function, head_logits, head_weight, rows_error
 from ift.one_pass import loss_pass
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded
@@ -149,6 +149,8 @@ def try_few_tokens(model: Any, forward: Callable[..., Any], head: HeadOptions) -
     with evaluating(model), torch.no_grad():
         try:
             plain, eps = _plain_loss(model, forward, head)
+        except UnsupportedModel:
+            raise
         except Exception:  # a model that needs an image, say, may raise anything
             try:  # what can already be refused in a model that needs other inputs
                 measure(model, forward, _few_tokens(model))
@@ -185,7 +187,13 @@ def _plain_loss(model: Any, forward: Callable[..., Any], head: HeadOptions) -> t
         if head_function(linear) is not None:
             # With a gradient: without one bitsandbytes packs its weight anew on some CPUs.
             with torch.enable_grad():
-                check_rows(linear, hidden, own(hidden.detach().requires_grad_()).detach())
+                error = rows_error(linear, hidden, own(hidden.detach().requires_grad_()))
+            if not error <= MAX_ERROR:
+                raise UnsupportedModel(
+                    f"{type(model).__name__}: the logits of its head, {type(linear).__name__}, are "
+                    "not those of the rows of its weight: expected a relative difference of at "
+                    f"most {MAX_ERROR}, got {error:.3g}"
+                )
             made = head_logits(linear, hidden, head.logits_dtype or hidden.dtype)
         elif head.logits_dtype is None:
             made = own(hidden)

@@ -112,7 +112,11 @@ def linear_4bit(module: Any) -> Found:
 
     whole_blocks = width % block == 0
     made = HeadRows(
-        rows, shape, dtype=state.dtype, device=weight.device, gather=gather if whole_blocks else None
+        rows,
+        shape,
+        dtype=state.dtype,
+        device=weight.device,
+        gather=gather if whole_blocks else None,
     )
     return made, module.bias
 
@@ -171,7 +175,9 @@ def by_slices(module: Any) -> Found:
         found: Tensor = weight[_part(first, last, weight.shape[0])].dequantize()
         return found[start - first : stop - first]
 
-    return HeadRows(rows, tuple(weight.shape), dtype=weight.dtype, device=weight.device), module.bias
+    return HeadRows(
+        rows, tuple(weight.shape), dtype=weight.dtype, device=weight.device
+    ), module.bias
 
 
 def _part(start: int, stop: int, rows: int) -> slice:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 
 import dense
 import ift_kernels
@@ -162,8 +163,7 @@ def test_a_shard_of_the_vocabulary(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
     try:
         ours, want = (
-            ift_kernels.vocab_parallel_logprobs(hidden, w, target).logprob
-            for w in (weight, values)
+            ift_kernels.vocab_parallel_logprobs(hidden, w, target).logprob for w in (weight, values)
         )
         grads = [torch.autograd.grad(x.sum(), hidden)[0] for x in (ours, want)]
     finally:
