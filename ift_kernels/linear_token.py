@@ -186,8 +186,8 @@ def head_of(
     n, device = hidden.shape[0], hidden.device
     operands = operand_dtype(hidden, weight, dtype)
     problem = plan.Problem(
-        n, weight.shape[0], weight.shape[1], dtype, workspace, same_dtype=is_dense(weight, operands),
-        device=devices.of(device), deterministic=deterministic, operand_dtype=operands,
+        n, weight.shape[0], weight.shape[1], dtype, workspace,
+        same_dtype=is_dense(weight, operands), device=devices.of(device), deterministic=deterministic, operand_dtype=operands,
     )  # fmt: skip
     if deterministic:
         n = padded_rows(problem, device)

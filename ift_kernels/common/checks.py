@@ -206,7 +206,8 @@ def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None, of: str 
     if isinstance(weight, HeadRows):
         if weight.requires_grad:
             raise ValueError(
-                f"{of}weight: expected no gradient of HeadRows, a frozen head, got requires_grad=True"
+                f"{of}weight: expected no gradient of HeadRows, a frozen head, got "
+                "requires_grad=True"
             )
         if torch.compiler.is_compiling():
             raise RuntimeError(

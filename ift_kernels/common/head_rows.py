@@ -150,7 +150,7 @@ class HeadRows(Tensor):
         return f"HeadRows({tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # as torch documents it
         cls,
         func: Any,
         types: Any,

@@ -105,7 +105,7 @@ class HeadForward:
         """Put back the forward that the head had before."""
         del self.head.forward
         if self.previous is not None:
-            self.head.forward = self.previous  # type: ignore[method-assign]  # of one object
+            self.head.forward = self.previous  # of one object
 
     def __call__(self, input: Tensor) -> Tensor:
         call = _current.get()
@@ -272,8 +272,8 @@ def plain_head(model: nn.Module) -> Any:
     Its weight and bias are those of `heads.head_weight`: it may be of a registered kind.
 
     Raises:
-        TypeError: there is none, or it is another kind of module (LoRA on the head, quantized by a package that is not
-            known).
+        TypeError: there is none, or it is another kind of module (LoRA on the head, quantized
+            in a way that is not known).
     """
     name = type(model).__name__
     find = getattr(model, "get_output_embeddings", None)
@@ -302,7 +302,8 @@ def plain_head(model: nn.Module) -> Any:
     if not registered and not (weight.is_floating_point() and _is_plain(weight)):
         raise TypeError(
             f"model: expected an output head with a floating-point weight, {name} has one of "
-            f"{type(weight).__module__}.{type(weight).__name__} in {weight.dtype} (quantized? see ift.heads.register_head)"
+            f"{type(weight).__module__}.{type(weight).__name__} in {weight.dtype} "
+            "(quantized? see ift.heads.register_head)"
         )
     for hook in head._backward_pre_hooks.values():
         if getattr(hook, "__module__", "").split(".")[0] not in ("torch", "deepspeed"):

@@ -7,6 +7,7 @@ of bitsandbytes and torchao are built in (`ift.quantized_heads`); `register_head
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -77,7 +78,7 @@ def head_function(head: nn.Module) -> HeadFunction | None:
     # A plain linear layer is known by its weight alone.
     of_module = () if linear else type(head).__mro__
     for package in {t.__module__.split(".")[0] for t in (*of_module, *of_weight)}:
-        if package in _BUILT_IN:
+        if package in _BUILT_IN and package in sys.modules:
             importlib.import_module("ift.quantized_heads").register(package, register_built_in)
     for kind in (*of_module, *of_weight):
         found = _registered.get(kind)

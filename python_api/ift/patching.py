@@ -82,7 +82,8 @@ def patch(
 
     Args:
         model: a transformers causal LM with a linear output head, or a PEFT model around one. A
-            quantized head (bitsandbytes, torchao, `ift.heads.register_head`) is frozen. Patch before DDP or FSDP wraps it.
+            quantized head (bitsandbytes, torchao, `ift.heads.register_head`) is frozen. Patch before
+            DDP or FSDP wraps it.
         gradient: of the head, as in `ift_kernels.linear_logprobs`: "exact", or "active" (an
             `ift_kernels.ActiveSet` for its options), which approximates. "exact" at first.
         logits_dtype: of the losses, as in `ift_kernels.linear_logprobs`: torch.float32 keeps their
@@ -100,8 +101,8 @@ def patch(
         ValueError: another gradient or logits_dtype than these; a logits_dtype for a model in
             float64; an approximate gradient that is to be deterministic.
         TypeError: no output head, or one that is not plainly linear (LoRA on the head) or quantized
-            by another package;
-            an encoder–decoder model; a PEFT model that has kept the unpatched forward.
+            by another package; an encoder–decoder model; a PEFT model that has kept the unpatched
+            forward.
         RuntimeError: code after the head that does other things than scale and softcap, or a loss
             that is not next-token cross-entropy. All of them name the model.
 

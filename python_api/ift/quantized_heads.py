@@ -71,7 +71,8 @@ def linear_4bit(module: Any) -> Found:
     def scales(start: int, stop: int) -> Tensor:
         """Of these blocks, float32."""
         if not state.nested:
-            return state.absmax[start:stop].float()
+            plain: Tensor = state.absmax[start:stop].float()
+            return plain
         outer = state.state2.blocksize
         first, last = start // outer, -(-stop // outer)
         part = slice(first * outer, min(last * outer, state.absmax.numel()))
@@ -79,7 +80,8 @@ def linear_4bit(module: Any) -> Found:
             state.absmax[part].contiguous(), absmax=state.state2.absmax[first:last].contiguous(),
             code=state.state2.code, blocksize=outer,
         )  # fmt: skip
-        return (found + state.offset)[start - part.start : stop - part.start].float()
+        found = (found + state.offset)[start - part.start : stop - part.start].float()
+        return found
 
     def dequantized(codes: Tensor, of_blocks: Tensor) -> Tensor:
         part = QuantState(
@@ -99,10 +101,12 @@ def linear_4bit(module: Any) -> Found:
     def scales_of(blocks: Tensor) -> Tensor:
         """The same of chosen blocks."""
         if not state.nested:
-            return state.absmax[blocks].float()
+            plain: Tensor = state.absmax[blocks].float()
+            return plain
         inner, code = state.state2, state.state2.code.to(blocks.device)
         found: Tensor = code[state.absmax[blocks].long()] * inner.absmax[blocks // inner.blocksize]
-        return (found + state.offset).float()
+        found = (found + state.offset).float()
+        return found
 
     def gather(ids: Tensor) -> Tensor:
         per_row = width // block

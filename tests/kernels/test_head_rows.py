@@ -146,7 +146,7 @@ def test_other_operations():
 
 
 def test_a_second_backward_and_checkpointing_read_the_rows_again():
-    weight, values = int8()
+    weight, _ = int8()
     hidden, _, target = inputs()
     loss = per_token(hidden, weight, target)
     first, again = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
