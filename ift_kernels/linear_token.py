@@ -187,7 +187,8 @@ def head_of(
     operands = operand_dtype(hidden, weight, dtype)
     problem = plan.Problem(
         n, weight.shape[0], weight.shape[1], dtype, workspace,
-        same_dtype=is_dense(weight, operands), device=devices.of(device), deterministic=deterministic, operand_dtype=operands,
+        same_dtype=is_dense(weight, operands), device=devices.of(device),
+        deterministic=deterministic, operand_dtype=operands,
     )  # fmt: skip
     if deterministic:
         n = padded_rows(problem, device)

@@ -57,7 +57,7 @@ class HeadRows(Tensor):
     _rows: ReadRows
     _gather: ReadIds | None
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's
 
     @staticmethod
     def __new__(
@@ -143,10 +143,14 @@ class HeadRows(Tensor):
 
     def _in(self, dtype: torch.dtype) -> HeadRows:
         return HeadRows(
-            self._rows, tuple(self.shape), dtype=dtype, device=self.device, gather=self._gather
+            self._rows,
+            (self.shape[0], self.shape[1]),
+            dtype=dtype,
+            device=self.device,
+            gather=self._gather,
         )
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         return f"HeadRows({tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
     @classmethod

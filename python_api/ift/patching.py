@@ -82,8 +82,8 @@ def patch(
 
     Args:
         model: a transformers causal LM with a linear output head, or a PEFT model around one. A
-            quantized head (bitsandbytes, torchao, `ift.heads.register_head`) is frozen. Patch before
-            DDP or FSDP wraps it.
+            quantized head (bitsandbytes, torchao, `ift.heads.register_head`) is frozen. Patch
+            before DDP or FSDP wraps it.
         gradient: of the head, as in `ift_kernels.linear_logprobs`: "exact", or "active" (an
             `ift_kernels.ActiveSet` for its options), which approximates. "exact" at first.
         logits_dtype: of the losses, as in `ift_kernels.linear_logprobs`: torch.float32 keeps their
