@@ -150,7 +150,7 @@ class HeadRows(Tensor):
             gather=self._gather,
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # as Tensor has it
         return f"HeadRows({tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
     @classmethod
