@@ -9,6 +9,7 @@ import torch  # noqa: F401  first: the extensions share torch's OpenMP runtime
 from ift_kernels.backends import use_backend
 from ift_kernels.class_targets import CrossEntropyStats
 from ift_kernels.common.active_set import ActiveSet, ActiveSetStats, record_active_sets
+from ift_kernels.common.head_rows import HeadRows
 from ift_kernels.influence import exact_influence, influence
 from ift_kernels.linear import TokenStats, linear_logprobs
 from ift_kernels.linear_cross_entropy import linear_cross_entropy
@@ -33,6 +34,7 @@ __all__ = [
     "ActiveSet",
     "ActiveSetStats",
     "CrossEntropyStats",
+    "HeadRows",
     "Plan",
     "SelectedLogprobs",
     "TokenChoice",

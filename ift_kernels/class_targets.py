@@ -126,7 +126,7 @@ def uniform_loss(
     is a cross-entropy against dense targets.
     """
     if class_weight is None:
-        class_weight = weight.new_ones(len(weight))
+        class_weight = torch.ones(len(weight), dtype=weight.dtype, device=weight.device)
     rows, w = hidden.reshape(-1, hidden.shape[-1]), class_weight.to(torch.float64)
     if options.softcap:
         if torch.compiler.is_compiling():

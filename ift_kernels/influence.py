@@ -198,7 +198,7 @@ def _overlap(probe: _Side, train: _Side, budget: int) -> Tensor:
     if not total.numel():
         return total
     # Products of both sides, what the reference's epilogue makes of the larger, and cast weights.
-    cast = 0 if head.weight.dtype == head.hidden.dtype else head.hidden.shape[1]
+    cast = 0 if head.reads_weight else head.hidden.shape[1]
     wide = max(probe.rows, train.rows) if head.backend is reference else 0
     per_column = head.hidden.element_size() * (probe.rows + train.rows + 10 * wide + cast)
     fit = min(budget, plan.TILE_BYTES * 8) // per_column

@@ -11,6 +11,7 @@ from torch import Tensor
 from ift_kernels import backends
 from ift_kernels.backends import contract
 from ift_kernels.common import checks
+from ift_kernels.common.head_rows import is_dense
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.linear import check_adapter
 from ift_kernels.operators import library
@@ -197,8 +198,9 @@ def head_of(
     n, device = hidden.shape[0], hidden.device
     operands = operand_dtype(hidden, weight, dtype)
     problem = plan.Problem(
-        n, weight.shape[0], weight.shape[1], dtype, workspace, same_dtype=weight.dtype == operands,
-        device=devices.of(device), deterministic=deterministic, operand_dtype=operands,
+        n, weight.shape[0], weight.shape[1], dtype, workspace,
+        same_dtype=is_dense(weight, operands), device=devices.of(device),
+        deterministic=deterministic, operand_dtype=operands,
     )  # fmt: skip
     if deterministic:
         n = padded_rows(problem, device)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ift_kernels.common.head_rows import HeadRows
+
 
 def debugging() -> bool:
     """Whether ``IFT_DEBUG=1`` asks for checks of values on GPUs too, which stall their queue."""
@@ -200,6 +202,17 @@ def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None, of: str 
         if value.device != hidden.device:
             raise ValueError(
                 f"{name}: expected on {hidden.device} like {of}hidden, got {value.device}"
+            )
+    if isinstance(weight, HeadRows):
+        if weight.requires_grad:
+            raise ValueError(
+                f"{of}weight: expected no gradient of HeadRows, a frozen head, got "
+                "requires_grad=True"
+            )
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{of}weight: HeadRows cannot be part of a compiled graph, expected a call outside "
+                "of torch.compile"
             )
     if hidden.device.type in NO_FLOAT64:
         raise RuntimeError(

@@ -13,6 +13,7 @@ from ift_kernels import backends
 from ift_kernels.backends.contract import Backend, Selected
 from ift_kernels.common import checks, sync_free
 from ift_kernels.common.active_set import ActiveSet
+from ift_kernels.common.head_rows import is_dense
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.operators.adapter import AdapterTensors, Needs
 from ift_kernels.schedule import deterministic, device, plan
@@ -233,7 +234,7 @@ def problem(
     transpose = backends.get(hidden, dtype).wants_transpose(dtype)
     found = plan.Problem(
         hidden.shape[0], weight.shape[0], weight.shape[1], dtype, options.workspace, *needs,
-        grads_in_forward and not half, weight.dtype == operands, transpose,
+        grads_in_forward and not half, is_dense(weight, operands), transpose,
         None if active is None or operands != dtype else active.options, device.of(hidden.device),
         hidden.dtype == operands, fp32_weight_sum, options.deterministic, operands,
         reads_head_rows(backends.get(hidden, dtype), weight, dtype), any(adapter_needs),
@@ -248,7 +249,7 @@ def problem(
 def reads_head_rows(backend: Backend, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether active columns are multiplied by head rows where they lie."""
     there = hasattr(backend, "add_active_products") and dtype.itemsize == 2
-    return there and weight.dtype == dtype and weight.stride(1) == 1
+    return there and is_dense(weight, dtype) and weight.stride(1) == 1
 
 
 def active_hidden(active: list[float]) -> ActiveHidden | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ift_kernels.common import settings
+from ift_kernels.common import head_rows, settings
 
 Formula = Callable[..., Any]
 
@@ -61,6 +61,7 @@ def register(
         _linear.add(name)
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    head_rows.OPERATORS[f"ift_kernels::{name}"] = implementation
     torch.library.register_fake(f"ift_kernels::{name}", fake, lib=_LIBRARY)
     if autograd is None:
         _LIBRARY.impl(name, _without_gradient(name), "Autograd", with_keyset=True)

@@ -320,7 +320,7 @@ class ActiveHidden:
         """The head's rows over the buckets of these columns, for `finish`."""
         key = columns.start, columns.stop
         if key not in self._head_sums:
-            sums = head.backend.bucket_sums(head.weight[columns], self._bucket, weights)
+            sums = head.backend.bucket_sums(head.weight_rows(columns), self._bucket, weights)
             self._head_sums[key] = sums.to(accum_dtype(head.hidden.dtype))
 
     def _take(self, name: str, head: Head, elements: int) -> Tensor:

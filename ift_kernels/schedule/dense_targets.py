@@ -41,7 +41,7 @@ class DenseTargets:
         """Tiles of all rows: a chunk of probabilities serves one."""
         (n, width), head = self.head.hidden.shape, self.head
         accum, size = accum_dtype(head.dtype).itemsize, head.dtype.itemsize
-        cast = head.weight.dtype != head.hidden.dtype
+        cast = not head.reads_weight
         per_column = n * (size + ARRAYS * accum) + width * head.hidden.element_size() * (1 + cast)
         columns = min(max(self.workspace // per_column, 1), head.vocabulary)
         whole = plan.make(plan.Problem(n, head.vocabulary, width, head.dtype, self.workspace))

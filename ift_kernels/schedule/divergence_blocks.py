@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ift_kernels.backends import contract, reference
 from ift_kernels.backends.contract import Chunk
+from ift_kernels.common.head_rows import is_dense
 from ift_kernels.schedule.accumulate import Sum, accum_dtype, add_column_sums
 from ift_kernels.schedule.divergence_plan import Heads, Layout, Needs, in_place, layout
 from ift_kernels.schedule.gradients import Gradients
@@ -236,7 +237,7 @@ class Divergence:
     def _hidden(self, rows: slice) -> Tensor:
         """dh of a block; by whole ranges of columns, for vendor GEMMs want a long inner size."""
         parts = self.products.gradients(rows)
-        if self.head.weight.dtype != self.head.dtype:  # it or the gradient is cast by tiles
+        if not is_dense(self.head.weight, self.head.dtype):  # it or the gradient is cast by tiles
             parts = [(columns, pair[0].x) for columns, pair in self.products.tiles(rows)]
         size = rows.stop - rows.start, self.head.hidden.shape[1]
         total = Sum(size, self.head.hidden, self.head.vocabulary)

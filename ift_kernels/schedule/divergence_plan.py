@@ -51,10 +51,10 @@ def layout(heads: Heads, workspace: int, need_hidden: bool, need_weight: bool) -
     own, other = (head.dtype.itemsize for head in heads)
     flip = own * (need_weight and student.backend.wants_transpose(student.dtype))
     cast = sum(
-        (head.weight.dtype != head.hidden.dtype) * head.weight.shape[1] * size
+        (not head.reads_weight) * head.weight.shape[1] * size
         for head, size in zip(heads, (own, other), strict=True)
     )
-    same, operand = student.weight.dtype == student.hidden.dtype, student.hidden.element_size()
+    same, operand = student.reads_weight, student.hidden.element_size()
     rounded = operand * (operand != own)  # a tile's gradient once more
     sums = width * (operand + 4)  # of dW's columns, unless a tile writes them once
     gpu = device.of(student.hidden.device).is_gpu
@@ -106,7 +106,7 @@ def layout(heads: Heads, workspace: int, need_hidden: bool, need_weight: bool) -
 
 def in_place(head: Head) -> bool:
     """Whether dW can be summed over blocks in place."""
-    return head.weight.dtype == head.hidden.dtype and head.weight.dtype.itemsize >= 4
+    return head.reads_weight and head.weight.dtype.itemsize >= 4
 
 
 def _even(rows: int, most: int) -> int:

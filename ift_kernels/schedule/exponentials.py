@@ -95,9 +95,9 @@ class _Block:
             exponentials_(chunk, self._target, self.state, centre, sums)
             self._tiles.append((columns, centre))
             if sums is not None:
-                sums.addmm_(product, head.weight[columns])
+                sums.addmm_(product, head.weight_chunk(columns))
             elif total is not None:
-                torch.mm(product, head.weight[columns], out=total)
+                torch.mm(product, head.weight_chunk(columns), out=total)
             if head.adapter is not None and head.adapter.d_hidden is not None:
                 of_adapter = head.adapter.d_hidden
                 rescale = torch.where(before == centre, 1.0, (before - centre).exp())

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ift_kernels.common.head_rows import is_dense
 from ift_kernels.schedule import cost, plan
 from ift_kernels.schedule.accumulate import accum_dtype
 from ift_kernels.schedule.head import Results, slices
@@ -72,7 +73,7 @@ def gradients(
 
 
 def _d_hidden(hidden: Tensor, weight: Tensor, ids: Tensor, d_product: Tensor, space: int) -> Tensor:
-    if weight.dtype == d_product.dtype:
+    if is_dense(weight, d_product.dtype):
         found = F.embedding_bag(ids, weight, mode="sum", per_sample_weights=d_product)
         return found.to(hidden.dtype)
     out = torch.empty_like(hidden)

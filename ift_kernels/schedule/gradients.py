@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ift_kernels.backends.contract import ActiveColumns, RowGradient
+from ift_kernels.common.head_rows import is_dense
 from ift_kernels.schedule import exponentials
 from ift_kernels.schedule.accumulate import (
     Sum,
@@ -143,7 +144,7 @@ class Gradients:
         # dh from all of them in one product: vendor GEMMs want a long inner size (oneDNN is twice
         # as fast from 16k on as at 4k), and it is rounded once. Not where that means a cast of the
         # head or of the gradient, nor where products are of one size.
-        whole = self.head.weight.dtype == kept.dtype and not plan.product_rows
+        whole = is_dense(self.head.weight, kept.dtype) and not plan.product_rows
         if whole and self.stays_products:  # one pass of all columns
             tile_columns = kept.shape[1]
         tiles = (

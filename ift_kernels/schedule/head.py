@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ift_kernels.backends.contract import Backend, Chunk, Selected
+from ift_kernels.common.head_rows import HeadRows, is_dense, read_rows
 from ift_kernels.common.transform import LogitTransform
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Head:
 
     backend: Backend
     hidden: Tensor  # (N, D), in the dtype of the operands of products
-    weight: Tensor  # (V, D), any float dtype, cast chunk by chunk
+    weight: Tensor  # (V, D), any float dtype, or `HeadRows`; cast or computed chunk by chunk
     bias: Tensor | None  # (V,), float32 (float64 when computing in float64)
     transform: LogitTransform
     # Of products: that of their operands, or float32 where the vendor does not round 16-bit ones.
@@ -44,6 +45,11 @@ class Head:
     def dtype(self) -> torch.dtype:
         """Of products."""
         return self.product_dtype or self.hidden.dtype
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether products take rows of the weight where they are, without a cast."""
+        return is_dense(self.weight, self.hidden.dtype)
 
     @property
     def rounds_gradients(self) -> bool:
@@ -71,15 +77,21 @@ class Head:
         return empty_padded(self.backend, like, rows, columns)
 
     def weight_chunk(self, columns: slice) -> Tensor:
-        if self.weight.dtype == self.hidden.dtype:
+        if self.reads_weight:
             return self.weight[columns]
         key = columns.start, columns.stop
         if key not in self._cast:
             self._cast.clear()  # before the next takes its memory
-            chunk = self.weight[columns]
-            cast: Tensor = self.backend.scratch(self.hidden, chunk.numel()).view(chunk.shape)
-            self._cast[key] = cast.copy_(chunk)
+            shape = columns.stop - columns.start, self.weight.shape[1]
+            cast: Tensor = self.backend.scratch(self.hidden, shape[0] * shape[1]).view(shape)
+            self._cast[key] = read_rows(self.weight, columns, cast)
         return self._cast[key]
+
+    def weight_rows(self, columns: slice) -> Tensor:
+        """The same, not cast: of computed rows the chunk that products take."""
+        if isinstance(self.weight, HeadRows):
+            return self.weight_chunk(columns)
+        return self.weight[columns]
 
     def multiply(self, columns: slice, out: Tensor, rows: slice = slice(None)) -> None:
         """Write the products of these rows and columns to `out`."""

@@ -115,7 +115,7 @@ def statistics(
     # One kernel for products and statistics, where a backend has it and its table prefers it.
     fused: Callable[..., bool] | None = getattr(head.backend, "fused_statistics", None)
     rounds = head.dtype != head.hidden.dtype or plan.product_rows  # otherwise than such a kernel
-    plain = head.selected is None and head.adapter is None
+    plain = head.selected is None and head.adapter is None and head.reads_weight
     if last and kept is None and fused is not None and not rounds and plain:
         operands = head.hidden, head.weight, head.bias, head.transform
         if fused(*operands, target, state, track):

@@ -57,7 +57,7 @@ class TailWeights:
         accum, weights = accum_dtype(head.hidden.dtype), []
         step = 1 << 14 if head.hidden.device.type == "cpu" else columns.stop - columns.start
         for some in slices(columns.start, columns.stop, step):  # a GPU wants few launches
-            weight, bias = head.weight[some], head.bias_chunk(some)
+            weight, bias = head.weight_rows(some), head.bias_chunk(some)
             products = torch.mm(weight, self.mean.to(weight.dtype)[:, None])[:, 0]
             z = head.transform.apply(products.to(accum), bias)
             q = (z - self.top).clamp(-self.range, 0.0).exp()

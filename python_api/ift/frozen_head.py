@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ift.head_parts import refuse_adapter
 from ift.head_pass import evaluating, head_pass
-from ift.lora_head import refuse_adapter
 from ift.losses import Head
 from ift.patching import base_model, measured_model, original_forward
 from ift.token_stats import transform_options

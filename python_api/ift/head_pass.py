@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ift.documents import IGNORE_INDEX, shifted_targets
-from ift.lora_head import check_lora, has_hooks, head_parts, is_lora
+from ift.head_parts import check_lora, has_hooks, head_parts
+from ift.heads import base_layer, head_function, head_weight, is_lora
 from ift_kernels.vocab_parallel import is_sharded, whole
 
 
@@ -28,7 +29,7 @@ class UnsupportedModel(RuntimeError):
     """The model's own code does something that a loss without logits cannot reproduce."""
 
 
-# (hidden, weight, bias, **adapter) → result; the last are `lora_head.HeadParts.adapter`.
+# (hidden, weight, bias, **adapter) → result; the last are `head_parts.HeadParts.adapter`.
 HeadCallback = Callable[..., Any]
 # Arguments of a patched forward; another function that gets one would ignore it.
 PATCH_ARGUMENTS = ("ift", "skip_logits", "loss")
@@ -110,34 +111,33 @@ class HeadForward:
 
     def __call__(self, input: Tensor, **kwargs: Any) -> Tensor:
         call = _current.get()
-        weight, bias = self.head.weight, self.head.bias
         if call is None or call.head is not self.head:
             if self.previous is None:
                 logits: Tensor = type(self.head).forward(self.head, input, **kwargs)
                 return logits
             # As TRL's, which in a copy of the model would compute with the original's weight.
+            weight, bias = self.head.weight, self.head.bias
             shift = None if bias is None else bias.float()
             return nn.functional.linear(input.float(), weight.float(), shift)
         for name, value in kwargs.items():
             if value is not None:  # of PEFT, as adapter_names
                 raise ValueError(f"{name}: expected None with LoRA on the output head, got one")
-        hidden = whole(input, weight)
+        hidden = whole(input, head_weight(self.head, input.dtype)[0])
         parts = head_parts(self.head, hidden)
-        call.results.append(call.callback(hidden, weight, parts.bias, **parts.adapter))
-        call.shape, call.columns = hidden.shape[:-1], weight.shape[0]
+        call.results.append(call.callback(hidden, parts.weight, parts.bias, **parts.adapter))
+        call.shape, call.columns = hidden.shape[:-1], parts.weight.shape[0]
         if call.placeholder is not None:
             logits = call.placeholder.to(hidden.device)
-            return self._like_logits(logits.expand(*call.shape, -1).clone())
+            return self._like_logits(logits.expand(*call.shape, -1).clone(), parts.weight)
         logprob: Tensor | None = getattr(call.results[-1], "logprob", None)
         if logprob is None or not logprob.requires_grad:
-            return self._like_logits(hidden.new_empty((*call.shape, 0)))
+            return self._like_logits(hidden.new_empty((*call.shape, 0)), parts.weight)
         # Empty, but in the result's graph: sharding gathers the weight for backward when a gradient
         # reaches the head's output, so the graph from loss to result has to go through it.
-        return self._like_logits(logprob[..., None][..., :0].to(hidden.dtype).clone())
+        return self._like_logits(logprob[..., None][..., :0].to(hidden.dtype).clone(), parts.weight)
 
-    def _like_logits(self, placeholder: Tensor) -> Tensor:
+    def _like_logits(self, placeholder: Tensor, weight: Any) -> Tensor:
         """As a DTensor if the head's weight is one, which hooks of the head make logits of."""
-        weight: Any = self.head.weight
         if not is_sharded(weight) or is_lora(self.head):  # hooks of its base do not run
             return placeholder
         from torch.distributed.tensor import DTensor, Replicate
@@ -266,10 +266,12 @@ def cast_dtype(head: nn.Module) -> torch.dtype | None:
 def plain_head(model: nn.Module) -> Any:
     """The output head of `model`: a module that computes ``hidden @ weight.T + bias`` alone.
 
-    Or PEFT's LoRA or DoRA around one, with its weight and bias; see `ift.lora_head`.
+    Or PEFT's LoRA or DoRA around one, see `ift.head_parts`. Its weight and bias are those of
+    `heads.head_weight`: it may be of a registered kind.
 
     Raises:
-        TypeError: there is none, or it is another kind of module (another adapter, quantized).
+        TypeError: there is none, or it is another kind of module (another adapter, quantized in a
+            way that is not known).
     """
     name = type(model).__name__
     find = getattr(model, "get_output_embeddings", None)
@@ -283,14 +285,15 @@ def plain_head(model: nn.Module) -> Any:
         head = head.original_module if off else saved[adapters[0]]
     if head is None:
         raise TypeError(f"model: expected a causal LM with an output head, {name} has none")
-    base = head
-    if is_lora(head):
+    base = base_layer(head)
+    if base is not head:
         check_lora(head, name)
-        base = head.base_layer
         # Its forward is not called: whatever shards or moves its weight there would not run.
         replaced = replaced or casts_to_float32(vars(head).get("forward"))
         replaced = replaced or has_hooks(base)
-    if not isinstance(base, nn.Linear) or type(base).forward is not nn.Linear.forward:
+    registered = head_function(base) is not None
+    linear = isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward
+    if not (linear or registered):
         raise TypeError(
             f"model: expected a plain linear output head, {name} has "
             f"{type(base).__module__}.{type(base).__name__}, whose logits are not hidden @ weight.T"
@@ -299,11 +302,12 @@ def plain_head(model: nn.Module) -> Any:
     known = (f is None or isinstance(f, HeadForward) or casts_to_float32(f) for f in forwards)
     if replaced or not all(known):
         raise TypeError(f"model: the forward of the output head of {name} is already replaced")
-    weight = base.weight
-    if not (weight.is_floating_point() and _is_plain(weight)):
+    weight, _ = head_weight(base)
+    if not registered and not (weight.is_floating_point() and _is_plain(weight)):
         raise TypeError(
             f"model: expected an output head with a floating-point weight, {name} has one of "
-            f"{type(weight).__module__}.{type(weight).__name__} in {weight.dtype} (quantized?)"
+            f"{type(weight).__module__}.{type(weight).__name__} in {weight.dtype} "
+            "(quantized? see ift.heads.register_head)"
         )
     for hook in head._backward_pre_hooks.values():
         if getattr(hook, "__module__", "").split(".")[0] not in ("torch", "deepspeed"):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ift.documents import IGNORE_INDEX
 from ift.head_pass import evaluating, plain_head
+from ift.heads import head_weight
 from ift_kernels import mixed_in_ids, temporal_residual
 from ift_kernels.vocab_parallel import is_sharded
 
@@ -148,7 +149,7 @@ def mixing(model: Any, mixture: Mixture) -> Iterator[None]:
     if not isinstance(module.__dict__.get("forward"), EmbeddingForward):
         module.forward = EmbeddingForward(module)
     parameters = list(module.parameters())
-    head = plain_head(model).weight  # has a gradient of its own
+    head, _ = head_weight(plain_head(model))  # has a gradient of its own
     lookup = _Lookup(
         module,
         mixture,

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ift.head_options import HeadOptions
+from ift.head_parts import MAX_ERROR, head_logits, rows_error
 from ift.head_pass import (
     LossArguments,
     LossFunction,
@@ -25,7 +26,7 @@ from ift.head_pass import (
     head_pass,
     plain_head,
 )
-from ift.lora_head import head_parts
+from ift.heads import base_layer, head_function, head_weight
 from ift.one_pass import loss_pass
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded
@@ -79,7 +80,7 @@ def measure_transform(
     Raises:
         RuntimeError: the code does anything other than scale, then softcap.
     """
-    width = max(plain_head(model).out_features, len(_PROBES))
+    width = max(head_weight(plain_head(model))[0].shape[0], len(_PROBES))
     probes = torch.tensor(_PROBES, dtype=torch.float32, device="cpu")
     values = probes.repeat(math.ceil(width / len(_PROBES)))[:width]
     with evaluating(model), torch.no_grad():
@@ -149,6 +150,8 @@ def try_few_tokens(model: Any, forward: Callable[..., Any], head: HeadOptions) -
     with evaluating(model), torch.no_grad():
         try:
             plain, eps = _plain_loss(model, forward, head)
+        except UnsupportedModel:
+            raise
         except Exception:  # a model that needs an image, say, may raise anything
             try:  # what can already be refused in a model that needs other inputs
                 measure(model, forward, _few_tokens(model))
@@ -179,10 +182,24 @@ def _plain_loss(model: Any, forward: Callable[..., Any], head: HeadOptions) -> t
     """
     linear: Any = plain_head(model)
     inputs, replaced = _few_tokens(model), vars(linear).get("forward")
-    own, found = linear.forward, [torch.finfo(linear.weight.dtype).eps]
+    own, found = linear.forward, [torch.finfo(head_weight(linear)[0].dtype).eps]
 
     def logits(hidden: Tensor) -> Tensor:
-        made: Tensor = own(hidden) if head.logits_dtype is None else _float32(linear, hidden)
+        if head_function(base_layer(linear)) is not None:
+            # With a gradient: without one bitsandbytes packs its weight anew on some CPUs.
+            with torch.enable_grad():
+                error = rows_error(linear, hidden, own(hidden.detach().requires_grad_()))
+            if not error <= MAX_ERROR:
+                raise UnsupportedModel(
+                    f"{type(model).__name__}: the logits of its head, {type(linear).__name__}, are "
+                    "not those of the rows of its weight: expected a relative difference of at "
+                    f"most {MAX_ERROR}, got {error:.3g}"
+                )
+            made = head_logits(linear, hidden, head.logits_dtype or hidden.dtype)
+        elif head.logits_dtype is None:
+            made = own(hidden)
+        else:
+            made = head_logits(linear, hidden, torch.float32)
         found[:] = [torch.finfo(made.dtype).eps]
         return made
 
@@ -195,21 +212,6 @@ def _plain_loss(model: Any, forward: Callable[..., Any], head: HeadOptions) -> t
         else:
             linear.forward = replaced
     return loss, found[0]
-
-
-def _float32(head: Any, hidden: Tensor) -> Tensor:
-    """Logits in float32, without a copy of the whole weight."""
-    parts = head_parts(head, hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
-        wide = hidden.float()
-        tiles = [nn.functional.linear(wide, tile.float()) for tile in parts.weight.split(4096)]
-        logits = torch.cat(tiles, -1)
-        if parts.low_rank is not None:
-            u, b = parts.low_rank
-            logits += u.float() @ b.float().T
-        if parts.column_scale is not None:
-            logits *= parts.column_scale
-        return logits if parts.bias is None else logits + parts.bias.float()
 
 
 def _has_no_values(parameter: Tensor) -> bool:
@@ -233,7 +235,7 @@ def plain_ids(model: Any) -> list[int]:
             if name.endswith(("_token_id", "_token_index")):
                 given = value if isinstance(value, list) else [value]
                 special.update(i for i in given if isinstance(i, int))
-    columns: int = plain_head(model).out_features
+    columns = head_weight(plain_head(model))[0].shape[0]
     vocabulary = range(
         min(columns, getattr(model.get_input_embeddings(), "num_embeddings", columns))
     )

@@ -31,6 +31,7 @@ from ift.head_pass import (
     plain_head,
     refuse_lost_arguments,
 )
+from ift.heads import head_weight
 from ift.input_embeddings import EmbeddingForward
 from ift.measure import Measured, check_kind, measure, measuring, try_few_tokens
 from ift.one_pass import loss_pass
@@ -80,8 +81,9 @@ def patch(
     again does nothing, unless something has replaced the patched forward since.
 
     Args:
-        model: a transformers causal LM with a plain linear output head, or a PEFT model around one,
-            which may have LoRA or DoRA on the head, too. Patch before DDP or FSDP wraps it.
+        model: a transformers causal LM with a linear output head, or a PEFT model around one, which
+            may have LoRA or DoRA on the head, too. A quantized head (bitsandbytes, torchao,
+            `ift.heads.register_head`) is frozen. Patch before DDP or FSDP wraps it.
         gradient: of the head, as in `ift_kernels.linear_logprobs`: "exact", or "active" (an
             `ift_kernels.ActiveSet` for its options), which approximates. "exact" at first.
         logits_dtype: of the losses, as in `ift_kernels.linear_logprobs`: torch.float32 keeps their
@@ -99,8 +101,8 @@ def patch(
         ValueError: another gradient or logits_dtype than these; a logits_dtype for a model in
             float64; an approximate gradient that is to be deterministic.
         TypeError: no output head, or one that is neither linear nor LoRA or DoRA of that (another
-            adapter, DoRA with dropout, quantized); an encoder–decoder model; a PEFT model that has
-            kept the unpatched forward.
+            adapter, DoRA with dropout) or is quantized by another package; an encoder–decoder
+            model; a PEFT model that has kept the unpatched forward.
         RuntimeError: code after the head that does other things than scale and softcap, or a loss
             that is not next-token cross-entropy. All of them name the model.
 
@@ -111,7 +113,7 @@ def patch(
     check_kind(base)
     _check_wrapper(model, base)
     options = head_options(base).changed(
-        plain_head(base).weight, gradient=gradient, logits_dtype=logits_dtype,
+        head_weight(plain_head(base))[0], gradient=gradient, logits_dtype=logits_dtype,
         deterministic=deterministic,
     )  # fmt: skip
     state: _State | None = base.__dict__.get(_STATE)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ift.documents import IGNORE_INDEX
 from ift.head_options import HeadOptions
-from ift.lora_head import refuse_adapter
+from ift.head_parts import refuse_adapter
 from ift.support import Support, check_support, support_ids, support_stats
 from ift_kernels import TokenStats, linear_logprobs, vocab_parallel_logprobs
 from ift_kernels.common.transform import LogitTransform

@@ -24,9 +24,9 @@ from ift.documents import (
     shifted_targets,
 )
 from ift.head_options import HeadOptions
+from ift.head_parts import refuse_adapter, select_rows
 from ift.head_pass import LossArguments, head_pass
 from ift.input_embeddings import Mixture, embedding_table, mixing
-from ift.lora_head import refuse_adapter, select_rows
 from ift.losses import ift_loss, sft_loss
 from ift.token_stats import token_metrics, token_stats, transform_options
 from ift_kernels import TokenStats, linear_expected_embedding, linear_token

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ift.config import IFTConfig
+from ift.head_parts import head_logits
 
 IGNORE_INDEX = -100
 NEAR_TIE = 1e-6  # logits closer than this share of the largest one are nearly equal
@@ -37,9 +38,7 @@ class NaivePass(NamedTuple):
 
 def float32_product(head: nn.Linear, args: tuple[Tensor], _output: Tensor) -> Tensor:
     """A forward hook of a head: its logits as a product in float32."""
-    bias = None if head.bias is None else head.bias.float()
-    with torch.autocast(args[0].device.type, enabled=False):
-        return nn.functional.linear(args[0].float(), head.weight.float(), bias)
+    return head_logits(head, args[0], torch.float32)
 
 
 def naive_sft(model: Any, batch: dict[str, Any]) -> NaivePass:

@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ift.cli.reference import fingerprint
     from ift.head_pass import plain_head
+    from ift.heads import head_weight
     from ift.patching import base_model, patch
 
     transformers.logging.set_verbosity_error()
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     with refusals("--model"):
         patch(model, **options.of_head(arguments))
     base = base_model(model)
-    vocabulary = plain_head(base).out_features
+    vocabulary = head_weight(plain_head(base))[0].shape[0]
     if arguments.topk is not None and arguments.topk > vocabulary:
         raise CliError(
             "--topk", f"got {arguments.topk}; expected at most {vocabulary}, the head's tokens"
@@ -234,8 +235,8 @@ def score(
 
     from ift.data import Collator
     from ift.documents import shifted_targets
+    from ift.head_parts import refuse_adapter, select_rows
     from ift.head_pass import evaluating, head_pass
-    from ift.lora_head import refuse_adapter, select_rows
     from ift.losses.topk_distillation import selected_with_label
     from ift.patching import head_options, measured_model, original_forward
     from ift.teacher_shards import Teacher

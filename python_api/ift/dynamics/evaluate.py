@@ -30,8 +30,8 @@ from ift.dynamics.responses import (
     packed,
     size_of,
 )
+from ift.head_parts import select_rows
 from ift.head_pass import HeadForward, evaluating, head_pass, plain_head
-from ift.lora_head import select_rows
 from ift.measure import measure_transform
 from ift.patching import base_model, head_options
 from ift.token_stats import token_stats

@@ -18,6 +18,7 @@ from ift.config import IFTConfig
 from ift.documents import IGNORE_INDEX, boundaries, document_starts, rows_with_targets
 from ift.frozen_head import frozen_head
 from ift.head_pass import plain_head
+from ift.heads import head_weight
 from ift.integrations.metrics import TwoPassMetrics
 from ift.losses import SFTLoss
 from ift.patching import base_model, patch, unpatch
@@ -31,7 +32,8 @@ logger = logging.get_logger(__name__)
 def freeze_unreached_embedding(model: Any, config: IFTConfig) -> None:
     """Freeze the input embedding of a causal LM where IFT sends it no gradient (DDP would wait)."""
     embedding = model.get_input_embeddings()
-    tied = any(p is plain_head(model).weight for p in embedding.parameters())
+    head, _ = head_weight(plain_head(model))
+    tied = any(p is head for p in embedding.parameters())
     if not config.embedding_grad and not tied:
         embedding.requires_grad_(False)
         logger.info("embedding_grad=False: the input embedding is frozen")

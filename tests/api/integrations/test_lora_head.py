@@ -10,8 +10,8 @@ from causal_lms import step as one_step
 from ift.config import IFTConfig
 from ift.dynamics.evaluate import head_ready
 from ift.frozen_head import frozen_head
+from ift.head_parts import head_parts, weight_norm
 from ift.head_pass import head_pass, plain_head
-from ift.lora_head import head_parts, weight_norm
 from ift.losses import dpo_loss
 from ift.patching import patch, unpatch
 
@@ -132,7 +132,7 @@ def test_checkpointing():
 
 
 def test_the_norm_is_formed_row_by_row(monkeypatch):
-    monkeypatch.setattr("ift.lora_head.NORM_ELEMENTS", 60)
+    monkeypatch.setattr("ift.head_parts.NORM_ELEMENTS", 60)
     w, a, b = torch.randn(131, 20), torch.randn(3, 20), torch.randn(131, 3)
     torch.testing.assert_close(weight_norm(w, a, b, 0.7), (w + 0.7 * b @ a).norm(dim=1))
 

@@ -1,23 +1,27 @@
-"""An output head with LoRA or DoRA of PEFT: what the fused operations take of it.
+"""What the fused operations take of an output head: plain, quantized, with LoRA or DoRA of PEFT.
 
-``base + scaling * B(A(dropout(hidden)))`` becomes the base's weight and ``low_rank = (u, B)`` with
-``u = scaling * A(dropout(hidden))``, formed by PEFT's own modules, so that dropout and the
-gradients of A and of the hidden states are theirs. DoRA adds `column_scale`, magnitude over the
-norm of each row. The base is neither merged nor copied.
+``base + scaling * B(A(dropout(hidden)))`` of an adapter becomes the base's weight and
+``low_rank = (u, B)`` with ``u = scaling * A(dropout(hidden))``, formed by PEFT's own modules, so
+that dropout and the gradients of A and of the hidden states are theirs. DoRA adds `column_scale`,
+magnitude over the norm of each row. The base is neither merged nor copied.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ift.heads import head_weight, is_lora
 from ift_kernels.schedule.head import slices
 from ift_kernels.vocab_parallel import is_sharded
 
+CHUNK = 4096  # rows of a head at once
+# A quantized module's own logits may be of activations that it quantizes, or of 16-bit products:
+# 8 bits are within 2 %. A wrong layout or scale is beyond this share.
+MAX_ERROR = 0.1
 NORM_ELEMENTS = 1 << 22  # of rows of the weight whose norms are formed at once
 
 
@@ -52,14 +56,6 @@ def refuse_adapter(argument: str, adapter: dict[str, Any]) -> None:
     """
     if adapter:
         raise ValueError(f"{argument}: not supported with LoRA on the output head")
-
-
-def is_lora(head: Any) -> bool:
-    """Whether it is PEFT's LoRA around a linear head."""
-    layer: Any = sys.modules.get("peft.tuners.lora.layer")
-    if layer is None or not isinstance(head, layer.Linear):
-        return False
-    return type(head).forward is layer.Linear.forward  # FSDP2 makes a subclass of it
 
 
 def check_lora(head: Any, model: str) -> None:
@@ -98,7 +94,7 @@ def _unsupported_reason(head: Any, name: str) -> str:
     variant, lora_b = head.lora_variant.get(name), head.lora_B[name]
     if variant is not None and not _is_dora(head, name):
         return f"is a {type(variant).__name__}"
-    if head.fan_in_fan_out:
+    if getattr(head, "fan_in_fan_out", False):
         return "has fan_in_fan_out=True"
     if type(lora_b) is not nn.Linear or "forward" in vars(lora_b) or has_hooks(lora_b):
         return f"has a lora_B of {type(lora_b).__module__}.{type(lora_b).__name__} or with hooks"
@@ -127,13 +123,12 @@ def has_hooks(module: nn.Module) -> bool:
 
 def head_parts(head: Any, hidden: Tensor) -> HeadParts:
     """The operands of a head (`ift.head_pass.plain_head`), for these hidden states."""
-    base = head.base_layer if is_lora(head) else head
-    _check_gathered(head, base.weight)
-    if base is head:
-        return HeadParts(head.weight, head.bias)
-    if head.disable_adapters and head.merged:
+    if is_lora(head) and head.disable_adapters and head.merged:
         head.unmerge()  # as its forward does
-    weight, bias = base.weight, base.bias
+    weight, bias = head_weight(head, hidden.dtype)
+    _check_gathered(head, weight)
+    if not is_lora(head):
+        return HeadParts(weight, bias)
     us, bs, scale, x = [], [], None, hidden
     for name in _adapters(head):
         lora_a, lora_b, scaling = head.lora_A[name], head.lora_B[name], head.scaling[name]
@@ -172,12 +167,34 @@ def weight_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) 
     as in PEFT.
     """
     dtype = torch.promote_types(lora_a.dtype, torch.float32)
-    norm = torch.empty(len(weight), dtype=dtype, device=weight.device)
+    norm = torch.empty(weight.shape[0], dtype=dtype, device=weight.device)
     lora_a = lora_a.to(dtype)
     with torch.autocast(weight.device.type, enabled=False):
-        for rows in slices(0, len(weight), max(NORM_ELEMENTS // weight.shape[1], 1)):
+        for rows in slices(0, weight.shape[0], max(NORM_ELEMENTS // weight.shape[1], 1)):
             adapted = torch.addmm(
                 weight[rows].to(dtype), lora_b[rows].to(dtype), lora_a, alpha=scaling
             )
             norm[rows] = torch.linalg.vector_norm(adapted, dim=1)
     return norm
+
+
+def head_logits(head: nn.Module, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits of a head with products in `dtype`, without a copy of its whole weight."""
+    parts = head_parts(head, hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        operand, chunks = hidden.to(dtype), slices(0, parts.weight.shape[0], CHUNK)
+        tiles = [nn.functional.linear(operand, parts.weight[some].to(dtype)) for some in chunks]
+        logits = torch.cat(tiles, -1)
+        if parts.low_rank is not None:
+            u, b = parts.low_rank
+            logits += u.to(dtype) @ b.to(dtype).T
+        if parts.column_scale is not None:
+            logits *= parts.column_scale.to(dtype)
+        return logits if parts.bias is None else logits + parts.bias.to(dtype)
+
+
+@torch.no_grad()
+def rows_error(head: nn.Module, hidden: Tensor, own: Tensor) -> float:
+    """Relative difference of a quantized head's `own` logits from those of its rows."""
+    found = head_logits(head, hidden, torch.float32)
+    return float((own.float() - found).norm() / found.norm().clamp(min=1e-30))
