@@ -131,9 +131,10 @@ def linear_8bit(module: Any) -> Found:
     On a GPU its forward quantizes the hidden states, too; these are left as they are here.
     """
     state, weight, name = module.state, module.weight, type(module).__name__
-    codes = state.CB if weight.CB is None else weight.CB
-    scale = state.SCB if weight.CB is None else weight.SCB
-    if state.has_fp16_weights or codes is None or scale is None:
+    # They move from the weight to the state in a first forward, the scale alone under PEFT's DoRA.
+    codes = next(x for x in (weight.CB, state.CB, weight.data) if x is not None)
+    scale = state.SCB if weight.SCB is None else weight.SCB
+    if state.has_fp16_weights or codes.dtype != torch.int8 or scale is None:
         raise TypeError(
             f"{name}: its weight is not quantized, expected has_fp16_weights=False and the module "
             "on a device"

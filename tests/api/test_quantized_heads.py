@@ -177,3 +177,44 @@ def test_a_function_that_gives_other_rows_is_refused():
         patch(model)
     with pytest.raises(TypeError, match="kind: expected a type of module or of tensor"):
         register_head("Int8Head", int8_rows)
+
+
+LORA = ("bitsandbytes nf4", "bitsandbytes int8", "torchao int8")
+
+
+@pytest.mark.parametrize("kind", LORA)
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_lora_on_a_quantized_head_is_lora_on_the_dequantized_one(kind, use_dora):
+    """Against the logits of the model with its plain head, which nothing of ours computes."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        target_modules=["lm_head"], r=4, use_dora=use_dora, init_lora_weights=False
+    )
+    inputs, found = causal_lms.batch(), []
+    for quantized in (False, True):
+        torch.manual_seed(0)
+        model = causal_lms.make("llama").requires_grad_(False)
+        head = KINDS[kind](model.lm_head)
+        plain = nn.Linear(*model.lm_head.weight.T.shape, bias=False).requires_grad_(False)
+        plain.weight.copy_(head_weight(head)[0][0 : plain.out_features])
+        model.lm_head = head if quantized else plain
+        model.is_loaded_in_4bit = quantized and "nf4" in kind
+        model.is_loaded_in_8bit = quantized and kind == "bitsandbytes int8"
+        torch.manual_seed(1)
+        wrapped = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_A" in name or "lora_B" in name:
+                    parameter.copy_(torch.randn_like(parameter) / 8)
+        if quantized:
+            assert type(model.lm_head) is not peft.tuners.lora.Linear
+            patch(wrapped)
+        loss = wrapped(**inputs).loss
+        loss.backward()
+        gradients = [p.grad for p in wrapped.parameters() if p.requires_grad]
+        assert len(gradients) == 2 + use_dora
+        found.append((loss.detach(), gradients))
+    (want, wanted), (got, gradients) = found
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    for gradient, other in zip(gradients, wanted, strict=True):
+        assert (gradient - other).norm() <= 1e-5 * other.norm()

@@ -109,8 +109,7 @@ def compare(
         tolerance: largest relative error; None: 1e-5, or 4 epsilon of a shorter dtype than fp32.
 
     Raises:
-        ValueError: labels are missing; IFT with rule "sample" or packed rows; float32 logits of a
-            head with LoRA.
+        ValueError: labels are missing; IFT with rule "sample" or packed rows.
         Any exception of the model's own forward on this batch.
 
     >>> # print(compare(AutoModelForCausalLM.from_pretrained(...), batch, ift=ift.IFTConfig()))

@@ -12,6 +12,7 @@ from typing import Any
 
 from ift.cli.arguments import flag_of
 from ift.cli.errors import CliError
+from ift.heads import is_lora
 
 CONFIG = "adapter_config.json"  # PEFT's, in the directory of an adapter
 
@@ -111,7 +112,7 @@ def add_adapter(model: Any, arguments: argparse.Namespace) -> Any:
     """`model`, frozen, with the new adapter of the arguments, which changes nothing at first.
 
     Raises:
-        CliError: a configuration that PEFT refuses; a target that no layer has, or the head.
+        CliError: a configuration that PEFT refuses; a target that no layer has.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -151,11 +152,6 @@ def add_adapter(model: Any, arguments: argparse.Namespace) -> Any:
         if not isinstance(error, (TypeError, ValueError)):
             raise
         raise CliError(named, error) from None
-    if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
-        where = f" in {path}" if arguments.lora_config else ""
-        problem = f"got the output head{where}, which has to stay a plain linear layer"
-        hint = "expected other layers; modules_to_save of --lora-config trains the head whole"
-        raise CliError(named, f"{problem}; {hint}")
     for warning in caught:
         if not issubclass(warning.category, FutureWarning):  # of PEFT's calls of transformers
             warnings.warn(warning.message, stacklevel=2)
@@ -165,6 +161,21 @@ def add_adapter(model: Any, arguments: argparse.Namespace) -> Any:
             problem = f"got {target}; {type(model).__name__} has no such layer"
             raise CliError("--lora-targets", problem)
     return adapted
+
+
+def check_merge(adapted: Any) -> None:
+    """Refuse to merge LoRA on an output head that shares its weight with the input embedding.
+
+    Raises:
+        CliError: merging would change the embedding, too.
+    """
+    head = adapted.get_output_embeddings()
+    if is_lora(head) and head.base_layer.weight is adapted.get_input_embeddings().weight:
+        raise CliError(
+            "--merge",
+            "got it with LoRA on an output head that is tied to the input embedding, which merging "
+            "would change; expected the adapter alone",
+        )
 
 
 def load_adapter(model: Any, adapter: str | Path, flag: str) -> Any:

@@ -125,6 +125,8 @@ def load_model(
         with torch.random.fork_rng():
             torch.manual_seed(arguments.seed)
             model = adapters.add_adapter(model, arguments)
+    if arguments.merge:
+        adapters.check_merge(model)
     return model, tokenizer
 
 
