@@ -31,6 +31,7 @@ from ift.checking.compare import (
     default_tolerance,
     ensure_patched,
     full_logits,
+    has_plain_head,
     relative,
     worst_gradient,
 )
@@ -40,8 +41,8 @@ from ift.checking.passes import Pass, fused_pass, naive_pass
 from ift.checking.report import CheckReport, CheckRow, refused, worst_of
 from ift.checking.trace import trunk_inputs
 from ift.config import IFTConfig
-from ift.patching import patch
 
+TRIAL = "cannot be patched"  # in refusals of `ift.patch` that rest on figures
 WEIGHTED = 5  # times the tolerance: gradients of a sum with terms of either sign
 
 
@@ -102,38 +103,48 @@ def check(
     >>> report.ok, report.cause
     (True, '')
     """
-    tested = model if shard is None else shard(patch(copy.deepcopy(model)))
+    batch = {"use_cache": False, **batch}  # with a cache transformers does not see packed rows
+    tested = model if shard is None else _sharded_copy(model, shard)
     limit = default_tolerance(causal_lm(model)) if tolerance is None else tolerance
-    compared = compare(model, batch, ift=ift, loss=loss, tolerance=limit, tested=tested)
+    options: dict[str, Any] = {"ift": ift, "loss": loss, "tolerance": limit, "tested": tested}
+    compared = compare(model, batch, **options)
+    refusal = compared.reason if compared.verdict == "refused" else ""
+    trial = not refusal and shard is None
+    if TRIAL in refusal:  # what is it that differs?
+        without = compare(model, batch, **options, trial=False)
+        if without.verdict in ("equal", "different"):
+            compared = without
     about: dict[str, Any] = {
         "model": compared.model,
         "objective": compared.objective,
         "dtype": compared.dtype,
-        "notes": (*compared.notes, *_notes(batch)),
+        "notes": (*([refusal] if refusal else ()), *compared.notes, *_notes(batch)),
     }
     if compared.verdict in ("refused", "failed"):
         stage: Any = "refused" if compared.verdict == "refused" else "exception"
-        return _agreed(refused(about, Cause(stage, compared.reason)))
+        return _agreed(refused({**about, "notes": about["notes"][bool(refusal) :]},
+                               Cause(stage, compared.reason)))  # fmt: skip
     if compared.verdict == "undecided":
         rows = tuple(_compared_rows(compared))
         return _agreed(refused(about, Cause("reference", compared.reason), rows))
-    inputs = {"use_cache": False, **batch}
     parts = Parts(batch, ift, loss, alone=shard is None)
     with as_found(model), full_logits(model, None if ift is None else ift.logits_dtype):
-        naive = naive_pass(model, inputs)
-        plain = _logits(model, inputs)
+        naive = naive_pass(model, batch)
+        plain = _logits(model, batch)
         in_parts = parts.naive(model)
         with changed_weights(model):
-            later = naive_pass(model, inputs)
+            later = naive_pass(model, batch)
             later.log_p = None
     try:
         with as_found(tested):
-            ensure_patched(tested)
-            fused = fused_pass(tested, inputs)
-            our_logits = _logits(tested, inputs)
+            ensure_patched(tested, trial=trial)
+            if not trial:  # measure it, so that the pass is one forward
+                fused_pass(tested, batch, backward=False)
+            fused = fused_pass(tested, batch)
+            our_logits = _logits(tested, batch)
             ours_in_parts = None if in_parts is None else parts.fused(tested)
             with changed_weights(tested):
-                fused_later = fused_pass(tested, inputs)
+                fused_later = fused_pass(tested, batch)
     except Exception as error:  # whatever another loss than the first one raises
         cause = Cause("exception", f"{type(error).__name__} with another loss: {error}")
         return _agreed(refused(about, cause, tuple(_compared_rows(compared))))
@@ -141,19 +152,30 @@ def check(
     rows = (*found.rows(), CheckRow("logits without labels", None, None,
                                     error_of(our_logits, plain), limit))  # fmt: skip
     if all(row.ok for row in rows):
+        if refusal:  # of these tokens it is right
+            return _agreed(refused(about, Cause("refused", refusal), rows))
         return _agreed(CheckReport(True, rows, "", **about))
 
     def products() -> Pass:
         with as_found(model), full_logits(model, None if ift is None else ift.logits_dtype):
-            return naive_pass(model, inputs, backward=False, keep_product=True)
+            return naive_pass(model, batch, backward=False, keep_product=True)
 
     with as_found(tested):
-        ensure_patched(tested)
-        first = found.cause(tested, inputs, products)
+        ensure_patched(tested, trial=trial)
+        first = found.cause(tested, batch, products)
     if first is None:
         wrong = next(row for row in rows if not row.ok)
         first = Cause("full logits", f"{wrong.what} differ by {wrong.error:.1e}")
     return _agreed(CheckReport(False, rows, str(first), first.stage, **about))
+
+
+def _sharded_copy(model: nn.Module, shard: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A patched copy in its wrapper; `model` itself where its kind of head is refused."""
+    if not has_plain_head(causal_lm(model)):
+        return model
+    tested = copy.deepcopy(model)
+    ensure_patched(tested, trial=False)
+    return shard(tested)
 
 
 class _Found:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ift_kernels
+from ift import patching
 from ift.checking.as_found import (
     Cost,
     Gradients,
@@ -106,6 +107,7 @@ def compare(
     loss: Callable[..., Tensor] | None = None,
     tolerance: float | None = None,
     tested: nn.Module | None = None,
+    trial: bool = True,
 ) -> Comparison:
     """Compute a loss and its gradients twice, fused and from full logits, and compare them.
 
@@ -131,6 +133,7 @@ def compare(
         tolerance: largest relative error; None: 1e-5, or 4 epsilon of a shorter dtype than fp32.
         tested: a patched copy of `model` whose fused loss is meant, as one that FSDP2 shards; None:
             `model` itself.
+        trial: False patches without the trial of `ift.patch` on four tokens, to see what it refuses.
 
     Raises:
         ValueError: labels are missing; IFT with rule "sample" or packed rows; `ift` and `loss`.
@@ -156,7 +159,7 @@ def compare(
     with as_found(tested), logged_warnings() as notes:
         stage = "patch"
         try:
-            ensure_patched(tested)
+            ensure_patched(tested, trial=trial)
             stage = "forward"
             fused = _fused(tested, batch, ift, loss, costs)
         except Exception as error:
@@ -198,10 +201,23 @@ def default_tolerance(base: nn.Module) -> float:
     return max(1e-5, 4 * torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0)
 
 
-def ensure_patched(model: nn.Module) -> None:
+def ensure_patched(model: nn.Module, *, trial: bool = True) -> None:
     """Patch a model that is not: one that is may have been wrapped since, on purpose."""
-    if "ift" not in inspect.signature(causal_lm(model).forward).parameters:
+    if "ift" in inspect.signature(causal_lm(model).forward).parameters:
+        return
+    with contextlib.nullcontext() if trial else _without_trial():
         patch(model.module if isinstance(model, DistributedDataParallel) else model)
+
+
+@contextlib.contextmanager
+def _without_trial() -> Iterator[None]:
+    """Within it a model is measured at its first loss, as one whose weights are in shards."""
+    before = patching.try_few_tokens
+    patching.try_few_tokens = lambda *_: None
+    try:
+        yield
+    finally:
+        patching.try_few_tokens = before
 
 
 @contextlib.contextmanager
