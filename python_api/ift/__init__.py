@@ -1,7 +1,8 @@
 """Intuitive Fine-Tuning of causal language models: losses, configuration, trainer integrations.
 
 ``import ift`` is immediate: each name loads what it needs when first used, which is torch, and for
-`check`, `patch`, `unpatch` and `IFTTrainer` transformers. So the command line answers without either.
+`check`, `patch`, `unpatch` and `IFTTrainer` transformers. So the command line answers without
+either.
 """
 
 from __future__ import annotations

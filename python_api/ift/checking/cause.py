@@ -1,4 +1,4 @@
-"""Where a fused pass first differs from the naive one, from the inputs to the parameters' gradients.
+"""Where a fused pass first differs from the naive one, from inputs to gradients of parameters.
 
 Each stage compares what was seen of both passes; nothing here is about a particular fault.
 """
@@ -19,8 +19,8 @@ from ift.checking.trace import first_difference, trunk_inputs
 
 Stage = Literal[
     "refused", "exception", "inputs", "trunk", "head weight", "transform", "targets", "statistics",
-    "stale weight", "full logits", "reduction", "accumulation", "auxiliary loss", "upstream gradient",
-    "head gradient", "parameter gradient", "two passes", "reference",
+    "stale weight", "full logits", "reduction", "accumulation", "auxiliary loss",
+    "upstream gradient", "head gradient", "parameter gradient", "two passes", "reference",
 ]  # fmt: skip
 
 LOOK_AT: dict[Stage, str] = {
@@ -49,7 +49,7 @@ LOOK_AT: dict[Stage, str] = {
     "the model adds to its cross-entropy (load balancing of experts)",
     "upstream gradient": "the loss is right, its gradient at the head is not in proportion: look "
     "for an upstream gradient that is dropped, scaled or taken from another token",
-    "head gradient": "look at the backward of the head: the gradient of its hidden states or weight",
+    "head gradient": "look at the backward of the head: gradients of its hidden states and weight",
     "parameter gradient": "the gradient that enters the trunk is right: look at parameters that "
     "are frozen, detached or reduced across processes, and at tied ones that count once or twice",
     "two passes": "one forward is right, the two of IFT are not: look at the prediction of the "
@@ -190,8 +190,8 @@ def _shift(got: Pass, expected: Pass, here: Tensor, tolerance: float) -> str:
             )
     wrong = (ours - expected.logprob).abs() > 10 * tolerance  # type: ignore[operator]
     return (
-        f"the log-probabilities of {int((wrong & here).sum())} of {int(here.sum())} tokens are those "
-        "of other targets (entropy and best token agree)"
+        f"the log-probabilities of {int((wrong & here).sum())} of {int(here.sum())} tokens are "
+        "those of other targets (entropy and best token agree)"
     )
 
 

@@ -43,7 +43,8 @@ from ift.checking.trace import trunk_inputs
 from ift.config import IFTConfig
 
 TRIAL = "cannot be patched"  # in refusals of `ift.patch` that rest on figures
-WEIGHTED = 5  # times the tolerance: gradients of a sum with terms of either sign
+# Times the tolerance, of gradients of a sum with terms of either sign; a 16-bit one is wide already.
+WEIGHTED, WEIGHTED_16_BITS = 5, 2
 
 
 def check(
@@ -193,6 +194,8 @@ class _Found:
         fused_in_parts: tuple[float, Gradients] | None,
     ) -> None:
         self.compared, self.limit = compared, limit
+        short = compared.dtype in ("bfloat16", "float16")
+        self.weighted = (WEIGHTED_16_BITS if short else WEIGHTED) * limit
         self.fused, self.naive = fused, naive
         self.later, self.naive_later = fused_later, naive_later
         self.fused_in_parts, self.naive_in_parts = fused_in_parts, naive_in_parts
@@ -245,8 +248,8 @@ class _Found:
             CheckRow(f"{what}: log-probabilities", got.loss, expected.loss, by_token, limit),
             CheckRow(f"{what}: entropy, best", error=max(entropy, best), limit=10 * limit),
             CheckRow(f"{what}: hidden gradient", error=hidden_error(got, expected, "hidden_grad"),
-                     limit=WEIGHTED * limit),
-            CheckRow(f"{what}: gradient", error=error, limit=WEIGHTED * limit, where=name),
+                     limit=self.weighted),
+            CheckRow(f"{what}: gradient", error=error, limit=self.weighted, where=name),
         ]  # fmt: skip
 
     def cause(
@@ -265,8 +268,8 @@ class _Found:
             ratio = compared.loss / compared.expected_loss if compared.expected_loss else math.inf
             text = f"the loss is {compared.loss:.6g}, {ratio:.4g} times the naive one"
             return Cause("two passes" if of_ift else "reduction", text)
-        worst = worst_gradient(self.fused.gradients, self.naive.gradients, WEIGHTED * limit)
-        found = gradient_cause(model, self.fused, self.naive, WEIGHTED * limit, worst)
+        worst = worst_gradient(self.fused.gradients, self.naive.gradients, self.weighted)
+        found = gradient_cause(model, self.fused, self.naive, self.weighted, worst)
         if found is not None:
             return found
         if not compared.errors["gradient"] <= limit:

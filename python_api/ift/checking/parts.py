@@ -1,4 +1,4 @@
-"""A batch in parts, as a Trainer accumulates it: losses and gradients that add up to the whole's."""
+"""A batch in parts, as a Trainer accumulates it: losses and gradients that add up."""
 
 from __future__ import annotations
 

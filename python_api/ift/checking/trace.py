@@ -1,4 +1,4 @@
-"""What the modules of a model get and give in a forward: to find where two forwards first differ."""
+"""What the modules of a model get and give in a forward, to find where two first differ."""
 
 from __future__ import annotations
 

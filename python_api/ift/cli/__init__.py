@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; default ``sys.argv[1:]``.
 
     Returns:
-        The exit code: 0 done, 1 wrong (`check`, `doctor`), 2 bad input, 130 interrupted, 141 if what it prints has no reader.
+        The exit code: 0 done, 1 wrong (`check`, `doctor`), 2 bad input, 130 interrupted, 141 if
+        what it prints has no reader.
     """
     try:
         try:

@@ -65,9 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
     elif loss is not None:
         given["loss"] = loss
     batch = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "labels")}
-    group = processes.count() > 1
-    if group:
+    join = processes.count() > 1 and not torch.distributed.is_initialized()
+    if join:
         torch.distributed.init_process_group()
+    if processes.count() > 1:
         given["shard"] = shard
     if arguments.logits_dtype or arguments.deterministic:
         with refusals("--model"):
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = check(model, batch, **given)
     if processes.is_first():
         print(json.dumps(report.as_json(), indent=2) if arguments.json else report)
-    if group:
+    if join:
         torch.distributed.destroy_process_group()
     return 0 if report.ok else 1
 

@@ -56,7 +56,9 @@ def left(batch):
     """Padding on the other side."""
     lengths = batch["attention_mask"].sum(1)
     width = batch["labels"].shape[1]
-    rolled = [{k: v[i].roll(width - int(n)) for k, v in batch.items()} for i, n in enumerate(lengths)]
+    rolled = [
+        {k: v[i].roll(width - int(n)) for k, v in batch.items()} for i, n in enumerate(lengths)
+    ]
     return {k: torch.stack([row[k] for row in rolled]) for k in batch}
 
 

@@ -1,5 +1,10 @@
 """`ift.check` on small real configurations, in one process and in two: right, or refused by name."""
 
+import contextlib
+import io
+import json
+from pathlib import Path
+
 import model_matrix
 import pytest
 import torch
@@ -11,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 import causal_lms
 import ift
 import processes
+from command_line import write_rows
+from ift.cli import main
 from ift.cli.check import shard
 from ift.losses import GRPOLoss, ORPOLoss, SFTLoss
 
@@ -67,6 +74,9 @@ COPIES = {
 }
 
 
+ROWS = [{"prompt": f"count {i}:", "completion": f" {i} {i + 1}"} for i in range(5)]
+
+
 def worker(rank, number, directory):
     found = {}
     for name, (model, wrap) in WRAPPED.items():
@@ -76,19 +86,25 @@ def worker(rank, number, directory):
     for name, wrap in COPIES.items():
         make, batch, _ = model_matrix.MODELS[name]
         found[f"copy of {name}"] = ift.check(make(), batch(rows=4), shard=wrap)
+    data = write_rows(Path(directory, f"rows{rank}.jsonl"), ROWS)
+    command = ["check", "--model", "tiny", "--data", data, "--cpu", "--loss", "sft", "--json"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = main(command)
     with pytest.MonkeyPatch.context() as patch:  # a fault of one process is one of all
         if rank:
             patch.setattr("ift.one_pass.sft_loss", lambda p, *_, **__: p.sum())
         found["fault"] = ift.check(causal_lms.make("llama"), causal_lms.batch())
     shown = ("ok", "stage", "processes")
-    return {
+    return (code, printed.getvalue()), {
         name: {key: getattr(report, key) for key in shown} | {"text": str(report)}
         for name, report in found.items()
     }
 
 
 def test_two_processes(tmp_path):
-    for found in processes.results(worker, 2, tmp_path):
+    for rank, ((code, printed), found) in enumerate(processes.results(worker, 2, tmp_path)):
+        assert code == 0 and bool(printed) == (rank == 0)
+        assert rank or json.loads(printed)["processes"] == 2
         fault = found.pop("fault")
         assert (fault["ok"], fault["stage"]) == (False, "reduction"), fault["text"]
         assert found.pop("copy of lora head")["stage"] == "refused"
