@@ -233,8 +233,8 @@ def _head_cause(
     clear = dr.abs() > 1e-2 * r.std()
     against = float(((dz * dr.sign() < -1e-4 * z.std()) & clear).sum() / clear.sum().clamp(min=1))
     if against > 0.002:
-        return Cause("head weight", f"the logits are in another order than the products of the "
-                     f"head's weight with the same hidden states ({against:.1%} of pairs)")  # fmt: skip
+        text = "the logits are in another order than the products of the head's weight with the "
+        return Cause("head weight", f"{text}same hidden states ({against:.1%} of pairs)")
     clear = dp.abs() > 1e-2 * p.std()
     ratios = (dz / dp)[clear]
     ratio = float(ratios.median()) if len(ratios) else math.nan

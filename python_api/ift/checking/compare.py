@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import math
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ift_kernels
-from ift import patching
 from ift.checking.as_found import (
     Cost,
     Gradients,
@@ -133,7 +133,7 @@ def compare(
         tolerance: largest relative error; None: 1e-5, or 4 epsilon of a shorter dtype than fp32.
         tested: a patched copy of `model` whose fused loss is meant, as one that FSDP2 shards; None:
             `model` itself.
-        trial: False patches without the trial of `ift.patch` on four tokens, to see what it refuses.
+        trial: False patches without the trial of `ift.patch` on four tokens.
 
     Raises:
         ValueError: labels are missing; IFT with rule "sample" or packed rows; `ift` and `loss`.
@@ -212,16 +212,17 @@ def ensure_patched(model: nn.Module, *, trial: bool = True) -> None:
 @contextlib.contextmanager
 def _without_trial() -> Iterator[None]:
     """Within it a model is measured at its first loss, as one whose weights are in shards."""
-    before = patching.try_few_tokens
-    patching.try_few_tokens = lambda *_: None
+    module: Any = sys.modules[patch.__module__]
+    before = module.try_few_tokens
+    module.try_few_tokens = lambda *_: None
     try:
         yield
     finally:
-        patching.try_few_tokens = before
+        module.try_few_tokens = before
 
 
 @contextlib.contextmanager
-def full_logits(model: nn.Module, logits_dtype: torch.dtype | None = None) -> Iterator[None]:
+def full_logits(model: nn.Module, logits_dtype: torch.dtype | str | None = None) -> Iterator[None]:
     """Within `as_found`: the model itself, without its patch but for the dtype of the logits."""
     base = causal_lm(model)
     options = head_options(base) if has_plain_head(base) else HeadOptions()

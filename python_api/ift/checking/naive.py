@@ -64,7 +64,7 @@ def naive_loss(model: Any, batch: dict[str, Any], loss: Callable[..., Tensor]) -
     logprob, mask, log_p = of_logits(output.logits, next_tokens(labels))
     statistics, _, _ = taken_statistics(getattr(loss, "loss", None) or loss, {})
     logits = output.logits.to(log_p.dtype)
-    found = {
+    found: dict[str, Callable[[], Tensor]] = {
         "entropy": lambda: -(log_p.exp() * log_p).sum(-1),
         "lse": lambda: logits.logsumexp(-1),
         "mean_logit": lambda: logits.mean(-1),

@@ -40,7 +40,8 @@ def coefficients(like: Tensor) -> Tensor:
     """The weights of the log-probabilities: of either sign, other ones for each token."""
     generator = torch.Generator().manual_seed(25)
     drawn = torch.randn(like.shape, generator=generator, dtype=torch.float64)
-    return (drawn / max(1, like.shape[-1]) ** 0.5).to(like)
+    weights: Tensor = drawn / max(1, like.shape[-1]) ** 0.5
+    return weights.to(like)
 
 
 class Recorder:

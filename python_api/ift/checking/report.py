@@ -76,8 +76,8 @@ class CheckReport:
         lines = [f"{self.model}, {self.objective}, {self.dtype}{several}"]
         lines += [head, *map(str, self.rows)] if self.rows else []
         lines += [f"note: {note}" for note in self.notes]
-        lines.append("right: the fused loss is that of the full logits" if self.ok
-                     else f"{'refused' if self.stage == 'refused' else 'wrong'}: {self.cause}")  # fmt: skip
+        verdict = f"wrong: {self.cause}" if self.stage != "refused" else self.cause
+        lines.append("right: the fused loss is that of the full logits" if self.ok else verdict)
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:

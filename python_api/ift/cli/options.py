@@ -181,9 +181,8 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
-    names = ("model", "data", "columns", "system")
-    add_options(parser, "what to check", {name: INPUT_OPTIONS[name] for name in names}
-                | CHECK_OPTIONS)  # fmt: skip
+    inputs = {name: INPUT_OPTIONS[name] for name in ("model", "data", "columns", "system")}
+    add_options(parser, "what to check", inputs | CHECK_OPTIONS)
     names = ("loss", "max_length", "truncate", "logits_dtype", "deterministic", "seed", "cpu")
     weights = {name: MODEL_OPTIONS[name] for name in ("dtype", "attn")}
     add_options(parser, "how", {name: TRAINING_OPTIONS[name] for name in names} | weights)

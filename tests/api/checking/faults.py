@@ -7,7 +7,6 @@ import torch
 
 import causal_lms
 from ift import head_pass, one_pass, token_stats
-from ift.losses import sft
 from ift_kernels.common.transform import LogitTransform
 
 FAULTS = {}

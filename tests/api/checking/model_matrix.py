@@ -113,7 +113,9 @@ MODELS = {
     "lora, head saved": (lambda: lora("llama", modules_to_save=["lm_head"]), batch, RIGHT),
     "dora": (lambda: lora("llama", use_dora=True), batch, RIGHT),
     "lora head": (lambda: lora("llama", target_modules=["q_proj", "lm_head"]), batch, REFUSED),
-    "lora head, tied": (lambda: lora("qwen2", target_modules=["q_proj", "lm_head"]), batch, REFUSED),
+    "lora head, tied": (
+        lambda: lora("qwen2", target_modules=["q_proj", "lm_head"]), batch, REFUSED,
+    ),
     "token indices": (
         lambda: lora("llama", trainable_token_indices={"embed_tokens": [5, 9]}), batch, RIGHT,
     ),

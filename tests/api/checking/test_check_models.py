@@ -1,4 +1,4 @@
-"""`ift.check` on small real configurations, in one process and in two: right, or refused by name."""
+"""`ift.check` on small real configurations, in one process and in two."""
 
 import contextlib
 import io

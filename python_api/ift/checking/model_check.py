@@ -43,7 +43,7 @@ from ift.checking.trace import trunk_inputs
 from ift.config import IFTConfig
 
 TRIAL = "cannot be patched"  # in refusals of `ift.patch` that rest on figures
-# Times the tolerance, of gradients of a sum with terms of either sign; a 16-bit one is wide already.
+# Times the tolerance, of gradients of a sum with terms of either sign.
 WEIGHTED, WEIGHTED_16_BITS = 5, 2
 
 
@@ -78,8 +78,8 @@ def check(
     sharded is what they are compared with.
 
     Args:
-        model: a causal LM of transformers, or a PEFT model around one, or DDP around either; patched
-            or not; sharded or not; any device and dtype.
+        model: a causal LM of transformers, or a PEFT model around one, or DDP around either;
+            patched or not; sharded or not; any device and dtype.
         batch: its keyword arguments, as your collator makes them, with labels (B, T).
         ift: options of IFT, or
         loss: a function of (logprob, mask), (B, T), as that argument of a patched forward; a module
@@ -226,9 +226,9 @@ class _Found:
             rows.append(CheckRow("in parts: loss", got, expected, relative(got, expected), limit))
             rows.append(CheckRow("in parts: gradient", error=error, limit=limit, where=name))
         for what, index, scale in (("seconds", 0, 1.0), ("peak memory in MiB", 1, 2.0**20)):
-            both = [cost[index] for cost in self.compared.costs]
-            if len(both) == 2 and None not in both:
-                rows.append(CheckRow(what, *(x / scale for x in both)))  # type: ignore[operator]
+            both = [x / scale for cost in self.compared.costs if (x := cost[index]) is not None]
+            if len(both) == 2:
+                rows.append(CheckRow(what, both[0], both[1]))
         return rows
 
     def _weighted(self, what: str, got: Pass, expected: Pass) -> list[CheckRow]:
@@ -273,8 +273,8 @@ class _Found:
         if found is not None:
             return found
         if not compared.errors["gradient"] <= limit:
-            text = f"the gradient of {compared.worst_parameter} is off by " \
-                   f"{compared.errors['gradient']:.1e} for the mean of the tokens alone"  # fmt: skip
+            error, name = compared.errors["gradient"], compared.worst_parameter
+            text = f"the gradient of {name} is off by {error:.1e} for the mean of the tokens alone"
             return Cause("two passes" if of_ift else "reduction", text)
         if compared.verdict != "equal":
             return Cause("two passes" if of_ift else "statistics", compared.reason)
@@ -302,9 +302,9 @@ def _compared_rows(compared: Comparison) -> list[CheckRow]:
     rows = []
     for name, what in names.items():
         if name in compared.errors:
-            of_loss = (compared.loss, compared.expected_loss) if name == "loss" else (None, None)
-            rows.append(CheckRow(what, *of_loss, compared.errors[name], limit,
-                                 compared.worst_parameter if name == "gradient" else ""))  # fmt: skip
+            both = (compared.loss, compared.expected_loss) if name == "loss" else (None, None)
+            where = compared.worst_parameter if name == "gradient" else ""
+            rows.append(CheckRow(what, both[0], both[1], compared.errors[name], limit, where))
     if "logprob" in compared.errors:
         rows.append(CheckRow("tokens with another best token", float(compared.wrong_argmax), 0.0,
                              float(compared.wrong_argmax)))  # fmt: skip
