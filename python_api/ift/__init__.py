@@ -1,7 +1,8 @@
 """Intuitive Fine-Tuning of causal language models: losses, configuration, trainer integrations.
 
 ``import ift`` is immediate: each name loads what it needs when first used, which is torch, and for
-`patch`, `unpatch` and `IFTTrainer` transformers. So the command line answers without either.
+`check`, `patch`, `unpatch` and `IFTTrainer` transformers. So the command line answers without
+either.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ift import dynamics, losses
+    from ift.checking import CheckReport, check
     from ift.config import IFTConfig
     from ift.integrations.transformers import IFTTrainer, patch, unpatch
     from ift.support import Support
     from ift_kernels import __version__
 
 __all__ = [
+    "CheckReport",
     "IFTConfig",
     "IFTTrainer",
     "Support",
     "__version__",
+    "check",
     "dynamics",
     "losses",
     "patch",
@@ -28,10 +32,12 @@ __all__ = [
 ]
 
 _LAZY = {
+    "CheckReport": "ift.checking",
     "IFTConfig": "ift.config",
     "IFTTrainer": "ift.integrations.transformers",
     "Support": "ift.support",
     "__version__": "ift_kernels",
+    "check": "ift.checking",
     "dynamics": "ift.dynamics",
     "losses": "ift.losses",
     "patch": "ift.integrations.transformers",

@@ -15,7 +15,7 @@ as sums over pairs of positions.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ift.config import IFTConfig
 from ift.head_parts import head_logits
+from ift.losses._module import taken_statistics
 
 IGNORE_INDEX = -100
 NEAR_TIE = 1e-6  # logits closer than this share of the largest one are nearly equal
@@ -47,6 +48,48 @@ def naive_sft(model: Any, batch: dict[str, Any]) -> NaivePass:
     if getattr(output, "loss", None) is None:
         raise ValueError(f"batch: {type(model).__name__} returns no loss for it")
     return NaivePass(output.loss, _logits(output, batch["labels"]))
+
+
+def naive_loss(model: Any, batch: dict[str, Any], loss: Callable[..., Tensor]) -> NaivePass:
+    """A function of log-probabilities and mask, (B, T), plus the model's own auxiliary losses.
+
+    Raises:
+        ValueError: the model's logits do not fit its labels.
+    """
+    output = model(**batch)
+    labels = batch["labels"]
+    if _logits(output, labels) is None:
+        raise ValueError(f"batch: the logits of {type(model).__name__} do not fit its labels")
+    logprob, mask, log_p = of_logits(output.logits, next_tokens(labels))
+    statistics, _, _ = taken_statistics(getattr(loss, "loss", None) or loss, {})
+    logits = output.logits.to(log_p.dtype)
+    found: dict[str, Callable[[], Tensor]] = {
+        "entropy": lambda: -(log_p.exp() * log_p).sum(-1),
+        "lse": lambda: logits.logsumexp(-1),
+        "mean_logit": lambda: logits.mean(-1),
+        "sum_sq": lambda: log_p.exp().square().sum(-1),
+    }
+    value = loss(logprob, mask, **{name: found[name]() for name in statistics})
+    return NaivePass(value + auxiliary(output, logprob, mask), _logits(output, labels))
+
+
+def next_tokens(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """The label that each position predicts, (B, T), as in transformers' ForCausalLMLoss."""
+    last = labels.new_full((*labels.shape[:-1], 1), ignore_index)
+    return torch.cat([labels[..., 1:], last], -1)
+
+
+def of_logits(
+    logits: Tensor,  # (B, T, V)
+    target: Tensor,  # (B, T)
+    ignore_index: int = IGNORE_INDEX,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each target, 0 where there is none; the mask; all log-probabilities."""
+    target = target.to(logits.device)
+    mask = target != ignore_index
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    chosen = log_p.gather(-1, target.masked_fill(~mask, 0)[..., None])[..., 0]
+    return torch.where(mask, chosen, 0), mask, log_p
 
 
 def naive_ift(model: Any, batch: dict[str, Any], config: IFTConfig) -> NaivePass:
@@ -89,7 +132,7 @@ def naive_ift(model: Any, batch: dict[str, Any], config: IFTConfig) -> NaivePass
     )
     if config.num_rows is not None:
         loss = loss * (mask.any(-1).sum() / config.num_rows)
-    return NaivePass(loss + _auxiliary(output, logprob, mask), _logits(output, labels), near_tie)
+    return NaivePass(loss + auxiliary(output, logprob, mask), _logits(output, labels), near_tie)
 
 
 def _check_args(batch: dict[str, Any], config: IFTConfig) -> None:
@@ -168,7 +211,7 @@ def _mixed_embeddings(
         )
 
 
-def _auxiliary(output: Any, logprob: Tensor, mask: Tensor) -> Tensor:
+def auxiliary(output: Any, logprob: Tensor, mask: Tensor) -> Tensor:
     """What the model adds to its cross-entropy (load balancing of experts), or 0."""
     zero = logprob.new_zeros(())
     if getattr(output, "aux_loss", None) is None:

@@ -1,4 +1,4 @@
-"""The command line, ``ift``: train, score, report, dynamics, doctor and numerics.
+"""The command line, ``ift``: train, check, score, report, dynamics, doctor and numerics.
 
 A mistake of the user ends in one line on stderr and exit code 2.  torch and transformers are
 imported only once a command needs them, so ``ift --help`` and argument errors are immediate.
@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; default ``sys.argv[1:]``.
 
     Returns:
-        The exit code: 0 done, 2 bad input, 130 interrupted, 141 if what it prints has no reader.
+        The exit code: 0 done, 1 wrong (`check`, `doctor`), 2 bad input, 130 interrupted, 141 if
+        what it prints has no reader.
     """
     try:
         try:

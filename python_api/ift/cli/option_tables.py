@@ -173,6 +173,13 @@ SCORE_OPTIONS = {
     "shard_rows": Option("rows of a file of scores: what a process does at a time, and what is "
                          "lost when it is stopped", positive_int, "N", 256),
 }  # fmt: skip
+CHECK_OPTIONS = {
+    "peft": Option("an adapter of PEFT on it", str, "DIR"),
+    "rows": Option("of the data to check with, the first ones", positive_int, "N", 4),
+    "tolerance": Option("largest relative error (default: 1e-5, of 16 bits 4 epsilon)", positive,
+                        "X"),
+    "json": Option("print one JSON object", default=False),
+}  # fmt: skip
 REPORT_OPTIONS = {
     "output": Option("page to write", str, "HTML", "report.html"),
     "title": Option("above the page", str, "TEXT", "Runs"),
@@ -186,6 +193,7 @@ DEFAULTS = {
         PROBE_OPTIONS,
         HEATMAP_OPTIONS,
         SCORE_OPTIONS,
+        CHECK_OPTIONS,
     )
     for name, option in options.items()
 }

@@ -34,6 +34,7 @@ from ift.cli.losses import (
     losses_with,
 )
 from ift.cli.option_tables import (
+    CHECK_OPTIONS,
     DEFAULTS,
     HEAD,
     HEATMAP_OPTIONS,
@@ -132,6 +133,9 @@ def build_parser() -> Parser:
     _add_score(commands.add_parser(
         "score", help="log-likelihoods of the answers in a file; a teacher's best ids, to distil"
     ))  # fmt: skip
+    _add_check(commands.add_parser(
+        "check", help="is it right on your model? The fused loss and gradients beside naive ones"
+    ))  # fmt: skip
     _add_dynamics(commands.add_parser("dynamics", help="watch what training does to other answers"))
     return parser
 
@@ -174,6 +178,16 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     weights = {name: MODEL_OPTIONS[name] for name in ("dtype", "attn")}
     add_options(parser, "how", {name: TRAINING_OPTIONS[name] for name in names} | weights)
     parser.set_defaults(**dict.fromkeys([*DEFAULTS, *OPTIONS, "allow_new_weights"]))
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    inputs = {name: INPUT_OPTIONS[name] for name in ("model", "data", "columns", "system")}
+    add_options(parser, "what to check", inputs | CHECK_OPTIONS)
+    names = ("loss", "max_length", "truncate", "logits_dtype", "deterministic", "seed", "cpu")
+    weights = {name: MODEL_OPTIONS[name] for name in ("dtype", "attn")}
+    add_options(parser, "how", {name: TRAINING_OPTIONS[name] for name in names} | weights)
+    parser.set_defaults(**dict.fromkeys([*DEFAULTS.keys() - CHECK_OPTIONS, *OPTIONS,
+                                         "allow_new_weights"]))  # fmt: skip
 
 
 def _add_dynamics(parser: argparse.ArgumentParser) -> None:
