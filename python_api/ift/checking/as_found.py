@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ift.heads import base_layer, head_function
 from ift.patching import base_model
 
 UPSTREAM = (
@@ -106,6 +107,10 @@ def changed_weights(model: nn.Module) -> Iterator[None]:
     reshard(model)
     # Another sign of both factors of an adapter would change nothing.
     own = {p: None for name, p in head.named_parameters() if "lora_B" not in name}
+    if (
+        head_function(base := base_layer(head)) is not None
+    ):  # a quantized weight has no sign to change
+        own = {p: None for p in own if all(p is not fixed for fixed in base.parameters())}
     inside = set(head.parameters())
     trained = [p for p in model.parameters() if p.requires_grad and p not in inside]
     changed = [p for p in (*own, *trained[::2]) if p.is_floating_point() and p.dtype.itemsize > 1]

@@ -92,6 +92,18 @@ def quantized(name, *, head):
     return model
 
 
+def int8_head(name, **options):
+    """Of torchao, in place; with options, LoRA around it."""
+    from torchao import quantization
+
+    model = causal_lms.make(name)
+    quantization.quantize_(
+        model, quantization.Int8WeightOnlyConfig(), lambda part, path: path == "lm_head"
+    )
+    model.lm_head.requires_grad_(False)
+    return causal_lms.lora(model, **options) if options else model
+
+
 make, batch = causal_lms.make, causal_lms.batch
 
 # Name → (model, batch, expected): add a row, and a new kind is checked.
@@ -130,5 +142,7 @@ MODELS = {
     "resized, tied": (lambda: resized("qwen2", 160), batch, RIGHT),
     "quantized trunk": (lambda: quantized("llama", head=False), batch, RIGHT),
     "quantized head": (lambda: quantized("llama", head=True), batch, REFUSED),
+    "int8 head": (lambda: int8_head("llama"), batch, RIGHT),
+    "int8 head, lora": (lambda: int8_head("llama", target_modules=["lm_head"]), batch, RIGHT),
     "vlm, text": (vlm_text, lambda: batch(vocabulary=119), RIGHT),
 }  # fmt: skip
