@@ -23,6 +23,7 @@ from ift.checking.as_found import (
     Gradients,
     as_found,
     causal_lm,
+    for_capture,
     logged_warnings,
     metered,
     take_gradients,
@@ -281,7 +282,7 @@ def _fused(
         torch.manual_seed(0)
         capture = _Capture()
         with torch.no_grad():
-            model(**batch, loss=capture)
+            model(**for_capture(batch), loss=capture)
         fused.logprob, fused.argmax = capture.logprob, capture.argmax
     return fused
 

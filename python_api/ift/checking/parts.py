@@ -54,7 +54,7 @@ class Parts:
         total = torch.zeros((), dtype=torch.float64)
         torch.manual_seed(0)
         for part in self.parts[self.rank :: self.world]:
-            value = model(**part, **self.options).loss * self.world
+            value = model(**{**part, **self.options}).loss * self.world
             total += value.item() / self.world
             backward(value)
         if self.world > 1:

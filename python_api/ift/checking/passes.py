@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ift.checking.as_found import Gradients, causal_lm, take_gradients, whole
+from ift.checking.as_found import Gradients, causal_lm, for_capture, take_gradients, whole
 from ift.checking.naive import IGNORE_INDEX, auxiliary, next_tokens, of_logits
 from ift.checking.trace import Trace, traced
 
@@ -66,7 +66,7 @@ def fused_pass(model: Any, batch: dict[str, Any], *, backward: bool = True) -> P
     base, found = causal_lm(model), Pass()
     torch.manual_seed(0)
     with torch.set_grad_enabled(backward), _seen(base, found):
-        loss: Tensor = model(**batch, loss=Recorder(found)).loss
+        loss: Tensor = model(**for_capture(batch), loss=Recorder(found)).loss
         found.loss = loss.item()
         if backward:
             found.gradients = take_gradients(model, loss)
