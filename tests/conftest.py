@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import unwritten
 from ift_kernels import use_backend
 from ift_kernels.backends import triton
 from ift_kernels.backends.cpu import memory
@@ -29,15 +30,6 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-ALLOCATORS = [
-    (torch, "empty"),
-    (torch, "empty_like"),
-    (torch, "empty_strided"),
-    (torch.Tensor, "new_empty"),
-    (torch.Tensor, "new_empty_strided"),
-]
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -50,20 +42,9 @@ def nan_empty(monkeypatch):
     Zeros are what a new process mostly gets, and they are right too often.
     """
 
-    def filled(allocate):
-        def wrapper(*args, **kwargs):
-            memory = allocate(*args, **kwargs)
-            with torch.no_grad():
-                if memory.dtype == torch.bool:
-                    return memory.fill_(True)
-                floating = memory.is_floating_point() or memory.is_complex()
-                return memory.fill_(float("nan") if floating else torch.iinfo(memory.dtype).max)
-
-        return wrapper
-
     monkeypatch.setattr(memory, "LIMIT", 0)  # else it would hand out what was written before
-    for owner, name in ALLOCATORS:
-        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+    for owner, name in unwritten.ALLOCATORS:
+        monkeypatch.setattr(owner, name, unwritten.filled(getattr(owner, name)))
 
 
 @pytest.fixture(params=BACKENDS)

@@ -90,7 +90,7 @@ def naive_pass(
     if keep_product:
         head.register_forward_hook(keep)
     with torch.set_grad_enabled(backward), _seen(base, found), _loss_calls(base, calls):
-        output = model(**batch)
+        output = model(**for_capture(batch))
         logits, target = calls[-1] if calls else (output.logits, None)
         if target is None:
             target = next_tokens(batch["labels"])

@@ -12,7 +12,6 @@ from typing import Any
 
 from ift.cli.arguments import flag_of
 from ift.cli.errors import CliError
-from ift.heads import is_lora
 
 CONFIG = "adapter_config.json"  # PEFT's, in the directory of an adapter
 
@@ -169,6 +168,8 @@ def check_merge(adapted: Any) -> None:
     Raises:
         CliError: merging would change the embedding, too.
     """
+    from ift.heads import is_lora
+
     head = adapted.get_output_embeddings()
     if is_lora(head) and head.base_layer.weight is adapted.get_input_embeddings().weight:
         raise CliError(
