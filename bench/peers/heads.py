@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.peers.ours import Active, Deterministic, Dropped, Fp32Copies, Fp32Logits, Ours
+from bench.peers.ours import Active, Deterministic, Dropped, Fp32Copies, Fp32Logits, Lora, Ours
 from bench.peers.peer import LOGPROB_ONLY, LOSS_ONLY, Peer, Statistics, optional
 
 
@@ -220,7 +220,7 @@ PEERS: dict[str, Peer] = {
     for peer in (
         Ours(), Naive(), NaiveFloat(), Compiled(), CutCrossEntropy(), TrlChunked(), TorchChunked(),
         Liger(), Quack(), Verl(), FlashAttention(), Active(), Dropped(), Deterministic(),
-        Fp32Logits(), Fp32Copies(),
+        Fp32Logits(), Fp32Copies(), Lora(),
     )
 }  # fmt: skip
 

@@ -61,6 +61,34 @@ class Fp32Copies(Fp32Logits):
         return tensor.detach().float().requires_grad_(tensor.requires_grad)
 
 
+class Lora(Ours):
+    """LoRA of rank 16 on the head, as it begins: B is 0, so that results are those without it."""
+
+    name, title, rank = "lora", "ift-kernels, LoRA on the head", 16
+    lacks = dict.fromkeys(("statistics", "ids"), "as ours")
+
+    def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        low_rank = self._low_rank(hidden, weight)
+        return ift_kernels.linear_cross_entropy(hidden, weight, target, low_rank=low_rank)
+
+    def logprob(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        low_rank = self._low_rank(hidden, weight)
+        return _given(
+            ift_kernels.linear_logprobs(hidden, weight, target, low_rank=low_rank).logprob
+        )
+
+    def _low_rank(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        vocabulary, width = weight.shape
+        if not self.parameters or self.parameters[1].shape[0] != vocabulary:
+            a = torch.full(
+                (self.rank, width), width**-0.5, dtype=weight.dtype, device=weight.device
+            )
+            b = weight.new_zeros((vocabulary, self.rank))
+            self.parameters = a.requires_grad_(), b.requires_grad_()
+        a, b = self.parameters
+        return hidden @ a.T, b
+
+
 class Active(Ours):
     """dh from the active set; dW, where the head is trained, is exact."""
 

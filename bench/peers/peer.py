@@ -42,6 +42,7 @@ class Peer:
     gradient_limit: float | None = None  # relative error that is refused; None: beyond rounding
     package = ""  # the module that it calls, imported when first needed: some take seconds
     gpu_only = False
+    parameters: tuple[Tensor, ...] = ()  # of its own, which get gradients, too
 
     @property
     def module(self) -> Any:

@@ -19,7 +19,7 @@ from ift.files import write_text
 Report = dict[str, Any]
 SCHEMA = 1
 # What is ours, and not our default.
-OPTIONS = ("active", "deterministic", "fp32-logits", "fp32-copies")
+OPTIONS = ("active", "deterministic", "fp32-logits", "fp32-copies", "lora")
 OURS = ("ours", "two-passes", *OPTIONS)  # implementations
 # Short names of errors, in the order in which they are shown.
 ERRORS = ("loss", "logprob", "entropy", "ids", "value", "d hidden", "d weight", "d embedding",

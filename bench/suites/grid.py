@@ -23,6 +23,7 @@ from bench.harness.data import Errors, Exact
 from bench.harness.measure import Cell, Settings, Subject, measure, record
 from bench.harness.worker import Worker
 from bench.peers.heads import PEERS
+from bench.peers.peer import Peer
 from ift_kernels import ActiveSet
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -186,13 +187,13 @@ def prepare(source: str | Made, case: Case, implementation: str, device: str) ->
         peer = type(peer)(case.active)  # type: ignore[call-arg]
     function = peer.function(case.kind)
     given = given._replace(hidden=peer.leaf(given.hidden), weight=peer.leaf(given.weight))
-    call = caller(function, case, given)
+    call = caller(function, case, given, peer)
 
     def found(result: Any) -> dict[str, float]:
         return check(case, given, result, peer.gradient_limit) | peer.details(call)
 
     return Subject(
-        call, caller(function, case, few(given, case)), found, torch.device(device),
+        call, caller(function, case, few(given, case), peer), found, torch.device(device),
         peer.compiled, case.call,
     )  # fmt: skip
 
@@ -207,8 +208,13 @@ def few(inputs: Inputs, case: Case) -> Inputs:
     )
 
 
-def caller(function: Callable[..., Any], case: Case, inputs: Inputs) -> Callable[[], Any]:
-    """What is measured: `function`, and its gradients where the case has a backward."""
+def caller(
+    function: Callable[..., Any], case: Case, inputs: Inputs, peer: Peer
+) -> Callable[[], Any]:
+    """What is measured: `function`, and its gradients where the case has a backward.
+
+    Those of the peer's own parameters are formed, too.
+    """
     hidden, weight, target = inputs.hidden, inputs.weight, inputs.target
     arguments = (hidden, weight) if case.kind == "ids" else (hidden, weight, target)
 
@@ -222,7 +228,8 @@ def caller(function: Callable[..., Any], case: Case, inputs: Inputs) -> Callable
         if case.kind == "logprob":
             upstream = inputs.upstream[: value.shape[0]].to(value.dtype)
         wanted = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
-        return value.detach(), *torch.autograd.grad(value, wanted, upstream)
+        gradients = torch.autograd.grad(value, [*wanted, *peer.parameters], upstream)
+        return value.detach(), *gradients[: len(wanted)]
 
     return both if case.backward else forward
 
