@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import dense
 import ift_kernels
@@ -291,6 +292,23 @@ def test_divergence(reduction, given, kind):
         return value.mean()
 
     assert_gradients(t, ours, exact, tolerance=2e-5)
+
+
+def test_checkpointing():
+    """Non-reentrant, which lets a formula unpack what it saved only once."""
+    t, target = problem()
+    teacher = torch.randn(N, 8), torch.randn(V, 8)
+    inputs = list(trained(t).values())
+    for loss in (
+        lambda *_: linear_divergence(t.hidden, t.weight, *teacher, **arguments(t)),
+        lambda *_: linear_cross_entropy(t.hidden, t.weight, target, **arguments(t)),
+        lambda *_: per_token(t, target, {"entropy": torch.ones(N)}),
+    ):
+        again = checkpoint(loss, *inputs, use_reentrant=False)
+        for got, wanted in zip(
+            torch.autograd.grad(again, inputs), torch.autograd.grad(loss(), inputs), strict=True
+        ):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
