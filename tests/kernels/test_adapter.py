@@ -173,6 +173,15 @@ def test_as_accurate_as_torch_in_16_bits(given, dtype, backend):
                 )  # fmt: skip
 
 
+def test_scales_too_small_for_float16():
+    """The product that they come from cannot be found again: NaN rather than 0."""
+    t, target = problem(torch.float16, ("hidden", "weight", "scale"), ("scale",))
+    t.scale = t.scale.detach().float().index_fill(0, torch.tensor([3, 4]), 1e-7).requires_grad_()
+    loss = linear_cross_entropy(t.hidden, t.weight, target, **arguments(t))
+    (got,) = torch.autograd.grad(loss, t.scale)
+    assert torch.equal(got.isnan(), t.scale.abs() < 1e-5) and got.isnan()[4]
+
+
 def test_adapters_of_another_dtype():
     """float32 beside a bfloat16 head, as PEFT has them: their gradients are float32."""
     t, target = problem(torch.bfloat16, *GIVEN["LoRA"])
