@@ -89,8 +89,8 @@ def linear_logprobs(
             which gives A its gradient from that of u. Of any float dtype up to that of the
             products, to which they are cast; of several adapters, concatenated along r. Only with
             an exact `gradient` and without `deterministic`; so is column_scale.
-        column_scale: (V,) or None, of any such dtype: of a head with DoRA. In float16 its gradient
-            where it is 0 is NaN.
+        column_scale: (V,) or None, of any such dtype: of a head with DoRA. With products in float16
+            its gradient where it is below 1e-5 is NaN.
         ignore_index: positions with this target get 0 in every output and send no gradient.
         logit_scale, softcap, temperature: the transform above; by default logits stay as they are.
         outputs: any of "logprob", "lse", "entropy", "argmax", "argmax_logprob",

@@ -271,7 +271,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _autograd(ctx: Any, d_each: Tensor | None, d_total: Tensor | None, *_: Any) -> Any:
     nothing: tuple[None, ...] = (None,) * (5 + len(ctx.options) + 1)
-    *tensors, factor, norm, centre = ctx.saved_tensors[:-3]
+    # Once: activation checkpointing refuses to unpack them a second time.
+    *tensors, factor, norm, centre, u, b, scale = ctx.saved_tensors
     needs = adapters.needed(ctx)
     if d_total is None and d_each is None:
         return (None, None, None, *nothing, None, None, None)
@@ -280,9 +281,8 @@ def _autograd(ctx: Any, d_each: Tensor | None, d_total: Tensor | None, *_: Any) 
         if d_total is not None:
             upstream = (d_total * (1.0 if factor is None else factor)).expand(norm.shape[-1])
         results = torch.ops.ift_kernels.linear_divergence_backward(
-            *tensors, norm, centre, upstream, *ctx.options, needs,
-            *ctx.saved_tensors[-3:],
-        )  # fmt: skip
+            *tensors, norm, centre, upstream, *ctx.options, needs, u, b, scale
+        )
     else:
         saved, ctx.gradients = ctx.gradients, None
         results = saved.gradients(d_total, tensors[6], of_rows=(0, 3))

@@ -25,6 +25,8 @@ from ift_kernels.schedule.head import pad_row_stride
 # Smaller scales are taken for this one: far below what any logit is rounded to, yet the product
 # that a scaled one came from, which the gradient of the scale needs, can be divided out.
 MIN_SCALE = 2.0**-100
+# Float16 has no such number, and rounds products of scales below this one to hardly any digits.
+MIN_SCALE_FLOAT16 = 1e-5
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Adapter:
     d_hidden: Tensor | None = None  # sums, in theirs
     d_weight: Tensor | None = None
     d_scale: Tensor | None = None  # of dz * (scaled product), to be divided by the scale
+    float16: bool = False  # whether products are
 
     @classmethod
     def of(
@@ -47,10 +50,10 @@ class Adapter:
             hidden = pad_row_stride(hidden.to(dtype))
         if scale is not None:
             scale = scale.to(accum_dtype(dtype)).contiguous()
-            if dtype != torch.float16:  # which has no such number
+            if dtype != torch.float16:
                 tiny = torch.copysign(scale.new_full((), MIN_SCALE), scale)
                 scale = torch.where(scale.abs() < MIN_SCALE, tiny, scale)
-        return cls(hidden, weight, scale)
+        return cls(hidden, weight, scale, float16=dtype == torch.float16)
 
     def rows(self, rows: slice) -> Adapter:
         """The same of some rows; sums over rows are shared."""
@@ -132,6 +135,8 @@ class Adapter:
         d_scale = self.d_scale
         if d_scale is not None and self.scale is not None:
             d_scale = d_scale / self.scale
+            if self.float16:
+                d_scale.masked_fill_(self.scale.abs() < MIN_SCALE_FLOAT16, torch.nan)
         return self.d_hidden, self.d_weight, d_scale
 
 

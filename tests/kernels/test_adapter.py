@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import dense
 import ift_kernels
@@ -172,6 +173,15 @@ def test_as_accurate_as_torch_in_16_bits(given, dtype, backend):
                 )  # fmt: skip
 
 
+def test_scales_too_small_for_float16():
+    """The product that they come from cannot be found again: NaN rather than 0."""
+    t, target = problem(torch.float16, ("hidden", "weight", "scale"), ("scale",))
+    t.scale = t.scale.detach().float().index_fill(0, torch.tensor([3, 4]), 1e-7).requires_grad_()
+    loss = linear_cross_entropy(t.hidden, t.weight, target, **arguments(t))
+    (got,) = torch.autograd.grad(loss, t.scale)
+    assert torch.equal(got.isnan(), t.scale.abs() < 1e-5) and got.isnan()[4]
+
+
 def test_adapters_of_another_dtype():
     """float32 beside a bfloat16 head, as PEFT has them: their gradients are float32."""
     t, target = problem(torch.bfloat16, *GIVEN["LoRA"])
@@ -291,6 +301,23 @@ def test_divergence(reduction, given, kind):
         return value.mean()
 
     assert_gradients(t, ours, exact, tolerance=2e-5)
+
+
+def test_checkpointing():
+    """Non-reentrant, which lets a formula unpack what it saved only once."""
+    t, target = problem()
+    teacher = torch.randn(N, 8), torch.randn(V, 8)
+    inputs = list(trained(t).values())
+    for loss in (
+        lambda *_: linear_divergence(t.hidden, t.weight, *teacher, **arguments(t)),
+        lambda *_: linear_cross_entropy(t.hidden, t.weight, target, **arguments(t)),
+        lambda *_: per_token(t, target, {"entropy": torch.ones(N)}),
+    ):
+        again = checkpoint(loss, *inputs, use_reentrant=False)
+        for got, wanted in zip(
+            torch.autograd.grad(again, inputs), torch.autograd.grad(loss(), inputs), strict=True
+        ):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
