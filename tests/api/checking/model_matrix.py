@@ -104,6 +104,21 @@ def int8_head(name, **options):
     return causal_lms.lora(model, **options) if options else model
 
 
+def nf4_head(name, **options):
+    """Of bitsandbytes, with LoRA around it."""
+    import bitsandbytes as bnb
+
+    model = causal_lms.make(name)
+    weight = model.lm_head.weight.detach()
+    model.lm_head = bnb.nn.Linear4bit(*weight.T.shape, bias=False)
+    model.lm_head.weight = bnb.nn.Params4bit(
+        weight.clone(), requires_grad=False, quant_type="nf4", module=model.lm_head
+    )
+    model.lm_head.to("cpu")  # which quantizes
+    model.is_loaded_in_4bit = True
+    return causal_lms.lora(model, **options)
+
+
 make, batch = causal_lms.make, causal_lms.batch
 
 # Name → (model, batch, expected): add a row, and a new kind is checked.
@@ -143,6 +158,7 @@ MODELS = {
     "quantized trunk": (lambda: quantized("llama", head=False), batch, RIGHT),
     "quantized head": (lambda: quantized("llama", head=True), batch, REFUSED),
     "int8 head": (lambda: int8_head("llama"), batch, RIGHT),
+    "nf4 head, lora": (lambda: nf4_head("llama", target_modules=["lm_head"]), batch, RIGHT),
     "int8 head, lora": (lambda: int8_head("llama", target_modules=["lm_head"]), batch, RIGHT),
     "vlm, text": (vlm_text, lambda: batch(vocabulary=119), RIGHT),
 }  # fmt: skip

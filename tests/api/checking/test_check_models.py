@@ -63,6 +63,9 @@ WRAPPED = {
     "llama, fsdp": ("llama", shard),
     "qwen2, tied, fsdp": ("qwen2, tied", lambda model: shard(ift.patch(model))),
     "lora, ddp": ("lora", ddp),
+    "lora head, tied, fsdp": ("lora head, tied", lambda model: shard(ift.patch(model))),
+    "nf4 head, lora, ddp": ("nf4 head, lora", ddp),
+    "nf4 head, lora, fsdp": ("nf4 head, lora", lambda model: shard(ift.patch(model))),
     "llama, vocabulary": ("llama", tensor_parallel),
 }
 COPIES = {
