@@ -65,7 +65,7 @@ class Lora(Ours):
     """LoRA of rank 16 on the head, as it begins: B is 0, so that results are those without it."""
 
     name, title, rank = "lora", "ift-kernels, LoRA on the head", 16
-    lacks = dict.fromkeys(("statistics", "ids"), "as ours")
+    lacks = dict.fromkeys(("statistics", "ids"), "only losses are measured")
 
     def loss(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         low_rank = self._low_rank(hidden, weight)
