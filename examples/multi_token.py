@@ -247,11 +247,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
         if depths > 1:
             agreement.legend()
         colors = ["#9CCBE5", plotting.BLUE]
-        bars = memory.bar(WAYS, [report[w]["head_mib"] for w in WAYS], color=colors, width=0.5)
-        memory.bar_label(bars, [f"{report[w]['head_mib']:.1f}" for w in WAYS], padding=2)
+        plotting.bars(memory, WAYS, [report[w]["head_mib"] for w in WAYS], "{:.1f}", colors)
         memory.set(title="peak memory of the head, MiB")
-        memory.margins(y=0.12)
-        memory.grid(axis="x", visible=False)
 
 
 if __name__ == "__main__":

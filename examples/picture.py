@@ -31,16 +31,9 @@ def draw(results: Sequence[Any], path: str | Path) -> None:
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.legend()
         names = [r.way for r in results]
-        bars(speed, names, [r.tokens_per_second for r in results], "{:,.0f}")
+        colors = [COLORS[name.split()[1]][name.startswith("naive")] for name in names]
+        rates, sizes = zip(*((r.tokens_per_second, r.head_mib) for r in results), strict=True)
+        plotting.bars(speed, names, rates, "{:,.0f}", colors, width=0.65)
         speed.set(title="tokens/s (more is better)")
-        bars(memory, names, [r.head_mib for r in results], "{:,.1f}")
+        plotting.bars(memory, names, sizes, "{:,.1f}", colors, width=0.65)
         memory.set(title="peak memory of the head, MiB (less is better)")
-
-
-def bars(axis: Any, names: Sequence[str], values: Sequence[float], text: str) -> None:
-    """One labelled bar for each way."""
-    colors = [COLORS[name.split()[1]][name.startswith("naive")] for name in names]
-    drawn = axis.bar(names, values, color=colors, width=0.65)
-    axis.bar_label(drawn, [text.format(value) for value in values], padding=2)
-    axis.margins(y=0.12)
-    axis.grid(axis="x", visible=False)

@@ -175,11 +175,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
         losses.legend()
         names = [WAYS[way] for way in WAYS]
         values = [report["bytes_per_token"][way] for way in WAYS]
-        bars = sizes.bar(names, values, color=[colors[way] for way in WAYS], width=0.5)
-        sizes.bar_label(bars, [f"{value:,}" for value in values], padding=2)
+        plotting.bars(sizes, names, values, "{:,}", [colors[way] for way in WAYS])
         sizes.set(title="bytes per token of the teacher on disk")
-        sizes.margins(y=0.12)
-        sizes.grid(axis="x", visible=False)
 
 
 if __name__ == "__main__":

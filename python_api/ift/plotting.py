@@ -151,6 +151,17 @@ def picture(
         yield made, made.subplots(rows, columns)
 
 
+def bars(
+    axis: Any, names: Sequence[str], values: Sequence[float], text: str, colors: Sequence[str],
+    width: float = 0.5,
+) -> None:  # fmt: skip
+    """One bar for each name, labelled with its value in the format `text`."""
+    drawn = axis.bar(names, values, color=colors, width=width)
+    axis.bar_label(drawn, [text.format(value) for value in values], padding=2)
+    axis.margins(y=0.12)
+    axis.grid(axis="x", visible=False)
+
+
 @contextlib.contextmanager
 def png(title: str) -> Iterator[tuple[Any, BytesIO]]:
     """One panel over the steps, to draw on, and the PNG that it is at the end."""
