@@ -9,13 +9,12 @@ from torch import Tensor
 
 from ift.documents import IGNORE_INDEX
 from ift.head_options import HeadOptions
+from ift.head_pass import HeadCallback
 from ift.losses import Head
 from ift.token_stats import transform_options
 from ift_kernels import TokenStats, linear_divergence
 from ift_kernels.common.transform import LogitTransform
 from ift_kernels.vocab_parallel import is_sharded
-
-HeadCallback = Callable[[Tensor, Tensor, "Tensor | None"], TokenStats]
 
 
 class AnchoredLoss:

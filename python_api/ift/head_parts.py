@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ift.heads import head_weight, is_lora
 from ift_kernels.schedule.head import slices
-from ift_kernels.vocab_parallel import is_sharded
+from ift_kernels.vocab_parallel import is_sharded, whole
 
 CHUNK = 4096  # rows of a head at once
 # A quantized module's own logits may be of activations that it quantizes, or of 16-bit products:
@@ -28,6 +28,7 @@ NORM_ELEMENTS = 1 << 22  # of rows of the weight whose norms are formed at once
 class HeadParts(NamedTuple):
     """Operands of a linear head, under their names in `ift_kernels.linear_logprobs`."""
 
+    hidden: Tensor  # whole
     weight: Tensor
     bias: Tensor | None
     low_rank: tuple[Tensor, Tensor] | None = None
@@ -126,9 +127,10 @@ def head_parts(head: Any, hidden: Tensor) -> HeadParts:
     if is_lora(head) and head.disable_adapters and head.merged:
         head.unmerge()  # as its forward does
     weight, bias = head_weight(head, hidden.dtype)
+    hidden = whole(hidden, weight)
     _check_gathered(head, weight)
     if not is_lora(head):
-        return HeadParts(weight, bias)
+        return HeadParts(hidden, weight, bias)
     us, bs, scale, x = [], [], None, hidden
     for name in _adapters(head):
         lora_a, lora_b, scaling = head.lora_A[name], head.lora_B[name], head.scaling[name]
@@ -147,9 +149,9 @@ def head_parts(head: Any, hidden: Tensor) -> HeadParts:
             norm = weight_norm(weight, lora_a.weight, lora_b.weight, scaling)
             scale = head.lora_magnitude_vector[name].weight / norm
     if not us:
-        return HeadParts(weight, bias)
+        return HeadParts(hidden, weight, bias)
     low_rank = (us[0], bs[0]) if len(us) == 1 else (torch.cat(us, -1), torch.cat(bs, -1))
-    return HeadParts(weight, bias, low_rank, scale)
+    return HeadParts(hidden, weight, bias, low_rank, scale)
 
 
 def _check_gathered(head: Any, weight: Tensor) -> None:
@@ -182,7 +184,7 @@ def head_logits(head: nn.Module, hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits of a head with products in `dtype`, without a copy of its whole weight."""
     parts = head_parts(head, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        operand, chunks = hidden.to(dtype), slices(0, parts.weight.shape[0], CHUNK)
+        operand, chunks = parts.hidden.to(dtype), slices(0, parts.weight.shape[0], CHUNK)
         tiles = [nn.functional.linear(operand, parts.weight[some].to(dtype)) for some in chunks]
         logits = torch.cat(tiles, -1)
         if parts.low_rank is not None:

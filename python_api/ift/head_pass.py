@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ift.documents import IGNORE_INDEX, shifted_targets
 from ift.head_parts import check_lora, has_hooks, head_parts
 from ift.heads import base_layer, head_function, head_weight, is_lora
-from ift_kernels.vocab_parallel import is_sharded, whole
+from ift_kernels.vocab_parallel import is_sharded
 
 
 class UnsupportedModel(RuntimeError):
@@ -122,8 +122,8 @@ class HeadForward:
         for name, value in kwargs.items():
             if value is not None:  # of PEFT, as adapter_names
                 raise ValueError(f"{name}: expected None with LoRA on the output head, got one")
-        hidden = whole(input, head_weight(self.head, input.dtype)[0])
-        parts = head_parts(self.head, hidden)
+        parts = head_parts(self.head, input)
+        hidden = parts.hidden
         call.results.append(call.callback(hidden, parts.weight, parts.bias, **parts.adapter))
         call.shape, call.columns = hidden.shape[:-1], parts.weight.shape[0]
         if call.placeholder is not None:

@@ -13,21 +13,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ift_kernels import (
-    ActiveSet,
-    SelectedLogprobs,
-    TokenStats,
-    linear_selected_logprobs,
-    linear_topk,
-    vocab_parallel_selected_logprobs,
-    vocab_parallel_topk,
-)
+from ift import sharded
+from ift_kernels import ActiveSet, TokenStats
 from ift_kernels.common import checks, sync_free
 from ift_kernels.common.active_set import options as active_options
 from ift_kernels.linear_selected import MAX_IDS
 from ift_kernels.linear_topk import PADDING
 from ift_kernels.operators.head_call import check_targets
-from ift_kernels.vocab_parallel import is_sharded, whole
+from ift_kernels.vocab_parallel import whole
 
 MAX_SUPPORT = MAX_IDS - 1  # one more id may be the target
 SAMPLERS = ("vllm", "transformers")
@@ -200,8 +193,7 @@ class Support:
         vllm = self.sampler == "vllm"
         # `linear_topk` has the mass of the whole vocabulary, so it serves what comes first.
         apart = top_k is not None or (vllm and min_p is not None)
-        operation = vocab_parallel_topk if is_sharded(weight) else linear_topk
-        found = operation(
+        found = sharded.topk(
             hidden, weight, k, top_p=None if apart else top_p,
             min_p=min_p if vllm or not apart else None, **head,
         )  # fmt: skip
@@ -223,12 +215,6 @@ class Support:
 def _scattered(x: Tensor, rows: Tensor, count: int, value: float) -> Tensor:
     """`x` at `rows` of `count`, `value` at the others."""
     return x.new_full((count, *x.shape[1:]), value).index_copy(0, rows, x)
-
-
-def selected_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor, **head: Any) -> SelectedLogprobs:
-    """`linear_selected_logprobs`, of a DTensor `weight` its vocab-parallel form."""
-    operation = vocab_parallel_selected_logprobs if is_sharded(weight) else linear_selected_logprobs
-    return operation(hidden, weight, ids, **head)
 
 
 def check_support(support: object, target: Tensor, outputs: Collection[str]) -> None:
@@ -326,7 +312,7 @@ def support_stats(
             f"{ids[at].tolist()[:8]}"
         )
     try:
-        found = selected_logprobs(
+        found = sharded.selected_logprobs(
             hidden, weight, ids, outputs=("in_set_logprob",), ignore_index=PADDING, **head
         ).in_set_logprob
     except ValueError as error:

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ift import sharded
 from ift.documents import IGNORE_INDEX
 from ift.head_options import HeadOptions
 from ift.head_parts import refuse_adapter
 from ift.support import Support, check_support, support_ids, support_stats
-from ift_kernels import TokenStats, linear_logprobs, vocab_parallel_logprobs
+from ift_kernels import TokenStats
 from ift_kernels.common.transform import LogitTransform
-from ift_kernels.vocab_parallel import is_sharded
 
 
 def transform_options(transform: LogitTransform) -> dict[str, Any]:
@@ -48,8 +48,7 @@ def token_stats(
                 f"{tuple(hidden.shape[:-1])}, got {tuple(target.shape)}: with logits_to_keep, pass "
                 "shift_labels of the positions kept"
             )
-        operation: Callable[..., TokenStats]
-        operation = vocab_parallel_logprobs if is_sharded(weight) else linear_logprobs
+        operation: Callable[..., TokenStats] = sharded.logprobs
         targets = target.reshape(hidden.shape[:-1]).to(hidden.device)
         options = head._asdict() | transform_options(transform)
         options |= {"bias": bias, "ignore_index": ignore_index, "temperature": temperature}

@@ -299,7 +299,7 @@ void row_exponentials(const Chunk& c, float* x, int64_t target, double* state, i
 }
 
 // Products overwritten by x = exp(z - centre), 0 for the target, and the sums that `stats` has of
-// them. The gradient of a row is a factor times these, so nobody forms the exponentials again. The
+// them. The gradient of a row is a factor times these, so the exponentials are not formed again. The
 // centre is about the row's largest logit so far but for the target's; where it rises, the row of
 // `total` (N, width), which is relative to it, is rescaled. Of float32 products without softcap, of
 // positive scale. Floor: one read and one write of the chunk, in cache, and about 22 vector

@@ -19,9 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ift.heads import base_layer, head_function
 from ift.patching import base_model
 
-UPSTREAM = (
-    0.5  # gradient of each loss: a backward that drops it is wrong by 2; no rounding of its own
-)
+# The gradient of each loss: a backward that drops it is wrong by 2. It has no rounding of its own.
+UPSTREAM = 0.5
 Gradients = dict[str, Tensor]
 
 
@@ -107,9 +106,7 @@ def changed_weights(model: nn.Module) -> Iterator[None]:
     reshard(model)
     # Another sign of both factors of an adapter would change nothing.
     own = {p: None for name, p in head.named_parameters() if "lora_B" not in name}
-    if (
-        head_function(base := base_layer(head)) is not None
-    ):  # a quantized weight has no sign to change
+    if head_function(base := base_layer(head)) is not None:  # quantized: no sign to change
         own = {p: None for p in own if all(p is not fixed for fixed in base.parameters())}
     inside = set(head.parameters())
     trained = [p for p in model.parameters() if p.requires_grad and p not in inside]

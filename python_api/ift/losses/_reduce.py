@@ -32,3 +32,17 @@ def mean_over_rows(
 ) -> Tensor:
     """Mean over `num_rows` rows; by default over those of `per_row` that have tokens."""
     return divide(per_row.sum(), "num_rows", (tokens > 0).sum() if num_rows is None else num_rows)
+
+
+def reduce_tokens(
+    each: Tensor,  # (...), 0 where a token does not count
+    reduction: str,  # "mean", "sum" or "none"
+    tokens: Tensor,  # scalar, those that count
+    num_items: float | Tensor | None,
+) -> Tensor:
+    """Losses of tokens, their sum, or their mean over `num_items`, by default over `tokens`."""
+    if reduction == "none":
+        return each
+    if reduction == "sum":
+        return each.sum()
+    return divide(each.sum(), "num_items", tokens if num_items is None else num_items)

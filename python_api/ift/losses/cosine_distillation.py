@@ -11,11 +11,10 @@ from torch.nn import functional as F
 
 from ift.documents import IGNORE_INDEX
 from ift.losses._module import Loss
-from ift.losses._reduce import divide
+from ift.losses._reduce import reduce_tokens
 from ift.losses._tokens import Metrics, check_given, record
-from ift_kernels import linear_logprobs, vocab_parallel_logprobs
+from ift.sharded import logprobs
 from ift_kernels.common import checks
-from ift_kernels.vocab_parallel import is_sharded
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
@@ -109,11 +108,7 @@ def cosine_distillation_loss(
         hard = torch.where(valid, -label_logprob.to(dtype), 0)
         record(metrics, cross_entropy=hard.sum() / count)
         each = (1 - hard_weight) * each + hard_weight * hard
-    if reduction == "none":
-        return each
-    if reduction == "sum":
-        return each.sum()
-    return divide(each.sum(), "num_items", tokens if num_items is None else num_items)
+    return reduce_tokens(each, reduction, tokens, num_items)
 
 
 class CosineDistillationLoss(Loss):
@@ -186,8 +181,7 @@ class CosineDistillationLoss(Loss):
         (teacher_hidden,) = args
         given: dict[str, Any] = {}
         if self.hard_weight > 0:
-            operation = vocab_parallel_logprobs if is_sharded(weight) else linear_logprobs
-            found = operation(hidden, weight, target, ignore_index=ignore_index, **head)
+            found = logprobs(hidden, weight, target, ignore_index=ignore_index, **head)
             given["label_logprob"] = found.logprob
         elif head:
             name = next(iter(head))

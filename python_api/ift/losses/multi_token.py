@@ -13,7 +13,7 @@ from ift.documents import IGNORE_INDEX, document_starts, shifted_targets
 from ift.losses._module import Loss
 from ift.losses._reduce import divide
 from ift.losses._tokens import Metrics, record
-from ift_kernels import TokenStats, linear_logprobs, vocab_parallel_logprobs
+from ift.sharded import logprobs
 from ift_kernels.common import checks
 from ift_kernels.vocab_parallel import is_sharded
 
@@ -304,10 +304,7 @@ def _passes(
 def _one_pass(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, head: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    operation = vocab_parallel_logprobs if is_sharded(weight) else linear_logprobs
-    stats: TokenStats = operation(
-        hidden, weight, target, bias=bias, outputs=("logprob", "argmax"), **head
-    )
+    stats = logprobs(hidden, weight, target, bias=bias, outputs=("logprob", "argmax"), **head)
     return cast(Tensor, stats.logprob), cast(Tensor, stats.argmax)
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ift.documents import IGNORE_INDEX
 from ift.losses._module import Loss
-from ift.losses._reduce import divide
+from ift.losses._reduce import reduce_tokens
 from ift.losses._tokens import Metrics, check_given, record
-from ift.support import selected_logprobs
+from ift.sharded import selected_logprobs
 from ift_kernels import SelectedLogprobs
 from ift_kernels.common import checks
 
@@ -151,11 +151,7 @@ def topk_distillation_loss(
         record(metrics, cross_entropy=hard.sum() / count)
         # At 1 an infinite divergence counts for nothing.
         each = hard if hard_weight == 1 else (1 - hard_weight) * each + hard_weight * hard
-    if reduction == "none":
-        return each
-    if reduction == "sum":
-        return each.sum()
-    return divide(each.sum(), "num_items", tokens if num_items is None else num_items)
+    return reduce_tokens(each, reduction, tokens, num_items)
 
 
 def _per_token(name: str, value: Tensor, logprob: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import causal_lms
-from ift import head_pass, one_pass, token_stats
+from ift import head_pass, one_pass, sharded, token_stats
 from ift_kernels.common.transform import LogitTransform
 
 FAULTS = {}
@@ -35,7 +35,7 @@ def operation(patch, change):
 
         return call
 
-    replaced(patch, token_stats, "linear_logprobs", wrap)
+    replaced(patch, sharded, "linear_logprobs", wrap)
 
 
 class Scaled(torch.autograd.Function):
@@ -59,7 +59,7 @@ def upstream(patch, change):
 
         return call
 
-    replaced(patch, token_stats, "linear_logprobs", wrap)
+    replaced(patch, sharded, "linear_logprobs", wrap)
 
 
 @fault("upstream gradient")
@@ -227,7 +227,7 @@ def entropy_in_bits(patch):
 
         return call
 
-    replaced(patch, token_stats, "linear_logprobs", wrap)
+    replaced(patch, sharded, "linear_logprobs", wrap)
 
 
 @fault("head gradient")
