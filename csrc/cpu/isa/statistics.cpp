@@ -299,10 +299,10 @@ void row_exponentials(const Chunk& c, float* x, int64_t target, double* state, i
 }
 
 // Products overwritten by x = exp(z - centre), 0 for the target, and the sums that `stats` has of
-// them. The gradient of a row is a factor times these, so the exponentials are not formed again. The
-// centre is about the row's largest logit so far but for the target's; where it rises, the row of
-// `total` (N, width), which is relative to it, is rescaled. Of float32 products without softcap, of
-// positive scale. Floor: one read and one write of the chunk, in cache, and about 22 vector
+// them. The gradient of a row is a factor times these, so the exponentials are not formed again.
+// The centre is about the row's largest logit so far but for the target's; where it rises, the row
+// of `total` (N, width), which is relative to it, is rescaled. Of float32 products without softcap,
+// of positive scale. Floor: one read and one write of the chunk, in cache, and about 22 vector
 // instructions per vector of it.
 void exponentials(const Chunk& c, const int64_t* target, double* state, int64_t ld, float* centre,
                   float* total, int64_t width) {
